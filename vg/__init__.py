@@ -1,0 +1,1 @@
+"""vg: train models that find what a sentence names in a picture."""

@@ -1,0 +1,114 @@
+"""The values that cross a folder border: one sample on its way from a file to a number.
+
+Shape legend used in the whole project: B batch, Q queries, T text tokens, P phrases, N boxes, L decoder layers,
+S image tokens of all levels, D channels, K predicted boxes of one image, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # keeps `import vg` and the configuration free of torch
+    import numpy as np
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with the phrases that name things in it and the boxes of these things.
+
+    A referring expression is a sample with one phrase and one box; a detection image has many of both.
+    """
+
+    id: str  # unique within its data set, the same in every run: results are keyed by it
+    image: np.ndarray  # [H, W, 3] uint8, RGB
+    phrases: tuple[str, ...]  # P phrases
+    boxes: np.ndarray  # [N, 4] float32, xyxy in pixels
+    phrase_ids: np.ndarray  # [N] int64: boxes[n] shows phrases[phrase_ids[n]]
+    kind: str = ""  # the slice that results are also reported for ("relation"); empty for none
+
+
+class Text(NamedTuple):
+    """The tokenised prompts of a batch."""
+
+    token_ids: Tensor  # [B, T] int64
+    mask: Tensor  # [B, T] bool, True = a real token
+    phrase_tokens: Tensor  # [B, P, T] bool, True = this token belongs to this phrase
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a model should have answered for one sample."""
+
+    id: str
+    size: tuple[int, int]  # (height, width) of the original image in pixels
+    phrases: tuple[str, ...]  # P phrases
+    boxes: Tensor  # [N, 4] cxcywh, 0..1 of the image without padding
+    phrase_ids: Tensor  # [N] int64
+    kind: str = ""
+
+    def to(self, device: object, non_blocking: bool = False) -> Target:
+        boxes = self.boxes.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
+        phrase_ids = self.phrase_ids.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
+        return replace(self, boxes=boxes, phrase_ids=phrase_ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model sees, and what it should have answered."""
+
+    images: Tensor  # [B, 3, H, W] float32, normalised
+    padding: Tensor  # [B, H, W] bool, True = padding
+    text: Text
+    targets: list[Target]
+
+    def to(self, device: object, non_blocking: bool = False) -> Batch:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
+
+        return Batch(
+            images=move(self.images),
+            padding=move(self.padding),
+            text=Text(*map(move, self.text)),
+            targets=[target.to(device, non_blocking) for target in self.targets],
+        )
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one sample, best box first."""
+
+    id: str
+    boxes: Tensor  # [K, 4] float32, xyxy in pixels of the original image
+    scores: Tensor  # [K] float32, 0..1
+    phrase_ids: Tensor  # [K] int64
+    phrases: tuple[str, ...]
+
+    def to(self, device: object) -> Prediction:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device)  # type: ignore[call-overload]
+
+        return replace(self, boxes=move(self.boxes), scores=move(self.scores), phrase_ids=move(self.phrase_ids))
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """The pixels a model wants: stretched to height x width, scaled to 0..1, then normalised per channel."""
+
+    height: int
+    width: int
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """The tokens a model wants."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int  # longer prompts are an error of the data, not silently cut
