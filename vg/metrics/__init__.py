@@ -1,0 +1,5 @@
+"""What the answers of a model are worth."""
+
+from vg.metrics.rec import RecMetric
+
+__all__ = ["RecMetric"]
