@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from vg.types import Sample
+
+OVERHANG = 1.0  # pixels: annotators round, so a box may stick out of the image by this much and is clipped
 
 
 class DataError(ValueError):
@@ -34,3 +38,64 @@ class Source(Protocol):
     def load(self, index: int, epoch: int) -> Sample:
         """Read one sample; raises BadSampleError, naming the item, where that is impossible."""
         ...
+
+
+def checked(sample: Sample) -> Sample:
+    """Check what every finished sample promises; every data set passes its samples through here.
+
+    Returns:
+        The sample, its boxes (xyxy pixels) clipped to the image where they stick out by at most `OVERHANG`.
+
+    Raises:
+        BadSampleError: image not [H, W, 3] uint8; no phrase or a blank one; boxes not [N, 4] float32, not finite,
+            without area or outside the image; phrase_ids not [N] int64 or without a phrase.
+    """
+    image, boxes, phrase_ids = sample.image, sample.boxes, sample.phrase_ids
+    where = f"sample {sample.id}"
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise BadSampleError(f"{where}: the image is {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3] (RGB)")
+    if not sample.phrases or not all(phrase.strip() for phrase in sample.phrases):
+        raise BadSampleError(f"{where}: an empty phrase in {sample.phrases}; give it words or remove the row")
+    if boxes.dtype != np.float32 or boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise BadSampleError(f"{where}: boxes are {boxes.dtype} {list(boxes.shape)}, expected float32 [N, 4]")
+    if phrase_ids.dtype != np.int64 or phrase_ids.shape != boxes.shape[:1]:
+        raise BadSampleError(
+            f"{where}: phrase_ids are {phrase_ids.dtype} {list(phrase_ids.shape)}, expected int64, one for each of the "
+            f"{len(boxes)} boxes"
+        )
+    if ((phrase_ids < 0) | (phrase_ids >= len(sample.phrases))).any():
+        raise BadSampleError(f"{where}: phrase_ids {phrase_ids.tolist()} point beyond {len(sample.phrases)} phrases")
+    height, width = image.shape[:2]
+    clipped = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))  # [N, 4]
+    for box, inside in zip(boxes, clipped, strict=True):
+        trouble = _box_trouble(box, inside)
+        if trouble:
+            hint = _format_hint(box.tolist(), width, height)
+            raise BadSampleError(
+                f"{where}: box {box.tolist()} (left, top, right, bottom) {trouble} in an image {width} wide and "
+                f"{height} high; {hint}"
+            )
+    return replace(sample, boxes=clipped)
+
+
+def _box_trouble(box: np.ndarray, inside: np.ndarray) -> str:
+    """What is wrong with one box [4], given the same box clipped to the image; empty if nothing is."""
+    if not np.isfinite(box).all():
+        return "is not finite"
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return "has no area"
+    if np.abs(box - inside).max() > OVERHANG:
+        return "lies outside"
+    if inside[2] <= inside[0] or inside[3] <= inside[1]:
+        return "has no area"
+    return ""
+
+
+def _format_hint(box: list[float], width: int, height: int) -> str:
+    """How to mend a box that cannot be right: by far the most frequent cause is a mix-up of xywh and xyxy."""
+    left, top, right, bottom = box
+    if right > 0 and bottom > 0 and left + right <= width and top + bottom <= height:
+        return "it would fit as x, y, width, height: was xywh read as xyxy?"
+    if left < right - left <= width and top < bottom - top <= height:
+        return "its width and height would fit as right and bottom edge: was xyxy read as xywh?"
+    return "correct the annotation, or check that this is the picture it was made for"

@@ -1,0 +1,180 @@
+"""One row of a table of referring expressions -> one sample per expression, whoever published the table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from vg.data.images import find_image, read_image
+from vg.data.source import BadSampleError, DataError, checked
+from vg.types import Sample
+
+_BOX_TOLERANCE = 1.0  # pixels between two spellings of one box: whole-number rounding of both its ends
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What the columns of a table mean."""
+
+    expressions: str  # the column with one expression or with a list of them; it is what a schema is recognised by
+    box_format: Literal["xyxy", "xywh"]  # of the column `bbox`, in pixels
+    key: str  # the column that identifies the described object
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.expressions, self.key, "bbox"
+
+
+LMMS = Schema("answer", "xywh", "question_id")  # lmms-lab/RefCOCO*, pixels inside; vg.data.shapes draws such rows
+SCHEMAS = (
+    LMMS,
+    Schema("captions", "xyxy", "ann_id"),  # jxu124/refcoco*, no pixels
+    Schema("sent", "xywh", "ann_id"),  # one expression per row: json lines, and the refer toolbox once it is joined
+)
+
+
+def recognise(columns: Collection[str], where: str) -> Schema:
+    """The schema of a table with these columns; DataError, naming `where`, if it is none that we know."""
+    for schema in SCHEMAS:
+        if set(schema.columns) <= set(columns):
+            return schema
+    known = "; ".join(", ".join(schema.columns) for schema in SCHEMAS)
+    raise DataError(
+        f"{where}: the columns {sorted(columns)} are no known RefCOCO schema; rename columns so that one of these "
+        f"sets is complete: {known}"
+    )
+
+
+@dataclass(frozen=True)
+class Referent:
+    """The annotation of one row: an object and all that the row says about it."""
+
+    key: str
+    box: tuple[float, float, float, float]  # xyxy in pixels
+    expressions: tuple[str, ...]
+    kinds: tuple[str, ...]  # parallel to expressions; "" where the row names none
+
+    def sample(self, image: np.ndarray, number: int, id: str) -> Sample:
+        """The checked sample of expression `number` on image [H, W, 3]; BadSampleError if it breaks a promise."""
+        return checked(
+            Sample(
+                id=id,
+                image=image,
+                phrases=(self.expressions[number],),
+                boxes=np.array([self.box], np.float32),  # [1, 4]
+                phrase_ids=np.zeros(1, np.int64),
+                kind=self.kinds[number],
+            )
+        )
+
+
+def expressions_of(value: object) -> list[object]:
+    """The cell of the expression column as a list, one entry per expression.
+
+    A cell without any still counts as one: it becomes a sample that cannot be loaded instead of vanishing.
+    """
+    return value if isinstance(value, list) and value else [value]
+
+
+def referent_of(row: Mapping[str, Any], schema: Schema) -> Referent:
+    """Read the annotation of a row; no pixels are touched.
+
+    Raises:
+        BadSampleError: the key or the box is missing or malformed, or the box contradicts `raw_anns`.
+    """
+    key = row.get(schema.key)
+    if key is None:
+        raise BadSampleError(f"{schema.key} is missing; it identifies the object, give every row one")
+    expressions = expressions_of(row.get(schema.expressions))
+    kinds = row.get("kinds") or [""] * len(expressions)
+    if len(kinds) != len(expressions):
+        raise BadSampleError(f"{key}: {len(kinds)} kinds for {len(expressions)} expressions; give one for each")
+    return Referent(
+        key=str(key),
+        box=_box_of(row, schema, str(key)),
+        expressions=tuple("" if expression is None else str(expression).strip() for expression in expressions),
+        kinds=tuple(kinds),
+    )
+
+
+def _box_of(row: Mapping[str, Any], schema: Schema, key: str) -> tuple[float, float, float, float]:
+    """xyxy pixels; `raw_anns`, where a table has it, is COCO's own annotation (JSON, xywh) and must agree."""
+    box = _to_xyxy(row.get("bbox"), schema.box_format, f"{key}: bbox")
+    if row.get("raw_anns") is None:
+        return box
+    try:
+        published = json.loads(row["raw_anns"])["bbox"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise BadSampleError(f"{key}: raw_anns is not a JSON object with a bbox ({error!r})") from error
+    truth = _to_xyxy(published, "xywh", f"{key}: bbox of raw_anns")
+    if np.abs(np.subtract(box, truth)).max() > _BOX_TOLERANCE:
+        raise BadSampleError(
+            f"{key}: bbox {row['bbox']}, read as {schema.box_format}, contradicts raw_anns, whose box is {published} "
+            f"(x, y, width, height) = {list(truth)} (left, top, right, bottom); write bbox as {schema.box_format}"
+        )
+    return box
+
+
+def _to_xyxy(value: Any, box_format: str, where: str) -> tuple[float, float, float, float]:
+    try:
+        x, y, right_or_width, bottom_or_height = (float(number) for number in value)
+    except (TypeError, ValueError) as error:
+        raise BadSampleError(
+            f"{where} is {value!r}, expected four numbers ({box_format} in pixels); with the refer toolbox: take the "
+            "instances.json that came with the refs file"
+        ) from error
+    if box_format == "xyxy":
+        return x, y, right_or_width, bottom_or_height
+    return x, y, x + right_or_width, y + bottom_or_height
+
+
+def image_of(row: Mapping[str, Any], image_root: Path | None) -> np.ndarray:
+    """[H, W, 3] uint8 RGB: the pixels in the row's column `image`, else the file it names below `image_root`.
+
+    Raises:
+        BadSampleError: no picture, no such file or a damaged one; the message names the file.
+    """
+    image = row.get("image")
+    path, content = (image.get("path"), image.get("bytes")) if isinstance(image, Mapping) else (None, image)
+    if isinstance(content, str):  # the column holds a file name
+        path, content = content, None
+    # The file_name of RefCOCO's publishers has the annotation's number in it and is no file: image_path goes first.
+    name = row.get("image_path") or path or row.get("file_name")
+    if isinstance(content, bytes | Image.Image):
+        return read_image(content, f"{name or 'in the row'}")
+    if name is None:
+        raise BadSampleError("no picture: image, image_path and file_name are all empty; fill one of them")
+    if image_root is None:
+        raise BadSampleError(f"image {name} is not in the row; set image_root to the folder that holds the pictures")
+    return read_image(file := find_image(name, image_root), str(file))
+
+
+def samples_of(
+    row: Mapping[str, Any], dataset: str = "refcoco", split: str = "train", image_root: Path | None = None
+) -> list[Sample]:
+    """One sample per expression of a row of any schema in `SCHEMAS`; they share the image, which is decoded once.
+
+    Rows drawn by `vg.data.shapes` have the schema of lmms-lab/RefCOCO*: `question_id`, `image` (PIL), `answer` (all
+    expressions of the object), `bbox` [x, y, width, height] in pixels, and `kinds` (parallel to answer). Their samples
+    have the ids `<dataset>/<split>/<question_id>/<number of the expression in the row>`.
+
+    Raises:
+        DataError: the columns are no known schema.
+        BadSampleError: the row cannot be used; the message says what is wrong with it.
+    """
+    referent = referent_of(row, recognise(row.keys(), f"{dataset} ({split})"))
+    image = image_of(row, image_root)
+    return [
+        referent.sample(image, number, sample_id(dataset, split, referent.key, number))
+        for number in range(len(referent.expressions))
+    ]
+
+
+def sample_id(dataset: str, split: str, key: str, number: int) -> str:
+    return f"{dataset}/{split}/{key}/{number}"
