@@ -29,9 +29,9 @@ def find_image(name: str, root: Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    tried = ", ".join(dict.fromkeys(str(candidate.relative_to(root)) for candidate in candidates[1:]))
+    tried = ", ".join(dict.fromkeys([name, *(str(candidate.relative_to(root)) for candidate in candidates[1:])]))
     raise BadSampleError(
-        f"image {name} not found below {root} (tried {name}, {tried}); put the file there or set image_root to the "
+        f"image {name} not found below {root} (tried {tried}); put the file there or set image_root to the "
         "folder that holds the pictures"
     )
 

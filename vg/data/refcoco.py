@@ -1,5 +1,109 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: every referring expression is one sample."""
+"""RefCOCO, RefCOCO+ and RefCOCOg: every referring expression is one sample, whoever published the annotations."""
 
-from vg.data.refcoco_rows import samples_of
+from __future__ import annotations
 
-__all__ = ["samples_of"]
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from vg.data.refcoco_rows import (
+    COLUMNS,
+    LMMS,
+    expressions_of,
+    image_name,
+    image_of,
+    recognise,
+    referent_of,
+    sample_id,
+    samples_of,
+)
+from vg.data.refcoco_tables import open_table
+from vg.data.source import BadSampleError, DataError, Provenance
+from vg.types import Sample
+
+__all__ = ["Refcoco", "RefcocoConfig", "samples_of"]
+
+_MIXED = {("val", 8811), ("test", 5000), ("val", 7573)}  # splits of lmms-lab/RefCOCO and RefCOCOg by number of rows
+
+
+@dataclass
+class RefcocoConfig:
+    """RefCOCO, RefCOCO+ or RefCOCOg in any of its published forms, recognised from the columns."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    name: Literal["refcoco"] = "refcoco"
+    path: str = "jxu124/refcoco"  # Hub id, local folder (save_to_disk, data files, refer toolbox), or one file
+    split: str = "train"  # train, val, testA, testB; RefCOCOg has test instead of the last two
+    image_root: str | None = None  # the folder of COCO's train2014 pictures, for annotations without pixels
+    revision: str | None = None  # of a Hub data set
+    partition: str | None = None  # unc, google or umd, where a refer toolbox folder has several refs(*).p
+
+    def build(self) -> Refcoco:
+        return Refcoco(self)
+
+
+class Refcoco:
+    """The expressions of one split, in the order of the rows; pictures are read when a sample is loaded.
+
+    The id of a sample is `<data set>/<split>/<object>/<number>`: the object is the row's `ann_id` or `question_id`, the
+    number counts its expressions.
+    """
+
+    def __init__(self, config: RefcocoConfig) -> None:
+        table = open_table(config.path, config.split, config.partition, config.revision)
+        self._schema = recognise(table.columns, config.path)
+        if self._schema is LMMS and (table.split, len(table.rows)) in _MIXED:
+            warnings.warn(
+                f"{config.path} ({table.split}, {len(table.rows)} rows) mixes the UNC or UMD split with 5,000 other "
+                "rows: results on it cannot be compared with published ones, and its pictures may be in the training "
+                "split. Use testA/testB, or the validation split of jxu124's data sets",
+                stacklevel=3,
+            )
+        self._image_root = Path(config.image_root) if config.image_root is not None else table.folder
+        if self._image_root is None and "image" not in table.columns:
+            raise DataError(f"{config.path} has no pixels; set image_root to the folder of COCO's train2014 pictures")
+        if self._image_root is not None and not self._image_root.is_dir():
+            raise DataError(f"image_root {self._image_root} is not a folder; set it to the one that holds the pictures")
+        self._path = config.path
+        self._table = table.select(COLUMNS)
+        self.provenance = Provenance(data=table.dataset, split=table.split)
+
+        seen: Counter[str] = Counter()  # expressions so far of each object
+        rows, places, numbers = [], [], []
+        keys, cells = table.column(self._schema.key), table.column(self._schema.expressions)
+        for row, (key, cell) in enumerate(zip(keys, cells, strict=True)):
+            for place in range(len(expressions_of(cell))):
+                rows.append(row)
+                places.append(place)
+                numbers.append(seen[str(key)])
+                seen[str(key)] += 1
+        self.num_refs = len(seen)  # described objects
+        self._rows = np.array(rows, np.int32)  # [E] of E expressions: the row it is in,
+        self._places = np.array(places, np.int32)  # [E] its place in that row,
+        self._numbers = np.array(numbers, np.int32)  # [E] and its number among the expressions of the same object
+
+    def __len__(self) -> int:
+        """The number of expressions."""
+        return len(self._rows)
+
+    def load(self, index: int, epoch: int) -> Sample:
+        """The sample of one expression; `epoch` changes nothing.
+
+        Raises:
+            BadSampleError: naming the data set, the row, the object and, if it is about the picture, the file.
+        """
+        number = int(self._rows[index])
+        row = self._table.rows[number]
+        try:
+            referent = referent_of(row, self._schema)
+            id = sample_id(self.provenance.data, self.provenance.split, referent.key, int(self._numbers[index]))
+            return referent.sample(image_of(row, self._image_root), int(self._places[index]), id)
+        except BadSampleError as error:
+            raise BadSampleError(
+                f"{self._path} ({self.provenance.split}), row {number + 1} ({image_name(row)}): {error}"
+            ) from error

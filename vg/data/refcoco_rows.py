@@ -37,6 +37,10 @@ SCHEMAS = (
     Schema("captions", "xyxy", "ann_id"),  # jxu124/refcoco*, no pixels
     Schema("sent", "xywh", "ann_id"),  # one expression per row: json lines, and the refer toolbox once it is joined
 )
+COLUMNS = (  # all that is read of a row
+    *dict.fromkeys(column for schema in SCHEMAS for column in schema.columns),
+    *("kinds", "raw_anns", "image", "image_path", "file_name"),
+)
 
 
 def recognise(columns: Collection[str], where: str) -> Schema:
@@ -134,25 +138,30 @@ def _to_xyxy(value: Any, box_format: str, where: str) -> tuple[float, float, flo
     return x, y, x + right_or_width, y + bottom_or_height
 
 
+def image_name(row: Mapping[str, Any]) -> str:
+    """The file that the row names as its picture, "" if none."""
+    image = row.get("image")
+    inside = image.get("path") if isinstance(image, Mapping) else image if isinstance(image, str) else None
+    # The file_name of RefCOCO's publishers can have the annotation's number in it and be no file: it comes last.
+    return str(row.get("image_path") or inside or row.get("file_name") or "")
+
+
 def image_of(row: Mapping[str, Any], image_root: Path | None) -> np.ndarray:
     """[H, W, 3] uint8 RGB: the pixels in the row's column `image`, else the file it names below `image_root`.
 
     Raises:
         BadSampleError: no picture, no such file or a damaged one; the message names the file.
     """
-    image = row.get("image")
-    path, content = (image.get("path"), image.get("bytes")) if isinstance(image, Mapping) else (None, image)
-    if isinstance(content, str):  # the column holds a file name
-        path, content = content, None
-    # The file_name of RefCOCO's publishers has the annotation's number in it and is no file: image_path goes first.
-    name = row.get("image_path") or path or row.get("file_name")
-    if isinstance(content, bytes | Image.Image):
-        return read_image(content, f"{name or 'in the row'}")
-    if name is None:
+    image, name = row.get("image"), image_name(row)
+    pixels = image.get("bytes") if isinstance(image, Mapping) else image
+    if isinstance(pixels, bytes | Image.Image):
+        return read_image(pixels, name or "in the row")
+    if not name:
         raise BadSampleError("no picture: image, image_path and file_name are all empty; fill one of them")
     if image_root is None:
         raise BadSampleError(f"image {name} is not in the row; set image_root to the folder that holds the pictures")
-    return read_image(file := find_image(name, image_root), str(file))
+    file = find_image(name, image_root)
+    return read_image(file, str(file))
 
 
 def samples_of(

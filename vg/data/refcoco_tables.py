@@ -1,0 +1,205 @@
+"""Where the rows of a RefCOCO data set come from: the Hub, a local folder or one file, and which split of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from vg.data.refcoco_pickles import choose_refs_file, read_refs, refs_files
+from vg.data.source import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    Rows: TypeAlias = list[dict[str, Any]] | Dataset
+
+_SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test", "testa": "testA", "testb": "testB"}
+_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json")
+_WANTED = "a Hub id (jxu124/refcoco), a local folder or a file (.jsonl, .json, .parquet, .arrow, .p)"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one split; rows[i] is a dict, and a picture in it is not decoded yet."""
+
+    rows: Rows
+    columns: frozenset[str]
+    dataset: str  # "jxu124/refcoco", "refcoco-unc"
+    split: str  # under our name for it: train, val, testA, testB, test
+    folder: Path | None  # where a local data set lies; None for the Hub
+
+    def column(self, name: str) -> list[Any]:
+        """All cells of one column, no other column read."""
+        if isinstance(self.rows, list):
+            return [row.get(name) for row in self.rows]
+        return self.rows.select_columns([name])[:][name]
+
+    def select(self, columns: Iterable[str]) -> Table:
+        """The same rows with these columns only, so that reading a row does not parse what nobody asks for."""
+        if isinstance(self.rows, list):
+            return self
+        kept = [name for name in columns if name in self.columns]
+        return replace(self, rows=self.rows.select_columns(kept), columns=frozenset(kept))
+
+
+def open_table(path: str, split: str, partition: str | None, revision: str | None) -> Table:
+    """Find the rows of a split.
+
+    Raises:
+        DataError: nothing readable at `path`, no such split (the message lists those there are) or one without rows.
+    """
+    local = Path(path)
+    if revision is not None and local.exists():
+        raise DataError(f"revision {revision!r} is for Hub data sets, but {path} is local; remove revision")
+    if partition is not None and not refs_files(local):
+        raise DataError(f"partition {partition!r} is for a folder with refs(*).p, and {path} is none; remove partition")
+    if local.is_dir():
+        return _open_folder(local, split, partition)
+    if local.is_file():
+        return _open_file(local, split)
+    if local.suffix in (*_SUFFIXES, ".p") or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+        raise DataError(f"{path} does not exist; path is {_WANTED}")
+    name = path if revision is None else f"{path}@{revision}"
+    return _pick(_load_hub(path, revision), split, name, None)
+
+
+def _open_folder(folder: Path, split: str, partition: str | None) -> Table:
+    name = folder.resolve().name
+    if refs_files(folder):
+        partition, file = choose_refs_file(folder, partition)
+        return _pick_rows(read_refs(file), split, f"{name}-{partition}", folder)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        import datasets
+
+        saved = datasets.load_from_disk(str(folder))
+        if isinstance(saved, datasets.Dataset) and "split" not in saved.column_names and saved.split in _SPLITS:
+            saved = {str(saved.split): saved}  # what datasets noted when it was loaded
+        if isinstance(saved, dict):
+            return _pick(saved, split, name, folder)
+        return _pick_rows(saved, split, name, folder)
+    for suffix in _SUFFIXES:
+        if files := sorted(folder.rglob(f"*{suffix}")):
+            return _open_files({file: str(file.relative_to(folder)) for file in files}, split, name, folder)
+    raise DataError(
+        f"{folder} holds no RefCOCO data; expected what datasets' save_to_disk writes, refs(*).p with instances.json, "
+        f"or files that end in {', '.join(_SUFFIXES)}"
+    )
+
+
+def _open_file(file: Path, split: str) -> Table:
+    folder = file.resolve().parent
+    if file.suffix == ".p":
+        partition = file.stem.removeprefix("refs(").removesuffix(")")
+        return _pick_rows(read_refs(file), split, f"{folder.name}-{partition}", folder)
+    if file.suffix not in _SUFFIXES:
+        raise DataError(f"{file}: unknown kind of file; path is {_WANTED}")
+    name = re.sub(rf"[-_.]({'|'.join(_SPLITS)})$", "", file.stem, flags=re.IGNORECASE)
+    return _open_files({file: file.name}, split, name, folder)
+
+
+def _open_files(files: Mapping[Path, str], split: str, name: str, folder: Path) -> Table:
+    """Files of one kind, each with the part of its path that may name a split ("data/testA-00000-of-00001.parquet")."""
+    by_split: dict[str, list[Path]] = {}
+    for file, label in files.items():
+        named = [word for word in re.split(r"[^a-zA-Z]+", label) if word.lower() in _SPLITS]
+        by_split.setdefault(named[-1] if named else "", []).append(file)
+    nameless = by_split.pop("", [])
+    if by_split and nameless:
+        raise DataError(f"{nameless[0]}: no split in its name, unlike other files of {folder}; rename or remove it")
+    if nameless:
+        return _pick_rows(_read_files(nameless), split, name, folder)
+    published, ours = _choose_split(split, by_split, str(folder))
+    return _table(_read_files(by_split[published]), name, ours, folder)
+
+
+def _read_files(files: list[Path]) -> Rows:
+    suffix = files[0].suffix
+    if suffix in (".jsonl", ".json"):
+        return [row for file in files for row in _read_json(file)]
+    import datasets
+
+    try:
+        return datasets.load_dataset(
+            suffix[1:], data_files={"train": [str(file) for file in files]}, split=datasets.Split.TRAIN
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise DataError(f"{files[0]} (one of {len(files)}) cannot be read: {error.__cause__ or error}") from error
+
+
+def _read_json(file: Path) -> list[dict[str, Any]]:
+    """The objects of a .json file, which is one list of them, or of a .jsonl file with one per line."""
+    text = file.read_text(encoding="utf-8")
+    documents = [text] if file.suffix == ".json" else text.split("\n")
+    rows: list[Any] = []
+    for line, document in enumerate(documents, start=1):
+        if not document.strip():
+            continue
+        try:
+            value = json.loads(document)
+        except ValueError as error:
+            raise DataError(f"{file}, line {line}: not JSON ({error}); mend or remove it") from error
+        rows += value if file.suffix == ".json" and isinstance(value, list) else [value]
+    if not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{file}: expected objects, one per line in a .jsonl file or a list of them in a .json file")
+    return rows
+
+
+def _load_hub(path: str, revision: str | None) -> Mapping[str, Dataset]:
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, revision=revision)
+    except Exception as error:  # the Hub's client raises errors of many libraries
+        raise DataError(
+            f"{path} could not be loaded from the Hugging Face Hub ({type(error).__name__}: {error}), and there is no "
+            "local folder of that name. Without network: on a machine with one, run "
+            f"`hf download {path} --repo-type dataset --local-dir refcoco`, place the folder here and set path to it"
+        ) from error
+
+
+def _pick(tables: Mapping[str, Dataset], split: str, name: str, folder: Path | None) -> Table:
+    published, ours = _choose_split(split, tables, name)
+    return _table(tables[published], name, ours, folder)
+
+
+def _pick_rows(rows: Rows, split: str, name: str, folder: Path) -> Table:
+    """Rows whose column `split` says what they belong to; without that column, they are the split asked for."""
+    table = _table(rows, name, split, folder)
+    if "split" not in table.columns:
+        return _table(rows, name, _choose_split(split, [split], name)[1], folder)
+    splits = table.column("split")
+    published, ours = _choose_split(split, dict.fromkeys(map(str, splits)), name)
+    numbers = [number for number, value in enumerate(splits) if value == published]
+    chosen = [rows[number] for number in numbers] if isinstance(rows, list) else rows.select(numbers)
+    return _table(chosen, name, ours, folder)
+
+
+def _table(rows: Rows, name: str, split: str, folder: Path | None) -> Table:
+    if len(rows) == 0:
+        raise DataError(f"{name}: the split {split} is empty")
+    if isinstance(rows, list):
+        return Table(rows, frozenset().union(*rows), name, split, folder)
+    import datasets
+
+    for column, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):  # datasets would decode early, and turn pictures by their EXIF
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    return Table(rows, frozenset(rows.column_names), name, split, folder)
+
+
+def _choose_split(wanted: str, published: Collection[str], where: str) -> tuple[str, str]:
+    """(the publisher's name, our name) of a split asked for under either.
+
+    A `test` beside a `testB` is testA: that is how jxu124/refcoco spells it.
+    """
+    names = {name: _SPLITS.get(name.lower(), name) for name in published}
+    if "testB" in names.values() and "testA" not in names.values():
+        names = {name: "testA" if ours == "test" else ours for name, ours in names.items()}
+    for name, ours in names.items():
+        if wanted in (name, ours):
+            return name, ours
+    raise DataError(f"{where} has no split {wanted!r}; it has {', '.join(names.values())}")
