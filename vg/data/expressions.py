@@ -39,7 +39,7 @@ POSITION_LEAD = 0.10  # "leftmost": so much of the image side before the runner-
 SIZE_LEAD = math.log(1.25)  # "largest": 1.25 times the runner-up (per side)
 RELATION_LEAD = 0.12  # "left of": the answer is so far on that side of the anchor ...
 RELATION_REFUSAL = 0.04  # ... and every other candidate so far on the opposite side
-NEAR_RATIO = 1.5  # "closest to": the runner-up is so many times further away
+NEAR_RATIO = 1.75  # "closest to": the runner-up is so many times further away
 
 
 def _words() -> tuple[str, ...]:

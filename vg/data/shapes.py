@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from vg.data.expressions import DESCRIBE, VOCABULARY, Kind, classes, described_scene
+from vg.data.refcoco import samples_of
 from vg.data.scenes import MIN_SIDE, Scene, Shape, draw, random_scene, some
 from vg.data.source import DataError, Provenance
-from vg.types import Sample
+from vg.types import Sample, Strict
 
 __all__ = ["VOCABULARY", "Scene", "Shape", "Shapes", "ShapesConfig", "draw"]
 
 SPLITS = {"train": 16_000, "val": 300, "test": 1_200}  # expressions
 
 
-@dataclass(frozen=True)
-class ShapesConfig:
+@dataclass
+class ShapesConfig(Strict):
     """Which drawn scenes to make."""
 
     name: Literal["shapes"] = "shapes"
@@ -30,8 +30,6 @@ class ShapesConfig:
     seed: int = 0
     view: Literal["expression", "detection"] = "expression"  # one phrase and one box, or several of both per scene
     kinds: tuple[Kind, ...] = ("attribute", "superlative", "relation")
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     def build(self) -> Shapes:
         return Shapes(self)
@@ -59,7 +57,7 @@ class Shapes:
         """Draw one sample; see `ShapesConfig.view` for what is in it."""
         if self.config.view == "detection":
             return self._detection(index, epoch)
-        return _sample(self.row(index, epoch))
+        return samples_of(self.row(index, epoch), self.config.name, self.config.split)[0]
 
     def row(self, index: int, epoch: int = 0) -> dict[str, Any]:
         """One scene with one expression for one object, in the columns of `lmms-lab/RefCOCO*` on the Hub.
@@ -70,14 +68,14 @@ class Shapes:
         scene, expression = described_scene(self._rng(index, epoch), kinds[index % len(kinds)], self.config.image_size)
         left, top, right, bottom = map(float, expression.target.box)
         return {
-            "question_id": self._id(index),
+            "question_id": f"{index:06d}",
             "image": Image.fromarray(draw(scene)),
             "question": "Which object does the expression name?",
             "answer": [expression.text],
             "bbox": [left, top, right - left, bottom - top],
             "segmentation": [left, top, right, top, right, bottom, left, bottom],
             "iscrowd": 0,
-            "file_name": f"shapes_{self.config.seed}_{self._id(index)}_{self._fixed(epoch)}.png",
+            "file_name": f"{self.config.split}_seed{self.config.seed}_epoch{self._fixed(epoch)}_{index:06d}.png",
             "kinds": [expression.kind],
         }
 
@@ -88,15 +86,12 @@ class Shapes:
         phrases = some(rng, [phrase for phrase in classes(scene) if any(phrase)], int(rng.integers(2, 5)))
         pairs = [(number, shape) for number, phrase in enumerate(phrases) for shape in phrase.named(scene.shapes)]
         return Sample(
-            id=self._id(index),
+            id=f"{self.config.name}/{self.config.split}/{index:06d}",
             image=draw(scene),
             phrases=tuple(phrase.text(rng) for phrase in phrases),
             boxes=np.array([shape.box for _, shape in pairs], dtype=np.float32),  # [N, 4]
             phrase_ids=np.array([number for number, _ in pairs], dtype=np.int64),  # [N]
         )
-
-    def _id(self, index: int) -> str:
-        return f"{self.config.split}_{index:06d}"
 
     def _fixed(self, epoch: int) -> int:
         return epoch if self.config.split == "train" else 0
@@ -106,15 +101,3 @@ class Shapes:
             raise IndexError(f"shapes {self.config.split}: no item {index}, there are {len(self)}")
         split = list(SPLITS).index(self.config.split)
         return np.random.default_rng([self.config.seed, split, self._fixed(epoch), index])
-
-
-def _sample(row: Mapping[str, Any]) -> Sample:
-    left, top, width, height = row["bbox"]
-    return Sample(
-        id=row["question_id"],
-        image=np.asarray(row["image"]),
-        phrases=(row["answer"][0],),
-        boxes=np.array([[left, top, left + width, top + height]], dtype=np.float32),  # [1, 4]
-        phrase_ids=np.zeros(1, dtype=np.int64),
-        kind=row["kinds"][0],
-    )
