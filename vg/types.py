@@ -7,12 +7,18 @@ S image tokens of all levels, D channels, K predicted boxes of one image, H and 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:  # keeps `import vg` and the configuration free of torch
     import numpy as np
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+
+class Strict:
+    """Base of all settings (dataclasses): an unknown key is an error, where pydantic would drop it in silence."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,6 @@ class Text(NamedTuple):
 
     token_ids: Tensor  # [B, T] int64
     mask: Tensor  # [B, T] bool, True = a real token
-    phrase_tokens: Tensor  # [B, P, T] bool, True = this token belongs to this phrase
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""Augmentation that keeps words true: a mirrored picture swaps left and right in its phrases (albumentations inside)."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vg.types import Sample, Strict
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no look-up on the network at import
+
+
+@dataclass
+class AugmentConfig(Strict):
+    """Probabilities are per sample; everything is off by default."""
+
+    flip: float = 0.0
+    """Probability of mirroring the picture, with "left" and "right" swapped in the phrases."""
+    color: float = 0.0
+    """Strength of random brightness, contrast and saturation (0.2 = by up to 20 %); hues stay, for words name them."""
+    crop: float = 0.0
+    """Probability of a random crop that keeps every box whole."""
+
+    def build(self) -> Augment | None:
+        return Augment(self) if any((self.flip, self.color, self.crop)) else None
+
+
+_ADVERB = r"(?<!the )(?<!on )(?<!far )\bright(?= (?:next to|behind|above|below|beside|under|in front|before|after)\b)"
+_SIDE = r"\b(?P<side>left|right)(?=(?:most|hand|side)?\b)"
+_SIDE_OR_ADVERB = re.compile(f"{_ADVERB}|{_SIDE}", re.IGNORECASE)  # "right behind him" is no side, "on the right" is
+
+
+def swap_sides(phrase: str) -> str:
+    """The phrase as it reads in the mirror: "man left of the rightmost car" -> "man right of the leftmost car"."""
+
+    def other(match: re.Match[str]) -> str:
+        side = match["side"]
+        if side is None:
+            return match.group()
+        swapped = "right" if side.lower() == "left" else "left"
+        return swapped.upper() if side.isupper() else swapped.capitalize() if side[0].isupper() else swapped
+
+    return _SIDE_OR_ADVERB.sub(other, phrase)
+
+
+class Augment:
+    """Sample -> Sample; the same seed gives the same picture."""
+
+    def __init__(self, config: AugmentConfig):
+        import albumentations as A
+
+        boxes = A.BboxParams(format="pascal_voc", label_fields=["phrase_ids"])
+        self.config = config
+        self.mirror = A.Compose([A.HorizontalFlip(p=1)], bbox_params=boxes)
+        transforms: list[A.BasicTransform] = []
+        if config.crop:
+            transforms.append(A.BBoxSafeRandomCrop(p=config.crop))
+        if config.color:
+            jitter = (1 - config.color, 1 + config.color)
+            transforms.append(A.ColorJitter(jitter, jitter, jitter, hue=(0, 0), p=1))
+        self.others = A.Compose(transforms, bbox_params=boxes)
+
+    def __call__(self, sample: Sample, seed: tuple[int, int, int]) -> Sample:
+        random = np.random.default_rng(seed)
+        if random.random() < self.config.flip:
+            sample = self._apply(self.mirror, sample)
+            sample = replace(sample, phrases=tuple(map(swap_sides, sample.phrases)))
+        self.others.set_random_seed(int(random.integers(2**31)))
+        return self._apply(self.others, sample)
+
+    @staticmethod
+    def _apply(transform: object, sample: Sample) -> Sample:
+        result = transform(image=sample.image, bboxes=sample.boxes, phrase_ids=sample.phrase_ids)  # type: ignore[operator]
+        return replace(
+            sample,
+            image=result["image"],
+            boxes=np.asarray(result["bboxes"], dtype=np.float32).reshape(-1, 4),
+            phrase_ids=np.asarray(result["phrase_ids"], dtype=np.int64),
+        )

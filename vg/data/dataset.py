@@ -1,0 +1,89 @@
+"""From a source to what a DataLoader reads: samples that were checked and augmented, the same in every run."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from vg.data.augment import Augment
+from vg.data.source import BadSampleError, DataError, Source, checked
+from vg.types import Sample
+
+logger = logging.getLogger(__name__)
+
+BadSamples = Literal["error", "skip"]
+
+
+class GroundingDataset(Dataset[Sample]):
+    """Samples of a source.
+
+    Whatever is random depends on (seed, epoch, index) only: neither workers nor a resumed run change it.
+
+    Args:
+        bad_samples: "error" raises BadSampleError for a sample that cannot be used; "skip" warns, counts it, and gives
+            the next good one instead (its id is the same both times, so that metrics count it once).
+    """
+
+    def __init__(
+        self, source: Source, augment: Augment | None = None, seed: int = 0, bad_samples: BadSamples = "error"
+    ):
+        if len(source) == 0:
+            raise DataError(f"{source.provenance} holds no samples")
+        self.source = source
+        self.augment = augment
+        self.seed = seed
+        self.skip = bad_samples == "skip"
+        # Shared memory: the workers of a DataLoader write, the main process counts.
+        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
+        self._bad = torch.zeros(len(source), dtype=torch.bool).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch[0] = epoch
+
+    @property
+    def num_bad(self) -> int:
+        """How many samples were found unusable so far."""
+        return int(self._bad.sum())
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        for candidate in (*range(index, len(self)), *range(index)) if self.skip else (index,):
+            if self._bad[candidate]:
+                continue
+            try:
+                return self._load(candidate)
+            except BadSampleError as error:
+                if not self.skip:
+                    raise
+                self._bad[candidate] = True
+                logger.warning("skipped a bad sample: %s", error)
+        raise DataError(f"{self.source.provenance}: every sample is bad; the warnings above name the reasons")
+
+    def _load(self, index: int) -> Sample:
+        epoch = int(self._epoch[0])
+        sample = checked(self.source.load(index, epoch))
+        return self.augment(sample, seed=(self.seed, epoch, index)) if self.augment else sample
+
+
+class EpochSampler(Sampler[int]):
+    """A new order of all indices for every epoch, a function of (seed, epoch) alone."""
+
+    def __init__(self, length: int, seed: int):
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(torch.randperm(self.length, generator=generator).tolist())

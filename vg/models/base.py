@@ -1,0 +1,67 @@
+"""What the trainer, the evaluation and the checkpoints know about a model - and all they know."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vg.types import Batch, ImageSpec, Prediction, TextSpec
+
+
+class GroundingModel(nn.Module, ABC):
+    """A network that describes its input, answers a batch, and knows how to be wrong about it.
+
+    ``forward`` returns a NamedTuple: under mixed precision Accelerate brings these back to float32, and leaves other
+    containers alone. ``loss`` and ``predict`` use no parameters, so that they are right outside of DDP's wrapper.
+    """
+
+    external: tuple[str, ...] = ()  # submodules whose weights live under an id of their own and are never saved
+
+    @property
+    @abstractmethod
+    def image_spec(self) -> ImageSpec: ...
+
+    @property
+    @abstractmethod
+    def text_spec(self) -> TextSpec: ...
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Any: ...
+
+    @abstractmethod
+    def loss(self, output: Any, batch: Batch) -> dict[str, Tensor]:
+        """Weighted terms (scalars, each the mean over the samples of the batch); their sum is the loss."""
+
+    @abstractmethod
+    def predict(self, output: Any, batch: Batch) -> list[Prediction]:
+        """Boxes in pixels of the original images, best first."""
+
+    def own_state_dict(self) -> dict[str, Tensor]:
+        """All weights but those of the external submodules."""
+        return {key: value for key, value in self.state_dict().items() if not self._is_external(key)}
+
+    def load_own_state_dict(self, weights: Mapping[str, Tensor]) -> None:
+        """Load what own_state_dict gave; raises ValueError that lists every missing, unexpected or misshapen weight."""
+        own = self.own_state_dict()
+        trouble = [f"missing: {key} {tuple(own[key].shape)}" for key in own.keys() - weights.keys()]
+        trouble += [f"unexpected: {key} {tuple(weights[key].shape)}" for key in weights.keys() - own.keys()]
+        for key in own.keys() & weights.keys():
+            if own[key].shape != weights[key].shape:
+                trouble.append(f"shape: {key} is {tuple(weights[key].shape)}, expected {tuple(own[key].shape)}")
+        if trouble:
+            raise ValueError("the weights do not fit the model:\n  " + "\n  ".join(sorted(trouble)))
+        self.load_state_dict(weights, strict=False)
+
+    def _is_external(self, key: str) -> bool:
+        return any(key.startswith(f"{name}.") for name in self.external)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def num_parameters(self, trainable_only: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)

@@ -1,0 +1,144 @@
+"""Settings of the rec family; the defaults are the published model (frozen DINOv3 ViT-B/16 + BGE-small, 224 px)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+from pydantic import BeforeValidator, Field
+
+from vg.types import Strict
+
+if TYPE_CHECKING:
+    from vg.models.rec.heads import DenseHead, PooledHead
+    from vg.models.rec.model import RecModel
+
+
+@dataclass
+class EncoderConfig(Strict):
+    """Where an encoder comes from: a Hub id or a local folder, or (with ``architecture``) small and from scratch."""
+
+    id: str | None = None
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    architecture: dict[str, Any] | None = None
+    """Arguments of the transformers configuration, `model_type` among them: random weights instead of those of `id`."""
+    frozen: bool = True
+    """Frozen encoders run in evaluation mode without gradients; with an `id` they are not saved with the checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.architecture is None:
+            if self.id is None:
+                raise ValueError("give `id` (pretrained weights) or `architecture` (random weights)")
+            return
+        if "model_type" not in self.architecture:
+            raise ValueError("`architecture` needs `model_type`, for example dinov3_vit or bert")
+        if self.id not in (None, type(self).id):
+            raise ValueError("give `id` (pretrained weights) or `architecture` (random weights), not both")
+        self.id = None
+
+
+@dataclass
+class VisionEncoderConfig(EncoderConfig):
+    id: str | None = "facebook/dinov3-vitb16-pretrain-lvd1689m"
+
+
+@dataclass
+class TextEncoderConfig(EncoderConfig):
+    id: str | None = "BAAI/bge-small-en-v1.5"
+    tokenizer: str | None = None
+    """Hub id, local folder, tokenizer.json or vocab.txt; by default that of `id`, or vg's own small vocabulary."""
+
+
+@dataclass
+class PooledLossConfig(Strict):
+    """Weights of the loss terms; zero switches a term off. The published model was trained with DIoU alone."""
+
+    diou: float = 1.0
+    l1: float = 0.0
+    giou: float = 0.0
+
+
+@dataclass
+class DenseLossConfig(Strict):
+    """Weights of the loss terms; zero switches a term off."""
+
+    token: float = 1.0
+    """Cross-entropy between the scores of the image tokens and the tokens inside the true box."""
+    diou: float = 0.0
+    l1: float = 5.0
+    giou: float = 2.0
+
+
+@dataclass
+class PooledHeadConfig(Strict):
+    """The published head: text tokens query the image, their mean regresses one box."""
+
+    name: Literal["pooled"] = "pooled"
+    width: int = 512
+    layers: int = 6
+    heads: int = 8
+    feedforward: int = 2048
+    dropout: float = 0.1
+    loss: PooledLossConfig = field(default_factory=PooledLossConfig)
+
+    def build(self, vision_width: int, text_width: int) -> PooledHead:
+        from vg.models.rec.heads import PooledHead
+
+        return PooledHead(self, vision_width, text_width)
+
+
+@dataclass
+class DenseHeadConfig(Strict):
+    """Our head: image and text tokens attend to one another, every image token scores itself and proposes a box."""
+
+    name: Literal["dense"] = "dense"
+    width: int = 256
+    layers: int = 4
+    heads: int = 8
+    feedforward: int = 1024
+    dropout: float = 0.1
+    num_boxes: int = 5
+    """How many boxes `predict` returns, best first."""
+    loss: DenseLossConfig = field(default_factory=DenseLossConfig)
+
+    def build(self, vision_width: int, text_width: int) -> DenseHead:
+        from vg.models.rec.heads import DenseHead
+
+        return DenseHead(self, vision_width, text_width)
+
+
+def _by_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value  # `head: dense` is short for `head: {name: dense}`
+
+
+HeadConfig = Annotated[
+    Union[PooledHeadConfig, DenseHeadConfig],  # noqa: UP007 - Python 3.10 cannot evaluate `|` under Annotated in pydantic
+    Field(discriminator="name"),
+    BeforeValidator(_by_name),
+]
+
+
+@dataclass
+class RecConfig(Strict):
+    """Referring expression comprehension: one expression, one box."""
+
+    name: Literal["rec"] = "rec"
+    image_size: int = 224
+    """Side of the square that images are stretched to, in pixels."""
+    max_tokens: int = 64
+    """Longest expression in tokens, the two special ones included; a longer one is an error."""
+    vision: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    head: HeadConfig = field(default_factory=PooledHeadConfig)
+
+    def build(self, pretrained: bool = True) -> RecModel:
+        """Build the network.
+
+        Args:
+            pretrained: load the weights of encoders that have an id; False gives random ones (a checkpoint follows,
+                or only shapes matter).
+        """
+        from vg.models.rec.model import RecModel
+
+        return RecModel(self, pretrained)

@@ -1,0 +1,130 @@
+"""The two heads of the rec family: from image tokens and text tokens to one box per expression."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vg import boxes as box_ops
+from vg.losses import terms
+from vg.models.layers import MLP, sine_encoding, token_centers
+from vg.models.rec.config import DenseHeadConfig, DenseLossConfig, PooledHeadConfig, PooledLossConfig
+
+
+class PooledOutput(NamedTuple):
+    boxes: Tensor  # [B, 4] cxcywh 0..1
+
+
+class DenseOutput(NamedTuple):
+    logits: Tensor  # [B, S] how well each image token fits the expression
+    boxes: Tensor  # [B, S, 4] cxcywh 0..1, the box each token proposes
+    centers: Tensor  # [S, 2] (x, y) 0..1, where the tokens are
+
+
+def box_terms(predicted: Tensor, target: Tensor, weights: PooledLossConfig | DenseLossConfig) -> dict[str, Tensor]:
+    """The weighted box losses that are switched on: [..., 4] cxcywh each -> {term: [...]}."""
+    functions = {"diou": terms.diou, "l1": terms.l1, "giou": terms.giou}
+    return {
+        name: getattr(weights, name) * function(predicted, target)
+        for name, function in functions.items()
+        if getattr(weights, name)
+    }
+
+
+class PooledHead(nn.Module):
+    """The published head: a transformer decoder whose queries are the text tokens and whose memory is the image.
+
+    All image tokens (class and register tokens too) are memory and no positions are added: DINOv3's rotary encoding
+    has put them into its features. The mean over the real text tokens regresses (left, top, right, bottom).
+    """
+
+    def __init__(self, config: PooledHeadConfig, vision_width: int, text_width: int):
+        super().__init__()
+        self.config = config
+        self.vision_projection = nn.Linear(vision_width, config.width)
+        self.text_projection = nn.Linear(text_width, config.width)
+        layer = nn.TransformerDecoderLayer(
+            config.width, config.heads, config.feedforward, config.dropout, batch_first=True
+        )
+        self.decoder = nn.TransformerDecoder(layer, config.layers)
+        self.norm = nn.LayerNorm(config.width)
+        self.box = MLP(config.width, config.width // 2, 4)
+
+    def forward(self, image: Tensor, grid: tuple[int, int], text: Tensor, text_mask: Tensor) -> PooledOutput:
+        x = self.decoder(
+            self.text_projection(text), self.vision_projection(image), tgt_key_padding_mask=~text_mask
+        )  # [B, T, D]
+        share = text_mask / text_mask.sum(dim=1, keepdim=True)  # [B, T]
+        x = self.norm((x * share.unsqueeze(-1)).sum(dim=1))  # [B, D]
+        return PooledOutput(box_ops.xyxy_to_cxcywh(self.box(x).sigmoid()))
+
+    def loss(self, output: PooledOutput, target: Tensor) -> dict[str, Tensor]:
+        """target: [B, 4] cxcywh 0..1."""
+        return {name: loss.mean() for name, loss in box_terms(output.boxes, target, self.config.loss).items()}
+
+    def rank(self, output: PooledOutput) -> tuple[Tensor, Tensor]:
+        """Boxes [B, 1, 4] and scores [B, 1]; this head cannot tell how sure it is, so the score is always 1."""
+        boxes = output.boxes.unsqueeze(1)
+        return boxes, boxes.new_ones(boxes.shape[:2])
+
+
+class DenseHead(nn.Module):
+    """Our head: one transformer over image and text tokens together; each image token scores and boxes itself."""
+
+    def __init__(self, config: DenseHeadConfig, vision_width: int, text_width: int):
+        super().__init__()
+        self.config = config
+        self.vision_projection = nn.Linear(vision_width, config.width)
+        self.text_projection = nn.Linear(text_width, config.width)
+        layer = nn.TransformerEncoderLayer(
+            config.width, config.heads, config.feedforward, config.dropout, "gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(config.width)
+        self.score = nn.Linear(config.width, 1)
+        self.box = MLP(config.width, config.width, 4)
+
+    def forward(self, image: Tensor, grid: tuple[int, int], text: Tensor, text_mask: Tensor) -> DenseOutput:
+        num_cells = grid[0] * grid[1]
+        centers = token_centers(grid, image.device)  # [S, 2]
+        image = self.vision_projection(image[:, -num_cells:])  # [B, S, D] without class and register tokens
+        image = image + sine_encoding(centers, self.config.width)
+        x = torch.cat((image, self.text_projection(text)), dim=1)  # [B, S + T, D]
+        padding = torch.cat((text_mask.new_zeros(image.shape[:2]), ~text_mask), dim=1)  # [B, S + T]
+        x = self.norm(self.layers(x, src_key_padding_mask=padding)[:, :num_cells])  # [B, S, D]
+        center_offset, size = self.box(x).float().chunk(2, dim=-1)
+        center = (torch.logit(centers) + center_offset).sigmoid()  # a token starts from its own place
+        return DenseOutput(self.score(x).squeeze(-1), torch.cat((center, size.sigmoid()), dim=-1), centers)
+
+    def loss(self, output: DenseOutput, target: Tensor) -> dict[str, Tensor]:
+        """target: [B, 4] cxcywh 0..1."""
+        positive = self.positive_tokens(output.centers, target)  # [B, S]
+        share = positive / positive.sum(dim=1, keepdim=True)
+        losses = {"token": self.config.loss.token * terms.token_cross_entropy(output.logits, positive).mean()}
+        target = target.unsqueeze(1).expand_as(output.boxes)
+        for name, loss in box_terms(output.boxes, target, self.config.loss).items():
+            losses[name] = (loss * share).sum(dim=1).mean()
+        return losses
+
+    @staticmethod
+    def positive_tokens(centers: Tensor, target: Tensor) -> Tensor:
+        """Tokens whose centre lies in the box, or the nearest one where the box is too small: [B, S] bool."""
+        offset = (centers - target[:, None, :2]).abs()  # [B, S, 2]
+        nearest = offset.sum(dim=-1).argmin(dim=1, keepdim=True)  # [B, 1]
+        inside = (offset <= target[:, None, 2:] / 2).all(dim=-1)
+        return inside.scatter(1, nearest, True)
+
+    def rank(self, output: DenseOutput) -> tuple[Tensor, Tensor]:
+        """The boxes of the best tokens [B, K, 4] and their scores [B, K].
+
+        The softmax spreads over all tokens of the object, so the score of a box is the probability of all tokens
+        inside it: near 1 where the model is sure, whatever the size of the object.
+        """
+        probability = output.logits.float().softmax(dim=-1)  # [B, S]
+        best = probability.topk(min(self.config.num_boxes, probability.shape[1]), dim=-1).indices  # [B, K]
+        boxes = output.boxes.gather(1, best.unsqueeze(-1).expand(-1, -1, 4))  # [B, K, 4]
+        offset = (output.centers - boxes[:, :, None, :2]).abs()  # [B, K, S, 2]
+        inside = (offset <= boxes[:, :, None, 2:] / 2).all(dim=-1)  # [B, K, S]
+        return boxes, (inside * probability.unsqueeze(1)).sum(dim=-1).clamp(max=1)
