@@ -1,0 +1,158 @@
+"""What is drawn lies where it belongs, in the colours that were asked for, and bad input is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageColor
+
+from vg.inference.draw import HIT, MISS, PREDICTED, TRUE, UNKNOWN, _font, _wrap, curves, draw_boxes, prediction_grid
+from vg.types import Prediction, Sample
+
+
+def pixels_of(image: np.ndarray, colour: str) -> np.ndarray:
+    """[n, 2] x and y of the pixels of exactly this colour."""
+    return np.argwhere((image == ImageColor.getrgb(colour)).all(axis=-1))[:, ::-1]
+
+
+def grey(height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), 128, np.uint8)
+
+
+def answer(
+    true_box: list[float] | None, box: list[float] | None, words: str = "the red star"
+) -> tuple[Sample, Prediction]:
+    boxes = np.array([true_box] if true_box else [], np.float32).reshape(-1, 4)
+    sample = Sample("scene/7", grey(120, 160), (words,), boxes, np.zeros(len(boxes), np.int64))
+    predicted = torch.tensor([box] if box else [], dtype=torch.float32).reshape(-1, 4)
+    return sample, Prediction(sample.id, predicted, torch.full((len(predicted),), 0.7), torch.zeros(1).long(), (words,))
+
+
+def test_a_box_is_drawn_where_it_is_on_a_copy() -> None:
+    image = grey(200, 300)
+    drawn = draw_boxes(image, [[50, 60, 150, 120]], colours=["#ff0000"])
+    found = pixels_of(drawn, "#ff0000")
+    assert found.min(axis=0).tolist() == [50, 60]
+    assert found.max(axis=0).tolist() == [150, 120]
+    assert (drawn[70:110, 60:140] == 128).all(), "the inside stays as it is"
+    assert (image == 128).all(), "so does the picture that was given"
+    assert drawn.flags.writeable
+    assert drawn.shape == image.shape
+    assert drawn.dtype == np.uint8
+
+
+def test_lines_grow_with_the_picture() -> None:
+    def thickness(side: int) -> int:
+        middle_row = draw_boxes(grey(side, side), [[side / 4] * 2 + [side / 2] * 2], colours=["#ff0000"])[side * 3 // 8]
+        return len(pixels_of(middle_row[None], "#ff0000")) // 2
+
+    assert thickness(100) == 2
+    assert thickness(1800) == 10
+
+
+@pytest.mark.parametrize("box", [[0, 0, 40, 30], [260, 0, 300, 20], [-50, -50, 400, 400], [280, 180, 300, 200]])
+def test_labels_stay_inside_of_the_picture(box: list[float]) -> None:
+    without = draw_boxes(grey(200, 300), [box])
+    with_label = draw_boxes(grey(200, 300), [box], ["the star 0.91"])
+    changed = np.argwhere((without != with_label).any(axis=-1))
+    assert np.ptp(changed[:, 0]) + 1 >= 12, "the whole height of the label is seen"
+    assert np.ptp(changed[:, 1]) + 1 >= 60, "and its whole width"
+
+
+def test_no_boxes_and_degenerate_boxes_are_drawn() -> None:
+    assert (draw_boxes(grey(20, 20), np.zeros((0, 4))) == 128).all()
+    assert len(pixels_of(draw_boxes(grey(20, 20), torch.tensor([[5.0, 5, 5, 5]])), PREDICTED))
+
+
+@pytest.mark.parametrize(
+    ("image", "boxes", "labels", "message"),
+    [
+        (grey(9, 9), [[0, 0, 5, 5]], ["a", "b"], "2 labels for 1 boxes"),
+        (grey(9, 9), [[5, 0, 0, 5]], [], r"\[5.0, 0.0, 0.0, 5.0\] is not a box"),
+        (grey(9, 9), [[0, 0, float("nan"), 5]], [], "is not a box"),
+        (np.zeros((3, 9, 9), np.uint8), [], [], r"must be \[H, W, 3\] uint8, got \[3, 9, 9\]"),
+        (np.zeros((9, 9, 3)), [], [], "got .* float64"),
+    ],
+)
+def test_bad_input_is_named(image: np.ndarray, boxes: list, labels: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_boxes(image, boxes, labels)
+
+
+def test_the_grid_shows_each_verdict(tmp_path: Path) -> None:
+    hit = answer([10, 10, 60, 60], [10, 10, 60, 50])
+    miss = answer([10, 10, 60, 60], [90, 10, 140, 60], "die größte Tür " * 20)
+    silent = answer([10, 10, 60, 60], None)
+    unknown = answer(None, [10, 10, 60, 60])
+    prediction_grid([hit, miss, silent, unknown], 2, tmp_path / "grid.png")
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    body = grid[56:]  # below the legend
+    middle_x, middle_y = body.shape[1] // 2, body.shape[0] // 2
+    cards = [
+        body[:middle_y, :middle_x],
+        body[:middle_y, middle_x:],
+        body[middle_y:, :middle_x],
+        body[middle_y:, middle_x:],
+    ]
+    shown = [[bool(len(pixels_of(card, colour))) for colour in (HIT, MISS, UNKNOWN, PREDICTED, TRUE)] for card in cards]
+    assert shown == [
+        [True, False, False, True, True],
+        [False, True, False, True, True],
+        [False, True, False, False, True],
+        [False, False, True, True, False],
+    ]
+
+
+def test_a_grid_of_one_card_has_room_for_the_legend(tmp_path: Path) -> None:
+    prediction_grid([answer([10, 10, 60, 60], [10, 10, 60, 60])], 5, tmp_path / "grid.png")
+    legend = np.asarray(Image.open(tmp_path / "grid.png"))[:50]
+    assert len(pixels_of(legend, MISS))
+    assert (legend[:, -16:] == 255).all(), "its last word ends before the picture does"
+
+
+def test_the_grid_names_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to draw"):
+        prediction_grid([], 2, tmp_path / "grid.png")
+    sample, prediction = answer([1, 1, 9, 9], None)
+    two = Sample(sample.id, sample.image, ("cat", "dog"), sample.boxes, sample.phrase_ids)
+    with pytest.raises(ValueError, match="'scene/7' has 2 phrases and 1 boxes"):
+        prediction_grid([(two, prediction)], 2, tmp_path / "grid.png")
+
+
+def test_captions_break_between_words_and_say_that_they_are_cut() -> None:
+    font = _font(17)
+    lines = _wrap("the small red star left of the big blue circle " * 3, font, 200, lines=2)
+    assert len(lines) == 2
+    assert all(font.getlength(line) <= 200 for line in lines)
+    assert lines[0] in "the small red star left of the big blue circle"
+    assert lines[1].endswith("…")
+    assert _wrap("a star", font, 200, lines=2) == ["a star"]
+    assert _wrap("a" * 100, font, 200, lines=2)[0].endswith("…")
+    assert _wrap("", font, 200, lines=2) == [""]
+
+
+def test_curves_of_a_training(tmp_path: Path) -> None:
+    training = [{"step": step, "loss": 3 / (step + 1), "loss/giou": 1.0, "learning_rate": 1e-4} for step in range(200)]
+    evaluation = [{"step": step, "miou": step / 300, "num_expressions": 50, "easy/miou": 1.0} for step in (99, 199)]
+    curves([*training, *evaluation], tmp_path / "both.png")
+    curves(training[:1], tmp_path / "loss.png")
+    curves(evaluation, tmp_path / "metrics.png")
+    both, loss, metrics = (Image.open(tmp_path / f"{name}.png").size for name in ("both", "loss", "metrics"))
+    assert both[1] == 2 * loss[1] == 2 * metrics[1]
+    for nothing in ([], [{"step": 1, "epoch": 1}]):
+        with pytest.raises(ValueError, match="neither losses nor metrics"):
+            curves(nothing, tmp_path / "nothing.png")
+
+
+def test_drawing_boxes_needs_no_torch() -> None:
+    code = (
+        "import sys, numpy; from vg.inference.draw import draw_boxes;"
+        "draw_boxes(numpy.zeros((50, 50, 3), 'uint8'), [[5, 5, 20, 20]], ['a']);"
+        "sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,285 @@
+"""Draws what people look at: boxes on a picture, a grid of answers next to the truth, and the curves of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from vg.types import Prediction, Sample
+
+COLOURS = ("#ffb000", "#00c8ff", "#ff5cae", "#7ee04a", "#b58cff", "#ff7a45")  # apart for colour-blind eyes, too
+PREDICTED, TRUE = COLOURS[:2]
+HIT, MISS, UNKNOWN = "#1a8f4c", "#d3323f", "#8a929c"
+INK, FAINT_INK, PAPER = "#1c2430", "#66707c", "#ffffff"
+GROUND = "#eef0f3"  # behind pictures that do not fill their place
+CURVE_COLOURS = ("#1c2430", "#e08a00", "#0f86c9", "#c23d83", "#3d9b35", "#7a52c7")  # COLOURS, darker: for white paper
+HALO = "#000000"  # around coloured lines: one of the two is seen on any picture
+
+HIT_IOU = 0.5
+CARD_WIDTH, PICTURE_HEIGHT, CAPTION_LINES, TEXT_SIZE = 400, 300, 2, 17  # of the grid, in pixels
+LINE_HEIGHT, PADDING, GAP, FRAME, DASH = 24, 12, 16, 4, 7
+LEGEND_WIDTH = 560  # pictures of one card are made that wide
+
+
+def draw_boxes(
+    image: np.ndarray, boxes: ArrayLike, labels: Sequence[str] = (), colours: Sequence[str] = COLOURS
+) -> np.ndarray:
+    """Draw boxes and their labels on a copy of a picture; lines and letters grow with it.
+
+    Args:
+        image: [H, W, 3] uint8, RGB.
+        boxes: [N, 4] xyxy in pixels; what lies outside of the picture is cut off.
+        labels: one for each box, or none at all; too long ones are shortened to the width of the picture.
+        colours: names or hex codes that PIL knows, used in turn.
+
+    Returns:
+        [H, W, 3] uint8, RGB.
+
+    Raises:
+        ValueError: the image or a box is not what it should be, or there are not as many labels as boxes.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"the image must be [H, W, 3] uint8, got {list(image.shape)} {image.dtype}")
+    canvas = Image.fromarray(image)
+    rows = np.asarray(boxes, dtype=float).reshape(-1, 4)  # [N, 4]
+    if labels and len(labels) != len(rows):
+        raise ValueError(f"{len(labels)} labels for {len(rows)} boxes: give one label for each box, or none")
+    width = max(2, round(min(canvas.size) / 180))
+    for box, colour in zip(rows, cycle(colours), strict=False):
+        _outline(canvas, box, colour, width)
+    font = _font(max(11, round(min(canvas.size) / 28)))
+    for box, colour, label in zip(rows, cycle(colours), labels, strict=False):  # over all lines
+        _label(canvas, box, colour, label, font)
+    return np.array(canvas)
+
+
+def prediction_grid(items: Sequence[tuple[Sample, Prediction]], columns: int, path: str | Path) -> None:
+    """Write a picture file with one card for each expression: the best predicted box, the true box, and the verdict.
+
+    Args:
+        items: samples of one expression each and the answers to them. A sample without a true box is shown without
+            a verdict.
+        columns: cards in a row.
+        path: of the file to write; its suffix chooses the format (".png").
+
+    Raises:
+        ValueError: there is nothing to draw, or an item is not about one expression.
+    """
+    if not items or columns < 1:
+        raise ValueError("there is nothing to draw: give at least one sample and its prediction, and one column")
+    cards = [_card(sample, prediction) for sample, prediction in items]
+    columns = min(columns, len(cards))
+    width, height = cards[0].size
+    top = GAP + LINE_HEIGHT + GAP  # the legend
+    rows = -(-len(cards) // columns)
+    size = (max(LEGEND_WIDTH, GAP + columns * (width + GAP)), top + rows * (height + GAP))
+    canvas = Image.new("RGB", size, PAPER)
+    _legend(canvas)
+    for index, card in enumerate(cards):
+        row, column = divmod(index, columns)
+        canvas.paste(card, (GAP + column * (width + GAP), top + row * (height + GAP)))
+    canvas.save(path)
+
+
+def curves(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
+    """Write a picture file with the loss and its terms over the steps, and below it the metrics.
+
+    Args:
+        history: rows with a "step", in the order of the steps: of training ("loss" and its terms "loss/<term>") and
+            of evaluation ("miou", "acc@0.5", ...; 0..1). Other numbers of a training row (learning rate), "epoch",
+            counts ("num_...") and numbers of a single kind ("<kind>/miou") are not drawn.
+        path: of the file to write; its suffix chooses the format (".png").
+
+    Raises:
+        ValueError: the history has neither losses nor metrics.
+    """
+    from matplotlib.figure import Figure  # slow to import; and not pyplot, which picks a backend for the whole program
+
+    losses: dict[str, list[tuple[float, float]]] = {}  # name -> (step, value) of each row
+    metrics: dict[str, list[tuple[float, float]]] = {}
+    for row in history:
+        for name, value in row.items():
+            if name == "loss" or name.startswith("loss/"):
+                losses.setdefault(name, []).append((row["step"], value))
+            elif (
+                "loss" not in row and name not in ("step", "epoch") and not name.startswith("num_") and "/" not in name
+            ):
+                metrics.setdefault(name, []).append((row["step"], value))
+    panels = [lines for lines in (losses, metrics) if lines]
+    if not panels:
+        raise ValueError('the history has neither losses nor metrics: its rows need a "step" and numbers beside it')
+
+    figure = Figure(figsize=(9, 3.6 * len(panels)), dpi=150, layout="constrained")
+    for axes, lines in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, strict=True):
+        if lines is losses:
+            _plot(axes, "Training loss", losses, smooth=True)
+            axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        else:
+            _plot(axes, "Evaluation", metrics, smooth=False)
+            axes.set_ylim(0, 1.02)
+    axes.set_xlabel("step", color=FAINT_INK)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path)
+
+
+def _outline(canvas: Image.Image, box: np.ndarray, colour: str, width: int, dash: int = 0) -> None:
+    """Draw the frame of one box, xyxy in pixels, in dashes of this many pixels if any."""
+    if not np.isfinite(box).all() or (box[2:] < box[:2]).any():
+        raise ValueError(f"{box.tolist()} is not a box: it must be (left, top, right, bottom) in pixels")
+    left, top, right, bottom = (int(side) for side in np.clip(np.round(box), 0, np.array(canvas.size * 2) - 1))
+    draw = ImageDraw.Draw(canvas)
+    if not dash:
+        draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=HALO, width=width + 2)
+        draw.rectangle((left, top, right, bottom), outline=colour, width=width)
+        return
+    strokes = [
+        (x, y, min(x + dash, right), y + width - 1)
+        for x in range(left, right + 1, 2 * dash)
+        for y in (top, bottom - width + 1)
+    ] + [
+        (x, y, x + width - 1, min(y + dash, bottom))
+        for y in range(top, bottom + 1, 2 * dash)
+        for x in (left, right - width + 1)
+    ]
+    for x0, y0, x1, y1 in strokes:
+        draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), fill=HALO)
+    for stroke in strokes:
+        draw.rectangle(stroke, fill=colour)
+
+
+def _label(canvas: Image.Image, box: np.ndarray, colour: str, text: str, font: ImageFont.FreeTypeFont) -> None:
+    """Write on a coloured ground above the box, or below its upper edge where that would leave the picture."""
+    width, height = canvas.size
+    margin = max(2, round(font.size / 4))
+    (text,) = _wrap(text, font, width - 2 * margin, lines=1)
+    label_width, label_height = font.getlength(text) + 2 * margin, sum(font.getmetrics()) + margin
+    left = min(max(box[0], 0), width - label_width)
+    top = min(max(box[1] - label_height if box[1] >= label_height else box[1], 0), height - label_height)
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle((left, top, left + label_width - 1, top + label_height - 1), fill=colour)
+    red, green, blue = ImageColor.getrgb(colour)[:3]
+    ink = HALO if 0.299 * red + 0.587 * green + 0.114 * blue > 120 else PAPER  # perceived brightness (ITU-R BT.601)
+    draw.text((left + margin, top + margin / 2), text, fill=ink, font=font)
+
+
+def _card(sample: Sample, prediction: Prediction) -> Image.Image:
+    """One picture with its boxes, the expression and the verdict."""
+    from vg.boxes import iou  # needs torch, which the rest of this file does not
+
+    if len(sample.phrases) != 1 or len(sample.boxes) > 1:
+        raise ValueError(
+            f"sample {sample.id!r} has {len(sample.phrases)} phrases and {len(sample.boxes)} boxes: the grid shows "
+            "samples of one expression and at most one box"
+        )
+    score = f"score {float(prediction.scores[0]):.2f}" if len(prediction.boxes) else "no box predicted"
+    verdict, colour = score, UNKNOWN
+    if len(sample.boxes):
+        overlap = 0.0
+        if len(prediction.boxes):
+            overlap = float(iou(prediction.boxes[0], prediction.boxes.new_tensor(sample.boxes[0])))
+        is_hit = overlap >= HIT_IOU
+        colour = HIT if is_hit else MISS
+        verdict = f"{'hit' if is_hit else 'miss'}   IoU {overlap:.2f}   {score}"
+
+    height = 2 * FRAME + PICTURE_HEIGHT + (CAPTION_LINES + 1) * LINE_HEIGHT + 3 * PADDING
+    card = Image.new("RGB", (CARD_WIDTH, height), PAPER)
+    picture = _picture(sample, prediction)
+    card.paste(GROUND, (0, 0, CARD_WIDTH, FRAME + PICTURE_HEIGHT))
+    card.paste(picture, ((CARD_WIDTH - picture.width) // 2, FRAME + (PICTURE_HEIGHT - picture.height) // 2))
+    draw = ImageDraw.Draw(card)
+    draw.rectangle((0, 0, CARD_WIDTH - 1, height - 1), outline=colour, width=FRAME)
+    left, top = FRAME + PADDING, FRAME + PICTURE_HEIGHT + PADDING
+    for line in _wrap(sample.phrases[0], _font(TEXT_SIZE), CARD_WIDTH - 2 * left, CAPTION_LINES):
+        draw.text((left, top), line, fill=INK, font=_font(TEXT_SIZE))
+        top += LINE_HEIGHT
+    bottom = height - FRAME - PADDING - LINE_HEIGHT
+    draw.text((left, bottom), verdict, fill=colour, font=_font(TEXT_SIZE - 2, bold=True))
+    return card
+
+
+def _picture(sample: Sample, prediction: Prediction) -> Image.Image:
+    """The picture as large as its place on the card, with the boxes drawn at that size."""
+    picture = Image.fromarray(sample.image)
+    scale = min((CARD_WIDTH - 2 * FRAME) / picture.width, PICTURE_HEIGHT / picture.height)
+    size = (max(1, round(scale * picture.width)), max(1, round(scale * picture.height)))
+    picture = picture.resize(size, Image.Resampling.LANCZOS)
+    for box in prediction.boxes[:1].tolist():
+        _outline(picture, scale * np.array(box), PREDICTED, width=4)
+    for box in sample.boxes:
+        _outline(picture, scale * box, TRUE, width=2, dash=DASH)
+    return picture
+
+
+def _legend(canvas: Image.Image) -> None:
+    """Explain the colours in one line along the upper edge of the grid."""
+    draw, font, left = ImageDraw.Draw(canvas), _font(TEXT_SIZE - 2), GAP
+    entries = {"predicted": PREDICTED, "true": TRUE, f"hit: IoU ≥ {HIT_IOU}": HIT, "miss": MISS}
+    for text, colour in entries.items():
+        swatch = np.array((left, GAP + 1, left + 32, GAP + 20))
+        if colour == PREDICTED:
+            _outline(canvas, swatch, colour, width=4)
+        elif colour == TRUE:
+            _outline(canvas, swatch, colour, width=2, dash=DASH)
+        else:
+            draw.rectangle(swatch.tolist(), outline=colour, width=FRAME)
+        draw.text((left + 42, GAP + 1), text, fill=INK, font=font)
+        left += 42 + round(font.getlength(text)) + 2 * GAP
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
+    """Break between words into at most so many lines of this width in pixels; the last ends in ... if text is left."""
+    wrapped: list[str] = []
+    words = text.split()
+    while words and len(wrapped) < lines:
+        count = next((n for n in range(len(words), 1, -1) if font.getlength(" ".join(words[:n])) <= width), 1)
+        is_last = len(wrapped) == lines - 1
+        line = " ".join(words if is_last else words[:count])
+        words = [] if is_last else words[count:]
+        if font.getlength(line) > width:
+            while line and font.getlength(f"{line}…") > width:
+                line = line[:-1]
+            line = f"{line.rstrip()}…"
+        wrapped.append(line)
+    return wrapped or [""]
+
+
+@cache
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib: the font inside of PIL has nothing but ASCII letters."""
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", f"DejaVuSans{'-Bold' * bold}.ttf"), size)
+
+
+def _plot(axes: Any, title: str, lines: Mapping[str, Sequence[tuple[float, float]]], smooth: bool) -> None:
+    """Fill one panel of the curves; the names stand beside it, each with its last value."""
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
+    for (name, points), colour in zip(lines.items(), cycle(CURVE_COLOURS), strict=False):
+        steps, values = np.array(points, dtype=float).T  # [rows] each
+        label = f"{name.removeprefix('loss/')}  {values[-1]:.3f}"
+        if smooth:
+            axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
+            axes.plot(steps, _smooth(values), color=colour, linewidth=2.6 if name == "loss" else 1.6, label=label)
+        else:
+            axes.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=4, label=label)
+    axes.grid(color="#e4e7eb", linewidth=0.8)
+    axes.margins(x=0.02)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#b5bcc5")
+    axes.tick_params(colors=FAINT_INK, labelsize=9)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=10, labelcolor=INK)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a window of a fiftieth of all rows, [rows] -> [rows]; at the ends over what there is of it."""
+    window = np.ones(2 * (len(values) // 100) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
