@@ -78,12 +78,13 @@ class Referent:
         )
 
 
-def expressions_of(value: object) -> list[object]:
-    """The cell of the expression column as a list, one entry per expression.
+def expressions_of(cell: object) -> list[str]:
+    """The cell of the expression column as a list, one entry per expression; "" for what is not text.
 
     A cell without any still counts as one: it becomes a sample that cannot be loaded instead of vanishing.
     """
-    return value if isinstance(value, list) and value else [value]
+    values = cell if isinstance(cell, list) and cell else [cell]
+    return [value.strip() if isinstance(value, str) else "" for value in values]
 
 
 def referent_of(row: Mapping[str, Any], schema: Schema) -> Referent:
@@ -102,7 +103,7 @@ def referent_of(row: Mapping[str, Any], schema: Schema) -> Referent:
     return Referent(
         key=str(key),
         box=_box_of(row, schema, str(key)),
-        expressions=tuple("" if expression is None else str(expression).strip() for expression in expressions),
+        expressions=tuple(expressions),
         kinds=tuple(kinds),
     )
 

@@ -111,12 +111,18 @@ def _open_files(files: Mapping[Path, str], split: str, name: str, folder: Path) 
     if by_split and nameless:
         raise DataError(f"{nameless[0]}: no split in its name, unlike other files of {folder}; rename or remove it")
     if nameless:
-        return _pick_rows(_read_files(nameless), split, name, folder)
+        return _pick_rows(_read_files({file: files[file] for file in nameless}), split, name, folder)
     published, ours = _choose_split(split, by_split, str(folder))
-    return _table(_read_files(by_split[published]), name, ours, folder)
+    return _table(_read_files({file: files[file] for file in by_split[published]}), name, ours, folder)
 
 
-def _read_files(files: list[Path]) -> Rows:
+def _read_files(labels: Mapping[Path, str]) -> Rows:
+    """All rows of one file, or of the numbered parts of one; each file with its name below the data set's folder."""
+    files = list(labels)
+    if len({re.split(r"\d", label)[0] for label in labels.values()}) > 1:
+        raise DataError(
+            f"{files[0]} and {files[1]} do not look like numbered parts of one data set; set path to one of them"
+        )
     suffix = files[0].suffix
     if suffix in (".jsonl", ".json"):
         return [row for file in files for row in _read_json(file)]
@@ -126,7 +132,7 @@ def _read_files(files: list[Path]) -> Rows:
         return datasets.load_dataset(
             suffix[1:], data_files={"train": [str(file) for file in files]}, split=datasets.Split.TRAIN
         )
-    except datasets.exceptions.DatasetGenerationError as error:
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:  # ValueError: from pyarrow
         raise DataError(f"{files[0]} (one of {len(files)}) cannot be read: {error.__cause__ or error}") from error
 
 
@@ -202,4 +208,4 @@ def _choose_split(wanted: str, published: Collection[str], where: str) -> tuple[
     for name, ours in names.items():
         if wanted in (name, ours):
             return name, ours
-    raise DataError(f"{where} has no split {wanted!r}; it has {', '.join(names.values())}")
+    raise DataError(f"{where} has no split {wanted!r}; it has {', '.join(sorted(names.values()))}")
