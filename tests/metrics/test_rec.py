@@ -228,3 +228,13 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     expected = [judge(answers)] * 4 + [judge(unanswered)]
     assert json.loads((tmp_path / "0.json").read_text()) == expected
     assert json.loads((tmp_path / "1.json").read_text()) == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_state_lives_on_the_device_of_the_metric() -> None:
+    answers = random_expressions(5)
+    metric = RecMetric().to("cuda")
+    metric.reset()
+    metric.update([prediction.to("cuda") for prediction, _ in answers], [target.to("cuda") for _, target in answers])
+    assert {tensor.device.type for tensor in metric.boxes + metric.ids} == {"cuda"}
+    assert metric.compute() == pytest.approx(judge(answers))
