@@ -40,7 +40,7 @@ class GroundingDataset(Dataset[Sample]):
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
         self._bad = torch.zeros(len(source), dtype=torch.bool).share_memory_()
 
-    def set_epoch(self, epoch: int) -> None:
+    def begin_epoch(self, epoch: int) -> None:
         self._epoch[0] = epoch
 
     @property
@@ -78,7 +78,7 @@ class EpochSampler(Sampler[int]):
         self.seed = seed
         self.epoch = 0
 
-    def set_epoch(self, epoch: int) -> None:
+    def begin_epoch(self, epoch: int) -> None:  # not `set_epoch`: Accelerate would call that with a count of its own
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -30,6 +30,10 @@ class GroundingModel(nn.Module, ABC):
     def text_spec(self) -> TextSpec: ...
 
     @abstractmethod
+    def load_tokenizer(self, folder: str) -> None:
+        """Take the tokenizer that was saved with a checkpoint, in place of the configured one."""
+
+    @abstractmethod
     def forward(self, batch: Batch) -> Any: ...
 
     @abstractmethod

@@ -6,6 +6,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from vg import boxes as box_ops
 from vg.models.base import GroundingModel
@@ -31,6 +32,9 @@ class RecModel(GroundingModel):
     @cached_property
     def text_spec(self) -> TextSpec:
         return TextSpec(load_tokenizer(self.config.text), self.config.max_tokens)
+
+    def load_tokenizer(self, folder: str) -> None:
+        self.text_spec = TextSpec(AutoTokenizer.from_pretrained(folder), self.config.max_tokens)
 
     def forward(self, batch: Batch) -> PooledOutput | DenseOutput:
         image, grid = self.vision(batch.images)  # [B, R + S, D]

@@ -1,0 +1,106 @@
+"""A checkpoint is a folder: model.safetensors, config.yaml, tokenizer/, and training.pt where training can go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vg.config import ConfigError, RunConfig, dump_config, load_config
+from vg.models.base import GroundingModel
+
+WEIGHTS, CONFIG, TOKENIZER, TRAINING = "model.safetensors", "config.yaml", "tokenizer", "training.pt"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or written; the message names the file and what to do."""
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `folder` when all went well; else `folder` stays as it was.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written to.
+    """
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors report a full disk in their ways
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"could not write the checkpoint {folder}: {error}\n"
+            "Is the disk full? Earlier checkpoints are untouched; make room and resume."
+        ) from error
+
+
+def write_model(folder: Path, model: GroundingModel, config: RunConfig) -> None:
+    """Write weights, resolved configuration and tokenizer into an existing folder (see `replacing`)."""
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.own_state_dict().items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
+    model.text_spec.tokenizer.save_pretrained(str(folder / TOKENIZER))
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_model(folder: str | Path) -> tuple[GroundingModel, RunConfig]:
+    """A model as it was saved, in evaluation mode, and the configuration it was trained with.
+
+    Raises:
+        CheckpointError: not a checkpoint, a damaged file, or weights that do not fit the configuration.
+    """
+    folder = Path(folder)
+    if (folder / "best" / WEIGHTS).exists():
+        folder = folder / "best"  # the folder of a run stands for its best checkpoint
+    try:
+        config = load_config(folder / CONFIG)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder} is not a checkpoint of vg: {error}") from error
+    model = config.model.build()
+    model.load_tokenizer(str(folder / TOKENIZER))
+    load_weights(model, folder)
+    return model.eval(), config
+
+
+def load_weights(model: GroundingModel, folder: Path) -> None:
+    """Load model.safetensors of a checkpoint; raises CheckpointError naming the file and every weight in question."""
+    path = folder / WEIGHTS
+    try:
+        model.load_own_state_dict(load_file(path))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or was cut short ({error}); use an older checkpoint") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def write_training_state(folder: Path, state: dict[str, Any]) -> None:
+    torch.save(state, folder / TRAINING)
+
+
+def read_training_state(folder: Path, name: str = TRAINING) -> dict[str, Any]:
+    """Raises CheckpointError where the file is missing or damaged."""
+    try:
+        return torch.load(folder / name, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"cannot resume from {folder / name}: {error}") from error

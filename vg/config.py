@@ -1,0 +1,187 @@
+"""One run as data: defaults live in dataclasses, a YAML file states what differs, the command line has the last word."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+
+from vg.data import SourceConfig
+from vg.data.augment import AugmentConfig
+from vg.models import ModelConfig
+from vg.optim import OptimConfig
+from vg.types import Strict
+
+
+class ConfigError(ValueError):
+    """A configuration cannot be used; the message gives the path of every key in question."""
+
+
+@dataclass
+class DataConfig(Strict):
+    """What is read, and how it gets into batches."""
+
+    train: SourceConfig
+    eval: SourceConfig
+    batch_size: PositiveInt = 32
+    """Samples of one process in one forward pass."""
+    eval_batch_size: PositiveInt = 64
+    workers: NonNegativeInt = 2
+    """Processes that read, draw and augment beside each training process; 0 reads in the training process itself."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    bad_samples: Literal["error", "skip"] = "error"
+    """What happens to a sample that cannot be used: stop and name it, or warn, count and go on without it."""
+
+
+@dataclass
+class TrainConfig(Strict):
+    """How long, how precisely, and what is kept."""
+
+    output: str = "runs/default"
+    """Folder of the run: configuration, checkpoints, history, curves."""
+    seed: int = 0
+    epochs: PositiveInt = 10
+    max_steps: PositiveInt | None = None
+    """Optimiser steps; ends the run before the epochs do."""
+    accumulate: PositiveInt = 1
+    """Batches whose gradients make one optimiser step."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision; bf16 wherever the GPU has it."""
+    ema: PositiveFloat | None = None
+    """Decay of the moving average of the weights; if given, the average is what is evaluated and published."""
+    eval_every: PositiveInt | None = None
+    """Steps between evaluations; by default after every epoch."""
+    save_every: PositiveInt | None = None
+    """Steps between checkpoints; by default with every evaluation."""
+    keep: PositiveInt = 2
+    """How many checkpoints to resume from stay on disk; the best one stays beside them."""
+    best_metric: str = "miou"
+    patience: PositiveInt | None = None
+    """Stop after so many evaluations without a better `best_metric`; by default never."""
+    log_every: PositiveInt = 10
+    """Steps between log entries."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Names that Accelerate knows: tensorboard, wandb, mlflow, comet_ml, ..."""
+
+
+@dataclass
+class RunConfig(Strict):
+    """Everything that decides a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply overrides such as "optim.lr=1e-4" or "model.head=dense".
+
+    Raises:
+        ConfigError: no such file, no YAML, an unknown key (with the nearest one that exists), or a wrong type.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys such as `model:` and `data:`, not a {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: Mapping[str, Any], origin: str = "the configuration") -> RunConfig:
+    """Turn nested dictionaries into a checked RunConfig; raises ConfigError that speaks of `origin`."""
+    trouble = _unknown_keys(values, RunConfig, "")
+    if trouble:
+        raise ConfigError("\n  ".join([f"{origin}:", *trouble]))
+    try:
+        return TypeAdapter(RunConfig).validate_python(values)
+    except ValidationError as error:
+        lines = [f"{_path(item['loc'], values)}: {item['msg']}" for item in error.errors(include_url=False)]
+        raise ConfigError("\n  ".join([f"{origin}:", *lines])) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; load_config of it gives the same configuration again."""
+    return yaml.safe_dump(TypeAdapter(RunConfig).dump_python(config, mode="json"), sort_keys=False)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"an override reads key.subkey=value, for example optim.lr=1e-4; got {override!r}")
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if isinstance(child, str):  # `head: dense` is short for `head: {name: dense}`
+            child = values[parent] = {"name": child}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{override}: {parent} is {child!r}, it has no keys below it")
+        values = child
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override}: the value is not valid YAML ({error})") from error
+
+
+def _unknown_keys(values: Mapping[str, Any], config_type: type, path: str) -> list[str]:
+    """Keys that the dataclass does not have, each with its path and the nearest one that exists."""
+    hints = typing.get_type_hints(config_type)
+    trouble = []
+    for key, value in values.items():
+        if key not in hints or key.startswith("_"):
+            names = [f.name for f in dataclasses.fields(config_type)]
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.4)
+            advice = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(names)}"
+            trouble.append(f"{path}{key}: unknown key; {advice}")
+            continue
+        below, choices = _settings_type(hints[key], value)
+        if choices:
+            name = value if isinstance(value, str) else value.get("name")
+            near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.4)
+            advice = f"did you mean `{near[0]}`? " if near else ""
+            trouble.append(f"{path}{key}.name: {name!r} is unknown; {advice}there are {', '.join(choices)}")
+        elif below is not None and isinstance(value, Mapping):
+            trouble += _unknown_keys(value, below, f"{path}{key}.")
+        elif typing.get_origin(hints[key]) is dict and isinstance(value, Mapping):
+            item_type = typing.get_args(hints[key])[1]
+            for name, item in value.items():
+                if dataclasses.is_dataclass(item_type) and isinstance(item, Mapping):
+                    trouble += _unknown_keys(item, typing.cast(type, item_type), f"{path}{key}.{name}.")
+    return trouble
+
+
+def _settings_type(hint: Any, value: Any) -> tuple[type | None, list[str]]:
+    """The dataclass that a value is meant for; or, where its `name` fits none, the names there are."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        members = [member for member in typing.get_args(hint) if dataclasses.is_dataclass(member)]
+    else:
+        members = [hint] if dataclasses.is_dataclass(hint) else []
+    named = {field.default: m for m in members for field in dataclasses.fields(m) if field.name == "name"}
+    if not named or not isinstance(value, (str, Mapping)):
+        return (members[0] if members else None), []
+    name = value if isinstance(value, str) else value.get("name", next(iter(named)) if len(named) == 1 else None)
+    return (named[name], []) if name in named else (None, sorted(map(str, named)))
+
+
+def _path(location: Sequence[str | int], values: Any) -> str:
+    """Dotted path of a pydantic error, without the `name` of a family that pydantic puts in between."""
+    parts = []
+    for part in location:
+        if isinstance(values, Mapping) and part not in values and values.get("name") == part:
+            continue
+        parts.append(str(part))
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return ".".join(parts)

@@ -1,0 +1,83 @@
+"""What processes agree on: seeds, the state of random numbers, means over processes, and when to stop."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+def seed_everything(seed: int) -> None:
+    """The same start in every process; what differs between them is the data they get."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """The random number generators of this process, as plain values that torch.load reads with weights_only=True."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr]
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def mean_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
+    return accelerator.reduce(values, reduction="mean") if accelerator.num_processes > 1 else values
+
+
+class StopSignal:
+    """True once any process was asked to stop (SIGTERM, as schedulers send, or Ctrl-C)."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.received: signal.Signals | None = None
+
+    def __bool__(self) -> bool:
+        """All processes must ask at the same step, for they agree on the answer here."""
+        received = self.received is not None
+        if self.accelerator.num_processes == 1:
+            return received
+        flag = torch.tensor(int(received), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum").item())
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, the first signal only sets the flag; a second Ctrl-C interrupts at once as usual."""
+        old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def receive(number: int, frame: FrameType | None) -> None:
+            self.received = signal.Signals(number)
+            signal.signal(number, old[signal.Signals(number)])
+
+        try:
+            for number in old:
+                signal.signal(number, receive)
+        except ValueError:  # not the main thread, as in a notebook server: no signals to listen to
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
