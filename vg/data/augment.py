@@ -52,27 +52,31 @@ class Augment:
     def __init__(self, config: AugmentConfig):
         import albumentations as A
 
-        boxes = A.BboxParams(format="pascal_voc", label_fields=["phrase_ids"])
+        def compose(transforms: list[A.BasicTransform]) -> A.Compose:
+            return A.Compose(transforms, bbox_params=A.BboxParams(format="pascal_voc", label_fields=["phrase_ids"]))
+
         self.config = config
-        self.mirror = A.Compose([A.HorizontalFlip(p=1)], bbox_params=boxes)
-        transforms: list[A.BasicTransform] = []
-        if config.crop:
-            transforms.append(A.BBoxSafeRandomCrop(p=config.crop))
-        if config.color:
-            jitter = (1 - config.color, 1 + config.color)
-            transforms.append(A.ColorJitter(jitter, jitter, jitter, hue=(0, 0), p=1))
-        self.others = A.Compose(transforms, bbox_params=boxes)
+        self.mirror = compose([A.HorizontalFlip(p=1)])
+        self.crop = compose([A.BBoxSafeRandomCrop(p=1)])
+        jitter = (1 - config.color, 1 + config.color)
+        self.color = A.ColorJitter(jitter, jitter, jitter, hue=(0, 0), p=1)
 
     def __call__(self, sample: Sample, seed: tuple[int, int, int]) -> Sample:
         random = np.random.default_rng(seed)
-        if random.random() < self.config.flip:
-            sample = self._apply(self.mirror, sample)
+        flip, crop = random.random(2) < (self.config.flip, self.config.crop)
+        self.crop.set_random_seed(int(random.integers(2**31)))
+        self.color.set_random_seed(int(random.integers(2**31)))
+        if flip:
+            sample = self._move(self.mirror, sample)
             sample = replace(sample, phrases=tuple(map(swap_sides, sample.phrases)))
-        self.others.set_random_seed(int(random.integers(2**31)))
-        return self._apply(self.others, sample)
+        if crop:
+            sample = self._move(self.crop, sample)
+        if self.config.color:
+            sample = replace(sample, image=self.color(image=sample.image)["image"])
+        return sample
 
     @staticmethod
-    def _apply(transform: object, sample: Sample) -> Sample:
+    def _move(transform: object, sample: Sample) -> Sample:
         result = transform(image=sample.image, bboxes=sample.boxes, phrase_ids=sample.phrase_ids)  # type: ignore[operator]
         return replace(
             sample,

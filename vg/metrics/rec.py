@@ -21,9 +21,7 @@ from vg.types import Prediction, Target
 
 ACCURACY_THRESHOLDS = (0.5, 0.75, 0.9)
 AP_THRESHOLDS = (0.5, 0.75)
-KIND_BYTES = (
-    64  # a tensor cannot hold strings: the UTF-8 bytes of a kind, padded with zeros, can travel between processes
-)
+KIND_BYTES = 64  # a kind travels between processes as a row of UTF-8 bytes, padded with zeros
 
 # What every process collects, for E expressions with K boxes altogether.
 EMPTY_STATE = {
@@ -51,6 +49,7 @@ class RecMetric(Metric):
     Samples with a `Target.kind` are also reported per kind, as "<kind>/miou" and so on.
     """
 
+    protocol = "best of the predicted boxes, one expression = one item, IoU in pixels of the original image"
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
@@ -144,7 +143,7 @@ class RecMetric(Metric):
             precision = average_precision(rows, true_boxes[rows], owner[chosen], boxes[chosen], scores[chosen])
             for threshold, value in zip(AP_THRESHOLDS, precision, strict=True):
                 results[f"{prefix}map@{100 * threshold:.0f}"] = value
-            results[f"{prefix}num_expressions"] = float(len(rows))
+            results[f"{prefix}num_expressions"] = len(rows)
         return results
 
     def _append(self, rows: dict[str, Tensor]) -> None:
