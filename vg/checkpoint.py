@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vg.config import ConfigError, RunConfig, dump_config, load_config
+from vg.config import RunConfig, dump_config, load_config
 from vg.models.base import GroundingModel
 
 WEIGHTS, CONFIG, TOKENIZER, TRAINING = "model.safetensors", "config.yaml", "tokenizer", "training.pt"
@@ -62,8 +62,8 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def read_model(folder: str | Path) -> tuple[GroundingModel, RunConfig]:
-    """A model as it was saved, in evaluation mode, and the configuration it was trained with.
+def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[GroundingModel, RunConfig]:
+    """A model as it was saved, in evaluation mode, and the configuration it was trained with (but for the overrides).
 
     Raises:
         CheckpointError: not a checkpoint, a damaged file, or weights that do not fit the configuration.
@@ -71,10 +71,9 @@ def read_model(folder: str | Path) -> tuple[GroundingModel, RunConfig]:
     folder = Path(folder)
     if (folder / "best" / WEIGHTS).exists():
         folder = folder / "best"  # the folder of a run stands for its best checkpoint
-    try:
-        config = load_config(folder / CONFIG)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder} is not a checkpoint of vg: {error}") from error
+    if not (folder / CONFIG).exists():
+        raise CheckpointError(f"{folder} is not a checkpoint of vg: it holds no {CONFIG}")
+    config = load_config(folder / CONFIG, overrides)
     model = config.model.build()
     model.load_tokenizer(str(folder / TOKENIZER))
     load_weights(model, folder)

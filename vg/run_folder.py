@@ -4,7 +4,7 @@
         config.yaml               the resolved configuration
         history.jsonl             losses and evaluations, one row each
         logs/                     what trackers write (TensorBoard)
-        best/                     a checkpoint with the best evaluation so far, and its metrics.json
+        best/                     a checkpoint with the best evaluation so far, and its validation.json
         checkpoints/step_000500/  the newest checkpoints, with what training needs to go on
 """
 
@@ -23,7 +23,7 @@ from vg.checkpoint import CONFIG, TRAINING, CheckpointError, replacing, write_js
 from vg.config import RunConfig, dump_config
 from vg.history import History
 
-METRICS = "metrics.json"
+VALIDATION = "validation.json"
 
 
 class RunFolder:
@@ -73,12 +73,12 @@ class RunFolder:
         def action() -> None:
             with replacing(self.path / "best") as partial:
                 write(partial)
-                write_json(partial / METRICS, results)
+                write_json(partial / VALIDATION, results)
 
         self._on_main(action)
 
     def best_results(self) -> dict[str, Any]:
-        return json.loads((self.path / "best" / METRICS).read_text(encoding="utf-8"))
+        return json.loads((self.path / "best" / VALIDATION).read_text(encoding="utf-8"))
 
     def log(self, row: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:

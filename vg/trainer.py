@@ -258,8 +258,8 @@ class Trainer:
         self._log({"loss": loss} | {f"loss/{name}": mean for name, mean in means.items()} | {"lr": lr})
 
     def _log(self, values: dict[str, Any]) -> None:
-        self.folder.log({"step": self.progress.step, **values})
         numbers = {key: value for key, value in values.items() if not isinstance(value, str)}
+        self.folder.log({"step": self.progress.step, **numbers})
         self.accelerator.log(numbers, step=self.progress.step)
 
     def _start_trackers(self) -> None:

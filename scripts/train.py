@@ -1,0 +1,8 @@
+"""Train on any number of processes: accelerate launch scripts/train.py CONFIG [KEY=VALUE ...] [--resume]."""
+
+import sys
+
+from vg.__main__ import main
+
+if __name__ == "__main__":
+    main(["train", *sys.argv[1:]])

@@ -1,0 +1,67 @@
+"""The command line: `vg train | eval | predict | config | demo`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from vg import __version__
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a verb; anything a user can mend ends in one message and exit status 1, not in a traceback."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and "overrides" not in options):
+        parser.error(f"unrecognised arguments: {' '.join(rest)}")
+    if rest:  # overrides after an option, which argparse does not see
+        options.overrides += rest
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "datasets", "accelerate", "albumentations"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+    from vg.commands import run
+
+    run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vg", description="Find what a sentence names in a picture.")
+    parser.add_argument("--version", action="version", version=f"vg {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    train = verbs.add_parser("train", help="train what a configuration describes")
+    train.add_argument("config", help="YAML file, such as configs/demo_rec.yaml")
+    _overrides(train)
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in train.output")
+    train.add_argument("--overwrite", action="store_true", help="start anew where train.output holds a run")
+
+    evaluate = verbs.add_parser("eval", help="evaluate a checkpoint and draw its predictions")
+    evaluate.add_argument("checkpoint", help="folder of a run or of a checkpoint")
+    _overrides(evaluate)
+    evaluate.add_argument("--output", help="folder for metrics.json and predictions.png (default: the checkpoint)")
+
+    predict = verbs.add_parser("predict", help="find what an expression names in one picture")
+    predict.add_argument("checkpoint", help="folder of a run or of a checkpoint")
+    predict.add_argument("image", help="path or http(s) URL")
+    predict.add_argument("expression", help='such as "the man in the red shirt"')
+    predict.add_argument("--output", default="prediction.png", help="picture to write (default: %(default)s)")
+    predict.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+
+    config = verbs.add_parser("config", help="print a configuration with every default and override")
+    config.add_argument("config", help="YAML file")
+    _overrides(config)
+
+    demo = verbs.add_parser("demo", help="train, evaluate and draw on the embedded pictures, in minutes on a CPU")
+    _overrides(demo)
+    demo.add_argument("--config", help="YAML file (default: the rec family, configs/demo_rec.yaml)")
+    return parser
+
+
+def _overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optim.lr=1e-4 model.head=dense")
+
+
+if __name__ == "__main__":
+    main()

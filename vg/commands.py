@@ -1,0 +1,122 @@
+"""What the verbs of the command line do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vg.config import ConfigError, RunConfig, dump_config, load_config
+
+if TYPE_CHECKING:
+    from vg.models.base import GroundingModel
+
+NUM_DRAWN = 24  # expressions in predictions.png
+PACKAGE = Path(__file__).parent
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run one verb; an error that a user can mend is printed as one message, with exit status 1."""
+    verbs: dict[str, Callable[[argparse.Namespace], None]] = {
+        "train": train,
+        "eval": evaluate,
+        "predict": predict,
+        "config": show_config,
+        "demo": demo,
+    }
+    try:
+        verbs[options.verb](options)
+    except ConfigError as error:  # before torch is imported
+        sys.exit(f"error: {error}")
+    except (ValueError, RuntimeError) as error:
+        from vg.checkpoint import CheckpointError
+        from vg.data.source import DataError
+        from vg.trainer import TrainingError
+
+        if not isinstance(error, (CheckpointError, DataError, TrainingError)):
+            raise
+        sys.exit(f"error: {_message(error)}")
+
+
+def train(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    _train(config, options.resume, options.overwrite)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    _evaluate(Path(options.checkpoint), options.overrides, Path(options.output or options.checkpoint))
+
+
+def predict(options: argparse.Namespace) -> None:
+    from PIL import Image
+
+    from vg.inference.crop import predict_and_crop
+
+    _, box, drawn = predict_and_crop(options.image, options.expression, options.checkpoint, options.device)
+    Image.fromarray(drawn).save(options.output)
+    print(f"{options.expression}: left {box[0]:.1f}, top {box[1]:.1f}, right {box[2]:.1f}, bottom {box[3]:.1f}")
+    print(f"drawn in {options.output}")
+
+
+def show_config(options: argparse.Namespace) -> None:
+    print(dump_config(load_config(options.config, options.overrides)), end="")
+
+
+def demo(options: argparse.Namespace) -> None:
+    path = options.config or next(
+        path for path in (PACKAGE / "configs" / "demo_rec.yaml", PACKAGE.parent / "configs" / "demo_rec.yaml") if path.exists()
+    )
+    config = load_config(path, options.overrides)
+    _train(config, resume=False, overwrite=True)
+    _evaluate(Path(config.train.output), ["data.eval.split=test"], Path(config.train.output))
+
+
+def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
+    from vg.inference.draw import curves
+    from vg.trainer import Trainer
+
+    trainer = Trainer(config, resume, overwrite)
+    try:
+        trainer.fit()
+    finally:
+        rows = trainer.folder.history.rows()
+        if trainer.accelerator.is_main_process and rows:
+            curves(rows, trainer.folder.path / "curves.png")
+
+
+def _evaluate(checkpoint: Path, overrides: list[str], output: Path) -> dict[str, Any]:
+    from accelerate import Accelerator
+
+    from vg.checkpoint import read_model, write_json
+    from vg.evaluation import Evaluator, table
+
+    model, config = read_model(checkpoint, overrides)
+    accelerator = Accelerator(mixed_precision=config.train.precision)
+    evaluator = Evaluator(config.data, model, accelerator)
+    results = {"checkpoint": str(checkpoint), **evaluator.run(model.to(accelerator.device))}
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "metrics.json", results)
+        _draw(model, evaluator, output / "predictions.png")
+        print(table(results))
+        print(f"written to {output}: metrics.json, predictions.png")
+    return results
+
+
+def _draw(model: GroundingModel, evaluator: Any, path: Path) -> None:
+    """A grid of samples, evenly spaced over the data."""
+    from vg.inference.draw import prediction_grid
+    from vg.inference.grounder import Grounder
+
+    data = evaluator.data
+    samples = [data[index] for index in range(0, len(data), max(1, len(data) // NUM_DRAWN))][:NUM_DRAWN]
+    predictions = Grounder(model, str(evaluator.accelerator.device)).predict_samples(samples)
+    prediction_grid(list(zip(samples, predictions, strict=True)), 6, path)
+
+
+def _message(error: Exception) -> str:
+    """The message alone; a DataLoader adds the traceback of its worker."""
+    text = str(error)
+    return text.split(f"{type(error).__name__}: ")[-1].strip() if "Original Traceback" in text else text
