@@ -65,10 +65,9 @@ def show_config(options: argparse.Namespace) -> None:
 
 
 def demo(options: argparse.Namespace) -> None:
-    path = options.config or next(
-        path for path in (PACKAGE / "configs" / "demo_rec.yaml", PACKAGE.parent / "configs" / "demo_rec.yaml") if path.exists()
-    )
-    config = load_config(path, options.overrides)
+    inside = PACKAGE / "configs"  # in a wheel; in a checkout the folder lies beside the package
+    folder = inside if inside.exists() else PACKAGE.parent / "configs"
+    config = load_config(options.config or folder / "demo_rec.yaml", options.overrides)
     _train(config, resume=False, overwrite=True)
     _evaluate(Path(config.train.output), ["data.eval.split=test"], Path(config.train.output))
 

@@ -1,4 +1,4 @@
-"""One run as data: defaults live in dataclasses, a YAML file states what differs, the command line has the last word."""
+"""One run as data: defaults live in dataclasses, YAML states what differs, the command line has the last word."""
 
 from __future__ import annotations
 
@@ -166,10 +166,11 @@ def _unknown_keys(values: Mapping[str, Any], config_type: type, path: str) -> li
 def _settings_type(hint: Any, value: Any) -> tuple[type | None, list[str]]:
     """The dataclass that a value is meant for; or, where its `name` fits none, the names there are."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        members = [member for member in typing.get_args(hint) if dataclasses.is_dataclass(member)]
+        members = [member for member in typing.get_args(hint) if isinstance(member, type)]
     else:
-        members = [hint] if dataclasses.is_dataclass(hint) else []
-    named = {field.default: m for m in members for field in dataclasses.fields(m) if field.name == "name"}
+        members = [hint] if isinstance(hint, type) else []
+    members = [member for member in members if dataclasses.is_dataclass(member)]
+    named = {f.default: member for member in members for f in dataclasses.fields(member) if f.name == "name"}
     if not named or not isinstance(value, (str, Mapping)):
         return (members[0] if members else None), []
     name = value if isinstance(value, str) else value.get("name", next(iter(named)) if len(named) == 1 else None)

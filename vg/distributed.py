@@ -24,10 +24,10 @@ def seed_everything(seed: int) -> None:
 
 def random_state() -> dict[str, Any]:
     """The random number generators of this process, as plain values that torch.load reads with weights_only=True."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    state = np.random.get_state(legacy=False)  # noqa: NPY002
     return {
         "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr]
+        "numpy": {**state, "state": {**state["state"], "key": state["state"]["key"].tolist()}},
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -35,8 +35,7 @@ def random_state() -> dict[str, Any]:
 
 def restore_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -15,7 +15,6 @@ from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
 from vg.metrics import RecMetric
 from vg.models.base import GroundingModel
-from vg.types import Batch
 
 
 def progress_bar(accelerator: Accelerator, **options: Any) -> tqdm:
@@ -38,7 +37,7 @@ class Evaluator:
             generator=torch.Generator(),  # else every pass would draw from the generator that training uses
             pin_memory=accelerator.device.type == "cuda",
         )
-        self.loader: DataLoader[Batch] = accelerator.prepare_data_loader(loader)
+        self.loader: DataLoader[Any] = accelerator.prepare_data_loader(loader)
         self.metric = RecMetric().to(accelerator.device)
 
     @torch.no_grad()

@@ -112,7 +112,7 @@ class Ema:
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         with torch.no_grad():
-            torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+            torch._foreach_lerp_(self.averages, [p.data for p in self.parameters], 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

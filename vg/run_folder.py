@@ -1,11 +1,11 @@
 """The folder of a run, complete at every moment.
 
-    runs/demo/
-        config.yaml               the resolved configuration
-        history.jsonl             losses and evaluations, one row each
-        logs/                     what trackers write (TensorBoard)
-        best/                     a checkpoint with the best evaluation so far, and its validation.json
-        checkpoints/step_000500/  the newest checkpoints, with what training needs to go on
+runs/demo/
+    config.yaml               the resolved configuration
+    history.jsonl             losses and evaluations, one row each
+    logs/                     what trackers write (TensorBoard)
+    best/                     a checkpoint with the best evaluation so far, and its validation.json
+    checkpoints/step_000500/  the newest checkpoints, with what training needs to go on
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class RunFolder:
             raise CheckpointError(f"nothing to resume: no checkpoint in {self.path / 'checkpoints'}")
         if found and not (resume or overwrite):
             raise CheckpointError(
-                f"{self.path} holds a run already ({found[-1].name}): go on with --resume, begin anew with --overwrite, "
-                "or choose another train.output"
+                f"{self.path} holds a run already ({found[-1].name}): go on with --resume, begin anew with "
+                "--overwrite, or choose another train.output"
             )
         self._on_main(lambda: self._prepare(resume))
 

@@ -184,7 +184,7 @@ class Trainer:
         restore_random_state(random_states[self.accelerator.process_index % len(random_states)])
         self.folder.cut_history(self.progress.step)
 
-    def _loader(self) -> DataLoader[Batch]:
+    def _loader(self) -> DataLoader[Any]:
         config = self.config.data
         return DataLoader(
             self.data,
@@ -263,7 +263,8 @@ class Trainer:
         self.accelerator.log(numbers, step=self.progress.step)
 
     def _start_trackers(self) -> None:
-        flat = {f"{part}.{key}": str(value) for part, keys in asdict(self.config).items() for key, value in keys.items()}
+        parts = asdict(self.config).items()
+        flat = {f"{part}.{key}": str(value) for part, keys in parts for key, value in keys.items()}
         self.accelerator.init_trackers("vg", config=flat)
 
     def _published_weights(self) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""Augmentation that keeps words true: a mirrored picture swaps left and right in its phrases (albumentations inside)."""
+"""Augmentation that keeps words true: a mirrored picture swaps left and right in its phrases."""
 
 from __future__ import annotations
 

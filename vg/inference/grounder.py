@@ -6,7 +6,6 @@ import io
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Union
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from vg.data.source import DataError
 from vg.models.base import GroundingModel
 from vg.types import Prediction, Sample
 
-ImageLike = Union[np.ndarray, Image.Image, str, Path]  # an array, a PIL image, a path or an http(s) URL
+ImageLike = np.ndarray | Image.Image | str | Path  # an array, a PIL image, a path or an http(s) URL
 DOWNLOAD_SECONDS = 30
 
 
