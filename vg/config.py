@@ -92,7 +92,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys such as `model:` and `data:`, not a {type(values).__name__}")
@@ -150,9 +150,10 @@ def _unknown_keys(values: Mapping[str, Any], config_type: type, path: str) -> li
         below, choices = _settings_type(hints[key], value)
         if choices:
             name = value if isinstance(value, str) else value.get("name")
-            near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(str(name or ""), choices, n=1, cutoff=0.4)
             advice = f"did you mean `{near[0]}`? " if near else ""
-            trouble.append(f"{path}{key}.name: {name!r} is unknown; {advice}there are {', '.join(choices)}")
+            what = "is missing" if name is None else f"{name!r} is unknown"
+            trouble.append(f"{path}{key}.name: {what}; {advice}there are {', '.join(choices)}")
         elif below is not None and isinstance(value, Mapping):
             trouble += _unknown_keys(value, below, f"{path}{key}.")
         elif typing.get_origin(hints[key]) is dict and isinstance(value, Mapping):
