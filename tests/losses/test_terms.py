@@ -1,0 +1,76 @@
+"""The loss terms against figures worked out by hand, and their gradients where boxes have no area."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vg.losses import terms
+
+TARGET = torch.tensor([0.5, 0.5, 0.5, 0.5])  # cxcywh
+
+
+def test_l1_is_the_sum_over_the_coordinates() -> None:
+    predicted = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.4, 0.7, 0.5, 0.1]])
+    torch.testing.assert_close(terms.l1(predicted, TARGET), torch.tensor([0.0, 0.7]))
+
+
+@pytest.mark.parametrize(
+    ("predicted", "giou", "diou"),
+    [
+        ([0.5, 0.5, 0.5, 0.5], 0, 0),
+        ([0.5, 0.5, 0.25, 0.5], 0.5, 0.5),  # the same centre, half the width
+        ([0.5, 0.5, 1, 1], 0.75, 0.75),
+        # half a box to the right: IoU 1/3, nothing of the enclosing box empty, 0.25 off a diagonal of sqrt(0.8125)
+        ([0.75, 0.5, 0.5, 0.5], 2 / 3, 2 / 3 + 0.0625 / 0.8125),
+        ([1.5, 0.5, 0.5, 0.5], 1 + 1 / 3, 1 + 1 / (1.5**2 + 0.5**2)),  # apart, half a box of nothing on either side
+    ],
+)
+def test_overlap_terms_worked_out_by_hand(predicted: list[float], giou: float, diou: float) -> None:
+    box = torch.tensor(predicted, dtype=torch.float32)
+    assert terms.giou(box, TARGET).item() == pytest.approx(giou, abs=1e-6)
+    assert terms.diou(box, TARGET).item() == pytest.approx(diou, abs=1e-6)
+
+
+@pytest.mark.parametrize("term", [terms.l1, terms.giou, terms.diou])
+def test_shapes_and_finite_gradients(term) -> None:
+    predicted = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    predicted[0, 0, 2:] = 0  # no area
+    predicted[0, 1] = TARGET
+    predicted.requires_grad_()
+    value = term(predicted, TARGET)
+    value.sum().backward()
+    assert value.shape == (2, 3)
+    assert value.isfinite().all()
+    assert predicted.grad is not None
+    assert predicted.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("term", [terms.giou, terms.diou])
+def test_disjoint_boxes_are_pulled_together(term) -> None:
+    predicted = torch.tensor([0.1, 0.5, 0.1, 0.1], requires_grad=True)
+    term(predicted, torch.tensor([0.9, 0.5, 0.1, 0.1])).backward()
+    assert predicted.grad is not None
+    assert predicted.grad[0] < 0, "down the gradient is to the right, where the target is"
+
+
+def test_token_cross_entropy_worked_out_by_hand() -> None:
+    positive = torch.tensor([[True, False, False, False], [True, True, False, False]])
+    uniform = terms.token_cross_entropy(torch.zeros(2, 4), positive)
+    torch.testing.assert_close(uniform, torch.full((2,), math.log(4)))
+    sure = torch.tensor([[50.0, 0, 0, 0], [50.0, 50.0, 0, 0]])
+    torch.testing.assert_close(terms.token_cross_entropy(sure, positive), torch.tensor([0.0, math.log(2)]))
+    logits = torch.tensor([[1.0, 2.0, 0.0, -1.0]])
+    expected = -torch.log_softmax(logits[0], 0)[[0, 2]].mean()
+    assert terms.token_cross_entropy(logits, torch.tensor([[True, False, True, False]])).item() == pytest.approx(
+        expected.item()
+    )
+
+
+def test_token_cross_entropy_does_not_lose_half_precision_logits() -> None:
+    logits = torch.tensor([[1000.0, -1000.0]]).half()
+    value = terms.token_cross_entropy(logits, torch.tensor([[False, True]]))
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(2000)
