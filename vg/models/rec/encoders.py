@@ -27,6 +27,9 @@ class Encoder(nn.Module):
         else:
             network_config = AutoConfig.from_pretrained(config.id, revision=config.revision)
             self.network = AutoModel.from_config(network_config)
+        for name, parameter in self.network.named_parameters():
+            if "pooler." in name or "mask_token" in name:  # no gradient reaches these; several processes would wait for it
+                parameter.requires_grad_(False)
         self.frozen = config.frozen
         if self.frozen:
             self.requires_grad_(False)
