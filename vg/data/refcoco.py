@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from vg.data.refcoco_rows import (
 )
 from vg.data.refcoco_tables import open_table
 from vg.data.source import BadSampleError, DataError, Provenance
-from vg.types import Sample
+from vg.types import Sample, Strict
 
 __all__ = ["Refcoco", "RefcocoConfig", "samples_of"]
 
@@ -31,10 +31,8 @@ _MIXED = {("val", 8811), ("test", 5000), ("val", 7573)}  # splits of lmms-lab/Re
 
 
 @dataclass
-class RefcocoConfig:
+class RefcocoConfig(Strict):
     """RefCOCO, RefCOCO+ or RefCOCOg in any of its published forms, recognised from the columns."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     name: Literal["refcoco"] = "refcoco"
     path: str = "jxu124/refcoco"  # Hub id, local folder (save_to_disk, data files, refer toolbox), or one file
