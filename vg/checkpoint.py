@@ -71,8 +71,9 @@ def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Groun
     folder = Path(folder)
     if (folder / "best" / WEIGHTS).exists():
         folder = folder / "best"  # the folder of a run stands for its best checkpoint
-    if not (folder / CONFIG).exists():
-        raise CheckpointError(f"{folder} is not a checkpoint of vg: it holds no {CONFIG}")
+    for part in (CONFIG, TOKENIZER):
+        if not (folder / part).exists():
+            raise CheckpointError(f"{folder} is not a checkpoint of vg: it holds no {part}")
     config = load_config(folder / CONFIG, overrides)
     model = config.model.build()
     model.load_tokenizer(str(folder / TOKENIZER))

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from vg.config import DataConfig
 from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
+from vg.distributed import mean_over_processes
 from vg.metrics import RecMetric
 from vg.models.base import GroundingModel
 
@@ -58,8 +59,9 @@ class Evaluator:
         results: dict[str, Any] = self.metric.compute()
         provenance = self.data.source.provenance
         results |= {"data": provenance.data, "split": provenance.split, "protocol": self.metric.protocol}
-        if self.data.num_bad:
-            results["num_skipped"] = self.data.num_bad
+        bad = mean_over_processes(self.accelerator, self.data.bad.float().to(self.accelerator.device))  # [samples]
+        if bad.any():
+            results["num_skipped"] = int(bad.count_nonzero())
         return results
 
 

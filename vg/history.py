@@ -21,7 +21,8 @@ class History:
     def rows(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be cut short by a crash
 
     def cut(self, step: int) -> None:
         """Forget what came after a step: a resumed run tells it anew."""

@@ -42,6 +42,7 @@ class RunFolder:
         Raises:
             CheckpointError: another run lives here, or there is none to resume.
         """
+        self._on_main(self._mend)
         found = self.checkpoints()
         if resume and not found:
             raise CheckpointError(f"nothing to resume: no checkpoint in {self.path / 'checkpoints'}")
@@ -54,7 +55,8 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints that training can go on from, oldest first."""
-        return sorted(path.parent for path in self.path.glob(f"checkpoints/step_*[0-9]/{TRAINING}"))
+        found = [path.parent for path in self.path.glob(f"checkpoints/step_*[0-9]/{TRAINING}")]
+        return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
         """Let `write` fill the checkpoint of a step, then remove the oldest ones beyond `train.keep`."""
@@ -86,6 +88,12 @@ class RunFolder:
 
     def cut_history(self, step: int) -> None:
         self._on_main(lambda: self.history.cut(step))
+
+    def _mend(self) -> None:
+        """Put back what a crash between the two renames of `replacing` left under its other name."""
+        for old in [*self.path.glob("*.old"), *self.path.glob("checkpoints/*.old")]:
+            if not old.with_suffix("").exists():
+                old.rename(old.with_suffix(""))
 
     def _prepare(self, resume: bool) -> None:
         if not resume:

@@ -29,6 +29,10 @@ from vg.types import Batch
 
 logger = logging.getLogger(__name__)
 
+REMEDY = (
+    "The newest checkpoint is from before; a lower optim.lr or optim.clip_norm, or train.precision=no, usually helps"
+)
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says since which step, and why."""
@@ -88,7 +92,7 @@ class Trainer:
 
         self.progress = Progress()
         self.stop = StopSignal(self.accelerator)
-        self._unlogged: list[dict[str, Tensor]] = []  # loss terms of the batches since the last log entry
+        self._unlogged: list[tuple[int, dict[str, Tensor]]] = []  # step and loss terms of batches not logged yet
         if resume:
             self.restore(self.folder.checkpoints()[-1])
 
@@ -96,7 +100,7 @@ class Trainer:
         """Train to the end and return the results of the best evaluation.
 
         Raises:
-            TrainingError: a loss is not finite.
+            TrainingError: a loss or a weight is not finite.
             CheckpointError: a checkpoint could not be written (earlier ones are intact).
             SystemExit: SIGTERM or Ctrl-C came; the state is saved and the message says how to go on.
         """
@@ -110,7 +114,7 @@ class Trainer:
             while not finished:
                 for batch in self._rest_of_epoch():
                     with self.accelerator.accumulate(self.model):
-                        self._unlogged.append(self.step(batch))
+                        self._unlogged.append((self.progress.step + 1, self.step(batch)))
                     self.progress.batch += 1
                     if self.accelerator.sync_gradients:
                         self.progress.step += 1
@@ -118,8 +122,9 @@ class Trainer:
                         finished = self._after_step(bar)
                         if finished:
                             break
-        self.accelerator.end_training()
-        if self.stop:
+        stopped = bool(self.stop)
+        self.accelerator.end_training()  # after it processes cannot talk to one another any more
+        if stopped:
             raise SystemExit(
                 f"stopped at step {self.progress.step}, saved in {self.folder.path}; "
                 "the same command with --resume goes on"
@@ -161,27 +166,34 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint to resume from; the same folder can be loaded as a model."""
-        random_states = gather_object([random_state()])
-        self.folder.save(self.progress.step, lambda folder: self._write(folder, random_states))
+        unlogged = [(step, {name: term.cpu() for name, term in terms.items()}) for step, terms in self._unlogged]
+        processes = gather_object([{"random": random_state(), "unlogged": unlogged}])
+        self.folder.save(self.progress.step, lambda folder: self._write(folder, processes))
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint as if the run had never stopped."""
         state = checkpoint.read_training_state(folder)
-        if state["weights"] is None:
-            checkpoint.load_weights(self.core, folder)
-        else:
-            self.core.load_own_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        checkpoint.load_weights(self.core, folder)
+        if state["weights"] is not None:
+            self.core.load_own_state_dict(state["weights"])  # they fit, as the published ones above did
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            message = f"{folder / checkpoint.TRAINING} does not fit the configuration (model, optim.groups): {error}"
+            raise checkpoint.CheckpointError(message) from error
         self.schedule.load_state_dict(state["schedule"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.ema and state["ema"]:
             self.ema.load_state_dict(state["ema"])
         self.progress = Progress(**state["progress"])
-        random_states = state["random"]
-        if len(random_states) != self.accelerator.num_processes:
-            logger.warning("%s was saved by %d processes: the run goes on, not bit for bit", folder, len(random_states))
-        restore_random_state(random_states[self.accelerator.process_index % len(random_states)])
+        processes = state["processes"]
+        if len(processes) != self.accelerator.num_processes:
+            logger.warning("%s was saved by %d processes: the run goes on, not bit for bit", folder, len(processes))
+        own = processes[self.accelerator.process_index % len(processes)]
+        restore_random_state(own["random"])
+        device = self.accelerator.device
+        self._unlogged = [(step, {name: t.to(device) for name, t in terms.items()}) for step, terms in own["unlogged"]]
         self.folder.cut_history(self.progress.step)
 
     def _loader(self) -> DataLoader[Any]:
@@ -222,40 +234,46 @@ class Trainer:
         evaluation_due = evaluation_due and step > self.progress.evaluated_step and not stop
         save_due = finished or (step % config.save_every == 0 if config.save_every else evaluation_due)
         if evaluation_due or save_due or step % config.log_every == 0:
-            self._flush(bar)
+            self._flush(bar, log=not stop)  # a stop is no reason for a row that the straight run does not have
+        if evaluation_due or save_due:
+            self._check_weights()
         if evaluation_due:
             self.evaluate()
-            if config.patience and self.progress.evaluations_since_best >= config.patience:
-                logger.info("no better %s in %d evaluations: stopped early", config.best_metric, config.patience)
-                save_due = finished = True
+        if config.patience and self.progress.evaluations_since_best >= config.patience:
+            logger.info("no better %s in %d evaluations: stopped early", config.best_metric, config.patience)
+            save_due = finished = True
         if save_due:
             self.save()
         return finished
 
-    def _flush(self, bar: tqdm) -> None:
+    def _flush(self, bar: tqdm, log: bool) -> None:
         """Log the mean of the loss terms since the last time, after a look for numbers that are none.
 
         Looking at every step would make a GPU wait for each; nothing is saved or evaluated before a look.
         """
         if not self._unlogged:
             return
-        names = list(self._unlogged[0])
-        values = torch.stack([torch.stack([terms[name] for name in names]) for terms in self._unlogged])  # [n, terms]
-        self._unlogged = []
-        values = mean_over_processes(self.accelerator, values.float()).cpu()
-        for back, row in enumerate(values.flip(0)):
+        names = list(self._unlogged[0][1])
+        rows = [torch.stack([terms[name] for name in names]) for _, terms in self._unlogged]
+        values = mean_over_processes(self.accelerator, torch.stack(rows).float()).cpu()  # [batches, terms]
+        for (step, _), row in zip(self._unlogged, values, strict=True):
             if not row.isfinite().all():
                 terms = ", ".join(f"{name} = {value:.4g}" for name, value in zip(names, row.tolist(), strict=True))
-                step = self.progress.step - back // self.config.train.accumulate
-                raise TrainingError(
-                    f"the loss is not finite at step {step}: {terms}. The newest checkpoint is from before; a lower "
-                    "optim.lr or optim.clip_norm, or train.precision=no, usually helps"
-                )
+                raise TrainingError(f"the loss is not finite at step {step}: {terms}. {REMEDY}")
+        if not log:
+            return
+        self._unlogged = []
         means = dict(zip(names, values.mean(dim=0).tolist(), strict=True))
         loss = sum(means.values())
         bar.set_postfix({"loss": f"{loss:.3f}"} | {name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
         lr = max(self.schedule.get_last_lr())
         self._log({"loss": loss} | {f"loss/{name}": mean for name, mean in means.items()} | {"lr": lr})
+
+    def _check_weights(self) -> None:
+        """A finite loss can have a gradient that is none, which the loss shows only one step later."""
+        for name, parameter in self.core.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise TrainingError(f"the weights {name} are not finite after step {self.progress.step}. {REMEDY}")
 
     def _log(self, values: dict[str, Any]) -> None:
         numbers = {key: value for key, value in values.items() if not isinstance(value, str)}
@@ -271,7 +289,7 @@ class Trainer:
         """Inside, the model has the weights that are evaluated and published: the average, if there is one."""
         return self.ema.applied() if self.ema else nullcontext()
 
-    def _write(self, folder: Path, random_states: list[dict[str, Any]]) -> None:
+    def _write(self, folder: Path, processes: list[dict[str, Any]]) -> None:
         with self._published_weights():
             checkpoint.write_model(folder, self.core, self.config)
         state = {
@@ -281,6 +299,6 @@ class Trainer:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "ema": self.ema.state_dict() if self.ema else None,
             "progress": asdict(self.progress),
-            "random": random_states,
+            "processes": processes,
         }
         checkpoint.write_training_state(folder, state)

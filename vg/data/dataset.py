@@ -38,29 +38,24 @@ class GroundingDataset(Dataset[Sample]):
         self.skip = bad_samples == "skip"
         # Shared memory: the workers of a DataLoader write, the main process counts.
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
-        self._bad = torch.zeros(len(source), dtype=torch.bool).share_memory_()
+        self.bad = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # [samples] found unusable so far
 
     def begin_epoch(self, epoch: int) -> None:
         self._epoch[0] = epoch
-
-    @property
-    def num_bad(self) -> int:
-        """How many samples were found unusable so far."""
-        return int(self._bad.sum())
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
         for candidate in (*range(index, len(self)), *range(index)) if self.skip else (index,):
-            if self._bad[candidate]:
+            if self.bad[candidate]:
                 continue
             try:
                 return self._load(candidate)
             except BadSampleError as error:
                 if not self.skip:
                     raise
-                self._bad[candidate] = True
+                self.bad[candidate] = True
                 logger.warning("skipped a bad sample: %s", error)
         raise DataError(f"{self.source.provenance}: every sample is bad; the warnings above name the reasons")
 
