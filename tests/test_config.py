@@ -78,10 +78,9 @@ def test_changing_one_key_keeps_the_other_defaults(path: tuple[str, ...], minima
     """A nested default that differs from the default of its class would be lost with the first key given below it."""
     default = default_of(path)
     key = next(field.name for field in reversed(fields(default)) if not is_dataclass(getattr(default, field.name)))
-    heads = ["model.head=pooled"] if "head" in path else []
-    changed = load_config(
-        minimal, [*heads, f"{'.'.join(path)}.{key}={yaml.safe_dump(getattr(default, key), width=9999)}"]
-    )
+    value = yaml.safe_dump(getattr(default, key), width=9999)
+    head = ["model.head=pooled"] if "head" in path else []  # a choice of two: its name must be given
+    changed = load_config(minimal, [*head, f"{'.'.join(path)}.{key}={value}"])
     assert changed == parse_config(MINIMAL)
 
 
