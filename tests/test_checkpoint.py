@@ -1,0 +1,265 @@
+"""Checkpoints: what was saved comes back, damage is named, and trouble while saving harms nothing that was there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vg.checkpoint import CheckpointError, load_weights, read_model, read_training_state, replacing
+from vg.config import ConfigError, RunConfig, dump_config
+from vg.trainer import Trainer
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def trained(tiny_config: MakeConfig) -> tuple[Trainer, Path]:
+    """A run of one step, and its checkpoint."""
+    config = tiny_config(train={"max_steps": 1})
+    trainer = Trainer(config)
+    trainer.fit()
+    return trainer, Path(config.train.output) / "checkpoints" / "step_000001"
+
+
+def answers(trainer: Trainer, model: Any) -> list[tuple[Any, ...]]:
+    """Predictions for the evaluation data."""
+    model.eval()
+    with torch.no_grad():
+        found = [p for batch in trainer.evaluator.loader for p in model.predict(model(batch), batch)]
+    return [(p.id, p.boxes.tolist(), p.scores.tolist(), p.phrase_ids.tolist(), p.phrases) for p in found]
+
+
+def test_a_loaded_model_predicts_the_same(trained: tuple[Trainer, Path]) -> None:
+    trainer, folder = trained
+    model, config = read_model(folder)
+    assert config == trainer.config
+    assert not model.training
+    assert answers(trainer, model) == answers(trainer, trainer.core)
+    phrases = ["left red circle", "the tiny blue triangle"]
+    saved, original = model.text_spec.tokenizer, trainer.core.text_spec.tokenizer
+    assert saved(phrases)["input_ids"] == original(phrases)["input_ids"]
+
+
+def test_the_folder_of_a_run_stands_for_its_best_checkpoint(trained: tuple[Trainer, Path]) -> None:
+    trainer, folder = trained
+    model, _ = read_model(folder.parents[1])
+    assert answers(trainer, model) == answers(trainer, read_model(folder.parents[1] / "best")[0])
+
+
+def test_overrides_at_loading(trained: tuple[Trainer, Path]) -> None:
+    _, config = read_model(trained[1], ["data.eval.size=3"])
+    assert config.data.eval.size == 3  # type: ignore[union-attr]
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def garbled(path: Path) -> None:
+    path.write_bytes(b"\x00\xff" * 100)
+
+
+@pytest.mark.parametrize("damage", [cut_short, emptied, garbled])
+def test_damaged_weights_are_named(trained: tuple[Trainer, Path], damage: Callable[[Path], None]) -> None:
+    trainer, folder = trained
+    damage(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"step_000001/model\.safetensors is damaged or was cut short"):
+        read_model(folder)
+    with pytest.raises(CheckpointError, match=r"step_000001/model\.safetensors is damaged or was cut short"):
+        Trainer(trainer.config, resume=True)
+
+
+@pytest.mark.parametrize("damage", [cut_short, emptied, garbled])
+def test_a_damaged_training_state_is_named(trained: tuple[Trainer, Path], damage: Callable[[Path], None]) -> None:
+    trainer, folder = trained
+    damage(folder / "training.pt")
+    read_model(folder)
+    with pytest.raises(CheckpointError, match=r"cannot resume from .*step_000001/training\.pt"):
+        Trainer(trainer.config, resume=True)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("evil",)
+
+
+def test_a_training_state_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"progress": Evil()}, tmp_path / "training.pt")
+    with pytest.raises(CheckpointError, match=r"cannot resume from .*training\.pt"):
+        read_training_state(tmp_path)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_weights_that_do_not_fit_are_all_named(trained: tuple[Trainer, Path]) -> None:
+    trainer, folder = trained
+    weights = load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    del weights[names[0]]
+    weights[names[1]] = torch.zeros(1, 2, 3)
+    weights["surplus"] = torch.zeros(7)
+    save_file(weights, folder / "model.safetensors")
+    before = {name: value.clone() for name, value in trainer.core.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(trainer.core, folder)
+    for part in (
+        str(folder / "model.safetensors"),
+        f"missing: {names[0]}",
+        f"shape: {names[1]} is (1, 2, 3), expected ",
+        "unexpected: surplus (7,)",
+    ):
+        assert part in str(caught.value)
+    assert all(value.equal(before[name]) for name, value in trainer.core.state_dict().items()), "nothing was loaded"
+
+
+def test_missing_parts_are_named(trained: tuple[Trainer, Path], tmp_path: Path) -> None:
+    _, folder = trained
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"step_000001/model\.safetensors does not exist"):
+        read_model(folder)
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(CheckpointError, match=r"step_000001 is not a checkpoint of vg: it holds no tokenizer"):
+        read_model(folder)
+    for place in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(CheckpointError, match=r"is not a checkpoint of vg: it holds no config\.yaml"):
+            read_model(place)
+    (folder / "training.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"cannot resume from .*training\.pt.*No such file"):
+        read_training_state(folder)
+
+
+def test_a_configuration_of_the_checkpoint_that_is_wrong_is_named(trained: tuple[Trainer, Path]) -> None:
+    _, folder = trained
+    (folder / "config.yaml").write_text("model: 3")
+    with pytest.raises(ConfigError, match=r"step_000001/config\.yaml"):
+        read_model(folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("victim", ["vg.checkpoint.save_file", "torch.save", "vg.run_folder.write_json"])
+def test_a_full_disk_leaves_what_was_there(
+    trained: tuple[Trainer, Path], monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
+    trainer, folder = trained
+    run = folder.parents[1]
+    before = contents(run)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(victim, fail)
+    message = "(?s)could not write the checkpoint .*No space left on device.*Earlier checkpoints are untouched"
+    save = (lambda: trainer.folder.save_best({}, lambda partial: None)) if "json" in victim else trainer.save
+    with pytest.raises(CheckpointError, match=message):
+        save()
+    assert contents(run) == before
+    assert not list(run.rglob("*.partial")) + list(run.rglob("*.old"))
+    monkeypatch.undo()
+    Trainer(trainer.config, resume=True).save()
+
+
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from vg.checkpoint import CheckpointError
+from vg.config import load_config
+from vg.trainer import Trainer
+
+trainer = Trainer(load_config("config.yaml"), resume=True)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond the limit fails with an error, as on a full disk
+for limit in sys.argv[1:]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+    try:
+        trainer.save()
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit for the size of files")
+def test_a_file_that_really_cannot_grow(trained: tuple[Trainer, Path], tmp_path: Path) -> None:
+    trainer, folder = trained
+    before = contents(folder)
+    weights = (folder / "model.safetensors").stat().st_size
+    assert (folder / "training.pt").stat().st_size > weights + 1000
+    (tmp_path / "config.yaml").write_text(dump_config(trainer.config))
+    limits = [str(weights // 2), str(weights + 1000)]  # the weights do not fit, or only the training state does not
+    result = subprocess.run(
+        [sys.executable, "-c", LIMITED, *limits],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("could not write the checkpoint") == 2
+    assert contents(folder) == before
+    assert not list(folder.parents[1].rglob("*.partial"))
+
+
+def test_replacing_keeps_the_old_folder_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "step"
+
+    def write(text: str, error: BaseException | None = None) -> None:
+        with replacing(folder) as partial:
+            (partial / f"{text}.txt").write_text(text)
+            if error:
+                raise error
+
+    write("first")
+    assert contents(folder) == {"first.txt": b"first"}
+    with pytest.raises(KeyboardInterrupt):  # as good as kill -9: nothing tidies up
+        write("killed", KeyboardInterrupt())
+    assert contents(folder) == {"first.txt": b"first"}
+    write("second")
+    assert contents(folder) == {"second.txt": b"second"}
+    with pytest.raises(CheckpointError, match="could not write the checkpoint"):
+        write("failed", OSError(errno.EROFS, "Read-only file system"))
+    with pytest.raises(TypeError):
+        write("a bug", TypeError("a bug is not a full disk"))
+    assert contents(folder) == {"second.txt": b"second"}
+    write("third")
+    assert [path.name for path in folder.parent.iterdir()] == ["step"]
+
+
+def test_leftovers_of_a_crash_are_no_checkpoints(trained: tuple[Trainer, Path]) -> None:
+    trainer, folder = trained
+    for name in ("step_000002.partial", "step_000003.old"):
+        shutil.copytree(folder, folder.with_name(name))
+    assert trainer.folder.checkpoints() == [folder]
+    trainer.progress.step = 2
+    trainer.save()
+    assert trainer.folder.checkpoints() == [folder, folder.with_name("step_000002")]
+
+
+def test_the_published_files_are_plain(trained: tuple[Trainer, Path]) -> None:
+    trainer, folder = trained
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "model.safetensors", "tokenizer", "training.pt"}
+    best = folder.parents[1] / "best"
+    assert {path.name for path in best.iterdir()} == {
+        "config.yaml",
+        "model.safetensors",
+        "tokenizer",
+        "validation.json",
+    }
+    assert json.loads((best / "validation.json").read_text())["step"] == 1
+    assert (folder / "config.yaml").read_text() == dump_config(trainer.config)
