@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from vg.config import RunConfig, parse_config
+from vg.history import History
+
+if TYPE_CHECKING:
+    from vg.trainer import Trainer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: more threads than cores crawl
@@ -27,6 +31,10 @@ TEXT = {
     "max_position_embeddings": 64,
 }
 HEAD = {"name": "dense", "width": 32, "layers": 1, "heads": 2, "feedforward": 64}
+NO_DROPOUT = {
+    "text": {"frozen": False, "architecture": TEXT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}},
+    "head": HEAD | {"dropout": 0.0},
+}
 
 
 @pytest.fixture
@@ -59,3 +67,15 @@ def tiny_config(tmp_path: Path) -> Callable[..., RunConfig]:
         return parse_config({name: values[name] | sections.get(name, {}) for name in values})
 
     return make
+
+
+def history(config: RunConfig) -> list[dict[str, Any]]:
+    """The rows of a run's history."""
+    return History(Path(config.train.output) / "history.jsonl").rows()
+
+
+def scripted(trainer: Trainer, scores: list[float]) -> Trainer:
+    """Evaluations return these numbers, one after the other."""
+    values = iter(scores)
+    trainer.evaluator.run = lambda model: {"miou": next(values), "data": "script"}  # type: ignore[method-assign]
+    return trainer

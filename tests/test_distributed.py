@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import HEAD, TEXT, VISION
+from tests.conftest import NO_DROPOUT, history
 from vg.config import RunConfig, dump_config
 from vg.distributed import random_state, restore_random_state, seed_everything
-from vg.history import History
 from vg.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
@@ -59,15 +58,8 @@ def launch(folder: Path, *arguments: str) -> str:
 
 def configured(make: MakeConfig, output: Path, batch_size: int, **data: Any) -> RunConfig:
     """28 samples: with 8 at a time 3 steps in an epoch, the rest is dropped; 7 to evaluate, divisible by nothing."""
-    text = TEXT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return make(
-        model={
-            "name": "rec",
-            "image_size": 32,
-            "vision": {"frozen": False, "architecture": VISION},
-            "text": {"frozen": False, "architecture": text},
-            "head": HEAD | {"dropout": 0.0},
-        },
+        model=NO_DROPOUT,
         data={
             "train": {"name": "shapes", "split": "train", "image_size": 64, "size": 28},
             "eval": {"name": "shapes", "split": "val", "image_size": 64, "size": 7},
@@ -81,13 +73,15 @@ def configured(make: MakeConfig, output: Path, batch_size: int, **data: Any) -> 
 
 def test_two_processes_equal_one_with_twice_the_batch(tiny_config: MakeConfig, tmp_path: Path) -> None:
     """The two are stopped by a signal to one of them, and resumed."""
-    (tmp_path / "config.yaml").write_text(dump_config(configured(tiny_config, tmp_path / "two", batch_size=4)))
+    together = configured(tiny_config, tmp_path / "two", batch_size=4)
+    (tmp_path / "config.yaml").write_text(dump_config(together))
     (tmp_path / "train.py").write_text(SCRIPT)
     assert launch(tmp_path).count("stopped at step 4") == 2
     launch(tmp_path, "--resume")
-    Trainer(configured(tiny_config, tmp_path / "one", batch_size=8)).fit()
+    alone = configured(tiny_config, tmp_path / "one", batch_size=8)
+    Trainer(alone).fit()
 
-    one, two = (History(tmp_path / name / "history.jsonl").rows() for name in ("one", "two"))
+    one, two = history(alone), history(together)
     assert [row["step"] for row in one] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert one[-1]["num_expressions"] == 7
     for expected, row in zip(one, two, strict=True):

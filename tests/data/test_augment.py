@@ -1,0 +1,153 @@
+"""Augmentation: boxes follow the picture, words stay true, and a seed decides everything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from vg.data.augment import AugmentConfig, swap_sides
+from vg.types import Sample
+
+SEEDS = [(0, 0, index) for index in range(60)]
+
+
+def make(boxes: list[list[int]] | None = None) -> Sample:
+    """A noisy picture, 40 high and 60 wide; every box is filled with its own colour."""
+    image = np.random.default_rng(0).integers(100, 140, (40, 60, 3), dtype=np.uint8)
+    array = np.array([[5, 10, 15, 30], [40, 4, 58, 20]] if boxes is None else boxes, np.float32).reshape(-1, 4)
+    for number, (left, top, right, bottom) in enumerate(array.astype(int)):
+        image[top:bottom, left:right] = (250, 10, 40 * number)
+    return Sample(
+        "a", image, ("left red box", "box on the right"), array, np.arange(len(array), dtype=np.int64), "colour"
+    )
+
+
+def marked(sample: Sample, number: int) -> list[float]:
+    """Where the colour of a box is in the picture: xyxy."""
+    rows, columns = np.nonzero((sample.image == (250, 10, 40 * number)).all(axis=-1))
+    return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
+@pytest.mark.parametrize(
+    ("phrase", "mirrored"),
+    [
+        ("left man", "right man"),
+        ("man on the right", "man on the left"),
+        ("Left of the Right one", "Right of the Left one"),
+        ("RIGHT SIDE", "LEFT SIDE"),
+        ("leftmost, not rightmost", "rightmost, not leftmost"),
+        ("right-hand cup", "left-hand cup"),
+        ("righthand cup, leftside", "lefthand cup, rightside"),
+        ("far right next to the door", "far left next to the door"),
+        ("the one on the right behind him", "the one on the left behind him"),
+        ("right behind him", "right behind him"),  # here it says how near, not where
+        ("dog right next to the left cat", "dog right next to the right cat"),
+        ("right in front of the sofa", "right in front of the sofa"),
+        ("bright upright copyright kite", "bright upright copyright kite"),
+        ("red circle above the square", "red circle above the square"),
+    ],
+)
+def test_words_in_the_mirror(phrase: str, mirrored: str) -> None:
+    assert swap_sides(phrase) == mirrored
+    assert swap_sides(mirrored) == phrase
+
+
+def test_off_by_default() -> None:
+    assert AugmentConfig().build() is None
+
+
+def test_flip_moves_boxes_and_swaps_words() -> None:
+    augment = AugmentConfig(flip=1).build()
+    assert augment is not None
+    sample, flipped = make(), augment(make(), (0, 0, 0))
+    np.testing.assert_array_equal(flipped.image, sample.image[:, ::-1])
+    np.testing.assert_allclose(flipped.boxes, [[45, 10, 55, 30], [2, 4, 20, 20]], atol=1e-4)
+    assert flipped.boxes.dtype == np.float32
+    assert flipped.phrases == ("right red box", "box on the left")
+    assert flipped.phrase_ids.tolist() == [0, 1]
+    assert (flipped.id, flipped.kind) == ("a", "colour")
+    twice = augment(flipped, (0, 0, 1))
+    np.testing.assert_array_equal(twice.image, sample.image)
+    np.testing.assert_allclose(twice.boxes, sample.boxes, atol=1e-4)
+    assert twice.phrases == sample.phrases
+
+
+def test_flip_happens_as_often_as_asked() -> None:
+    augment = AugmentConfig(flip=0.25).build()
+    assert augment is not None
+    flips = [augment(make(), (0, 0, index)).phrases[0] == "right red box" for index in range(400)]
+    assert 60 < sum(flips) < 140
+
+
+def test_a_crop_keeps_every_box_whole() -> None:
+    augment = AugmentConfig(crop=1).build()
+    assert augment is not None
+    sizes = set()
+    for seed in SEEDS:
+        sample, cropped = make(), augment(make(), seed)
+        height, width = cropped.image.shape[:2]
+        sizes.add((height, width))
+        assert len(cropped.boxes) == 2
+        assert cropped.phrases == sample.phrases
+        np.testing.assert_allclose(cropped.boxes[:, 2:] - cropped.boxes[:, :2], [[10, 20], [18, 16]], atol=1e-3)
+        assert (cropped.boxes >= -1e-3).all()
+        assert (cropped.boxes <= np.array([width, height, width, height]) + 1e-3).all()
+        for number, box in enumerate(cropped.boxes):
+            np.testing.assert_allclose(box, marked(cropped, number), atol=1e-3)
+    assert len(sizes) > 10, "crops differ"
+
+
+def test_color_leaves_boxes_words_and_hues() -> None:
+    augment = AugmentConfig(color=0.3).build()
+    assert augment is not None
+    sample = make()
+    for seed in SEEDS[:20]:
+        changed = augment(sample, seed)
+        assert not np.array_equal(changed.image, sample.image)
+        assert changed.image.dtype == np.uint8
+        np.testing.assert_array_equal(changed.boxes, sample.boxes)
+        assert changed.phrases == sample.phrases
+        red = changed.image[20, 10].astype(int)
+        assert red[0] > red[1] + 50, "red stays red"
+        assert red[0] > red[2] + 50, "red stays red"
+
+
+@pytest.mark.parametrize("config", [AugmentConfig(flip=0.5), AugmentConfig(crop=1), AugmentConfig(0.5, 0.3, 0.5)])
+def test_a_seed_decides_everything(config: AugmentConfig) -> None:
+    one, other = config.build(), config.build()
+    assert one is not None
+    assert other is not None
+    before = make()
+    for seed in SEEDS[:10]:
+        one(make(), (9, 9, 9))  # what came before does not matter
+        np.random.seed(1)  # noqa: NPY002 - nor does the global generator
+        a, b = one(before, seed), other(make(), seed)
+        np.testing.assert_array_equal(a.image, b.image)
+        np.testing.assert_array_equal(a.boxes, b.boxes)
+        assert a.phrases == b.phrases
+    np.testing.assert_array_equal(before.image, make().image, "the sample it was given stays as it is")
+    images = {one(make(), seed).image.tobytes() for seed in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), *SEEDS]}
+    assert len(images) > 1
+
+
+@pytest.mark.parametrize("config", [AugmentConfig(flip=1), AugmentConfig(crop=1), AugmentConfig(1, 0.3, 1)])
+def test_a_picture_without_boxes(config: AugmentConfig) -> None:
+    augment = config.build()
+    assert augment is not None
+    sample = replace(make([]), phrases=("left of nothing",))
+    changed = augment(sample, (0, 0, 0))
+    assert changed.boxes.shape == (0, 4)
+    assert changed.phrase_ids.shape == (0,)
+
+
+def test_boxes_up_to_the_very_edge_survive() -> None:
+    augment = AugmentConfig(flip=0.5, crop=1).build()
+    assert augment is not None
+    sample = replace(make([[0, 0, 60, 40]]), boxes=np.array([[0, 0, 60, 40], [59.3, 0, 60, 0.4]], np.float32))
+    sample = replace(sample, phrase_ids=np.array([0, 1]))
+    for seed in SEEDS:
+        changed = augment(sample, seed)
+        assert changed.phrase_ids.tolist() == [0, 1]
+        assert changed.image.shape == (40, 60, 3)

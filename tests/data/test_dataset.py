@@ -1,0 +1,150 @@
+"""From a source to samples: what is random depends on (seed, epoch, index) alone, and bad samples are dealt with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from vg.data.augment import AugmentConfig
+from vg.data.dataset import EpochSampler, GroundingDataset
+from vg.data.shapes import ShapesConfig
+from vg.data.source import BadSampleError, DataError, Provenance
+from vg.types import Sample
+
+
+@dataclass
+class Numbers:
+    """Samples that show their index, some of which cannot be used."""
+
+    length: int
+    bad: frozenset[int] = frozenset()
+    epochs: list[int] = field(default_factory=list)
+    provenance: Provenance = Provenance("numbers", "test")  # noqa: RUF009 - frozen
+
+    def __len__(self) -> int:
+        return self.length
+
+    def load(self, index: int, epoch: int) -> Sample:
+        self.epochs.append(epoch)
+        right = 0 if index in self.bad else 8
+        return Sample(
+            id=f"numbers/{index}",
+            image=np.full((10, 10, 3), index, np.uint8),
+            phrases=(f"number {index}",),
+            boxes=np.array([[0, 0, right, 8]], np.float32),
+            phrase_ids=np.zeros(1, np.int64),
+        )
+
+
+def ids(samples: Sequence[Sample]) -> list[int]:
+    return [int(sample.id.removeprefix("numbers/")) for sample in samples]
+
+
+def test_a_bad_sample_is_an_error_that_names_it() -> None:
+    data = GroundingDataset(Numbers(5, frozenset({2})))
+    assert ids([data[1], data[3]]) == [1, 3]
+    with pytest.raises(BadSampleError, match=r"sample numbers/2: box .* has no area"):
+        data[2]
+    with pytest.raises(BadSampleError, match="numbers/2"):
+        list(DataLoader(data, batch_size=None, num_workers=1))
+
+
+def test_bad_samples_are_skipped_counted_and_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
+    source = Numbers(5, frozenset({2, 3, 4}))
+    data = GroundingDataset(source, bad_samples="skip")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert ids([data[index] for index in range(5)]) == [0, 1, 0, 0, 0], "the next good one"
+    assert data.bad.tolist() == [False, False, True, True, True]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 3
+    assert "skipped a bad sample: sample numbers/2: box [0.0, 0.0, 0.0, 8.0]" in messages[0]
+    assert len(source.epochs) == 3 + 3 * 5, "a bad sample is not read again"
+
+
+def test_workers_tell_the_main_process_about_bad_samples() -> None:
+    data = GroundingDataset(Numbers(9, frozenset({1, 7, 8})), bad_samples="skip")
+    found = list(DataLoader(data, batch_size=None, num_workers=2))
+    assert ids(found) == [0, 2, 2, 3, 4, 5, 6, 0, 0]
+    assert data.bad.nonzero().flatten().tolist() == [1, 7, 8]
+
+
+def test_nothing_usable_is_an_error() -> None:
+    data = GroundingDataset(Numbers(3, frozenset({0, 1, 2})), bad_samples="skip")
+    with pytest.raises(DataError, match="every sample is bad; the warnings above name the reasons"):
+        data[1]
+    with pytest.raises(DataError, match="holds no samples"):
+        GroundingDataset(Numbers(0))
+
+
+def test_the_same_sample_whatever_the_number_of_workers() -> None:
+    augment = AugmentConfig(flip=0.5, color=0.3, crop=0.5).build()
+    data = GroundingDataset(ShapesConfig(size=12, image_size=64).build(), augment, seed=3)
+
+    def epoch(number: int, workers: int) -> list[Sample]:
+        data.begin_epoch(number)
+        return list(DataLoader(data, batch_size=None, num_workers=workers))
+
+    def same(a: list[Sample], b: list[Sample]) -> list[bool]:
+        return [
+            np.array_equal(x.image, y.image) and x.phrases == y.phrases and np.array_equal(x.boxes, y.boxes)
+            for x, y in zip(a, b, strict=True)
+        ]
+
+    first = epoch(0, workers=0)
+    assert all(same(first, epoch(0, workers=2)))
+    assert all(same(first, epoch(0, workers=1)))
+    assert not any(same(first, epoch(1, workers=0)))
+    assert all(same(first, epoch(0, workers=0)))
+
+
+def test_the_augmentation_changes_with_seed_epoch_and_index() -> None:
+    def images(seed: int, epoch: int) -> list[bytes]:
+        data = GroundingDataset(Fixed(), AugmentConfig(color=0.5).build(), seed)
+        data.begin_epoch(epoch)
+        return [data[index].image.tobytes() for index in range(4)]
+
+    drawn = images(0, 0) + images(0, 1) + images(1, 0)
+    assert len(set(drawn)) == len(drawn)
+    assert images(0, 1) == drawn[4:8]
+
+
+class Fixed(Numbers):
+    """The same picture at every index."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+
+    def load(self, index: int, epoch: int) -> Sample:
+        return super().load(100, epoch)
+
+
+def test_workers_that_stay_alive_hear_of_the_next_epoch() -> None:
+    source = ShapesConfig(size=6, image_size=64).build()
+    data = GroundingDataset(source)
+    loader = DataLoader(data, batch_size=None, num_workers=2, persistent_workers=True)
+    for epoch in (0, 1, 2):
+        data.begin_epoch(epoch)
+        for index, sample in enumerate(loader):
+            assert np.array_equal(sample.image, source.load(index, epoch).image)
+
+
+def test_epoch_sampler() -> None:
+    sampler = EpochSampler(50, seed=1)
+    orders = []
+    for epoch in range(3):
+        sampler.begin_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(50))
+        torch.rand(3)  # other random numbers do not matter
+        assert list(sampler) == orders[-1]
+    assert len({tuple(order) for order in orders}) == 3
+    other = EpochSampler(50, seed=2)
+    assert list(other) != orders[0]
+    assert len(other) == 50
