@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.conftest import HEAD, NO_DROPOUT, history, scripted
 from vg.checkpoint import CheckpointError
 from vg.config import ConfigError, RunConfig
+from vg.optim import GroupConfig
 from vg.trainer import Trainer, TrainingError
 
 MakeConfig = Callable[..., RunConfig]
@@ -140,11 +141,14 @@ def test_a_run_is_never_overwritten_by_accident(tiny_config: MakeConfig) -> None
         Trainer(config, resume=True)
     Trainer(config).fit()
     before = history(config)
-    with pytest.raises(
-        CheckpointError, match=r"holds a run already \(step_000001\): go on with --resume, .*--overwrite"
-    ):
+    with pytest.raises(CheckpointError, match=r"\(checkpoints/step_000001\): go on with --resume, .*--overwrite"):
         Trainer(config)
     assert history(config) == before
+    config.optim.groups = {"nowhere": GroupConfig()}
+    with pytest.raises(ValueError, match="nowhere"):
+        Trainer(config, overwrite=True)
+    assert history(config) == before, "nothing is removed for a run that cannot begin"
+    config.optim.groups = {}
     Trainer(config, overwrite=True)
     assert history(config) == []
     assert not Path(config.train.output, "checkpoints").exists()
@@ -179,3 +183,17 @@ def test_a_gradient_that_is_no_number_behind_a_finite_loss_is_never_saved(tiny_c
     with pytest.raises(TrainingError, match=r"the weights .* are not finite after step 3"):
         trainer.fit()
     assert checkpoints(config) == ["step_000001", "step_000002"]
+
+
+def test_what_others_keep_in_the_folder_stays(tiny_config: MakeConfig) -> None:
+    config = tiny_config(train={"max_steps": 1})
+    mine = [Path(config.train.output, *parts) for parts in (("logs", "mine"), ("checkpoints", "mine"), ("notes.txt",))]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with pytest.raises(CheckpointError, match=r"a run already \(checkpoints/mine\)"):
+        Trainer(config)
+    mine[1].unlink()
+    Trainer(config).fit()
+    assert mine[0].exists()
+    assert mine[2].exists()

@@ -9,10 +9,10 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from vg.data import SourceConfig
 from vg.data.augment import AugmentConfig
@@ -47,7 +47,7 @@ class TrainConfig(Strict):
 
     output: str = "runs/default"
     """Folder of the run: configuration, checkpoints, history, curves."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     epochs: PositiveInt = 10
     max_steps: PositiveInt | None = None
     """Optimiser steps; ends the run before the epochs do."""
@@ -55,7 +55,7 @@ class TrainConfig(Strict):
     """Batches whose gradients make one optimiser step."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision; bf16 wherever the GPU has it."""
-    ema: PositiveFloat | None = None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the moving average of the weights; if given, the average is what is evaluated and published."""
     eval_every: PositiveInt | None = None
     """Steps between evaluations; by default after every epoch."""

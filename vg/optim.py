@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
+
 from vg.types import Strict
 
 if TYPE_CHECKING:
@@ -20,21 +22,21 @@ if TYPE_CHECKING:
 class GroupConfig(Strict):
     """What differs for the parameters of one module."""
 
-    lr: float | None = None
-    weight_decay: float | None = None
+    lr: NonNegativeFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
 
 
 @dataclass
 class OptimConfig(Strict):
     """AdamW with a warm-up and a cosine decay."""
 
-    lr: float = 1e-4
-    weight_decay: float = 0.01
+    lr: NonNegativeFloat = 1e-4
+    weight_decay: NonNegativeFloat = 0.01
     """Not applied to biases, norms and other vectors."""
     betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float | None = 1.0
+    clip_norm: PositiveFloat | None = 1.0
     """Largest norm of the gradient; null for no clipping."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     schedule: Literal["cosine", "constant"] = "cosine"
     groups: dict[str, GroupConfig] = field(default_factory=dict)
     """Module name -> what differs there, for example `vision: {lr: 1e-5}`; the longest matching name counts."""

@@ -24,6 +24,7 @@ from vg.config import RunConfig, dump_config
 from vg.history import History
 
 VALIDATION = "validation.json"
+KEPT = ("best", "checkpoints")
 
 
 class RunFolder:
@@ -37,7 +38,7 @@ class RunFolder:
         self.history = History(self.path / "history.jsonl")
 
     def claim(self, resume: bool, overwrite: bool) -> None:
-        """Make the folder ready for this run.
+        """See whether this run may have the folder; nothing is removed yet.
 
         Raises:
             CheckpointError: another run lives here, or there is none to resume.
@@ -46,11 +47,15 @@ class RunFolder:
         found = self.checkpoints()
         if resume and not found:
             raise CheckpointError(f"nothing to resume: no checkpoint in {self.path / 'checkpoints'}")
-        if found and not (resume or overwrite):
+        kept = [name for part in KEPT for name in sorted(self.path.glob(f"{part}/*"))]
+        if kept and not (resume or overwrite):
             raise CheckpointError(
-                f"{self.path} holds a run already ({found[-1].name}): go on with --resume, begin anew with "
-                "--overwrite, or choose another train.output"
+                f"{self.path} holds a run already ({kept[-1].relative_to(self.path)}): go on with --resume, begin anew "
+                "with --overwrite, or choose another train.output"
             )
+
+    def begin(self, resume: bool) -> None:
+        """Make the folder ready, and remove what an earlier run left in it."""
         self._on_main(lambda: self._prepare(resume))
 
     def checkpoints(self) -> list[Path]:
@@ -97,7 +102,7 @@ class RunFolder:
 
     def _prepare(self, resume: bool) -> None:
         if not resume:
-            for part in ("best", "checkpoints", "logs"):
+            for part in (*KEPT, "logs/vg"):  # the trackers call the project vg
                 shutil.rmtree(self.path / part, ignore_errors=True)
             self.history.path.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)

@@ -93,6 +93,7 @@ class Trainer:
         self.progress = Progress()
         self.stop = StopSignal(self.accelerator)
         self._unlogged: list[tuple[int, dict[str, Tensor]]] = []  # step and loss terms of batches not logged yet
+        self.folder.begin(resume)  # not before everything else has worked: it removes an overwritten run
         if resume:
             self.restore(self.folder.checkpoints()[-1])
 

@@ -5,23 +5,27 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from vg.types import Sample, Strict
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no look-up on the network at import
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass
 class AugmentConfig(Strict):
     """Probabilities are per sample; everything is off by default."""
 
-    flip: float = 0.0
+    flip: Share = 0.0
     """Probability of mirroring the picture, with "left" and "right" swapped in the phrases."""
-    color: float = 0.0
+    color: Share = 0.0
     """Strength of random brightness, contrast and saturation (0.2 = by up to 20 %); hues stay, for words name them."""
-    crop: float = 0.0
+    crop: Share = 0.0
     """Probability of a random crop that keeps every box whole."""
 
     def build(self) -> Augment | None:
