@@ -18,7 +18,17 @@ FILES = PACKAGE + sorted((ROOT / "scripts").rglob("*.py"))
 ALLOWED = {
     "__init__": {"config", "trainer", "inference", "types"},  # the public names, imported when they are first used
     "__main__": {"__init__", "commands"},
-    "commands": {"config", "trainer", "evaluation", "checkpoint", "inference", "data.source", "models.base"},
+    "commands": {
+        "config",
+        "trainer",
+        "evaluation",
+        "checkpoint",
+        "distributed",
+        "inference",
+        "data.source",
+        "models.base",
+        "types",
+    },
     # The trainer and what sits beside it: no network and no data set by name.
     "trainer": {
         "config",

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vg.checkpoint import CheckpointError, load_weights, read_model, read_training_state, replacing
-from vg.config import ConfigError, RunConfig, dump_config
+from vg.config import RunConfig, dump_config
 from vg.trainer import Trainer
+from vg.types import ConfigError
 
 MakeConfig = Callable[..., RunConfig]
 

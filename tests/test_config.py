@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-from vg.config import ConfigError, DataConfig, RunConfig, TrainConfig, dump_config, load_config, parse_config
+from vg.config import DataConfig, RunConfig, TrainConfig, dump_config, load_config, parse_config
 from vg.data.augment import AugmentConfig
 from vg.data.shapes import ShapesConfig
 from vg.models.rec.config import DenseHeadConfig, DenseLossConfig, PooledHeadConfig, RecConfig
 from vg.optim import GroupConfig, OptimConfig
+from vg.types import ConfigError
 
 MINIMAL: dict[str, Any] = {
     "model": {"name": "rec"},

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tests.conftest import HEAD, NO_DROPOUT, history, scripted
 from vg.checkpoint import CheckpointError
-from vg.config import ConfigError, RunConfig
+from vg.config import RunConfig
 from vg.optim import GroupConfig
 from vg.trainer import Trainer, TrainingError
+from vg.types import ConfigError
 
 MakeConfig = Callable[..., RunConfig]
 

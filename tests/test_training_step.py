@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
@@ -109,15 +108,6 @@ def test_the_average_is_evaluated_and_published(tiny_config: MakeConfig) -> None
     assert any(not value.equal(trained[name]) for name, value in evaluated.items())
 
 
-@pytest.fixture
-def new_accelerator() -> Iterator[None]:
-    """Accelerate allows one precision per process, unless its memory is wiped."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("new_accelerator")
 def test_bf16_trains_and_gives_float32_weights_and_boxes(tiny_config: MakeConfig) -> None:
     config = tiny_config(train={"precision": "bf16", "max_steps": 3})
     trainer = Trainer(config)

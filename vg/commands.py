@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vg.config import ConfigError, RunConfig, dump_config, load_config
+from vg.config import RunConfig, dump_config, load_config
+from vg.types import ConfigError
 
 if TYPE_CHECKING:
     from vg.models.base import GroundingModel
@@ -28,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     }
     try:
         verbs[options.verb](options)
-    except ConfigError as error:  # before torch is imported
+    except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
     except (ValueError, RuntimeError) as error:
         from vg.checkpoint import CheckpointError
@@ -38,6 +39,11 @@ def run(options: argparse.Namespace) -> None:
         if not isinstance(error, (CheckpointError, DataError, TrainingError)):
             raise
         sys.exit(f"error: {_message(error)}")
+    finally:
+        if "torch" in sys.modules:  # `vg config` does without
+            from vg.distributed import leave
+
+            leave()
 
 
 def train(options: argparse.Namespace) -> None:
@@ -86,13 +92,12 @@ def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
 
 
 def _evaluate(checkpoint: Path, overrides: list[str], output: Path) -> dict[str, Any]:
-    from accelerate import Accelerator
-
     from vg.checkpoint import read_model, write_json
+    from vg.distributed import new_accelerator
     from vg.evaluation import Evaluator, table
 
     model, config = read_model(checkpoint, overrides)
-    accelerator = Accelerator(mixed_precision=config.train.precision)
+    accelerator = new_accelerator(mixed_precision=config.train.precision)
     evaluator = Evaluator(config.data, model, accelerator)
     results = {"checkpoint": str(checkpoint), **evaluator.run(model.to(accelerator.device))}
     if accelerator.is_main_process:

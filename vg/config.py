@@ -18,11 +18,7 @@ from vg.data import SourceConfig
 from vg.data.augment import AugmentConfig
 from vg.models import ModelConfig
 from vg.optim import OptimConfig
-from vg.types import Strict
-
-
-class ConfigError(ValueError):
-    """A configuration cannot be used; the message gives the path of every key in question."""
+from vg.types import ConfigError, Strict
 
 
 @dataclass

@@ -12,7 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
+
+
+def new_accelerator(**options: Any) -> Accelerator:
+    """An Accelerator with settings of its own, where Accelerate would insist on those of the first one in a process."""
+    AcceleratorState._reset_state()
+    return Accelerator(**options)
+
+
+def leave() -> None:
+    """End the conversation between processes, at the very end of a program."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def seed_everything(seed: int) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
-from vg.types import Strict
+from vg.types import ConfigError, Strict
 
 if TYPE_CHECKING:
     import torch
@@ -46,18 +46,18 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """One parameter group for each pair of learning rate and weight decay; frozen parameters are left out.
 
     Raises:
-        ValueError: a name in `optim.groups` fits no trainable parameter, or nothing is trainable.
+        ConfigError: a name in `optim.groups` fits no trainable parameter, or nothing is trainable.
     """
     import torch
 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
-        raise ValueError("nothing to train: every parameter is frozen")
+        raise ConfigError("nothing to train: every parameter is frozen")
     for prefix in config.groups:
         if not any(_belongs(name, prefix) for name in parameters):
             modules = {name[:end] for name in parameters for end, letter in enumerate(name) if letter == "."}
             near = difflib.get_close_matches(prefix, modules, n=3) or sorted({m for m in modules if "." not in m})
-            raise ValueError(f"optim.groups.{prefix}: no trainable parameter there; near names: {', '.join(near)}")
+            raise ConfigError(f"optim.groups.{prefix}: no trainable parameter there; near names: {', '.join(near)}")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         prefixes = sorted((prefix for prefix in config.groups if _belongs(name, prefix)), key=len)

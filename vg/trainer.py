@@ -11,21 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vg import checkpoint
-from vg.config import ConfigError, RunConfig
+from vg.config import RunConfig
 from vg.data.collate import Collator
 from vg.data.dataset import EpochSampler, GroundingDataset
-from vg.distributed import StopSignal, mean_over_processes, random_state, restore_random_state, seed_everything
+from vg.distributed import (
+    StopSignal,
+    mean_over_processes,
+    new_accelerator,
+    random_state,
+    restore_random_state,
+    seed_everything,
+)
 from vg.evaluation import Evaluator, progress_bar
 from vg.optim import Ema, build_optimizer, build_schedule
 from vg.run_folder import RunFolder
-from vg.types import Batch
+from vg.types import Batch, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +69,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, resume: bool = False, overwrite: bool = False):
         self.config = config
-        self.accelerator = Accelerator(
+        self.accelerator = new_accelerator(
             gradient_accumulation_steps=config.train.accumulate,
             mixed_precision=config.train.precision,
             log_with=config.train.trackers or None,
@@ -123,9 +129,9 @@ class Trainer:
                         finished = self._after_step(bar)
                         if finished:
                             break
-        stopped = bool(self.stop)
-        self.accelerator.end_training()  # after it processes cannot talk to one another any more
-        if stopped:
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        if self.stop:
             raise SystemExit(
                 f"stopped at step {self.progress.step}, saved in {self.folder.path}; "
                 "the same command with --resume goes on"
@@ -187,6 +193,8 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.ema and state["ema"]:
             self.ema.load_state_dict(state["ema"])
+        elif self.ema:  # switched on now: the average begins here, not at the random start
+            self.ema = Ema(self.core, self.ema.decay)
         self.progress = Progress(**state["progress"])
         processes = state["processes"]
         if len(processes) != self.accelerator.num_processes:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:  # keeps `import vg` and the configuration free of torch
     from transformers import PreTrainedTokenizerBase
 
 
+class ConfigError(ValueError):
+    """A configuration cannot be used; the message gives the path of every key in question."""
+
+
 class Strict:
     """Base of all settings (dataclasses): an unknown key is an error, where pydantic would drop it in silence."""
 
