@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class MLP(nn.Sequential):
@@ -13,7 +15,7 @@ class MLP(nn.Sequential):
 
     def __init__(self, *sizes: int, activation: type[nn.Module] = nn.ReLU):
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+        for inputs, outputs in pairwise(sizes):
             layers += [nn.Linear(inputs, outputs), activation()]
         super().__init__(*layers[:-1])
 
@@ -41,3 +43,67 @@ def sine_encoding(positions: Tensor, dim: int, temperature: float = 20.0) -> Ten
     frequency = 2 * math.pi * temperature ** (-2 * steps / per_axis)
     angle = positions.float().unsqueeze(-1) * frequency  # [..., C, per_axis / 2]
     return torch.cat((angle.sin(), angle.cos()), dim=-1).flatten(-2)  # [..., dim]
+
+
+def rotary_encoding(positions: Tensor, head_width: int, temperature: float = 100.0) -> Tensor:
+    """Rotary encoding of points in the plane (Su et al. 2021; half of the channels per axis, as DINOv3 has it).
+
+    Args:
+        positions: [S, 2] as (x, y) in 0..1; the fastest channels turn twice on the way through the image.
+        head_width: channels of one attention head, divisible by 4.
+
+    Returns:
+        [S, head_width / 2] complex numbers of length 1: to multiply a query and a key by those of their places makes
+        their product depend on how far, and in which direction, one lies from the other.
+    """
+    steps = torch.arange(head_width // 4, device=positions.device, dtype=torch.float32)
+    frequency = 4 * math.pi * temperature ** (-4 * steps / head_width)
+    angle = (positions.float().unsqueeze(-1) * frequency).flatten(1)  # [S, head_width / 2]
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+class RotaryTransformerLayer(nn.Module):
+    """A transformer encoder layer (pre-norm) whose attention sees where tokens lie relative to each other.
+
+    Args:
+        width: channels of a token, D; a multiple of 4 for each head.
+    """
+
+    def __init__(self, width: int, heads: int, feedforward: int, dropout: float = 0.0):
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.attention_norm = nn.LayerNorm(width)
+        self.query_key = nn.Linear(width, 2 * width)
+        self.value = nn.Linear(width, width)
+        self.attention_output = nn.Linear(width, width)
+        self.feedforward_norm = nn.LayerNorm(width)
+        self.feedforward = MLP(width, feedforward, width, activation=nn.GELU)
+
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor) -> Tensor:
+        """One layer.
+
+        Args:
+            x: [B, S, D]
+            rotation: [S, D / heads / 2] complex, see rotary_encoding; 1 for a token that has no place.
+            mask: [B, S] bool, True = a token that others may attend to.
+
+        Returns:
+            [B, S, D]
+        """
+        x = x + self._drop(self._attend(self.attention_norm(x), rotation, mask))
+        return x + self._drop(self.feedforward(self.feedforward_norm(x)))
+
+    def _attend(self, x: Tensor, rotation: Tensor, mask: Tensor) -> Tensor:
+        value = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, S, D / heads]
+        query_key = (
+            self.query_key(x).float().unflatten(-1, (2 * self.heads, -1, 2))
+        )  # [B, S, 2 heads, D / heads / 2, 2]
+        rotated = torch.view_as_real(torch.view_as_complex(query_key) * rotation.unsqueeze(1))  # one pass, not six
+        query, key = rotated.flatten(-2).to(value.dtype).transpose(1, 2).chunk(2, dim=1)  # [B, heads, S, D / heads]
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(query, key, value, mask[:, None, None], dropout)
+        return self.attention_output(x.transpose(1, 2).flatten(2))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)

@@ -102,6 +102,12 @@ class DenseHeadConfig(Strict):
     """How many boxes `predict` returns, best first."""
     loss: DenseLossConfig = field(default_factory=DenseLossConfig)
 
+    def __post_init__(self) -> None:
+        if self.width % (4 * self.heads):
+            raise ValueError(
+                f"width ({self.width}) must be a multiple of 4 x heads ({self.heads}): sines and cosines of x and y"
+            )
+
     def build(self, vision_width: int, text_width: int) -> DenseHead:
         from vg.models.rec.heads import DenseHead
 

@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from vg.models.rec.config import EncoderConfig, TextEncoderConfig
 from vg.types import Text
@@ -28,7 +35,9 @@ class Encoder(nn.Module):
             network_config = AutoConfig.from_pretrained(config.id, revision=config.revision)
             self.network = AutoModel.from_config(network_config)
         for name, parameter in self.network.named_parameters():
-            if "pooler." in name or "mask_token" in name:  # no gradient reaches these; several processes would wait for it
+            if (
+                "pooler." in name or "mask_token" in name
+            ):  # no gradient reaches these; several processes would wait for it
                 parameter.requires_grad_(False)
         self.frozen = config.frozen
         if self.frozen:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from vg import boxes as box_ops
 from vg.losses import terms
-from vg.models.layers import MLP, sine_encoding, token_centers
+from vg.models.layers import MLP, RotaryTransformerLayer, rotary_encoding, sine_encoding, token_centers
 from vg.models.rec.config import DenseHeadConfig, DenseLossConfig, PooledHeadConfig, PooledLossConfig
+
+MAX_VOTERS = 64  # tokens; beyond these the softmax leaves next to nothing
 
 
 class PooledOutput(NamedTuple):
@@ -78,10 +80,10 @@ class DenseHead(nn.Module):
         self.config = config
         self.vision_projection = nn.Linear(vision_width, config.width)
         self.text_projection = nn.Linear(text_width, config.width)
-        layer = nn.TransformerEncoderLayer(
-            config.width, config.heads, config.feedforward, config.dropout, "gelu", batch_first=True, norm_first=True
+        self.layers = nn.ModuleList(
+            RotaryTransformerLayer(config.width, config.heads, config.feedforward, config.dropout)
+            for _ in range(config.layers)
         )
-        self.layers = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(config.width)
         self.score = nn.Linear(config.width, 1)
         self.box = MLP(config.width, config.width, 4)
@@ -92,8 +94,12 @@ class DenseHead(nn.Module):
         image = self.vision_projection(image[:, -num_cells:])  # [B, S, D] without class and register tokens
         image = image + sine_encoding(centers, self.config.width)
         x = torch.cat((image, self.text_projection(text)), dim=1)  # [B, S + T, D]
-        padding = torch.cat((text_mask.new_zeros(image.shape[:2]), ~text_mask), dim=1)  # [B, S + T]
-        x = self.norm(self.layers(x, src_key_padding_mask=padding)[:, :num_cells])  # [B, S, D]
+        mask = torch.cat((text_mask.new_ones(image.shape[:2]), text_mask), dim=1)  # [B, S + T]
+        rotation = rotary_encoding(centers, self.config.width // self.config.heads)
+        rotation = torch.cat((rotation, rotation.new_ones(text.shape[1], rotation.shape[1])))  # words have no place
+        for layer in self.layers:
+            x = layer(x, rotation, mask)
+        x = self.norm(x[:, :num_cells])  # [B, S, D]
         center_offset, size = self.box(x).float().chunk(2, dim=-1)
         center = (torch.logit(centers) + center_offset).sigmoid()  # a token starts from its own place
         return DenseOutput(self.score(x).squeeze(-1), torch.cat((center, size.sigmoid()), dim=-1), centers)
@@ -117,14 +123,20 @@ class DenseHead(nn.Module):
         return inside.scatter(1, nearest, True)
 
     def rank(self, output: DenseOutput) -> tuple[Tensor, Tensor]:
-        """The boxes of the best tokens [B, K, 4] and their scores [B, K].
+        """The best boxes [B, K, 4] and their scores [B, K], best first.
 
-        The softmax spreads over all tokens of the object, so the score of a box is the probability of all tokens
-        inside it: near 1 where the model is sure, whatever the size of the object.
+        A score is the IoU that the model expects: each token stands for its box with the probability the softmax gives
+        it. A box that is chosen takes its share of the votes with it, so that the next one shows something else.
         """
-        probability = output.logits.float().softmax(dim=-1)  # [B, S]
-        best = probability.topk(min(self.config.num_boxes, probability.shape[1]), dim=-1).indices  # [B, K]
-        boxes = output.boxes.gather(1, best.unsqueeze(-1).expand(-1, -1, 4))  # [B, K, 4]
-        offset = (output.centers - boxes[:, :, None, :2]).abs()  # [B, K, S, 2]
-        inside = (offset <= boxes[:, :, None, 2:] / 2).all(dim=-1)  # [B, K, S]
-        return boxes, (inside * probability.unsqueeze(1)).sum(dim=-1).clamp(max=1)
+        votes, voters = output.logits.float().softmax(dim=-1).topk(min(MAX_VOTERS, output.logits.shape[-1]))
+        candidates = output.boxes.gather(1, voters.unsqueeze(-1).expand(-1, -1, 4))  # [B, V, 4]
+        corners = box_ops.cxcywh_to_xyxy(candidates)
+        overlap = box_ops.iou(corners.unsqueeze(1), corners.unsqueeze(2))  # [B, V, V]
+        boxes, scores = [], []
+        for _ in range(min(self.config.num_boxes, votes.shape[1])):
+            score, best = (overlap @ votes.unsqueeze(-1)).squeeze(-1).max(dim=1)  # [B]
+            sample = torch.arange(len(best), device=best.device)
+            boxes.append(candidates[sample, best])
+            scores.append(score.clamp(max=1))  # rounding may lead beyond
+            votes = votes * (1 - overlap[sample, best])  # [B, V]
+        return torch.stack(boxes, dim=1), torch.stack(scores, dim=1)

@@ -15,6 +15,7 @@ from vg.models.rec.encoders import TextEncoder, VisionEncoder, load_tokenizer
 from vg.models.rec.heads import DenseOutput, PooledOutput
 from vg.types import Batch, ImageSpec, Prediction, TextSpec
 
+
 class RecModel(GroundingModel):
     def __init__(self, config: RecConfig, pretrained: bool = True):
         super().__init__()

@@ -1,0 +1,177 @@
+"""The two heads of the rec family: shapes, gradients, padding, positive tokens, losses and the order of the answers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vg import boxes as box_ops
+from vg.models.layers import rotary_encoding, token_centers
+from vg.models.rec.config import DenseHeadConfig, DenseLossConfig, HeadConfig, PooledHeadConfig, PooledLossConfig
+from vg.models.rec.heads import DenseHead, DenseOutput, PooledHead
+
+GRID = (3, 4)
+VISION_WIDTH, TEXT_WIDTH, PREFIX = 24, 16, 5
+SIZES = {"width": 32, "layers": 2, "heads": 2, "feedforward": 48, "dropout": 0.0}
+HEADS = {
+    "pooled": PooledHeadConfig(**SIZES, loss=PooledLossConfig(diou=1, l1=5, giou=2)),
+    "dense": DenseHeadConfig(**SIZES, loss=DenseLossConfig(diou=1)),
+}
+heads = pytest.mark.parametrize("config", HEADS.values(), ids=HEADS)
+
+
+def build(config: HeadConfig) -> PooledHead | DenseHead:
+    torch.manual_seed(0)
+    return config.build(VISION_WIDTH, TEXT_WIDTH)
+
+
+def tokens(samples: int = 4, words: int = 6) -> tuple[Tensor, tuple[int, int], Tensor, Tensor]:
+    """What a head sees; the first sample has all the words, each further one a word less."""
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(samples, PREFIX + GRID[0] * GRID[1], VISION_WIDTH, generator=generator)
+    text = torch.randn(samples, words, TEXT_WIDTH, generator=generator)
+    return image, GRID, text, torch.arange(words) < words - torch.arange(samples)[:, None]
+
+
+def some_boxes(samples: int = 4) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.rand(samples, 4, generator=generator) * 0.4 + 0.3
+
+
+@heads
+def test_shapes(config: HeadConfig) -> None:
+    head = build(config)
+    output = head(*tokens())
+    boxes, scores = head.rank(output)
+    if config.name == "pooled":
+        assert output.boxes.shape == (4, 4)
+        assert boxes.shape == (4, 1, 4)
+        assert (scores == 1).all()
+    else:
+        assert output.logits.shape == (4, 12)
+        assert output.boxes.shape == (4, 12, 4)
+        assert output.centers.shape == (12, 2)
+        assert boxes.shape == (4, config.num_boxes, 4)
+    assert scores.shape == boxes.shape[:2]
+    assert all(value.dtype == torch.float32 for value in (*output, boxes, scores))
+
+
+@heads
+def test_every_parameter_learns(config: HeadConfig) -> None:
+    head = build(config)
+    losses = head.loss(head(*tokens()), some_boxes())
+    assert set(losses) == {"diou", "l1", "giou"} | ({"token"} if config.name == "dense" else set())
+    sum(losses.values()).backward()
+    assert [name for name, p in head.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@heads
+def test_padding_of_the_text_changes_nothing(config: HeadConfig) -> None:
+    head = build(config).eval()
+    image, grid, text, mask = tokens()
+    noise = torch.full((4, 3, TEXT_WIDTH), 9.0)
+    longer = head(image, grid, torch.cat((text, noise), dim=1), torch.cat((mask, mask.new_zeros(4, 3)), dim=1))
+    filled = head(image, grid, text.masked_fill(~mask.unsqueeze(-1), 7.0), mask)
+    for plain, padded, other in zip(head(image, grid, text, mask), longer, filled, strict=True):
+        torch.testing.assert_close(padded, plain)
+        torch.testing.assert_close(other, plain)
+
+
+@heads
+def test_loss_is_the_mean_over_samples(config: HeadConfig) -> None:
+    """So that two processes with half of the batch each learn what one process learns from all of it."""
+    head = build(config)
+    target = some_boxes()
+    image, grid, text, mask = tokens()
+    whole = head.loss(head(image, grid, text, mask), target)
+    halves = [
+        head.loss(head(image[part], grid, text[part], mask[part]), target[part]) for part in (slice(2), slice(2, 4))
+    ]
+    for name, value in whole.items():
+        torch.testing.assert_close((halves[0][name] + halves[1][name]) / 2, value)
+
+
+def test_switched_off_terms_are_absent() -> None:
+    head = build(PooledHeadConfig(**SIZES))
+    assert set(head.loss(head(*tokens()), some_boxes())) == {"diou"}
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((0.5, 0.5, 1.0, 1.0), list(range(12))),  # the whole picture
+        ((0.25, 1 / 3, 0.3, 0.4), [0, 1, 4, 5]),  # four centres inside
+        ((0.25, 0.5, 0.5, 0.1), [4, 5]),  # a flat one
+        ((0.63, 0.52, 0.01, 0.01), [6]),  # around a centre or nearly so
+        ((0.98, 0.98, 0.02, 0.02), [11]),  # between centres: the nearest one
+        ((0.0, 0.0, 1e-6, 1e-6), [0]),
+    ],
+)
+def test_positive_tokens(box: tuple[float, ...], expected: list[int]) -> None:
+    positive = DenseHead.positive_tokens(token_centers(GRID), torch.tensor([box]))
+    assert positive.shape == (1, 12)
+    assert positive[0].nonzero().flatten().tolist() == expected
+
+
+def test_rank_is_sorted_and_inside_bounds() -> None:
+    head = build(DenseHeadConfig(**SIZES, num_boxes=30))
+    boxes, scores = head.rank(head(*tokens()))
+    assert boxes.shape == (4, 12, 4)  # no more than there are tokens
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
+    assert ((scores >= 0) & (scores <= 1)).all()
+    corners = box_ops.cxcywh_to_xyxy(boxes)
+    assert (corners[..., 2:] > corners[..., :2]).all()
+
+
+def test_rank_scores_are_what_the_tokens_agree_on() -> None:
+    """Two objects: four tokens propose the left one, two the right one; then one token that is alone."""
+    left, right, alone = [0.2, 0.5, 0.3, 0.8], [0.7, 0.5, 0.2, 0.4], [0.5, 0.95, 0.05, 0.05]
+    probability = torch.tensor([[0.15, 0.15, 0.15, 0.15, 0.18, 0.18, 0.04]])
+    proposals = torch.tensor([[left] * 4 + [right] * 2 + [alone]])
+    output = DenseOutput(probability.log(), proposals, torch.rand(7, 2))
+    boxes, scores = build(DenseHeadConfig(**SIZES, num_boxes=4)).rank(output)
+    torch.testing.assert_close(boxes[0, :3], torch.tensor([left, right, alone]))  # each object once
+    torch.testing.assert_close(scores, torch.tensor([[0.60, 0.36, 0.04, 0.0]]))
+
+
+def test_rank_score_is_one_where_the_model_is_sure() -> None:
+    logits = torch.zeros(1, 12)
+    logits[0, 3] = 50.0
+    output = DenseOutput(logits, some_boxes(12).unsqueeze(0), token_centers(GRID))
+    boxes, scores = build(HEADS["dense"]).rank(output)
+    torch.testing.assert_close(boxes[0, 0], output.boxes[0, 3])
+    torch.testing.assert_close(scores[0, 0], torch.tensor(1.0))
+
+
+def test_a_token_starts_from_its_own_place() -> None:
+    head = build(HEADS["dense"])
+    torch.nn.init.zeros_(head.box[-1].weight)
+    torch.nn.init.zeros_(head.box[-1].bias)
+    output = head(*tokens())
+    torch.testing.assert_close(output.boxes[0, :, :2], token_centers(GRID))
+
+
+def test_rotary_encoding_knows_relative_places_only() -> None:
+    head_width = 16
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.view_as_complex(torch.randn(head_width // 2, 2, generator=generator)) for _ in range(2))
+    places = torch.tensor([[0.1, 0.2], [0.4, 0.3], [0.5, 0.6], [0.8, 0.7]])  # 0 -> 1 equals 2 -> 3
+    rotation = rotary_encoding(places, head_width)
+    products = [(query * rotation[a] * (key * rotation[b]).conj()).real.sum() for a, b in ((0, 1), (2, 3), (1, 0))]
+    torch.testing.assert_close(products[0], products[1])
+    assert not torch.isclose(products[0], products[2])  # the way back is another way
+
+
+@heads
+def test_mixed_precision(config: HeadConfig) -> None:
+    head = build(config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = head(*tokens())
+    exact = head(*tokens())
+    torch.testing.assert_close(output.boxes.float(), exact.boxes, atol=0.03, rtol=0.1)
+
+
+def test_width_must_suit_the_heads() -> None:
+    with pytest.raises(ValueError, match=r"width \(36\) must be a multiple of 4 x heads \(2\)"):
+        DenseHeadConfig(width=36, heads=2)
