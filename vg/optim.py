@@ -71,6 +71,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],
         lr=config.lr,
         betas=config.betas,
+        fused=True,
     )
 
 
