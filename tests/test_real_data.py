@@ -20,7 +20,7 @@ def test_overfit_22_real_expressions(tiny_config: Callable[..., RunConfig]) -> N
     source = {"name": "refcoco", "path": str(REFS), "split": "val", "image_root": str(REFS.parent / "images")}
     config = tiny_config(
         model={
-            "image_size": 128,
+            "image_size": 96,
             "vision": {
                 "frozen": False,
                 "architecture": {
@@ -44,8 +44,8 @@ def test_overfit_22_real_expressions(tiny_config: Callable[..., RunConfig]) -> N
             "head": {"name": "dense", "width": 64, "layers": 2, "heads": 4, "feedforward": 128, "dropout": 0.0},
         },
         data={"train": source, "eval": source, "batch_size": 22, "eval_batch_size": 22},
-        optim={"lr": 2e-3, "warmup_steps": 10},
-        train={"epochs": 300, "eval_every": 300},
+        optim={"lr": 3e-3, "warmup_steps": 10},
+        train={"epochs": 120, "eval_every": 120},
     )
     results = Trainer(config).fit()
     assert results["num_expressions"] == 22
