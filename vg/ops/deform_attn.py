@@ -16,6 +16,7 @@ from vg.ops import reference
 from vg.ops.reference import Shapes, compute_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MAX_LEVELS = 16  # kDeformAttnMaxLevels of csrc/deform_attn.h
 
 
 # ---- public functions ---------------------------------------------------------------------------------------------
@@ -49,7 +50,7 @@ def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
     L = len(shapes)
     _check("locations", locations, value, (B, Q, H, L, P, 2), "[B, Q, H, L, P, 2]", exact=True)
     _check("weights", weights, value, (B, Q, H, L, P), "[B, Q, H, L, P]")
-    return torch.ops.vg.deform_attn(value, _flat(shapes), locations, weights.to(compute_dtype(value)))
+    return torch.ops.vg.deform_attn(value, _flat(shapes), locations, *_lifted(value, weights))
 
 
 def deform_attn_fused(
@@ -86,8 +87,7 @@ def deform_attn_fused(
         levels, coordinates = -1, -1
     form = (B, Q, levels, coordinates)
     _check("reference_points", reference_points, value, form, "[B, Q, L or 1, 2 or 4]", exact=True)
-    dtype = compute_dtype(value)
-    return torch.ops.vg.deform_attn_fused(value, _flat(shapes), reference_points, offsets.to(dtype), logits.to(dtype))
+    return torch.ops.vg.deform_attn_fused(value, _flat(shapes), reference_points, *_lifted(value, offsets, logits))
 
 
 def _check_value(value: Tensor, shapes: Shapes) -> None:
@@ -95,8 +95,10 @@ def _check_value(value: Tensor, shapes: Shapes) -> None:
         raise ValueError(f"value is {list(value.shape)}; it must be [B, S, H, D]")
     if value.dtype not in DTYPES:
         raise ValueError(f"value is {value.dtype}; it must be float64, float32, float16 or bfloat16")
-    if isinstance(shapes, Tensor):  # reading it would stop the GPU
-        raise ValueError("shapes is a tensor; it must be (height, width) of each level as integers")
+    if not isinstance(shapes, (tuple, list)):  # such as a tensor: reading it would stop the GPU
+        raise ValueError(f"shapes is a {type(shapes).__name__}; it must be a tuple of (height, width) of each level")
+    if len(shapes) > MAX_LEVELS:
+        raise ValueError(f"there are {len(shapes)} levels; the kernels take at most {MAX_LEVELS}")
     if any(len(shape) != 2 or shape[0] < 0 or shape[1] < 0 for shape in shapes):
         raise ValueError(f"shapes are {list(shapes)}; they must be (height, width) of each level")
     pixels = sum(height * width for height, width in shapes)
@@ -120,6 +122,12 @@ def _check(name: str, given: Tensor, value: Tensor, form: tuple[int, ...], words
         )
     if given.dtype not in DTYPES:
         raise ValueError(f"{name} is {given.dtype}; it must be a floating dtype")
+
+
+def _lifted(value: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The kernels read these all in the dtype of the values, or all in that of the sums."""
+    alike = all(x.dtype == value.dtype for x in tensors)
+    return [x.to(value.dtype if alike else compute_dtype(value)) for x in tensors]
 
 
 def _flat(shapes: Shapes) -> list[int]:

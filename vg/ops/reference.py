@@ -2,7 +2,7 @@
 
 Shapes: B batch, Q queries, H heads, L levels, P points per level, D channels of a head, S pixels of all levels.
 A level is (height, width); its pixels lie row by row in value, one level after the other. All arithmetic is float32
-(float64 for float64 values) whatever the dtype of the values.
+(float64 for float64 values) whatever the dtype of the values, so locations and reference points have that dtype.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def compute_dtype(value: Tensor) -> torch.dtype:
 class Corner(NamedTuple):
     """One of the four pixels around each sampled point of a level; every tensor is [B, Q, H, P].
 
-    A pixel outside of the level, or around a location that is no finite number, has inside False, index 0, and
+    A pixel outside of the level, or around a location that is no finite number, has inside False, pixel 0, and
     share and slopes 0: nothing of it may reach a sum, because 0 times an infinite value would be NaN.
     """
 
     inside: Tensor
-    index: Tensor  # row * width + column
+    pixel: Tensor  # row * width + column
     share: Tensor  # of the point's value, 0..1: bilinear
     slope_x: Tensor  # change of the share when the point moves one pixel to the right ...
     slope_y: Tensor  # ... and down
@@ -46,9 +46,9 @@ def corners(locations: Tensor, height: int, width: int) -> Iterator[Corner]:
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)  # False for NaN
             share_x = (1 - (x - column).abs()).where(inside, 0)
             share_y = (1 - (y - row).abs()).where(inside, 0)
-            index = row.where(inside, 0).long() * width + column.where(inside, 0).long()
+            pixel = row.where(inside, 0).long() * width + column.where(inside, 0).long()
             yield Corner(
-                inside, index, share_x * share_y, share_y if right else -share_y, share_x if down else -share_x
+                inside, pixel, share_x * share_y, share_y if right else -share_y, share_x if down else -share_x
             )
 
 
@@ -64,11 +64,11 @@ def pixels_of_levels(value: Tensor, shapes: Shapes) -> Iterator[tuple[int, int, 
 
 def _places(corner: Corner) -> tuple[Tensor, Tensor, Tensor]:
     """Indices of the corner's pixels in the pixels of a level, [B, height * width, H, ...]."""
-    batch, _, heads, _ = corner.index.shape
-    device = corner.index.device
+    batch, _, heads, _ = corner.pixel.shape
+    device = corner.pixel.device
     return (
         torch.arange(batch, device=device)[:, None, None, None],
-        corner.index,
+        corner.pixel,
         torch.arange(heads, device=device)[:, None],
     )
 
@@ -92,23 +92,24 @@ def backward(
     grad: Tensor, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of value, locations and weights, given that of the output, grad [B, Q, H * D]."""
-    grad = grad.unflatten(2, value.shape[2:]).to(compute_dtype(value))[:, :, :, None]  # [B, Q, H, 1, D]
-    grad_value = torch.zeros_like(value, dtype=grad.dtype)
-    grad_locations = torch.zeros_like(locations)
-    grad_weights = torch.zeros_like(weights)
+    dtype = compute_dtype(value)
+    grad = grad.unflatten(2, value.shape[2:]).to(dtype)[:, :, :, None]  # [B, Q, H, 1, D]
+    grad_value, grad_locations, grad_weights = (
+        torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (value, locations, weights)
+    )
     for (level, height, width, pixels), (*_, grad_pixels) in zip(
         pixels_of_levels(value, shapes), pixels_of_levels(grad_value, shapes), strict=True
     ):
-        weight = weights[:, :, :, level]  # [B, Q, H, P]
+        weight = weights[:, :, :, level].to(dtype)  # [B, Q, H, P]
         for corner in corners(locations[:, :, :, level], height, width):
             places = _places(corner)
             grad_picked = (corner.share * weight)[..., None] * grad  # [B, Q, H, P, D]
             grad_pixels.index_put_(places, grad_picked.where(corner.inside[..., None], 0), accumulate=True)
-            match = (grad * pixels[places].to(grad.dtype)).sum(-1).where(corner.inside, 0)  # [B, Q, H, P]
+            match = (grad * pixels[places].to(dtype)).sum(-1).where(corner.inside, 0)  # [B, Q, H, P]
             grad_weights[:, :, :, level] += corner.share * match
             grad_locations[:, :, :, level, :, 0] += corner.slope_x * width * weight * match
             grad_locations[:, :, :, level, :, 1] += corner.slope_y * height * weight * match
-    return grad_value.to(value.dtype), grad_locations, grad_weights
+    return grad_value.to(value.dtype), grad_locations, grad_weights.to(weights.dtype)
 
 
 # ---- the same with softmax and sampling locations inside ----------------------------------------------------------
@@ -139,6 +140,7 @@ def attention_weights(logits: Tensor, levels: int) -> Tensor:
 
 def fused_forward(value: Tensor, shapes: Shapes, reference_points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
     """See vg.ops.deform_attn_fused. [B, Q, H * D]"""
+    offsets, logits = offsets.to(reference_points.dtype), logits.to(reference_points.dtype)
     locations = sampling_locations(shapes, reference_points, offsets)
     return forward(value, shapes, locations, attention_weights(logits, len(shapes)))
 
@@ -147,6 +149,8 @@ def fused_backward(
     grad: Tensor, value: Tensor, shapes: Shapes, reference_points: Tensor, offsets: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of value, reference points, offsets and logits, given that of the output, grad [B, Q, H * D]."""
+    given, dtype = offsets.dtype, reference_points.dtype
+    offsets, logits = offsets.to(dtype), logits.to(dtype)
     locations = sampling_locations(shapes, reference_points, offsets)
     weights = attention_weights(logits, len(shapes))
     grad_value, grad_locations, grad_weights = backward(grad, value, shapes, locations, weights)
@@ -162,4 +166,5 @@ def fused_backward(
         grad_size = (grad_locations * offsets * (0.5 / points)).where(finite, 0)
         grad_reference = torch.cat((grad_locations, grad_size), dim=-1)  # [B, Q, H, L, P, 4]
     grad_reference = grad_reference.sum((2, 4))  # [B, Q, L, 2 | 4]
-    return grad_value, grad_reference.sum_to_size(reference_points.shape), grad_offsets, grad_logits
+    grad_reference = grad_reference.sum_to_size(reference_points.shape)
+    return grad_value, grad_reference, grad_offsets.to(given), grad_logits.to(given)
