@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vg.ops import reference
+from vg.ops.build import load_kernels
 from vg.ops.reference import Shapes, compute_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -50,6 +51,7 @@ def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
     L = len(shapes)
     _check("locations", locations, value, (B, Q, H, L, P, 2), "[B, Q, H, L, P, 2]", exact=True)
     _check("weights", weights, value, (B, Q, H, L, P), "[B, Q, H, L, P]")
+    load_kernels(value.device.type)
     return torch.ops.vg.deform_attn(value, _flat(shapes), locations, *_lifted(value, weights))
 
 
@@ -87,6 +89,7 @@ def deform_attn_fused(
         levels, coordinates = -1, -1
     form = (B, Q, levels, coordinates)
     _check("reference_points", reference_points, value, form, "[B, Q, L or 1, 2 or 4]", exact=True)
+    load_kernels(value.device.type)
     return torch.ops.vg.deform_attn_fused(value, _flat(shapes), reference_points, *_lifted(value, offsets, logits))
 
 
