@@ -102,7 +102,7 @@ def _check_value(value: Tensor, shapes: Shapes) -> None:
         raise ValueError(f"shapes is a {type(shapes).__name__}; it must be a tuple of (height, width) of each level")
     if len(shapes) > MAX_LEVELS:
         raise ValueError(f"there are {len(shapes)} levels; the kernels take at most {MAX_LEVELS}")
-    if any(len(shape) != 2 or shape[0] < 0 or shape[1] < 0 for shape in shapes):
+    if any(not isinstance(x, (tuple, list)) or len(x) != 2 or x[0] < 0 or x[1] < 0 for x in shapes):
         raise ValueError(f"shapes are {list(shapes)}; they must be (height, width) of each level")
     pixels = sum(height * width for height, width in shapes)
     if value.shape[1] != pixels:

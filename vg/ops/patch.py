@@ -34,14 +34,10 @@ class Patch:
     """The replaced functions of transformers; see `patch_transformers`."""
 
     def __init__(self) -> None:
-        self._replaced: list[tuple[Any, str, Any]] = []
-        for family in FAMILIES:
-            module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-            if family == "rt_detr_v2":
-                name = "multi_scale_deformable_attention_v2"
-                self._replace(module, name, _v2(_original(module, name)))
-            else:
-                self._replace(_original(module, "MultiScaleDeformableAttention"), "forward", _forward)
+        found = [_target(family) for family in FAMILIES]  # all are there, or nothing is replaced
+        self._replaced = [(owner, name, getattr(owner, name)) for owner, name in found]
+        for owner, name, original in self._replaced:
+            setattr(owner, name, _forward if name == "forward" else _v2(original))
 
     def restore(self) -> None:
         """Put back what was there; a second time does nothing."""
@@ -56,17 +52,16 @@ class Patch:
     ) -> None:
         self.restore()
 
-    def _replace(self, owner: Any, name: str, function: Any) -> None:
-        self._replaced.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, function)
 
-
-def _original(module: Any, name: str) -> Any:
+def _target(family: str) -> tuple[Any, str]:
+    """The class or module of transformers that holds the function which samples, and the function's name."""
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    name = "multi_scale_deformable_attention_v2" if family == "rt_detr_v2" else "MultiScaleDeformableAttention"
     if not hasattr(module, name):
         import transformers
 
         raise ImportError(f"{module.__name__} of transformers {transformers.__version__} has no {name}; 5.23 has")
-    return getattr(module, name)
+    return (module, name) if family == "rt_detr_v2" else (getattr(module, name), "forward")
 
 
 def _forward(
