@@ -88,7 +88,7 @@ def _load(name: str) -> str:
             return f"prebuilt: {prebuilt}"
         except OSError:  # made for a newer system: build one for this
             pass
-    path = _cached(name)
+    path = library_in_cache(name)
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -104,7 +104,7 @@ def prebuilt_path(name: str) -> Path:
     return PACKAGE / "ops" / f"{name}-{_digest(*map(Path.read_bytes, _sources()))}.so"
 
 
-def _cached(name: str) -> Path:
+def library_in_cache(name: str) -> Path:
     """The library in the user's cache, built if it is not there; one process builds, the others wait."""
     command, version = _command(name)
     sources = [path.read_bytes() for path in _sources()]
