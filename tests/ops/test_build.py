@@ -43,9 +43,9 @@ def compiler(folder: Path, script: str) -> str:
 def run(code: str, **environment: object) -> str:
     """What a new process prints."""
     variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), **{k: str(v) for k, v in environment.items()}}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
-    ).stdout
+    command = [sys.executable, "-c", code]
+    # From "/": Python would look for the package in the current folder first.
+    return subprocess.run(command, env=variables, cwd="/", capture_output=True, text=True, check=True).stdout
 
 
 BACKEND = "from vg.ops import backend_info; b = backend_info()['cpu']; print(b.name, b.reason, sep='|')"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from tests.ops.cases import (
     DEVICES,
@@ -20,7 +21,8 @@ from tests.ops.cases import (
 )
 from vg.ops import deform_attn, deform_attn_fused, reference
 
-GOLDEN = Path(__file__).parents[2] / ".." / "shared" / "data" / "golden_official" / "msda_fp64.safetensors"
+GOLDEN = Path(__file__).parents[2] / ".." / "shared" / "data" / "golden_official"
+needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the values recorded from the official code are not here")
 SHAPES: Shapes = ((5, 7), (3, 4), (1, 1))
 
 
@@ -127,11 +129,11 @@ def test_what_a_half_precision_layer_gives(dtype: torch.dtype, device: str) -> N
     assert_near(mixed, expected, dtype)
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="the recorded values of the official function are not here")
+@needs_golden
 def test_official_values(device: str) -> None:
     from safetensors.torch import load_file
 
-    golden = {name: tensor.to(device) for name, tensor in load_file(GOLDEN).items()}
+    golden = {name: tensor.to(device) for name, tensor in load_file(GOLDEN / "msda_fp64.safetensors").items()}
     shapes = tuple((h, w) for h, w in golden["spatial_shapes_hw"].tolist())
     names = ("value", "sampling_locations", "attention_weights")
     inputs = tuple(golden[x].requires_grad_() for x in ("value", "sampling_locations_xy", "attention_weights"))
@@ -139,6 +141,30 @@ def test_official_values(device: str) -> None:
     torch.testing.assert_close(output, golden["output"], rtol=1e-12, atol=1e-12)
     for name, found in zip(names, torch.autograd.grad(output, inputs, golden["grad_output"]), strict=True):
         torch.testing.assert_close(found, golden[f"grad_{name}"], rtol=1e-12, atol=1e-12)
+
+
+@needs_golden
+@pytest.mark.parametrize("coordinates", [2, 4])
+def test_official_module(coordinates: int, device: str) -> None:
+    """The whole attention module of the official code, its linear layers around our fused form."""
+    from safetensors.torch import load_file
+
+    golden = {name: x.to(device) for name, x in load_file(GOLDEN / "msda_module_fp64.safetensors").items()}
+
+    def project(x: Tensor, name: str, *shape: int) -> Tensor:
+        y = linear(x, golden[f"param.{name}.weight"], golden[f"param.{name}.bias"])
+        return y.unflatten(-1, shape) if shape else y
+
+    value = project(golden["value"], "value_proj").masked_fill(golden["key_padding_mask"][..., None], 0)
+    output = deform_attn_fused(
+        value.unflatten(-1, (4, 8)),
+        tuple((h, w) for h, w in golden["spatial_shapes_hw"].tolist()),
+        golden[f"ref_{coordinates}d"],
+        project(golden["query"], "sampling_offsets", 4, 4, 3, 2),
+        project(golden["query"], "attention_weights", 4, 12),
+    )
+    expected = golden[f"output_ref_{coordinates}d"]
+    torch.testing.assert_close(project(output, "output_proj"), expected, rtol=1e-12, atol=1e-12)
 
 
 # ---- far, infinite, empty -----------------------------------------------------------------------------------------
