@@ -80,28 +80,37 @@ VG_DEVICE PointGradient<typename C::Sum> point_backward(
       (row.batch * problem.tokens + problem.level[level].start + point.corner) * sums_token + row.head * channels;
 
   A matches[4] = {};  // of each corner's pixel with the gradient of the output
-  for (int channel = lane * C::VECTOR; channel < channels; channel += C::VECTOR * C::GROUP) {
-    A grad[C::VECTOR];
-    if constexpr (C::EXACT) {
+  const auto visit_corners = [&](auto all_inside_constant) {
+    constexpr bool ALL_INSIDE = decltype(all_inside_constant)::value;
+    for (int channel = lane * C::VECTOR; channel < channels; channel += C::VECTOR * C::GROUP) {
+      A grad[C::VECTOR];
+      if constexpr (C::EXACT) {
+        VG_UNROLL
+        for (int c = 0; c < C::VECTOR; ++c) grad[c] = grad_at_once[c];
+      } else {
+        load(grad_output + row.head_row * channels + channel, grad);
+      }
       VG_UNROLL
-      for (int c = 0; c < C::VECTOR; ++c) grad[c] = grad_at_once[c];
-    } else {
-      load(grad_output + row.head_row * channels + channel, grad);
+      for (int k = 0; k < 4; ++k) {
+        if (!ALL_INSIDE && !(point.inside >> k & 1)) continue;
+        const int step = (k & 1) + (k >> 1) * line;
+        A values[C::VECTOR];
+        load(pixel + channel + step * token, values);
+        VG_UNROLL
+        for (int c = 0; c < C::VECTOR; ++c) matches[k] += grad[c] * values[c];
+        if (!needs_value) continue;
+        A parts[C::VECTOR];
+        VG_UNROLL
+        for (int c = 0; c < C::VECTOR; ++c) parts[c] = weighted.of[k] * grad[c];
+        sums.add(sums_pixel + step * sums_token + channel, parts);
+      }
     }
-    VG_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      if (!all_inside && !(point.inside >> k & 1)) continue;
-      const int step = (k & 1) + (k >> 1) * line;
-      A values[C::VECTOR];
-      load(pixel + channel + step * token, values);
-      VG_UNROLL
-      for (int c = 0; c < C::VECTOR; ++c) matches[k] += grad[c] * values[c];
-      if (!needs_value) continue;
-      A parts[C::VECTOR];
-      VG_UNROLL
-      for (int c = 0; c < C::VECTOR; ++c) parts[c] = weighted.of[k] * grad[c];
-      sums.add(sums_pixel + step * sums_token + channel, parts);
-    }
+  };
+  // Without a branch per corner all loads start at once.
+  if (all_inside) {
+    visit_corners(std::true_type());
+  } else {
+    visit_corners(std::false_type());
   }
   return {
       shares.of[0] * matches[0] + shares.of[1] * matches[1] + shares.of[2] * matches[2] + shares.of[3] * matches[3],
@@ -230,7 +239,7 @@ VG_DEVICE void backward_row(
 // rows_at_once: that many rows of a batch element have lanes at the same time. Fewer than there are, namely one per head,
 // put all additions to a sum into one order.
 template <typename C, bool FIXED_POINT>
-VG_KERNEL void backward_kernel(
+VG_KERNEL(FIXED_POINT ? 1 : 2) void backward_kernel(
     const VG_PARAMETER DeformAttnProblem problem, const DeformAttnInputs inputs, const typename C::Value* grad_output,
     const DeformAttnGradients gradients, const Scratch<typename C::Sum> scratch, int rows_at_once) {
   using A = typename C::Sum;
@@ -268,7 +277,7 @@ VG_DEVICE void largest_magnitude(const void* numbers, int64_t count, uint32_t* l
 }
 
 template <typename T>
-VG_KERNEL void limits_kernel(
+VG_KERNEL(4) void limits_kernel(
     const VG_PARAMETER DeformAttnProblem problem, const void* grad_output, const void* weights, Limits* limits) {
   const int64_t rows = problem.batch * problem.queries * problem.heads;
   largest_magnitude<T>(grad_output, rows * problem.channels, &limits->grad_output);
@@ -282,7 +291,7 @@ VG_KERNEL void limits_kernel(
 }
 
 template <typename T, bool FIXED_POINT>
-VG_KERNEL void finish_value_kernel(
+VG_KERNEL(4) void finish_value_kernel(
     const VG_PARAMETER DeformAttnProblem problem, const void* sums, const Limits* limits, int64_t count, T* grad_value) {
   using A = typename SumOf<T>::type;
   const double scale = FIXED_POINT ? fixed_point_scale(problem, limits) : 1;
@@ -298,7 +307,7 @@ VG_KERNEL void finish_value_kernel(
 
 // One thread per reference sums, always in the same order, the gradients of all locations that start from it.
 template <typename A, typename T>
-VG_KERNEL void reference_kernel(
+VG_KERNEL(4) void reference_kernel(
     const VG_PARAMETER DeformAttnProblem problem, const DeformAttnInputs inputs, const A* of_locations, A* of_reference) {
   const int levels = problem.reference_levels == 1 ? problem.levels : 1, row = problem.levels * problem.points;
   const int64_t count = problem.batch * problem.queries * problem.reference_levels;
@@ -313,11 +322,13 @@ VG_KERNEL void reference_kernel(
         A offset[2] = {};
         if (problem.reference_size == 4) {
           A one[1];
+          VG_UNROLL
           for (int axis = 0; axis < 2; ++axis) {
             load_parameters<T>(inputs.offsets, wide(problem), place + axis, one);
             offset[axis] = one[0];
           }
         }
+        VG_UNROLL
         for (int axis = 0; axis < 2; ++axis) {
           sums[axis] += found[axis];
           // A gradient of 0 stays 0 beside an offset that is not finite.
@@ -325,6 +336,9 @@ VG_KERNEL void reference_kernel(
         }
       }
     }
-    for (int axis = 0; axis < problem.reference_size; ++axis) of_reference[i * problem.reference_size + axis] = sums[axis];
+    VG_UNROLL
+    for (int axis = 0; axis < 4; ++axis) {
+      if (axis < problem.reference_size) of_reference[i * problem.reference_size + axis] = sums[axis];
+    }
   }
 }

@@ -277,7 +277,7 @@ VG_DEVICE void forward_row(
 }
 
 template <typename C>
-VG_KERNEL void forward_kernel(
+VG_KERNEL(4) void forward_kernel(
     const VG_PARAMETER DeformAttnProblem problem, const DeformAttnInputs inputs, typename C::Value* output) {
   const int lane = thread_of_block() % C::GROUP;
   const int row = block_x() * (kThreads / C::GROUP) + thread_of_block() / C::GROUP;

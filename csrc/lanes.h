@@ -7,10 +7,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+
 #ifdef VG_EMULATE
 #include "emulation.h"
 #define VG_DEVICE inline
-#define VG_KERNEL inline
+#define VG_KERNEL(blocks) inline
 #define VG_PARAMETER
 #define VG_UNROLL
 #else
@@ -18,7 +20,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define VG_DEVICE __device__ __forceinline__
-#define VG_KERNEL __global__ __launch_bounds__(kThreads)
+// blocks: how many a multiprocessor must be able to hold, which bounds the registers
+#define VG_KERNEL(blocks) __global__ __launch_bounds__(kThreads, blocks)
 #define VG_PARAMETER __grid_constant__
 #define VG_UNROLL _Pragma("unroll")
 #endif
@@ -193,6 +196,27 @@ VG_DEVICE Words<BYTES> load_words(const void* from) {
 template <int COUNT, typename T>
 constexpr int kBytesAtOnce = COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16;
 
+// The numbers in BYTES that were loaded at once.
+template <typename T, int BYTES, typename A>
+VG_DEVICE void unpack(const Words<BYTES>& words, A* to) {
+  T numbers[BYTES / sizeof(T)];
+  memcpy(numbers, &words, BYTES);
+  VG_UNROLL
+  for (int i = 0; i < BYTES / static_cast<int>(sizeof(T)); ++i) to[i] = widen(numbers[i]);
+}
+
+// Two brain floats in a word of 32 bits take one instruction each; the compiler does not see that by itself.
+template <int BYTES>
+VG_DEVICE void unpack_pairs(const Words<BYTES>& words, float* to) {
+  uint32_t pairs[BYTES / 4];
+  memcpy(pairs, &words, BYTES);
+  VG_UNROLL
+  for (int i = 0; i < BYTES / 4; ++i) {
+    to[2 * i] = bits_as_float(pairs[i] << 16);
+    to[2 * i + 1] = bits_as_float(pairs[i] & 0xffff0000u);
+  }
+}
+
 // COUNT neighbouring numbers, 16 bytes at once if they are as many; the address must be aligned accordingly.
 template <int COUNT, typename T, typename A>
 VG_DEVICE void load(const T* from, A (&to)[COUNT]) {
@@ -200,10 +224,11 @@ VG_DEVICE void load(const T* from, A (&to)[COUNT]) {
   VG_UNROLL
   for (int first = 0; first < COUNT; first += each) {
     const Words<bytes> words = load_words<bytes>(from + first);
-    T numbers[each];
-    memcpy(numbers, &words, bytes);
-    VG_UNROLL
-    for (int i = 0; i < each; ++i) to[first + i] = widen(numbers[i]);
+    if constexpr (std::is_same_v<T, BFloat> && each > 1) {
+      unpack_pairs(words, to + first);
+    } else {
+      unpack<T>(words, to + first);
+    }
   }
 }
 
