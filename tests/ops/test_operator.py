@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.ops.cases import DEVICES, assert_near, fused, gradients, plain
-from vg.ops import build, deform_attn, deform_attn_fused
+from vg.ops import deform_attn, deform_attn_fused
 
 SHAPES = ((5, 7), (3, 4), (1, 1))
 SIZES = [size for shape in SHAPES for size in shape]
@@ -66,14 +66,6 @@ def test_compiles_without_a_break(form: str, dynamic: bool, device: str) -> None
         for one, other in zip(gradients(found, inputs, False), gradients(expected, inputs), strict=True):
             assert_near(one, other, torch.float32)
     assert counter.frame_count == (1 if dynamic else 2)  # another resolution compiles again only if static
-
-
-def test_the_first_call_may_be_a_compiled_one(device: str) -> None:
-    torch._dynamo.reset()
-    build.backend.cache_clear()
-    value, *rest = plain(SHAPES, dtype=torch.float32, device=device)
-    torch.compile(lambda v, *x: deform_attn(v, SHAPES, *x), backend="eager", fullgraph=True)(value, *rest)
-    assert build.backend.cache_info().currsize == 1  # the kernels were loaded while it was traced
 
 
 def test_sizes_beyond_32_bits_are_traced() -> None:

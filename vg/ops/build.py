@@ -46,15 +46,6 @@ def backend_info() -> dict[str, Backend]:
     return {device: backend(device) for device in ("cpu", "cuda")}
 
 
-@torch.compiler.assume_constant_result
-def load_kernels(device: str) -> str:
-    """Make the kernels for this kind of device known to torch, once; the name of what runs there.
-
-    torch.compile calls this while it traces, so the first call of an operator may be a compiled one.
-    """
-    return backend(device).name
-
-
 @functools.cache
 def backend(device: str) -> Backend:
     """What runs on the tensors of a kind of device ("cpu", "cuda"): finds, builds and loads it at the first call."""

@@ -1,7 +1,7 @@
 """Multi-scale deformable attention as a PyTorch operator: schemas, registrations and the two public functions.
 
-The schemas belong to Python. Their default implementation is vg.ops.reference; a compiled library only adds kernels
-for a device (see vg.ops.build), so nothing here asks which one runs.
+The schemas belong to Python and their default implementation is vg.ops.reference. The first call on a device loads the
+compiled library for it, if there is one (see vg.ops.build); from then on torch itself calls those kernels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vg.ops import reference
-from vg.ops.build import load_kernels
+from vg.ops.build import backend
 from vg.ops.reference import Shapes, compute_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -51,7 +51,6 @@ def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
     L = len(shapes)
     _check("locations", locations, value, (B, Q, H, L, P, 2), "[B, Q, H, L, P, 2]", exact=True)
     _check("weights", weights, value, (B, Q, H, L, P), "[B, Q, H, L, P]")
-    load_kernels(value.device.type)
     return torch.ops.vg.deform_attn(value, _flat(shapes), locations, *_lifted(value, weights))
 
 
@@ -89,7 +88,6 @@ def deform_attn_fused(
         levels, coordinates = -1, -1
     form = (B, Q, levels, coordinates)
     _check("reference_points", reference_points, value, form, "[B, Q, L or 1, 2 or 4]", exact=True)
-    load_kernels(value.device.type)
     return torch.ops.vg.deform_attn_fused(value, _flat(shapes), reference_points, *_lifted(value, offsets, logits))
 
 
@@ -225,12 +223,28 @@ def _without_autocast(name: str, device: str) -> Any:
     return run
 
 
+def _default(name: str, function: Any) -> Any:
+    """The reference; but the first call on a device loads its kernels, and then torch has another choice."""
+    asked: set[str] = set()
+
+    def run(*inputs: Any) -> Any:
+        device = inputs[0].device.type
+        if device not in asked:
+            chosen = backend(device)
+            asked.add(device)  # only now: where a library is demanded and fails, the next call must fail too
+            if chosen.name != "reference":
+                return getattr(torch.ops.vg, name)(*inputs)
+        return function(*inputs)
+
+    return run
+
+
 for _name, _implementation, _derivative in (
     ("deform_attn", _forward, _backward),
     ("deform_attn_fused", _fused_forward, _fused_backward),
 ):
-    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
-    LIBRARY.impl(f"{_name}_backward", _derivative, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _default(_name, _implementation), "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{_name}_backward", _default(f"{_name}_backward", _derivative), "CompositeExplicitAutograd")
     torch.library.register_fake(f"vg::{_name}", _fake_forward, lib=LIBRARY)
     torch.library.register_fake(f"vg::{_name}_backward", _fake_backward, lib=LIBRARY)
     torch.library.register_autograd(f"vg::{_name}", _gradients(_name), setup_context=_save, lib=LIBRARY)
