@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = [str(Path(__file__).with_name(name)) for name in ("test_deform_attn.py", "test_operator.py")]
+FILES = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("deform_attn", "edges", "operator")]
 
 
 @pytest.mark.parametrize("backend", ["reference", "emulate"])
