@@ -20,7 +20,7 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-// Kernels for one type of values; cpu_kernels.h says what each does.
+// Kernels for one type of values; cpu_forward.h, cpu_backward.h and cpu_points.h say what each does.
 struct CpuKernels {
   void (*forward)(const DeformAttnProblem&, const DeformAttnInputs&, void* output, int64_t begin, int64_t end);
   void (*prepare)(const DeformAttnProblem&, const DeformAttnInputs&, void* locations, void* weights, int64_t begin,
@@ -35,8 +35,6 @@ struct CpuKernels {
 
 #define VG_ISA baseline
 #define VG_VECTOR_BYTES 16
-#include "cpu_vectors.h"
-#include "cpu_points.h"
 #include "cpu_kernels.h"
 #undef VG_ISA
 #undef VG_VECTOR_BYTES
@@ -46,8 +44,6 @@ struct CpuKernels {
 #pragma GCC target("avx2,fma")
 #define VG_ISA avx2
 #define VG_VECTOR_BYTES 32
-#include "cpu_vectors.h"
-#include "cpu_points.h"
 #include "cpu_kernels.h"
 #undef VG_ISA
 #undef VG_VECTOR_BYTES
@@ -57,8 +53,6 @@ struct CpuKernels {
 #pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")
 #define VG_ISA avx512
 #define VG_VECTOR_BYTES 64
-#include "cpu_vectors.h"
-#include "cpu_points.h"
 #include "cpu_kernels.h"
 #undef VG_ISA
 #undef VG_VECTOR_BYTES

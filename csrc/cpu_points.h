@@ -40,6 +40,7 @@ static void place(Points<A>& points, const A* __restrict location, int64_t count
   const int32_t *__restrict row = points.row, *__restrict start = points.start;
   A *__restrict fraction_x = points.x, *__restrict fraction_y = points.y;
   int32_t *__restrict cell = points.cell, *__restrict inside = points.inside;
+#pragma GCC ivdep  // no two of these arrays overlap; GCC takes __restrict from parameters only
   for (int64_t i = 0; i < count; ++i) {
     A x = location[2 * i] * width[i] - A(0.5), y = location[2 * i + 1] * height[i] - A(0.5);
     // False for NaN. A point that is out takes a harmless position before its conversion to integer.
@@ -60,6 +61,7 @@ static void weigh_corners(Points<A>& points, const A* __restrict weight, int64_t
   const A *__restrict x = points.x, *__restrict y = points.y;
   A *__restrict w0 = points.corner[0], *__restrict w1 = points.corner[1];
   A *__restrict w2 = points.corner[2], *__restrict w3 = points.corner[3];
+#pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
     const A bottom = weight[i] * y[i], top = weight[i] - bottom;
     w1[i] = top * x[i], w0[i] = top - w1[i];
@@ -94,6 +96,7 @@ static inline float exponential(float x) {
 
 template <typename A>
 static void softmax(const A* __restrict logits, A* __restrict weights, int64_t count) {
+  if (count == 0) return;
   // Four running values, because a single one would wait for itself at every step.
   A largest[4] = {logits[0], logits[0], logits[0], logits[0]};
   for (int64_t i = 0; i < count; ++i) largest[i % 4] = logits[i] > largest[i % 4] ? logits[i] : largest[i % 4];
@@ -139,6 +142,7 @@ static void prepare_query(const DeformAttnProblem& p, const DeformAttnInputs& in
     const A* __restrict offsets = (const A*)inputs.offsets + 2 * first;
     const A *__restrict base = frame.base.data(), *__restrict scale = frame.scale.data();
     A* __restrict location = locations + 2 * head * points;
+#pragma GCC ivdep
     for (int64_t i = 0; i < 2 * points; ++i) location[i] = base[i] + offsets[i] * scale[i];
     softmax((const A*)inputs.logits + first, weights + head * points, points);
   }
