@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("deform_attn", "edges", "operator")]
+FILES = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("deform_attn", "edges", "layouts", "operator")]
 
 
 @pytest.mark.parametrize("backend", ["reference", "emulate"])
