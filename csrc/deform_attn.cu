@@ -1,12 +1,12 @@
-// Launches the kernels of multi-scale deformable attention: chooses how they are cut, checks what they assume, and keeps
-// scratch memory. With VG_EMULATE the same launchers run the same kernels on the host.
+// Launches the kernels of multi-scale deformable attention: chooses how they are cut, checks what they assume, and
+// divides scratch memory. With VG_EMULATE the same launchers run the same kernels on the host.
 #include "deform_attn.h"
 
 #include <limits.h>
 
-#include "deform_attn_backward.h"
-#include "deform_attn_kernels.h"
-#include "lanes.h"
+#include "cuda_backward.h"
+#include "cuda_forward.h"
+#include "cuda_lanes.h"
 
 namespace {
 
@@ -79,7 +79,8 @@ bool vectors_fit(const DeformAttnProblem& problem, int vector, const DeformAttnI
 }
 
 // Whether the kernel for the sizes of all published detectors (4 levels, 4 points, 32 channels) will do.
-bool exact_fits(const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const DeformAttnGradients& gradients) {
+bool exact_fits(
+    const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const DeformAttnGradients& gradients) {
   return problem.channels == 32 && problem.levels == 4 && problem.points == 4 && aligned(inputs.locations) &&
          aligned(inputs.weights) && aligned(inputs.offsets) && aligned(inputs.logits) && aligned(gradients.locations) &&
          aligned(gradients.weights) && aligned(gradients.offsets) && aligned(gradients.logits);
@@ -189,8 +190,8 @@ struct BackwardCall {
     if constexpr (sizeof(A) < 8) {
       if (plan.fixed_point) {
         return launch(
-            backward_kernel<C, true>, blocks, lines_for(problem.batch), stream, problem, inputs, grad, gradients, scratch,
-            at_once);
+            backward_kernel<C, true>, blocks, lines_for(problem.batch), stream, problem, inputs, grad, gradients,
+            scratch, at_once);
       }
     }
     return launch(
@@ -209,9 +210,10 @@ struct BackwardCall {
       if (failure) return failure;
     }
     if (!gradients.reference) return kNone;
+    const int64_t references = problem.batch * problem.queries * problem.reference_levels;
     return launch(
-        reference_kernel<A, T>, blocks_for_numbers(problem.batch * problem.queries * problem.reference_levels), 1, stream,
-        problem, inputs, reinterpret_cast<const A*>(workspace + plan.locations), static_cast<A*>(gradients.reference));
+        reference_kernel<A, T>, blocks_for_numbers(references), 1, stream, problem, inputs,
+        reinterpret_cast<const A*>(workspace + plan.locations), static_cast<A*>(gradients.reference));
   }
 };
 

@@ -1,4 +1,4 @@
-// What one lane of a warp can do: exchange values with its group, move 16 bytes at once, add to memory that others add to.
+// What one lane of a warp can do: hear from its group, move 16 bytes at once, add to memory that others add to.
 //
 // The same names exist on the GPU and, with VG_EMULATE, on the host, so that kernels are written once.
 #pragma once
@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #ifdef VG_EMULATE
-#include "emulation.h"
+#include "cuda_emulation.h"
 #define VG_DEVICE inline
 #define VG_KERNEL(blocks) inline
 #define VG_PARAMETER
@@ -25,6 +25,8 @@
 #define VG_PARAMETER __grid_constant__
 #define VG_UNROLL _Pragma("unroll")
 #endif
+
+namespace {
 
 constexpr int kThreads = 256;  // of a block
 constexpr unsigned kWholeWarp = 0xffffffffu;
@@ -105,7 +107,12 @@ inline uint16_t rounded_to_bfloat(uint32_t bits) {
 
 inline float widened_from_half(uint16_t bits) {
   const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
-  float x = exponent == 31 ? (fraction ? NAN : INFINITY) : ldexpf(exponent ? fraction + 1024 : fraction, (exponent ? exponent : 1) - 25);
+  float x;
+  if (exponent == 31) {
+    x = fraction ? NAN : INFINITY;
+  } else {  // an exponent of 0 is that of 1, without the leading bit
+    x = ldexpf(exponent ? fraction + 1024 : fraction, (exponent ? exponent : 1) - 25);
+  }
   return bits & 0x8000 ? -x : x;
 }
 
@@ -260,8 +267,8 @@ VG_DEVICE void add_shared(T* to, T x) {
 // Four numbers in one transaction where the GPU can (sm_90 and later): a quarter of the instructions.
 VG_DEVICE void add_shared_four(float* to, const float* x) {
 #if !defined(VG_EMULATE) && __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(x[0]), "f"(x[1]),
-               "f"(x[2]), "f"(x[3]));
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(x[0]),
+               "f"(x[1]), "f"(x[2]), "f"(x[3]));
 #else
   VG_UNROLL
   for (int i = 0; i < 4; ++i) add_shared(to + i, x[i]);
@@ -275,3 +282,5 @@ VG_DEVICE void max_shared(uint32_t* to, uint32_t x) {
   atomicMax(to, x);
 #endif
 }
+
+}  // namespace

@@ -1,53 +1,10 @@
-// The kernels of the backward pass; the forward pass and what both share is in deform_attn_kernels.h.
+// The kernels of the backward pass.
 #pragma once
 
-#include "deform_attn_kernels.h"
+#include "cuda_points.h"
+#include "cuda_value_sums.h"
 
-// ---- where the gradient of value is summed, by lanes of many rows at once -----------------------------------------
-
-template <typename A>
-struct FloatingSums {
-  A* sums;  // [B, S, H, D]
-
-  template <int VECTOR>
-  VG_DEVICE void add(int64_t index, const A (&x)[VECTOR]) const {
-    if constexpr (VECTOR % 4 == 0 && sizeof(A) == 4) {
-      VG_UNROLL
-      for (int c = 0; c < VECTOR; c += 4) add_shared_four(sums + index + c, x + c);
-    } else {
-      VG_UNROLL
-      for (int c = 0; c < VECTOR; ++c) add_shared(sums + index + c, x[c]);
-    }
-  }
-};
-
-// The order of additions does not matter to integers, so their sums have the same bits in every run.
-struct FixedPointSums {
-  unsigned long long* sums;  // [B, S, H, D] two's complement multiples of 1 / scale
-  double scale;
-
-  template <int VECTOR>
-  VG_DEVICE void add(int64_t index, const float (&x)[VECTOR]) const {
-    VG_UNROLL
-    for (int c = 0; c < VECTOR; ++c) {
-      add_shared(sums + index + c, static_cast<unsigned long long>(llrint(x[c] * scale)));
-    }
-  }
-};
-
-// The largest magnitudes among the gradients of the output and among the weights, as bits of a float: those of
-// magnitudes are ordered as the magnitudes are, and NaN comes last.
-struct Limits {
-  uint32_t grad_output, weight;
-};
-
-// The largest power of two for which no sum can leave 62 bits; 0 where there is an infinity or NaN.
-VG_DEVICE double fixed_point_scale(const DeformAttnProblem& problem, const Limits* limits) {
-  const double weight = problem.reference_size ? 1.0 : bits_as_float(limits->weight);
-  const double bound = weight * bits_as_float(limits->grad_output) * problem.queries * problem.points;
-  if (!(bound < INFINITY)) return 0;
-  return bound > 0 ? ldexp(1.0, 61 - ilogb(bound)) : 1;
-}
+namespace {
 
 // ---- one row ------------------------------------------------------------------------------------------------------
 
@@ -75,7 +32,8 @@ VG_DEVICE PointGradient<typename C::Sum> point_backward(
   const int channels = C::channels(problem), token = static_cast<int>(problem.value_token_stride);
   const int line = problem.level[level].width, sums_token = problem.heads * channels;
   const Shares<A> shares = shares_of(point, A(1)), weighted = shares_of(point, point.weight);
-  const typename C::Value* pixel = value + problem.level[level].start * problem.value_token_stride + point.corner * token;
+  const typename C::Value* pixel =
+      value + problem.level[level].start * problem.value_token_stride + point.corner * token;
   const int64_t sums_pixel =
       (row.batch * problem.tokens + problem.level[level].start + point.corner) * sums_token + row.head * channels;
 
@@ -122,8 +80,8 @@ VG_DEVICE PointGradient<typename C::Sum> point_backward(
 template <typename C>
 VG_DEVICE void store_place_gradients(
     const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const DeformAttnGradients& gradients,
-    const Scratch<typename C::Sum>& scratch, const Row& row, int index, const Point<typename C::Sum> (&points)[C::SLOTS],
-    const PointGradient<typename C::Sum> (&found)[C::SLOTS]) {
+    const Scratch<typename C::Sum>& scratch, const Row& row, int index,
+    const Point<typename C::Sum> (&points)[C::SLOTS], const PointGradient<typename C::Sum> (&found)[C::SLOTS]) {
   using A = typename C::Sum;
   using T = typename C::Value;
   const int64_t start = 2 * (row.head_row * C::count(problem) + index);
@@ -154,11 +112,12 @@ VG_DEVICE void store_place_gradients(
   }
 }
 
-// Sizes unknown to the compiler: the gradients of the softmax's results wait in scratch until their mean is known.
+// Sizes unknown to the compiler: gradients of the softmax's results wait in scratch until their mean is known.
 template <typename C>
 VG_DEVICE void softmax_backward(
     const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const DeformAttnGradients& gradients,
-    const Scratch<typename C::Sum>& scratch, const Row& row, int lane, const Softmax<C>& softmax, typename C::Sum mean) {
+    const Scratch<typename C::Sum>& scratch, const Row& row, int lane, const Softmax<C>& softmax,
+    typename C::Sum mean) {
   using A = typename C::Sum;
   const int count = C::count(problem);
   for (int index = lane; index < count; index += C::GROUP) {
@@ -236,8 +195,8 @@ VG_DEVICE void backward_row(
   }
 }
 
-// rows_at_once: that many rows of a batch element have lanes at the same time. Fewer than there are, namely one per head,
-// put all additions to a sum into one order.
+// rows_at_once: that many rows of a batch element have lanes at the same time. Fewer than there are, namely one per
+// head, put all additions to a sum into one order.
 template <typename C, bool FIXED_POINT>
 VG_KERNEL(FIXED_POINT ? 1 : 2) void backward_kernel(
     const VG_PARAMETER DeformAttnProblem problem, const DeformAttnInputs inputs, const typename C::Value* grad_output,
@@ -262,53 +221,13 @@ VG_KERNEL(FIXED_POINT ? 1 : 2) void backward_kernel(
   }
 }
 
-// ---- before and after ---------------------------------------------------------------------------------------------
-
-template <typename T>
-VG_DEVICE void largest_magnitude(const void* numbers, int64_t count, uint32_t* largest) {
-  uint32_t mine = 0;
-  for (int64_t i = thread_of_grid(); i < count; i += threads_of_grid()) {
-    const float number = static_cast<float>(widen(static_cast<const T*>(numbers)[i]));
-    const uint32_t magnitude = float_as_bits(number) & 0x7fffffffu;
-    mine = mine < magnitude ? magnitude : mine;
-  }
-  mine = group_max<32>(mine);
-  if (thread_of_block() % 32 == 0) max_shared(largest, mine);
-}
-
-template <typename T>
-VG_KERNEL(4) void limits_kernel(
-    const VG_PARAMETER DeformAttnProblem problem, const void* grad_output, const void* weights, Limits* limits) {
-  const int64_t rows = problem.batch * problem.queries * problem.heads;
-  largest_magnitude<T>(grad_output, rows * problem.channels, &limits->grad_output);
-  if (!weights) return;
-  const int64_t count = rows * problem.levels * problem.points;
-  if (wide(problem)) {
-    largest_magnitude<typename SumOf<T>::type>(weights, count, &limits->weight);
-  } else {
-    largest_magnitude<T>(weights, count, &limits->weight);
-  }
-}
-
-template <typename T, bool FIXED_POINT>
-VG_KERNEL(4) void finish_value_kernel(
-    const VG_PARAMETER DeformAttnProblem problem, const void* sums, const Limits* limits, int64_t count, T* grad_value) {
-  using A = typename SumOf<T>::type;
-  const double scale = FIXED_POINT ? fixed_point_scale(problem, limits) : 1;
-  for (int64_t i = thread_of_grid(); i < count; i += threads_of_grid()) {
-    if constexpr (FIXED_POINT) {
-      // Infinities and NaN have no fixed point: the gradient says so everywhere, which every check for them will see.
-      narrow(scale > 0 ? static_cast<A>(static_cast<const long long*>(sums)[i] / scale) : A(NAN), grad_value + i);
-    } else {
-      narrow(static_cast<const A*>(sums)[i], grad_value + i);
-    }
-  }
-}
+// ---- after all rows -----------------------------------------------------------------------------------------------
 
 // One thread per reference sums, always in the same order, the gradients of all locations that start from it.
 template <typename A, typename T>
 VG_KERNEL(4) void reference_kernel(
-    const VG_PARAMETER DeformAttnProblem problem, const DeformAttnInputs inputs, const A* of_locations, A* of_reference) {
+    const VG_PARAMETER DeformAttnProblem problem, const DeformAttnInputs inputs, const A* of_locations,
+    A* of_reference) {
   const int levels = problem.reference_levels == 1 ? problem.levels : 1, row = problem.levels * problem.points;
   const int64_t count = problem.batch * problem.queries * problem.reference_levels;
   for (int64_t i = thread_of_grid(); i < count; i += threads_of_grid()) {
@@ -342,3 +261,5 @@ VG_KERNEL(4) void reference_kernel(
     }
   }
 }
+
+}  // namespace

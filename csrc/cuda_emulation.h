@@ -33,7 +33,7 @@ class Warp {
 
   int lane() const { return lane_; }
 
-  // Leaves `mine` for the others and returns what lane `source` left at this same meeting (`place` tells meetings apart).
+  // Leaves `mine` for the others; returns what lane `source` left at this meeting. `place` tells meetings apart.
   template <typename T>
   T exchange(T mine, int source, int place) {
     leave(&mine, sizeof mine, place);
