@@ -95,16 +95,28 @@ static inline float exponential(float x) {
 }
 
 template <typename A>
-static void softmax(const A* __restrict logits, A* __restrict weights, int64_t count) {
-  if (count == 0) return;
-  // Four running values, because a single one would wait for itself at every step.
-  A largest[4] = {logits[0], logits[0], logits[0], logits[0]};
-  for (int64_t i = 0; i < count; ++i) largest[i % 4] = logits[i] > largest[i % 4] ? logits[i] : largest[i % 4];
-  for (int k = 1; k < 4; ++k) largest[0] = largest[k] > largest[0] ? largest[k] : largest[0];
-  for (int64_t i = 0; i < count; ++i) weights[i] = exponential(logits[i] - largest[0]);
-  A sums[4] = {};
-  for (int64_t i = 0; i < count; ++i) sums[i % 4] += weights[i];
-  const A scale = A(1) / ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+static inline void softmax(const A* __restrict logits, A* __restrict weights, int64_t count) {
+  typedef Native<A> Vector;
+  // What does not fill a vector is done one by one; 16 points fill one or two.
+  const int64_t filled = count / Vector::kLanes * Vector::kLanes;
+  A largest = -std::numeric_limits<A>::infinity(), sum = 0;
+  if (filled) {
+    auto all = Vector::load(logits);
+    for (int64_t i = Vector::kLanes; i < filled; i += Vector::kLanes) {
+      const auto more = Vector::load(logits + i);
+      all = all > more ? all : more;
+    }
+    largest = Vector::largest(all);
+  }
+  for (int64_t i = filled; i < count; ++i) largest = largest > logits[i] ? largest : logits[i];
+  for (int64_t i = 0; i < count; ++i) weights[i] = exponential(logits[i] - largest);
+  if (filled) {
+    auto all = Vector::load(weights);
+    for (int64_t i = Vector::kLanes; i < filled; i += Vector::kLanes) all += Vector::load(weights + i);
+    sum = Vector::sum(all);
+  }
+  for (int64_t i = filled; i < count; ++i) sum += weights[i];
+  const A scale = A(1) / sum;
   for (int64_t i = 0; i < count; ++i) weights[i] *= scale;
 }
 

@@ -80,9 +80,9 @@ struct Channels {
 
 // ---- sums over the lanes of a vector ----------------------------------------------------------------------------
 
-template <int N>
+template <int N, typename Integer = int32_t>
 struct Lanes {
-  typedef int32_t Mask __attribute__((vector_size(N * 4)));
+  typedef Integer Mask __attribute__((vector_size(N * sizeof(Integer))));
   template <int By, int... I>
   static inline Mask rotation(std::integer_sequence<int, I...>) { return Mask{((I + By) % N)...}; }
   // Within each group of 4 lanes of a and b: (a[s], b[s], a[s + 1], b[s + 1]).
@@ -99,8 +99,34 @@ struct Lanes {
 
 template <int N, int By, typename V>
 static inline V rotate(V v) {
-  return __builtin_shuffle(v, Lanes<N>::template rotation<By>(std::make_integer_sequence<int, N>()));
+  typedef std::conditional_t<sizeof(V) / N == 8, int64_t, int32_t> Integer;  // as wide as a lane
+  return __builtin_shuffle(v, Lanes<N, Integer>::template rotation<By>(std::make_integer_sequence<int, N>()));
 }
+
+// A vector that fills a register.
+template <typename A>
+struct Native {
+  static constexpr int kLanes = VG_VECTOR_BYTES / int(sizeof(A));
+  typedef A Vector __attribute__((vector_size(VG_VECTOR_BYTES)));
+  typedef A Unaligned __attribute__((vector_size(VG_VECTOR_BYTES), aligned(sizeof(A)), may_alias));
+
+  static inline Vector load(const A* from) { return *(const Unaligned*)from; }
+
+  template <int By = kLanes / 2>
+  static inline A largest(Vector v) {
+    if constexpr (By == 0) return v[0];
+    else {
+      const Vector other = rotate<kLanes, By>(v);
+      return largest<By / 2>(v > other ? v : other);
+    }
+  }
+
+  template <int By = kLanes / 2>
+  static inline A sum(Vector v) {
+    if constexpr (By == 0) return v[0];
+    else return sum<By / 2>(v + rotate<kLanes, By>(v));
+  }
+};
 
 // out[k] += sum of the lanes of sums[k], k = 0..3. One transpose for four sums costs a third of four separate ones.
 template <typename A, int N, typename V>
