@@ -78,12 +78,14 @@ bool vectors_fit(const DeformAttnProblem& problem, int vector, const DeformAttnI
          aligned(output);
 }
 
-// Whether the kernel for the sizes of all published detectors (4 levels, 4 points, 32 channels) will do.
+// Whether the kernel for the sizes of most published detectors (4 levels, 4 points, 32 channels) will do. Who asks for
+// determinism does not ask for speed, and can spare others the time to compile one more variant of the largest kernels.
 bool exact_fits(
     const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const DeformAttnGradients& gradients) {
-  return problem.channels == 32 && problem.levels == 4 && problem.points == 4 && aligned(inputs.locations) &&
-         aligned(inputs.weights) && aligned(inputs.offsets) && aligned(inputs.logits) && aligned(gradients.locations) &&
-         aligned(gradients.weights) && aligned(gradients.offsets) && aligned(gradients.logits);
+  return !problem.deterministic && problem.channels == 32 && problem.levels == 4 && problem.points == 4 &&
+         aligned(inputs.locations) && aligned(inputs.weights) && aligned(inputs.offsets) && aligned(inputs.logits) &&
+         aligned(gradients.locations) && aligned(gradients.weights) && aligned(gradients.offsets) &&
+         aligned(gradients.logits);
 }
 
 // Calls run(Cut) with the best cut for the problem.
@@ -187,7 +189,7 @@ struct BackwardCall {
     const int rows = static_cast<int>(problem.queries) * problem.heads, at_once = in_order ? problem.heads : rows;
     const int64_t blocks = blocks_for(static_cast<int64_t>(at_once) * C::GROUP);
     if (rows == 0) return kNone;
-    if constexpr (sizeof(A) < 8) {
+    if constexpr (sizeof(A) < 8 && !C::EXACT) {
       if (plan.fixed_point) {
         return launch(
             backward_kernel<C, true>, blocks, lines_for(problem.batch), stream, problem, inputs, grad, gradients,
