@@ -40,7 +40,9 @@ VG_DEVICE PointGradient<typename C::Sum> point_backward(
   A matches[4] = {};  // of each corner's pixel with the gradient of the output
   const auto visit_corners = [&](auto all_inside_constant) {
     constexpr bool ALL_INSIDE = decltype(all_inside_constant)::value;
-    for (int channel = lane * C::VECTOR; channel < channels; channel += C::VECTOR * C::GROUP) {
+    for (int first = 0; first < channels; first += C::VECTOR * C::GROUP) {
+      const int channel = first + lane * C::VECTOR;
+      if (!C::EXACT && channel >= channels) break;
       A grad[C::VECTOR];
       if constexpr (C::EXACT) {
         VG_UNROLL
@@ -56,7 +58,12 @@ VG_DEVICE PointGradient<typename C::Sum> point_backward(
         load(pixel + channel + step * token, values);
         VG_UNROLL
         for (int c = 0; c < C::VECTOR; ++c) matches[k] += grad[c] * values[c];
-        if (!needs_value) continue;
+      }
+      if (!needs_value) continue;
+      VG_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        if (!ALL_INSIDE && !(point.inside >> k & 1)) continue;
+        const int step = (k & 1) + (k >> 1) * line;
         A parts[C::VECTOR];
         VG_UNROLL
         for (int c = 0; c < C::VECTOR; ++c) parts[c] = weighted.of[k] * grad[c];
@@ -198,7 +205,7 @@ VG_DEVICE void backward_row(
 // rows_at_once: that many rows of a batch element have lanes at the same time. Fewer than there are, namely one per
 // head, put all additions to a sum into one order.
 template <typename C, bool FIXED_POINT>
-VG_KERNEL(FIXED_POINT ? 1 : 2) void backward_kernel(
+VG_KERNEL(2) void backward_kernel(
     const VG_PARAMETER DeformAttnProblem problem, const DeformAttnInputs inputs, const typename C::Value* grad_output,
     const DeformAttnGradients gradients, const Scratch<typename C::Sum> scratch, int rows_at_once) {
   using A = typename C::Sum;

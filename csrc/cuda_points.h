@@ -90,14 +90,18 @@ VG_DEVICE Softmax<C> softmax_of_row(
   const int count = C::count(problem);
   const int64_t start = row.head_row * count;
   A largest = -INFINITY, logits[C::SLOTS];
-  for (int index = lane * C::SLOTS; index < count; index += C::BATCH) {
+  for (int batch = 0; batch < count; batch += C::BATCH) {
+    const int index = batch + lane * C::SLOTS;
+    if (!C::EXACT && index >= count) break;
     load_parameters<typename C::Value>(inputs.logits, wide(problem), start + index, logits);
     VG_UNROLL
     for (int i = 0; i < C::SLOTS; ++i) largest = largest < logits[i] ? logits[i] : largest;
   }
   largest = group_max<C::GROUP>(largest);
   A total = 0;
-  for (int index = lane * C::SLOTS; index < count; index += C::BATCH) {
+  for (int batch = 0; batch < count; batch += C::BATCH) {
+    const int index = batch + lane * C::SLOTS;
+    if (!C::EXACT && index >= count) break;
     load_parameters<typename C::Value>(inputs.logits, wide(problem), start + index, logits);
     VG_UNROLL
     for (int i = 0; i < C::SLOTS; ++i) total += exp(logits[i] - largest);
