@@ -1,6 +1,6 @@
 """What only a GPU can tell: builds the kernels, tests and measures them, and writes one JSON and one table.
 
-    python scripts/gpu_check.py [--output gpu_check.json] [--only SECTION ...]
+    PYTHONPATH=. python scripts/gpu_check.py [--output gpu_check.json] [--only SECTION ...]
 
 It takes less than 8 minutes and needs torch, pytest, the CUDA toolkit (nvcc) and g++, and transformers for its part of
 the comparison. To add a section, write a function that returns what it found and raises when something is wrong, and
