@@ -1,4 +1,4 @@
-"""The command line: `vg train | eval | predict | config | demo`."""
+"""The command line: `vg train | eval | predict | config | demo | ops`."""
 
 from __future__ import annotations
 
@@ -60,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = verbs.add_parser("demo", help="train, evaluate and draw on the embedded pictures, in minutes on a CPU")
     _overrides(demo)
     demo.add_argument("--config", help="YAML file (default: the rec family, configs/demo_rec.yaml)")
+
+    verbs.add_parser("ops", help="print which kernels run on this machine and why; builds them if that is due")
     return parser
 
 

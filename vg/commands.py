@@ -26,6 +26,7 @@ def run(options: argparse.Namespace) -> None:
         "predict": predict,
         "config": show_config,
         "demo": demo,
+        "ops": show_ops,
     }
     try:
         verbs[options.verb](options)
@@ -34,9 +35,10 @@ def run(options: argparse.Namespace) -> None:
     except (ValueError, RuntimeError) as error:
         from vg.checkpoint import CheckpointError
         from vg.data.source import DataError
+        from vg.ops.build import BuildError
         from vg.trainer import TrainingError
 
-        if not isinstance(error, (CheckpointError, DataError, TrainingError)):
+        if not isinstance(error, (BuildError, CheckpointError, DataError, TrainingError)):
             raise
         sys.exit(f"error: {_message(error)}")
     finally:
@@ -76,6 +78,13 @@ def demo(options: argparse.Namespace) -> None:
     config = load_config(options.config or folder / "demo_rec.yaml", options.overrides)
     _train(config, resume=False, overwrite=True)
     _evaluate(Path(config.train.output), ["data.eval.split=test"], Path(config.train.output))
+
+
+def show_ops(options: argparse.Namespace) -> None:
+    from vg.ops import backend_info
+
+    for device, backend in backend_info().items():
+        print(f"deform_attn on {device}: {backend.name} ({backend.reason})")
 
 
 def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:

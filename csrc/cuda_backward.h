@@ -1,0 +1,272 @@
+// The kernels of the backward pass.
+#pragma once
+
+#include "cuda_points.h"
+#include "cuda_value_sums.h"
+
+namespace {
+
+// ---- one row ------------------------------------------------------------------------------------------------------
+
+// Where the backward kernel keeps what other kernels, or its own later steps, want; null where nobody does.
+template <typename A>
+struct Scratch {
+  void* value_sums;
+  const Limits* limits;
+  A* locations;  // [B, Q, H, L, P, 2] fused form: gradients of locations, for that of the reference
+  A* weights;    // [B, Q, H, L * P] fused form, sizes unknown to the compiler: gradients of the softmax's results
+};
+
+template <typename A>
+struct PointGradient {
+  A weight, x, y;  // x, y: per pixel, before the point's weight
+};
+
+// Adds to the gradient of value around the point, and returns this lane's part of the point's own gradients.
+template <typename C, typename Sums>
+VG_DEVICE PointGradient<typename C::Sum> point_backward(
+    const DeformAttnProblem& problem, const Point<typename C::Sum>& point, int level, bool all_inside, const Row& row,
+    int lane, const typename C::Value* value, const typename C::Value* grad_output,
+    const typename C::Sum (&grad_at_once)[C::VECTOR], bool needs_value, const Sums& sums) {
+  using A = typename C::Sum;
+  const int channels = C::channels(problem), token = static_cast<int>(problem.value_token_stride);
+  const int line = problem.level[level].width, sums_token = problem.heads * channels;
+  const Shares<A> shares = shares_of(point, A(1)), weighted = shares_of(point, point.weight);
+  const typename C::Value* pixel =
+      value + problem.level[level].start * problem.value_token_stride + point.corner * token;
+  const int64_t sums_pixel =
+      (row.batch * problem.tokens + problem.level[level].start + point.corner) * sums_token + row.head * channels;
+
+  A matches[4] = {};  // of each corner's pixel with the gradient of the output
+  const auto visit_corners = [&](auto all_inside_constant) {
+    constexpr bool ALL_INSIDE = decltype(all_inside_constant)::value;
+    for (int first = 0; first < channels; first += C::VECTOR * C::GROUP) {
+      const int channel = first + lane * C::VECTOR;
+      if (!C::EXACT && channel >= channels) break;
+      A grad[C::VECTOR];
+      if constexpr (C::EXACT) {
+        VG_UNROLL
+        for (int c = 0; c < C::VECTOR; ++c) grad[c] = grad_at_once[c];
+      } else {
+        load(grad_output + row.head_row * channels + channel, grad);
+      }
+      VG_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        if (!ALL_INSIDE && !(point.inside >> k & 1)) continue;
+        const int step = (k & 1) + (k >> 1) * line;
+        A values[C::VECTOR];
+        load(pixel + channel + step * token, values);
+        VG_UNROLL
+        for (int c = 0; c < C::VECTOR; ++c) matches[k] += grad[c] * values[c];
+      }
+      if (!needs_value) continue;
+      VG_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        if (!ALL_INSIDE && !(point.inside >> k & 1)) continue;
+        const int step = (k & 1) + (k >> 1) * line;
+        A parts[C::VECTOR];
+        VG_UNROLL
+        for (int c = 0; c < C::VECTOR; ++c) parts[c] = weighted.of[k] * grad[c];
+        sums.add(sums_pixel + step * sums_token + channel, parts);
+      }
+    }
+  };
+  // Without a branch per corner all loads start at once.
+  if (all_inside) {
+    visit_corners(std::true_type());
+  } else {
+    visit_corners(std::false_type());
+  }
+  return {
+      shares.of[0] * matches[0] + shares.of[1] * matches[1] + shares.of[2] * matches[2] + shares.of[3] * matches[3],
+      (1 - point.down) * (matches[1] - matches[0]) + point.down * (matches[3] - matches[2]),
+      (1 - point.right) * (matches[2] - matches[0]) + point.right * (matches[3] - matches[1])};
+}
+
+// Writes the gradients of this lane's locations, or of its offsets and what that of the reference needs.
+template <typename C>
+VG_DEVICE void store_place_gradients(
+    const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const DeformAttnGradients& gradients,
+    const Scratch<typename C::Sum>& scratch, const Row& row, int index,
+    const Point<typename C::Sum> (&points)[C::SLOTS], const PointGradient<typename C::Sum> (&found)[C::SLOTS]) {
+  using A = typename C::Sum;
+  using T = typename C::Value;
+  const int64_t start = 2 * (row.head_row * C::count(problem) + index);
+  A of_locations[2 * C::SLOTS], of_offsets[2 * C::SLOTS];
+  VG_UNROLL
+  for (int i = 0; i < C::SLOTS; ++i) {
+    const int level = (index + i) / C::points(problem);
+    const A x = found[i].x * points[i].weight, y = found[i].y * points[i].weight;
+    of_locations[2 * i] = x * problem.level[level].width;
+    of_locations[2 * i + 1] = y * problem.level[level].height;
+    if constexpr (C::FUSED) {
+      of_offsets[2 * i] = x;
+      of_offsets[2 * i + 1] = y;
+      if (problem.reference_size == 4) {
+        const Reference<A> reference = reference_of<A>(problem, inputs, row.batch, row.query, level);
+        const A part = A(0.5) / C::points(problem);
+        // A gradient of 0 stays 0 beside a size that is not finite.
+        of_offsets[2 * i] = x == 0 ? 0 : of_locations[2 * i] * reference.width * part;
+        of_offsets[2 * i + 1] = y == 0 ? 0 : of_locations[2 * i + 1] * reference.height * part;
+      }
+    }
+  }
+  if constexpr (C::FUSED) {
+    if (gradients.offsets) store_parameters<T>(of_offsets, wide(problem), start, gradients.offsets);
+    if (scratch.locations) store(of_locations, scratch.locations + start);
+  } else {
+    if (gradients.locations) store(of_locations, static_cast<A*>(gradients.locations) + start);
+  }
+}
+
+// Sizes unknown to the compiler: gradients of the softmax's results wait in scratch until their mean is known.
+template <typename C>
+VG_DEVICE void softmax_backward(
+    const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const DeformAttnGradients& gradients,
+    const Scratch<typename C::Sum>& scratch, const Row& row, int lane, const Softmax<C>& softmax,
+    typename C::Sum mean) {
+  using A = typename C::Sum;
+  const int count = C::count(problem);
+  for (int index = lane; index < count; index += C::GROUP) {
+    const int64_t place = row.head_row * count + index;
+    A numbers[1];
+    load_parameters<typename C::Value>(inputs.logits, wide(problem), place, numbers);
+    numbers[0] = exp(numbers[0] - softmax.largest) / softmax.total * (scratch.weights[place] - mean);
+    store_parameters<typename C::Value>(numbers, wide(problem), place, gradients.logits);
+  }
+}
+
+template <typename C, typename Sums>
+VG_DEVICE void backward_row(
+    const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const typename C::Value* grad_output,
+    const DeformAttnGradients& gradients, const Scratch<typename C::Sum>& scratch, const Row& row, int lane,
+    const Sums& sums) {
+  using A = typename C::Sum;
+  using T = typename C::Value;
+  const int channels = C::channels(problem), count = C::count(problem);
+  const T* head = static_cast<const T*>(inputs.value) + row.batch * problem.value_batch_stride +
+                  row.head * problem.value_head_stride;
+  const bool needs_weights = C::FUSED ? gradients.logits : gradients.weights;
+  Softmax<C> softmax{};
+  if constexpr (C::FUSED) softmax = softmax_of_row<C>(problem, inputs, row, lane);
+  A grad[C::VECTOR] = {};
+  if constexpr (C::EXACT) load(grad_output + row.head_row * channels + lane * C::VECTOR, grad);
+
+  A mean = 0;  // of the gradients of the softmax's results, weighted by them
+  for (int batch = 0; batch < count; batch += C::BATCH) {
+    const int index = batch + lane * C::SLOTS;
+    Point<A> mine[C::SLOTS];
+    prepare<C>(problem, inputs, row, softmax, index, mine);
+    PointGradient<A> found[C::SLOTS] = {};
+    for (int owner = 0; owner < C::GROUP && (C::EXACT || batch + owner < count); ++owner) {
+      VG_UNROLL
+      for (int slot = 0; slot < C::SLOTS; ++slot) {
+        const int level = (batch + owner * C::SLOTS + slot) / C::points(problem);
+        Point<A> point;
+        const bool all_inside = hand_out<C>(mine[slot], lane, owner, &point);
+        PointGradient<A> part = point_backward<C>(
+            problem, point, level, all_inside, row, lane, head, grad_output, grad, gradients.value, sums);
+        part.weight = group_sum<C::GROUP>(part.weight);
+        part.x = group_sum<C::GROUP>(part.x);
+        part.y = group_sum<C::GROUP>(part.y);
+        if (lane == owner) found[slot] = part;
+      }
+    }
+
+    A of_weights[C::SLOTS];
+    VG_UNROLL
+    for (int i = 0; i < C::SLOTS; ++i) {
+      of_weights[i] = found[i].weight;
+      mean += mine[i].weight * found[i].weight;
+    }
+    if constexpr (C::FUSED && C::EXACT) {
+      mean = group_sum<C::GROUP>(mean);
+      VG_UNROLL
+      for (int i = 0; i < C::SLOTS; ++i) of_weights[i] = mine[i].weight * (of_weights[i] - mean);
+    }
+    if (!row.real || (!C::EXACT && index >= count)) continue;
+    store_place_gradients<C>(problem, inputs, gradients, scratch, row, index, mine, found);
+    if (!needs_weights) continue;
+    const int64_t place = row.head_row * count + index;
+    if constexpr (C::FUSED && !C::EXACT) {
+      store(of_weights, scratch.weights + place);
+    } else {
+      store_parameters<T>(of_weights, wide(problem), place, C::FUSED ? gradients.logits : gradients.weights);
+    }
+  }
+  if constexpr (C::FUSED && !C::EXACT) {
+    mean = group_sum<C::GROUP>(mean);
+    if (row.real && needs_weights) {
+      softmax_backward<C>(problem, inputs, gradients, scratch, row, lane, softmax, mean);
+    }
+  }
+}
+
+// rows_at_once: that many rows of a batch element have lanes at the same time. Fewer than there are, namely one per
+// head, put all additions to a sum into one order.
+template <typename C, bool FIXED_POINT>
+VG_KERNEL(2) void backward_kernel(
+    const VG_PARAMETER DeformAttnProblem problem, const DeformAttnInputs inputs, const typename C::Value* grad_output,
+    const DeformAttnGradients gradients, const Scratch<typename C::Sum> scratch, int rows_at_once) {
+  using A = typename C::Sum;
+  const int lane = thread_of_block() % C::GROUP;
+  const int group = block_x() * (kThreads / C::GROUP) + thread_of_block() / C::GROUP;
+  const int rows = static_cast<int>(problem.queries) * problem.heads;
+  for (int64_t batch = block_y(); batch < problem.batch; batch += blocks_y()) {
+    for (int first = 0; first < rows; first += rows_at_once) {
+      const bool real = group < rows_at_once && first + group < rows;
+      const Row row = row_of(problem, batch, first + group, real);
+      if constexpr (FIXED_POINT) {
+        const FixedPointSums sums{
+            static_cast<unsigned long long*>(scratch.value_sums), fixed_point_scale(problem, scratch.limits)};
+        backward_row<C>(problem, inputs, grad_output, gradients, scratch, row, lane, sums);
+      } else {
+        const FloatingSums<A> sums{static_cast<A*>(scratch.value_sums)};
+        backward_row<C>(problem, inputs, grad_output, gradients, scratch, row, lane, sums);
+      }
+    }
+  }
+}
+
+// ---- after all rows -----------------------------------------------------------------------------------------------
+
+// One thread per reference sums, always in the same order, the gradients of all locations that start from it.
+template <typename A, typename T>
+VG_KERNEL(4) void reference_kernel(
+    const VG_PARAMETER DeformAttnProblem problem, const DeformAttnInputs inputs, const A* of_locations,
+    A* of_reference) {
+  const int levels = problem.reference_levels == 1 ? problem.levels : 1, row = problem.levels * problem.points;
+  const int64_t count = problem.batch * problem.queries * problem.reference_levels;
+  for (int64_t i = thread_of_grid(); i < count; i += threads_of_grid()) {
+    const int64_t query = i / problem.reference_levels;
+    const int level = static_cast<int>(i - query * problem.reference_levels);
+    A sums[4] = {};
+    for (int head = 0; head < problem.heads; ++head) {
+      for (int p = level * problem.points; p < (level + levels) * problem.points; ++p) {
+        const int64_t place = 2 * ((query * problem.heads + head) * row + p);
+        const A found[2] = {of_locations[place], of_locations[place + 1]};
+        A offset[2] = {};
+        if (problem.reference_size == 4) {
+          A one[1];
+          VG_UNROLL
+          for (int axis = 0; axis < 2; ++axis) {
+            load_parameters<T>(inputs.offsets, wide(problem), place + axis, one);
+            offset[axis] = one[0];
+          }
+        }
+        VG_UNROLL
+        for (int axis = 0; axis < 2; ++axis) {
+          sums[axis] += found[axis];
+          // A gradient of 0 stays 0 beside an offset that is not finite.
+          if (found[axis] != 0) sums[2 + axis] += found[axis] * offset[axis] * (A(0.5) / problem.points);
+        }
+      }
+    }
+    VG_UNROLL
+    for (int axis = 0; axis < 4; ++axis) {
+      if (axis < problem.reference_size) of_reference[i * problem.reference_size + axis] = sums[axis];
+    }
+  }
+}
+
+}  // namespace

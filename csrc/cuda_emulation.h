@@ -1,0 +1,146 @@
+// A warp on the host: each lane is a fiber of its own, and lanes meet where a CUDA warp would exchange values.
+//
+// The kernels run unchanged. A lane runs until it wants a value of another lane, leaves its own in a slot, and the next
+// lane runs; when lane 0 runs again, all have left theirs. Lanes that meet at different places, which is undefined
+// behaviour on a GPU, end the program with a message, so a passing test also says that no exchange diverges.
+#pragma once
+
+// With it, longjmp takes a jump to another fiber's stack for an attack.
+#undef _FORTIFY_SOURCE
+
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <vector>
+
+namespace emulation {
+
+constexpr int kLanes = 32;
+constexpr size_t kStackBytes = 64 * 1024;
+
+class Warp {
+ public:
+  // Runs body(data) once per lane.
+  void run(void (*body)(void*), void* data) {
+    body_ = body;
+    data_ = data;
+    if (_setjmp(caller_) == 0) resume(0);
+  }
+
+  int lane() const { return lane_; }
+
+  // Leaves `mine` for the others; returns what lane `source` left at this meeting. `place` tells meetings apart.
+  template <typename T>
+  T exchange(T mine, int source, int place) {
+    leave(&mine, sizeof mine, place);
+    T theirs;
+    memcpy(&theirs, slots_[parity_[lane_]][source], sizeof theirs);
+    return theirs;
+  }
+
+  bool all(bool mine, int place) {
+    leave(&mine, sizeof mine, place);
+    bool all = true;
+    for (auto& slot : slots_[parity_[lane_]]) all &= slot[0] != 0;
+    return all;
+  }
+
+ private:
+  struct Fiber {
+    std::vector<char> stack = std::vector<char>(kStackBytes);
+    jmp_buf state;
+    bool started = false;
+  };
+
+  __attribute__((noinline)) void leave(const void* value, size_t bytes, int place) {
+    // Two sets of slots: a lane may already leave its next value while others still read the last ones.
+    parity_[lane_] ^= 1;
+    memcpy(slots_[parity_[lane_]][lane_], value, bytes);
+    meet(place);
+    switch_to((lane_ + 1) % kLanes);
+  }
+
+  void meet(int place) {
+    if (lane_ == 0) place_ = place;
+    if (place_ == place) return;
+    fprintf(stderr, "emulated warp: lane %d is at place %d while lane 0 is at place %d\n", lane_, place, place_);
+    abort();
+  }
+
+  __attribute__((noinline)) void switch_to(int lane) {
+    if (_setjmp(fibers_[lane_].state) == 0) resume(lane);
+  }
+
+  __attribute__((noinline)) void resume(int lane) {
+    lane_ = lane;
+    Fiber& fiber = fibers_[lane];
+    if (fiber.started) _longjmp(fiber.state, 1);
+    fiber.started = true;
+    ucontext_t start;
+    getcontext(&start);
+    start.uc_stack.ss_sp = fiber.stack.data();
+    start.uc_stack.ss_size = fiber.stack.size();
+    start.uc_link = nullptr;
+    current() = this;
+    makecontext(&start, &Warp::live, 0);
+    setcontext(&start);
+  }
+
+  // A fiber outlives the body that it runs, because making one costs more than most bodies do.
+  static void live() {
+    Warp& warp = *current();
+    const int lane = warp.lane_;
+    for (;;) {
+      warp.body_(warp.data_);
+      warp.meet(-1);
+      if (_setjmp(warp.fibers_[lane].state) != 0) continue;
+      if (lane + 1 < kLanes) warp.resume(lane + 1);
+      _longjmp(warp.caller_, 1);
+    }
+  }
+
+  static Warp*& current() {
+    static thread_local Warp* warp = nullptr;
+    return warp;
+  }
+
+  Fiber fibers_[kLanes];
+  char slots_[2][kLanes][sizeof(double)];
+  int parity_[kLanes] = {};
+  int lane_ = 0, place_ = 0;
+  jmp_buf caller_;
+  void (*body_)(void*) = nullptr;
+  void* data_ = nullptr;
+};
+
+inline Warp& warp() {
+  static thread_local Warp warp;
+  return warp;
+}
+
+struct Position {
+  int block_x, block_y, blocks_x, blocks_y, thread;
+};
+
+// Of the first lane of the warp that runs.
+inline Position& position() {
+  static thread_local Position position;
+  return position;
+}
+
+// Runs a kernel, given as a function object, for all threads of all blocks, one warp after the other.
+template <typename Kernel>
+void launch(int blocks_x, int blocks_y, int threads, Kernel kernel) {
+  for (int y = 0; y < blocks_y; ++y)
+    for (int x = 0; x < blocks_x; ++x)
+      for (int thread = 0; thread < threads; thread += kLanes) {
+        position() = {x, y, blocks_x, blocks_y, thread};
+        warp().run([](void* data) { (*static_cast<Kernel*>(data))(); }, &kernel);
+      }
+}
+
+}  // namespace emulation

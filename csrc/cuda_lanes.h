@@ -1,0 +1,286 @@
+// What one lane of a warp can do: hear from its group, move 16 bytes at once, add to memory that others add to.
+//
+// The same names exist on the GPU and, with VG_EMULATE, on the host, so that kernels are written once.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <type_traits>
+
+#ifdef VG_EMULATE
+#include "cuda_emulation.h"
+#define VG_DEVICE inline
+#define VG_KERNEL(blocks) inline
+#define VG_PARAMETER
+#define VG_UNROLL
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define VG_DEVICE __device__ __forceinline__
+// blocks: how many a multiprocessor must be able to hold, which bounds the registers
+#define VG_KERNEL(blocks) __global__ __launch_bounds__(kThreads, blocks)
+#define VG_PARAMETER __grid_constant__
+#define VG_UNROLL _Pragma("unroll")
+#endif
+
+namespace {
+
+constexpr int kThreads = 256;  // of a block
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+// How halves lie in memory; arithmetic is never done on them.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+// ---- where a lane is, and what it hears from others ---------------------------------------------------------------
+
+#ifdef VG_EMULATE
+VG_DEVICE int thread_of_block() { return emulation::position().thread + emulation::warp().lane(); }
+VG_DEVICE int block_x() { return emulation::position().block_x; }
+VG_DEVICE int block_y() { return emulation::position().block_y; }
+VG_DEVICE int blocks_x() { return emulation::position().blocks_x; }
+VG_DEVICE int blocks_y() { return emulation::position().blocks_y; }
+#else
+VG_DEVICE int thread_of_block() { return threadIdx.x; }
+VG_DEVICE int block_x() { return blockIdx.x; }
+VG_DEVICE int block_y() { return blockIdx.y; }
+VG_DEVICE int blocks_x() { return gridDim.x; }
+VG_DEVICE int blocks_y() { return gridDim.y; }
+#endif
+
+VG_DEVICE int64_t thread_of_grid() { return static_cast<int64_t>(block_x()) * kThreads + thread_of_block(); }
+VG_DEVICE int64_t threads_of_grid() { return static_cast<int64_t>(blocks_x()) * kThreads; }
+
+// Value of lane `source` (0 .. GROUP - 1) of the own group of GROUP neighbouring lanes. All lanes of the warp must call
+// it together; so for the next three. `place` is the line of the call, by which the emulation finds lanes that do not.
+template <int GROUP, typename T>
+VG_DEVICE T from_lane(T mine, int source, int place = __builtin_LINE()) {
+#ifdef VG_EMULATE
+  const int lane = emulation::warp().lane();
+  return emulation::warp().exchange(mine, lane - lane % GROUP + source, place);
+#else
+  return __shfl_sync(kWholeWarp, mine, source, GROUP);
+#endif
+}
+
+template <int GROUP, typename T>
+VG_DEVICE T group_sum(T x, int place = __builtin_LINE()) {
+  const int lane = thread_of_block() % GROUP;
+  VG_UNROLL
+  for (int step = 1; step < GROUP; step *= 2) x += from_lane<GROUP>(x, lane ^ step, place);
+  return x;
+}
+
+template <int GROUP, typename T>
+VG_DEVICE T group_max(T x, int place = __builtin_LINE()) {
+  const int lane = thread_of_block() % GROUP;
+  VG_UNROLL
+  for (int step = 1; step < GROUP; step *= 2) {
+    const T other = from_lane<GROUP>(x, lane ^ step, place);
+    x = x < other ? other : x;
+  }
+  return x;
+}
+
+VG_DEVICE bool all_of_warp(bool mine, int place = __builtin_LINE()) {
+#ifdef VG_EMULATE
+  return emulation::warp().all(mine, place);
+#else
+  return __all_sync(kWholeWarp, mine);
+#endif
+}
+
+// ---- numbers in memory --------------------------------------------------------------------------------------------
+
+// A half that is NaN stays NaN, because rounding up would otherwise carry into the exponent.
+inline uint16_t rounded_to_bfloat(uint32_t bits) {
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline float widened_from_half(uint16_t bits) {
+  const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  float x;
+  if (exponent == 31) {
+    x = fraction ? NAN : INFINITY;
+  } else {  // an exponent of 0 is that of 1, without the leading bit
+    x = ldexpf(exponent ? fraction + 1024 : fraction, (exponent ? exponent : 1) - 25);
+  }
+  return bits & 0x8000 ? -x : x;
+}
+
+inline uint16_t rounded_to_half(float x) {
+  const uint16_t sign = signbit(x) ? 0x8000 : 0;
+  if (x != x) return static_cast<uint16_t>(sign | 0x7e00);
+  x = fabsf(x);
+  if (x >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00);
+  int exponent = -14;
+  if (x >= ldexpf(1, -14)) exponent = ilogbf(x);
+  // Fractions are multiples of 2^(exponent - 10); one that rounds up to 2048 carries into the exponent as it should.
+  const int fraction = static_cast<int>(rintf(ldexpf(x, 10 - exponent)));
+  return static_cast<uint16_t>(sign | (((exponent + 14) << 10) + fraction));
+}
+
+VG_DEVICE float bits_as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+VG_DEVICE uint32_t float_as_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+VG_DEVICE double widen(double x) { return x; }
+VG_DEVICE float widen(float x) { return x; }
+VG_DEVICE float widen(BFloat x) { return bits_as_float(static_cast<uint32_t>(x.bits) << 16); }
+VG_DEVICE float widen(Half x) {
+#ifdef VG_EMULATE
+  return widened_from_half(x.bits);
+#else
+  return __half2float(__ushort_as_half(x.bits));
+#endif
+}
+
+VG_DEVICE void narrow(double x, double* to) { *to = x; }
+VG_DEVICE void narrow(float x, float* to) { *to = x; }
+VG_DEVICE void narrow(float x, BFloat* to) {
+#ifdef VG_EMULATE
+  to->bits = rounded_to_bfloat(float_as_bits(x));
+#else
+  to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+#endif
+}
+VG_DEVICE void narrow(float x, Half* to) {
+#ifdef VG_EMULATE
+  to->bits = rounded_to_half(x);
+#else
+  to->bits = __half_as_ushort(__float2half_rn(x));
+#endif
+}
+
+// BYTES that move as one load or store; addresses must be multiples of BYTES.
+template <int BYTES>
+struct alignas(BYTES) Words {
+  char bytes[BYTES];
+};
+
+template <int BYTES>
+VG_DEVICE Words<BYTES> load_words(const void* from) {
+#ifdef VG_EMULATE
+  if (reinterpret_cast<uintptr_t>(from) % BYTES != 0) abort();  // a GPU would fault
+  return *static_cast<const Words<BYTES>*>(from);
+#else
+  // Through the read-only cache, and free to move ahead of earlier additions to the gradients.
+  Words<BYTES> words;
+  if constexpr (BYTES == 16) {
+    const uint4 raw = __ldg(static_cast<const uint4*>(from));
+    memcpy(&words, &raw, BYTES);
+  } else if constexpr (BYTES == 8) {
+    const uint2 raw = __ldg(static_cast<const uint2*>(from));
+    memcpy(&words, &raw, BYTES);
+  } else if constexpr (BYTES == 4) {
+    const unsigned raw = __ldg(static_cast<const unsigned*>(from));
+    memcpy(&words, &raw, BYTES);
+  } else {
+    const unsigned short raw = __ldg(static_cast<const unsigned short*>(from));
+    memcpy(&words, &raw, BYTES);
+  }
+  return words;
+#endif
+}
+
+// How many bytes of COUNT numbers move at once.
+template <int COUNT, typename T>
+constexpr int kBytesAtOnce = COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16;
+
+// The numbers in BYTES that were loaded at once.
+template <typename T, int BYTES, typename A>
+VG_DEVICE void unpack(const Words<BYTES>& words, A* to) {
+  T numbers[BYTES / sizeof(T)];
+  memcpy(numbers, &words, BYTES);
+  VG_UNROLL
+  for (int i = 0; i < BYTES / static_cast<int>(sizeof(T)); ++i) to[i] = widen(numbers[i]);
+}
+
+// Two brain floats in a word of 32 bits take one instruction each; the compiler does not see that by itself.
+template <int BYTES>
+VG_DEVICE void unpack_pairs(const Words<BYTES>& words, float* to) {
+  uint32_t pairs[BYTES / 4];
+  memcpy(pairs, &words, BYTES);
+  VG_UNROLL
+  for (int i = 0; i < BYTES / 4; ++i) {
+    to[2 * i] = bits_as_float(pairs[i] << 16);
+    to[2 * i + 1] = bits_as_float(pairs[i] & 0xffff0000u);
+  }
+}
+
+// COUNT neighbouring numbers, 16 bytes at once if they are as many; the address must be aligned accordingly.
+template <int COUNT, typename T, typename A>
+VG_DEVICE void load(const T* from, A (&to)[COUNT]) {
+  constexpr int bytes = kBytesAtOnce<COUNT, T>, each = bytes / sizeof(T);
+  VG_UNROLL
+  for (int first = 0; first < COUNT; first += each) {
+    const Words<bytes> words = load_words<bytes>(from + first);
+    if constexpr (std::is_same_v<T, BFloat> && each > 1) {
+      unpack_pairs(words, to + first);
+    } else {
+      unpack<T>(words, to + first);
+    }
+  }
+}
+
+template <int COUNT, typename T, typename A>
+VG_DEVICE void store(const A (&from)[COUNT], T* to) {
+  constexpr int bytes = kBytesAtOnce<COUNT, T>, each = bytes / sizeof(T);
+  VG_UNROLL
+  for (int first = 0; first < COUNT; first += each) {
+    T numbers[each];
+    VG_UNROLL
+    for (int i = 0; i < each; ++i) narrow(from[first + i], &numbers[i]);
+    Words<bytes> words;
+    memcpy(&words, numbers, bytes);
+    *reinterpret_cast<Words<bytes>*>(to + first) = words;
+  }
+}
+
+// ---- adding to memory that other lanes add to ---------------------------------------------------------------------
+
+template <typename T>
+VG_DEVICE void add_shared(T* to, T x) {
+#ifdef VG_EMULATE
+  *to += x;
+#else
+  atomicAdd(to, x);
+#endif
+}
+
+// Four numbers in one transaction where the GPU can (sm_90 and later): a quarter of the instructions.
+VG_DEVICE void add_shared_four(float* to, const float* x) {
+#if !defined(VG_EMULATE) && __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(x[0]),
+               "f"(x[1]), "f"(x[2]), "f"(x[3]));
+#else
+  VG_UNROLL
+  for (int i = 0; i < 4; ++i) add_shared(to + i, x[i]);
+#endif
+}
+
+VG_DEVICE void max_shared(uint32_t* to, uint32_t x) {
+#ifdef VG_EMULATE
+  if (*to < x) *to = x;
+#else
+  atomicMax(to, x);
+#endif
+}
+
+}  // namespace

@@ -1,0 +1,230 @@
+// What the kernels of both passes share: how work is cut, and the points of a row.
+//
+// A group of neighbouring lanes makes one row: the D channels of one (batch, query, head). Its lanes share the work
+// twice: each prepares a few of the row's L * P points (location, bounds, weight) and hands them out by shuffles, and
+// each sums its own channels, 16 bytes of them at once. csrc/README.md has the picture and the reasons.
+#pragma once
+
+#include "cuda_lanes.h"
+#include "deform_attn.h"
+
+namespace {
+
+template <typename T>
+struct SumOf {
+  using type = float;
+};
+template <>
+struct SumOf<double> {
+  using type = double;
+};
+
+// How a kernel is cut. LEVELS = POINTS = 0: any number of them, known at run time only, as are the channels.
+template <typename T, int VECTOR_, int GROUP_, int LEVELS, int POINTS, bool FUSED_>
+struct Cut {
+  using Value = T;
+  using Sum = typename SumOf<T>::type;
+  static constexpr int VECTOR = VECTOR_;  // channels that a lane loads at once
+  static constexpr int GROUP = GROUP_;    // lanes of a row
+  static constexpr bool FUSED = FUSED_;
+  static constexpr bool EXACT = LEVELS > 0;  // sizes are known: D = VECTOR * GROUP, and all points fit into one batch
+  static constexpr int SLOTS = EXACT ? LEVELS * POINTS / GROUP : 1;  // points that a lane prepares at once
+  static constexpr int BATCH = SLOTS * GROUP;                        // ... and the group
+
+  VG_DEVICE static int points(const DeformAttnProblem& problem) { return EXACT ? POINTS : problem.points; }
+  VG_DEVICE static int count(const DeformAttnProblem& problem) {
+    return EXACT ? LEVELS * POINTS : problem.levels * problem.points;
+  }
+  VG_DEVICE static int channels(const DeformAttnProblem& problem) {
+    return EXACT ? VECTOR * GROUP : problem.channels;
+  }
+};
+
+// Which row a lane works for. Lanes beyond the last row keep the others company (shuffles need whole warps) with row 0.
+struct Row {
+  bool real;
+  int64_t batch, query;  // query: counted over all batches, as head_row is
+  int head;
+  int64_t head_row;
+};
+
+VG_DEVICE Row row_of(const DeformAttnProblem& problem, int64_t batch, int row, bool real) {
+  row = real ? row : 0;
+  const int query = row / problem.heads, head = row - query * problem.heads;
+  const int64_t queries = batch * problem.queries;
+  return {real, batch, queries + query, head, queries * problem.heads + row};
+}
+
+// ---- parameters: locations or offsets, weights or logits ----------------------------------------------------------
+
+// Reads COUNT numbers that lie in the dtype of value (narrow) or of sums; the branch is the same for all lanes.
+template <typename T, int COUNT, typename A>
+VG_DEVICE void load_parameters(const void* from, bool wide, int64_t index, A (&to)[COUNT]) {
+  if (wide) {
+    load(static_cast<const A*>(from) + index, to);
+  } else {
+    load(static_cast<const T*>(from) + index, to);
+  }
+}
+
+template <typename T, int COUNT, typename A>
+VG_DEVICE void store_parameters(const A (&from)[COUNT], bool wide, int64_t index, void* to) {
+  if (wide) {
+    store(from, static_cast<A*>(to) + index);
+  } else {
+    store(from, static_cast<T*>(to) + index);
+  }
+}
+
+VG_DEVICE bool wide(const DeformAttnProblem& problem) { return problem.query_dtype != problem.value_dtype; }
+
+template <typename C>
+struct Softmax {
+  typename C::Sum largest, total;
+};
+
+template <typename C>
+VG_DEVICE Softmax<C> softmax_of_row(
+    const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const Row& row, int lane) {
+  using A = typename C::Sum;
+  const int count = C::count(problem);
+  const int64_t start = row.head_row * count;
+  A largest = -INFINITY, logits[C::SLOTS];
+  for (int batch = 0; batch < count; batch += C::BATCH) {
+    const int index = batch + lane * C::SLOTS;
+    if (!C::EXACT && index >= count) break;
+    load_parameters<typename C::Value>(inputs.logits, wide(problem), start + index, logits);
+    VG_UNROLL
+    for (int i = 0; i < C::SLOTS; ++i) largest = largest < logits[i] ? logits[i] : largest;
+  }
+  largest = group_max<C::GROUP>(largest);
+  A total = 0;
+  for (int batch = 0; batch < count; batch += C::BATCH) {
+    const int index = batch + lane * C::SLOTS;
+    if (!C::EXACT && index >= count) break;
+    load_parameters<typename C::Value>(inputs.logits, wide(problem), start + index, logits);
+    VG_UNROLL
+    for (int i = 0; i < C::SLOTS; ++i) total += exp(logits[i] - largest);
+  }
+  return {largest, group_sum<C::GROUP>(total)};
+}
+
+// ---- points -------------------------------------------------------------------------------------------------------
+
+template <typename A>
+struct Point {
+  int corner;  // pixel of the level, up and left of the point; may lie outside of it
+  int inside;  // bit k: corner k (0 that pixel, 1 right of it, 2 below it, 3 both) lies in the level
+  A right, down;  // way from that pixel, 0..1
+  A weight;
+};
+
+constexpr int kAllInside = 15;
+
+// Samples nothing.
+template <typename A>
+VG_DEVICE Point<A> no_point() {
+  return {0, 0, 0, 0, 0};
+}
+
+template <typename A>
+VG_DEVICE Point<A> point_at(A x, A y, A weight, int height, int width) {
+  Point<A> point = no_point<A>();
+  point.weight = weight;
+  // Every comparison with NaN is false; what passes fits into an int.
+  if (!(x > -1 && y > -1 && x < width && y < height)) return point;
+  const A left = floor(x), top = floor(y);
+  const int column = static_cast<int>(left), line = static_cast<int>(top);
+  const bool in_left = column >= 0, in_right = column + 1 < width, in_top = line >= 0, in_bottom = line + 1 < height;
+  point.corner = line * width + column;
+  point.inside = (in_left && in_top) | (in_right && in_top) << 1 | (in_left && in_bottom) << 2 |
+                 (in_right && in_bottom) << 3;
+  point.right = x - left;
+  point.down = y - top;
+  return point;
+}
+
+// The reference of a row and level: a point, or a box with its size.
+template <typename A>
+struct Reference {
+  A x, y, width, height;
+};
+
+template <typename A>
+VG_DEVICE Reference<A> reference_of(
+    const DeformAttnProblem& problem, const DeformAttnInputs& inputs, int64_t batch, int64_t query, int level) {
+  const A* from = static_cast<const A*>(inputs.reference) + batch * problem.reference_batch_stride +
+                  (query - batch * problem.queries) * problem.reference_query_stride +
+                  (problem.reference_levels == 1 ? 0 : level) * problem.reference_level_stride;
+  const bool box = problem.reference_size == 4;
+  return {from[0], from[1], box ? from[2] : 0, box ? from[3] : 0};
+}
+
+// Fills this lane's slots with the points `index`, `index` + 1, ... of the row.
+template <typename C>
+VG_DEVICE void prepare(
+    const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const Row& row, const Softmax<C>& softmax,
+    int index, Point<typename C::Sum> (&points)[C::SLOTS]) {
+  using A = typename C::Sum;
+  const int count = C::count(problem);
+  VG_UNROLL
+  for (int i = 0; i < C::SLOTS; ++i) points[i] = no_point<A>();
+  if (!row.real || (!C::EXACT && index >= count)) return;
+
+  A places[2 * C::SLOTS], weights[C::SLOTS];
+  const int64_t start = row.head_row * count + index;
+  load_parameters<typename C::Value>(
+      C::FUSED ? inputs.offsets : inputs.locations, !C::FUSED || wide(problem), 2 * start, places);
+  load_parameters<typename C::Value>(C::FUSED ? inputs.logits : inputs.weights, wide(problem), start, weights);
+  VG_UNROLL
+  for (int i = 0; i < C::SLOTS; ++i) {
+    const int level = (index + i) / C::points(problem);
+    const A width = problem.level[level].width, height = problem.level[level].height;
+    A x = places[2 * i], y = places[2 * i + 1], weight = weights[i];
+    if constexpr (C::FUSED) {
+      weight = exp(weight - softmax.largest) / softmax.total;
+      const Reference<A> reference = reference_of<A>(problem, inputs, row.batch, row.query, level);
+      if (problem.reference_size == 2) {  // offsets are pixels
+        x += reference.x * width;
+        y += reference.y * height;
+      } else {
+        const A part = A(0.5) / C::points(problem);
+        x = (reference.x + x * reference.width * part) * width;
+        y = (reference.y + y * reference.height * part) * height;
+      }
+    } else {
+      x *= width;
+      y *= height;
+    }
+    points[i] = point_at<A>(x - A(0.5), y - A(0.5), weight, problem.level[level].height, problem.level[level].width);
+  }
+}
+
+// Gives every lane of the group the point of lane `owner`. What lies inside is asked for only where the lanes of the
+// warp, which work for several rows, do not have all of their pixels inside; returns whether they do.
+template <typename C>
+VG_DEVICE bool hand_out(const Point<typename C::Sum>& mine, int lane, int owner, Point<typename C::Sum>* point) {
+  point->corner = from_lane<C::GROUP>(mine.corner, owner);
+  point->right = from_lane<C::GROUP>(mine.right, owner);
+  point->down = from_lane<C::GROUP>(mine.down, owner);
+  point->weight = from_lane<C::GROUP>(mine.weight, owner);
+  point->inside = kAllInside;
+  const bool all_inside = all_of_warp(lane != owner || mine.inside == kAllInside);
+  if (!all_inside) point->inside = from_lane<C::GROUP>(mine.inside, owner);
+  return all_inside;
+}
+
+// How much of each corner's pixel a point takes.
+template <typename A>
+struct Shares {
+  A of[4];
+};
+
+template <typename A>
+VG_DEVICE Shares<A> shares_of(const Point<A>& point, A weight) {
+  const A below = weight * point.down, above = weight - below;
+  const A below_right = below * point.right, above_right = above * point.right;
+  return {{above - above_right, above_right, below - below_right, below_right}};
+}
+
+}  // namespace

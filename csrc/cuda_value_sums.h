@@ -1,0 +1,97 @@
+// How the gradient of value is summed by lanes that work for many rows at once: in floating point, or, so that every
+// run gives the same bits, in fixed point.
+#pragma once
+
+#include "cuda_points.h"
+
+namespace {
+
+template <typename A>
+struct FloatingSums {
+  A* sums;  // [B, S, H, D]
+
+  template <int VECTOR>
+  VG_DEVICE void add(int64_t index, const A (&x)[VECTOR]) const {
+    if constexpr (VECTOR % 4 == 0 && sizeof(A) == 4) {
+      VG_UNROLL
+      for (int c = 0; c < VECTOR; c += 4) add_shared_four(sums + index + c, x + c);
+    } else {
+      VG_UNROLL
+      for (int c = 0; c < VECTOR; ++c) add_shared(sums + index + c, x[c]);
+    }
+  }
+};
+
+// The order of additions does not matter to integers, so their sums have the same bits in every run.
+struct FixedPointSums {
+  unsigned long long* sums;  // [B, S, H, D] two's complement multiples of 1 / scale
+  double scale;
+
+  template <int VECTOR>
+  VG_DEVICE void add(int64_t index, const float (&x)[VECTOR]) const {
+    VG_UNROLL
+    for (int c = 0; c < VECTOR; ++c) {
+      add_shared(sums + index + c, static_cast<unsigned long long>(llrint(x[c] * scale)));
+    }
+  }
+};
+
+// The largest magnitudes among the gradients of the output and among the weights, as bits of a float: those of
+// magnitudes are ordered as the magnitudes are, and NaN comes last.
+struct Limits {
+  uint32_t grad_output, weight;
+};
+
+// The largest power of two for which no sum can leave 62 bits; 0 where there is an infinity or NaN.
+VG_DEVICE double fixed_point_scale(const DeformAttnProblem& problem, const Limits* limits) {
+  const double weight = problem.reference_size ? 1.0 : bits_as_float(limits->weight);
+  const double bound = weight * bits_as_float(limits->grad_output) * problem.queries * problem.points;
+  if (!(bound < INFINITY)) return 0;
+  return bound > 0 ? ldexp(1.0, 61 - ilogb(bound)) : 1;
+}
+
+// ---- before the first addition and after the last -----------------------------------------------------------------
+
+template <typename T>
+VG_DEVICE void largest_magnitude(const void* numbers, int64_t count, uint32_t* largest) {
+  uint32_t mine = 0;
+  for (int64_t i = thread_of_grid(); i < count; i += threads_of_grid()) {
+    const float number = static_cast<float>(widen(static_cast<const T*>(numbers)[i]));
+    const uint32_t magnitude = float_as_bits(number) & 0x7fffffffu;
+    mine = mine < magnitude ? magnitude : mine;
+  }
+  mine = group_max<32>(mine);
+  if (thread_of_block() % 32 == 0) max_shared(largest, mine);
+}
+
+template <typename T>
+VG_KERNEL(4) void limits_kernel(
+    const VG_PARAMETER DeformAttnProblem problem, const void* grad_output, const void* weights, Limits* limits) {
+  const int64_t rows = problem.batch * problem.queries * problem.heads;
+  largest_magnitude<T>(grad_output, rows * problem.channels, &limits->grad_output);
+  if (!weights) return;
+  const int64_t count = rows * problem.levels * problem.points;
+  if (wide(problem)) {
+    largest_magnitude<typename SumOf<T>::type>(weights, count, &limits->weight);
+  } else {
+    largest_magnitude<T>(weights, count, &limits->weight);
+  }
+}
+
+template <typename T, bool FIXED_POINT>
+VG_KERNEL(4) void finish_value_kernel(
+    const VG_PARAMETER DeformAttnProblem problem, const void* sums, const Limits* limits, int64_t count,
+    T* grad_value) {
+  using A = typename SumOf<T>::type;
+  const double scale = FIXED_POINT ? fixed_point_scale(problem, limits) : 1;
+  for (int64_t i = thread_of_grid(); i < count; i += threads_of_grid()) {
+    if constexpr (FIXED_POINT) {
+      // Infinities and NaN have no fixed point: the gradient says so everywhere, which every check for them will see.
+      narrow(scale > 0 ? static_cast<A>(static_cast<const long long*>(sums)[i] / scale) : A(NAN), grad_value + i);
+    } else {
+      narrow(static_cast<const A*>(sums)[i], grad_value + i);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,271 @@
+// Launches the kernels of multi-scale deformable attention: chooses how they are cut, checks what they assume, and
+// divides scratch memory. With VG_EMULATE the same launchers run the same kernels on the host.
+#include "deform_attn.h"
+
+#include <limits.h>
+
+#include "cuda_backward.h"
+#include "cuda_forward.h"
+#include "cuda_lanes.h"
+
+namespace {
+
+// Below 0, so that they do not meet those of CUDA.
+enum Failure { kNone = 0, kLevelTooLarge = -1, kTooManyRows = -2, kUnknownDtype = -3 };
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), int64_t blocks_x, int64_t blocks_y, void* stream, Arguments... arguments) {
+  if (blocks_x == 0 || blocks_y == 0) return kNone;
+  const int x = static_cast<int>(blocks_x), y = static_cast<int>(blocks_y);
+#ifdef VG_EMULATE
+  (void)stream;
+  emulation::launch(x, y, kThreads, [=] { kernel(arguments...); });
+  return kNone;
+#else
+  kernel<<<dim3(x, y), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  return cudaGetLastError();
+#endif
+}
+
+int zero(void* memory, int64_t bytes, void* stream) {
+#ifdef VG_EMULATE
+  (void)stream;
+  memset(memory, 0, bytes);
+  return kNone;
+#else
+  return cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream));
+#endif
+}
+
+int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
+
+// Kernels over single numbers loop, so more blocks than fill a GPU several times would only queue.
+int64_t blocks_for_numbers(int64_t count) { return count < (1 << 20) ? blocks_for(count) : (1 << 20) / kThreads; }
+
+// A batch element per line of blocks; lines beyond what a grid may have are looped over.
+int64_t lines_for(int64_t batch) { return batch < 65535 ? batch : 65535; }
+
+int64_t rows_of(const DeformAttnProblem& problem) { return problem.batch * problem.queries * problem.heads; }
+
+int64_t points_of(const DeformAttnProblem& problem) { return rows_of(problem) * problem.levels * problem.points; }
+
+int64_t values_of(const DeformAttnProblem& problem) {
+  return problem.batch * problem.tokens * problem.heads * problem.channels;
+}
+
+// ---- what kernels assume ------------------------------------------------------------------------------------------
+
+// Rows of a batch element are counted, and pixels of a level are found, in 32 bits.
+int check(const DeformAttnProblem& problem) {
+  if (problem.value_dtype < kFloat64 || problem.value_dtype > kBFloat16) return kUnknownDtype;
+  if (problem.queries * problem.heads > INT_MAX / 32) return kTooManyRows;
+  const int64_t dense = static_cast<int64_t>(problem.heads) * problem.channels;
+  const int64_t token = problem.value_token_stride < dense ? dense : problem.value_token_stride;
+  for (int level = 0; level < problem.levels; ++level) {
+    // One line and pixel more than there are: a corner up and left of the first pixel is still a number.
+    const int64_t height = problem.level[level].height + 1, width = problem.level[level].width + 2;
+    if (height * width * token > INT_MAX) return kLevelTooLarge;
+  }
+  return kNone;
+}
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Whether 16 bytes of value, and of what has its layout, can be loaded at once.
+bool vectors_fit(const DeformAttnProblem& problem, int vector, const DeformAttnInputs& inputs, const void* output) {
+  return problem.channels % vector == 0 && problem.value_batch_stride % vector == 0 &&
+         problem.value_token_stride % vector == 0 && problem.value_head_stride % vector == 0 && aligned(inputs.value) &&
+         aligned(output);
+}
+
+// Whether the kernel for the sizes of most published detectors (4 levels, 4 points, 32 channels) will do. Who asks for
+// determinism does not ask for speed, and can spare others the time to compile one more variant of the largest kernels.
+bool exact_fits(
+    const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const DeformAttnGradients& gradients) {
+  return !problem.deterministic && problem.channels == 32 && problem.levels == 4 && problem.points == 4 &&
+         aligned(inputs.locations) && aligned(inputs.weights) && aligned(inputs.offsets) && aligned(inputs.logits) &&
+         aligned(gradients.locations) && aligned(gradients.weights) && aligned(gradients.offsets) &&
+         aligned(gradients.logits);
+}
+
+// Calls run(Cut) with the best cut for the problem.
+template <typename T, bool FUSED, typename Run>
+int with_cut_of(
+    const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const void* output,
+    const DeformAttnGradients& gradients, const Run& run) {
+  if constexpr (sizeof(T) < 8) {
+    constexpr int VECTOR = 16 / sizeof(T), GROUP = 32 / VECTOR;
+    if (vectors_fit(problem, VECTOR, inputs, output) && aligned(gradients.value)) {
+      if (exact_fits(problem, inputs, gradients)) return run(Cut<T, VECTOR, GROUP, 4, 4, FUSED>());
+      return run(Cut<T, VECTOR, GROUP, 0, 0, FUSED>());
+    }
+  }
+  return run(Cut<T, 1, 8, 0, 0, FUSED>());
+}
+
+template <typename Run>
+int with_cut(
+    const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const void* output,
+    const DeformAttnGradients& gradients, const Run& run) {
+  const auto with_dtype = [&](auto example) {
+    using T = decltype(example);
+    return problem.reference_size ? with_cut_of<T, true>(problem, inputs, output, gradients, run)
+                                  : with_cut_of<T, false>(problem, inputs, output, gradients, run);
+  };
+  switch (problem.value_dtype) {
+    case kFloat64: return with_dtype(double());
+    case kFloat32: return with_dtype(float());
+    case kFloat16: return with_dtype(Half());
+    default: return with_dtype(BFloat());
+  }
+}
+
+// ---- scratch memory of the backward pass --------------------------------------------------------------------------
+
+// Offsets into the workspace; a part of no bytes is not needed.
+struct Workspace {
+  int64_t value_sums_bytes, limits, locations, weights, bytes;
+  bool fixed_point, needs_locations, needs_weights;
+};
+
+Workspace plan(const DeformAttnProblem& problem, const DeformAttnGradients& gradients) {
+  const bool halves = problem.value_dtype == kFloat16 || problem.value_dtype == kBFloat16;
+  const int64_t sum_bytes = problem.value_dtype == kFloat64 ? 8 : 4;
+  Workspace workspace{};
+  workspace.fixed_point = gradients.value && problem.deterministic && problem.value_dtype != kFloat64;
+  workspace.needs_locations = gradients.reference != nullptr;
+  // Where gradients of logits have the dtype of sums, the kernel keeps its notes in their place.
+  workspace.needs_weights = gradients.logits && halves && problem.query_dtype == problem.value_dtype;
+  const auto reserve = [&](bool wanted, int64_t bytes) {
+    const int64_t start = workspace.bytes;
+    if (wanted) workspace.bytes += (bytes + 255) / 256 * 256;
+    return start;
+  };
+  if (workspace.fixed_point) workspace.value_sums_bytes = 8 * values_of(problem);
+  else if (gradients.value && halves) workspace.value_sums_bytes = 4 * values_of(problem);
+  reserve(true, workspace.value_sums_bytes);
+  workspace.limits = reserve(workspace.fixed_point, sizeof(Limits));
+  workspace.locations = reserve(workspace.needs_locations, 2 * sum_bytes * points_of(problem));
+  workspace.weights = reserve(workspace.needs_weights, sum_bytes * points_of(problem));
+  return workspace;
+}
+
+// ---- backward, step by step ---------------------------------------------------------------------------------------
+
+struct BackwardCall {
+  const DeformAttnProblem& problem;
+  const DeformAttnInputs& inputs;
+  const void* grad_output;
+  const DeformAttnGradients& gradients;
+  Workspace plan;
+  char* workspace;
+  void* stream;
+
+  Limits* limits() const { return reinterpret_cast<Limits*>(workspace + plan.limits); }
+  void* value_sums() const { return plan.value_sums_bytes ? workspace : gradients.value; }
+
+  // Sums start from 0, and what they will be scaled with is known before the first of them.
+  template <typename T>
+  int prepare() const {
+    if (!gradients.value) return kNone;
+    const int64_t value_bytes = values_of(problem) * static_cast<int64_t>(sizeof(T));
+    int failure = zero(value_sums(), plan.value_sums_bytes ? plan.value_sums_bytes : value_bytes, stream);
+    if (failure || !plan.fixed_point) return failure;
+    failure = zero(limits(), sizeof(Limits), stream);
+    if (failure) return failure;
+    return launch(
+        limits_kernel<T>, blocks_for_numbers(rows_of(problem) * problem.channels), 1, stream, problem, grad_output,
+        inputs.weights, limits());
+  }
+
+  template <typename C>
+  int rows() const {
+    using A = typename C::Sum;
+    A* weights = reinterpret_cast<A*>(plan.needs_weights ? workspace + plan.weights : gradients.logits);
+    A* locations = reinterpret_cast<A*>(plan.needs_locations ? workspace + plan.locations : nullptr);
+    const Scratch<A> scratch{value_sums(), limits(), locations, weights};
+    const auto* grad = static_cast<const typename C::Value*>(grad_output);
+    const bool in_order = problem.deterministic && !plan.fixed_point && gradients.value;
+    const int rows = static_cast<int>(problem.queries) * problem.heads, at_once = in_order ? problem.heads : rows;
+    const int64_t blocks = blocks_for(static_cast<int64_t>(at_once) * C::GROUP);
+    if (rows == 0) return kNone;
+    if constexpr (sizeof(A) < 8 && !C::EXACT) {
+      if (plan.fixed_point) {
+        return launch(
+            backward_kernel<C, true>, blocks, lines_for(problem.batch), stream, problem, inputs, grad, gradients,
+            scratch, at_once);
+      }
+    }
+    return launch(
+        backward_kernel<C, false>, blocks, lines_for(problem.batch), stream, problem, inputs, grad, gradients, scratch,
+        at_once);
+  }
+
+  template <typename T>
+  int finish() const {
+    using A = typename SumOf<T>::type;
+    if (gradients.value && plan.value_sums_bytes) {
+      const auto kernel = plan.fixed_point ? finish_value_kernel<T, true> : finish_value_kernel<T, false>;
+      const int failure = launch(
+          kernel, blocks_for_numbers(values_of(problem)), 1, stream, problem, static_cast<const void*>(workspace),
+          limits(), values_of(problem), static_cast<T*>(gradients.value));
+      if (failure) return failure;
+    }
+    if (!gradients.reference) return kNone;
+    const int64_t references = problem.batch * problem.queries * problem.reference_levels;
+    return launch(
+        reference_kernel<A, T>, blocks_for_numbers(references), 1, stream, problem, inputs,
+        reinterpret_cast<const A*>(workspace + plan.locations), static_cast<A*>(gradients.reference));
+  }
+};
+
+}  // namespace
+
+// ---- what deform_attn.h promises ----------------------------------------------------------------------------------
+
+int deform_attn_cuda_forward(
+    const DeformAttnProblem* problem, const DeformAttnInputs* inputs, void* output, void* stream) {
+  const int failure = check(*problem);
+  if (failure) return failure;
+  return with_cut(*problem, *inputs, output, DeformAttnGradients{}, [&](auto cut) {
+    using C = decltype(cut);
+    const int64_t blocks = blocks_for(problem->queries * problem->heads * C::GROUP);
+    return launch(
+        forward_kernel<C>, blocks, lines_for(problem->batch), stream, *problem, *inputs,
+        static_cast<typename C::Value*>(output));
+  });
+}
+
+int64_t deform_attn_cuda_backward_workspace(const DeformAttnProblem* problem, const DeformAttnGradients* gradients) {
+  return plan(*problem, *gradients).bytes;
+}
+
+int deform_attn_cuda_backward(
+    const DeformAttnProblem* problem, const DeformAttnInputs* inputs, const void* grad_output,
+    const DeformAttnGradients* gradients, void* workspace, void* stream) {
+  int failure = check(*problem);
+  if (failure) return failure;
+  const BackwardCall call{*problem,         *inputs, grad_output, *gradients, plan(*problem, *gradients),
+                          static_cast<char*>(workspace), stream};
+  return with_cut(*problem, *inputs, grad_output, *gradients, [&](auto cut) {
+    using C = decltype(cut);
+    failure = call.prepare<typename C::Value>();
+    if (!failure) failure = call.rows<C>();
+    if (!failure) failure = call.finish<typename C::Value>();
+    return failure;
+  });
+}
+
+const char* deform_attn_cuda_error(int code) {
+  switch (code) {
+    case kNone: return "no error";
+    case kLevelTooLarge: return "a level of value spans more than 2^31 numbers in memory";
+    case kTooManyRows: return "queries times heads is more than 2^26";
+    case kUnknownDtype: return "value has a dtype that the kernels do not know";
+  }
+#ifdef VG_EMULATE
+  return "unknown error";
+#else
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+#endif
+}

@@ -1,0 +1,88 @@
+// The plain-C contract between the torch-facing code (deform_attn.cpp) and the CUDA kernels (deform_attn.cu).
+//
+// Legend: B batch, S image tokens of all levels, Q queries, H heads, D channels per head, L levels, P points per level.
+// Nothing of torch appears here, so that the .cu file compiles in seconds and also as plain C++ (VG_EMULATE).
+//
+// Three libraries are built from these sources:
+//   CPU     g++ deform_attn.cpp
+//   CUDA    g++ -DVG_WITH_CUDA deform_attn.cpp, linked with nvcc's object of deform_attn.cu
+//   emulate g++ -DVG_EMULATE deform_attn.cpp and g++ -x c++ -DVG_EMULATE deform_attn.cu: the launchers below run on host
+//           memory and take the CPU's place in the dispatcher, so the tests of the CPU also test the CUDA kernels.
+#pragma once
+
+#include <stdint.h>
+
+enum { kDeformAttnMaxLevels = 16 };
+
+typedef enum { kFloat64 = 0, kFloat32 = 1, kFloat16 = 2, kBFloat16 = 3 } DeformAttnDtype;
+
+typedef struct {
+  int32_t height, width;  // 0 x 0 is an empty level: it contributes nothing
+  int64_t start;          // first token of the level
+} DeformAttnLevel;
+
+// Sizes and layout of one call; small enough to be a kernel argument by value.
+typedef struct {
+  int64_t batch, tokens, queries;
+  int32_t heads, channels, levels, points;
+  DeformAttnLevel level[kDeformAttnMaxLevels];
+
+  // "accumulate dtype" below: float64 when value_dtype is float64, else float32.
+  int32_t value_dtype;  // of value, output, grad_output and grad_value
+  int32_t query_dtype;  // of weights, or of offsets and logits, and of their gradients: accumulate dtype or value_dtype
+
+  // Strides of value in elements; its last dimension is contiguous. Everything else but the reference is contiguous.
+  int64_t value_batch_stride, value_token_stride, value_head_stride;
+
+  // Fused form only; reference_size = 0 says that locations and weights are given.
+  int32_t reference_size;    // 2: (x, y); 4: (center x, center y, width, height)
+  int32_t reference_levels;  // 1 or L, where 1 means that all levels share the point
+  int64_t reference_batch_stride, reference_query_stride, reference_level_stride;  // last dimension contiguous
+
+  int32_t deterministic;  // 1: equal inputs give equal bits, whatever the scheduling
+} DeformAttnProblem;
+
+// Device pointers; those of the other form are null.
+typedef struct {
+  const void* value;      // [B, S, H, D] value_dtype
+  const void* locations;  // plain: [B, Q, H, L, P, 2] accumulate dtype, (x, y) in 0..1
+  const void* weights;    // plain: [B, Q, H, L, P] query_dtype
+  const void* reference;  // fused: [B, Q, 1 or L, 2 or 4] accumulate dtype
+  const void* offsets;    // fused: [B, Q, H, L, P, 2] query_dtype
+  const void* logits;     // fused: [B, Q, H, L * P] query_dtype
+} DeformAttnInputs;
+
+// Where gradients go, contiguous and uninitialised; null where none is wanted. Shapes and dtypes as the inputs'.
+typedef struct {
+  void* value;
+  void* locations;
+  void* weights;
+  void* reference;
+  void* offsets;
+  void* logits;
+} DeformAttnGradients;
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Launchers return 0 or an error code that deform_attn_cuda_error() puts into words. They run on the current device and
+// never synchronise. The stream is a cudaStream_t. Nothing is launched for zero queries or zero batch; grad_value is
+// then still zeroed. output and grad_output: [B, Q, H * D] value_dtype, contiguous.
+int deform_attn_cuda_forward(
+    const DeformAttnProblem* problem, const DeformAttnInputs* inputs, void* output, void* stream);
+
+// Bytes of scratch memory that backward wants (for example sums of grad_value in float32); 0 is fine.
+int64_t deform_attn_cuda_backward_workspace(const DeformAttnProblem* problem, const DeformAttnGradients* gradients);
+
+// workspace: uninitialised, aligned to 256 bytes, may be null when its size is 0. To ask for its size the caller fills
+// `gradients` as for the call itself.
+int deform_attn_cuda_backward(
+    const DeformAttnProblem* problem, const DeformAttnInputs* inputs, const void* grad_output,
+    const DeformAttnGradients* gradients, void* workspace, void* stream);
+
+const char* deform_attn_cuda_error(int code);
+
+#ifdef __cplusplus
+}
+#endif

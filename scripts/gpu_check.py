@@ -1,0 +1,232 @@
+"""What only a GPU can tell: builds the kernels, tests and measures them, and writes one JSON and one table.
+
+    PYTHONPATH=. python scripts/gpu_check.py [--output gpu_check.json] [--only SECTION ...]
+
+It takes less than 8 minutes and needs torch, pytest, the CUDA toolkit (nvcc) and g++, and transformers for its part of
+the comparison. To add a section, write a function that returns what it found and raises when something is wrong, and
+put it into SECTIONS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vg.ops import backend_info, deform_attn, deform_attn_fused, reference
+
+ROOT = Path(__file__).parents[1]
+Found = dict[str, Any]
+DEVICE = "cuda"
+ENCODER = ((100, 167), (50, 84), (25, 42), (13, 21))  # levels of an 800 x 1333 image, each pixel of which is a query
+# Of the largest entry; halves round their inputs and outputs, and sums are in float32 either way.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def machine() -> Found:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30),
+        "multiprocessors": properties.multi_processor_count,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", seconds=30).strip(),
+    }
+
+
+def build() -> Found:
+    """Both libraries, as on the first use; not counted where a wheel brings them."""
+    start = time.perf_counter()
+    info = backend_info()
+    seconds = time.perf_counter() - start
+    names = {device: backend.name for device, backend in info.items()}
+    if names != {"cpu": "cpp", "cuda": "cuda"}:
+        raise RuntimeError("\n".join(f"{device}: {backend.name}, {backend.reason}" for device, backend in info.items()))
+    return {"seconds": round(seconds, 1), **names}
+
+
+def op_tests() -> Found:
+    """The tests of the operator; those with a device run on the CPU and on the GPU."""
+    # The tests' shared settings belong to training, and need packages that this check promises to do without.
+    command = (sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-rs", "tests/ops")
+    return {"summary": _run(*command, seconds=240).strip().splitlines()[-1]}
+
+
+def real_sizes() -> Found:
+    """Largest errors of outputs and gradients at the encoder's size; the tests have small levels and few queries."""
+    worst: dict[str, float] = {}
+    for dtype, tolerance in TOLERANCE.items():
+        for name, op, forward, backward in (
+            ("plain", deform_attn, reference.forward, reference.backward),
+            ("fused", deform_attn_fused, reference.fused_forward, reference.fused_backward),
+        ):
+            value, *rest = _encoder_inputs(dtype, fused=name == "fused")
+            output = op(value, ENCODER, *rest)
+            weight = torch.randn_like(output)  # [B, S, H * D]
+            found = [output, *torch.autograd.grad(output, (value, *rest), weight)]
+            exact, *exact_rest = (x.detach().float() for x in (value, *rest))
+            wanted = [
+                forward(exact, ENCODER, *exact_rest),
+                *backward(weight.float(), exact, ENCODER, *exact_rest),
+            ]
+            for place, x, y in zip(("output", "of value", "of 2nd", "of 3rd", "of 4th"), found, wanted, strict=False):
+                error = ((x.float() - y).abs().max() / y.abs().max()).item()
+                key = f"{name} {str(dtype).removeprefix('torch.')} {place}"
+                worst[key] = float(f"{error:.1e}")
+                if not error < tolerance:  # NaN is wrong too
+                    raise AssertionError(f"{key}: error {error:.1e} of the largest entry, allowed {tolerance:.1e}")
+    return worst
+
+
+def determinism() -> Found:
+    """Gradients of five runs have the same bits when PyTorch is asked for determinism; what that costs."""
+    inputs = _encoder_inputs(torch.float32, fused=True)
+    weight = torch.randn(1, inputs[0].shape[1], 256, device=DEVICE)
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(deform_attn_fused(inputs[0], ENCODER, *inputs[1:]), inputs, weight)
+
+    seconds = {}
+    for wanted in (False, True):
+        torch.use_deterministic_algorithms(wanted)
+        try:
+            runs = [gradients() for _ in range(5)]
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            runs += [gradients() for _ in range(5)]
+            torch.cuda.synchronize()
+            seconds[wanted] = (time.perf_counter() - start) / 5
+        finally:
+            torch.use_deterministic_algorithms(False)
+    different = sum(not torch.equal(x, y) for run in runs[1:] for x, y in zip(runs[0], run, strict=True))
+    if different:
+        raise AssertionError(f"{different} gradients differ between runs")
+    return {"runs": len(runs), "times_slower": round(seconds[True] / seconds[False], 1)}
+
+
+def op_benchmark() -> Found:
+    """Our kernels beside all others that are importable."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "benchmark.json"
+        script = ROOT / "scripts" / "benchmark_deform_attn.py"
+        table = _run(sys.executable, str(script), "--device", "cuda", "--json", str(path), seconds=180)
+        print(table, flush=True)
+        return {"measured": json.loads(path.read_text())}
+
+
+SECTIONS: dict[str, Callable[[], Found]] = {
+    "machine": machine,
+    "build": build,
+    "op_tests": op_tests,
+    "real_sizes": real_sizes,
+    "determinism": determinism,
+    "op_benchmark": op_benchmark,
+}
+
+
+# ---- helpers ------------------------------------------------------------------------------------------------------
+
+
+def _encoder_inputs(dtype: torch.dtype, fused: bool) -> list[Tensor]:
+    """One encoder layer's inputs: each pixel of each level looks around itself, 2 pixels far on average.
+
+    Points keep away from the edges of cells, where gradients jump, so that rounding cannot put them on another side.
+    """
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE, generator=generator)
+
+    grids = [
+        torch.cartesian_prod((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width).flip(-1)
+        for height, width in ENCODER
+    ]
+    points = torch.cat(grids).to(DEVICE)[None, :, None]  # [1, S, 1, 2]
+    S, H, L, P, D = points.shape[1], 8, 4, 4, 32
+    sizes = points.new_tensor([(width, height) for height, width in ENCODER])[:, None]  # [L, 1, 2]
+    start = points[:, :, None, None] * sizes - 0.5  # [1, S, 1, L, 1, 2] in pixels
+    pixels = start + 2 * normal(1, S, H, L, P, 2)
+    offsets = pixels.floor() + 0.1 + 0.8 * pixels.frac().abs() - start
+    logits = normal(1, S, H, L * P)
+    if fused:
+        tensors = [points, offsets.to(dtype), logits.to(dtype)]
+    else:
+        locations = reference.sampling_locations(ENCODER, points, offsets)
+        tensors = [locations, reference.attention_weights(logits, L).to(dtype)]
+    return [x.detach().requires_grad_() for x in (normal(1, S, H, D).to(dtype), *tensors)]
+
+
+def _run(*command: str, seconds: float) -> str:
+    """The output of a command that must succeed within that time."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def check(name: str) -> Found:
+    start = time.perf_counter()
+    try:
+        result = {"passed": True, **SECTIONS[name]()}
+    except Exception as error:  # one section's failure must not hide what the others find
+        traceback.print_exc()
+        result = {"passed": False, "error": f"{type(error).__name__}: {error}"}
+    return {**result, "section_seconds": round(time.perf_counter() - start, 1)}
+
+
+def run_sections(names: list[str], output: Path) -> dict[str, Found]:
+    """Writes both files after each section, so that a run which is cut short leaves what it had found."""
+    found: dict[str, Found] = {}
+    for name in names:
+        print(f"== {name}", flush=True)
+        found[name] = check(name)
+        output.write_text(json.dumps(found, indent=2) + "\n")
+        output.with_suffix(".md").write_text(table_of(found) + "\n")
+    return found
+
+
+def table_of(found: dict[str, Found]) -> str:
+    lines = ["| section | passed | seconds | found |", "|---|---|---|---|"]
+    for name, result in found.items():
+        shown = {k: v for k, v in result.items() if k not in ("passed", "section_seconds", "measured")}
+        words = re.sub(r"\s+", " ", ", ".join(f"{k} {v}" for k, v in shown.items())).replace("|", "/")
+        passed = "yes" if result["passed"] else "NO"
+        lines.append(f"| {name} | {passed} | {result['section_seconds']} | {words[:600]} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("gpu_check.json"), help="the JSON; the table is its .md")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("torch sees no CUDA GPU: this check is for a machine that has one")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["XDG_CACHE_HOME"] = cache  # nothing was built before
+        found = run_sections(arguments.only, arguments.output)
+    print(table_of(found))
+    sys.exit(not all(result["passed"] for result in found.values()))
+
+
+if __name__ == "__main__":
+    main()

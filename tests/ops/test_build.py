@@ -1,0 +1,222 @@
+"""Compiled kernels are found, built once, or done without - and it is always said which and why."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from vg.__main__ import main
+from vg.ops import BuildError, backend_info, build
+
+REPOSITORY = Path(__file__).parents[2]
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    """An empty cache, no choice made yet; afterwards the choice is made anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("VG_DEFORM_ATTN", raising=False)
+    monkeypatch.delenv("VG_BUILD", raising=False)
+    build.backend.cache_clear()
+    yield monkeypatch
+    build.backend.cache_clear()
+
+
+def compiler(folder: Path, script: str) -> str:
+    """A PATH with nothing but a g++ that runs this script, $out being the file to write."""
+    folder.mkdir()
+    find_output = 'for word; do if [ "$before" = -o ]; then out=$word; fi; before=$word; done\n'
+    (folder / "g++").write_text(f"#!/bin/sh\nPATH=/usr/bin:/bin\n{find_output}{script}\n")
+    (folder / "g++").chmod(0o755)
+    return str(folder)
+
+
+def run(code: str, **environment: object) -> str:
+    """What a new process prints."""
+    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), **{k: str(v) for k, v in environment.items()}}
+    command = [sys.executable, "-c", code]
+    # From "/": Python would look for the package in the current folder first.
+    return subprocess.run(command, env=variables, cwd="/", capture_output=True, text=True, check=True).stdout
+
+
+BACKEND = "from vg.ops import backend_info; b = backend_info()['cpu']; print(b.name, b.reason, sep='|')"
+
+
+# ---- what is there ------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_the_compiled_kernels_run_where_there_is_a_compiler() -> None:
+    name = backend_info()["cpu"].name
+    assert name == {"auto": "cpp"}.get(setting := os.environ.get("VG_DEFORM_ATTN", "auto"), setting)
+    if name != "reference":
+        for operator in ("deform_attn", "deform_attn_fused", "deform_attn_backward", "deform_attn_fused_backward"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vg::{operator}", "CPU"), operator
+
+
+@needs_compiler
+def test_a_cached_library_loads_in_no_time() -> None:
+    build.library_in_cache("cpp")
+    code = "import time, torch; start = time.perf_counter(); import vg.ops; vg.ops.backend_info(); "
+    code += "print(time.perf_counter() - start)"
+    assert float(run(code, VG_DEFORM_ATTN="cpp")) < 0.5  # 0.04 s on an idle machine
+
+
+@needs_compiler
+@pytest.mark.parametrize("compiled", ["", "torch.compile(fullgraph=True, backend='aot_eager')"])
+def test_the_first_call_loads_the_kernels(compiled: str) -> None:
+    build.library_in_cache("cpp")
+    code = f"""
+import torch, vg.ops
+call = ({compiled or "lambda f: f"})(lambda *x: vg.ops.deform_attn(x[0], ((3, 4),), *x[1:]))
+has = lambda: torch._C._dispatch_has_kernel_for_dispatch_key("vg::deform_attn", "CPU")
+before = has()
+call(torch.ones(1, 12, 2, 4), torch.rand(1, 5, 2, 1, 3, 2), torch.rand(1, 5, 2, 1, 3))
+print(before, has())"""
+    assert run(code, VG_DEFORM_ATTN="cpp") == "False True\n"
+
+
+def test_a_demanded_library_that_fails_fails_every_call(tmp_path: Path) -> None:
+    code = """
+import torch, vg.ops
+for _ in range(2):
+    try:
+        vg.ops.deform_attn(torch.ones(1, 1, 1, 1), ((1, 1),), torch.rand(1, 1, 1, 1, 1, 2), torch.rand(1, 1, 1, 1, 1))
+    except vg.ops.BuildError:
+        print("failed")"""
+    assert run(code, VG_DEFORM_ATTN="cpp", XDG_CACHE_HOME=tmp_path, VG_BUILD=0) == "failed\n" * 2
+
+
+def test_import_builds_nothing(tmp_path: Path) -> None:
+    run("import vg.ops", XDG_CACHE_HOME=tmp_path, VG_DEFORM_ATTN="cpp")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_says_what_runs(capsys: pytest.CaptureFixture[str], fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("VG_DEFORM_ATTN", "reference")
+    main(["ops"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"deform_attn on {device}: reference (VG_DEFORM_ATTN=reference)" for device in ("cpu", "cuda")]
+
+
+# ---- one build for all --------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_two_processes_build_once(tmp_path: Path) -> None:
+    library = build.library_in_cache("cpp")
+    path = compiler(tmp_path / "bin", f"echo built >> {tmp_path}/log; sleep 1; cp {library} $out")
+    path = compiler(tmp_path / "bin2", f'if [ "$1" = -dumpfullversion ]; then echo 1; else . {path}/g++; fi')
+    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(tmp_path), "VG_DEFORM_ATTN": "cpp"}
+    command = [sys.executable, "-c", BACKEND]
+    both = [subprocess.Popen(command, env={**variables, "PATH": path}, stdout=subprocess.PIPE, text=True) for _ in "12"]
+    outputs = [process.communicate()[0] for process in both]
+    assert outputs[0] == outputs[1]
+    assert outputs[0].startswith(f"cpp|built from source: {tmp_path}")
+    assert (tmp_path / "log").read_text() == "built\n"
+    assert {x.suffix for x in (tmp_path / "vg" / "ops").iterdir()} == {".so", ".lock"}
+
+
+@needs_compiler
+def test_a_wheel_brings_its_library(tmp_path: Path) -> None:
+    """The package as a wheel lays it out; the library is taken if it was made from the sources beside it."""
+    package = tmp_path / "vg"
+    shutil.copytree(REPOSITORY / "vg" / "ops", package / "ops", ignore=shutil.ignore_patterns("*.so"))
+    shutil.copytree(REPOSITORY / "csrc", package / "csrc")
+    (package / "__init__.py").touch()
+    prebuilt = package / "ops" / build.prebuilt_path("cpp").name
+    shutil.copy(build.library_in_cache("cpp"), prebuilt)
+    environment = {"PYTHONPATH": tmp_path, "XDG_CACHE_HOME": tmp_path / "cache", "VG_BUILD": "0"}
+    assert run(BACKEND, **environment) == f"cpp|prebuilt: {prebuilt}\n"
+    prebuilt.write_text("for another machine")
+    assert run(BACKEND, **environment).startswith("reference|VG_BUILD=0")
+    shutil.copy(build.library_in_cache("cpp"), prebuilt)
+    with (package / "csrc" / "deform_attn.cpp").open("a") as file:
+        file.write("// changed\n")
+    assert run(BACKEND, **environment).startswith("reference|VG_BUILD=0")
+
+
+# ---- no library ---------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_build_shows_the_compilers_words_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.setenv("PATH", compiler(tmp_path / "bin", "echo 'error: no such luck' >&2; exit 1"))
+    with pytest.warns(UserWarning, match="(?s)slow.*deform_attn.cpp.*error: no such luck"):
+        assert backend_info()["cpu"].name == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "no such luck" in backend_info()["cpu"].reason
+    assert not list((tmp_path / "cache").rglob("*.so"))
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_what_is_named_must_work(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.setenv("PATH", compiler(tmp_path / "bin", "echo 'error: no such luck' >&2; exit 1"))
+    for name in ("cpp", "emulate"):
+        fresh.setenv("VG_DEFORM_ATTN", name)
+        with pytest.raises(BuildError, match="no such luck"):
+            backend_info()
+    with pytest.raises(SystemExit, match="no such luck"):
+        main(["ops"])
+    fresh.setenv("VG_DEFORM_ATTN", "fast")
+    with pytest.raises(ValueError, match="must be one of auto, reference, cpp, emulate"):
+        backend_info()
+
+
+def test_a_library_that_does_not_load_is_named(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.setenv("PATH", compiler(tmp_path / "bin", "echo nonsense > $out"))
+    with pytest.warns(UserWarning, match=r"cpp-\w+\.so does not load"):
+        assert backend_info()["cpu"].name == "reference"
+
+
+def test_no_compiler(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.setenv("PATH", str(tmp_path))
+    with pytest.warns(UserWarning, match=r"g\+\+ was not found: install it"):
+        assert backend_info()["cpu"].name == "reference"
+
+
+def test_a_cache_that_cannot_be_written(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    fresh.setenv("PATH", compiler(tmp_path / "bin", "exit 1"))
+    with pytest.warns(UserWarning, match="Set XDG_CACHE_HOME to another folder"):
+        assert backend_info()["cpu"].name == "reference"
+
+
+def test_building_can_be_forbidden(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.setenv("VG_BUILD", "0")
+    fresh.setenv("PATH", compiler(tmp_path / "bin", "exit 1"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend_info()["cpu"].reason.startswith("VG_BUILD=0")
+    build.backend.cache_clear()
+    fresh.setenv("VG_DEFORM_ATTN", "cpp")
+    with pytest.raises(BuildError, match="VG_BUILD=0"):
+        backend_info()
+
+
+def test_other_devices_run_the_reference() -> None:
+    assert build.backend("meta").name == "reference"
+
+
+# ---- CUDA ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+def test_the_cuda_library_compiles(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For Hopper, without a GPU; where torch is a CPU build its CUDA half cannot be linked, all else is as ever."""
+    fresh.setattr(build, "WHEEL_CAPABILITIES", ((9, 0),))
+    command, version = build._command("cuda")
+    if not torch.version.cuda:
+        command.remove("-ltorch_cuda")
+    fresh.setattr(build, "_command", lambda name: (command, version))
+    build.compile_library("cuda", tmp_path / "cuda.so")
+    assert (tmp_path / "cuda.so").stat().st_size > 100_000

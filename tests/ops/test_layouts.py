@@ -1,0 +1,62 @@
+"""Sizes and memory layouts for which the kernels have code of their own, with every dtype, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.cases import DEVICES, DTYPES, assert_near, fused, gradients, plain
+from vg.ops import deform_attn, deform_attn_fused, reference
+from vg.ops.reference import compute_dtype
+
+FOUR = ((6, 9), (4, 5), (0, 0), (1, 3))
+# What is special: levels, channels D, points P, and by how many numbers value misses an aligned address.
+LAYOUTS = {
+    "published": (FOUR, 32, 4, 0),
+    "published, not aligned": (FOUR, 32, 4, 1),
+    "wide head": (FOUR[:2], 64, 4, 0),
+    "narrow head": (FOUR, 8, 1, 0),
+    "channels that leave lanes idle": (FOUR[:1], 40, 3, 0),
+    "channels that no vector divides": (FOUR[:2], 30, 4, 0),
+    "more points than lanes": ((*FOUR, (3, 2)), 16, 8, 0),
+}
+
+
+def at_odd_address(x: Tensor, numbers: int) -> Tensor:
+    """Equal to x, that many numbers behind an aligned address, between NaN that nobody may read."""
+    memory = x.new_full((x.numel() + numbers + 64,), float("nan"))
+    memory[numbers : numbers + x.numel()] = x.flatten()
+    return memory[numbers : numbers + x.numel()].view(x.shape)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", ["plain", "fused", "fused in the dtype of value", "fused, deterministic"])
+def test_each_layout_equals_the_reference(form: str, layout: str, dtype: torch.dtype, device: str) -> None:
+    shapes, D, P, numbers = LAYOUTS[layout]
+    make = plain if form == "plain" else fused
+    # 3 heads of 7 queries leave a warp of the GPU half empty.
+    value, positions, *rest = (x.detach() for x in make(shapes, B=2, Q=7, H=3, D=D, P=P, dtype=dtype, device=device))
+    if form.endswith("value"):
+        rest = [x.to(dtype) for x in rest]
+    inputs = tuple(x.requires_grad_() for x in (at_odd_address(value, numbers), positions, *rest))
+    exact = [x.detach().to(compute_dtype(value)) for x in inputs]
+
+    op = deform_attn if form == "plain" else deform_attn_fused
+    forward = reference.forward if form == "plain" else reference.fused_forward
+    backward = reference.backward if form == "plain" else reference.fused_backward
+    torch.use_deterministic_algorithms(form.endswith("deterministic"))
+    try:
+        output = op(inputs[0], shapes, *inputs[1:])
+        found = gradients(output, inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+    assert_near(output, forward(exact[0], shapes, *exact[1:]), dtype)
+    weight = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=device).view(output.shape).to(dtype)
+    expected = backward(weight.to(exact[0]), exact[0], shapes, *exact[1:])
+    for x, y, given in zip(found, expected, inputs, strict=True):
+        assert x.dtype == given.dtype
+        assert_near(x, y, given.dtype, times=4)

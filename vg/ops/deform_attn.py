@@ -1,0 +1,253 @@
+"""Multi-scale deformable attention as a PyTorch operator: schemas, registrations and the two public functions.
+
+The schemas belong to Python and their default implementation is vg.ops.reference. The first call on a device loads the
+compiled library for it, if there is one (see vg.ops.build); from then on torch itself calls those kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vg.ops import reference
+from vg.ops.build import backend
+from vg.ops.reference import Shapes, compute_dtype
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MAX_LEVELS = 16  # kDeformAttnMaxLevels of csrc/deform_attn.h
+
+
+# ---- public functions ---------------------------------------------------------------------------------------------
+
+
+def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """Multi-scale deformable attention (Zhu et al. 2021, arXiv 2010.04159): weighted sums of sampled pixels.
+
+    A point takes the bilinear mean of the four pixels around it. Pixels outside of a level count as 0, and a location
+    that is infinite or NaN samples nothing and gets a gradient of 0 (`grid_sample` makes it NaN). What is not finite
+    in a pixel that is sampled reaches the output. Twice differentiating is not supported.
+
+    Args:
+        value: [B, S, H, D] float64, float32, float16 or bfloat16: pixels of all levels, row by row, level by level.
+        shapes: (height, width) of each of the L levels in pixels, as integers; their products sum to S. An empty
+            level (0, 0) is allowed.
+        locations: [B, Q, H, L, P, 2] sampled points (x, y) in 0..1 of the level, from its left (upper) edge to its
+            right (lower) edge: the first pixel's centre is at 0.5 / width. float32, float64 with float64 values;
+            not in half precision, which would keep whole pixels only.
+        weights: [B, Q, H, L, P] attention weights, any floating dtype.
+
+    Returns:
+        [B, Q, H * D] in the dtype of value; sums are float32 (float64 for float64 values).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    _check_value(value, shapes)
+    B, _, H, _ = value.shape
+    Q, P = (locations.shape[1], locations.shape[4]) if locations.dim() == 6 else (-1, -1)
+    L = len(shapes)
+    _check("locations", locations, value, (B, Q, H, L, P, 2), "[B, Q, H, L, P, 2]", exact=True)
+    _check("weights", weights, value, (B, Q, H, L, P), "[B, Q, H, L, P]")
+    return torch.ops.vg.deform_attn(value, _flat(shapes), locations, *_lifted(value, weights))
+
+
+def deform_attn_fused(
+    value: Tensor, shapes: Shapes, reference_points: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """`deform_attn` with the softmax of the weights and the sampling locations inside, which saves their memory.
+
+    A reference point (x, y) has offsets in pixels of the level: location = point + offset / (width, height).
+    A reference box has them in fractions of its size: location = centre + offset / P * (width, height) / 2.
+    This is what the modules of Deformable DETR and its descendants do before they sample.
+
+    Args:
+        value: [B, S, H, D] as in `deform_attn`.
+        shapes: (height, width) of each of the L levels in pixels.
+        reference_points: [B, Q, L or 1, 2 or 4] points (x, y) or boxes cxcywh in 0..1, for each level or for all.
+            float32, float64 with float64 values.
+        offsets: [B, Q, H, L, P, 2] (x, y), any floating dtype.
+        logits: [B, Q, H, L * P], level by level, any floating dtype; softmax goes over all points of all levels.
+
+    Returns:
+        [B, Q, H * D] in the dtype of value.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    _check_value(value, shapes)
+    B, _, H, _ = value.shape
+    Q, P = (offsets.shape[1], offsets.shape[4]) if offsets.dim() == 6 else (-1, -1)
+    L = len(shapes)
+    _check("offsets", offsets, value, (B, Q, H, L, P, 2), "[B, Q, H, L, P, 2]")
+    _check("logits", logits, value, (B, Q, H, L * P), "[B, Q, H, L * P]")
+    levels, coordinates = reference_points.shape[2:] if reference_points.dim() == 4 else (-1, -1)
+    if levels not in (1, L) or coordinates not in (2, 4):
+        levels, coordinates = -1, -1
+    form = (B, Q, levels, coordinates)
+    _check("reference_points", reference_points, value, form, "[B, Q, L or 1, 2 or 4]", exact=True)
+    return torch.ops.vg.deform_attn_fused(value, _flat(shapes), reference_points, *_lifted(value, offsets, logits))
+
+
+def _check_value(value: Tensor, shapes: Shapes) -> None:
+    if value.dim() != 4:
+        raise ValueError(f"value is {list(value.shape)}; it must be [B, S, H, D]")
+    if value.dtype not in DTYPES:
+        raise ValueError(f"value is {value.dtype}; it must be float64, float32, float16 or bfloat16")
+    if not isinstance(shapes, (tuple, list)):  # such as a tensor: reading it would stop the GPU
+        raise ValueError(f"shapes is a {type(shapes).__name__}; it must be a tuple of (height, width) of each level")
+    if len(shapes) > MAX_LEVELS:
+        raise ValueError(f"there are {len(shapes)} levels; the kernels take at most {MAX_LEVELS}")
+    if any(not isinstance(x, (tuple, list)) or len(x) != 2 or x[0] < 0 or x[1] < 0 for x in shapes):
+        raise ValueError(f"shapes are {list(shapes)}; they must be (height, width) of each level")
+    pixels = sum(height * width for height, width in shapes)
+    if value.shape[1] != pixels:
+        raise ValueError(f"value has {value.shape[1]} pixels (S), but the levels {list(shapes)} have {pixels}")
+
+
+def _check(name: str, given: Tensor, value: Tensor, form: tuple[int, ...], words: str, exact: bool = False) -> None:
+    """A ValueError unless the tensor has this shape, lies where value does, and has a dtype it may have."""
+    if given.shape != form:
+        raise ValueError(
+            f"{name} is {list(given.shape)}; it must be {words} where value {list(value.shape)} is [B, S, H, D]"
+            + (f", so {list(form)}" if -1 not in form else "")
+        )
+    if given.device != value.device:
+        raise ValueError(f"{name} is on {given.device}, but value is on {value.device}")
+    if exact and given.dtype != compute_dtype(value):
+        raise ValueError(
+            f"{name} is {given.dtype}; with {value.dtype} values it must be {compute_dtype(value)}. Half precision is "
+            "too coarse for positions: compute them in float32 (autocast off for that line)"
+        )
+    if given.dtype not in DTYPES:
+        raise ValueError(f"{name} is {given.dtype}; it must be a floating dtype")
+
+
+def _lifted(value: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The kernels read these all in the dtype of the values, or all in that of the sums."""
+    alike = all(x.dtype == value.dtype for x in tensors)
+    return [x.to(value.dtype if alike else compute_dtype(value)) for x in tensors]
+
+
+def _flat(shapes: Shapes) -> list[int]:
+    return [size for shape in shapes for size in shape]
+
+
+# ---- schemas and their default implementation ---------------------------------------------------------------------
+
+LIBRARY = torch.library.Library("vg", "DEF")
+LIBRARY.define("deform_attn(Tensor value, SymInt[] shapes, Tensor locations, Tensor weights) -> Tensor")
+LIBRARY.define(
+    "deform_attn_backward(Tensor grad, Tensor value, SymInt[] shapes, Tensor locations, Tensor weights, bool[3] needs)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "deform_attn_fused(Tensor value, SymInt[] shapes, Tensor reference_points, Tensor offsets, Tensor logits) -> Tensor"
+)
+LIBRARY.define(
+    "deform_attn_fused_backward(Tensor grad, Tensor value, SymInt[] shapes, Tensor reference_points, Tensor offsets,"
+    " Tensor logits, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _pairs(shapes: Sequence[int]) -> Shapes:
+    return list(zip(shapes[::2], shapes[1::2], strict=True))
+
+
+def _needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """An operator returns tensors only: a gradient that nobody needs is an empty one."""
+    return tuple(g if need else g.new_empty(0) for g, need in zip(gradients, needs, strict=True))
+
+
+def _forward(value: Tensor, shapes: Sequence[int], *inputs: Tensor) -> Tensor:
+    return reference.forward(value, _pairs(shapes), *inputs)
+
+
+def _fused_forward(value: Tensor, shapes: Sequence[int], *inputs: Tensor) -> Tensor:
+    return reference.fused_forward(value, _pairs(shapes), *inputs)
+
+
+def _backward(grad: Tensor, value: Tensor, shapes: Sequence[int], *inputs: Any) -> tuple[Tensor, ...]:
+    *tensors, needs = inputs
+    return _needed(reference.backward(grad, value, _pairs(shapes), *tensors), needs)
+
+
+def _fused_backward(grad: Tensor, value: Tensor, shapes: Sequence[int], *inputs: Any) -> tuple[Tensor, ...]:
+    *tensors, needs = inputs
+    return _needed(reference.fused_backward(grad, value, _pairs(shapes), *tensors), needs)
+
+
+# ---- shapes for tracing, gradients, autocast ----------------------------------------------------------------------
+
+
+def _fake_forward(value: Tensor, shapes: Sequence[int], positions: Tensor, *inputs: Tensor) -> Tensor:
+    return value.new_empty((value.shape[0], positions.shape[1], value.shape[2] * value.shape[3]))
+
+
+def _fake_backward(grad: Tensor, value: Tensor, shapes: Sequence[int], *inputs: Any) -> tuple[Tensor, ...]:
+    *tensors, needs = inputs
+    return _needed([x.new_empty(x.shape) for x in (value, *tensors)], needs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    value, ctx.shapes, *tensors = inputs
+    ctx.save_for_backward(value, *tensors)
+
+
+def _gradients(name: str) -> Any:
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        value, *tensors = ctx.saved_tensors
+        of_value, _, *of_tensors = ctx.needs_input_grad
+        needs = [of_value, *of_tensors]
+        backward = getattr(torch.ops.vg, f"{name}_backward")
+        found = backward(grad.contiguous(), value, ctx.shapes, *tensors, needs)
+        first, *rest = (g if need else None for g, need in zip(found, needs, strict=True))
+        return first, None, *rest
+
+    return gradients
+
+
+def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("deformable attention cannot be differentiated twice")
+
+
+def _without_autocast(name: str, device: str) -> Any:
+    """Autocast must not round what happens inside to half precision; the caller's dtypes say what is wanted."""
+
+    def run(*inputs: Any) -> Tensor:
+        with torch.autocast(device, enabled=False):
+            return getattr(torch.ops.vg, name)(*inputs)
+
+    return run
+
+
+def _default(name: str, function: Any) -> Any:
+    """The reference; but the first call on a device loads its kernels, and then torch has another choice."""
+    asked: set[str] = set()
+
+    def run(*inputs: Any) -> Any:
+        device = inputs[0].device.type
+        if device not in asked:
+            chosen = backend(device)
+            asked.add(device)  # only now: where a library is demanded and fails, the next call must fail too
+            if chosen.name != "reference":
+                return getattr(torch.ops.vg, name)(*inputs)
+        return function(*inputs)
+
+    return run
+
+
+for _name, _implementation, _derivative in (
+    ("deform_attn", _forward, _backward),
+    ("deform_attn_fused", _fused_forward, _fused_backward),
+):
+    LIBRARY.impl(_name, _default(_name, _implementation), "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{_name}_backward", _default(f"{_name}_backward", _derivative), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vg::{_name}", _fake_forward, lib=LIBRARY)
+    torch.library.register_fake(f"vg::{_name}_backward", _fake_backward, lib=LIBRARY)
+    torch.library.register_autograd(f"vg::{_name}", _gradients(_name), setup_context=_save, lib=LIBRARY)
+    torch.library.register_autograd(f"vg::{_name}_backward", _no_second_gradient, lib=LIBRARY)
+    for _device in ("cpu", "cuda"):
+        LIBRARY.impl(_name, _without_autocast(_name, _device), f"Autocast{_device.upper()}")
