@@ -49,7 +49,7 @@ class RecMetric(Metric):
     Samples with a `Target.kind` are also reported per kind, as "<kind>/miou" and so on.
     """
 
-    protocol = "best of the predicted boxes, one expression = one item, IoU in pixels of the original image"
+    protocol = "highest-scored box, each expression counts, IoU in pixels of the original image"
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
