@@ -56,7 +56,7 @@ ALLOWED = {
     "models": {"losses", "ops", "distributed", "types", "boxes"},
     "losses": {"types", "boxes"},
     "metrics": {"types", "boxes"},
-    "distributed": set(),
+    "distributed": {"types"},
     "ops": set(),
     "types": set(),
     "boxes": set(),

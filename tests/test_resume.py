@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,14 @@ EVERYTHING: dict[str, Any] = {  # five batches in an epoch, so steps of 2, 2 and
     "optim": {"lr": 1e-3, "warmup_steps": 2},
     "train": {"epochs": 2, "accumulate": 2, "ema": 0.9, "log_every": 4},
 }
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_terminal() -> Iterator[None]:
+    """A program that a shell starts in the background ignores Ctrl-C from birth; these tests are about the others."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
 
 
 def configured(make: MakeConfig, output: Path, data: dict[str, Any] | None = None, **train: Any) -> RunConfig:

@@ -13,13 +13,27 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from torch import Tensor
+
+from vg.types import ConfigError
 
 
 def new_accelerator(**options: Any) -> Accelerator:
-    """An Accelerator with settings of its own, where Accelerate would insist on those of the first one in a process."""
+    """An Accelerator with settings of its own, where Accelerate would insist on those of the first one in a process.
+
+    Raises:
+        ConfigError: the machine has no such precision, or a tracker is unknown or not installed.
+    """
     AcceleratorState._reset_state()
-    return Accelerator(**options)
+    for name in options.get("log_with") or ():
+        if name.upper() in LoggerType.__members__ and LoggerType(name) not in get_available_trackers():
+            raise ConfigError(f"train.trackers: {name} is not installed; install its package or leave it out")
+    try:
+        return Accelerator(**options)
+    except ValueError as error:
+        raise ConfigError(f"train.precision or train.trackers: {error}") from error
 
 
 def leave() -> None:
