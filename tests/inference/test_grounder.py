@@ -156,6 +156,11 @@ def test_command_line(run: Path, tmp_path: Path) -> None:
         (["train", "{run}/config.yaml"], "--resume"),
         (["train", "{run}/config.yaml", "--resume", "train.output={empty}"], "nothing to resume"),
         (["train", "{run}/config.yaml", "optim.lrr=3"], "did you mean `lr`"),
+        (
+            ["train", "{run}/config.yaml", "train.output={empty}/x", "optim.groups={{visn: {{lr: 1}}}}"],
+            "near names: vision",
+        ),
+        (["train", "{run}/config.yaml", "train.output={empty}/x", "train.trackers=[nonsense]"], "capability: nonsense"),
         (["eval", "{run}", "data.eval.splt=val"], "did you mean `split`"),
         (["eval", "{run}", "--nonsense"], "unrecognised arguments: --nonsense"),
         (["eval", "{empty}"], "not a checkpoint"),
