@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -23,54 +24,82 @@ def compute_dtype(value: Tensor) -> torch.dtype:
 # ---- the sampled points -------------------------------------------------------------------------------------------
 
 
-class Corner(NamedTuple):
-    """One of the four pixels around each sampled point of a level; every tensor is [B, Q, H, P].
+class Corners(NamedTuple):
+    """The four pixels around each sampled point of a level; every tensor is [B, Q, H, 4, P].
 
-    A pixel outside of the level, or around a location that is no finite number, has inside False, pixel 0, and
-    share and slopes 0: nothing of it may reach a sum, because 0 times an infinite value would be NaN.
+    A pixel outside of the level, or around a location that is no finite number, has inside False, the last row, which
+    is 0, and share and slopes 0: nothing of it may reach a sum, because 0 times an infinite value would be NaN.
     """
 
     inside: Tensor
-    pixel: Tensor  # row * width + column
+    row: Tensor  # of the level's table
     share: Tensor  # of the point's value, 0..1: bilinear
     slope_x: Tensor  # change of the share when the point moves one pixel to the right ...
     slope_y: Tensor  # ... and down
 
 
-def corners(locations: Tensor, height: int, width: int) -> Iterator[Corner]:
-    """The four corners of locations [B, Q, H, P, 2], (x, y) in 0..1 of a level: 0 is its left edge and 1 its right."""
-    x, y = (locations * locations.new_tensor([width, height]) - 0.5).unbind(-1)  # pixel centres at 0, 1, 2, ...
+def corners(locations: Tensor, height: int, width: int) -> Corners:
+    """The corners of locations [B, Q, H, P, 2], (x, y) in 0..1 of a level: 0 is its left edge and 1 its right."""
+    B, _, H = locations.shape[:3]
+    image = torch.arange(B, device=locations.device)[:, None, None, None]
+    head = torch.arange(H, device=locations.device)[:, None]
+    x, y = locations[..., 0] * width - 0.5, locations[..., 1] * height - 0.5  # pixel centres at 0, 1, 2, ...
+    found = []
     for down in (0, 1):
         for right in (0, 1):
             column, row = x.floor() + right, y.floor() + down
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)  # False for NaN
             share_x = (1 - (x - column).abs()).where(inside, 0)
             share_y = (1 - (y - row).abs()).where(inside, 0)
-            pixel = row.where(inside, 0).long() * width + column.where(inside, 0).long()
-            yield Corner(
-                inside, pixel, share_x * share_y, share_y if right else -share_y, share_x if down else -share_x
-            )
+            pixel = (image * height + row.where(inside, 0).long()) * width + column.where(inside, 0).long()
+            table_row = (pixel * H + head).where(inside, B * height * width * H)
+            slopes = (share_y if right else -share_y, share_x if down else -share_x)
+            found.append((inside, table_row, share_x * share_y, *slopes))
+    return Corners(*(torch.stack(tensors, 3) for tensors in zip(*found, strict=True)))
 
 
-def pixels_of_levels(value: Tensor, shapes: Shapes) -> Iterator[tuple[int, int, int, Tensor]]:
-    """(level, height, width, pixels [B, height * width, H, D]) of the levels that have pixels."""
+def levels_with_pixels(shapes: Shapes) -> Iterator[tuple[int, int, int, slice]]:
+    """(level, height, width, where its pixels are in S)."""
     start = 0
     for level, (height, width) in enumerate(shapes):
         end = start + height * width
         if end > start:
-            yield level, height, width, value[:, start:end]
+            yield level, height, width, slice(start, end)
         start = end
 
 
-def _places(corner: Corner) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of the corner's pixels in the pixels of a level, [B, height * width, H, ...]."""
-    batch, _, heads, _ = corner.pixel.shape
-    device = corner.pixel.device
-    return (
-        torch.arange(batch, device=device)[:, None, None, None],
-        corner.pixel,
-        torch.arange(heads, device=device)[:, None],
+def table_of(pixels: Tensor) -> Tensor:
+    """A row for each pixel and head of pixels [B, height * width, H, D], and one of 0 for what lies outside."""
+    return pad(pixels.to(compute_dtype(pixels)).flatten(0, 2), (0, 0, 0, 1))  # [B * height * width * H + 1, D]
+
+
+# ---- weighted sums of rows; the rows themselves, side by side, would take D times the memory of their shares --------
+
+
+def _by_place(x: Tensor) -> Tensor:
+    """[B, Q, H, 4, P] as [N, K] = [B * Q * H, 4 * P]: all that one place of the output sums."""
+    return x.flatten(3).flatten(0, 2)
+
+
+def weighted_sums(table: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
+    """For each of N places the sum of its K rows of the table times their shares, all [N, K]. [N, D]"""
+    return embedding_bag(rows, table, per_sample_weights=shares, mode="sum")
+
+
+def weighted_sums_backward(grad: Tensor, table: Tensor, rows: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the table and of the shares, given that of the sums, grad [N, D]."""
+    (places, per_place), outside = rows.shape, len(table) - 1
+    place = torch.arange(places, device=rows.device).repeat_interleave(per_place)  # [N * K]
+    starts = torch.arange(places, device=rows.device) * per_place
+    # What autograd would call; there is no autograd inside of an operator.
+    grad_shares = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad, table, rows.flatten(), starts, place, 0, outside
     )
+    # The same sum the other way round: for each row its places. In sorted order every run gives the same bits.
+    ordered, order = rows.flatten().sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(len(table), device=rows.device))
+    sums = embedding_bag(place[order], grad, starts, per_sample_weights=shares.flatten()[order], mode="sum")
+    return sums, grad_shares.view(rows.shape)
 
 
 # ---- the op -------------------------------------------------------------------------------------------------------
@@ -79,13 +108,12 @@ def _places(corner: Corner) -> tuple[Tensor, Tensor, Tensor]:
 def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """See vg.ops.deform_attn. [B, Q, H * D]"""
     B, Q, H = locations.shape[:3]
-    output = value.new_zeros((B, Q, H, value.shape[3]), dtype=compute_dtype(value))
-    for level, height, width, pixels in pixels_of_levels(value, shapes):
-        for corner in corners(locations[:, :, :, level], height, width):
-            share = corner.share * weights[:, :, :, level]  # [B, Q, H, P]
-            picked = pixels[_places(corner)].to(output.dtype)  # [B, Q, H, P, D]
-            output += (share[..., None] * picked).where(corner.inside[..., None], 0).sum(3)
-    return output.flatten(2).to(value.dtype)
+    output = value.new_zeros((B * Q * H, value.shape[3]), dtype=compute_dtype(value))
+    for level, height, width, where in levels_with_pixels(shapes):
+        corner = corners(locations[:, :, :, level], height, width)
+        share = (corner.share * weights[:, :, :, None, level]).where(corner.inside, 0)  # [B, Q, H, 4, P]
+        output += weighted_sums(table_of(value[:, where]), _by_place(corner.row), _by_place(share))
+    return output.view(B, Q, H * value.shape[3]).to(value.dtype)
 
 
 def backward(
@@ -93,22 +121,20 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of value, locations and weights, given that of the output, grad [B, Q, H * D]."""
     dtype = compute_dtype(value)
-    grad = grad.unflatten(2, value.shape[2:]).to(dtype)[:, :, :, None]  # [B, Q, H, 1, D]
+    grad = grad.to(dtype).reshape(-1, value.shape[3])  # [B * Q * H, D]
     grad_value, grad_locations, grad_weights = (
         torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (value, locations, weights)
     )
-    for (level, height, width, pixels), (*_, grad_pixels) in zip(
-        pixels_of_levels(value, shapes), pixels_of_levels(grad_value, shapes), strict=True
-    ):
-        weight = weights[:, :, :, level].to(dtype)  # [B, Q, H, P]
-        for corner in corners(locations[:, :, :, level], height, width):
-            places = _places(corner)
-            grad_picked = (corner.share * weight)[..., None] * grad  # [B, Q, H, P, D]
-            grad_pixels.index_put_(places, grad_picked.where(corner.inside[..., None], 0), accumulate=True)
-            match = (grad * pixels[places].to(dtype)).sum(-1).where(corner.inside, 0)  # [B, Q, H, P]
-            grad_weights[:, :, :, level] += corner.share * match
-            grad_locations[:, :, :, level, :, 0] += corner.slope_x * width * weight * match
-            grad_locations[:, :, :, level, :, 1] += corner.slope_y * height * weight * match
+    for level, height, width, where in levels_with_pixels(shapes):
+        weight = weights[:, :, :, None, level].to(dtype)  # [B, Q, H, 1, P]
+        corner = corners(locations[:, :, :, level], height, width)
+        rows, shares = _by_place(corner.row), _by_place(corner.share * weight)
+        grad_table, match = weighted_sums_backward(grad, table_of(value[:, where]), rows, shares)
+        grad_value[:, where] = grad_table[:-1].view(grad_value[:, where].shape)
+        match = match.view(corner.row.shape)  # [B, Q, H, 4, P]
+        grad_weights[:, :, :, level] = (corner.share * match).sum(3)
+        grad_locations[:, :, :, level, :, 0] = (corner.slope_x * weight * match).sum(3) * width
+        grad_locations[:, :, :, level, :, 1] = (corner.slope_y * weight * match).sum(3) * height
     return grad_value.to(value.dtype), grad_locations, grad_weights.to(weights.dtype)
 
 
