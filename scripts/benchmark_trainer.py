@@ -1,6 +1,6 @@
 """What the trainer costs: its steps per second against a bare PyTorch loop on the same model and data.
 
-    python scripts/benchmark_trainer.py [CONFIG] [KEY=VALUE ...]
+    python scripts/benchmark_trainer.py [--config FILE] [KEY=VALUE ...]
 
 Both run in turn in one process; the median over the rounds and their ratio are printed (1.00 = the trainer is free).
 """
@@ -72,7 +72,7 @@ def bare_times(config: RunConfig) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", default=Path(__file__).parents[1] / "configs" / "demo_rec.yaml")
+    parser.add_argument("--config", default=Path(__file__).parents[1] / "configs" / "demo_rec.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40, help="of each loop in each round (default: %(default)s)")
