@@ -5,9 +5,9 @@ namespace VG_ISA {
 // ---- backward: tasks (b, head, level) ---------------------------------------------------------------------------
 //
 // A task alone adds to the gradients of its pixels, one query after the other: no atomics, and the same sums every
-// time. It sums in a copy of its own with D * sizeof(A) bytes from pixel to pixel: in grad_value they are H times as far
-// apart, so that a few sets of the L1 cache would hold them all and every fourth pixel would need a page table entry.
-// What it reads lies H times apart too, too far for the processor to guess: half of the time goes without prefetches.
+// time. It sums in memory of its own with D * sizeof(A) bytes from pixel to pixel: in grad_value they are H times as
+// far apart, so that a few sets of the L1 cache would hold them all and every fourth pixel would need a page table
+// entry. What it reads lies H times apart too, which the processor does not foresee: prefetches halve the time.
 
 constexpr int64_t kBlock = 64;  // queries at once: their points stay in the L1 cache
 

@@ -6,8 +6,8 @@
 // Three libraries are built from these sources:
 //   CPU     g++ deform_attn.cpp
 //   CUDA    g++ -DVG_WITH_CUDA deform_attn.cpp, linked with nvcc's object of deform_attn.cu
-//   emulate g++ -DVG_EMULATE deform_attn.cpp and g++ -x c++ -DVG_EMULATE deform_attn.cu: the launchers below run on host
-//           memory and take the CPU's place in the dispatcher, so the tests of the CPU also test the CUDA kernels.
+//   emulate g++ -DVG_EMULATE deform_attn.cpp and g++ -x c++ -DVG_EMULATE deform_attn.cu: the launchers below run on
+//           host memory and take the CPU's place in the dispatcher, so its tests also test the CUDA kernels.
 #pragma once
 
 #include <stdint.h>
