@@ -168,7 +168,7 @@ def test_what_is_named_must_work(fresh: pytest.MonkeyPatch, tmp_path: Path) -> N
     with pytest.raises(SystemExit, match="no such luck"):
         main(["ops"])
     fresh.setenv("VG_DEFORM_ATTN", "fast")
-    with pytest.raises(ValueError, match="must be one of auto, reference, cpp, emulate"):
+    with pytest.raises(BuildError, match="must be one of auto, reference, cpp, emulate"):
         backend_info()
 
 

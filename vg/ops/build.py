@@ -32,7 +32,7 @@ HOST_FLAGS = ("-fPIC", "-fno-math-errno", "-fno-trapping-math")
 
 
 class BuildError(RuntimeError):
-    """There is no compiled library; the message says why and what to do about it."""
+    """There is not the compiled library that was asked for; the message says why and what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def backend(device: str) -> Backend:
     """What runs on the tensors of a kind of device ("cpu", "cuda"): finds, builds and loads it at the first call."""
     setting = os.environ.get("VG_DEFORM_ATTN", "auto")
     if setting not in SETTINGS:
-        raise ValueError(f"VG_DEFORM_ATTN={setting}; it must be one of {', '.join(SETTINGS)}")
+        raise BuildError(f"VG_DEFORM_ATTN={setting}; it must be one of {', '.join(SETTINGS)}")
     if setting == "reference":
         return Backend("reference", "VG_DEFORM_ATTN=reference")
     if device == "cuda" and not (torch.version.cuda and torch.cuda.is_available()):
