@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, BertTokenizer
 
+from tests.conftest import TEXT
 from vg.config import load_config
 from vg.data.collate import Collator
 from vg.data.shapes import ShapesConfig
@@ -45,14 +46,6 @@ TINY_VISION = {
 }
 TINY_CONVNEXT = {"model_type": "dinov3_convnext", "hidden_sizes": [16, 32], "depths": [1, 1]}
 TINY_RESNET = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
-TINY_TEXT = {
-    "model_type": "bert",
-    "vocab_size": 400,
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
 HEADS = {
     "pooled": PooledHeadConfig(width=32, layers=1, heads=2, feedforward=64),
     "dense": DenseHeadConfig(width=32, layers=1, heads=2, feedforward=64),
@@ -70,7 +63,7 @@ def tiny(head: str = "dense", **settings: object) -> RecConfig:
     return RecConfig(
         image_size=64,
         vision=VisionEncoderConfig(architecture=TINY_VISION, frozen=False),
-        text=TextEncoderConfig(architecture=TINY_TEXT, frozen=False),
+        text=TextEncoderConfig(architecture=TEXT, frozen=False),
         head=HEADS[head],
         **settings,
     )
@@ -146,7 +139,7 @@ def test_frozen_encoder_stays_as_it_is() -> None:
 def pretrained_folders(path: Path) -> tuple[str, str]:
     vision, text = path / "vision", path / "text"
     AutoModel.from_config(AutoConfig.for_model(**TINY_VISION)).save_pretrained(vision)
-    AutoModel.from_config(AutoConfig.for_model(**TINY_TEXT)).save_pretrained(text)
+    AutoModel.from_config(AutoConfig.for_model(**TEXT)).save_pretrained(text)
     BertTokenizer(vocab=str(SMALL_VOCABULARY)).save_pretrained(text)
     return str(vision), str(text)
 
