@@ -129,7 +129,7 @@ def pretrained(tmp_path: Path) -> dict[str, str]:
 
 
 def test_frozen_encoders_stay_as_they_are(tiny_config: MakeConfig, pretrained: dict[str, str]) -> None:
-    vocabulary = str(Path(__file__).parents[1] / "vg" / "models" / "rec" / "small_vocabulary.txt")
+    vocabulary = str(Path(__file__).parents[1] / "vg" / "models" / "small_vocabulary.txt")
     encoders = {"vision": {"id": pretrained["vision"]}, "text": {"id": pretrained["text"], "tokenizer": vocabulary}}
     config = tiny_config(
         model={"name": "rec", "image_size": 32, "head": HEAD, **encoders}, train={"max_steps": 3, "ema": 0.9}

@@ -1,12 +1,13 @@
 """The values that cross a folder border: one sample on its way from a file to a number.
 
-Shape legend used in the whole project: B batch, Q queries, T text tokens, P phrases, N boxes, L decoder layers,
+Shape legend used in the whole project: B batch, R prompts, Q queries, T text tokens, P phrases, N boxes, L layers,
 S image tokens of all levels, D channels, K predicted boxes of one image, H and W pixels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:  # keeps `import vg` and the configuration free of torch
@@ -41,10 +42,12 @@ class Sample:
 
 
 class Text(NamedTuple):
-    """The tokenised prompts of a batch."""
+    """The tokenised prompts of a batch: one for each image, or several where one cannot hold all phrases of an image."""
 
-    token_ids: Tensor  # [B, T] int64
-    mask: Tensor  # [B, T] bool, True = a real token
+    token_ids: Tensor  # [R, T] int64
+    mask: Tensor  # [R, T] bool, True = a real token
+    phrase_tokens: Tensor  # [R, P, T] bool, the tokens of each phrase of the image; none where another prompt has it
+    image_ids: Tensor  # [R] int64, which image of the batch a prompt asks about: 0, 1, 1, 2, ...
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ class Target:
 class Batch:
     """What a model sees, and what it should have answered."""
 
-    images: Tensor  # [B, 3, H, W] float32, normalised
-    padding: Tensor  # [B, H, W] bool, True = padding
+    images: Tensor  # [B, 3, H, W] float32, normalised; zeros right of and below an image that is smaller than H x W
+    sizes: tuple[tuple[int, int], ...]  # B times (height, width) without that padding; not where boxes are measured in
     text: Text
     targets: list[Target]
 
@@ -79,7 +82,7 @@ class Batch:
 
         return Batch(
             images=move(self.images),
-            padding=move(self.padding),
+            sizes=self.sizes,
             text=Text(*map(move, self.text)),
             targets=[target.to(device, non_blocking) for target in self.targets],
         )
@@ -106,13 +109,43 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class ImageSpec:
-    """The pixels a model wants: stretched to height x width, scaled to 0..1, then normalised per channel."""
+class ImageSpec(ABC):
+    """The pixels a model wants: resized by its own rule, scaled to 0..1, then normalised per channel."""
+
+    mean: tuple[float, float, float] = field(default=(0.485, 0.456, 0.406), kw_only=True)  # ImageNet
+    std: tuple[float, float, float] = field(default=(0.229, 0.224, 0.225), kw_only=True)
+
+    @abstractmethod
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels that an image of this size is brought to."""
+
+
+@dataclass(frozen=True)
+class StretchedImage(ImageSpec):
+    """Every image becomes height x width."""
 
     height: int
     width: int
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        return self.height, self.width
+
+
+@dataclass(frozen=True)
+class FittedImage(ImageSpec):
+    """The image keeps its shape: the shorter side becomes `shortest`, but the longer one at most `longest` pixels."""
+
+    shortest: int
+    longest: int
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """As the DETR family rounds: 480 x 640 -> 800 x 1066, for the longer side is cut, not rounded."""
+        short, long = min(height, width), max(height, width)
+        side = self.shortest
+        if long / short * side > self.longest:
+            side = round(self.longest * short / long)
+        other = int(side * long / short)
+        return (side, other) if height <= width else (other, side)
 
 
 @dataclass(frozen=True)
@@ -120,4 +153,5 @@ class TextSpec:
     """The tokens a model wants."""
 
     tokenizer: PreTrainedTokenizerBase
-    max_tokens: int  # longer prompts are an error of the data, not silently cut
+    max_tokens: int  # of one prompt
+    phrase_end: str | None = None  # "." closes each phrase of a prompt; None: a prompt is one expression as it stands

@@ -21,7 +21,7 @@ SPEC = ImageSpec(height=16, width=24)
 
 @pytest.fixture(scope="module")
 def text() -> TextSpec:
-    vocabulary = Path(vg.__file__).parent / "models" / "rec" / "small_vocabulary.txt"
+    vocabulary = Path(vg.__file__).parent / "models" / "small_vocabulary.txt"
     return TextSpec(BertTokenizer(vocab=str(vocabulary)), max_tokens=6)
 
 

@@ -27,15 +27,15 @@ class Collator:
         images = torch.stack([self._resize(sample.image) for sample in samples])  # [B, 3, H, W] uint8
         return Batch(
             images=(images - self.mean) / self.std,
-            padding=torch.zeros(len(samples), *images.shape[-2:], dtype=torch.bool),
+            sizes=tuple((images.shape[-2], images.shape[-1]) for _ in samples),
             text=self._tokenize(samples),
             targets=[self._target(sample) for sample in samples],
         )
 
     def _resize(self, image: np.ndarray) -> Tensor:
-        size = (self.image_spec.width, self.image_spec.height)
-        if image.shape[1::-1] != size:
-            image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+        height, width = self.image_spec.resized(*image.shape[:2])
+        if image.shape[:2] != (height, width):
+            image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
         return torch.tensor(image).permute(2, 0, 1)
 
     def _tokenize(self, samples: Sequence[Sample]) -> Text:
@@ -50,7 +50,7 @@ class Collator:
                     f"{sample.id}: the expression has {length} tokens, the model takes {self.text_spec.max_tokens} "
                     f"(raise model.max_tokens): {sample.phrases[0][:80]!r}"
                 )
-        return Text(token_ids, mask)
+        return Text(token_ids, mask, mask.unsqueeze(1), torch.arange(len(samples)))
 
     @staticmethod
     def _target(sample: Sample) -> Target:

@@ -13,8 +13,9 @@ from tests.conftest import TEXT
 from vg.config import load_config
 from vg.data.collate import Collator
 from vg.data.shapes import ShapesConfig
-from vg.models.rec.config import DenseHeadConfig, PooledHeadConfig, RecConfig, TextEncoderConfig, VisionEncoderConfig
-from vg.models.rec.encoders import SMALL_VOCABULARY, VisionEncoder
+from vg.models.rec.config import BgeConfig, DenseHeadConfig, PooledHeadConfig, RecConfig, VisionEncoderConfig
+from vg.models.encoders import SMALL_VOCABULARY
+from vg.models.rec.encoders import VisionEncoder
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
 
@@ -63,7 +64,7 @@ def tiny(head: str = "dense", **settings: object) -> RecConfig:
     return RecConfig(
         image_size=64,
         vision=VisionEncoderConfig(architecture=TINY_VISION, frozen=False),
-        text=TextEncoderConfig(architecture=TEXT, frozen=False),
+        text=BgeConfig(architecture=TEXT, frozen=False),
         head=HEADS[head],
         **settings,
     )
@@ -148,7 +149,7 @@ def test_encoders_from_folders(tmp_path: Path) -> None:
     """The path that Hub ids take: weights and tokenizer are read, and frozen ones are not saved again."""
     vision, text = pretrained_folders(tmp_path)
     config = RecConfig(
-        image_size=64, vision=VisionEncoderConfig(id=vision), text=TextEncoderConfig(id=text), head=HEADS["dense"]
+        image_size=64, vision=VisionEncoderConfig(id=vision), text=BgeConfig(id=text), head=HEADS["dense"]
     )
     model, again = config.build(), config.build()
     assert model.external == ("vision", "text")
@@ -167,7 +168,7 @@ def test_a_trained_encoder_is_saved(tmp_path: Path) -> None:
     config = RecConfig(
         image_size=64,
         vision=VisionEncoderConfig(id=vision, frozen=False),
-        text=TextEncoderConfig(id=text),
+        text=BgeConfig(id=text),
         head=HEADS["dense"],
     )
     assert any(key.startswith("vision.") for key in config.build().own_state_dict())

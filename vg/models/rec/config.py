@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BeforeValidator, Field
 
+from vg.models.encoder_config import EncoderConfig, TextEncoderConfig
 from vg.types import Strict
 
 if TYPE_CHECKING:
@@ -15,39 +16,13 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class EncoderConfig(Strict):
-    """Where an encoder comes from: a Hub id or a local folder, or (with ``architecture``) small and from scratch."""
-
-    id: str | None = None
-    revision: str | None = None
-    """Hub revision (branch, tag or commit)."""
-    architecture: dict[str, Any] | None = None
-    """Arguments of the transformers configuration, `model_type` among them: random weights instead of those of `id`."""
-    frozen: bool = True
-    """Frozen encoders run in evaluation mode without gradients; with an `id` they are not saved with the checkpoint."""
-
-    def __post_init__(self) -> None:
-        if self.architecture is None:
-            if self.id is None:
-                raise ValueError("give `id` (pretrained weights) or `architecture` (random weights)")
-            return
-        if "model_type" not in self.architecture:
-            raise ValueError("`architecture` needs `model_type`, for example dinov3_vit or bert")
-        if self.id not in (None, type(self).id):
-            raise ValueError("give `id` (pretrained weights) or `architecture` (random weights), not both")
-        self.id = None
-
-
-@dataclass
 class VisionEncoderConfig(EncoderConfig):
     id: str | None = "facebook/dinov3-vitb16-pretrain-lvd1689m"
 
 
 @dataclass
-class TextEncoderConfig(EncoderConfig):
+class BgeConfig(TextEncoderConfig):
     id: str | None = "BAAI/bge-small-en-v1.5"
-    tokenizer: str | None = None
-    """Hub id, local folder, tokenizer.json or vocab.txt; by default that of `id`, or vg's own small vocabulary."""
 
 
 @dataclass
@@ -135,7 +110,7 @@ class RecConfig(Strict):
     max_tokens: int = 64
     """Longest expression in tokens, the two special ones included; a longer one is an error."""
     vision: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
-    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    text: BgeConfig = field(default_factory=BgeConfig)
     head: HeadConfig = field(default_factory=PooledHeadConfig)
 
     def build(self, pretrained: bool = True) -> RecModel:

@@ -11,9 +11,10 @@ from transformers import AutoTokenizer
 from vg import boxes as box_ops
 from vg.models.base import GroundingModel
 from vg.models.rec.config import RecConfig
-from vg.models.rec.encoders import TextEncoder, VisionEncoder, load_tokenizer
+from vg.models.encoders import load_tokenizer
+from vg.models.rec.encoders import TextEncoder, VisionEncoder
 from vg.models.rec.heads import DenseOutput, PooledOutput
-from vg.types import Batch, ImageSpec, Prediction, TextSpec
+from vg.types import Batch, ImageSpec, Prediction, StretchedImage, TextSpec
 
 
 class RecModel(GroundingModel):
@@ -28,7 +29,7 @@ class RecModel(GroundingModel):
 
     @property
     def image_spec(self) -> ImageSpec:
-        return ImageSpec(self.config.image_size, self.config.image_size)
+        return StretchedImage(self.config.image_size, self.config.image_size)
 
     @cached_property
     def text_spec(self) -> TextSpec:

@@ -1,0 +1,38 @@
+"""Settings of encoders that come from transformers; every family uses them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vg.types import Strict
+
+
+@dataclass
+class EncoderConfig(Strict):
+    """Where an encoder comes from: a Hub id or a local folder, or (with ``architecture``) small and from scratch."""
+
+    id: str | None = None
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    architecture: dict[str, Any] | None = None
+    """Arguments of the transformers configuration, `model_type` among them: random weights instead of those of `id`."""
+    frozen: bool = True
+    """Frozen encoders run in evaluation mode without gradients; with an `id` they are not saved with the checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.architecture is None:
+            if self.id is None:
+                raise ValueError("give `id` (pretrained weights) or `architecture` (random weights)")
+            return
+        if "model_type" not in self.architecture:
+            raise ValueError("`architecture` needs `model_type`, for example dinov3_vit or bert")
+        if self.id not in (None, type(self).id):
+            raise ValueError("give `id` (pretrained weights) or `architecture` (random weights), not both")
+        self.id = None
+
+
+@dataclass
+class TextEncoderConfig(EncoderConfig):
+    tokenizer: str | None = None
+    """Hub id, local folder, tokenizer.json or vocab.txt; by default that of `id`, or vg's own small vocabulary."""

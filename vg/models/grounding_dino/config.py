@@ -1,0 +1,164 @@
+"""Settings of Grounding DINO; the defaults are the published Swin-T model (OGC), variants are small differences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Literal, Union
+
+from pydantic import BeforeValidator, Field, PositiveInt
+
+from vg.models.encoder_config import TextEncoderConfig
+from vg.types import Strict
+
+if TYPE_CHECKING:
+    from vg.models.grounding_dino.model import GroundingDino
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass
+class BackboneConfig(Strict):
+    id: str | None = None
+    """Hub id or local folder with ImageNet weights to start from; null starts from random ones, or from `weights`."""
+    stages: list[PositiveInt] = field(default_factory=lambda: [2, 3, 4])
+    """Which stages (1 to 4) give a level of the feature pyramid each."""
+
+
+@dataclass
+class SwinConfig(BackboneConfig):
+    """Swin transformer (Liu et al. 2021). Swin-B: 128, [2, 2, 18, 2], [4, 8, 16, 32], 12; Swin-L: twice 96, window 12."""
+
+    name: Literal["swin"] = "swin"
+    width: PositiveInt = 96
+    depths: list[PositiveInt] = field(default_factory=lambda: [2, 2, 6, 2])
+    heads: list[PositiveInt] = field(default_factory=lambda: [3, 6, 12, 24])
+    window: PositiveInt = 7
+    drop_path: Share = 0.2
+
+
+@dataclass
+class ResNetConfig(BackboneConfig):
+    """ResNet (He et al. 2016) with frozen batch norms; stem and first stage are not trained."""
+
+    name: Literal["resnet"] = "resnet"
+    depths: list[PositiveInt] = field(default_factory=lambda: [3, 4, 6, 3])
+    widths: list[PositiveInt] = field(default_factory=lambda: [256, 512, 1024, 2048])
+
+
+@dataclass
+class BertConfig(TextEncoderConfig):
+    id: str | None = "google-bert/bert-base-uncased"
+    frozen: bool = False
+
+
+@dataclass
+class ImageConfig(Strict):
+    shortest: PositiveInt = 800
+    """Shorter side of the resized image in pixels."""
+    longest: PositiveInt = 1333
+    """Limit of the longer side."""
+    mix_sizes: Literal["training", "always"] = "training"
+    """When images of different sizes share a pass of the backbone. Their padding leaks into Swin's windows and into
+    group norms; "training" keeps predictions independent of the batch, "always" is what other implementations do."""
+
+
+@dataclass
+class ClassHeadConfig(Strict):
+    """How a query is compared with a text token; the result is the logit of "this query shows what the token names"."""
+
+    similarity: Literal["dot", "cosine"] = "dot"
+    scale: Literal["one", "width", "learned"] = "one"
+    """Factor of the similarity: 1 (official), 1/sqrt(width) (MM-Grounding-DINO) or exp of a learned number, which is the
+    inverse temperature of a cosine and which mmdetection adds when it fine-tunes official weights."""
+    bias: bool = False
+    """A learned number is added (MM-Grounding-DINO)."""
+
+
+@dataclass
+class PredictConfig(Strict):
+    """From the logits of all queries to boxes."""
+
+    score: Literal["mean", "max"] = "mean"
+    """Over the probabilities of the tokens of a phrase: mean, as COCO results are computed, or max, as REC results are
+    (there over all tokens of the prompt, if it has one phrase)."""
+    top_k: PositiveInt = 300
+    threshold: Share = 0.0
+    """Boxes that score lower are left out."""
+    nms: Annotated[float, Field(gt=0, le=1)] | None = None
+    """IoU above which the worse of two boxes of one phrase is left out; null leaves all, as published results do."""
+
+
+def _by_name(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+@dataclass
+class GroundingDinoConfig(Strict):
+    """Grounding DINO (Liu et al. 2023, arXiv 2303.05499) and MM-Grounding-DINO (Zhao et al. 2024, arXiv 2401.02361)."""
+
+    name: Literal["grounding_dino"] = "grounding_dino"
+    weights: str | None = None
+    """Checkpoint to start from, in any published dialect: an official or mmdetection .pth, a folder or Hub id of
+    transformers, or a checkpoint of vg."""
+    backbone: Annotated[
+        Union[SwinConfig, ResNetConfig],  # noqa: UP007 - pydantic on Python 3.10
+        Field(discriminator="name"),
+        BeforeValidator(_by_name),
+    ] = field(default_factory=SwinConfig)
+    text: BertConfig = field(default_factory=BertConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    max_tokens: PositiveInt = 256
+    """Of one prompt, special tokens included; phrases beyond go into further prompts."""
+
+    width: PositiveInt = 256
+    levels: PositiveInt = 4
+    """Of the feature pyramid; those beyond the stages of the backbone are convolved from its last stage."""
+    encoder_layers: PositiveInt = 6
+    decoder_layers: PositiveInt = 6
+    heads: PositiveInt = 8
+    """Of attention over image tokens and queries; text layers and fusion have half as many."""
+    points: PositiveInt = 4
+    """Sampled by deformable attention per head and level."""
+    feedforward: PositiveInt = 2048
+    """Inner width of the layers; half of it in text layers, and as the width of the fusion attention."""
+    num_queries: PositiveInt = 900
+    position_temperature: float = 20.0
+    """Of the sine encoding of image positions."""
+    logit_eps: tuple[float, float] = (1e-3, 1e-3)
+    """Smallest distance to 0 and 1 in the inverse sigmoid of a box: where the decoder refines it, and where the head
+    predicts it. Official 1e-3, 1e-3; mmdetection 1e-3, 1e-5; transformers 1e-5, 1e-5. It matters at image borders."""
+    shared_heads: bool = True
+    """All decoder layers share their box and class heads (official); false: each has its own (MM-Grounding-DINO)."""
+    fusion: Literal["bidirectional", "gated"] = "bidirectional"
+    """What a feature enhancer layer does with what it attended to in the other modality: add it, or mix it by a gate."""
+    classes: ClassHeadConfig = field(default_factory=ClassHeadConfig)
+
+    dropout: Share = 0.0
+    fusion_dropout: Share = 0.0
+    """Of the attention between image and text; mmdetection trains with 0.1, and with drop path 0."""
+    fusion_drop_path: Share = 0.1
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: about half of the memory, a third more time."""
+    predict: PredictConfig = field(default_factory=PredictConfig)
+
+    def __post_init__(self) -> None:
+        if self.width % 8 or self.width % self.heads or (self.feedforward // 2) % max(1, self.heads // 2):
+            raise ValueError(
+                f"width ({self.width}) must be a multiple of 8 and of heads ({self.heads}), and feedforward / 2 "
+                f"({self.feedforward / 2:g}) one of heads / 2"
+            )
+        if self.heads % 2 or self.feedforward % 2:
+            raise ValueError(f"heads ({self.heads}) and feedforward ({self.feedforward}) must be even")
+        if self.levels < len(self.backbone.stages):
+            raise ValueError(f"{self.levels} levels are fewer than the {len(self.backbone.stages)} stages of the backbone")
+
+    def build(self, pretrained: bool = True) -> GroundingDino:
+        """Build the network.
+
+        Args:
+            pretrained: load `weights`, or else those of backbone and text encoder; False gives random ones (a
+                checkpoint follows, or only shapes matter).
+        """
+        from vg.models.grounding_dino.model import GroundingDino
+
+        return GroundingDino(self, pretrained)
