@@ -14,9 +14,9 @@ from transformers import BertTokenizer
 import vg
 from vg.data.collate import Collator
 from vg.data.source import DataError
-from vg.types import ImageSpec, Sample, TextSpec
+from vg.types import Sample, StretchedImage, TextSpec
 
-SPEC = ImageSpec(height=16, width=24)
+SPEC = StretchedImage(height=16, width=24)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,12 @@ def test_shapes_types_and_boxes(text: TextSpec) -> None:
     assert len(batch) == 2
     assert batch.images.shape == (2, 3, 16, 24)
     assert batch.images.dtype == torch.float32
-    assert batch.padding.shape == (2, 16, 24)
-    assert batch.padding.dtype == torch.bool
-    assert not batch.padding.any()
+    assert batch.sizes == ((16, 24), (16, 24)), "nothing is padded"
     assert batch.text.token_ids.shape == batch.text.mask.shape == (2, 6)
     assert batch.text.mask.sum(1).tolist() == [4, 6], "with [CLS] and [SEP]"
     assert (batch.text.token_ids.dtype, batch.text.mask.dtype) == (torch.int64, torch.bool)
+    assert torch.equal(batch.text.phrase_tokens, batch.text.mask.unsqueeze(1)), "[R, 1, T]: the whole prompt"
+    assert batch.text.image_ids.tolist() == [0, 1]
     for sample, target in zip(samples, batch.targets, strict=True):
         assert (target.id, target.phrases, target.kind) == (sample.id, sample.phrases, "colour")
         assert target.size == sample.image.shape[:2]
@@ -93,6 +93,6 @@ def test_one_expression_for_each_picture(text: TextSpec, phrases: tuple[str, ...
 def test_a_batch_moves_as_a_whole(text: TextSpec) -> None:
     batch = Collator(SPEC, text)([make()])
     moved = batch.to("meta")
-    tensors = [moved.images, moved.padding, *moved.text, moved.targets[0].boxes, moved.targets[0].phrase_ids]
+    tensors = [moved.images, *moved.text, moved.targets[0].boxes, moved.targets[0].phrase_ids]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.targets[0].id == "a"
