@@ -39,6 +39,8 @@ class Sample:
     boxes: np.ndarray  # [N, 4] float32, xyxy in pixels
     phrase_ids: np.ndarray  # [N] int64: boxes[n] shows phrases[phrase_ids[n]]
     kind: str = ""  # the slice that results are also reported for ("relation"); empty for none
+    crowd: np.ndarray | None = None  # [N] bool: a region of many things that nobody counted; None where no box is one
+    areas: np.ndarray | None = None  # [N] float32, square pixels of the things without their surroundings, if known
 
 
 class Text(NamedTuple):
@@ -60,11 +62,15 @@ class Target:
     boxes: Tensor  # [N, 4] cxcywh, 0..1 of the image without padding
     phrase_ids: Tensor  # [N] int64
     kind: str = ""
+    crowd: Tensor | None = None  # [N] bool, as in Sample
+    areas: Tensor | None = None  # [N] float32
 
     def to(self, device: object, non_blocking: bool = False) -> Target:
-        boxes = self.boxes.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
-        phrase_ids = self.phrase_ids.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
-        return replace(self, boxes=boxes, phrase_ids=phrase_ids)
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
+
+        crowd, areas = (None if part is None else move(part) for part in (self.crowd, self.areas))
+        return replace(self, boxes=move(self.boxes), phrase_ids=move(self.phrase_ids), crowd=crowd, areas=areas)
 
 
 @dataclass(frozen=True)
