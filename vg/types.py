@@ -122,8 +122,12 @@ class ImageSpec(ABC):
     std: tuple[float, float, float] = field(default=(0.229, 0.224, 0.225), kw_only=True)
 
     @abstractmethod
-    def resized(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in pixels that an image of this size is brought to."""
+    def resized(self, height: int, width: int, shortest: int | None = None) -> tuple[int, int]:
+        """(height, width) in pixels that an image of this size is brought to.
+
+        Args:
+            shortest: shorter side to aim at (see Sample.shortest), where the model leaves a choice.
+        """
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class StretchedImage(ImageSpec):
     height: int
     width: int
 
-    def resized(self, height: int, width: int) -> tuple[int, int]:
+    def resized(self, height: int, width: int, shortest: int | None = None) -> tuple[int, int]:
         return self.height, self.width
 
 
@@ -144,10 +148,10 @@ class FittedImage(ImageSpec):
     shortest: int
     longest: int
 
-    def resized(self, height: int, width: int) -> tuple[int, int]:
+    def resized(self, height: int, width: int, shortest: int | None = None) -> tuple[int, int]:
         """As the DETR family rounds: 480 x 640 -> 800 x 1066, for the longer side is cut, not rounded."""
         short, long = min(height, width), max(height, width)
-        side = self.shortest
+        side = shortest or self.shortest
         if long / short * side > self.longest:
             side = round(self.longest * short / long)
         other = int(side * long / short)

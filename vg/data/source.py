@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -40,6 +40,24 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Measured(Protocol):
+    """A source that knows how large its pictures are without decoding them."""
+
+    def sizes(self, epoch: int) -> np.ndarray:
+        """[samples, 2] int: (height, width) in pixels of the picture that `load(index, epoch)` reads."""
+        ...
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A source that can tell which of its pictures are also in another one."""
+
+    def image_keys(self) -> list[str]:
+        """What picture each sample shows; two samples with the same key, of any sources, show the same one."""
+        ...
+
+
 def checked(sample: Sample) -> Sample:
     """Check what every finished sample promises; every data set passes its samples through here.
 
@@ -48,7 +66,8 @@ def checked(sample: Sample) -> Sample:
 
     Raises:
         BadSampleError: image not [H, W, 3] uint8; no phrase or a blank one; boxes not [N, 4] float32, not finite,
-            without area or outside the image; phrase_ids not [N] int64 or without a phrase.
+            without area or outside the image; phrase_ids not [N] int64 or without a phrase; crowd not [N] bool or areas
+            not [N] float32 where they are given.
     """
     image, boxes, phrase_ids = sample.image, sample.boxes, sample.phrase_ids
     where = f"sample {sample.id}"
@@ -65,6 +84,12 @@ def checked(sample: Sample) -> Sample:
         )
     if ((phrase_ids < 0) | (phrase_ids >= len(sample.phrases))).any():
         raise BadSampleError(f"{where}: phrase_ids {phrase_ids.tolist()} point beyond {len(sample.phrases)} phrases")
+    for name, values, kind in (("crowd", sample.crowd, np.bool_), ("areas", sample.areas, np.float32)):
+        if values is not None and (values.dtype != kind or values.shape != boxes.shape[:1]):
+            raise BadSampleError(
+                f"{where}: {name} is {values.dtype} {list(values.shape)}, expected {np.dtype(kind)}, one for each of "
+                f"the {len(boxes)} boxes"
+            )
     height, width = image.shape[:2]
     clipped = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))  # [N, 4]
     for box, inside in zip(boxes, clipped, strict=True):
