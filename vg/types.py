@@ -41,6 +41,7 @@ class Sample:
     kind: str = ""  # the slice that results are also reported for ("relation"); empty for none
     crowd: np.ndarray | None = None  # [N] bool: a region of many things that nobody counted; None where no box is one
     areas: np.ndarray | None = None  # [N] float32, square pixels of the things without their surroundings, if known
+    shortest: int | None = None  # shorter side in pixels that augmentation wants the image brought to, if any
 
 
 class Text(NamedTuple):
