@@ -28,21 +28,24 @@ def token_centers(grid: tuple[int, int], device: torch.device | None = None) -> 
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1).flip(-1)
 
 
-def sine_encoding(positions: Tensor, dim: int, temperature: float = 20.0) -> Tensor:
-    """Sine encoding of coordinates in 0..1 (Vaswani et al. 2017, as DETR uses it in two dimensions).
+def sine_encoding(positions: Tensor, dim: int, temperature: float = 20.0, interleaved: bool = False) -> Tensor:
+    """Sine encoding of coordinates (Vaswani et al. 2017), as DETR uses it in two dimensions: one turn from 0 to 1.
 
     Args:
         positions: [..., C] coordinates, any C that divides dim.
-        dim: size of the encoding; each coordinate gets dim / C channels, sines and cosines in halves.
+        dim: size of the encoding; each coordinate gets dim / C channels.
+        interleaved: sines and cosines of a coordinate take turns, as in the DETR family; else they come in halves.
 
     Returns:
-        [..., dim] float32
+        [..., dim] float32 (float64 for float64 positions)
     """
     per_axis = dim // positions.shape[-1]
-    steps = torch.arange(per_axis // 2, device=positions.device, dtype=torch.float32)
+    positions = positions if positions.dtype == torch.float64 else positions.float()
+    steps = torch.arange(per_axis // 2, device=positions.device, dtype=positions.dtype)
     frequency = 2 * math.pi * temperature ** (-2 * steps / per_axis)
-    angle = positions.float().unsqueeze(-1) * frequency  # [..., C, per_axis / 2]
-    return torch.cat((angle.sin(), angle.cos()), dim=-1).flatten(-2)  # [..., dim]
+    angle = positions.unsqueeze(-1) * frequency  # [..., C, per_axis / 2]
+    waves = (angle.sin(), angle.cos())
+    return (torch.stack(waves, dim=-1).flatten(-3) if interleaved else torch.cat(waves, dim=-1).flatten(-2))  # [..., dim]
 
 
 def rotary_encoding(positions: Tensor, head_width: int, temperature: float = 100.0) -> Tensor:

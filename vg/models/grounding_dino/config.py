@@ -11,6 +11,7 @@ from vg.models.encoder_config import TextEncoderConfig
 from vg.types import Strict
 
 if TYPE_CHECKING:
+    from vg.models.grounding_dino.image import Backbone
     from vg.models.grounding_dino.model import GroundingDino
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -18,10 +19,16 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass
 class BackboneConfig(Strict):
+    """Any of these, as transformers has it."""
+
     id: str | None = None
     """Hub id or local folder with ImageNet weights to start from; null starts from random ones, or from `weights`."""
     stages: list[PositiveInt] = field(default_factory=lambda: [2, 3, 4])
     """Which stages (1 to 4) give a level of the feature pyramid each."""
+
+    def __post_init__(self) -> None:
+        if self.stages != sorted(set(self.stages)) or self.stages[-1:] != [4]:
+            raise ValueError(f"stages ({self.stages}) must rise and end with 4, or the last ones would be for nothing")
 
 
 @dataclass
@@ -35,6 +42,27 @@ class SwinConfig(BackboneConfig):
     window: PositiveInt = 7
     drop_path: Share = 0.2
 
+    def build(self, pretrained: bool) -> Backbone:
+        from torch import nn
+        from transformers import SwinBackbone
+        from transformers import SwinConfig as NetworkConfig
+
+        from vg.models.grounding_dino.image import Backbone
+
+        settings = NetworkConfig(
+            embed_dim=self.width,
+            depths=self.depths,
+            num_heads=self.heads,
+            window_size=self.window,
+            drop_path_rate=self.drop_path,
+            out_features=[f"stage{stage}" for stage in self.stages],
+        )
+        network = SwinBackbone.from_pretrained(self.id, config=settings) if self.id and pretrained else SwinBackbone(settings)
+        for module in network.modules():  # transformers has one more norm behind the last stage, whose output no one reads
+            if isinstance(getattr(module, "layernorm", None), nn.LayerNorm):
+                module.layernorm = nn.Identity()
+        return Backbone(network, [self.width * 2 ** (stage - 1) for stage in self.stages])
+
 
 @dataclass
 class ResNetConfig(BackboneConfig):
@@ -43,6 +71,22 @@ class ResNetConfig(BackboneConfig):
     name: Literal["resnet"] = "resnet"
     depths: list[PositiveInt] = field(default_factory=lambda: [3, 4, 6, 3])
     widths: list[PositiveInt] = field(default_factory=lambda: [256, 512, 1024, 2048])
+
+    def build(self, pretrained: bool) -> Backbone:
+        from transformers import ResNetBackbone
+        from transformers import ResNetConfig as NetworkConfig
+
+        from vg.models.grounding_dino.image import Backbone
+
+        settings = NetworkConfig(
+            depths=self.depths,
+            hidden_sizes=self.widths,
+            out_features=[f"stage{stage}" for stage in self.stages],
+        )
+        network = ResNetBackbone.from_pretrained(self.id, config=settings) if self.id and pretrained else ResNetBackbone(settings)
+        network.embedder.requires_grad_(False)
+        network.encoder.stages[0].requires_grad_(False)
+        return Backbone(network, [self.widths[stage - 1] for stage in self.stages])
 
 
 @dataclass
@@ -57,9 +101,9 @@ class ImageConfig(Strict):
     """Shorter side of the resized image in pixels."""
     longest: PositiveInt = 1333
     """Limit of the longer side."""
-    mix_sizes: Literal["training", "always"] = "training"
-    """When images of different sizes share a pass of the backbone. Their padding leaks into Swin's windows and into
-    group norms; "training" keeps predictions independent of the batch, "always" is what other implementations do."""
+    mix_sizes: bool = False
+    """Images of different sizes share one pass of the backbone, as in all other implementations. Their padding leaks into
+    Swin's windows, group norms and query positions, so that results depend on the other images of a batch."""
 
 
 @dataclass
@@ -142,13 +186,11 @@ class GroundingDinoConfig(Strict):
     predict: PredictConfig = field(default_factory=PredictConfig)
 
     def __post_init__(self) -> None:
-        if self.width % 8 or self.width % self.heads or (self.feedforward // 2) % max(1, self.heads // 2):
+        if self.heads % 2 or self.width % self.heads or self.feedforward % self.heads or self.width % 32:
             raise ValueError(
-                f"width ({self.width}) must be a multiple of 8 and of heads ({self.heads}), and feedforward / 2 "
-                f"({self.feedforward / 2:g}) one of heads / 2"
+                f"heads ({self.heads}) must be even and divide width ({self.width}) and feedforward "
+                f"({self.feedforward}); width must be a multiple of 32, for the group norms"
             )
-        if self.heads % 2 or self.feedforward % 2:
-            raise ValueError(f"heads ({self.heads}) and feedforward ({self.feedforward}) must be even")
         if self.levels < len(self.backbone.stages):
             raise ValueError(f"{self.levels} levels are fewer than the {len(self.backbone.stages)} stages of the backbone")
 

@@ -1,0 +1,111 @@
+"""The two attentions that every layer of Grounding DINO is built from, and what surrounds them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vg.models.layers import MLP
+from vg.ops import deform_attn_fused
+
+Shapes = tuple[tuple[int, int], ...]
+
+
+class Attention(nn.Module):
+    """Multi-head softmax attention with its four projections (Vaswani et al. 2017)."""
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, Q, D], [B, K, D], [B, K, D] -> [B, Q, D]; mask: bool, broadcasts to [B, heads, Q, K], True = may attend."""
+        query, key, value = (
+            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, Q or K, D / heads]
+            for projection, x in ((self.query, query), (self.key, key), (self.value, value))
+        )
+        x = F.scaled_dot_product_attention(query, key, value, mask, self.dropout if self.training else 0.0)
+        return self.output(x.transpose(1, 2).flatten(2))
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable attention (Zhu et al. 2021): a query samples a few points around its reference."""
+
+    def __init__(self, width: int, heads: int, levels: int, points: int):
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.offsets = nn.Linear(width, heads * levels * points * 2)
+        self.weights = nn.Linear(width, heads * levels * points)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+
+    def reset_parameters(self) -> None:
+        """At first, head h looks in the direction 2 pi h / heads, point p lies p + 1 pixels away, all count alike."""
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        direction = torch.stack((angle.cos(), angle.sin()), dim=-1)  # [heads, 2]
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)
+        steps = torch.arange(1, self.points + 1).view(1, 1, -1, 1) * direction.view(self.heads, 1, 1, 2)
+        with torch.no_grad():
+            self.offsets.bias.copy_(steps.expand(-1, self.levels, -1, -1).flatten())
+        for weights in (self.offsets.weight, self.weights.weight, self.weights.bias, self.value.bias, self.output.bias):
+            nn.init.zeros_(weights)
+        nn.init.xavier_uniform_(self.value.weight)
+        nn.init.xavier_uniform_(self.output.weight)
+
+    def forward(
+        self, query: Tensor, references: Tensor, memory: Tensor, shapes: Shapes, mask: Tensor | None
+    ) -> Tensor:
+        """Look around the references.
+
+        Args:
+            query: [B, Q, D]
+            references: [B, Q, L or 1, 2 or 4] float32, points or boxes cxcywh in 0..1 of the padded image.
+            memory: [B, S, D] image tokens of all levels.
+            shapes: (height, width) of each level.
+            mask: [B, S] bool, True = a token of the image, False = padding; None where nothing is padded.
+
+        Returns:
+            [B, Q, D]
+        """
+        value = self.value(memory)
+        if mask is not None:
+            value = value.masked_fill(~mask.unsqueeze(-1), 0.0)  # after the projection: its bias must not leak
+        x = deform_attn_fused(
+            value.unflatten(-1, (self.heads, -1)),  # [B, S, heads, D / heads]
+            shapes,
+            references,
+            self.offsets(query).unflatten(-1, (self.heads, self.levels, self.points, 2)),
+            self.weights(query).unflatten(-1, (self.heads, -1)),  # [B, Q, heads, L * points]
+        )
+        return self.output(x)
+
+
+class FeedForward(MLP):
+    """Linear, ReLU, dropout, linear: [..., D] -> [..., D]."""
+
+    def __init__(self, width: int, inner: int, dropout: float = 0.0):
+        super().__init__(width, inner, width)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        expand, activation, contract = self
+        return contract(F.dropout(activation(expand(x)), self.dropout, self.training))
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth (Huang et al. 2016): a residual branch [B, ...] is left out, per sample, with this probability."""
+    if not training or rate == 0:
+        return x
+    kept = x.new_empty(len(x), *(1 for _ in x.shape[1:])).bernoulli_(1 - rate)
+    return x * kept / (1 - rate)
+
+
+def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
+    """The logit of x in 0..1, which are kept eps away from 0 and 1."""
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

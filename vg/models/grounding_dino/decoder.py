@@ -1,0 +1,112 @@
+"""The cross-modality decoder: queries look at one another, the text and the image, and refine their boxes (3.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from vg.models.grounding_dino.attention import Attention, DeformableAttention, FeedForward, inverse_sigmoid
+from vg.models.grounding_dino.config import GroundingDinoConfig
+from vg.models.grounding_dino.image import ImageFeatures
+from vg.models.grounding_dino.queries import BoxHead, ClassHead
+from vg.models.grounding_dino.text import TextFeatures
+from vg.models.layers import MLP, sine_encoding
+
+
+class DecoderLayer(nn.Module):
+    """Three attentions and a feed-forward network, each followed by a norm."""
+
+    def __init__(self, config: GroundingDinoConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.self_attention = Attention(config.width, config.heads, config.dropout)
+        self.text_attention = Attention(config.width, config.heads, config.dropout)
+        self.image_attention = DeformableAttention(config.width, config.heads, config.levels, config.points)
+        self.feedforward = FeedForward(config.width, config.feedforward, config.dropout)
+        self.self_norm, self.text_norm, self.image_norm, self.feedforward_norm = (
+            nn.LayerNorm(config.width) for _ in range(4)
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        references: Tensor,
+        image: ImageFeatures,
+        text: TextFeatures,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """[R, Q, D] -> [R, Q, D]; positions: [R, Q, D]; references: [R, Q, L or 1, 4]; mask: [Q, Q], True = may attend."""
+        query = x + positions
+        x = self.self_norm(x + self._drop(self.self_attention(query, query, x, mask)))
+        text_mask = text.mask[:, None, None]  # [R, 1, 1, T]
+        x = self.text_norm(x + self._drop(self.text_attention(x + positions, text.tokens, text.tokens, text_mask)))
+        attended = self.image_attention(x + positions, references, image.tokens, image.shapes, image.mask)
+        x = self.image_norm(x + self._drop(attended))
+        return self.feedforward_norm(x + self._drop(self.feedforward(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: GroundingDinoConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.query_position = MLP(2 * config.width, config.width, config.width)
+        heads = 1 if config.shared_heads else config.decoder_layers
+        self.box_heads = nn.ModuleList(BoxHead(config.width) for _ in range(heads))
+        self.class_heads = nn.ModuleList(ClassHead(config.classes, config.width) for _ in range(heads))
+        self.refine_eps, self.predict_eps = config.logit_eps
+        self.mix_sizes = config.image.mix_sizes
+        self.checkpointing = config.gradient_checkpointing
+
+    def forward(
+        self, content: Tensor, references: Tensor, image: ImageFeatures, text: TextFeatures, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Decode.
+
+        Args:
+            content: [R, Q, D]
+            references: [R, Q, 4] boxes before the sigmoid, without gradient.
+            mask: [Q, Q] bool, which query (row) may attend to which; None for all to all.
+
+        Returns:
+            logits [L, R, Q, T], boxes [L, R, Q, 4] cxcywh 0..1, and the queries after the last layer [R, Q, D]. In
+            training L are all layers, in evaluation the last one only.
+        """
+        logits, boxes = [], []
+        x, boxes_before = content, references.sigmoid()  # [R, Q, 4]
+        for number, layer in enumerate(self.layers):
+            box_head, class_head = (heads[number % len(heads)] for heads in (self.box_heads, self.class_heads))
+            reference = boxes_before.detach()
+            by_level = self._by_level(reference, image)
+            positions = self._positions(by_level[:, :, 0] if self.mix_sizes else reference)
+            inputs = (x, positions, by_level, image, text, mask)
+            x = checkpoint(layer, *inputs, use_reentrant=False) if self.checkpointing and self.training else layer(*inputs)
+            if self.training or number == len(self.layers) - 1:
+                # The head reads the normalised query and adds to the box before, whose gradient it keeps ("look
+                # forward twice", DINO); the refinement for the next layer reads the query as it is.
+                queries = self.norm(x)
+                boxes.append((box_head(queries) + inverse_sigmoid(boxes_before, self.predict_eps)).sigmoid())
+                logits.append(class_head(queries, text))
+            if number < len(self.layers) - 1:
+                boxes_before = (box_head(x) + inverse_sigmoid(reference, self.refine_eps)).sigmoid()
+        return torch.stack(logits), torch.stack(boxes), queries
+
+    def _positions(self, reference: Tensor) -> Tensor:
+        """[R, Q, 4] -> [R, Q, D]; the axes are encoded in the order y, x, width, height."""
+        order = reference[..., (1, 0, 2, 3)]
+        return self.query_position(
+            sine_encoding(order, 2 * self.norm.normalized_shape[0], 10000.0, interleaved=True).to(self.norm.weight.dtype)
+        )
+
+    @staticmethod
+    def _by_level(reference: Tensor, image: ImageFeatures) -> Tensor:
+        """[R, Q, 4] in 0..1 of the image -> [R, Q, L or 1, 4] in 0..1 of each padded level."""
+        if image.mask is None:
+            return reference.unsqueeze(2)
+        return reference.unsqueeze(2) * image.valid_ratios.repeat(1, 1, 2).unsqueeze(1)

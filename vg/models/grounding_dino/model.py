@@ -1,0 +1,119 @@
+"""Grounding DINO (Liu et al. 2023, arXiv 2303.05499): any number of phrases in, a scored box for all they name.
+
+The story, in reading order:
+    image.py    backbone and pyramid: a picture becomes some 20,000 tokens of 4 scales
+    text.py     BERT reads every phrase of the prompt on its own
+    encoder.py  feature enhancer: the two look at each other and at themselves, six times
+    queries.py  language-guided query selection: the 900 image tokens that fit the text best
+    decoder.py  cross-modality decoder: these become boxes, refined six times
+    answer.py   from logits to boxes in pixels, scored per phrase
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from vg.models.base import GroundingModel
+from vg.models.encoders import load_tokenizer
+from vg.models.grounding_dino.answer import answers
+from vg.models.grounding_dino.attention import DeformableAttention
+from vg.models.grounding_dino.config import GroundingDinoConfig
+from vg.models.grounding_dino.decoder import Decoder
+from vg.models.grounding_dino.encoder import FeatureEnhancer
+from vg.models.grounding_dino.image import ImageFeatures, Neck, encode_images
+from vg.models.grounding_dino.queries import BoxHead, QuerySelection
+from vg.models.grounding_dino.text import TextEncoder, TextFeatures
+from vg.types import Batch, FittedImage, ImageSpec, Prediction, Text, TextSpec
+
+
+class Output(NamedTuple):
+    logits: Tensor  # [L, R, Q, T] of each decoder layer in training, of the last in evaluation; -inf = padded token
+    boxes: Tensor  # [L, R, Q, 4] cxcywh 0..1 of the image without padding
+    encoder_logits: Tensor  # [R, Q, T] of the selected image tokens
+    encoder_boxes: Tensor  # [R, Q, 4]
+    queries: Tensor  # [R, Q, D] after the last layer
+    text: Tensor  # [R, T, D] after the feature enhancer
+
+
+class GroundingDino(GroundingModel):
+    def __init__(self, config: GroundingDinoConfig, pretrained: bool = True):
+        super().__init__()
+        self.config = config
+        own = pretrained and config.weights is None  # else the checkpoint brings backbone and text encoder
+        self.backbone = config.backbone.build(own)
+        self.neck = Neck(self.backbone.channels, config.width, config.levels, config.position_temperature)
+        self.text = TextEncoder(config.text, config.width, own)
+        self.encoder = FeatureEnhancer(config)
+        self.queries = QuerySelection(config)
+        self.decoder = Decoder(config)
+        self._initialise()
+        if config.gradient_checkpointing:
+            self.backbone.network.gradient_checkpointing_enable()
+            self.text.network.gradient_checkpointing_enable()
+        self._prompts: dict[tuple[object, ...], Tensor] = {}
+
+    def forward(self, batch: Batch) -> Output:
+        image = self.encode_image(batch)
+        text = self.encode_text(batch.text)
+        if len(text.tokens) == len(image.tokens):  # one prompt per image
+            return self.ground(image, text)
+        # Prompts of one image share its features; as many at once as there are images, for the memory's sake.
+        groups = torch.arange(len(text.tokens)).split(len(image.tokens))
+        outputs = [self.ground(image.select(batch.text.image_ids[rows]), text.select(rows)) for rows in groups]
+        return Output(*(torch.cat(parts, dim=-3) for parts in zip(*outputs, strict=True)))
+
+    def encode_image(self, batch: Batch) -> ImageFeatures:
+        """Section 3.1: the tokens of each image, and where they lie."""
+        return encode_images(self.backbone, self.neck, batch.images, batch.sizes, not self.config.image.mix_sizes)
+
+    def encode_text(self, text: Text) -> TextFeatures:
+        """Section 3.4: the tokens of each prompt, phrase by phrase."""
+        return self.text(text.token_ids, text.mask, self.delimiters)
+
+    def ground(self, image: ImageFeatures, text: TextFeatures) -> Output:
+        """Sections 3.2 and 3.3: prompt r asks about image r."""
+        image, text = self.encoder(image, text)
+        queries = self.queries(image, text)
+        logits, boxes, last = self.decoder(queries.content, queries.references, image, text)
+        return Output(logits, boxes, queries.logits, queries.boxes, last, text.tokens)
+
+    def loss(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def predict(self, output: Output, batch: Batch) -> list[Prediction]:
+        return answers(output.logits[-1], output.boxes[-1], batch, self.config.predict)
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        return FittedImage(self.config.image.shortest, self.config.image.longest)
+
+    @cached_property
+    def text_spec(self) -> TextSpec:
+        return self._text_spec(load_tokenizer(self.config.text))
+
+    def load_tokenizer(self, folder: str) -> None:
+        self.text_spec = self._text_spec(AutoTokenizer.from_pretrained(folder))
+
+    def _text_spec(self, tokenizer: PreTrainedTokenizerBase) -> TextSpec:
+        return TextSpec(tokenizer, self.config.max_tokens, phrase_end=".")
+
+    @cached_property
+    def delimiters(self) -> Tensor:
+        tokenizer = self.text_spec.tokenizer
+        ids = tokenizer.convert_tokens_to_ids([tokenizer.cls_token, tokenizer.sep_token, ".", "?"])
+        return torch.tensor(ids, device=self.device)
+
+    def _initialise(self) -> None:
+        """Random weights as the official implementation has them (backbone and BERT keep their own)."""
+        for part in (self.encoder, self.queries, self.decoder):
+            for weights in part.parameters():
+                if weights.dim() > 1:
+                    nn.init.xavier_uniform_(weights)
+        for module in self.modules():
+            if isinstance(module, (BoxHead, DeformableAttention)):
+                module.reset_parameters()

@@ -1,0 +1,71 @@
+"""The text side: BERT reads each phrase of a prompt on its own, as if the others were not there (section 3.4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vg.models.encoders import Encoder
+from vg.models.grounding_dino.config import BertConfig
+from vg.models.layers import sine_encoding
+
+
+class TextFeatures(NamedTuple):
+    tokens: Tensor  # [R, T, D]
+    positions: Tensor  # [R, T, D] encoding of the place within the phrase, to be added to queries and keys
+    blocks: Tensor  # [R, T, T] bool, which tokens see one another: those of one phrase and its full stop
+    mask: Tensor  # [R, T] bool, False = padding
+
+    def select(self, rows: Tensor | slice) -> TextFeatures:
+        return TextFeatures(*(x[rows] for x in self))
+
+
+def phrase_blocks(token_ids: Tensor, delimiters: Tensor) -> tuple[Tensor, Tensor]:
+    """Sub-sentence masks and positions, by the rule of the official implementation (paper, figure 4c).
+
+    A delimiter closes the phrase before it and belongs to it; positions count from 0 in every phrase. What is not
+    closed, a delimiter in the first or last column, and padding see themselves only. (So a caption without its full
+    stop, closed by [SEP], depends on whether its row is padded; prompts made by vg always end with a full stop.)
+
+    Args:
+        token_ids: [R, T]
+        delimiters: [4] ids of [CLS], [SEP], "." and "?".
+
+    Returns:
+        [R, T, T] bool and [R, T] int64
+    """
+    length = token_ids.shape[1]
+    column = torch.arange(length, device=token_ids.device)
+    is_delimiter = torch.isin(token_ids, delimiters)  # [R, T]
+    end = torch.where(is_delimiter, column, length).flip(1).cummin(dim=1).values.flip(1)  # the next delimiter, or itself
+    before = torch.where(is_delimiter, column, -1).cummax(dim=1).values.roll(1, dims=1)
+    before[:, :1] = -1  # [R, T] the last delimiter left of the token
+    closed = (end > 0) & (end < length - 1)
+    same = (end.unsqueeze(1) == end.unsqueeze(2)) & closed.unsqueeze(1)
+    itself = torch.eye(length, dtype=torch.bool, device=token_ids.device)
+    return same | itself, (column - before - 1) * closed
+
+
+class TextEncoder(Encoder):
+    """BERT with one attention block per phrase, and a projection to the width of the image tokens."""
+
+    def __init__(self, config: BertConfig, width: int, pretrained: bool):
+        super().__init__(config, pretrained, add_pooling_layer=False)
+        self.projection = nn.Linear(self.width, width)
+        nn.init.xavier_uniform_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
+
+    def forward(self, token_ids: Tensor, mask: Tensor, delimiters: Tensor) -> TextFeatures:
+        """token_ids [R, T] int64, mask [R, T] bool (False = padding), delimiters as in phrase_blocks."""
+        blocks, places = phrase_blocks(token_ids, delimiters)
+        x = self.run(
+            input_ids=token_ids,
+            attention_mask=blocks.unsqueeze(1),  # [R, 1, T, T]
+            position_ids=places,
+            token_type_ids=torch.zeros_like(token_ids),
+        )
+        tokens = self.projection(x)  # [R, T, D]
+        positions = sine_encoding(places.unsqueeze(-1), tokens.shape[-1], 10000.0, interleaved=True)
+        return TextFeatures(tokens, positions, blocks, mask)
