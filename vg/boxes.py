@@ -1,4 +1,4 @@
-"""Box arithmetic: two spellings (cxcywh and xyxy) and the overlap measures IoU, GIoU and DIoU.
+"""Box arithmetic: two spellings (cxcywh and xyxy), the overlap measures IoU, GIoU and DIoU, and suppression by overlap.
 
 torchvision has these too, but no build of it for every machine we run on.
 """
@@ -79,3 +79,27 @@ def diou(a: Tensor, b: Tensor) -> Tensor:
     distance = ((a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]) / 2).square().sum(dim=-1)
     diagonal = _enclosing_size(a, b).square().sum(dim=-1)
     return iou(a, b) - distance / diagonal.clamp(min=torch.finfo(a.dtype).eps)
+
+
+def nms(boxes: Tensor, scores: Tensor, threshold: float, groups: Tensor) -> Tensor:
+    """Non-maximum suppression: leave out a box that overlaps a better one of its group that stays.
+
+    Args:
+        boxes: [K, 4] xyxy.
+        scores: [K]
+        threshold: IoU above which the worse of two boxes is left out.
+        groups: [K] int64, such as phrase_ids; boxes of different groups leave each other alone.
+
+    Returns:
+        Indices of the boxes that stay, best first (equal scores in the order given). Memory grows with K x K.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    boxes, groups = boxes[order], groups[order]
+    suppresses = (iou(boxes[:, None], boxes[None]) > threshold) & (groups[:, None] == groups[None])  # [K, K]
+    suppresses = suppresses.triu(diagonal=1)  # only a better box suppresses a worse one
+    stays = torch.ones_like(groups, dtype=torch.bool)
+    while True:  # each pass settles at least the best box that is not settled; chains of suppressions are short
+        settled = ~(suppresses & stays[:, None]).any(dim=0)
+        if torch.equal(settled, stays):
+            return order[stays]
+        stays = settled

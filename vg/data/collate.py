@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,56 +11,84 @@ from PIL import Image
 from torch import Tensor
 
 from vg import boxes as box_ops
-from vg.data.source import DataError
+from vg.data.prompt import Expressions, Prompts
 from vg.types import Batch, ImageSpec, Sample, Target, Text, TextSpec
+
+logger = logging.getLogger(__name__)
 
 
 class Collator:
-    """Makes batches of one expression per image, as an image and a text specification describe them."""
+    """Makes batches as an image and a text specification describe them.
 
-    def __init__(self, image_spec: ImageSpec, text_spec: TextSpec):
+    Args:
+        one_prompt: for training: what one prompt cannot hold of a sample's phrases is left out together with its boxes,
+            phrases without boxes first. Otherwise such a sample gets several prompts.
+
+    Raises:
+        ConfigError: the tokenizer cannot make what the text specification asks for.
+    """
+
+    def __init__(self, image_spec: ImageSpec, text_spec: TextSpec, one_prompt: bool = False):
         self.image_spec = image_spec
-        self.text_spec = text_spec
+        self.texts = Expressions(text_spec) if text_spec.phrase_end is None else Prompts(text_spec, one_prompt)
         self.mean = torch.tensor(image_spec.mean).view(3, 1, 1) * 255
         self.std = torch.tensor(image_spec.std).view(3, 1, 1) * 255
+        # Shared memory: the first worker of a DataLoader that leaves out boxes says so, the others are silent.
+        self._said = torch.zeros(1, dtype=torch.bool).share_memory_()
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        images = torch.stack([self._resize(sample.image) for sample in samples])  # [B, 3, H, W] uint8
-        return Batch(
-            images=(images - self.mean) / self.std,
-            sizes=tuple((images.shape[-2], images.shape[-1]) for _ in samples),
-            text=self._tokenize(samples),
-            targets=[self._target(sample) for sample in samples],
-        )
+        """Raises DataError that names the sample: its phrases cannot be what the model is asked."""
+        text = self.texts(samples)
+        images, sizes = self._images(samples)
+        targets = [_target(sample, self._asked(sample, text, i)) for i, sample in enumerate(samples)]
+        return Batch(images, sizes, text, targets)
 
-    def _resize(self, image: np.ndarray) -> Tensor:
-        height, width = self.image_spec.resized(*image.shape[:2])
-        if image.shape[:2] != (height, width):
-            image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-        return torch.tensor(image).permute(2, 0, 1)
+    def _images(self, samples: Sequence[Sample]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+        sizes = tuple(self.image_spec.resized(*sample.image.shape[:2]) for sample in samples)
+        height, width = np.max(sizes, axis=0).tolist()
+        images = torch.zeros(len(samples), 3, height, width)
+        for image, sample, size in zip(images, samples, sizes, strict=True):
+            pixels = torch.tensor(_resized(sample.image, size)).permute(2, 0, 1)  # [3, h, w] uint8
+            image[:, : size[0], : size[1]].copy_(pixels).sub_(self.mean).div_(self.std)
+        return images, sizes
 
-    def _tokenize(self, samples: Sequence[Sample]) -> Text:
-        for sample in samples:
-            if len(sample.phrases) != 1:
-                raise DataError(f"{sample.id} has {len(sample.phrases)} phrases, this model takes one expression")
-        tokens = self.text_spec.tokenizer([sample.phrases[0] for sample in samples], padding=True, return_tensors="pt")
-        token_ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()  # [B, T]
-        for sample, length in zip(samples, mask.sum(dim=1).tolist(), strict=True):
-            if length > self.text_spec.max_tokens:
-                raise DataError(
-                    f"{sample.id}: the expression has {length} tokens, the model takes {self.text_spec.max_tokens} "
-                    f"(raise model.max_tokens): {sample.phrases[0][:80]!r}"
-                )
-        return Text(token_ids, mask, mask.unsqueeze(1), torch.arange(len(samples)))
+    def _asked(self, sample: Sample, text: Text, image_id: int) -> np.ndarray:
+        """Which boxes the model is asked for: [N] bool, False where the phrase found no place in the text."""
+        placed = text.phrase_tokens[text.image_ids == image_id].any(dim=2).any(dim=0)  # [P]
+        asked: np.ndarray = placed.numpy()[sample.phrase_ids]
+        if not asked.all() and not self._said:
+            self._said[0] = True
+            logger.warning(
+                "%s: %d of %d boxes are left out, for their phrases have no place in the prompt; raise "
+                "model.max_tokens or give fewer phrases (this is said only once)",
+                sample.id,
+                (~asked).sum(),
+                len(asked),
+            )
+        return asked
 
-    @staticmethod
-    def _target(sample: Sample) -> Target:
-        size = (sample.image.shape[0], sample.image.shape[1])
-        return Target(
-            id=sample.id,
-            size=size,
-            phrases=sample.phrases,
-            boxes=box_ops.from_pixels(torch.as_tensor(sample.boxes, dtype=torch.float32), size),
-            phrase_ids=torch.as_tensor(sample.phrase_ids, dtype=torch.long),
-            kind=sample.kind,
-        )
+
+def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[H, W, 3] uint8 -> the same with this (height, width), as PIL does it: other libraries give other pixels."""
+    if image.shape[:2] == size:
+        return image
+    return np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def _target(sample: Sample, asked: np.ndarray) -> Target:
+    """The target with those boxes that are asked for, [N] bool."""
+
+    def chosen(values: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(values[asked], dtype=dtype)
+
+    size = (sample.image.shape[0], sample.image.shape[1])
+    return Target(
+        id=sample.id,
+        size=size,
+        phrases=sample.phrases,
+        boxes=box_ops.from_pixels(chosen(sample.boxes, torch.float32), size),
+        phrase_ids=chosen(sample.phrase_ids, torch.long),
+        kind=sample.kind,
+        crowd=None if sample.crowd is None else chosen(sample.crowd, torch.bool),
+        areas=None if sample.areas is None else chosen(sample.areas, torch.float32),
+    )

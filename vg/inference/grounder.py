@@ -1,10 +1,11 @@
-"""A trained model, ready to be asked: a picture and an expression in, boxes out."""
+"""A trained model, ready to be asked: a picture and phrases in, boxes out."""
 
 from __future__ import annotations
 
 import io
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,26 +60,50 @@ class Grounder:
         self.model.to(device or best_device()).eval()
         self.collate = Collator(self.model.image_spec, self.model.text_spec)
 
-    def predict(self, image: ImageLike, expression: str) -> Prediction:
-        """Boxes for one expression, xyxy in pixels of the image, best first."""
-        return self.predict_batch([image], [expression])[0]
+    def predict(self, image: ImageLike, phrases: str | Sequence[str], threshold: float | None = None) -> Prediction:
+        """Boxes for one phrase or many, xyxy in pixels of the image, best first.
 
-    def predict_batch(self, images: Sequence[ImageLike], expressions: Sequence[str]) -> list[Prediction]:
-        """One prediction for each pair of image and expression."""
+        Args:
+            image: [H, W, 3] uint8 array, PIL image, path or http(s) URL.
+            phrases: what to look for; box k of the answer shows ``phrases[phrase_ids[k]]``, spelled as it is here.
+            threshold: boxes that score lower are left out; by default the answer is as long as the model makes it.
+
+        Raises:
+            DataError: no picture, no phrase, or one that the model cannot be asked (blank, too long).
+        """
+        return self.predict_batch([image], [phrases], threshold)[0]
+
+    def predict_batch(
+        self, images: Sequence[ImageLike], phrases: Sequence[str | Sequence[str]], threshold: float | None = None
+    ) -> list[Prediction]:
+        """One prediction for each image, which has a phrase or phrases of its own."""
         nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
-        pairs = zip(images, expressions, strict=True)
-        return self.predict_samples(
-            [Sample(str(i), to_array(image), (expression,), *nothing) for i, (image, expression) in enumerate(pairs)]
-        )
+        samples = [
+            Sample(str(i), to_array(image), (asked,) if isinstance(asked, str) else tuple(asked), *nothing)
+            for i, (image, asked) in enumerate(zip(images, phrases, strict=True))
+        ]
+        return self.predict_samples(samples, threshold)
 
     @torch.inference_mode()
-    def predict_samples(self, samples: Sequence[Sample]) -> list[Prediction]:
+    def predict_samples(self, samples: Sequence[Sample], threshold: float | None = None) -> list[Prediction]:
         """The same for samples of a data set; the results are on the CPU."""
         for sample in samples:
-            if not all(phrase.strip() for phrase in sample.phrases):
-                raise DataError("the expression is empty: say what to look for")
+            if not sample.phrases or not all(phrase.strip() for phrase in sample.phrases):
+                raise DataError("there is no phrase, or an empty one: say what to look for")
         batch = self.collate(samples).to(self.model.device)
-        return [prediction.to("cpu") for prediction in self.model.predict(self.model(batch), batch)]
+        predictions = [prediction.to("cpu") for prediction in self.model.predict(self.model(batch), batch)]
+        return predictions if threshold is None else [above(prediction, threshold) for prediction in predictions]
+
+
+def above(prediction: Prediction, threshold: float) -> Prediction:
+    """The prediction without boxes that score lower than the threshold."""
+    kept = prediction.scores >= threshold  # [K]
+    return replace(
+        prediction,
+        boxes=prediction.boxes[kept],
+        scores=prediction.scores[kept],
+        phrase_ids=prediction.phrase_ids[kept],
+    )
 
 
 def best_device() -> str:
