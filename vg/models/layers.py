@@ -45,7 +45,7 @@ def sine_encoding(positions: Tensor, dim: int, temperature: float = 20.0, interl
     frequency = 2 * math.pi * temperature ** (-2 * steps / per_axis)
     angle = positions.unsqueeze(-1) * frequency  # [..., C, per_axis / 2]
     waves = (angle.sin(), angle.cos())
-    return (torch.stack(waves, dim=-1).flatten(-3) if interleaved else torch.cat(waves, dim=-1).flatten(-2))  # [..., dim]
+    return torch.stack(waves, dim=-1).flatten(-3) if interleaved else torch.cat(waves, dim=-1).flatten(-2)  # [..., dim]
 
 
 def rotary_encoding(positions: Tensor, head_width: int, temperature: float = 100.0) -> Tensor:

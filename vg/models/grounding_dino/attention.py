@@ -24,7 +24,7 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, Q, D], [B, K, D], [B, K, D] -> [B, Q, D]; mask: bool, broadcasts to [B, heads, Q, K], True = may attend."""
+        """[B, Q, D], [B, K, D], [B, K, D] -> [B, Q, D]; mask: bool, broadcasts to [B, heads, Q, K], True = attends."""
         query, key, value = (
             projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, Q or K, D / heads]
             for projection, x in ((self.query, query), (self.key, key), (self.value, value))
@@ -57,9 +57,7 @@ class DeformableAttention(nn.Module):
         nn.init.xavier_uniform_(self.value.weight)
         nn.init.xavier_uniform_(self.output.weight)
 
-    def forward(
-        self, query: Tensor, references: Tensor, memory: Tensor, shapes: Shapes, mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, query: Tensor, references: Tensor, memory: Tensor, shapes: Shapes, mask: Tensor | None) -> Tensor:
         """Look around the references.
 
         Args:
@@ -98,7 +96,7 @@ class FeedForward(MLP):
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth (Huang et al. 2016): a residual branch [B, ...] is left out, per sample, with this probability."""
+    """Stochastic depth (Huang et al. 2016): with this probability a sample of [B, ...] leaves a branch out."""
     if not training or rate == 0:
         return x
     kept = x.new_empty(len(x), *(1 for _ in x.shape[1:])).bernoulli_(1 - rate)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
+from vg.losses.config import LossConfig
 from vg.models.encoder_config import TextEncoderConfig
 from vg.types import Strict
 
@@ -33,7 +34,7 @@ class BackboneConfig(Strict):
 
 @dataclass
 class SwinConfig(BackboneConfig):
-    """Swin transformer (Liu et al. 2021). Swin-B: 128, [2, 2, 18, 2], [4, 8, 16, 32], 12; Swin-L: twice 96, window 12."""
+    """Swin transformer (Liu et al. 2021). Swin-B: 128, [2, 2, 18, 2], [4, 8, 16, 32], 12; Swin-L: 192."""
 
     name: Literal["swin"] = "swin"
     width: PositiveInt = 96
@@ -57,8 +58,12 @@ class SwinConfig(BackboneConfig):
             drop_path_rate=self.drop_path,
             out_features=[f"stage{stage}" for stage in self.stages],
         )
-        network = SwinBackbone.from_pretrained(self.id, config=settings) if self.id and pretrained else SwinBackbone(settings)
-        for module in network.modules():  # transformers has one more norm behind the last stage, whose output no one reads
+        network = (
+            SwinBackbone.from_pretrained(self.id, config=settings) if self.id and pretrained else SwinBackbone(settings)
+        )
+        for (
+            module
+        ) in network.modules():  # transformers has one more norm behind the last stage, whose output no one reads
             if isinstance(getattr(module, "layernorm", None), nn.LayerNorm):
                 module.layernorm = nn.Identity()
         return Backbone(network, [self.width * 2 ** (stage - 1) for stage in self.stages])
@@ -83,7 +88,11 @@ class ResNetConfig(BackboneConfig):
             hidden_sizes=self.widths,
             out_features=[f"stage{stage}" for stage in self.stages],
         )
-        network = ResNetBackbone.from_pretrained(self.id, config=settings) if self.id and pretrained else ResNetBackbone(settings)
+        network = (
+            ResNetBackbone.from_pretrained(self.id, config=settings)
+            if self.id and pretrained
+            else ResNetBackbone(settings)
+        )
         network.embedder.requires_grad_(False)
         network.encoder.stages[0].requires_grad_(False)
         return Backbone(network, [self.widths[stage - 1] for stage in self.stages])
@@ -102,8 +111,8 @@ class ImageConfig(Strict):
     longest: PositiveInt = 1333
     """Limit of the longer side."""
     mix_sizes: bool = False
-    """Images of different sizes share one pass of the backbone, as in all other implementations. Their padding leaks into
-    Swin's windows, group norms and query positions, so that results depend on the other images of a batch."""
+    """Images of different sizes share one pass of the backbone, as in all other implementations. Their padding leaks
+    into Swin's windows, group norms and query positions, so that results depend on the other images of a batch."""
 
 
 @dataclass
@@ -112,10 +121,24 @@ class ClassHeadConfig(Strict):
 
     similarity: Literal["dot", "cosine"] = "dot"
     scale: Literal["one", "width", "learned"] = "one"
-    """Factor of the similarity: 1 (official), 1/sqrt(width) (MM-Grounding-DINO) or exp of a learned number, which is the
-    inverse temperature of a cosine and which mmdetection adds when it fine-tunes official weights."""
+    """Factor of the similarity: 1 (official), 1/sqrt(width) (MM-Grounding-DINO) or exp of a learned number, which is
+    the inverse temperature of a cosine and which mmdetection adds when it fine-tunes official weights."""
     bias: bool = False
     """A learned number is added (MM-Grounding-DINO)."""
+
+
+@dataclass
+class DenoisingConfig(Strict):
+    """Further queries in training that restore boxes from noisy ones (contrastive denoising, DINO, Zhang et al. 2022)."""
+
+    num_queries: PositiveInt = 100
+    """How many positive queries one prompt has at most, and as many negative ones; never fewer than it has boxes."""
+    label_noise: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Half of this share of the queries is told a random phrase."""
+    box_noise: Annotated[float, Field(ge=0)] = 1.0
+    """Sides move by up to half this share of the width or height, those of negative queries by half to all of it."""
+    num_labels: PositiveInt = 256
+    """Numbers of phrases that are told apart."""
 
 
 @dataclass
@@ -174,7 +197,7 @@ class GroundingDinoConfig(Strict):
     shared_heads: bool = True
     """All decoder layers share their box and class heads (official); false: each has its own (MM-Grounding-DINO)."""
     fusion: Literal["bidirectional", "gated"] = "bidirectional"
-    """What a feature enhancer layer does with what it attended to in the other modality: add it, or mix it by a gate."""
+    """What a feature enhancer layer does with what it attended to: add it, or mix it in by a gate."""
     classes: ClassHeadConfig = field(default_factory=ClassHeadConfig)
 
     dropout: Share = 0.0
@@ -183,6 +206,9 @@ class GroundingDinoConfig(Strict):
     fusion_drop_path: Share = 0.1
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: about half of the memory, a third more time."""
+    denoising: DenoisingConfig | None = None
+    """null trains without; mmdetection always trains with it: `denoising: {}`."""
+    loss: LossConfig = field(default_factory=LossConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
 
     def __post_init__(self) -> None:
@@ -192,7 +218,9 @@ class GroundingDinoConfig(Strict):
                 f"({self.feedforward}); width must be a multiple of 32, for the group norms"
             )
         if self.levels < len(self.backbone.stages):
-            raise ValueError(f"{self.levels} levels are fewer than the {len(self.backbone.stages)} stages of the backbone")
+            raise ValueError(
+                f"{self.levels} levels are fewer than the {len(self.backbone.stages)} stages of the backbone"
+            )
 
     def build(self, pretrained: bool = True) -> GroundingDino:
         """Build the network.

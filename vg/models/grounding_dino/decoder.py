@@ -38,7 +38,7 @@ class DecoderLayer(nn.Module):
         text: TextFeatures,
         mask: Tensor | None,
     ) -> Tensor:
-        """[R, Q, D] -> [R, Q, D]; positions: [R, Q, D]; references: [R, Q, L or 1, 4]; mask: [Q, Q], True = may attend."""
+        """[R, Q, D] -> [R, Q, D]; positions [R, Q, D], references [R, Q, L or 1, 4], mask [Q, Q] (True = may attend)."""
         query = x + positions
         x = self.self_norm(x + self._drop(self.self_attention(query, query, x, mask)))
         text_mask = text.mask[:, None, None]  # [R, 1, 1, T]
@@ -86,7 +86,11 @@ class Decoder(nn.Module):
             by_level = self._by_level(reference, image)
             positions = self._positions(by_level[:, :, 0] if self.mix_sizes else reference)
             inputs = (x, positions, by_level, image, text, mask)
-            x = checkpoint(layer, *inputs, use_reentrant=False) if self.checkpointing and self.training else layer(*inputs)
+            x = (
+                checkpoint(layer, *inputs, use_reentrant=False)
+                if self.checkpointing and self.training
+                else layer(*inputs)
+            )
             if self.training or number == len(self.layers) - 1:
                 # The head reads the normalised query and adds to the box before, whose gradient it keeps ("look
                 # forward twice", DINO); the refinement for the next layer reads the query as it is.
@@ -101,7 +105,9 @@ class Decoder(nn.Module):
         """[R, Q, 4] -> [R, Q, D]; the axes are encoded in the order y, x, width, height."""
         order = reference[..., (1, 0, 2, 3)]
         return self.query_position(
-            sine_encoding(order, 2 * self.norm.normalized_shape[0], 10000.0, interleaved=True).to(self.norm.weight.dtype)
+            sine_encoding(order, 2 * self.norm.normalized_shape[0], 10000.0, interleaved=True).to(
+                self.norm.weight.dtype
+            )
         )
 
     @staticmethod

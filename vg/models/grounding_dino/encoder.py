@@ -14,7 +14,7 @@ from vg.models.grounding_dino.text import TextFeatures
 
 
 class FusionLayer(nn.Module):
-    """Bi-directional cross-attention: one table of similarities, read by rows for the image and by columns for the text.
+    """Bi-directional cross-attention: one table of similarities, read by rows for the image, by columns for the text.
 
     The published module projects all image tokens three times (query, value, output) to `feedforward / 2` channels.
     There are thousands of them and few text tokens, so these matrices are multiplied with the text first:
@@ -70,7 +70,9 @@ class FusionLayer(nn.Module):
         lowest = torch.finfo(scores.dtype).min / 2
 
         over_text = by_head(scores)  # [R, S, heads, T]
-        over_text = over_text + torch.zeros_like(text_mask, dtype=scores.dtype).masked_fill(~text_mask, lowest)[:, None, None]
+        over_text = (
+            over_text + torch.zeros_like(text_mask, dtype=scores.dtype).masked_fill(~text_mask, lowest)[:, None, None]
+        )
         over_text = F.dropout(over_text.softmax(dim=-1), self.dropout, self.training).flatten(2)
         outputs = torch.einsum("rthd,chd->rhtc", value, by_head(self.image_output.weight)).flatten(1, 2)
         for_image = torch.baddbmm(self.image_output.bias, over_text, outputs)  # [R, S, D]
@@ -79,12 +81,14 @@ class FusionLayer(nn.Module):
             scores = scores.masked_fill(~image_mask.unsqueeze(-1), lowest)
         over_image = F.dropout(scores.softmax(dim=1), self.dropout, self.training)  # [R, S, heads * T]
         seen = (over_image.mT @ image).unflatten(1, (self.heads, -1))  # [R, heads, T, D]
-        seen = torch.einsum("rhtc,hdc->rthd", seen, by_head(self.image_value.weight, 0)).flatten(2) + self.image_value.bias
+        seen = (
+            torch.einsum("rhtc,hdc->rthd", seen, by_head(self.image_value.weight, 0)).flatten(2) + self.image_value.bias
+        )
         return for_image, self.text_output(seen)
 
 
 class GatedFusionLayer(FusionLayer):
-    """The same attention, mixed in by a learned share: alpha * own + (1 - alpha) * attended, alpha in 0..1 per channel."""
+    """The same attention, mixed in by a learned share per channel: alpha * own + (1 - alpha) * attended."""
 
     def __init__(self, config: GroundingDinoConfig):
         super().__init__(config)

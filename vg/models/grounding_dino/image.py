@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from vg.models.grounding_dino.attention import Shapes
 from vg.models.layers import sine_encoding
@@ -37,8 +38,9 @@ class ImageFeatures(NamedTuple):
 
     def select(self, image_ids: Tensor) -> ImageFeatures:
         """The features of these images, [R] int64, one row for each."""
-        rows = (None if x is None else x[image_ids] for x in self[:5])
-        return ImageFeatures(*rows, self.shapes)  # type: ignore[arg-type]
+        tokens, positions, centers, sizes = (x[image_ids] for x in self[:4])
+        mask = None if self.mask is None else self.mask[image_ids]
+        return ImageFeatures(tokens, positions, centers, sizes, mask, self.shapes)
 
     @property
     def valid_ratios(self) -> Tensor:
@@ -50,7 +52,7 @@ class ImageFeatures(NamedTuple):
 class Backbone(nn.Module):
     """Images -> one feature map per chosen stage, [B, C, h, w] each."""
 
-    def __init__(self, network: nn.Module, channels: list[int]):
+    def __init__(self, network: PreTrainedModel, channels: list[int]):
         super().__init__()
         self.network = network
         self.channels = channels
@@ -58,10 +60,7 @@ class Backbone(nn.Module):
         for norm in self.batch_norms:  # statistics of ImageNet stay: batches of detection are too small for others
             norm.num_batches_tracked = None
             norm.requires_grad_(False)
-        own = [name for name, _ in (*network.named_parameters(), *network.named_buffers())]
-        self._names = {name: _name_in_files(name) for name in own}
-        network.register_state_dict_post_hook(self._rename_saved)
-        network.register_load_state_dict_pre_hook(self._rename_loaded)
+        _keep_names_of_files(network)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         return self.network(images).feature_maps
@@ -72,15 +71,24 @@ class Backbone(nn.Module):
             norm.eval()
         return self
 
-    def _rename_saved(self, module: nn.Module, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
-        for name, in_file in self._names.items():
+
+def _keep_names_of_files(network: nn.Module) -> None:
+    """Make the state dict of a network of transformers speak the names of its files, in both directions."""
+    own = [name for name, _ in (*network.named_parameters(), *network.named_buffers())]
+    names = {name: _name_in_files(name) for name in own}
+
+    def save(module: nn.Module, weights: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
+        for name, in_file in names.items():
             if prefix + name in weights:
                 weights[prefix + in_file] = weights.pop(prefix + name)
 
-    def _rename_loaded(self, module: nn.Module, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
-        for name, in_file in self._names.items():
+    def load(module: nn.Module, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        for name, in_file in names.items():
             if prefix + in_file in weights:
                 weights[prefix + name] = weights.pop(prefix + in_file)
+
+    network.register_state_dict_post_hook(save)
+    network.register_load_state_dict_pre_hook(load)
 
 
 def _name_in_files(name: str) -> str:
@@ -114,10 +122,10 @@ class Neck(nn.Module):
         return levels
 
     def place(self, levels: list[Tensor], inside: list[list[tuple[int, int]]]) -> ImageFeatures:
-        """[B, D, h, w] of each level, and how many (rows, columns) of them are image, not padding -> tokens in a row."""
+        """[B, D, h, w] of each level, and how many (rows, columns) of it each image fills -> tokens in a row."""
         shapes = tuple((x.shape[-2], x.shape[-1]) for x in levels)
         sizes = torch.tensor(inside, device=levels[0].device, dtype=torch.float32).flip(-1)  # [B, L, 2] as (x, y)
-        padded = any((rows, columns) != shape for image in inside for (rows, columns), shape in zip(image, shapes))
+        padded = any(tuple(image) != shapes for image in inside)
         positions, centers, masks = [], [], []
         for level, (rows, columns) in enumerate(shapes):
             x = torch.arange(columns, device=sizes.device).expand(len(sizes), -1)  # [B, columns]
@@ -130,7 +138,10 @@ class Neck(nn.Module):
             grid = (-1, rows, columns, -1)
             encoding = torch.cat((of_y.unsqueeze(2).expand(grid), of_x.unsqueeze(1).expand(grid)), dim=-1)
             positions.append((encoding + self.level_encoding[level]).flatten(1, 2))  # [B, h * w, D]
-            center = ((x + 0.5) / width).unsqueeze(1).expand(grid[:3]), ((y + 0.5) / height).unsqueeze(2).expand(grid[:3])
+            center = (
+                ((x + 0.5) / width).unsqueeze(1).expand(grid[:3]),
+                ((y + 0.5) / height).unsqueeze(2).expand(grid[:3]),
+            )
             centers.append(torch.stack(center, dim=-1).flatten(1, 2))  # [B, h * w, 2]
             masks.append(((x < width).unsqueeze(1) & (y < height).unsqueeze(2)).flatten(1))  # [B, h * w]
         return ImageFeatures(

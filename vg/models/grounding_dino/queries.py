@@ -98,7 +98,7 @@ class QuerySelection(nn.Module):
 
 
 def box_proposals(image: ImageFeatures) -> Tensor:
-    """A box around each token, before the sigmoid: 5 % of the image at the first level, twice as much at each further one.
+    """A box around each token, before the sigmoid: 5 % of the image at the first level, twice that at the next.
 
     Returns:
         [R, S, 4] cxcywh; infinite where the token is padding or its box comes within 1 % of an edge of 0..1.

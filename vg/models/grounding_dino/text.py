@@ -39,7 +39,9 @@ def phrase_blocks(token_ids: Tensor, delimiters: Tensor) -> tuple[Tensor, Tensor
     length = token_ids.shape[1]
     column = torch.arange(length, device=token_ids.device)
     is_delimiter = torch.isin(token_ids, delimiters)  # [R, T]
-    end = torch.where(is_delimiter, column, length).flip(1).cummin(dim=1).values.flip(1)  # the next delimiter, or itself
+    end = (
+        torch.where(is_delimiter, column, length).flip(1).cummin(dim=1).values.flip(1)
+    )  # the next delimiter, or itself
     before = torch.where(is_delimiter, column, -1).cummax(dim=1).values.roll(1, dims=1)
     before[:, :1] = -1  # [R, T] the last delimiter left of the token
     closed = (end > 0) & (end < length - 1)
