@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vg import boxes as box_ops
 
@@ -28,10 +29,37 @@ def token_cross_entropy(logits: Tensor, positive: Tensor) -> Tensor:
 
     Args:
         logits: [..., S]
-        positive: [..., S] bool, at least one True in each row.
+        positive: [..., S] bool.
 
     Returns:
-        [...]
+        [...], zero where no token is positive.
     """
     log_probability = torch.log_softmax(logits.float(), dim=-1)
-    return -(log_probability * positive).sum(dim=-1) / positive.sum(dim=-1)
+    return -(log_probability * positive).sum(dim=-1) / positive.sum(dim=-1).clamp(min=1)
+
+
+def focal(logits: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Binary cross-entropy that discounts what is classified well (Lin et al. 2017): [...], [...] bool -> [...]."""
+    margin = torch.where(positive, logits, -logits)  # log-odds of being right
+    discount = (gamma * F.logsigmoid(-margin)).exp()  # (1 - p)^gamma, with a gradient at p = 1 for every gamma
+    return -torch.where(positive, alpha, 1 - alpha) * discount * F.logsigmoid(margin)
+
+
+def alignment(queries: Tensor, text: Tensor, positive: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """Contrast (InfoNCE) of queries with all tokens of their prompt, and of tokens with all queries, as in MDETR.
+
+    Args:
+        queries: [R, Q, D], of any length: only their direction counts.
+        text: [R, T, D]
+        positive: [R, Q, T] bool, the tokens that name what a query shows.
+        mask: [R, T] bool, True = a real token.
+        temperature: cosines are divided by it.
+
+    Returns:
+        [R], half the sum over the queries that show something and the tokens that name something.
+    """
+    similarity = F.normalize(queries.float(), dim=-1) @ F.normalize(text.float(), dim=-1).mT / temperature  # [R, Q, T]
+    similarity = similarity.masked_fill(~mask.unsqueeze(1), torch.finfo(similarity.dtype).min)
+    from_queries = token_cross_entropy(similarity, positive)  # [R, Q]
+    from_tokens = token_cross_entropy(similarity.mT, positive.mT)  # [R, T]
+    return (from_queries.sum(dim=1) + from_tokens.sum(dim=1)) / 2

@@ -129,7 +129,7 @@ class ClassHeadConfig(Strict):
 
 @dataclass
 class DenoisingConfig(Strict):
-    """Further queries in training that restore boxes from noisy ones (contrastive denoising, DINO, Zhang et al. 2022)."""
+    """In training, further queries restore boxes from noisy ones (contrastive denoising, DINO, Zhang et al. 2022)."""
 
     num_queries: PositiveInt = 100
     """How many positive queries one prompt has at most, and as many negative ones; never fewer than it has boxes."""
