@@ -82,7 +82,7 @@ class Prompts:
         if token_id is None or token_id == self.tokenizer.unk_token_id:
             raise ConfigError(
                 f"the tokenizer {type(self.tokenizer).__name__} ({len(self.tokenizer)} tokens) lacks {token!r}; "
-                'prompts of many phrases need [CLS], [SEP], [PAD] and ".": set model.text.tokenizer to one that has them'
+                'prompts of many phrases need [CLS], [SEP], [PAD] and ".": set model.text.tokenizer to another'
             )
         return int(token_id)
 

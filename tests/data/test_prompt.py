@@ -1,0 +1,250 @@
+"""Prompts of many phrases: which tokens they have, which of these belong to which phrase, and what cannot be asked."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertTokenizer, PreTrainedTokenizerBase
+
+import vg
+from vg.data.prompt import Prompts
+from vg.data.source import DataError
+from vg.types import ConfigError, Sample, Text, TextSpec
+
+DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
+GOLDEN = DATA / "golden_official"
+VOCABULARY = Path(vg.__file__).parent / "models" / "small_vocabulary.txt"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return BertTokenizer(vocab=str(VOCABULARY))
+
+
+def golden(name: str) -> Any:
+    if not GOLDEN.exists():
+        pytest.skip("the recorded values of the official implementation are not beside the repository")
+    return json.loads((GOLDEN / name).read_text())
+
+
+def golden_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    if not path.exists():
+        pytest.skip(f"no {path.name} beside the repository")
+    return BertTokenizer(vocab=str(path))
+
+
+def sample(*phrases: str, boxes_of: tuple[int, ...] = (), name: str = "a") -> Sample:
+    boxes = np.tile(np.array([0, 0, 4, 4], np.float32), (len(boxes_of), 1))
+    return Sample(name, np.zeros((8, 8, 3), np.uint8), phrases, boxes, np.array(boxes_of, np.int64))
+
+
+def prompts(
+    tokenizer: PreTrainedTokenizerBase, *samples: Sample, max_tokens: int = 256, one_prompt: bool = False
+) -> Text:
+    return Prompts(TextSpec(tokenizer, max_tokens, "."), one_prompt)(samples)
+
+
+def words(tokenizer: PreTrainedTokenizerBase, text: Text, row: int = 0) -> str:
+    return " ".join(tokenizer.convert_ids_to_tokens(text.token_ids[row, text.mask[row]].tolist()))
+
+
+def words_of_phrases(tokenizer: PreTrainedTokenizerBase, text: Text, row: int = 0) -> list[str]:
+    return [" ".join(tokenizer.convert_ids_to_tokens(text.token_ids[row, m].tolist())) for m in text.phrase_tokens[row]]
+
+
+def test_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+    text = prompts(tokenizer, sample("red circle", "dog"), sample("the big blue square", name="b"))
+    assert words(tokenizer, text, 0) in ("[CLS] red circle . dog . [SEP]", "[CLS] dog . red circle . [SEP]")
+    assert words(tokenizer, text, 1) == "[CLS] the big blue square . [SEP]"
+    assert words_of_phrases(tokenizer, text, 0) == ["red circle", "dog"]
+    assert words_of_phrases(tokenizer, text, 1) == ["the big blue square", ""], "P is that of the other image"
+    assert text.token_ids.shape == text.mask.shape == (2, 7)
+    assert text.phrase_tokens.shape == (2, 2, 7)
+    assert text.image_ids.tolist() == [0, 1]
+    assert [part.dtype for part in text] == [torch.int64, torch.bool, torch.bool, torch.int64]
+    assert (text.token_ids[~text.mask] == tokenizer.pad_token_id).all()
+
+
+@pytest.mark.parametrize(
+    "phrases",
+    [
+        ("dog", "hot dog"),
+        ("hot dog", "dog"),
+        ("carrot", "car"),
+        ("bear", "teddy bear"),
+        ("woman", "man", "a man"),
+        ("Dog", "DOG", "dog"),
+    ],
+)
+def test_every_phrase_keeps_its_own_tokens(tokenizer: PreTrainedTokenizerBase, phrases: tuple[str, ...]) -> None:
+    text = prompts(tokenizer, sample(*phrases))
+    assert words_of_phrases(tokenizer, text) == [phrase.lower().replace("hot", "h ##o ##t") for phrase in phrases]
+    assert text.phrase_tokens.sum(dim=1).max() == 1, "no token belongs to two phrases"
+
+
+def test_the_order_of_asking_makes_no_difference(tokenizer: PreTrainedTokenizerBase) -> None:
+    phrases = ("dog", "red circle", "car", "blue cup")
+    first = prompts(tokenizer, sample(*phrases), max_tokens=8)
+    assert len(first.token_ids) == 2, "also when there are several prompts"
+    for order in itertools.permutations(range(4)):
+        text = prompts(tokenizer, sample(*(phrases[i] for i in order)), max_tokens=8)
+        assert torch.equal(text.token_ids, first.token_ids)
+        assert torch.equal(text.phrase_tokens, first.phrase_tokens[:, list(order)])
+
+
+@pytest.mark.parametrize(
+    ("phrase", "prompt", "tokens"),
+    [
+        ("  dog  ", "dog .", "dog"),
+        ("dog.", "dog .", "dog"),
+        ("dog . . \n", "dog .", "dog"),
+        ("is it red? yes. dog", "is it red ? y ##e ##s . dog .", "is it red y ##e ##s dog"),
+        ("is it red?", "is it red ? .", "is it red"),
+        (". dog", ". dog .", "dog"),
+        ("red [SEP] [PAD] dog", "red [UNK] s ##e ##p [UNK] [UNK] p ##a ##d [UNK] dog .", None),
+        ("日本", "[UNK] [UNK] .", "[UNK] [UNK]"),
+    ],
+)
+def test_full_stops_and_what_looks_like_a_special_token(
+    tokenizer: PreTrainedTokenizerBase, phrase: str, prompt: str, tokens: str | None
+) -> None:
+    text = prompts(tokenizer, sample(phrase))
+    assert words(tokenizer, text) == f"[CLS] {prompt} [SEP]"
+    assert words_of_phrases(tokenizer, text) == [tokens or prompt.removesuffix(" .")]
+
+
+def test_what_does_not_fit_goes_into_further_prompts(tokenizer: PreTrainedTokenizerBase) -> None:
+    many = sample("dog", "red circle", "car", "blue cup", "cat")  # 1 + 2 + 1 + 2 + 1 tokens, and 5 full stops
+    text = prompts(tokenizer, sample("star"), many, sample("man", name="c"), max_tokens=9)
+    assert text.image_ids.tolist() == [0, 1, 1, 2]
+    assert text.mask.sum(dim=1).tolist() == [4, 9, 7, 4]
+    phrase_tokens = text.phrase_tokens[1:3]  # [R, P, T] of that image
+    assert phrase_tokens.any(dim=2).sum(dim=0).tolist() == [1] * 5, "each phrase is in one prompt"
+    assert phrase_tokens.sum(dim=(0, 2)).tolist() == [1, 2, 1, 2, 1]
+    one = prompts(tokenizer, many, max_tokens=14)
+    assert one.mask.sum().item() == 14, "12 tokens, [CLS] and [SEP] fit exactly"
+    assert len(prompts(tokenizer, many, max_tokens=13).token_ids) == 2
+
+
+def test_one_prompt_prefers_phrases_with_boxes(tokenizer: PreTrainedTokenizerBase) -> None:
+    phrases = ("dog", "red circle", "car", "big blue cup", "cat")
+    text = prompts(tokenizer, sample(*phrases, boxes_of=(4, 1, 4)), max_tokens=9, one_prompt=True)
+    assert words_of_phrases(tokenizer, text) == ["dog", "red circle", "", "", "cat"], "then the others in their order"
+    text = prompts(tokenizer, sample(*phrases, boxes_of=(3, 4)), max_tokens=6, one_prompt=True)
+    assert words_of_phrases(tokenizer, text) == ["", "", "", "big blue cup", ""], "nothing else fits"
+    assert text.image_ids.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("phrases", "message"),
+    [
+        ((), r"val/3 has no phrases"),
+        (("dog", "!?"), r"val/3: the phrase '!\?' has no letter or digit"),
+        (("...",), "no letter or digit"),
+        (("",), "no letter or digit"),
+        (("dog", "the red circle left of the blue cup"), r"val/3: a phrase has 8 .* 8 holds 5 .*max_tokens.*'the red"),
+    ],
+)
+@pytest.mark.parametrize("one_prompt", [False, True])
+def test_what_cannot_be_asked(
+    tokenizer: PreTrainedTokenizerBase, phrases: tuple[str, ...], message: str, one_prompt: bool
+) -> None:
+    build = Prompts(TextSpec(tokenizer, 8, "."), one_prompt)
+    for _ in range(2):  # a phrase is not forgiven because it is known
+        with pytest.raises(DataError, match=message):
+            build([sample("cat"), sample(*phrases, name="val/3")])
+
+
+def test_the_longest_phrase_that_fits(tokenizer: PreTrainedTokenizerBase) -> None:
+    text = prompts(tokenizer, sample("red circle left of dog"), max_tokens=8)
+    assert words(tokenizer, text) == "[CLS] red circle left of dog . [SEP]"
+
+
+@pytest.mark.parametrize("missing", [".", "[SEP]"])
+def test_a_tokenizer_without_the_tokens_of_a_prompt(tmp_path: Path, missing: str) -> None:
+    lines = [word for word in VOCABULARY.read_text().split() if word != missing]
+    (tmp_path / "vocab.txt").write_text("\n".join(lines))
+    tokenizer = BertTokenizer(vocab=str(tmp_path / "vocab.txt"))
+    if missing == "[SEP]":
+        tokenizer.sep_token = None
+    with pytest.raises(ConfigError, match=r"BertTokenizer .*lacks .*model\.text\.tokenizer"):
+        Prompts(TextSpec(tokenizer, 8, "."), one_prompt=False)
+
+
+def test_a_phrase_is_tokenised_once_and_workers_can_have_it(tokenizer: PreTrainedTokenizerBase) -> None:
+    build = Prompts(TextSpec(tokenizer, 64, "."), one_prompt=False)
+    first = build([sample("dog", "cat")])
+    copy = pickle.loads(pickle.dumps(build))
+    for each in (build, copy):
+        each.tokenizer = None  # type: ignore[assignment]
+        assert torch.equal(each([sample("dog", "cat", "dog")]).token_ids[:, :3], first.token_ids[:, :3])
+
+
+def test_the_cache_does_not_grow_for_ever(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vg.data.prompt._CACHE_SIZE", 3)
+    build = Prompts(TextSpec(tokenizer, 64, "."), one_prompt=False)
+    for count in range(9):
+        text = build([sample("dog", f"{count} dog", f"dog {count}")])
+        assert words_of_phrases(tokenizer, text) == ["dog", f"{count} dog", f"dog {count}"]
+    assert len(build._known) <= 3 + 3
+
+
+def test_the_80_classes_of_coco_as_the_official_prompt() -> None:
+    official = golden("coco80_prompt.json")
+    tokenizer = golden_tokenizer(DATA / "weights" / "bert-base-uncased-vocab.txt")
+    names = list(official["positive_token_indices"])
+    text = prompts(tokenizer, sample(*names))
+    assert text.token_ids.shape == (1, 195)
+    assert_same_phrases(text, names, official["input_ids"], official["positive_token_indices"])
+
+
+def test_the_spans_of_the_official_implementation() -> None:
+    tokenizer = golden_tokenizer(GOLDEN / "tokenizer" / "vocab.txt")
+    for case in golden("positive_maps.json")["cases"]:
+        names = list(case["span_based_map"])
+        text = prompts(tokenizer, sample(*names))
+        token_ids = tokenizer.convert_tokens_to_ids(case["tokens"])
+        assert_same_phrases(text, names, token_ids, case["span_based_map"])
+
+
+def assert_same_phrases(text: Text, names: list[str], token_ids: list[int], spans: dict[str, list[int]]) -> None:
+    """Each phrase has the tokens of the official prompt, whose order is another one."""
+    assert sorted(text.token_ids[0].tolist()) == sorted(token_ids)
+    for name, tokens in zip(names, text.phrase_tokens[0], strict=True):
+        assert text.token_ids[0, tokens].tolist() == [token_ids[place] for place in spans[name]], name
+        after = tokens.nonzero().max() + 1
+        assert text.token_ids[0, after] == token_ids[spans[name][-1] + 1], "its full stop follows"
+
+
+@pytest.mark.parametrize(
+    ("caption", "row"), [("a cat", 0), ("is it a dog ? yes . cat", 1), (". cat", 0), ("cat . . dog", 0)]
+)
+def test_a_single_phrase_has_the_official_token_ids(caption: str, row: int) -> None:
+    tokenizer = golden_tokenizer(GOLDEN / "tokenizer" / "vocab.txt")
+    cases = golden("text_masks.json")["cases"]
+    case = next(case for case in cases if case["captions"][row : row + 1] in ([caption], [f"{caption} ."]))
+    official = [token_id for token_id in case["input_ids"][row] if token_id]
+    text = prompts(tokenizer, sample(caption))
+    assert text.token_ids[0].tolist() == (official if official[-2] == 1012 else [*official[:-1], 1012, official[-1]])
+    if "phrase_token_masks" in case:
+        closed = max(i for i, token_id in enumerate(official) if token_id in (1012, 1029))  # what follows is no phrase
+        of_any_phrase = np.any(case["phrase_token_masks"][row], axis=0)[:closed]
+        np.testing.assert_array_equal(text.phrase_tokens[0, 0, :closed].numpy(), of_any_phrase)
+
+
+@pytest.mark.parametrize(
+    "phrases", [("a", "b"), ("a cat", "a remote control"), ("it's", "u.s. flag", "t-shirt", "1.5 l")]
+)
+def test_joined_pieces_are_the_tokens_of_the_joined_text(
+    tokenizer: PreTrainedTokenizerBase, phrases: tuple[str, ...]
+) -> None:
+    text = prompts(tokenizer, sample(*phrases))
+    order = text.phrase_tokens[0].int().argmax(dim=1).argsort().tolist()  # as they are laid out
+    assert text.token_ids[0].tolist() == tokenizer("".join(f"{phrases[i]}. " for i in order))["input_ids"]
