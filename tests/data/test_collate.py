@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from transformers import BertTokenizer
 import vg
 from vg.data.collate import Collator
 from vg.data.source import DataError
-from vg.types import Sample, StretchedImage, TextSpec
+from vg.types import FittedImage, Sample, StretchedImage, TextSpec
 
+CATS = Path(__file__).parents[2] / ".." / "shared" / "data" / "hf_coco_sample"
 SPEC = StretchedImage(height=16, width=24)
 
 
@@ -88,6 +91,101 @@ def test_an_expression_that_is_too_long_is_named(text: TextSpec) -> None:
 def test_one_expression_for_each_picture(text: TextSpec, phrases: tuple[str, ...]) -> None:
     with pytest.raises(DataError, match=rf"b has {len(phrases)} phrases, this model takes one expression"):
         Collator(SPEC, text)([make(), replace(make("b"), phrases=phrases)])
+
+
+def test_smaller_images_are_padded_right_and_below(text: TextSpec) -> None:
+    samples = [make("wide", 30, 60), make("high", 60, 30), make("small", 20, 20)]
+    batch = Collator(FittedImage(20, 100), text)(samples)
+    assert batch.images.shape == (3, 3, 40, 40)
+    assert batch.sizes == ((20, 40), (40, 20), (20, 20))
+    for sample, image, (height, width), target in zip(samples, batch.images, batch.sizes, batch.targets, strict=True):
+        alone = Collator(FittedImage(20, 100), text)([sample]).images[0]
+        assert torch.equal(image[:, :height, :width], alone), "normalised as if it were alone"
+        assert alone.count_nonzero() == alone.numel()
+        assert image.count_nonzero() == alone.numel(), "the rest is zero after normalisation"
+        torch.testing.assert_close(target.boxes, torch.tensor([[0.125, 0.75, 0.25, 0.5]]))
+        assert target.size == sample.image.shape[:2]
+
+
+@pytest.mark.skipif(not CATS.exists(), reason="the picture of the cats is not beside the repository")
+def test_the_cats_as_the_official_preprocessing_has_them(text: TextSpec) -> None:
+    """And a padded companion; boxes stay relative to the image, where transformers divides by the padded size."""
+    with Image.open(CATS / "000000039769.png") as picture:
+        picture = picture.convert("RGB")
+        pixels, square = np.array(picture), np.array(picture.resize((800, 800)))
+    annotations = json.loads((CATS / "coco_annotations.json").read_text())["annotations"]
+    left_top, size = np.split(np.array([annotation["bbox"] for annotation in annotations], np.float32), 2, axis=1)
+    boxes = np.concatenate((left_top, left_top + size), axis=1)  # [N, 4] xyxy
+    sample = Sample("39769", pixels, ("cat",), boxes, np.zeros(len(boxes), np.int64))
+    batch = Collator(FittedImage(800, 1333), text)([sample, replace(make(), image=square)])
+    assert batch.images.shape == (2, 3, 800, 1066)
+    assert batch.sizes == ((800, 1066), (800, 800))
+    np.testing.assert_allclose(batch.images[0, 0, 0, :3], [0.2796, 0.3138, 0.3481], atol=1e-4)
+    assert batch.images[1, :, :, 800:].count_nonzero() == 0
+    assert batch.images[1, :, :, 799].count_nonzero() > 0
+    expected = [
+        [0.5503, 0.2765, 0.0604, 0.2215],
+        [0.1695, 0.2016, 0.2080, 0.0940],
+        [0.5006, 0.4933, 0.9977, 0.9865],
+        [0.5008, 0.5002, 0.9983, 0.9955],
+        [0.2627, 0.5456, 0.4707, 0.8646],
+        [0.7715, 0.4115, 0.4570, 0.7161],
+    ]
+    np.testing.assert_allclose(batch.targets[0].boxes, expected, atol=1e-4)
+    assert batch.targets[0].size == (480, 640)
+
+
+def many(name: str = "many") -> Sample:
+    """Three phrases; two boxes show the second, one shows the first and one the third."""
+    boxes = np.array([[0, 0, 8, 8], [0, 0, 16, 16], [0, 0, 32, 32], [0, 0, 48, 48]], np.float32)
+    return replace(
+        make(name),
+        phrases=("red circle", "dog", "big blue square"),
+        boxes=boxes,
+        phrase_ids=np.array([0, 1, 1, 2]),
+        crowd=np.array([True, False, True, False]),
+        areas=np.arange(4, dtype=np.float32),
+    )
+
+
+def test_many_phrases(text: TextSpec) -> None:
+    """What one prompt cannot hold goes into further ones, and nothing is lost."""
+    batch = Collator(SPEC, replace(text, phrase_end="."))([many(), make()])
+    assert batch.text.image_ids.tolist() == [0, 0, 0, 1], "of six tokens each"
+    assert batch.text.phrase_tokens[:3].sum(dim=(0, 2)).tolist() == [2, 1, 3]
+    target = batch.targets[0]
+    assert (target.phrases, target.phrase_ids.tolist()) == (many().phrases, [0, 1, 1, 2])
+    assert target.crowd is not None
+    assert target.areas is not None
+    assert (target.crowd.tolist(), target.areas.tolist()) == ([True, False, True, False], [0, 1, 2, 3])
+    assert batch.targets[1].crowd is batch.targets[1].areas is None
+
+
+def test_one_prompt_leaves_out_boxes_and_says_so_once(text: TextSpec, caplog: pytest.LogCaptureFixture) -> None:
+    collate = Collator(SPEC, replace(text, phrase_end=".", max_tokens=7), one_prompt=True)
+    with caplog.at_level(logging.WARNING):
+        collate([make(), make("b", phrase="dog")])
+        assert not caplog.records, "all found a place"
+        batch = collate([make(), many("train/7")])
+        collate([many()])
+    assert batch.text.image_ids.tolist() == [0, 1]
+    target = batch.targets[1]
+    assert target.phrases == many().phrases, "they keep their numbers"
+    assert target.phrase_ids.tolist() == [0, 1, 1]
+    torch.testing.assert_close(target.boxes[:, 2] * 64, torch.tensor([8.0, 16.0, 32.0]))
+    assert target.crowd is not None
+    assert target.areas is not None
+    assert (target.crowd.tolist(), target.areas.tolist()) == ([True, False, True], [0, 1, 2])
+    (record,) = caplog.records
+    assert "train/7: 1 of 4 boxes are left out" in record.getMessage()
+    assert "max_tokens" in record.getMessage()
+
+
+def test_a_sample_without_boxes(text: TextSpec) -> None:
+    sample = replace(make(), boxes=np.zeros((0, 4), np.float32), phrase_ids=np.zeros(0, np.int64))
+    for one_prompt in (False, True):
+        target = Collator(SPEC, replace(text, phrase_end="."), one_prompt)([sample]).targets[0]
+        assert (target.boxes.shape, target.phrase_ids.shape) == ((0, 4), (0,))
 
 
 def test_a_batch_moves_as_a_whole(text: TextSpec) -> None:
