@@ -1,4 +1,4 @@
-"""Asking a trained model: pictures in all forms, crops, the command line and the notebook."""
+"""Asking a model: pictures in all forms, one phrase or many, crops, the command line and the notebook."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 import numpy as np
 import pytest
+import torch
 from nbclient import NotebookClient
 from PIL import Image
+from transformers import BertTokenizer
 
 import vg
 from vg.__main__ import main
@@ -23,6 +26,8 @@ from vg.checkpoint import CheckpointError
 from vg.data.shapes import ShapesConfig
 from vg.data.source import DataError
 from vg.inference.grounder import to_array
+from vg.models.base import GroundingModel
+from vg.types import Batch, FittedImage, Prediction, TextSpec
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,9 +133,83 @@ def test_a_batch_gives_what_single_pictures_give(grounder: vg.Grounder) -> None:
         np.testing.assert_allclose(single.boxes, batched.boxes, atol=1e-2)
 
 
-def test_an_empty_expression(grounder: vg.Grounder) -> None:
-    with pytest.raises(DataError, match="empty"):
-        grounder.predict(scene(), "  ")
+@pytest.mark.parametrize("phrases", ["  ", "", [], ["red circle", ""]])
+def test_nothing_to_look_for(grounder: vg.Grounder, phrases: str | list[str]) -> None:
+    with pytest.raises(DataError, match="no phrase, or an empty one"):
+        grounder.predict(scene(), phrases)
+
+
+def test_a_threshold_leaves_out_lower_scores(grounder: vg.Grounder) -> None:
+    everything = grounder.predict(scene(), "red circle")
+    assert len(everything.boxes) == 5
+    limit = everything.scores[1].item()
+    best = grounder.predict(scene(), "red circle", threshold=limit)
+    assert best.scores.tolist() == everything.scores[:2].tolist(), "the threshold itself is high enough"
+    assert best.boxes.tolist() == everything.boxes[:2].tolist()
+    assert len(best.phrase_ids) == 2
+    assert len(grounder.predict(scene(), "red circle", threshold=1.0).boxes) == 0
+    with pytest.raises(DataError, match=r"nothing found for 'red circle': no box reaches the threshold 1\.0"):
+        vg.predict_and_crop(scene(), "red circle", grounder, threshold=1.0)
+
+
+class Answer(NamedTuple):
+    batch: Batch
+
+
+class Echo(GroundingModel):
+    """A model of many phrases that answers without looking: one box for each phrase it was asked."""
+
+    text_spec = TextSpec(BertTokenizer(vocab=str(Path(vg.__file__).parent / "models/small_vocabulary.txt")), 8, ".")
+    image_spec = FittedImage(32, 48)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def load_tokenizer(self, folder: str) -> None: ...
+
+    def forward(self, batch: Batch) -> Answer:
+        return Answer(batch)
+
+    def loss(self, output: Answer, batch: Batch) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def predict(self, output: Answer, batch: Batch) -> list[Prediction]:
+        asked = output.batch.text.phrase_tokens.any(dim=2)  # [R, P]
+        predictions = []
+        for i, target in enumerate(batch.targets):
+            phrase_ids = asked[batch.text.image_ids == i].any(dim=0).nonzero().squeeze(1)
+            boxes, scores = torch.tensor([[0.0, 0, 4, 4]]).expand(len(phrase_ids), 4), 1 / (1 + phrase_ids.float())
+            predictions.append(Prediction(target.id, boxes, scores, phrase_ids, target.phrases))
+        return predictions
+
+
+def test_many_phrases_come_back_as_the_caller_spelled_them() -> None:
+    phrases = ["  Dog.", "red CIRCLE", "dog", "a blue cup", "car?"]
+    grounder = vg.Grounder(Echo(), device="cpu")
+    prediction = grounder.predict(scene(), phrases)
+    assert prediction.phrases == tuple(phrases)
+    assert prediction.phrase_ids.tolist() == [0, 1, 2, 3, 4], "also those of further prompts"
+    assert grounder.predict(scene(), phrases, threshold=0.4).phrase_ids.tolist() == [0, 1]
+
+
+def test_each_image_of_a_batch_has_phrases_of_its_own() -> None:
+    pixels = scene()
+    first, second = vg.Grounder(Echo(), device="cpu").predict_batch([pixels, pixels[:40]], ["dog", ["car", "red cup"]])
+    assert (first.phrases, second.phrases) == (("dog",), ("car", "red cup"))
+    assert (len(first.boxes), len(second.boxes)) == (1, 2)
+    with pytest.raises(ValueError, match="shorter"):
+        vg.Grounder(Echo(), device="cpu").predict_batch([pixels, pixels], ["dog"])
+
+
+def test_what_cannot_be_asked_is_named() -> None:
+    with pytest.raises(DataError, match=r"'\?!' has no letter or digit"):
+        vg.Grounder(Echo(), device="cpu").predict(scene(), ["dog", "?!"])
+
+
+def test_one_expression_at_a_time(grounder: vg.Grounder) -> None:
+    with pytest.raises(DataError, match="2 phrases, this model takes one expression"):
+        grounder.predict(scene(), ["red circle", "blue square"])
 
 
 def test_load_model(run: Path) -> None:

@@ -38,10 +38,8 @@ def predict_and_crop(
     pixels = to_array(image)
     prediction = grounder.predict(pixels, prompt, threshold)
     if not len(prediction.boxes):
-        limit = "that of the model" if threshold is None else threshold
-        raise DataError(
-            f"nothing found for {prompt!r}: no box reaches the threshold ({limit}); lower it or ask otherwise"
-        )
+        limit = "the threshold of the model" if threshold is None else f"the threshold {threshold}"
+        raise DataError(f"nothing found for {prompt!r}: no box reaches {limit}; lower it or ask otherwise")
     box = prediction.boxes[0].tolist()
     height, width = pixels.shape[:2]
     left, top = min(int(box[0]), width - 1), min(int(box[1]), height - 1)
