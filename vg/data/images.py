@@ -7,11 +7,13 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from vg.data.source import BadSampleError
 
-_FOLDERS = ("", "train2014", "train2017", "images")  # below the image root; train2017 holds the pictures of train2014
+_FOLDERS = ("", "train2014", "train2017", "val2014", "val2017", "images")  # those of 2017 hold the pictures of 2014
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_COCO = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})(?:_\d+)?")  # RefCOCO adds the number of an annotation
 
 
 def find_image(name: str, root: Path) -> Path:
@@ -24,7 +26,7 @@ def find_image(name: str, root: Path) -> Path:
     """
     names = [Path(name).name]
     if number := re.search(r"\d{12}", names[0]):
-        names += [f"COCO_train2014_{number[0]}.jpg", f"{number[0]}.jpg"]
+        names += [f"COCO_train2014_{number[0]}.jpg", f"COCO_val2014_{number[0]}.jpg", f"{number[0]}.jpg"]
     candidates = [root / name, *(root / folder / each for folder in _FOLDERS for each in names)]
     for candidate in candidates:
         if candidate.is_file():
@@ -36,12 +38,41 @@ def find_image(name: str, root: Path) -> Path:
     )
 
 
-def read_image(source: Path | bytes | Image.Image, name: str) -> np.ndarray:
-    """Decode a picture -> [H, W, 3] uint8, RGB, exactly as stored.
+def list_images(folder: Path) -> list[str]:
+    """The pictures in a folder and in those below it, relative to it, sorted."""
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
+    return sorted(str(file.relative_to(folder)) for file in files)
 
-    An EXIF orientation is ignored: COCO boxes refer to the pixels as stored.
+
+def image_key(name: str, root: Path | None = None) -> str:
+    """The same for every file of one picture: COCO's number, whatever the year of its name, else the path.
 
     Args:
+        root: the folder that `name` is below, for pictures that have no such number.
+    """
+    if number := _COCO.fullmatch(Path(name).stem):
+        return f"coco/{int(number[1])}"
+    try:
+        return str(find_image(name, root).resolve()) if root else name
+    except BadSampleError:
+        return name
+
+
+def image_size(file: Path, upright: bool = False) -> tuple[int, int]:
+    """(height, width) in pixels as `read_image` would give it, from the head of the file; BadSampleError as there."""
+    try:
+        with Image.open(file) as image:
+            turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception as error:  # as in read_image
+        raise BadSampleError(f"image {file} cannot be read ({error}); replace the file by an intact copy") from error
+
+
+def read_image(source: Path | bytes | Image.Image, name: str, upright: bool = False) -> np.ndarray:
+    """Decode a picture -> [H, W, 3] uint8, RGB.
+
+    Args:
+        upright: turn it as its EXIF orientation says. COCO boxes refer to the pixels as stored.
         source: a file, the bytes of one, or a picture already opened.
         name: what the error calls it.
 
@@ -52,6 +83,6 @@ def read_image(source: Path | bytes | Image.Image, name: str) -> np.ndarray:
         if isinstance(source, Image.Image):
             return np.array(source.convert("RGB"))
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return np.array(image.convert("RGB"))
+            return np.array((ImageOps.exif_transpose(image) if upright else image).convert("RGB"))
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ... alike
         raise BadSampleError(f"image {name} cannot be read ({error}); replace the file by an intact copy") from error
