@@ -65,6 +65,7 @@ def test_figures_worked_out_by_hand() -> None:
     assert results["miou"] == pytest.approx((1 + 0.5 + 0 + 0) / 4)
     assert results["acc@0.5"] == 0.5, "an IoU of exactly 0.5 counts"
     assert results["acc@0.75"] == results["acc@0.9"] == 0.25
+    assert results["recall@1"] == results["recall@5"] == results["recall@10"] == 0.5
     assert results["num_expressions"] == 4
     assert results["easy/acc@0.9"] == 1
     assert results["easy/map@75"] == pytest.approx(1)
@@ -75,10 +76,22 @@ def test_figures_worked_out_by_hand() -> None:
     # at IoU 0.75: hit, wrong, hit, wrong; precision 1 up to recall 0.25 (26 of 101), then 2/3 up to 0.5 (25 of 101)
     assert results["map@75"] == pytest.approx((26 + 25 * 2 / 3) / 101)
     assert set(results) == {
-        f"{prefix}{name}"
-        for prefix in ("", "easy/", "hard/")
-        for name in ("miou", "acc@0.5", "acc@0.75", "acc@0.9", "map@50", "map@75", "num_expressions")
+        f"{prefix}{name}" for prefix in ("", "easy/", "hard/") for name in (*RecMetric.numbers[:9], "num_expressions")
     }
+
+
+def test_recall_looks_at_so_many_best_boxes() -> None:
+    box, wrong = [0, 0, 100, 100], [200, 200, 300, 300]
+    scores = [1 - place / 20 for place in range(11)]
+    answers = [
+        expression(f"{place}", box, [*[wrong] * place, box, *[wrong] * (10 - place)], scores)
+        for place in (0, 1, 4, 5, 10)
+    ]
+    results = judge([*answers, expression("none", box, [], [])])
+    assert results["recall@1"] == results["acc@0.5"] == pytest.approx(1 / 6)
+    assert (results["recall@5"], results["recall@10"]) == (pytest.approx(3 / 6), pytest.approx(4 / 6))
+    half = expression("half", box, [wrong, [0, 0, 100, 50]], [0.9, 0.8])
+    assert judge([half])["recall@5"] == 1, "an IoU of exactly 0.5 counts"
 
 
 def test_average_precision_is_that_of_pycocotools_on_json_files(tmp_path: Path) -> None:
@@ -200,6 +213,29 @@ def test_a_whole_benchmark_takes_seconds() -> None:
     assert time.monotonic() - start < 60
 
 
+def nothing_named(name: str, scores: list[float], kind: str = "") -> tuple[Prediction, Target]:
+    """An expression that names nothing in its picture."""
+    prediction, target = expression(name, [0, 0, 9, 9], [[0, 0, 9, 9]] * len(scores), scores, kind)
+    return prediction, Target(name, SIZE, target.phrases, torch.zeros(0, 4), torch.zeros(0).long(), kind)
+
+
+def test_expressions_that_name_nothing_are_told_by_their_score() -> None:
+    answers = random_expressions(20)
+    absent = [nothing_named(f"absent/{row}", [], "absent") for row in range(3)]
+    results = judge([*answers, *absent, nothing_named("absent/3", [0.8, 0.1])])
+    without = judge(answers)
+    assert {name: results[name] for name in without} == without, "these are about expressions that name something"
+    assert (results["num_expressions"], results["num_absent"]) == (20, 4)
+    assert (results["n_acc"], results["absent/n_acc"], results["absent/num_absent"]) == (0.75, 1, 3)
+    assert not {"absent/miou", "absent/auc", "colour/auc"} & results.keys()
+    top = [float(prediction.scores[0]) if len(prediction.boxes) else 0.0 for prediction, _ in answers]
+    assert results["t_acc"] == sum(score >= 0.5 for score in top) / 20
+    wins = [(score > other) + (score == other) / 2 for score in top for other in (0, 0, 0, 0.8)]
+    assert results["auc"] == pytest.approx(sum(wins) / 80)
+    assert judge([*absent, *answers[::-1], *absent, nothing_named("absent/3", [0.8, 0.1])], batch_size=2) == results
+    assert judge(absent).keys() == {"n_acc", "num_absent", "absent/n_acc", "absent/num_absent"}
+
+
 def judge_in_process(rank: int, shares: list[list[list[tuple[Prediction, Target]]]], folder: str) -> None:
     """Rank `rank` of two: judges its share of each division, one expression per update."""
     store = f"file://{folder}/store"
@@ -216,6 +252,7 @@ def judge_in_process(rank: int, shares: list[list[list[tuple[Prediction, Target]
 
 def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     answers = random_expressions(11)
+    absent = [nothing_named(f"{row}", [row / 4]) for row in range(4)]
     unanswered = [expression("a", [0, 0, 9, 9], [], []), expression("b", [0, 0, 9, 9], [], [])]
     shares = [
         [answers[0::2], answers[1::2] + answers[:1]],  # as a distributed sampler deals, the last batch padded
@@ -223,9 +260,10 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
         [answers, []],
         [[], answers],
         [[], unanswered],
+        [absent, answers],
     ]
     torch.multiprocessing.spawn(judge_in_process, args=(shares, str(tmp_path)), nprocs=2)
-    expected = [judge(answers)] * 4 + [judge(unanswered)]
+    expected = [judge(answers)] * 4 + [judge(unanswered), judge(absent + answers)]
     assert json.loads((tmp_path / "0.json").read_text()) == expected
     assert json.loads((tmp_path / "1.json").read_text()) == expected
 

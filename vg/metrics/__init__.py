@@ -1,5 +1,6 @@
 """What the answers of a model are worth."""
 
+from vg.metrics.coco import CocoMetric
 from vg.metrics.rec import RecMetric
 
-__all__ = ["RecMetric"]
+__all__ = ["CocoMetric", "RecMetric"]

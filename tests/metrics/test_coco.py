@@ -1,0 +1,286 @@
+"""The numbers of COCO: against pycocotools on files, on real detections, and across processes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from vg.boxes import from_pixels
+from vg.metrics import CocoMetric
+from vg.types import Prediction, Target
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # in the order of pycocotools
+STANDARD = (*NAMES, "ar@1", "ar@10", "ar@100", "ar_small", "ar_medium", "ar_large")
+MMDETECTION = (
+    *("ap", *(f"{name}@1000" for name in NAMES[1:])),
+    *("ar@100", "ar@300", "ar@1000", "ar_small@1000", "ar_medium@1000", "ar_large@1000"),
+)
+
+Answers = list[tuple[Prediction, Target]]
+
+
+def pairs(truth: dict[str, Any], found: list[dict[str, Any]]) -> Answers:
+    """A file of annotations and one of results as predictions and targets."""
+    categories = sorted(truth["categories"], key=lambda category: category["id"])
+    place = {category["id"]: index for index, category in enumerate(categories)}
+    phrases = tuple(category["name"] for category in categories)
+    answers = []
+    for image in truth["images"]:
+        size = (image["height"], image["width"])
+        rows = [row for row in truth["annotations"] if row["image_id"] == image["id"]]
+        boxes = [row for row in found if row["image_id"] == image["id"]]
+        boxes.sort(key=lambda row: -row["score"])
+        target = Target(
+            str(image["id"]),
+            size,
+            phrases,
+            from_pixels(xyxy(rows), size),
+            torch.tensor([place[row["category_id"]] for row in rows], dtype=torch.long),
+            crowd=torch.tensor([bool(row["iscrowd"]) for row in rows], dtype=torch.bool),
+            areas=torch.tensor([row["area"] for row in rows], dtype=torch.float32),
+        )
+        scores = torch.tensor([row["score"] for row in boxes], dtype=torch.float32)
+        phrase_ids = torch.tensor([place[row["category_id"]] for row in boxes], dtype=torch.long)
+        answers.append((Prediction(str(image["id"]), xyxy(boxes), scores, phrase_ids, phrases), target))
+    return answers
+
+
+def xyxy(rows: list[dict[str, Any]]) -> torch.Tensor:
+    boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float64).reshape(-1, 4)
+    return torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=1).float()
+
+
+def judged(answers: Answers, batch_size: int = 7) -> CocoMetric:
+    metric = CocoMetric()
+    for start in range(0, len(answers), batch_size):
+        metric.update(*zip(*answers[start : start + batch_size], strict=True))
+    return metric
+
+
+def official(truth: dict[str, Any], found: list[dict[str, Any]], limits: list[int], folder: Path) -> dict[str, Any]:
+    """The 12 lines of pycocotools on files, with so many boxes per image; "per class" [categories with boxes]."""
+    (folder / "truth.json").write_text(json.dumps(truth))
+    (folder / "found.json").write_text(json.dumps(found))
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(folder / "truth.json")
+        evaluation = COCOeval(coco, coco.loadRes(str(folder / "found.json")), "bbox")
+        evaluation.params.maxDets = limits
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    precision = evaluation.eval["precision"][:, :, :, 0, limits.index(100)]  # [T, 101, C]
+    names = [coco.cats[id]["name"] for id in evaluation.params.catIds]
+    per_class = {name: precision[:, :, place].mean() for place, name in enumerate(names)}
+    return {"stats": evaluation.stats, "per class": {name: ap for name, ap in per_class.items() if ap > -1}}
+
+
+def scenes(count: int, seed: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Made-up annotations, with crowd regions and a category without any, and results, many of them equal in score."""
+    rng = np.random.default_rng(seed)
+    annotations, found = [], []
+    for image in range(1, count + 1):
+        for _ in range(int(rng.integers(0, 6))):
+            left, top = rng.uniform(0, 300, 2).round(1).tolist()
+            width, height = rng.uniform(8, 200, 2).round(1).tolist()
+            row = {"image_id": 7 * image, "category_id": int(rng.integers(1, 4)), "bbox": [left, top, width, height]}
+            crowd, share = int(rng.random() < 0.1), float(rng.uniform(0.5, 1))
+            area = round(width * height * share, 1)
+            annotations.append(row | {"id": len(annotations) + 1, "iscrowd": crowd, "area": area})
+            for _ in range(int(rng.integers(0, 4))):
+                box = (np.array(row["bbox"]) + rng.normal(0, 6, 4)).round(1)
+                score = float(rng.uniform(0, 1).__round__(1))
+                found.append(row | {"bbox": [*box[:2], *np.abs(box[2:])], "score": score})
+    categories = [{"id": number, "name": name} for number, name in enumerate(("cat", "dog", "hot dog", "kite"), 1)]
+    images = [{"id": 7 * image, "width": 640, "height": 512} for image in range(1, count + 1)]
+    return {"images": images, "categories": categories, "annotations": annotations}, found
+
+
+def real(truth: str, found: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    if not (DATA / truth).exists():
+        pytest.skip("no shared/data beside the repository")
+    return json.loads((DATA / truth).read_text()), json.loads((DATA / found).read_text())
+
+
+REAL = {
+    "val2014": (
+        ("cocoapi_results/instances_val2014_100.json", "cocoapi_results/instances_val2014_fakebbox100_results.json"),
+        [
+            0.505,
+            0.697,
+            0.573,
+            0.586,
+            0.519,
+            0.501,
+            0.387,
+            0.594,
+            0.595,
+            0.640,
+            0.566,
+            0.564,
+        ],  # val2014_fake_eval_res.txt
+    ),
+    "detector": (
+        ("coco_permissive/instances_permissive.json", "coco_permissive/detections_FastestDet_permissive.json"),
+        [0.1748, 0.3063, 0.1726, 0.0300, 0.1624, 0.3530, 0.1953, 0.2479, 0.2508, 0.0386, 0.2191, 0.4515],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*REAL, "made up"])
+def test_numbers_are_those_of_pycocotools_on_json_files(name: str, tmp_path: Path) -> None:
+    files, published = REAL.get(name, (None, None))
+    truth, found = real(*files) if files else scenes(40)
+    results = judged(pairs(truth, found)).compute()
+    expected = official(truth, found, [1, 10, 100], tmp_path)
+    assert [results[number] for number in STANDARD] == pytest.approx(expected["stats"].tolist(), abs=1e-6)
+    more = official(truth, found, [100, 300, 1000], tmp_path)
+    assert [results[number] for number in MMDETECTION] == pytest.approx(more["stats"].tolist(), abs=1e-6)
+    per_class = {key.removesuffix("/ap"): value for key, value in results.items() if key.endswith("/ap")}
+    assert per_class == pytest.approx(expected["per class"], abs=1e-6)
+    assert results["num_categories"] == len(per_class)
+    assert results["num_boxes"] == sum(not row["iscrowd"] for row in truth["annotations"])
+    assert set(results) >= set(CocoMetric.numbers)
+    if published:
+        assert [results[number] for number in STANDARD] == pytest.approx(published, abs=6e-4)
+
+
+def test_results_as_json_give_pycocotools_the_same_numbers(tmp_path: Path) -> None:
+    truth, found = scenes(30)
+    metric = judged(pairs(truth, found))
+    rows = metric.detections({"cat": 1, "dog": 2, "hot dog": 3, "kite": 4})
+    assert len(rows) == len(found)
+    assert rows[0].keys() == {"image_id", "category_id", "bbox", "score"}
+    stats = official(truth, rows, [1, 10, 100], tmp_path)["stats"].tolist()
+    results = metric.compute()
+    assert [results[number] for number in STANDARD] == pytest.approx(stats, abs=1e-6)
+    with pytest.raises(ValueError, match="no category id for dog, hot dog; there are ids for cat"):
+        metric.detections({"cat": 1})
+
+
+def simple(name: str, true: list[list[float]], found: list[list[float]], **more: Any) -> tuple[Prediction, Target]:
+    """Boxes xyxy in pixels of a picture 100 x 100, all of one phrase, scores 0.9, 0.8, ..."""
+    ids = torch.zeros(len(true)).long()
+    boxes = torch.tensor(found).reshape(-1, 4)
+    target = Target(name, (100, 100), ("cup",), from_pixels(torch.tensor(true).reshape(-1, 4), (100, 100)), ids, **more)
+    scores = torch.linspace(0.9, 0.1, 9)[: len(found)]
+    return Prediction(name, boxes, scores, torch.zeros(len(found)).long(), ("cup",)), target
+
+
+def test_figures_worked_out_by_hand() -> None:
+    box, half = [10.0, 10.0, 60.0, 60.0], [10.0, 10.0, 60.0, 40.0]
+    results = judged([simple("a", [box], [box]), simple("b", [box], [half]), simple("c", [], [])]).compute()
+    # IoU 1 and 0.6; at thresholds up to 0.6 both are found (3 of 10), above one of two with the better score
+    assert results["ap50"] == pytest.approx(1)
+    assert results["ap75"] == pytest.approx(51 / 101)
+    assert results["ap"] == pytest.approx((3 + 7 * 51 / 101) / 10)
+    assert results["ar@1"] == pytest.approx((3 + 7 / 2) / 10)
+    assert results["cup/ap50"] == pytest.approx(1)
+    assert (results["num_images"], results["num_boxes"], results["cup/num_boxes"]) == (3, 2, 2)
+    assert results["ap_small"] == -1, "none is small"
+
+
+def test_what_is_found_in_a_crowd_counts_neither_for_nor_against() -> None:
+    box, crowd, wrong = [0.0, 0.0, 20.0, 20.0], [30.0, 30.0, 100.0, 100.0], [40.0, 40.0, 60.0, 60.0]
+    flags = {"crowd": torch.tensor([False, True])}
+    found = [wrong, wrong, box]
+    assert judged([simple("a", [box, crowd], found, **flags)]).compute()["ap"] == pytest.approx(1)
+    assert judged([simple("a", [box], found)]).compute()["ap"] == pytest.approx(1 / 3)
+
+
+def test_sizes_are_those_of_the_annotations_where_they_are_given() -> None:
+    box = [0.0, 0.0, 40.0, 40.0]
+    assert judged([simple("a", [box], [box])]).compute()["ap_medium"] == pytest.approx(1)
+    results = judged([simple("a", [box], [box], areas=torch.tensor([900.0]))]).compute()
+    assert (results["ap_small"], results["ap_medium"]) == (pytest.approx(1), -1)
+
+
+def test_predicted_boxes_are_not_clipped() -> None:
+    box = [0.0, 0.0, 40.0, 40.0]
+    assert judged([simple("a", [box], [[-8.0, 0.0, 40.0, 40.0]])]).compute()["ap"] == pytest.approx(7 / 10), "40 / 48"
+
+
+def test_order_batches_and_repeats_change_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = pairs(*scenes(25))
+    results = judged(answers).compute()
+    assert judged([*answers[::-1], *answers[:9]], batch_size=3).compute() == results
+    assert capsys.readouterr().out == ""
+
+
+def test_images_may_be_asked_for_phrases_of_their_own() -> None:
+    answers = pairs(*scenes(25))
+    own = []
+    for prediction, target in answers:
+        named = sorted(set(target.phrase_ids.tolist()))
+        asked, place = tuple(target.phrases[id] for id in named), {id: index for index, id in enumerate(named)}
+        kept = [row for row, id in enumerate(prediction.phrase_ids.tolist()) if id in place]
+        ids = torch.tensor([place[id] for id in prediction.phrase_ids[kept].tolist()]).long()
+        true_ids = torch.tensor([place[id] for id in target.phrase_ids.tolist()]).long()
+        own.append(
+            (
+                Prediction(prediction.id, prediction.boxes[kept], prediction.scores[kept], ids, asked),
+                Target(target.id, target.size, asked, target.boxes, true_ids, "", target.crowd, target.areas),
+            )
+        )
+    assert judged(own).compute() == judged(answers).compute(), "no image has a box of a phrase it does not show"
+
+
+def test_nothing_predicted_and_nothing_to_find_are_results() -> None:
+    box = [0.0, 0.0, 40.0, 40.0]
+    assert judged([simple("a", [box], [])]).compute()["ap"] == 0
+    results = judged([simple("a", [], [box])]).compute()
+    assert (results["ap"], results["ar@100"], results["num_boxes"], results["num_categories"]) == (-1, -1, 0, 0)
+
+
+def test_reset_forgets() -> None:
+    metric = judged(pairs(*scenes(5)))
+    metric.reset()
+    answers = pairs(*scenes(6, seed=3))
+    metric.update(*zip(*answers, strict=True))
+    assert metric.compute() == judged(answers).compute()
+
+
+def test_bad_input_is_named() -> None:
+    metric, (prediction, target) = CocoMetric(), simple("a", [], [])
+    with pytest.raises(ValueError, match="same samples"):
+        metric.update([prediction], [])
+    with pytest.raises(ValueError, match=r"'a' has phrases more than once \(cup\)"):
+        metric.update([prediction], [Target("a", (9, 9), ("cup", "cup"), target.boxes, target.phrase_ids)])
+    metric.update([], [])
+    with pytest.raises(ValueError, match="saw no image"):
+        metric.compute()
+    with pytest.raises(ValueError, match="ids of the data unique"):
+        judged([simple("a", [[0.0, 0.0, 40.0, 40.0]], []), simple("a", [[50.0, 50.0, 80.0, 80.0]], [])]).compute()
+
+
+def judge_in_process(rank: int, shares: list[list[Answers]], folder: str) -> None:
+    """Rank `rank` of two: judges its share of each division, one image per update."""
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    results = []
+    for division in shares:
+        metric = judged(division[rank], batch_size=1)
+        rows = metric.detections({"cat": 1, "dog": 2, "hot dog": 3, "kite": 4})
+        results.append([metric.compute(), rows])
+    Path(folder, f"{rank}.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
+    answers = pairs(*scenes(11))
+    shares = [[answers[0::2], answers[1::2] + answers[:1]], [answers, []], [[], answers]]
+    torch.multiprocessing.spawn(judge_in_process, args=(shares, str(tmp_path)), nprocs=2)
+    alone = judged(answers)
+    expected = [alone.compute(), alone.detections({"cat": 1, "dog": 2, "hot dog": 3, "kite": 4})]
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [expected] * 3
