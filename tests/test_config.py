@@ -194,7 +194,7 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 def test_heads_by_name() -> None:
     for head in ("pooled", {"name": "pooled"}):
-        assert parse_config(MINIMAL | {"model": {"head": head}}).model.head == PooledHeadConfig()
+        assert parse_config(MINIMAL | {"model": {"name": "rec", "head": head}}).model.head == PooledHeadConfig()
 
 
 @pytest.mark.parametrize("module", ["vg", "vg.config", "vg.data", "vg.models"])

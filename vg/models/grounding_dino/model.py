@@ -55,7 +55,6 @@ class GroundingDino(GroundingModel):
         if config.gradient_checkpointing:
             self.backbone.network.gradient_checkpointing_enable()
             self.text.network.gradient_checkpointing_enable()
-        self._prompts: dict[tuple[object, ...], Tensor] = {}
 
     def forward(self, batch: Batch) -> Output:
         image = self.encode_image(batch)
@@ -73,7 +72,8 @@ class GroundingDino(GroundingModel):
 
     def encode_text(self, text: Text) -> TextFeatures:
         """Section 3.4: the tokens of each prompt, phrase by phrase."""
-        return self.text(text.token_ids, text.mask, self.delimiters)
+        fresh = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return (self.text if fresh else self.text.recall)(text.token_ids, text.mask, self.delimiters)
 
     def ground(self, image: ImageFeatures, text: TextFeatures) -> Output:
         """Sections 3.2 and 3.3: prompt r asks about image r."""

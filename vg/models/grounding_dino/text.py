@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +53,13 @@ def phrase_blocks(token_ids: Tensor, delimiters: Tensor) -> tuple[Tensor, Tensor
 class TextEncoder(Encoder):
     """BERT with one attention block per phrase, and a projection to the width of the image tokens."""
 
+    REMEMBERED = 128  # prompts
+
     def __init__(self, config: BertConfig, width: int, pretrained: bool):
         super().__init__(config, pretrained, add_pooling_layer=False)
         self.projection = nn.Linear(self.width, width)
+        self._memory: dict[tuple[int, ...], TextFeatures] = {}
+        self._memory_of: tuple[Any, ...] = ()
         nn.init.xavier_uniform_(self.projection.weight)
         nn.init.zeros_(self.projection.bias)
 
@@ -71,3 +75,22 @@ class TextEncoder(Encoder):
         tokens = self.projection(x)  # [R, T, D]
         positions = sine_encoding(places.unsqueeze(-1), tokens.shape[-1], 10000.0, interleaved=True)
         return TextFeatures(tokens, positions, blocks, mask)
+
+    def recall(self, token_ids: Tensor, mask: Tensor, delimiters: Tensor) -> TextFeatures:
+        """The same, but prompts that were read lately are remembered until the weights change; without gradients."""
+        state = tuple(0 if p.is_inference() else p._version for p in self.parameters())
+        state += tuple(p.data_ptr() for p in self.parameters())
+        state += (torch.is_autocast_enabled(token_ids.device.type), torch.get_autocast_dtype(token_ids.device.type))
+        if self._memory_of != state:
+            self._memory, self._memory_of = {}, state
+        rows = [tuple(row) for row in token_ids.tolist()]
+        new = {row: number for number, row in enumerate(rows) if row not in self._memory}
+        if new:
+            picked = list(new.values())
+            features = self(token_ids[picked], mask[picked], delimiters)
+            for place, row in enumerate(new):
+                self._memory[row] = features.select(slice(place, place + 1))
+        found = [self._memory[row] for row in rows]
+        while len(self._memory) > self.REMEMBERED:
+            del self._memory[next(iter(self._memory))]
+        return TextFeatures(*(torch.cat(parts) for parts in zip(*found, strict=True)))

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from vg import boxes as box_ops
 from vg.models.base import GroundingModel
-from vg.models.rec.config import RecConfig
 from vg.models.encoders import load_tokenizer
+from vg.models.rec.config import RecConfig
 from vg.models.rec.encoders import TextEncoder, VisionEncoder
 from vg.models.rec.heads import DenseOutput, PooledOutput
 from vg.types import Batch, ImageSpec, Prediction, StretchedImage, TextSpec
