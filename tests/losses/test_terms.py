@@ -74,3 +74,61 @@ def test_token_cross_entropy_does_not_lose_half_precision_logits() -> None:
     value = terms.token_cross_entropy(logits, torch.tensor([[False, True]]))
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(2000)
+
+
+def test_no_positive_token_costs_nothing() -> None:
+    positive = torch.tensor([[False, False], [True, False]])
+    values = terms.token_cross_entropy(torch.zeros(2, 2), positive)
+    torch.testing.assert_close(values, torch.tensor([0.0, math.log(2)]))
+
+
+def test_focal_worked_out_by_hand() -> None:
+    logits = torch.tensor([0.0, math.log(3), math.log(3), -2.0])  # p = 1/2, 3/4, 3/4, ...
+    positive = torch.tensor([True, True, False, False])
+    p = 1 / (1 + math.exp(2))
+    expected = [
+        0.25 * 0.5**2 * math.log(2),
+        0.25 * 0.25**2 * math.log(4 / 3),
+        0.75 * 0.75**2 * math.log(4),
+        -0.75 * p**2 * math.log(1 - p),
+    ]
+    torch.testing.assert_close(terms.focal(logits, positive, 0.25, 2), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_stays_finite_at_large_logits(gamma: float) -> None:
+    logits = torch.tensor([-500.0, 500.0, -500.0, 500.0], requires_grad=True)
+    positive = torch.tensor([True, True, False, False])
+    loss = terms.focal(logits, positive, 0.25, gamma)
+    loss.sum().backward()
+    torch.testing.assert_close(loss.detach(), torch.tensor([125.0, 0.0, 0.0, 375.0]))
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, torch.tensor([-0.25, 0.0, 0.0, 0.75]))
+
+
+def aligned(cosine: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two queries and three tokens in a plane; query 0 has this cosine with token 0, all else is at right angles."""
+    queries = torch.tensor([[[2 * cosine, 0.0, 2 * (1 - cosine**2) ** 0.5, 0.0], [0.0, 0.0, 0.0, 5.0]]])
+    text = torch.tensor([[[3.0, 0.0, 0.0, 0.0], [0.0, 0.1, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]])
+    return queries, text  # [1, 2, 4], [1, 3, 4]
+
+
+def test_alignment_worked_out_by_hand() -> None:
+    queries, text = aligned(0.6)
+    positive = torch.tensor([[[True, False, False], [False, False, False]]])
+    mask = torch.tensor([[True, True, False]])  # the third token would compete with the first
+    high = math.exp(0.6 / 0.5)
+    expected = (math.log((high + 1) / high) + math.log((high + 1) / high)) / 2  # one other token, one other query
+    value = terms.alignment(queries, text, positive, mask, 0.5)
+    torch.testing.assert_close(value, torch.tensor([expected]))
+    closer = terms.alignment(*aligned(0.9), positive, mask, 0.5)
+    assert closer.item() < value.item()
+
+
+def test_alignment_of_nothing_is_nothing() -> None:
+    queries, text = (x.requires_grad_() for x in aligned(0.6))
+    value = terms.alignment(queries, text, torch.zeros(1, 2, 3, dtype=torch.bool), torch.ones(1, 3).bool(), 0.07)
+    value.sum().backward()
+    assert value.item() == 0
+    assert queries.grad is not None
+    assert queries.grad.abs().sum() == 0

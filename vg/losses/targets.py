@@ -28,15 +28,20 @@ class PromptTargets(NamedTuple):
 
 
 def prompt_targets(text: Text, targets: Sequence[Target]) -> PromptTargets:
-    """The boxes that each prompt asks for: those of its image whose phrase it holds, in their order."""
+    """The boxes that each prompt asks for: those of its image whose phrase it holds, in their order, without crowds."""
     rows = text.image_ids
     boxes = pad_sequence([target.boxes for target in targets], batch_first=True)[rows]  # [R, N, 4]
     phrase_ids = pad_sequence([target.phrase_ids for target in targets], batch_first=True)[rows]  # [R, N]
-    exists = pad_sequence([torch.ones_like(target.phrase_ids) for target in targets], batch_first=True)[rows].bool()
+    counted = pad_sequence([_counted(target) for target in targets], batch_first=True)[rows]  # [R, N]
     named_by = phrase_ids.unsqueeze(-1).expand(-1, -1, text.mask.shape[1])
-    tokens = text.phrase_tokens.gather(1, named_by) & exists.unsqueeze(-1)  # [R, N, T]
+    tokens = text.phrase_tokens.gather(1, named_by) & counted.unsqueeze(-1)  # [R, N, T]
     asked = tokens.any(dim=-1)  # [R, N]
     counts = tuple(asked.sum(dim=1).tolist())
     order = (~asked).int().argsort(dim=1, stable=True)[:, : max(counts)]  # [R, most of counts]
     row = torch.arange(len(rows), device=rows.device).unsqueeze(1)
     return PromptTargets(boxes[row, order], tokens[row, order], phrase_ids[row, order], counts)
+
+
+def _counted(target: Target) -> Tensor:
+    """[N] bool: boxes of one thing each."""
+    return torch.ones_like(target.phrase_ids, dtype=torch.bool) if target.crowd is None else ~target.crowd

@@ -1,0 +1,126 @@
+"""The cheapest assignment of boxes to queries: by hand, by trying all, batched as one by one, and with broken costs."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.losses.cases import Case, random_case
+from vg.losses.config import LossConfig, MatchingConfig
+from vg.losses.matcher import match, match_costs
+
+SUM = LossConfig()
+MEAN = LossConfig(matching=MatchingConfig(class_cost="mean", class_weight=1))
+KINDS = pytest.mark.parametrize("config", [SUM, MEAN], ids=["sum", "mean"])
+
+
+def assert_cheapest(cost: Tensor, assignment: Tensor) -> None:
+    """cost [Q, N], assignment [Q]: no other way to show as many boxes as possible costs less."""
+    queries = (assignment >= 0).nonzero().flatten().tolist()
+    shown = assignment[queries].tolist()
+    assert len(set(shown)) == len(shown) == min(cost.shape)
+    small = cost if cost.shape[0] >= cost.shape[1] else cost.T  # [many, few]
+    cheapest = min(
+        small[list(rows), range(small.shape[1])].sum() for rows in permutations(range(len(small)), min(cost.shape))
+    )
+    assert cost[queries, shown].sum().item() == pytest.approx(cheapest.item(), rel=1e-5)
+
+
+def test_class_costs_worked_out_by_hand() -> None:
+    case = random_case(counts=(1,), lengths=(3,), queries=1, layers=1)
+    case.targets.tokens[:] = False
+    case.targets.tokens[0, 0, :2] = True
+    case.logits[0, 0, 0, :3] = torch.tensor([0.2, -0.4, 1.5])
+    p = case.logits[0, 0, 0, :3].sigmoid()
+    positive, negative = -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log()
+    only = {"l1": 0.0, "giou": 0.0, "class_weight": 1.0}
+    for kind, expected in (
+        ("sum", positive[0] + positive[1] + negative[2]),
+        ("mean", (positive[0] - negative[0] + positive[1] - negative[1]) / 2),
+    ):
+        config = LossConfig(matching=MatchingConfig(class_cost=kind, **only))  # type: ignore[arg-type]
+        torch.testing.assert_close(match_costs(*case, config)[0, 0, 0, 0], expected)
+
+
+@KINDS
+def test_no_assignment_is_cheaper(config: LossConfig) -> None:
+    case = random_case(counts=(3, 0, 4, 1), queries=6)
+    found, costs = match(*case, config), match_costs(*case, config)
+    assert found.shape == (3, 4, 6)
+    assert found.dtype == torch.int64
+    for layer in range(3):
+        for row, count in enumerate(case.targets.counts):
+            assert_cheapest(costs[layer, row, :, :count], found[layer, row])
+
+
+@KINDS
+def test_more_boxes_than_queries(config: LossConfig) -> None:
+    case = random_case(counts=(6,), lengths=(9,), queries=3)
+    found, costs = match(*case, config), match_costs(*case, config)
+    assert (found >= 0).all()
+    for layer in range(3):
+        assert_cheapest(costs[layer, 0, :, :6], found[layer, 0])
+
+
+@KINDS
+def test_all_at_once_equals_one_by_one(config: LossConfig) -> None:
+    """Whatever stands in the padding of tokens and boxes."""
+    case = random_case()
+    together = match(*case, config)
+    for layer in range(3):
+        for row in range(4):
+            alone = case.rows([row]).cut()
+            single = match(alone.logits[layer : layer + 1], alone.boxes[layer : layer + 1], *alone[2:], config)
+            assert torch.equal(single[0, 0], together[layer, row])
+    logits = case.logits.masked_fill(~case.mask.unsqueeze(1), torch.nan)
+    assert torch.equal(match(logits, *case[1:], config), together)
+
+
+def test_no_boxes_at_all() -> None:
+    found = match(*random_case(counts=(0, 0), lengths=(4, 5)), SUM)
+    assert (found == -1).all()
+    empty = random_case(counts=(0, 0), lengths=(4, 5)).cut()
+    assert empty.targets.boxes.shape == (2, 0, 4)
+    assert (match(*empty, SUM) == -1).all()
+
+
+@pytest.mark.parametrize("rubbish", [torch.nan, torch.inf, -torch.inf])
+def test_a_cost_that_is_not_finite_is_the_worst(rubbish: float) -> None:
+    """The four good queries show the boxes, as if the others were not there."""
+    case = random_case(counts=(4,), lengths=(9,), queries=8)
+    good = [0, 3, 4, 6]
+    bad = [1, 2, 5, 7]
+    case.boxes[:, :, bad] = rubbish
+    case.logits[:, :, good[0], :9] = -30.0  # terrible, but finite
+    expected = match(case.logits[:, :, good], case.boxes[:, :, good], *case[2:], SUM)
+    found = match(*case, SUM)
+    assert torch.equal(found[:, :, good], expected)
+    assert (found[:, :, bad] == -1).all()
+
+
+def test_broken_queries_fill_up_where_there_are_no_others() -> None:
+    case = random_case(counts=(4,), lengths=(9,), queries=5)
+    case.logits[:, :, 1:4, 0] = torch.nan
+    found = match(*case, SUM)
+    assert (found[:, :, [0, 4]] >= 0).all(), "the good ones are used"
+    assert ((found >= 0).sum(dim=-1) == 4).all()
+    costs = match_costs(*case, SUM)
+    for layer in range(3):
+        two = found[layer, 0, [0, 4]]
+        chosen = costs[layer, 0, [0, 4], two].sum()
+        assert all(chosen <= costs[layer, 0, 0, a] + costs[layer, 0, 4, b] + 1e-5 for a, b in permutations(range(4), 2))
+    nothing_left = match(torch.full_like(case.logits, torch.nan), *case[1:], SUM)
+    assert ((nothing_left >= 0).sum(dim=-1) == 4).all()
+
+
+def test_autocast_changes_nothing_and_no_gradient_is_kept() -> None:
+    case: Case = random_case(queries=40)
+    case.logits.requires_grad_()
+    expected, costs = match(*case, SUM), match_costs(*case, SUM)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(match(*case, SUM), expected)
+    assert not expected.requires_grad
+    assert costs.isfinite().all()

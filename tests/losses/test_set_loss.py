@@ -1,0 +1,249 @@
+"""The set loss: its terms and their names, what it must not depend on, and its one path for denoising queries."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.losses.cases import Case, random_boxes, random_case
+from vg.losses import terms
+from vg.losses.config import LossConfig, MatchingConfig
+from vg.losses.set_loss import SetLoss
+
+EVERYTHING = LossConfig(alignment=0.5)
+Extras = dict[str, tuple[Tensor, ...]]
+
+
+def extras(case: Case) -> Extras:
+    """What an encoder, four denoising queries per prompt, and vectors of eight dimensions would give."""
+    torch.manual_seed(1)
+    layers, rows, queries, num_tokens = case.logits.shape
+    restores = torch.stack(
+        [torch.randint(-1, count, (4,)) if count else torch.full((4,), -1) for count in case.targets.counts]
+    )
+    return {
+        "encoder": (case.logits[0].flip(1), case.boxes[0].flip(1)),
+        "denoising": (torch.randn(layers, rows, 4, num_tokens), random_boxes(layers, rows, 4), restores),
+        "vectors": (torch.randn(rows, queries, 8), torch.randn(rows, num_tokens, 8)),
+    }
+
+
+def of_rows(extra: Extras, rows: list[int]) -> Extras:
+    logits, boxes, restores = extra["denoising"]
+    return {
+        "encoder": tuple(x[rows] for x in extra["encoder"]),
+        "denoising": (logits[:, rows], boxes[:, rows], restores[rows]),
+        "vectors": tuple(x[rows] for x in extra["vectors"]),
+    }
+
+
+def assert_same(losses: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_one_term_per_loss_and_part() -> None:
+    case = random_case()
+    parts = ["_layer0", "_layer1", "", "_encoder", "_denoising_layer0", "_denoising_layer1", "_denoising"]
+    losses = SetLoss(EVERYTHING)(*case, **extras(case))
+    assert set(losses) == {f"{term}{part}" for term in ("class", "l1", "giou") for part in parts} | {"alignment"}
+    assert all(loss.shape == () and loss.isfinite() and loss > 0 for loss in losses.values())
+    last = SetLoss(EVERYTHING)(case.logits[-1:], case.boxes[-1:], *case[2:])
+    assert_same(last, {name: losses[name] for name in ("class", "l1", "giou")})
+
+
+def test_weights_and_factors() -> None:
+    case = random_case()
+    unit = SetLoss(LossConfig(1, 1, 1, alignment=1))(*case, **extras(case))
+    weighted = SetLoss(LossConfig(2, 3, 4, auxiliary=5, encoder=6, denoising=7, alignment=8))(*case, **extras(case))
+    for name, value in unit.items():
+        expected = {"class": 2, "l1": 3, "giou": 4, "alignment": 8}[name.split("_")[0]]
+        for part, factor in (("layer", 5), ("encoder", 6), ("denoising", 7)):
+            expected *= factor if part in name else 1
+        torch.testing.assert_close(weighted[name], expected * value)
+
+
+@pytest.mark.parametrize(
+    ("off", "gone"),
+    [
+        ({"auxiliary": 0.0}, "layer"),
+        ({"encoder": 0.0}, "encoder"),
+        ({"denoising": 0.0}, "denoising"),
+        ({"alignment": 0.0}, "alignment"),
+        ({"class_weight": 0.0}, "class"),
+        ({"l1": 0.0}, "l1"),
+        ({"giou": 0.0}, "giou"),
+    ],
+)
+def test_zero_switches_off(off: dict[str, float], gone: str) -> None:
+    case = random_case()
+    values = {field.name: getattr(EVERYTHING, field.name) for field in fields(EVERYTHING)}
+    everything = SetLoss(EVERYTHING)(*case, **extras(case))
+    assert any(gone in name for name in everything)
+    losses = SetLoss(LossConfig(**(values | off)))(*case, **extras(case))
+    assert_same(losses, {name: value for name, value in everything.items() if gone not in name})
+
+
+def test_perfect_answers_cost_nothing_and_others_are_told_where_to_go() -> None:
+    case = random_case(layers=1)
+    boxes = case.boxes.clone()
+    logits = torch.full_like(case.logits, -20.0)
+    for row, count in enumerate(case.targets.counts):
+        boxes[0, row, :count] = case.targets.boxes[row, :count]
+        logits[0, row, :count][case.targets.tokens[row, :count]] = 20.0
+    perfect = SetLoss(LossConfig())(logits, boxes, *case[2:])
+    assert all(value.item() == pytest.approx(0, abs=1e-5) for value in perfect.values())
+    logits[0, 0, 0] = -20.0
+    boxes[0, 0, 1, 0] += 0.1
+    worse = SetLoss(LossConfig())(logits, boxes, *case[2:])
+    num_boxes, num_tokens = sum(case.targets.counts), case.targets.tokens[0, 0].sum()
+    torch.testing.assert_close(worse["class"], 0.25 * 20 * num_tokens / num_boxes)
+    torch.testing.assert_close(worse["l1"], torch.tensor(5 * 0.1 / num_boxes))
+
+
+def test_padding_does_not_count() -> None:
+    case, rubbish = random_case(counts=(3, 1), lengths=(9, 9)), torch.nan
+    everything = SetLoss(EVERYTHING)(*case, **extras(case))
+    extra = extras(case)
+    logits, boxes, restores = extra["denoising"]
+    extra["denoising"] = logits.masked_fill(~case.mask.unsqueeze(1), rubbish), boxes, restores
+    extra["encoder"] = extra["encoder"][0].masked_fill(~case.mask.unsqueeze(1), rubbish), extra["encoder"][1]
+    filled = case.logits.masked_fill(~case.mask.unsqueeze(1), rubbish)
+    assert_same(SetLoss(EVERYTHING)(filled, *case[1:], **extra), everything)
+
+    cut = {
+        "encoder": (extra["encoder"][0][..., :9], extra["encoder"][1]),
+        "denoising": (logits[..., :9], boxes, restores),
+        "vectors": (extra["vectors"][0], extra["vectors"][1][:, :9]),
+    }
+    assert_same(SetLoss(EVERYTHING)(*case.cut(), **cut), everything)
+
+
+def test_order_does_not_count() -> None:
+    case, order = random_case(), [2, 0, 3, 1]
+    expected = SetLoss(EVERYTHING)(*case, **extras(case))
+    assert_same(SetLoss(EVERYTHING)(*case.rows(order), **of_rows(extras(case), order)), expected)
+    queries = torch.randperm(8)
+    shuffled = SetLoss(LossConfig())(case.logits[:, :, queries], case.boxes[:, :, queries], *case[2:])
+    assert_same(shuffled, SetLoss(LossConfig())(*case))
+
+
+def test_a_batch_cut_in_parts_is_the_same_batch() -> None:
+    """As processes see it: each divides by the mean over all, and the gradients of all are averaged."""
+    case, extra = random_case(), extras(random_case())
+    whole = SetLoss(EVERYTHING)(*case, **extra)
+    parts = [[0], [1], [2, 3]]
+    counts: list[Tensor] = []
+
+    def remember(count: Tensor) -> Tensor:
+        counts.append(count)
+        return count
+
+    for rows in parts:
+        SetLoss(EVERYTHING, remember)(*case.rows(rows), **of_rows(extra, rows))
+    average = torch.stack(counts).mean(dim=0)
+    assert [count[0].item() for count in counts] == [3, 0, 6]
+    losses = [SetLoss(EVERYTHING, lambda _: average)(*case.rows(rows), **of_rows(extra, rows)) for rows in parts]
+    assert_same({name: sum(loss[name] for loss in losses) / len(parts) for name in whole}, whole)  # type: ignore[misc]
+
+
+def test_denoising_queries_are_judged_like_others() -> None:
+    """Matched by their own assignment, not the cheapest; the rest are background. Divided by those that restore one."""
+    case = random_case(counts=(3, 1), lengths=(9, 9), layers=1)
+    logits, boxes = torch.randn(1, 2, 4, 11), random_boxes(1, 2, 4)
+    restores = torch.tensor([[2, -1, 0, -1], [-1, 0, -1, -1]])
+    losses = SetLoss(LossConfig())(*case, denoising=(logits, boxes, restores))
+    l1 = giou = focal = torch.tensor(0.0)
+    for row in range(2):
+        for query, box in enumerate(restores[row].tolist()):
+            named = case.targets.tokens[row, box] if box >= 0 else torch.zeros(11, dtype=torch.bool)
+            focal = focal + terms.focal(logits[0, row, query, :9], named[:9], 0.25, 2).sum()
+            if box >= 0:
+                l1 = l1 + terms.l1(boxes[0, row, query], case.targets.boxes[row, box])
+                giou = giou + terms.giou(boxes[0, row, query], case.targets.boxes[row, box])
+    torch.testing.assert_close(losses["class_denoising"], focal / 3)
+    torch.testing.assert_close(losses["l1_denoising"], 5 * l1 / 3)
+    torch.testing.assert_close(losses["giou_denoising"], 2 * giou / 3)
+
+
+def test_without_any_box_all_terms_are_there_and_have_gradients() -> None:
+    case = random_case(counts=(0, 0), lengths=(5, 7)).cut()
+    logits = case.logits.requires_grad_()
+    queries = torch.zeros(3, 2, 0, 7, requires_grad=True)
+    denoising = queries, torch.zeros(3, 2, 0, 4), torch.zeros(2, 0, dtype=torch.long)
+    vectors = torch.randn(2, 8, 4), torch.randn(2, 7, 4)
+    losses = SetLoss(EVERYTHING)(*case, denoising=denoising, vectors=vectors)
+    assert len(losses) == 3 * (3 + 3) + 1
+    assert {name for name, loss in losses.items() if loss > 0} == {"class", "class_layer0", "class_layer1"}
+    torch.stack(list(losses.values())).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad[case.mask[None, :, None].expand_as(logits)].all()
+    assert logits.grad[~case.mask[None, :, None].expand_as(logits)].abs().sum() == 0
+    assert queries.grad is not None
+
+
+def test_more_boxes_than_queries_divides_by_the_boxes() -> None:
+    """The reference would divide the class term by the three matched ones."""
+    case = random_case(counts=(6,), lengths=(5,), queries=3, layers=1)
+    case.logits[..., :5] = -20.0
+    losses = SetLoss(LossConfig())(*case)
+    assert losses["class"].item() >= 0.25 * 20 * 3 / 6 * 0.99, "three queries have at least one token each to name"
+    assert losses["class"].item() <= 0.25 * 20 * 3 * 5 / 6
+
+
+def test_gradients_reach_matched_boxes_and_all_real_tokens_only() -> None:
+    case = random_case(counts=(2, 0), lengths=(6, 4), queries=5, layers=1)
+    logits, boxes = case.logits.requires_grad_(), case.boxes.requires_grad_()
+    torch.stack(list(SetLoss(LossConfig())(logits, boxes, *case[2:]).values())).sum().backward()
+    assert logits.grad is not None
+    assert boxes.grad is not None
+    assert boxes.grad.isfinite().all()
+    assert (boxes.grad[0].abs().sum(dim=-1) > 0).sum(dim=1).tolist() == [2, 0]
+    assert torch.equal(logits.grad[0] != 0, case.mask.unsqueeze(1).expand(-1, 5, -1))
+
+
+def test_full_precision_under_autocast() -> None:
+    case = random_case(queries=40)
+    expected = SetLoss(EVERYTHING)(*case, **extras(case))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = SetLoss(EVERYTHING)(*case, **extras(case))
+    assert all(torch.equal(losses[name], value) for name, value in expected.items())
+    half = SetLoss(LossConfig())(case.logits.bfloat16(), case.boxes.bfloat16(), *case[2:])
+    assert all(value.dtype == torch.float32 for value in half.values())
+
+
+def test_processes_agree_on_the_mean(tmp_path: Path) -> None:
+    script = tmp_path / "count.py"
+    script.write_text(
+        "import os, torch\n"
+        "from vg.distributed import average_counts\n"
+        "count = torch.tensor([1.0, 4.0]) * (int(os.environ['RANK']) + 1)\n"
+        "assert average_counts(count) is count, 'alone'\n"
+        "torch.distributed.init_process_group('gloo')\n"
+        "assert average_counts(count).tolist() == [1.5, 6.0]\n"
+        "assert count[0] == int(os.environ['RANK']) + 1, 'untouched'\n"
+        "torch.distributed.destroy_process_group()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_recipes_are_settings_of_the_same_code() -> None:
+    assert LossConfig() == LossConfig(class_weight=1, l1=5, giou=2, matching=MatchingConfig("sum", 2, 5, 2))
+    case = random_case()
+    other = SetLoss(LossConfig(class_weight=2, matching=MatchingConfig("mean", 1)))(*case)
+    assert other.keys() == SetLoss(LossConfig())(*case).keys()

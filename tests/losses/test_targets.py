@@ -1,0 +1,64 @@
+"""Each prompt asks for the boxes whose phrase it holds."""
+
+from __future__ import annotations
+
+import torch
+
+from vg.losses.targets import prompt_targets
+from vg.types import Target, Text
+
+
+def target(phrase_ids: list[int], crowd: list[bool] | None = None) -> Target:
+    boxes = torch.arange(len(phrase_ids)).view(-1, 1).expand(-1, 4) / 10
+    return Target(
+        id="x",
+        size=(10, 10),
+        phrases=("a", "b", "c"),
+        boxes=boxes.clone(),
+        phrase_ids=torch.tensor(phrase_ids, dtype=torch.long),
+        crowd=None if crowd is None else torch.tensor(crowd),
+    )
+
+
+def text(phrases: list[dict[int, list[int]]], image_ids: list[int], num_tokens: int = 6) -> Text:
+    """One prompt for each dict: phrase -> its tokens."""
+    phrase_tokens = torch.zeros(len(phrases), 3, num_tokens, dtype=torch.bool)
+    for row, places in enumerate(phrases):
+        for phrase, columns in places.items():
+            phrase_tokens[row, phrase, columns] = True
+    ones = torch.ones(len(phrases), num_tokens)
+    return Text(ones.long(), ones.bool(), phrase_tokens, torch.tensor(image_ids))
+
+
+def test_the_phrases_of_an_image_in_several_prompts() -> None:
+    """Phrase 1 of the second image is in its second prompt, phrase 2 in none."""
+    prompts = text([{0: [1], 1: [3, 4]}, {0: [2]}, {1: [1, 2]}], [0, 1, 1])
+    found = prompt_targets(prompts, [target([1]), target([1, 0, 2, 1, 0])])
+    assert found.counts == (1, 2, 2)
+    assert found.boxes.shape == (3, 2, 4)
+    assert found.tokens.shape == (3, 2, 6)
+    assert found.mask.tolist() == [[True, False], [True, True], [True, True]]
+    torch.testing.assert_close(found.boxes[:, :, 0], torch.tensor([[0.0, 0.0], [0.1, 0.4], [0.0, 0.3]]))
+    assert found.phrase_ids[found.mask].tolist() == [1, 0, 0, 1, 1]
+    assert found.tokens[0, 0].nonzero().flatten().tolist() == [3, 4]
+    assert [row.nonzero().flatten().tolist() for row in found.tokens[1]] == [[2], [2]]
+    assert [row.nonzero().flatten().tolist() for row in found.tokens[2]] == [[1, 2], [1, 2]]
+    assert not found.tokens[~found.mask].any()
+
+
+def test_crowds_are_not_learned() -> None:
+    found = prompt_targets(text([{0: [1]}, {0: [1]}], [0, 1]), [target([0, 0], [True, False]), target([0])])
+    assert found.counts == (1, 1)
+    torch.testing.assert_close(found.boxes[:, 0, 0], torch.tensor([0.1, 0.0]))
+
+
+def test_images_without_boxes() -> None:
+    prompts = text([{0: [1]}, {0: [1]}], [0, 1])
+    found = prompt_targets(prompts, [target([]), target([0])])
+    assert found.counts == (0, 1)
+    assert found.mask.tolist() == [[False], [True]]
+    found = prompt_targets(prompts, [target([]), target([])])
+    assert found.counts == (0, 0)
+    assert found.boxes.shape == (2, 0, 4)
+    assert found.tokens.shape == (2, 0, 6)
+    assert found.mask.shape == (2, 0)

@@ -1,0 +1,167 @@
+"""Denoising queries: who restores which box, how noisy they are, who sees whom, and what learns from them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vg import boxes as box_ops
+from vg.losses.config import LossConfig
+from vg.losses.set_loss import SetLoss
+from vg.losses.targets import PromptTargets
+from vg.models.grounding_dino.config import DenoisingConfig, GroundingDinoConfig
+from vg.models.grounding_dino.denoising import Denoising
+
+COUNTS = (2, 0, 3)
+
+
+def targets(counts: tuple[int, ...] = COUNTS) -> PromptTargets:
+    """Boxes well inside of 0..1, whose phrases are 0, 1, 2, ... and 40, 41, ... in the next prompt."""
+    torch.manual_seed(0)
+    num = max(counts)
+    boxes = torch.cat((torch.rand(len(counts), num, 2) * 0.2 + 0.4, torch.rand(len(counts), num, 2) * 0.1 + 0.1), -1)
+    phrase_ids = torch.arange(len(counts)).unsqueeze(1) * 40 + torch.arange(num)
+    return PromptTargets(boxes, torch.ones(len(counts), num, 4, dtype=torch.bool), phrase_ids, counts)
+
+
+def exact(**settings: int) -> Denoising:
+    return Denoising(DenoisingConfig(label_noise=0, box_noise=0, **settings), width=8)
+
+
+def test_each_group_has_every_box_once_positive_and_once_negative() -> None:
+    queries = exact(num_queries=7)(targets(), num_queries=5)  # two groups of three boxes are the most below 7
+    assert queries.content.shape == (3, 12, 8)
+    assert queries.references.shape == (3, 12, 4)
+    assert queries.blocked.shape == (17, 17)
+    group = [[0, 1, -1, -1, -1, -1], [-1] * 6, [0, 1, 2, -1, -1, -1]]
+    assert queries.assignment.tolist() == [row * 2 for row in group]
+
+
+@pytest.mark.parametrize(
+    ("num_boxes", "num_queries"), [(1, 200), (3, 198), (50, 200), (51, 102), (100, 200), (130, 260)]
+)
+def test_number_of_queries(num_boxes: int, num_queries: int) -> None:
+    """About 100 positive ones, but always all boxes."""
+    denoising = Denoising(DenoisingConfig(), width=8)
+    assert denoising(targets((num_boxes,)), 900).content.shape == (1, num_queries, 8)
+
+
+def test_without_noise_the_queries_are_the_truth() -> None:
+    """In both halves: what makes a query negative is its noise. Empty queries are zeros."""
+    denoising, truth = exact(num_queries=3, num_labels=32), targets()
+    queries = denoising(truth, num_queries=5)
+    for half in (slice(0, 3), slice(3, 6)):
+        boxes = queries.references[:, half].sigmoid()
+        torch.testing.assert_close(boxes[truth.mask], truth.boxes[truth.mask])
+        labels = truth.phrase_ids[truth.mask] % 32
+        assert labels.tolist() == [0, 1, 16, 17, 18]
+        assert torch.equal(queries.content[:, half][truth.mask], denoising.labels.weight[labels])
+        assert (queries.content[:, half][~truth.mask] == 0).all()
+        assert (queries.references[:, half][~truth.mask] == 0).all()
+
+
+def sides_moved(queries: Tensor, truth: PromptTargets) -> tuple[Tensor, Tensor]:
+    """How far the sides of positive and negative queries are off, in widths and heights: [R, groups, N, 4] each."""
+    num = truth.boxes.shape[1]
+    boxes = box_ops.cxcywh_to_xyxy(queries.sigmoid()).unflatten(1, (-1, 2, num))  # [R, groups, 2, N, 4]
+    moved = boxes - box_ops.cxcywh_to_xyxy(truth.boxes)[:, None, None]
+    moved = moved / truth.boxes[:, None, None, :, 2:].repeat(1, 1, 1, 1, 2)
+    return moved[:, :, 0], moved[:, :, 1]
+
+
+@pytest.mark.parametrize("noise", [0.4, 0.9])
+def test_noise_of_boxes(noise: float) -> None:
+    """Positive sides move by up to half the noise, negative ones by more, up to twice that, in either direction."""
+    truth = targets((3, 3))
+    queries = Denoising(DenoisingConfig(num_queries=3000, box_noise=noise), width=8)(truth, 1)
+    positive, negative = sides_moved(queries.references, truth)
+    assert positive.abs().max() <= noise / 2 + 1e-4
+    assert positive.abs().max() > 0.49 * noise
+    assert positive.abs().min() < 0.01 * noise
+    assert positive.mean().abs() < 0.01
+    upright = (queries.references.sigmoid()[..., 2:] > 0.0011).all(dim=-1).unflatten(1, (-1, 2, 3))[:, :, 1]
+    assert upright.float().mean() > 0.5, "of the others, a side passed the opposite one"
+    assert negative[upright].abs().min() >= noise / 2 - 1e-4
+    assert negative[upright].abs().max() <= noise + 1e-4
+    assert negative[upright].abs().max() > 0.98 * noise
+
+
+def test_noisy_boxes_stay_in_the_image() -> None:
+    truth = targets((1,))._replace(boxes=torch.tensor([[[0.5, 0.5, 1.0, 1.0]]]))
+    queries = Denoising(DenoisingConfig(num_queries=500), width=8)(truth, 1)
+    corners = box_ops.cxcywh_to_xyxy(queries.references.sigmoid())
+    assert queries.references.isfinite().all()
+    assert corners.min() >= -1e-3
+    assert corners.max() <= 1 + 1e-3
+
+
+def test_noise_of_labels() -> None:
+    """Half of the share is drawn anew, of which one in four happens to be right again."""
+    denoising = Denoising(DenoisingConfig(num_queries=20_000, label_noise=0.8, box_noise=0, num_labels=4), width=8)
+    content = denoising(targets((1,)), 1).content[0]
+    labels = (content.unsqueeze(1) == denoising.labels.weight).all(dim=-1).int().argmax(dim=1)
+    shares = labels.bincount(minlength=4) / len(labels)
+    torch.testing.assert_close(shares, torch.tensor([0.7, 0.1, 0.1, 0.1]), atol=0.01, rtol=0)
+
+
+def test_nobody_sees_the_queries_of_another_group() -> None:
+    blocked = exact(num_queries=7)(targets(), num_queries=5).blocked
+    for query in range(17):
+        for seen in range(17):
+            same_group = seen // 6 == query // 6 and query < 12
+            assert blocked[query, seen] == (seen < 12 and not same_group)
+
+
+def test_the_global_generator_decides() -> None:
+    denoising, truth = Denoising(DenoisingConfig(), width=8), targets()
+
+    def draw(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        queries = denoising(truth, 5)
+        return torch.cat((queries.content, queries.references), dim=-1)
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+@pytest.mark.parametrize("counts", [COUNTS, (0, 0)], ids=["boxes", "no boxes"])
+def test_the_table_always_takes_part(counts: tuple[int, ...]) -> None:
+    """Also in a batch without any box: data parallel training waits for the gradient of every weight."""
+    denoising = exact(num_queries=3)
+    queries = denoising(targets(counts), num_queries=5)
+    content = torch.cat((queries.content, torch.ones(len(counts), 5, 8, requires_grad=True)), dim=1)
+    content.sum().backward()
+    assert not queries.references.requires_grad
+    assert denoising.labels.weight.grad is not None
+    if not any(counts):
+        assert queries.content.shape == (2, 0, 8)
+        assert queries.assignment.shape == (2, 0)
+        assert not queries.blocked.any()
+        assert (denoising.labels.weight.grad == 0).all()
+        return
+    uses = denoising.labels.weight.grad[:, 0].nonzero().flatten().tolist()
+    assert uses == [0, 1, 80, 81, 82]
+
+
+def test_the_loss_takes_the_assignment_as_it_is() -> None:
+    """Queries without noise that answer what they were told are right but for the negative ones."""
+    truth = targets()
+    queries = exact(num_queries=3)(truth, num_queries=5)
+    boxes = queries.references.sigmoid().unsqueeze(0)
+    logits = torch.full((1, 3, 6, 4), -20.0).masked_fill((queries.assignment >= 0)[None, ..., None], 20.0)
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    matching = torch.zeros(1, 3, 5, 4), torch.rand(1, 3, 5, 4)
+    losses = SetLoss(LossConfig())(*matching, truth, mask, denoising=(logits, boxes, queries.assignment))
+    for name in ("class_denoising", "l1_denoising", "giou_denoising"):
+        assert losses[name].item() == pytest.approx(0, abs=1e-5)
+    logits[0, 0, 3] = 20.0  # the negative query of the first box says what it should not
+    losses = SetLoss(LossConfig())(*matching, truth, mask, denoising=(logits, boxes, queries.assignment))
+    assert losses["class_denoising"].item() == pytest.approx(0.75 * 20 * 4 / 5, rel=1e-4)
+
+
+def test_settings() -> None:
+    config = GroundingDinoConfig()
+    assert config.denoising is None
+    assert config.loss == LossConfig()
+    assert DenoisingConfig() == DenoisingConfig(num_queries=100, label_noise=0.5, box_noise=1.0, num_labels=256)
