@@ -40,7 +40,7 @@ class CocoConfig(Strict):
             Vocabulary(names, self.vocabulary, str(file)),
             class_ids,
             Path(self.image_root) if self.image_root is not None else folder,
-            Provenance(folder.name, file.stem.removeprefix("instances_")),
+            Provenance(folder.name, file.stem.removeprefix("instances_"), "detection"),
         )
 
 

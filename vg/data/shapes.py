@@ -11,7 +11,7 @@ from PIL import Image
 from vg.data.expressions import DESCRIBE, VOCABULARY, Kind, classes, described_scene
 from vg.data.refcoco import samples_of
 from vg.data.scenes import MIN_SIDE, Scene, Shape, draw, random_scene, some
-from vg.data.source import DataError, Provenance
+from vg.data.source import DataError, Provenance, Task
 from vg.types import Sample, Strict
 
 __all__ = ["VOCABULARY", "Scene", "Shape", "Shapes", "ShapesConfig", "draw"]
@@ -48,7 +48,8 @@ class Shapes:
         if not config.kinds or not set(config.kinds) <= set(DESCRIBE):
             raise DataError(f"shapes: kinds {config.kinds} must be some of {', '.join(DESCRIBE)}")
         self.config = config
-        self.provenance = Provenance(f"shapes ({config.view}, seed {config.seed})", config.split)
+        task: Task = "detection" if config.view == "detection" else "expressions"
+        self.provenance = Provenance(f"shapes ({config.view}, seed {config.seed})", config.split, task)
 
     def __len__(self) -> int:
         return SPLITS[self.config.split] if self.config.size is None else self.config.size

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from vg.types import Sample
 
+Task = Literal["expressions", "detection"]
 OVERHANG = 1.0  # pixels: annotators round, so a box may stick out of the image by this much and is clipped
 
 
@@ -26,6 +27,7 @@ class Provenance:
 
     data: str  # "refcoco (unc)"
     split: str  # "val"
+    task: Task = "expressions"  # decides which metric judges: one box per phrase, or any
 
 
 class Source(Protocol):

@@ -66,7 +66,7 @@ class VocConfig(Strict):
             crowd=np.array([thing.difficult for _, thing in things], bool),
         )
         vocabulary = Vocabulary(names, self.vocabulary, str(folder))
-        provenance = Provenance(folder.resolve().name, self.split or "all")
+        provenance = Provenance(folder.resolve().name, self.split or "all", "detection")
         return Detection(table, vocabulary, range(len(names)), pictures, provenance)
 
 

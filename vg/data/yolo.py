@@ -65,7 +65,7 @@ class YoloConfig(Strict):
             Vocabulary(names, self.vocabulary, str(file)),
             range(len(names)),
             root,
-            Provenance(root.name, self.split),
+            Provenance(root.name, self.split, "detection"),
         )
 
 
