@@ -28,6 +28,7 @@ ALLOWED = {
         "inference",
         "data.source",
         "models.base",
+        "models.grounding_dino.checkpoints",
         "ops",
         "types",
     },
@@ -46,7 +47,7 @@ ALLOWED = {
     },
     "evaluation": {"config", "data.collate", "data.dataset", "metrics", "models.base", "distributed", "types"},
     "run_folder": {"config", "checkpoint", "history"},
-    "checkpoint": {"config", "models.base"},
+    "checkpoint": {"config", "models.base", "types"},
     "history": set(),
     "inference": {"config", "checkpoint", "models.base", "data.collate", "data.source", "types", "boxes"},
     # Only the classes of settings: tests/test_config.py proves that no network and no torch comes with them.

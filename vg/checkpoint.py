@@ -15,12 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from vg.config import RunConfig, dump_config, load_config
 from vg.models.base import GroundingModel
+from vg.types import CheckpointError as CheckpointError  # part of this module's interface too
 
 WEIGHTS, CONFIG, TOKENIZER, TRAINING = "model.safetensors", "config.yaml", "tokenizer", "training.pt"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read or written; the message names the file and what to do."""
 
 
 @contextmanager

@@ -16,6 +16,10 @@ if TYPE_CHECKING:  # keeps `import vg` and the configuration free of torch
     from transformers import PreTrainedTokenizerBase
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or written; the message names the file and what to do."""
+
+
 class ConfigError(ValueError):
     """A configuration cannot be used; the message gives the path of every key in question."""
 

@@ -1,0 +1,70 @@
+"""Loading a checkpoint of any dialect into a model that is there already."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vg.models.grounding_dino.checkpoints.read import read_checkpoint
+from vg.models.grounding_dino.checkpoints.variant import LABELS
+from vg.models.grounding_dino.config import GroundingDinoConfig
+from vg.types import CheckpointError
+
+if TYPE_CHECKING:
+    from vg.models.grounding_dino.model import GroundingDino
+
+
+def load_into(model: GroundingDino, path: str | Path) -> None:
+    """Load a checkpoint of any dialect into a model that was configured for it.
+
+    Two differences are bridged, as mmdetection fine-tunes official weights: heads that are shared in the checkpoint
+    become one copy per decoder layer, and a learned factor of the logits starts at 1. The table of denoising labels
+    may be absent on either side.
+
+    Raises:
+        CheckpointError: see read_checkpoint; or the checkpoint is of another variant (every difference is named).
+    """
+    want = model.config
+    checkpoint = read_checkpoint(path, model.text.network.config.to_dict())
+    have, weights = checkpoint.config, dict(checkpoint.weights)
+    trouble = [
+        f"{name}: {ours} in the configuration, {theirs} in the checkpoint"
+        for name, (ours, theirs) in _differences(want, have).items()
+    ]
+    if trouble:
+        raise CheckpointError(f"{path} holds another variant of the model:\n  " + "\n  ".join(trouble))
+    if have.shared_heads and not want.shared_heads:
+        for name in [name for name in weights if "_heads.0." in name]:
+            for layer in range(1, want.decoder_layers):
+                weights[name.replace("_heads.0.", f"_heads.{layer}.")] = weights[name]
+    own = model.own_state_dict()
+    if want.classes.scale != have.classes.scale:
+        weights |= {name: torch.zeros(1) for name in own if name.endswith(".log_scale")}
+    labels = weights.pop(LABELS, None)
+    if LABELS in own:
+        weights[LABELS] = own[LABELS] if labels is None or labels.shape != own[LABELS].shape else labels
+    try:
+        model.load_own_state_dict(weights)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _differences(want: GroundingDinoConfig, have: GroundingDinoConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings that decide about names, shapes or the meaning of weights, where they differ."""
+    names = ["width", "levels", "encoder_layers", "decoder_layers", "heads", "points", "feedforward", "num_queries"]
+    names += ["fusion", "classes", "shared_heads"]
+    pairs = {name: (getattr(want, name), getattr(have, name)) for name in names}
+    for field in fields(want.backbone):
+        if field.name not in ("id", "drop_path"):
+            pairs[f"backbone.{field.name}"] = (
+                getattr(want.backbone, field.name),
+                getattr(have.backbone, field.name, None),
+            )
+    if have.shared_heads:
+        del pairs["shared_heads"]
+    if want.classes.scale == "learned" and have.classes.scale == "one" and want.classes.similarity == "dot":
+        pairs["classes"] = (want.classes.bias, have.classes.bias)
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -1,0 +1,143 @@
+"""Reading a checkpoint of any dialect into the names of vg."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vg.models.grounding_dino.checkpoints.files import load_tensors, local_path
+from vg.models.grounding_dino.checkpoints.layout import from_file
+from vg.models.grounding_dino.checkpoints.names import tensor_names
+from vg.models.grounding_dino.checkpoints.table import IGNORABLE, Dialect, Foreign
+from vg.models.grounding_dino.checkpoints.variant import NamedAsInVg, recognise_text, recognise_variant
+from vg.models.grounding_dino.config import GroundingDinoConfig
+from vg.models.grounding_dino.image import NAMES_IN_FILES
+from vg.types import CheckpointError
+
+SHOWN = 20  # names in one message
+NETWORK = "model.backbone.conv_encoder.model."  # of the backbone, in transformers
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint of any dialect holds."""
+
+    dialect: Dialect
+    config: GroundingDinoConfig  # without `weights`; `config.build(pretrained=False)` takes the weights
+    weights: dict[str, Tensor]  # by the names of vg
+    tokenizer: str | None  # folder that holds it, if there is one
+
+
+def read_checkpoint(path: str | Path, bert: Mapping[str, Any] | None = None) -> Checkpoint:
+    """Read a published checkpoint: what dialect and which variant it is, is told from its tensors.
+
+    Args:
+        path: an official or mmdetection .pth, a folder or Hub id of transformers, or a checkpoint or run of vg.
+        bert: config.json of the text encoder; needed only where its width is not 64 per attention head.
+
+    Raises:
+        CheckpointError: no checkpoint of Grounding DINO, or one with tensors that are missing, unknown or misshapen;
+            the message lists them all.
+    """
+    place = local_path(path)
+    try:
+        if place.is_dir() and not (place / "config.json").exists():
+            checkpoint = _read_vg(place, bert or {})
+        else:
+            checkpoint = _read_foreign(place, bert or {})
+        _check(checkpoint)
+    except (CheckpointError, OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return checkpoint
+
+
+def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
+    if (folder / "best" / "config.yaml").exists():
+        folder = folder / "best"  # the folder of a run stands for its best checkpoint
+    if not (folder / "config.yaml").exists():
+        raise CheckpointError("no checkpoint: the folder holds neither config.json (transformers) nor config.yaml (vg)")
+    values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    try:
+        config = TypeAdapter(GroundingDinoConfig).validate_python(values["model"] | {"weights": None})
+    except ValidationError as error:
+        raise CheckpointError(f"config.yaml describes no Grounding DINO: {error}") from error
+    weights = load_file(folder / "model.safetensors")
+    if config.text.architecture is None:
+        sizes = recognise_text(NamedAsInVg(weights, "vg"), bert)
+        config.text = replace(sizes, frozen=config.text.frozen, tokenizer=config.text.tokenizer)
+    return Checkpoint("vg", config, weights, str(folder / "tokenizer"))
+
+
+def _read_foreign(place: Path, bert: Mapping[str, Any]) -> Checkpoint:
+    settings = json.loads((place / "config.json").read_text(encoding="utf-8")) if place.is_dir() else {}
+    tensors = load_tensors(place)
+    if any(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    dialect = _dialect(tensors, settings)
+    if dialect == "transformers":
+        tensors = {_name_in_file(key): tensor for key, tensor in tensors.items()}
+    config = recognise_variant(tensors, dialect, settings, bert)
+    weights, used = {}, set()
+    missing, contradicting = [], []
+    for own, names in tensor_names(config, dialect).items():
+        stored = [name for name in names if name in tensors]
+        used.update(stored)
+        if not stored:
+            missing.append(names[0])
+            continue
+        if not all(tensors[name].equal(tensors[stored[0]]) for name in stored[1:]):
+            contradicting.append(" and ".join(stored))
+        weights.update(from_file(own, tensors[stored[0]], dialect))
+    unknown = [key for key in tensors.keys() - used if not re.fullmatch(IGNORABLE[dialect], key)]
+    if missing or unknown or contradicting:
+        parts = {"missing": missing, "unknown": unknown, "should be equal": contradicting}
+        raise CheckpointError(f"the {dialect} checkpoint is incomplete or of another architecture" + _listing(parts))
+    return Checkpoint(dialect, config, weights, str(place) if place.is_dir() else None)
+
+
+def _dialect(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Foreign:
+    if settings and settings.get("model_type") not in ("grounding-dino", "mm-grounding-dino"):
+        raise CheckpointError(f"config.json describes another architecture: {settings.get('model_type')}")
+    for dialect in ("official", "transformers", "mmdet"):
+        found = NamedAsInVg(tensors, cast(Foreign, dialect))
+        if found.has("neck.level_encoding") and found.has("text.projection.weight"):
+            return cast(Foreign, dialect)
+    names = ", ".join(list(tensors)[:3])
+    raise CheckpointError(f"no Grounding DINO in any known dialect: its {len(tensors)} tensors are {names}, ...")
+
+
+def _name_in_file(key: str) -> str:
+    """transformers calls parts of a loaded backbone otherwise than in its files; some files hold those names."""
+    if not key.startswith(NETWORK):
+        return key
+    name = key.removeprefix(NETWORK)
+    for in_memory, in_file in NAMES_IN_FILES:
+        name = name.replace(in_memory, in_file)
+    return NETWORK + name
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    """Every weight must fit the model of this configuration."""
+    with torch.device("meta"):
+        model = checkpoint.config.build(pretrained=False)
+    try:
+        model.load_own_state_dict({key: tensor.to("meta") for key, tensor in checkpoint.weights.items()})
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _listing(parts: Mapping[str, list[str]]) -> str:
+    lines = [f"{what}: {name}" for what, names in parts.items() for name in sorted(names)]
+    rest = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return ":\n  " + "\n  ".join(lines[:SHOWN] + rest)
