@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from vg.data.augment import Augment
-from vg.data.source import BadSampleError, DataError, Source, checked
+from vg.data.source import BadSampleError, DataError, Measured, Source, checked
 from vg.types import Sample
 
 logger = logging.getLogger(__name__)
@@ -23,18 +25,26 @@ class GroundingDataset(Dataset[Sample]):
     Whatever is random depends on (seed, epoch, index) only: neither workers nor a resumed run change it.
 
     Args:
+        keep_crowd: regions of many things (`Sample.crowd`) stay in the samples, as metrics want them; training leaves
+            them out, for nobody counted what is in them.
         bad_samples: "error" raises BadSampleError for a sample that cannot be used; "skip" warns, counts it, and gives
             the next good one instead (its id is the same both times, so that metrics count it once).
     """
 
     def __init__(
-        self, source: Source, augment: Augment | None = None, seed: int = 0, bad_samples: BadSamples = "error"
+        self,
+        source: Source,
+        augment: Augment | None = None,
+        seed: int = 0,
+        bad_samples: BadSamples = "error",
+        keep_crowd: bool = False,
     ):
         if len(source) == 0:
             raise DataError(f"{source.provenance} holds no samples")
         self.source = source
         self.augment = augment
         self.seed = seed
+        self.keep_crowd = keep_crowd
         self.skip = bad_samples == "skip"
         # Shared memory: the workers of a DataLoader write, the main process counts.
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
@@ -62,7 +72,15 @@ class GroundingDataset(Dataset[Sample]):
     def _load(self, index: int) -> Sample:
         epoch = int(self._epoch[0])
         sample = checked(self.source.load(index, epoch))
+        sample = sample if self.keep_crowd else _without_crowd(sample)
         return self.augment(sample, seed=(self.seed, epoch, index)) if self.augment else sample
+
+
+def _without_crowd(sample: Sample) -> Sample:
+    if sample.crowd is None:
+        return replace(sample, areas=None)
+    kept = ~sample.crowd  # [N]
+    return replace(sample, boxes=sample.boxes[kept], phrase_ids=sample.phrase_ids[kept], crowd=None, areas=None)
 
 
 class EpochSampler(Sampler[int]):
@@ -79,6 +97,45 @@ class EpochSampler(Sampler[int]):
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         return iter(torch.randperm(self.length, generator=generator).tolist())
+
+
+class SimilarShapes(EpochSampler):
+    """As above, and every `group` indices in a row have pictures of similar aspect, so that a batch needs less padding.
+
+    An order is cut into stretches, each is sorted by aspect and cut into groups, and the groups are shuffled. What does
+    not fill a group comes last and is drawn before anything is sorted: left out (`drop_last`), it is a fair sample.
+
+    Args:
+        group: samples of one step of all processes: batch size x processes.
+
+    Raises:
+        DataError: the source does not know the sizes of its pictures.
+    """
+
+    STRETCH = 64  # groups that are sorted together: more are more alike, fewer mix better
+
+    def __init__(self, source: Source, seed: int, group: int):
+        if not isinstance(source, Measured):
+            raise DataError(
+                f"{source.provenance.data} does not know how large its pictures are, so they stay ungrouped"
+            )
+        super().__init__(len(source), seed)
+        self.source = source
+        self.group = group
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.tensor(list(super().__iter__()), dtype=torch.long)  # [samples]
+        sizes = torch.as_tensor(self.source.sizes(self.epoch))  # [samples, 2]
+        aspects = sizes[:, 1] / sizes[:, 0]
+        filled = self.length - self.length % self.group
+        stretches = order[:filled].split(self.STRETCH * self.group)
+        ordered = [stretch[aspects[stretch].argsort(stable=True)] for stretch in stretches]
+        groups = (
+            torch.cat(ordered).view(-1, self.group) if ordered else order[:0].view(-1, self.group)
+        )  # [groups, group]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        groups = groups[torch.randperm(len(groups), generator=generator)]
+        return iter([*groups.flatten().tolist(), *order[filled:].tolist()])

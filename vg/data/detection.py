@@ -113,12 +113,18 @@ class Detection:
             turn=(epoch, index),
         )
 
+    @property
+    def category_ids(self) -> dict[str, int]:
+        """Phrase -> the number that the annotations, and files of results, have for that class."""
+        return dict(zip(self.vocabulary.phrases, self.class_ids, strict=True))
+
     def sizes(self, epoch: int) -> np.ndarray:
         """[I, 2] (height, width), from the heads of the files where the annotations do not say."""
         if self._sizes is None:
             sizes = self.table.sizes.copy()
             for index in np.flatnonzero((sizes == 0).any(axis=1)).tolist():
-                sizes[index] = image_size(find_image(self.table.files[index], self.image_root), self.table.relative)
+                file = find_image(self.table.files[index], self.image_root)
+                sizes[index] = image_size(file, str(file), self.table.relative)
             self._sizes = sizes
         return self._sizes
 
@@ -127,7 +133,7 @@ class Detection:
 
     def _warn_of_overhang(self) -> None:
         """A few boxes beyond the image are clipped; many are a mix-up of formats, which clipping would hide."""
-        table = self.table
+        table, where = self.table, f"{self.provenance.data} ({self.provenance.split})"
         limits = np.repeat(table.sizes[:, ::-1], np.diff(table.starts), axis=0)  # [A, 2] width, height
         known = (limits > 0).all(axis=1)
         beyond = (table.boxes[:, 2:] > limits + OVERHANG) | (table.boxes[:, :2] < -OVERHANG)
@@ -135,9 +141,8 @@ class Detection:
         if len(out) > _SUSPICIOUS * np.count_nonzero(known):
             first = table.ids[int(np.searchsorted(table.starts, out[0], side="right")) - 1]
             warnings.warn(
-                f"{self.provenance.data} ({self.provenance.split}): {len(out)} of {np.count_nonzero(known)} boxes stick out of their "
-                f"picture, first in {first}; they are clipped. Check the format of the boxes: COCO has x, y, width, "
-                "height, Pascal VOC left, top, right, bottom",
+                f"{where}: {len(out)} of {np.count_nonzero(known)} boxes stick out of their picture, first in {first}; "
+                "they are clipped. Check their format: COCO has x, y, width, height, VOC left, top, right, bottom",
                 stacklevel=4,
             )
 

@@ -58,14 +58,16 @@ def image_key(name: str, root: Path | None = None) -> str:
         return name
 
 
-def image_size(file: Path, upright: bool = False) -> tuple[int, int]:
-    """(height, width) in pixels as `read_image` would give it, from the head of the file; BadSampleError as there."""
+def image_size(source: Path | bytes | Image.Image, name: str, upright: bool = False) -> tuple[int, int]:
+    """(height, width) in pixels of what `read_image` would give, from the head of the file; raises as that does."""
     try:
-        with Image.open(file) as image:
+        if isinstance(source, Image.Image):
+            return source.height, source.width
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return (image.width, image.height) if turned else (image.height, image.width)
-    except Exception as error:  # as in read_image
-        raise BadSampleError(f"image {file} cannot be read ({error}); replace the file by an intact copy") from error
+    except Exception as error:  # as there
+        raise BadSampleError(f"image {name} cannot be read ({error}); replace the file by an intact copy") from error
 
 
 def read_image(source: Path | bytes | Image.Image, name: str, upright: bool = False) -> np.ndarray:

@@ -61,7 +61,7 @@ class Odvg:
             self._labels = {label: number for number, label in enumerate(sorted(names))}
             self.vocabulary = Vocabulary([names[label] for label in self._labels], config.vocabulary, config.label_map)
         self._starts = _line_starts(self._path)  # [lines] where each begins, in bytes
-        self.provenance = Provenance(self._path.resolve().parent.name, self._path.stem)
+        self.provenance = Provenance(self._path.resolve().parent.name, self._path.stem, "detection")
         if len(self):
             with self._named(0):
                 self._annotation(self._row(0))
@@ -102,7 +102,7 @@ class Odvg:
                 row = self._row(index)
                 names.append(str(row.get("filename")))
                 size = row.get("height"), row.get("width")
-                sizes.append(size if all(size) else image_size(find_image(names[-1], self._root)))
+                sizes.append(size if all(size) else image_size(find_image(names[-1], self._root), names[-1]))
         return names, np.array(sizes, np.int64).reshape(-1, 2)
 
     @contextmanager

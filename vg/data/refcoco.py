@@ -5,17 +5,20 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from vg.data.images import image_key
 from vg.data.refcoco_rows import (
     COLUMNS,
     LMMS,
     expressions_of,
     image_name,
     image_of,
+    image_size_of,
     recognise,
     referent_of,
     sample_id,
@@ -105,3 +108,19 @@ class Refcoco:
             raise BadSampleError(
                 f"{self._path} ({self.provenance.split}), row {number + 1} ({image_name(row)}): {error}"
             ) from error
+
+    def sizes(self, epoch: int) -> np.ndarray:
+        """[expressions, 2] (height, width), from the heads of the pictures; reads every one at the first call."""
+        return self._sizes[self._rows]
+
+    def image_keys(self) -> list[str]:
+        light = self._table.select(("image_path", "file_name"))  # without the pixels
+        names = [image_name(light.rows[row]) for row in range(len(light.rows))]
+        keys = {name: image_key(name, self._image_root) for name in dict.fromkeys(names)}
+        return [keys[names[row]] for row in self._rows.tolist()]
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        """[rows, 2] (height, width)"""
+        rows = (self._table.rows[row] for row in range(len(self._table.rows)))
+        return np.array([image_size_of(row, self._image_root) for row in rows], np.int64).reshape(-1, 2)

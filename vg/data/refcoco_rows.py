@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from vg.data.images import find_image, read_image
+from vg.data.images import find_image, image_size, read_image
 from vg.data.source import BadSampleError, DataError, checked
 from vg.types import Sample
 
@@ -153,16 +153,26 @@ def image_of(row: Mapping[str, Any], image_root: Path | None) -> np.ndarray:
     Raises:
         BadSampleError: no picture, no such file or a damaged one; the message names the file.
     """
+    return read_image(*_picture_of(row, image_root))
+
+
+def image_size_of(row: Mapping[str, Any], image_root: Path | None) -> tuple[int, int]:
+    """(height, width) in pixels of what `image_of` gives; raises as that does."""
+    return image_size(*_picture_of(row, image_root))
+
+
+def _picture_of(row: Mapping[str, Any], image_root: Path | None) -> tuple[Path | bytes | Image.Image, str]:
+    """What to read the picture from, and what to call it."""
     image, name = row.get("image"), image_name(row)
     pixels = image.get("bytes") if isinstance(image, Mapping) else image
     if isinstance(pixels, bytes | Image.Image):
-        return read_image(pixels, name or "in the row")
+        return pixels, name or "in the row"
     if not name:
         raise BadSampleError("no picture: image, image_path and file_name are all empty; fill one of them")
     if image_root is None:
         raise BadSampleError(f"image {name} is not in the row; set image_root to the folder that holds the pictures")
     file = find_image(name, image_root)
-    return read_image(file, str(file))
+    return file, str(file)
 
 
 def samples_of(
