@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:  # keeps `import vg` and the configuration free of torch
@@ -49,7 +50,7 @@ class Sample:
 
 
 class Text(NamedTuple):
-    """The tokenised prompts of a batch: one for each image, or several where one cannot hold all phrases of an image."""
+    """The tokenised prompts of a batch: one for each image, or several where one cannot hold all its phrases."""
 
     token_ids: Tensor  # [R, T] int64
     mask: Tensor  # [R, T] bool, True = a real token
@@ -158,7 +159,7 @@ class FittedImage(ImageSpec):
         short, long = min(height, width), max(height, width)
         side = shortest or self.shortest
         if long / short * side > self.longest:
-            side = round(self.longest * short / long)
+            side = max(1, round(self.longest * short / long))
         other = int(side * long / short)
         return (side, other) if height <= width else (other, side)
 
@@ -169,4 +170,12 @@ class TextSpec:
 
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int  # of one prompt
-    phrase_end: str | None = None  # "." closes each phrase of a prompt; None: a prompt is one expression as it stands
+    # Tokens at which the model takes a prompt of many phrases apart, the first of which closes a phrase of ours;
+    # none: a prompt is one expression as it stands.
+    delimiters: tuple[str, ...] = ()
+
+    @cached_property
+    def delimiter_ids(self) -> tuple[int, ...]:
+        """Of those delimiters that the vocabulary has: any unknown word has the id of an unknown one."""
+        ids = self.tokenizer.convert_tokens_to_ids(list(self.delimiters))
+        return tuple(number for number in ids if number != self.tokenizer.unk_token_id)

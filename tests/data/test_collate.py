@@ -150,7 +150,7 @@ def many(name: str = "many") -> Sample:
 
 def test_many_phrases(text: TextSpec) -> None:
     """What one prompt cannot hold goes into further ones, and nothing is lost."""
-    batch = Collator(SPEC, replace(text, phrase_end="."))([many(), make()])
+    batch = Collator(SPEC, replace(text, delimiters=(".", "?")))([many(), make()])
     assert batch.text.image_ids.tolist() == [0, 0, 0, 1], "of six tokens each"
     assert batch.text.phrase_tokens[:3].sum(dim=(0, 2)).tolist() == [2, 1, 3]
     target = batch.targets[0]
@@ -162,7 +162,7 @@ def test_many_phrases(text: TextSpec) -> None:
 
 
 def test_one_prompt_leaves_out_boxes_and_says_so_once(text: TextSpec, caplog: pytest.LogCaptureFixture) -> None:
-    collate = Collator(SPEC, replace(text, phrase_end=".", max_tokens=7), one_prompt=True)
+    collate = Collator(SPEC, replace(text, delimiters=(".", "?"), max_tokens=7), one_prompt=True)
     with caplog.at_level(logging.WARNING):
         collate([make(), make("b", phrase="dog")])
         assert not caplog.records, "all found a place"
@@ -184,7 +184,7 @@ def test_one_prompt_leaves_out_boxes_and_says_so_once(text: TextSpec, caplog: py
 def test_a_sample_without_boxes(text: TextSpec) -> None:
     sample = replace(make(), boxes=np.zeros((0, 4), np.float32), phrase_ids=np.zeros(0, np.int64))
     for one_prompt in (False, True):
-        target = Collator(SPEC, replace(text, phrase_end="."), one_prompt)([sample]).targets[0]
+        target = Collator(SPEC, replace(text, delimiters=(".", "?")), one_prompt)([sample]).targets[0]
         assert (target.boxes.shape, target.phrase_ids.shape) == ((0, 4), (0,))
 
 

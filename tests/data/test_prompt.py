@@ -48,7 +48,7 @@ def sample(*phrases: str, boxes_of: tuple[int, ...] = (), name: str = "a") -> Sa
 def prompts(
     tokenizer: PreTrainedTokenizerBase, *samples: Sample, max_tokens: int = 256, one_prompt: bool = False
 ) -> Text:
-    return Prompts(TextSpec(tokenizer, max_tokens, "."), one_prompt)(samples)
+    return Prompts(TextSpec(tokenizer, max_tokens, (".", "?")), one_prompt)(samples)
 
 
 def words(tokenizer: PreTrainedTokenizerBase, text: Text, row: int = 0) -> str:
@@ -156,7 +156,7 @@ def test_one_prompt_prefers_phrases_with_boxes(tokenizer: PreTrainedTokenizerBas
 def test_what_cannot_be_asked(
     tokenizer: PreTrainedTokenizerBase, phrases: tuple[str, ...], message: str, one_prompt: bool
 ) -> None:
-    build = Prompts(TextSpec(tokenizer, 8, "."), one_prompt)
+    build = Prompts(TextSpec(tokenizer, 8, (".", "?")), one_prompt)
     for _ in range(2):  # a phrase is not forgiven because it is known
         with pytest.raises(DataError, match=message):
             build([sample("cat"), sample(*phrases, name="val/3")])
@@ -175,11 +175,11 @@ def test_a_tokenizer_without_the_tokens_of_a_prompt(tmp_path: Path, missing: str
     if missing == "[SEP]":
         tokenizer.sep_token = None
     with pytest.raises(ConfigError, match=r"BertTokenizer .*lacks .*model\.text\.tokenizer"):
-        Prompts(TextSpec(tokenizer, 8, "."), one_prompt=False)
+        Prompts(TextSpec(tokenizer, 8, (".", "?")), one_prompt=False)
 
 
 def test_a_phrase_is_tokenised_once_and_workers_can_have_it(tokenizer: PreTrainedTokenizerBase) -> None:
-    build = Prompts(TextSpec(tokenizer, 64, "."), one_prompt=False)
+    build = Prompts(TextSpec(tokenizer, 64, (".", "?")), one_prompt=False)
     first = build([sample("dog", "cat")])
     copy = pickle.loads(pickle.dumps(build))
     for each in (build, copy):
@@ -189,7 +189,7 @@ def test_a_phrase_is_tokenised_once_and_workers_can_have_it(tokenizer: PreTraine
 
 def test_the_cache_does_not_grow_for_ever(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vg.data.prompt._CACHE_SIZE", 3)
-    build = Prompts(TextSpec(tokenizer, 64, "."), one_prompt=False)
+    build = Prompts(TextSpec(tokenizer, 64, (".", "?")), one_prompt=False)
     for count in range(9):
         text = build([sample("dog", f"{count} dog", f"dog {count}")])
         assert words_of_phrases(tokenizer, text) == ["dog", f"{count} dog", f"dog {count}"]

@@ -30,7 +30,7 @@ class Collator:
 
     def __init__(self, image_spec: ImageSpec, text_spec: TextSpec, one_prompt: bool = False):
         self.image_spec = image_spec
-        self.texts = Expressions(text_spec) if text_spec.phrase_end is None else Prompts(text_spec, one_prompt)
+        self.texts = Prompts(text_spec, one_prompt) if text_spec.delimiters else Expressions(text_spec)
         self.mean = torch.tensor(image_spec.mean).view(3, 1, 1) * 255
         self.std = torch.tensor(image_spec.std).view(3, 1, 1) * 255
         # Shared memory: the first worker of a DataLoader that leaves out boxes says so, the others are silent.

@@ -16,7 +16,6 @@ import torch
 from vg.data.source import DataError
 from vg.types import ConfigError, Sample, Text, TextSpec
 
-_DELIMITERS = (".", "?")  # where published models take a prompt apart, also within a phrase
 _CACHE_SIZE = 100_000  # phrases: more than any list of classes, and some ten megabytes of captions
 
 
@@ -57,12 +56,12 @@ class Prompts:
     which one asks.
 
     Args:
-        spec: its `phrase_end` closes a phrase.
+        spec: its first delimiter closes a phrase.
         one_prompt: one prompt for each sample, as training wants it: phrases that have boxes come first, then the
             others as they fit. Otherwise what one prompt cannot hold goes into further ones.
 
     Raises:
-        ConfigError: the tokenizer has no token for `phrase_end`, or for begin, end or padding.
+        ConfigError: the tokenizer has no token for that delimiter, or for begin, end or padding.
     """
 
     def __init__(self, spec: TextSpec, one_prompt: bool):
@@ -72,9 +71,8 @@ class Prompts:
         self.begin = self._token_id(spec.tokenizer.cls_token)
         self.end = self._token_id(spec.tokenizer.sep_token)
         self.padding = self._token_id(spec.tokenizer.pad_token)
-        self.phrase_end = self._token_id(spec.phrase_end)
-        self.delimiters = {self.phrase_end, *spec.tokenizer.convert_tokens_to_ids(list(_DELIMITERS))}
-        self.delimiters.discard(spec.tokenizer.unk_token_id)  # no token of its own: it may be any word
+        self.phrase_end = self._token_id(spec.delimiters[0])
+        self.delimiters = set(spec.delimiter_ids)  # models take prompts apart there, within a phrase too
         self._known: dict[str, list[int]] = {}  # the same names come with every image
 
     def _token_id(self, token: str | None) -> int:

@@ -38,7 +38,7 @@ class DecoderLayer(nn.Module):
         text: TextFeatures,
         mask: Tensor | None,
     ) -> Tensor:
-        """[R, Q, D] -> [R, Q, D]; positions [R, Q, D], references [R, Q, L or 1, 4], mask [Q, Q] (True = may attend)."""
+        """[R, Q, D] -> [R, Q, D]; positions [R, Q, D], references [R, Q, L or 1, 4], mask [Q, Q] (True = attends)."""
         query = x + positions
         x = self.self_norm(x + self._drop(self.self_attention(query, query, x, mask)))
         text_mask = text.mask[:, None, None]  # [R, 1, 1, T]

@@ -18,12 +18,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from vg.distributed import average_counts
+from vg.losses.set_loss import SetLoss
+from vg.losses.targets import PromptTargets, prompt_targets
 from vg.models.base import GroundingModel
 from vg.models.encoders import load_tokenizer
 from vg.models.grounding_dino.answer import answers
 from vg.models.grounding_dino.attention import DeformableAttention
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.grounding_dino.decoder import Decoder
+from vg.models.grounding_dino.denoising import Denoising
 from vg.models.grounding_dino.encoder import FeatureEnhancer
 from vg.models.grounding_dino.image import ImageFeatures, Neck, encode_images
 from vg.models.grounding_dino.queries import BoxHead, QuerySelection
@@ -38,6 +42,7 @@ class Output(NamedTuple):
     encoder_boxes: Tensor  # [R, Q, 4]
     queries: Tensor  # [R, Q, D] after the last layer
     text: Tensor  # [R, T, D] after the feature enhancer
+    denoising: tuple[Tensor, Tensor, Tensor] | None  # in training: logits, boxes, and which box [R, M] each restores
 
 
 class GroundingDino(GroundingModel):
@@ -51,6 +56,7 @@ class GroundingDino(GroundingModel):
         self.encoder = FeatureEnhancer(config)
         self.queries = QuerySelection(config)
         self.decoder = Decoder(config)
+        self.denoising = Denoising(config.denoising, config.width) if config.denoising else None
         self._initialise()
         if config.gradient_checkpointing:
             self.backbone.network.gradient_checkpointing_enable()
@@ -60,11 +66,12 @@ class GroundingDino(GroundingModel):
         image = self.encode_image(batch)
         text = self.encode_text(batch.text)
         if len(text.tokens) == len(image.tokens):  # one prompt per image
-            return self.ground(image, text)
+            return self.ground(image, text, prompt_targets(batch.text, batch.targets) if self.training else None)
         # Prompts of one image share its features; as many at once as there are images, for the memory's sake.
         groups = torch.arange(len(text.tokens)).split(len(image.tokens))
         outputs = [self.ground(image.select(batch.text.image_ids[rows]), text.select(rows)) for rows in groups]
-        return Output(*(torch.cat(parts, dim=-3) for parts in zip(*outputs, strict=True)))
+        parts = (torch.cat(part, dim=-3) if isinstance(part[0], Tensor) else None for part in zip(*outputs, strict=True))
+        return Output(*parts)  # type: ignore[arg-type]
 
     def encode_image(self, batch: Batch) -> ImageFeatures:
         """Section 3.1: the tokens of each image, and where they lie."""
@@ -73,17 +80,35 @@ class GroundingDino(GroundingModel):
     def encode_text(self, text: Text) -> TextFeatures:
         """Section 3.4: the tokens of each prompt, phrase by phrase."""
         fresh = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        return (self.text if fresh else self.text.recall)(text.token_ids, text.mask, self.delimiters)
+        return (self.text if fresh else self.text.recall)(text.token_ids, text.mask, self._delimiters)
 
-    def ground(self, image: ImageFeatures, text: TextFeatures) -> Output:
-        """Sections 3.2 and 3.3: prompt r asks about image r."""
+    def ground(self, image: ImageFeatures, text: TextFeatures, targets: PromptTargets | None = None) -> Output:
+        """Sections 3.2 and 3.3: prompt r asks about image r; what it should find is only told to denoising queries."""
         image, text = self.encoder(image, text)
         queries = self.queries(image, text)
-        logits, boxes, last = self.decoder(queries.content, queries.references, image, text)
-        return Output(logits, boxes, queries.logits, queries.boxes, last, text.tokens)
+        content, references, mask, denoising = queries.content, queries.references, None, None
+        if self.denoising is not None and targets is not None:
+            noisy = self.denoising(targets, content.shape[1])
+            content, references = torch.cat((noisy.content, content), 1), torch.cat((noisy.references, references), 1)
+            mask = ~noisy.blocked
+        logits, boxes, last = self.decoder(content, references, image, text, mask)
+        if self.denoising is not None and targets is not None:
+            sizes = (noisy.content.shape[1], queries.content.shape[1])
+            (noisy_logits, logits), (noisy_boxes, boxes) = logits.split(sizes, dim=2), boxes.split(sizes, dim=2)
+            last = last[:, sizes[0] :]
+            denoising = noisy_logits, noisy_boxes, noisy.assignment
+        return Output(logits, boxes, queries.logits, queries.boxes, last, text.tokens, denoising)
 
     def loss(self, output: Output, batch: Batch) -> dict[str, Tensor]:
-        raise NotImplementedError
+        return SetLoss(self.config.loss, average_counts)(
+            output.logits,
+            output.boxes,
+            prompt_targets(batch.text, batch.targets),
+            batch.text.mask,
+            encoder=(output.encoder_logits, output.encoder_boxes),
+            denoising=output.denoising,
+            vectors=(output.queries, output.text),
+        )
 
     def predict(self, output: Output, batch: Batch) -> list[Prediction]:
         return answers(output.logits[-1], output.boxes[-1], batch, self.config.predict)
@@ -100,13 +125,12 @@ class GroundingDino(GroundingModel):
         self.text_spec = self._text_spec(AutoTokenizer.from_pretrained(folder))
 
     def _text_spec(self, tokenizer: PreTrainedTokenizerBase) -> TextSpec:
-        return TextSpec(tokenizer, self.config.max_tokens, phrase_end=".")
+        return TextSpec(tokenizer, self.config.max_tokens, delimiters=(".", "?"))
 
-    @cached_property
-    def delimiters(self) -> Tensor:
+    @property
+    def _delimiters(self) -> tuple[int, ...]:
         tokenizer = self.text_spec.tokenizer
-        ids = tokenizer.convert_tokens_to_ids([tokenizer.cls_token, tokenizer.sep_token, ".", "?"])
-        return torch.tensor(ids, device=self.device)
+        return (tokenizer.cls_token_id, tokenizer.sep_token_id, *self.text_spec.delimiter_ids)
 
     def _initialise(self) -> None:
         """Random weights as the official implementation has them (backbone and BERT keep their own)."""

@@ -22,7 +22,7 @@ class TextFeatures(NamedTuple):
         return TextFeatures(*(x[rows] for x in self))
 
 
-def phrase_blocks(token_ids: Tensor, delimiters: Tensor) -> tuple[Tensor, Tensor]:
+def phrase_blocks(token_ids: Tensor, delimiters: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Sub-sentence masks and positions, by the rule of the official implementation (paper, figure 4c).
 
     A delimiter closes the phrase before it and belongs to it; positions count from 0 in every phrase. What is not
@@ -31,14 +31,14 @@ def phrase_blocks(token_ids: Tensor, delimiters: Tensor) -> tuple[Tensor, Tensor
 
     Args:
         token_ids: [R, T]
-        delimiters: [4] ids of [CLS], [SEP], "." and "?".
+        delimiters: ids of [CLS], [SEP], "." and "?".
 
     Returns:
         [R, T, T] bool and [R, T] int64
     """
     length = token_ids.shape[1]
     column = torch.arange(length, device=token_ids.device)
-    is_delimiter = torch.isin(token_ids, delimiters)  # [R, T]
+    is_delimiter = torch.stack([token_ids == delimiter for delimiter in delimiters]).any(dim=0)  # [R, T]
     end = (
         torch.where(is_delimiter, column, length).flip(1).cummin(dim=1).values.flip(1)
     )  # the next delimiter, or itself
@@ -63,7 +63,7 @@ class TextEncoder(Encoder):
         nn.init.xavier_uniform_(self.projection.weight)
         nn.init.zeros_(self.projection.bias)
 
-    def forward(self, token_ids: Tensor, mask: Tensor, delimiters: Tensor) -> TextFeatures:
+    def forward(self, token_ids: Tensor, mask: Tensor, delimiters: tuple[int, ...]) -> TextFeatures:
         """token_ids [R, T] int64, mask [R, T] bool (False = padding), delimiters as in phrase_blocks."""
         blocks, places = phrase_blocks(token_ids, delimiters)
         x = self.run(
@@ -76,11 +76,11 @@ class TextEncoder(Encoder):
         positions = sine_encoding(places.unsqueeze(-1), tokens.shape[-1], 10000.0, interleaved=True)
         return TextFeatures(tokens, positions, blocks, mask)
 
-    def recall(self, token_ids: Tensor, mask: Tensor, delimiters: Tensor) -> TextFeatures:
+    def recall(self, token_ids: Tensor, mask: Tensor, delimiters: tuple[int, ...]) -> TextFeatures:
         """The same, but prompts that were read lately are remembered until the weights change; without gradients."""
-        state = tuple(0 if p.is_inference() else p._version for p in self.parameters())
-        state += tuple(p.data_ptr() for p in self.parameters())
-        state += (torch.is_autocast_enabled(token_ids.device.type), torch.get_autocast_dtype(token_ids.device.type))
+        device = token_ids.device.type
+        versions = ((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
+        state = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), *versions)
         if self._memory_of != state:
             self._memory, self._memory_of = {}, state
         rows = [tuple(row) for row in token_ids.tolist()]
