@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -25,26 +24,18 @@ class GroundingDataset(Dataset[Sample]):
     Whatever is random depends on (seed, epoch, index) only: neither workers nor a resumed run change it.
 
     Args:
-        keep_crowd: regions of many things (`Sample.crowd`) stay in the samples, as metrics want them; training leaves
-            them out, for nobody counted what is in them.
         bad_samples: "error" raises BadSampleError for a sample that cannot be used; "skip" warns, counts it, and gives
             the next good one instead (its id is the same both times, so that metrics count it once).
     """
 
     def __init__(
-        self,
-        source: Source,
-        augment: Augment | None = None,
-        seed: int = 0,
-        bad_samples: BadSamples = "error",
-        keep_crowd: bool = False,
+        self, source: Source, augment: Augment | None = None, seed: int = 0, bad_samples: BadSamples = "error"
     ):
         if len(source) == 0:
             raise DataError(f"{source.provenance} holds no samples")
         self.source = source
         self.augment = augment
         self.seed = seed
-        self.keep_crowd = keep_crowd
         self.skip = bad_samples == "skip"
         # Shared memory: the workers of a DataLoader write, the main process counts.
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
@@ -72,15 +63,7 @@ class GroundingDataset(Dataset[Sample]):
     def _load(self, index: int) -> Sample:
         epoch = int(self._epoch[0])
         sample = checked(self.source.load(index, epoch))
-        sample = sample if self.keep_crowd else _without_crowd(sample)
         return self.augment(sample, seed=(self.seed, epoch, index)) if self.augment else sample
-
-
-def _without_crowd(sample: Sample) -> Sample:
-    if sample.crowd is None:
-        return replace(sample, areas=None)
-    kept = ~sample.crowd  # [N]
-    return replace(sample, boxes=sample.boxes[kept], phrase_ids=sample.phrase_ids[kept], crowd=None, areas=None)
 
 
 class EpochSampler(Sampler[int]):

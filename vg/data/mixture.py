@@ -55,6 +55,7 @@ class Mixture:
                 for part, weight in zip(parts, self.weights, strict=True)
             ),
             split="mixture",
+            task=parts[0].provenance.task,  # of use if a mixture is evaluated, and its parts agree
         )
 
     def __len__(self) -> int:
