@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from itertools import permutations
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from tests.losses.cases import Case, random_case
 from vg.losses.config import LossConfig, MatchingConfig
-from vg.losses.matcher import match, match_costs
+from vg.losses.matcher import _finite, match, match_costs
 
 SUM = LossConfig()
 MEAN = LossConfig(matching=MatchingConfig(class_cost="mean", class_weight=1))
@@ -116,11 +118,19 @@ def test_broken_queries_fill_up_where_there_are_no_others() -> None:
     assert ((nothing_left >= 0).sum(dim=-1) == 4).all()
 
 
+def test_no_saving_elsewhere_makes_up_for_a_broken_cost() -> None:
+    """The diagonal would cost nothing but for its last entry, all else that is needed costs 200 together."""
+    cost = np.array([[0, 100, 100], [100, 0, 100], [100, 100, np.nan]], dtype=np.float32)
+    queries, shown = linear_sum_assignment(_finite(cost))
+    assert cost[queries, shown].sum() == 200
+
+
 def test_autocast_changes_nothing_and_no_gradient_is_kept() -> None:
     case: Case = random_case(queries=40)
     case.logits.requires_grad_()
     expected, costs = match(*case, SUM), match_costs(*case, SUM)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(match(*case, SUM), expected)
+        assert torch.equal(match_costs(*case, SUM), costs)
     assert not expected.requires_grad
     assert costs.isfinite().all()

@@ -28,8 +28,7 @@ def match(logits: Tensor, boxes: Tensor, targets: PromptTargets, mask: Tensor, c
         [L, R, Q] int64: the number of the box that a query shows, -1 for none. If there are more boxes than queries,
         those that cost least together are shown. A cost that is not finite is worse than every finite one.
     """
-    with torch.autocast(logits.device.type, enabled=False):
-        costs = match_costs(logits.float(), boxes.float(), targets, mask, config).cpu().numpy()  # [L, R, Q, N]
+    costs = match_costs(logits, boxes, targets, mask, config).cpu().numpy()  # [L, R, Q, N]
     assignment = np.full(costs.shape[:3], -1)
     for row, count in enumerate(targets.counts):
         for layer in range(len(costs)):
@@ -41,8 +40,9 @@ def match(logits: Tensor, boxes: Tensor, targets: PromptTargets, mask: Tensor, c
 def match_costs(logits: Tensor, boxes: Tensor, targets: PromptTargets, mask: Tensor, config: LossConfig) -> Tensor:
     """What it costs each query to show each box: [L, R, Q, N] float32; see `match`."""
     costs = config.matching
-    class_cost = _class_cost(logits, targets.tokens, mask, config)  # [L, R, Q, N]
-    pair = boxes.unsqueeze(-2), targets.boxes.unsqueeze(1)  # [L, R, Q, 1, 4], [R, 1, N, 4]
+    with torch.autocast(logits.device.type, enabled=False):
+        class_cost = _class_cost(logits.float(), targets.tokens, mask, config)  # [L, R, Q, N]
+    pair = boxes.float().unsqueeze(-2), targets.boxes.unsqueeze(1)  # [L, R, Q, 1, 4], [R, 1, N, 4]
     return costs.class_weight * class_cost + costs.l1 * terms.l1(*pair) + costs.giou * terms.giou(*pair)
 
 
