@@ -1,4 +1,4 @@
-"""The command line: `vg train | eval | predict | config | demo | ops`."""
+"""The command line: `vg train | eval | predict | convert | config | demo | ops`."""
 
 from __future__ import annotations
 
@@ -52,6 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("expression", help='such as "the man in the red shirt"')
     predict.add_argument("--output", default="prediction.png", help="picture to write (default: %(default)s)")
     predict.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+
+    convert = verbs.add_parser("convert", help="rewrite a checkpoint of Grounding DINO for another implementation")
+    convert.add_argument("checkpoint", help=".pth, folder of transformers or vg, or Hub id; which, is recognised")
+    convert.add_argument("output", help=".pth (official, mmdet) or folder (transformers, vg) to write")
+    convert.add_argument("--to", required=True, choices=["official", "transformers", "mmdet", "vg"], help="dialect")
+    convert.add_argument("--tokenizer", help="folder or id of BERT, for a .pth has no vocabulary (default: its Hub id)")
 
     config = verbs.add_parser("config", help="print a configuration with every default and override")
     config.add_argument("config", help="YAML file")

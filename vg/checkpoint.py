@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from vg.config import RunConfig, dump_config, load_config
+from vg.config import PublishedConfig, dump_config, load_checkpoint_config
 from vg.models.base import GroundingModel
 from vg.types import CheckpointError as CheckpointError  # part of this module's interface too
 
@@ -21,36 +23,52 @@ WEIGHTS, CONFIG, TOKENIZER, TRAINING = "model.safetensors", "config.yaml", "toke
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path, is_file: bool = False) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` when all went well; else `folder` stays as it was.
+
+    Args:
+        is_file: it is a file that will be written, at the path that this gives.
 
     Raises:
         CheckpointError: the disk is full or cannot be written to.
     """
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        _remove(partial)
+        (partial.parent if is_file else partial).mkdir(parents=True, exist_ok=is_file)
         yield partial
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors report a full disk in their ways
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
+        if isinstance(error, CheckpointError):  # it was not the disk
+            raise
         raise CheckpointError(
             f"could not write the checkpoint {folder}: {error}\n"
             "Is the disk full? Earlier checkpoints are untouched; make room and resume."
         ) from error
 
 
-def write_model(folder: Path, model: GroundingModel, config: RunConfig) -> None:
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+
+
+def write_model(folder: Path, model: GroundingModel, config: PublishedConfig) -> None:
     """Write weights, resolved configuration and tokenizer into an existing folder (see `replacing`)."""
-    weights = {key: value.detach().cpu().contiguous() for key, value in model.own_state_dict().items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    write_weights(folder, model.own_state_dict(), config, model.text_spec.tokenizer)
+
+
+def write_weights(
+    folder: Path, weights: Mapping[str, Tensor], config: PublishedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """As write_model, for weights that are in no model."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
-    model.text_spec.tokenizer.save_pretrained(str(folder / TOKENIZER))
+    tokenizer.save_pretrained(str(folder / TOKENIZER))
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -59,8 +77,8 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[GroundingModel, RunConfig]:
-    """A model as it was saved, in evaluation mode, and the configuration it was trained with (but for the overrides).
+def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[GroundingModel, PublishedConfig]:
+    """A model as it was saved, in evaluation mode, and the configuration it was saved with (but for the overrides).
 
     Raises:
         CheckpointError: not a checkpoint, a damaged file, or weights that do not fit the configuration.
@@ -71,7 +89,7 @@ def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Groun
     for part in (CONFIG, TOKENIZER):
         if not (folder / part).exists():
             raise CheckpointError(f"{folder} is not a checkpoint of vg: it holds no {part}")
-    config = load_config(folder / CONFIG, overrides)
+    config = load_checkpoint_config(folder / CONFIG, overrides)
     model = config.model.build()
     model.load_tokenizer(str(folder / TOKENIZER))
     load_weights(model, folder)

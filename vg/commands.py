@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vg.config import RunConfig, dump_config, load_config
+from vg.config import PublishedConfig, RunConfig, dump_config, load_config
 from vg.types import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def run(options: argparse.Namespace) -> None:
         "train": train,
         "eval": evaluate,
         "predict": predict,
+        "convert": convert,
         "config": show_config,
         "demo": demo,
         "ops": show_ops,
@@ -68,6 +69,25 @@ def predict(options: argparse.Namespace) -> None:
     print(f"drawn in {options.output}")
 
 
+def convert(options: argparse.Namespace) -> None:
+    from vg.checkpoint import CheckpointError, replacing, write_weights
+    from vg.models.grounding_dino.checkpoints import bert_settings, open_tokenizer, read_checkpoint, write_checkpoint
+
+    out = Path(options.output)
+    if out.exists():
+        raise CheckpointError(f"{out} exists; name another place, or remove it first")
+    checkpoint = read_checkpoint(options.checkpoint, bert_settings(options.tokenizer))
+    print(f"{options.checkpoint}: {checkpoint}")
+    is_file = options.to in ("official", "mmdet")
+    tokenizer = None if is_file else open_tokenizer(checkpoint, options.tokenizer)
+    with replacing(out, is_file) as partial:
+        if options.to == "vg":
+            write_weights(partial, checkpoint.weights, PublishedConfig(checkpoint.config), tokenizer)
+        else:
+            write_checkpoint(checkpoint.weights, checkpoint.config, tokenizer, partial, options.to)
+    print(f"{out}: written in the {options.to} dialect")
+
+
 def show_config(options: argparse.Namespace) -> None:
     print(dump_config(load_config(options.config, options.overrides)), end="")
 
@@ -106,6 +126,11 @@ def _evaluate(checkpoint: Path, overrides: list[str], output: Path) -> dict[str,
     from vg.evaluation import Evaluator, table
 
     model, config = read_model(checkpoint, overrides)
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"{checkpoint} was converted, so that it names no data to evaluate on; "
+            "add data.train.name=... and data.eval.name=... (both may be the same)"
+        )
     accelerator = new_accelerator(mixed_precision=config.train.precision)
     evaluator = Evaluator(config.data, model, accelerator)
     results = {"checkpoint": str(checkpoint), **evaluator.run(model.to(accelerator.device))}

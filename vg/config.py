@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
@@ -69,13 +69,22 @@ class TrainConfig(Strict):
 
 
 @dataclass
-class RunConfig(Strict):
-    """Everything that decides a run."""
+class PublishedConfig(Strict):
+    """All that is known of a checkpoint that no run of vg made."""
 
     model: ModelConfig
+
+
+@dataclass
+class RunConfig(PublishedConfig):
+    """Everything that decides a run."""
+
     data: DataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+
+Config = TypeVar("Config", bound=PublishedConfig)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -84,6 +93,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: no such file, no YAML, an unknown key (with the nearest one that exists), or a wrong type.
     """
+    return parse_config(_load_values(path, overrides), str(path))
+
+
+def load_checkpoint_config(path: str | Path, overrides: Sequence[str] = ()) -> PublishedConfig:
+    """The configuration of a checkpoint: that of the run which made it, or of the model alone where it was converted.
+
+    Raises:
+        ConfigError: see load_config.
+    """
+    values = _load_values(path, overrides)
+    return _parse(values, str(path), PublishedConfig if values.keys() == {"model"} else RunConfig)
+
+
+def _load_values(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -94,24 +117,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} must hold keys such as `model:` and `data:`, not a {type(values).__name__}")
     for override in overrides:
         _apply(values, override)
-    return parse_config(values, str(path))
+    return values
 
 
 def parse_config(values: Mapping[str, Any], origin: str = "the configuration") -> RunConfig:
     """Turn nested dictionaries into a checked RunConfig; raises ConfigError that speaks of `origin`."""
-    trouble = _unknown_keys(values, RunConfig, "")
+    return _parse(values, origin, RunConfig)
+
+
+def _parse(values: Mapping[str, Any], origin: str, kind: type[Config]) -> Config:
+    trouble = _unknown_keys(values, kind, "")
     if trouble:
         raise ConfigError("\n  ".join([f"{origin}:", *trouble]))
     try:
-        return TypeAdapter(RunConfig).validate_python(values)
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         lines = [f"{_path(item['loc'], values)}: {item['msg']}" for item in error.errors(include_url=False)]
         raise ConfigError("\n  ".join([f"{origin}:", *lines])) from error
 
 
-def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML; load_config of it gives the same configuration again."""
-    return yaml.safe_dump(TypeAdapter(RunConfig).dump_python(config, mode="json"), sort_keys=False)
+def dump_config(config: PublishedConfig) -> str:
+    """The resolved configuration as YAML; reading it gives the same configuration again."""
+    return yaml.safe_dump(TypeAdapter(type(config)).dump_python(config, mode="json"), sort_keys=False)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -7,6 +7,15 @@ variant from the tensors themselves and fails unless each of them is accounted f
 from vg.models.grounding_dino.checkpoints.load import load_into
 from vg.models.grounding_dino.checkpoints.read import Checkpoint, read_checkpoint
 from vg.models.grounding_dino.checkpoints.table import Dialect
+from vg.models.grounding_dino.checkpoints.tokenizer import bert_settings, open_tokenizer
 from vg.models.grounding_dino.checkpoints.write import write_checkpoint
 
-__all__ = ["Checkpoint", "Dialect", "load_into", "read_checkpoint", "write_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Dialect",
+    "bert_settings",
+    "load_into",
+    "open_tokenizer",
+    "read_checkpoint",
+    "write_checkpoint",
+]

@@ -67,8 +67,9 @@ def _unpickle(file: Path) -> Any:
         with torch.serialization.safe_globals([(_Inert, name) for name in names]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file fails in many ways
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
         raise CheckpointError(
-            f"cannot be loaded: {error}\nIf the file is whole and you trust who made it, keep only its weights: "
+            f"cannot be loaded: {reason}\nIf the file is whole and you trust who made it, keep only its weights: "
             "python -c \"import torch; x = torch.load('IN.pth', map_location='cpu', weights_only=False); "
             "torch.save({'model': x.get('model', x.get('state_dict'))}, 'OUT.pth')\""
         ) from error

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
@@ -21,7 +21,7 @@ from vg.models.grounding_dino.checkpoints.layout import from_file
 from vg.models.grounding_dino.checkpoints.names import tensor_names
 from vg.models.grounding_dino.checkpoints.table import IGNORABLE, Dialect, Foreign
 from vg.models.grounding_dino.checkpoints.variant import NamedAsInVg, recognise_text, recognise_variant
-from vg.models.grounding_dino.config import GroundingDinoConfig
+from vg.models.grounding_dino.config import GroundingDinoConfig, SwinConfig
 from vg.models.grounding_dino.image import NAMES_IN_FILES
 from vg.types import CheckpointError
 
@@ -37,6 +37,20 @@ class Checkpoint:
     config: GroundingDinoConfig  # without `weights`; `config.build(pretrained=False)` takes the weights
     weights: dict[str, Tensor]  # by the names of vg
     tokenizer: str | None  # folder that holds it, if there is one
+
+    def __str__(self) -> str:
+        config, weights = self.config, sum(tensor.numel() for tensor in self.weights.values())
+        backbone, text, classes = config.backbone, config.text.architecture or {}, config.classes
+        size = f", width {backbone.width}, window {backbone.window}" if isinstance(backbone, SwinConfig) else ""
+        return (
+            f"Grounding DINO in the {self.dialect} dialect, {weights:,} weights\n"
+            f"  backbone: {backbone.name}, depths {backbone.depths}{size}; "
+            f"text: BERT, {text['num_hidden_layers']} layers of width {text['hidden_size']}\n"
+            f"  {config.encoder_layers} + {config.decoder_layers} layers of width {config.width}, "
+            f"{config.levels} levels, {config.num_queries} queries, "
+            f"{'shared heads' if config.shared_heads else 'heads for each layer'}; "
+            f"logits: {classes.similarity}, scale {classes.scale}, {'with' if classes.bias else 'no'} bias"
+        )
 
 
 def read_checkpoint(path: str | Path, bert: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -110,9 +124,9 @@ def _dialect(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Fore
     if settings and settings.get("model_type") not in ("grounding-dino", "mm-grounding-dino"):
         raise CheckpointError(f"config.json describes another architecture: {settings.get('model_type')}")
     for dialect in ("official", "transformers", "mmdet"):
-        found = NamedAsInVg(tensors, cast(Foreign, dialect))
+        found = NamedAsInVg(tensors, dialect)
         if found.has("neck.level_encoding") and found.has("text.projection.weight"):
-            return cast(Foreign, dialect)
+            return dialect
     names = ", ".join(list(tensors)[:3])
     raise CheckpointError(f"no Grounding DINO in any known dialect: its {len(tensors)} tensors are {names}, ...")
 

@@ -130,9 +130,10 @@ def _backbone(found: NamedAsInVg, levels: int, of_mmdetection: bool) -> SwinConf
         if found.has("neck.projections.{level}.0.weight", level=level):
             _, inputs, kernel, _ = found.shape("neck.projections.{level}.0.weight", level=level)
             channels += [inputs] if kernel == 1 else []
+    depths: list[int] = []
     if found.has(PATCHES):
         width = found.shape(PATCHES)[0]
-        depths, heads = [], []
+        heads = []
         while depth := found.count(SWIN_BLOCK + "layernorm_before.weight", "block", stage=len(depths)):
             table = SWIN_BLOCK + "attention.self.relative_position_bias_table"
             places, heads_of_stage = found.shape(table, stage=len(depths), block=0)
@@ -148,7 +149,7 @@ def _backbone(found: NamedAsInVg, levels: int, of_mmdetection: bool) -> SwinConf
         )
     if not found.has("backbone.network.embedder.embedder.convolution.weight"):
         raise CheckpointError("its backbone is neither a Swin transformer nor a ResNet")
-    depths, widths = [], []
+    widths = []
     while depth := found.count(
         RESNET_BLOCK + "0.convolution.weight", "block", stage=len(depths), number=len(depths) + 1
     ):

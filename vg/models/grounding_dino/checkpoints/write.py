@@ -39,7 +39,7 @@ def write_checkpoint(
     reason = _why_not(config, dialect)
     if reason:
         raise CheckpointError(f"the {dialect} dialect has no {reason}")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     left = set(weights) - {LABELS}  # which is for training alone, and optional everywhere
     for own, names in tensor_names(config, dialect).items():
         if own == (LABELS,) and LABELS not in weights:
