@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,19 +47,14 @@ class CocoConfig(Strict):
 
 def read_coco(file: Path) -> tuple[DetectionTable, list[str], list[int]]:
     """The pictures in the order of the file; the names and ids of the classes in the order of their ids."""
-    try:
-        document = json.loads(file.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}; path is a json file in COCO's format") from error
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON ({error}); replace it by an intact copy") from error
+    document = _read_json(file)
     parts = ("images", "annotations", "categories")
     if not isinstance(document, Mapping) or not all(isinstance(document.get(part), list) for part in parts):
         found = f"the keys {sorted(document)}" if isinstance(document, Mapping) else f"a {type(document).__name__}"
         raise DataError(f"{file} has {found}; COCO's json has lists of images, annotations and categories")
     images, annotations, categories = (document[part] for part in parts)
 
-    classes = dict(zip(_column(categories, "id", file), _column(categories, "name", file), strict=True))
+    classes = dict(zip(_column(categories, "id", file), map(str, _column(categories, "name", file)), strict=True))
     pictures = {id: number for number, id in enumerate(_column(images, "id", file))}
     if len(classes) < len(categories) or len(pictures) < len(images):
         raise DataError(f"{file}: two images or two categories have the same id; renumber them")
@@ -79,13 +75,26 @@ def read_coco(file: Path) -> tuple[DetectionTable, list[str], list[int]]:
     return table, [classes[id] for id in class_ids], class_ids
 
 
+def _read_json(file: Path) -> Any:
+    gc.disable()  # it would look through the growing millions of objects again and again, for half of the time
+    try:
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}; path is a json file in COCO's format") from error
+    except ValueError as error:
+        raise DataError(f"{file}: not JSON ({error}); replace it by an intact copy") from error
+    finally:
+        gc.enable()
+
+
 def _column(rows: Sequence[Any], key: str, file: Path) -> list[Any]:
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping) or key not in row:
-            raise DataError(
-                f"{file}: entry {number} has no {key!r}, it is {str(row)[:100]}; add it or remove the entry"
-            )
-    return [row[key] for row in rows]
+    try:
+        return [row[key] for row in rows]
+    except (KeyError, TypeError):
+        number = next(number for number, row in enumerate(rows) if not isinstance(row, Mapping) or key not in row)
+    raise DataError(
+        f"{file}: entry {number} has no {key!r}, it is {str(rows[number])[:100]}; add it or remove the entry"
+    )
 
 
 def _file_name(image: Mapping[str, Any], file: Path) -> str:
