@@ -15,7 +15,7 @@ from vg.data.vocabulary import Vocabulary
 from vg.types import Sample
 
 MIN_SIDE = 1.0  # pixels: published training leaves out boxes with a shorter side
-_SUSPICIOUS = 0.1  # share of boxes beyond the image from which on their format is in doubt
+_SUSPICIOUS = 0.3  # share of boxes beyond the image from which on their format is in doubt
 
 
 @dataclass(frozen=True)
