@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("checkpoint", help="folder of a run or of a checkpoint")
     _overrides(evaluate)
     evaluate.add_argument("--output", help="folder for metrics.json and predictions.png (default: the checkpoint)")
+    evaluate.add_argument("--detections", action="store_true", help="write what was found as COCO results json, too")
 
     predict = verbs.add_parser("predict", help="find what an expression names in one picture")
     predict.add_argument("checkpoint", help="folder of a run or of a checkpoint")

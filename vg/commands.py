@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,8 @@ def train(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    _evaluate(Path(options.checkpoint), options.overrides, Path(options.output or options.checkpoint))
+    output = Path(options.output or options.checkpoint)
+    _evaluate(Path(options.checkpoint), options.overrides, output, options.detections)
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -120,10 +122,11 @@ def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
             curves(rows, trainer.folder.path / "curves.png")
 
 
-def _evaluate(checkpoint: Path, overrides: list[str], output: Path) -> dict[str, Any]:
+def _evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: bool = False) -> dict[str, Any]:
     from vg.checkpoint import read_model, write_json
     from vg.distributed import new_accelerator
-    from vg.evaluation import Evaluator, table
+    from vg.evaluation import Evaluator
+    from vg.metrics.table import table
 
     model, config = read_model(checkpoint, overrides)
     if not isinstance(config, RunConfig):
@@ -134,9 +137,12 @@ def _evaluate(checkpoint: Path, overrides: list[str], output: Path) -> dict[str,
     accelerator = new_accelerator(mixed_precision=config.train.precision)
     evaluator = Evaluator(config.data, model, accelerator)
     results = {"checkpoint": str(checkpoint), **evaluator.run(model.to(accelerator.device))}
+    found = evaluator.detections() if detections else {}  # a set's name -> its rows
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "metrics.json", results)
+        for name, rows in found.items():
+            (output / f"detections{name and '_'}{name}.json").write_text(json.dumps(rows), encoding="utf-8")
         _draw(model, evaluator, output / "predictions.png")
         print(table(results))
         print(f"written to {output}: metrics.json, predictions.png")
@@ -148,9 +154,9 @@ def _draw(model: GroundingModel, evaluator: Any, path: Path) -> None:
     from vg.inference.draw import prediction_grid
     from vg.inference.grounder import Grounder
 
-    data = evaluator.data
+    data = evaluator.sets[0].data
     samples = [data[index] for index in range(0, len(data), max(1, len(data) // NUM_DRAWN))][:NUM_DRAWN]
-    predictions = Grounder(model, str(evaluator.accelerator.device)).predict_samples(samples)
+    predictions = Grounder(model, str(model.device)).predict_samples(samples)
     prediction_grid(list(zip(samples, predictions, strict=True)), 6, path)
 
 

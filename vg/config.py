@@ -9,10 +9,10 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag, TypeAdapter, ValidationError
 
 from vg.data import SourceConfig
 from vg.data.augment import AugmentConfig
@@ -21,12 +21,30 @@ from vg.optim import OptimConfig
 from vg.types import ConfigError, Strict
 
 
+def _is_several(value: Any) -> bool:
+    """Whether this is a mapping of names to settings, and not settings."""
+    return isinstance(value, Mapping) and all(
+        isinstance(item, Mapping) or dataclasses.is_dataclass(item) for item in value.values()
+    )
+
+
+EvalConfig = Annotated[
+    Union[  # noqa: UP007 - pydantic on Python 3.10
+        Annotated[SourceConfig, Tag("<one>")],
+        Annotated[dict[Annotated[str, Field(pattern="^[^/]+$")], SourceConfig], Tag("<several>"), Field(min_length=1)],
+    ],
+    Discriminator(lambda value: "<several>" if _is_several(value) else "<one>"),
+]
+
+
 @dataclass
 class DataConfig(Strict):
     """What is read, and how it gets into batches."""
 
     train: SourceConfig
-    eval: SourceConfig
+    eval: EvalConfig
+    """One data set or several, {raccoon: {name: coco, ...}, base: {...}}: the first one decides which checkpoint is the
+    best, numbers of the others carry their name ("base/ap"), and training tells what is gained or lost on each."""
     batch_size: PositiveInt = 32
     """Samples of one process in one forward pass."""
     eval_batch_size: PositiveInt = 64
@@ -35,6 +53,10 @@ class DataConfig(Strict):
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     bad_samples: Literal["error", "skip"] = "error"
     """What happens to a sample that cannot be used: stop and name it, or warn, count and go on without it."""
+
+    def eval_sets(self) -> dict[str, SourceConfig]:
+        """Name -> evaluation data; the only one has no name."""
+        return self.eval if isinstance(self.eval, dict) else {"": self.eval}
 
 
 @dataclass
@@ -55,11 +77,15 @@ class TrainConfig(Strict):
     """Decay of the moving average of the weights; if given, the average is what is evaluated and published."""
     eval_every: PositiveInt | None = None
     """Steps between evaluations; by default after every epoch."""
+    eval_first: bool = False
+    """Evaluate before the first step as well: what a pretrained model can do before it is trained further."""
     save_every: PositiveInt | None = None
     """Steps between checkpoints; by default with every evaluation."""
     keep: PositiveInt = 2
     """How many checkpoints to resume from stay on disk; the best one stays beside them."""
-    best_metric: str = "miou"
+    best_metric: str | None = None
+    """Number of an evaluation that decides which checkpoint is the best; by default miou where the evaluated data has
+    expressions, ap where it is a detection set."""
     patience: PositiveInt | None = None
     """Stop after so many evaluations without a better `best_metric`; by default never."""
     log_every: PositiveInt = 10
@@ -170,30 +196,37 @@ def _unknown_keys(values: Mapping[str, Any], config_type: type, path: str) -> li
             advice = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(names)}"
             trouble.append(f"{path}{key}: unknown key; {advice}")
             continue
-        below, choices = _settings_type(hints[key], value)
-        if choices:
-            name = value if isinstance(value, str) else value.get("name")
-            near = difflib.get_close_matches(str(name or ""), choices, n=1, cutoff=0.4)
-            advice = f"did you mean `{near[0]}`? " if near else ""
-            what = "is missing" if name is None else f"{name!r} is unknown"
-            trouble.append(f"{path}{key}.name: {what}; {advice}there are {', '.join(choices)}")
-        elif below is not None and isinstance(value, Mapping):
-            trouble += _unknown_keys(value, below, f"{path}{key}.")
-        elif typing.get_origin(hints[key]) is dict and isinstance(value, Mapping):
-            item_type = typing.get_args(hints[key])[1]
-            for name, item in value.items():
-                if dataclasses.is_dataclass(item_type) and isinstance(item, Mapping):
-                    trouble += _unknown_keys(item, typing.cast(type, item_type), f"{path}{key}.{name}.")
+        trouble += _unknown_below(value, hints[key], f"{path}{key}")
     return trouble
+
+
+def _unknown_below(value: Any, hint: Any, path: str) -> list[str]:
+    """The same for what one key holds: settings, or a mapping or list of settings."""
+    for member in _members(hint):
+        if typing.get_origin(member) is dict and _is_several(value):
+            item = typing.get_args(member)[1]
+            return [line for name in value for line in _unknown_below(value[name], item, f"{path}.{name}")]
+        if typing.get_origin(member) is list and isinstance(value, list):
+            item = typing.get_args(member)[0]
+            return [line for place, each in enumerate(value) for line in _unknown_below(each, item, f"{path}.{place}")]
+    below, choices = _settings_type(hint, value)
+    if choices:
+        name = value if isinstance(value, str) else value.get("name")
+        near = difflib.get_close_matches(str(name or ""), choices, n=1, cutoff=0.4)
+        advice = f"did you mean `{near[0]}`? " if near else ""
+        what = "is missing" if name is None else f"{name!r} is unknown"
+        return [f"{path}.name: {what}; {advice}there are {', '.join(choices)}"]
+    return _unknown_keys(value, below, f"{path}.") if below is not None and isinstance(value, Mapping) else []
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _settings_type(hint: Any, value: Any) -> tuple[type | None, list[str]]:
     """The dataclass that a value is meant for; or, where its `name` fits none, the names there are."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        members = [member for member in typing.get_args(hint) if isinstance(member, type)]
-    else:
-        members = [hint] if isinstance(hint, type) else []
-    members = [member for member in members if dataclasses.is_dataclass(member)]
+    members = [member for member in _members(hint) if isinstance(member, type) and dataclasses.is_dataclass(member)]
     named = {f.default: member for member in members for f in dataclasses.fields(member) if f.name == "name"}
     if not named or not isinstance(value, (str, Mapping)):
         return (members[0] if members else None), []
@@ -202,11 +235,15 @@ def _settings_type(hint: Any, value: Any) -> tuple[type | None, list[str]]:
 
 
 def _path(location: Sequence[str | int], values: Any) -> str:
-    """Dotted path of a pydantic error, without the `name` of a family that pydantic puts in between."""
+    """Dotted path of a pydantic error, without the names of types that pydantic puts in between."""
     parts = []
-    for part in location:
-        if isinstance(values, Mapping) and part not in values and values.get("name") == part:
+    for place, part in enumerate(location):
+        between = isinstance(values, Mapping) and part not in values and place < len(location) - 1
+        if between or str(part).startswith("<"):  # as in "<one>"
             continue
         parts.append(str(part))
-        values = values.get(part) if isinstance(values, Mapping) else None
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):  # it is this key that is missing
+            values = None
     return ".".join(parts)

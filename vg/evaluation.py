@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,13 @@ from tqdm.auto import tqdm
 from vg.config import DataConfig
 from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
+from vg.data.source import Numbered, Source
 from vg.distributed import mean_over_processes
-from vg.metrics import RecMetric
+from vg.metrics import CocoMetric, RecMetric
 from vg.models.base import GroundingModel
+from vg.types import ConfigError
+
+METRICS = {"expressions": RecMetric, "detection": CocoMetric}  # the data decides and not the model
 
 
 def progress_bar(accelerator: Accelerator, **options: Any) -> tqdm:
@@ -24,12 +29,13 @@ def progress_bar(accelerator: Accelerator, **options: Any) -> tqdm:
     return tqdm(disable=not accelerator.is_main_process, mininterval=interval, dynamic_ncols=True, **options)
 
 
-class Evaluator:
-    """The evaluation data of a run, ready to judge a model as often as wanted."""
+class EvaluationSet:
+    """One data set to judge models on, and the metric that its task asks for."""
 
-    def __init__(self, config: DataConfig, model: GroundingModel, accelerator: Accelerator):
+    def __init__(self, name: str, source: Source, config: DataConfig, model: GroundingModel, accelerator: Accelerator):
+        self.name = name
         self.accelerator = accelerator
-        self.data = GroundingDataset(config.eval.build(), bad_samples=config.bad_samples)
+        self.data = GroundingDataset(source, bad_samples=config.bad_samples)
         loader = DataLoader(
             self.data,
             batch_size=config.eval_batch_size,
@@ -39,40 +45,99 @@ class Evaluator:
             pin_memory=accelerator.device.type == "cuda",
         )
         self.loader: DataLoader[Any] = accelerator.prepare_data_loader(loader)
-        self.metric = RecMetric().to(accelerator.device)
+        self.metric = METRICS[source.provenance.task]().to(accelerator.device)
 
-    @torch.no_grad()
     def run(self, model: GroundingModel) -> dict[str, Any]:
-        """Flat results: `miou`, `acc@0.5`, ..., plus `data`, `split` and `protocol`.
-
-        Args:
-            model: the network itself, not a wrapper that synchronises processes.
-        """
-        was_training = model.training
-        model.eval()
+        """Flat results: the numbers of the metric, plus `data`, `split`, `protocol` and, if it has a name, `set`."""
         self.metric.reset()
-        for batch in progress_bar(self.accelerator, iterable=self.loader, desc="evaluate", leave=False):
+        title = f"evaluate {self.name}".strip()
+        for batch in progress_bar(self.accelerator, iterable=self.loader, desc=title, leave=False):
             with self.accelerator.autocast():
                 output = model(batch)
             self.metric.update(model.predict(output, batch), batch.targets)
-        model.train(was_training)
         results: dict[str, Any] = self.metric.compute()
         provenance = self.data.source.provenance
         results |= {"data": provenance.data, "split": provenance.split, "protocol": self.metric.protocol}
+        results |= {"set": self.name} if self.name else {}
         bad = mean_over_processes(self.accelerator, self.data.bad.float().to(self.accelerator.device))  # [samples]
         if bad.any():
             results["num_skipped"] = int(bad.count_nonzero())
         return results
 
 
-def table(results: dict[str, Any]) -> str:
-    """The numbers of an evaluation as text: a row for all expressions and one for each kind."""
-    kinds = sorted({key.split("/")[0] for key in results if "/" in key})
-    names = [key for key, value in results.items() if isinstance(value, float) and "/" not in key]
-    width = max(map(len, ("all", *kinds)))
-    lines = [" ".join((" " * width, *(f"{name:>9}" for name in names), f"{'number':>9}"))]
-    for kind in ("all", *kinds):
-        prefix = "" if kind == "all" else f"{kind}/"
-        numbers = (f"{results[prefix + name]:9.4f}" for name in names)
-        lines.append(" ".join((f"{kind:<{width}}", *numbers, f"{results[prefix + 'num_expressions']:>9}")))
-    return "\n".join([f"{results['data']}, {results['split']} ({results['protocol']})", *lines])
+class Evaluator:
+    """The evaluation data of a run, ready to judge a model as often as wanted.
+
+    The numbers of the first set stand under their own names, those of others under "<set>/<number>".
+    """
+
+    def __init__(self, config: DataConfig, model: GroundingModel, accelerator: Accelerator):
+        self.sets = [
+            EvaluationSet(name, source.build(), config, model, accelerator)
+            for name, source in config.eval_sets().items()
+        ]
+
+    @torch.no_grad()
+    def run(self, model: GroundingModel) -> dict[str, Any]:
+        """Flat results of all sets, see `EvaluationSet.run`.
+
+        Args:
+            model: the network itself, not a wrapper that synchronises processes.
+
+        Raises:
+            ConfigError: a set has the name of a category or kind of the first one.
+        """
+        was_training = model.training
+        model.eval()
+        results = self.sets[0].run(model)
+        for other in self.sets[1:]:
+            more = {f"{other.name}/{name}": value for name, value in other.run(model).items()}
+            if results.keys() & more.keys():
+                raise ConfigError(
+                    f"data.eval.{other.name}: {self.sets[0].name} has results of that name; rename the set"
+                )
+            results |= more
+        model.train(was_training)
+        return results
+
+    def deciding_number(self, name: str | None) -> str:
+        """`name`, or by default the first number of the first set's metric; raises ConfigError if none is called so."""
+        numbers = self.sets[0].metric.numbers
+        prefix, _, number = (name or numbers[0]).rpartition("/")
+        if number not in ([known for each in self.sets for known in each.metric.numbers] if prefix else numbers):
+            raise ConfigError(f"train.best_metric: {name!r} is none of {', '.join(numbers)}")
+        return name or numbers[0]
+
+    def change(self, history: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> str:
+        """What was gained or lost since the first evaluation: "gained 41.2 AP on raccoon, lost 1.3 AP on base".
+
+        Args:
+            history: rows of the history of the run, the oldest first; without an evaluation the answer is empty.
+            results: of the present evaluation.
+        """
+        changes = []
+        for number, each in enumerate(self.sets):
+            key = f"{each.name}/{each.metric.numbers[0]}" if number else each.metric.numbers[0]
+            first = next((row[key] for row in history if key in row), None)
+            if first is not None and key in results:
+                points = 100 * (results[key] - first)
+                verb, where = "lost" if points < 0 else "gained", each.name or each.data.source.provenance.data
+                changes.append(f"{verb} {abs(points):.1f} {each.metric.title} on {where}")
+        return ", ".join(changes)
+
+    def detections(self) -> dict[str, list[dict[str, Any]]]:
+        """What the last `run` found on each detection set, as rows of COCO's results json; every process must ask.
+
+        Raises:
+            ConfigError: there is no detection set, or its classes have no numbers.
+        """
+        rows = {}
+        for each in self.sets:
+            if isinstance(each.metric, CocoMetric):
+                source = each.data.source
+                if not isinstance(source, Numbered):
+                    raise ConfigError(f"{source.provenance.data} has no numbers of its classes to write results with")
+                rows[each.name] = each.metric.detections(source.category_ids)
+        if not rows:
+            raise ConfigError("data.eval has no detection set, whose boxes could be written as COCO results")
+        return rows

@@ -87,6 +87,7 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(self.core, build_optimizer(self.core, config.optim))
         self.loader = self.accelerator.prepare_data_loader(self._loader())
         self.evaluator = Evaluator(config.data, self.core, self.accelerator)
+        self.best_metric = self.evaluator.deciding_number(config.train.best_metric)
 
         self.steps_per_epoch = math.ceil(len(self.loader) / config.train.accumulate)
         self.num_steps = config.train.epochs * self.steps_per_epoch
@@ -117,6 +118,8 @@ class Trainer:
             self.stop.listening(),
             progress_bar(self.accelerator, total=self.num_steps, initial=self.progress.step, desc="train") as bar,
         ):
+            if self.config.train.eval_first and not self.progress.step:
+                self.evaluate()
             finished = self._after_step(bar) if self.progress.step else False
             while not finished:
                 for batch in self._rest_of_epoch():
@@ -156,7 +159,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Judge the weights to be published, and keep them in `best` where they are the best so far."""
-        progress, name = self.progress, self.config.train.best_metric
+        progress, name = self.progress, self.best_metric
         with self._published_weights():
             results = self.evaluator.run(self.core)
             if name not in results:
@@ -169,6 +172,8 @@ class Trainer:
                     {"step": progress.step, **results},
                     lambda folder: checkpoint.write_model(folder, self.core, self.config),
                 )
+        if change := self.evaluator.change(self.folder.history.rows(), results):
+            logger.info("since the first evaluation: %s", change)
         self._log(results)
 
     def save(self) -> None:
@@ -249,7 +254,7 @@ class Trainer:
         if evaluation_due:
             self.evaluate()
         if config.patience and self.progress.evaluations_since_best >= config.patience:
-            logger.info("no better %s in %d evaluations: stopped early", config.best_metric, config.patience)
+            logger.info("no better %s in %d evaluations: stopped early", self.best_metric, config.patience)
             save_due = finished = True
         if save_due:
             self.save()

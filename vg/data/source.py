@@ -60,6 +60,16 @@ class Identified(Protocol):
         ...
 
 
+@runtime_checkable
+class Numbered(Protocol):
+    """A source whose classes have numbers, which files of results name them by."""
+
+    @property
+    def category_ids(self) -> dict[str, int]:
+        """Phrase -> number of the class."""
+        ...
+
+
 def checked(sample: Sample) -> Sample:
     """Check what every finished sample promises; every data set passes its samples through here.
 

@@ -44,6 +44,7 @@ class CocoMetric(CollectingMetric):
     "<phrase>/num_boxes".
     """
 
+    title = "AP"
     protocol = "COCO average precision, 100 boxes per image and category, IoU in pixels of the original image"
     numbers = (
         *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),

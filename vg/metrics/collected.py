@@ -23,6 +23,7 @@ class CollectingMetric(Metric):
 
     columns: ClassVar[dict[str, Tensor]]  # name -> empty tensor of the right type and shape
     numbers: ClassVar[tuple[str, ...]]  # what `compute` may return, most telling first
+    title: ClassVar[str]  # how the first of them is written
     protocol: ClassVar[str]  # what a reader must know to compare the numbers with others
     is_differentiable = False
     higher_is_better = True

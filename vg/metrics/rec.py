@@ -38,6 +38,7 @@ class RecMetric(CollectingMetric):
     Samples with a `Target.kind` are also reported per kind, as "<kind>/miou" and so on.
     """
 
+    title = "mIoU"
     protocol = "highest-scored box, each expression counts, IoU in pixels of the original image"
     numbers = (
         "miou",
