@@ -20,7 +20,7 @@ def test_pictures_boxes_and_classes(tmp_path: Path):
     source = CocoConfig(path=str(write_coco(tmp_path))).build()
     assert source.provenance == Provenance(tmp_path.name, "val", "detection")
     assert len(source) == 3
-    assert source.class_ids == (3, 7, 90), "in the order of their ids"
+    assert source.category_ids == {"cat": 3, "traffic light": 7, "hot dog": 90}
     assert source.vocabulary.names == ("cat", "traffic_light", "hot dog")
 
     first, empty, upright = (checked(source.load(index, 0)) for index in range(3))

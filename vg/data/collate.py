@@ -44,7 +44,7 @@ class Collator:
         return Batch(images, sizes, text, targets)
 
     def _images(self, samples: Sequence[Sample]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
-        sizes = tuple(self.image_spec.resized(*sample.image.shape[:2], sample.shortest) for sample in samples)
+        sizes = tuple(self.image_spec.resized(*sample.image.shape[:2], shortest=sample.shortest) for sample in samples)
         height, width = np.max(sizes, axis=0).tolist()
         images = torch.zeros(len(samples), 3, height, width)
         for image, sample, size in zip(images, samples, sizes, strict=True):
