@@ -44,13 +44,17 @@ class Collator:
         return Batch(images, sizes, text, targets)
 
     def _images(self, samples: Sequence[Sample]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
-        sizes = tuple(self.image_spec.resized(*sample.image.shape[:2], shortest=sample.shortest) for sample in samples)
+        sizes = tuple(self._size(sample) for sample in samples)
         height, width = np.max(sizes, axis=0).tolist()
         images = torch.zeros(len(samples), 3, height, width)
         for image, sample, size in zip(images, samples, sizes, strict=True):
             pixels = torch.tensor(_resized(sample.image, size)).permute(2, 0, 1)  # [3, h, w] uint8
             image[:, : size[0], : size[1]].copy_(pixels).sub_(self.mean).div_(self.std)
         return images, sizes
+
+    def _size(self, sample: Sample) -> tuple[int, int]:
+        height, width = sample.image.shape[:2]
+        return self.image_spec.resized(height, width, sample.shortest)
 
     def _asked(self, sample: Sample, text: Text, image_id: int) -> np.ndarray:
         """Which boxes the model is asked for: [N] bool, False where the phrase found no place in the text."""

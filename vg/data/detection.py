@@ -94,11 +94,6 @@ class Detection:
     def __len__(self) -> int:
         return len(self.table.ids)
 
-    @property
-    def category_ids(self) -> dict[str, int]:
-        """Phrase -> number of the class in the annotations."""
-        return dict(zip(self.vocabulary.phrases, self.class_ids, strict=True))
-
     def load(self, index: int, epoch: int) -> Sample:
         """The sample of one picture; the epoch matters where the vocabulary samples phrases."""
         table = self.table
