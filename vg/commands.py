@@ -143,8 +143,8 @@ def _evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: 
         write_json(output / "metrics.json", results)
         for name, rows in found.items():
             (output / f"detections{name and '_'}{name}.json").write_text(json.dumps(rows), encoding="utf-8")
-        _draw(model, evaluator, output / "predictions.png")
         print(table(results))
+        _draw(model, evaluator, output / "predictions.png")
         print(f"written to {output}: metrics.json, predictions.png")
     return results
 

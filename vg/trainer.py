@@ -172,7 +172,8 @@ class Trainer:
                     {"step": progress.step, **results},
                     lambda folder: checkpoint.write_model(folder, self.core, self.config),
                 )
-        if change := self.evaluator.change(self.folder.history.rows(), results):
+        change = self.evaluator.change(self.folder.history.rows(), results)
+        if change and self.accelerator.is_main_process:
             logger.info("since the first evaluation: %s", change)
         self._log(results)
 

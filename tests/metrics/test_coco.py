@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from safetensors.torch import load_file
 
 from vg.boxes import from_pixels
 from vg.metrics import CocoMetric
@@ -153,6 +154,35 @@ def test_numbers_are_those_of_pycocotools_on_json_files(name: str, tmp_path: Pat
     assert set(results) >= set(CocoMetric.numbers)
     if published:
         assert [results[number] for number in STANDARD] == pytest.approx(published, abs=6e-4)
+
+
+def test_boxes_of_the_official_post_processing(tmp_path: Path) -> None:
+    """300 boxes per image, not clipped, category ids with gaps; a part of them, moved, is what was to be found."""
+    truth, _ = real(*REAL["val2014"][0])
+    golden = load_file(DATA / "golden_official" / "postprocess_coco80.safetensors")
+    truth |= {"images": [], "annotations": []}
+    found = []
+    for image, (height, width) in enumerate(golden["orig_sizes_hw"].tolist()):
+        truth["images"].append({"id": image, "height": height, "width": width})
+        boxes, ids = golden["boxes_xyxy_abs"][image], golden["labels"][image].tolist()
+        assert boxes.min() < 0, "some stick out"
+        rows = [[left, top, right - left, bottom - top] for left, top, right, bottom in boxes.double().tolist()]
+        for place, (row, id, score) in enumerate(zip(rows, ids, golden["scores"][image].tolist(), strict=True)):
+            found.append({"image_id": image, "category_id": id, "bbox": [round(x, 3) for x in row], "score": score})
+            corners = (boxes[place] + place % 9).minimum(torch.tensor([width, height] * 2)).clamp(min=0).tolist()
+            left, top, right, bottom = corners
+            if place % 3 == 0 and left < right and top < bottom:
+                box = [round(x, 3) for x in (left, top, right - left, bottom - top)]
+                row = {"id": len(truth["annotations"]) + 1, "image_id": image, "category_id": id, "iscrowd": 0}
+                truth["annotations"].append(row | {"bbox": box, "area": box[2] * box[3]})
+    metric = judged(pairs(truth, found))
+    expected = official(truth, found, [1, 10, 100], tmp_path)["stats"].tolist()
+    results = metric.compute()
+    assert 0.1 < results["ap"] < 0.9
+    assert [results[number] for number in STANDARD] == pytest.approx(expected, abs=1e-6)
+    rows = metric.detections({category["name"]: category["id"] for category in truth["categories"]})
+    assert [row["category_id"] for row in rows] == golden["labels"].flatten().tolist(), "best first, image after image"
+    assert [row["bbox"] for row in rows] == [pytest.approx(row["bbox"], abs=2e-3) for row in found]
 
 
 def test_results_as_json_give_pycocotools_the_same_numbers(tmp_path: Path) -> None:

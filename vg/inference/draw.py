@@ -63,16 +63,19 @@ def draw_boxes(
 
 
 def prediction_grid(items: Sequence[tuple[Sample, Prediction]], columns: int, path: str | Path) -> None:
-    """Write a picture file with one card for each expression: the best predicted box, the true box, and the verdict.
+    """Write a picture file with one card for each sample: the best predicted boxes, the true ones, and the verdict.
+
+    As many predicted boxes are shown as there are true ones; a true box is found if one of them, of the same phrase,
+    overlaps it enough.
 
     Args:
-        items: samples of one expression each and the answers to them. A sample without a true box is shown without
-            a verdict.
+        items: samples and the answers to them. A sample without a true box is shown with the best predicted one and
+            without a verdict.
         columns: cards in a row.
         path: of the file to write; its suffix chooses the format (".png").
 
     Raises:
-        ValueError: there is nothing to draw, or an item is not about one expression.
+        ValueError: there is nothing to draw.
     """
     if not items or columns < 1:
         raise ValueError("there is nothing to draw: give at least one sample and its prediction, and one column")
@@ -172,24 +175,9 @@ def _label(canvas: Image.Image, box: np.ndarray, colour: str, text: str, font: I
 
 
 def _card(sample: Sample, prediction: Prediction) -> Image.Image:
-    """One picture with its boxes, the expression and the verdict."""
-    from vg.boxes import iou  # needs torch, which the rest of this file does not
-
-    if len(sample.phrases) != 1 or len(sample.boxes) > 1:
-        raise ValueError(
-            f"sample {sample.id!r} has {len(sample.phrases)} phrases and {len(sample.boxes)} boxes: the grid shows "
-            "samples of one expression and at most one box"
-        )
-    score = f"score {float(prediction.scores[0]):.2f}" if len(prediction.boxes) else "no box predicted"
-    verdict, colour = score, UNKNOWN
-    if len(sample.boxes):
-        overlap = 0.0
-        if len(prediction.boxes):
-            overlap = float(iou(prediction.boxes[0], prediction.boxes.new_tensor(sample.boxes[0])))
-        is_hit = overlap >= HIT_IOU
-        colour = HIT if is_hit else MISS
-        verdict = f"{'hit' if is_hit else 'miss'}   IoU {overlap:.2f}   {score}"
-
+    """One picture with its boxes, what was asked for and the verdict."""
+    verdict, colour = _verdict(sample, prediction)
+    caption = ", ".join(dict.fromkeys(sample.phrases[id] for id in sample.phrase_ids)) or ", ".join(sample.phrases)
     height = 2 * FRAME + PICTURE_HEIGHT + (CAPTION_LINES + 1) * LINE_HEIGHT + 3 * PADDING
     card = Image.new("RGB", (CARD_WIDTH, height), PAPER)
     picture = _picture(sample, prediction)
@@ -198,12 +186,31 @@ def _card(sample: Sample, prediction: Prediction) -> Image.Image:
     draw = ImageDraw.Draw(card)
     draw.rectangle((0, 0, CARD_WIDTH - 1, height - 1), outline=colour, width=FRAME)
     left, top = FRAME + PADDING, FRAME + PICTURE_HEIGHT + PADDING
-    for line in _wrap(sample.phrases[0], _font(TEXT_SIZE), CARD_WIDTH - 2 * left, CAPTION_LINES):
+    for line in _wrap(caption, _font(TEXT_SIZE), CARD_WIDTH - 2 * left, CAPTION_LINES):
         draw.text((left, top), line, fill=INK, font=_font(TEXT_SIZE))
         top += LINE_HEIGHT
     bottom = height - FRAME - PADDING - LINE_HEIGHT
     draw.text((left, bottom), verdict, fill=colour, font=_font(TEXT_SIZE - 2, bold=True))
     return card
+
+
+def _verdict(sample: Sample, prediction: Prediction) -> tuple[str, str]:
+    """What a card says about the boxes on it, and in which colour."""
+    from vg.boxes import iou  # needs torch, which the rest of this file does not
+
+    score = f"score {float(prediction.scores[0]):.2f}" if len(prediction.boxes) else "no box predicted"
+    if not len(sample.boxes):
+        return score, UNKNOWN
+    boxes = prediction.boxes[: len(sample.boxes)]
+    overlaps = iou(prediction.boxes.new_tensor(sample.boxes)[:, None], boxes[None]).tolist()  # [N, K]
+    named = [prediction.phrases[id] for id in prediction.phrase_ids[: len(boxes)].tolist()]
+    best = [
+        max((overlap for overlap, name in zip(row, named, strict=True) if name == sample.phrases[id]), default=0.0)
+        for row, id in zip(overlaps, sample.phrase_ids, strict=True)
+    ]
+    found = sum(overlap >= HIT_IOU for overlap in best)
+    verdict = f"{'hit' if found else 'miss'}   IoU {best[0]:.2f}" if len(best) == 1 else f"{found} of {len(best)} found"
+    return f"{verdict}   {score}", HIT if found == len(best) else MISS
 
 
 def _picture(sample: Sample, prediction: Prediction) -> Image.Image:
@@ -212,7 +219,7 @@ def _picture(sample: Sample, prediction: Prediction) -> Image.Image:
     scale = min((CARD_WIDTH - 2 * FRAME) / picture.width, PICTURE_HEIGHT / picture.height)
     size = (max(1, round(scale * picture.width)), max(1, round(scale * picture.height)))
     picture = picture.resize(size, Image.Resampling.LANCZOS)
-    for box in prediction.boxes[:1].tolist():
+    for box in prediction.boxes[: max(1, len(sample.boxes))].tolist():
         _outline(picture, scale * np.array(box), PREDICTED, width=4)
     for box in sample.boxes:
         _outline(picture, scale * box, TRUE, width=2, dash=DASH)
