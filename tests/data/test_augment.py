@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vg.data.augment import AugmentConfig, swap_sides
+from vg.data.augment import AugmentConfig, ResizeConfig, swap_sides
 from vg.types import Sample
 
 SEEDS = [(0, 0, index) for index in range(60)]
@@ -114,7 +114,15 @@ def test_color_leaves_boxes_words_and_hues() -> None:
         assert red[0] > red[2] + 50, "red stays red"
 
 
-@pytest.mark.parametrize("config", [AugmentConfig(flip=0.5), AugmentConfig(crop=1), AugmentConfig(0.5, 0.3, 0.5)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        AugmentConfig(flip=0.5),
+        AugmentConfig(crop=1),
+        AugmentConfig(0.5, 0.3, 0.5),
+        AugmentConfig(resize=ResizeConfig(crop_sides=(200, 400))),
+    ],
+)
 def test_a_seed_decides_everything(config: AugmentConfig) -> None:
     one, other = config.build(), config.build()
     assert one is not None
@@ -132,7 +140,15 @@ def test_a_seed_decides_everything(config: AugmentConfig) -> None:
     assert len(images) > 1
 
 
-@pytest.mark.parametrize("config", [AugmentConfig(flip=1), AugmentConfig(crop=1), AugmentConfig(1, 0.3, 1)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        AugmentConfig(flip=1),
+        AugmentConfig(crop=1),
+        AugmentConfig(1, 0.3, 1),
+        AugmentConfig(resize=ResizeConfig(crop=1)),
+    ],
+)
 def test_a_picture_without_boxes(config: AugmentConfig) -> None:
     augment = config.build()
     assert augment is not None
@@ -151,3 +167,90 @@ def test_boxes_up_to_the_very_edge_survive() -> None:
         changed = augment(sample, seed)
         assert changed.phrase_ids.tolist() == [0, 1]
         assert changed.image.shape == (40, 60, 3)
+
+
+def crowded() -> Sample:
+    """1000 x 600, a grid of boxes of which some are crowd regions."""
+    x, y = (axis.ravel() * 50.0 for axis in np.meshgrid(np.arange(20), np.arange(12)))
+    boxes = np.stack([x, y, x + 40.5, y + 30.25], axis=1).astype(np.float32)
+    number = np.arange(len(boxes))
+    rows, columns = np.indices((600, 1000))
+    image = np.stack([columns % 256, rows % 256, columns // 256 * 16 + rows // 256], axis=-1).astype(np.uint8)
+    areas = np.full(len(boxes), 9.0, np.float32)
+    return Sample("grid", image, ("cell", "odd cell"), boxes, number % 2, crowd=number % 7 == 0, areas=areas)
+
+
+def corner(sample: Sample) -> tuple[int, int]:
+    """Where the first pixel of a crop of `crowded` comes from: (left, top)."""
+    red, green, blue = sample.image[0, 0].tolist()
+    return red + 256 * (blue // 16), green + 256 * (blue % 16)
+
+
+def test_published_resize_and_crop() -> None:
+    augment = AugmentConfig(resize=ResizeConfig()).build()
+    assert augment is not None
+    before = crowded()
+    scales, num_cropped, places = set(), 0, set()
+    for index in range(300):
+        sample = augment(before, (0, 0, index))
+        scales.add(sample.shortest)
+        height, width = sample.image.shape[:2]
+        if (height, width) == (600, 1000):
+            np.testing.assert_array_equal(sample.boxes, before.boxes)
+            continue
+        num_cropped += 1
+        places.add(corner(sample))
+        # 384 to 600 pixels of an image whose shorter side, here of 600, is 400, 500 or 600
+        assert 384 <= width <= 900
+        assert 384 <= height <= 600
+        left, top = corner(sample)
+        inside = np.clip(before.boxes - [left, top, left, top], 0, [width, height, width, height])
+        seen = (inside[:, 2:] > inside[:, :2]).all(axis=1)
+        np.testing.assert_allclose(sample.boxes, inside[seen], atol=1e-3)
+        np.testing.assert_array_equal(sample.phrase_ids, before.phrase_ids[seen])
+        np.testing.assert_array_equal(sample.crowd, before.crowd[seen])
+        assert sample.areas is None, "they were of the whole picture"
+        assert sample.phrases == before.phrases
+    assert scales == set(range(480, 801, 32))
+    assert 110 < num_cropped < 190
+    assert len(places) > 0.8 * num_cropped
+
+
+def test_multi_scale_alone_and_small_pictures() -> None:
+    augment = AugmentConfig(resize=ResizeConfig(shortest=[64], crop=0)).build()
+    assert augment is not None
+    sample = augment(make(), (0, 0, 0))
+    np.testing.assert_array_equal(sample.image, make().image)
+    assert sample.shortest == 64
+    always = AugmentConfig(resize=ResizeConfig(crop=1)).build()
+    assert always is not None
+    for seed in SEEDS:  # a picture is cropped as if it were enlarged before
+        cropped = always(make(), seed)
+        assert cropped.image.shape[0] >= 25
+        assert cropped.image.shape[1] >= 25
+
+
+def test_a_crop_may_lose_every_box() -> None:
+    augment = AugmentConfig(resize=ResizeConfig(crop=1, crop_shortest=[400], crop_sides=(40, 40))).build()
+    assert augment is not None
+    results = [augment(make([[0, 0, 30, 20]]), seed) for seed in SEEDS]
+    assert {len(sample.boxes) for sample in results} == {0, 1}
+    assert all(sample.boxes.shape == (len(sample.phrase_ids), 4) for sample in results)
+    assert all(sample.image.shape == (4, 4, 3) for sample in results), "40 pixels of 400 are 4 of 40"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"shortest": []}, "at least one length"), ({"crop_sides": (600, 384)}, "has its least first")],
+)
+def test_resize_errors(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ResizeConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_mirrored_crowds_and_areas() -> None:
+    augment = AugmentConfig(flip=1).build()
+    assert augment is not None
+    flipped = augment(crowded(), (0, 0, 0))
+    np.testing.assert_array_equal(flipped.crowd, crowded().crowd)
+    np.testing.assert_array_equal(flipped.phrase_ids, crowded().phrase_ids)

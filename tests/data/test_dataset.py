@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler, DataLoader
 
 from vg.data.augment import AugmentConfig
-from vg.data.dataset import EpochSampler, GroundingDataset
+from vg.data.dataset import EpochSampler, GroundingDataset, SimilarShapes
 from vg.data.shapes import ShapesConfig
 from vg.data.source import BadSampleError, DataError, Provenance
 from vg.types import Sample
@@ -148,3 +149,63 @@ def test_epoch_sampler() -> None:
     other = EpochSampler(50, seed=2)
     assert list(other) != orders[0]
     assert len(other) == 50
+
+
+class Shaped(Numbers):
+    """Pictures of three shapes, in no order."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        random = np.random.default_rng(0)
+        self.shapes = np.array([(480, 640), (640, 480), (300, 900)])[random.integers(3, size=length)]
+
+    def sizes(self, epoch: int) -> np.ndarray:
+        return self.shapes
+
+
+def test_similar_shapes_come_together() -> None:
+    source = Shaped(1000)
+    sampler = SimilarShapes(source, seed=1, group=8)
+    orders = []
+    for epoch in range(3):
+        sampler.begin_epoch(epoch)
+        order = list(sampler)
+        assert list(sampler) == order
+        assert sorted(order) == list(range(1000))
+        aspects = (source.shapes[order, 1] / source.shapes[order, 0]).reshape(-1, 8)
+        assert (aspects != aspects[:, :1]).any(axis=1).sum() <= 2 * 2, "in a stretch of 64 groups, 2 have two shapes"
+        assert len({tuple(row) for row in aspects[:10].tolist()}) > 1, "groups are shuffled"
+        orders.append(order)
+    assert orders[0] != orders[1]
+    other = SimilarShapes(source, seed=2, group=8)
+    assert list(other) != orders[0]
+
+
+def test_what_fills_no_group_comes_last_and_is_a_fair_sample() -> None:
+    source = Shaped(67)
+    sampler = SimilarShapes(source, seed=0, group=8)
+    rest = set()
+    for epoch in range(60):
+        sampler.begin_epoch(epoch)
+        order = list(sampler)
+        assert len(sampler) == len(order) == 67
+        rest.update(order[64:])
+    assert len(rest) > 50
+    assert sorted(SimilarShapes(Shaped(3), seed=0, group=8)) == [0, 1, 2], "fewer than a group"
+
+
+def test_shapes_must_be_known() -> None:
+    with pytest.raises(DataError, match="numbers does not know how large its pictures are"):
+        SimilarShapes(Numbers(5), seed=0, group=2)
+
+
+def test_batches_of_all_processes_have_one_shape() -> None:
+    """Accelerate deals whole batches to the processes in turn, so those of one step follow each other."""
+    source = Shaped(640)
+    batches = BatchSampler(SimilarShapes(source, seed=0, group=2 * 4), batch_size=4, drop_last=True)
+    shards = [list(BatchSamplerShard(batches, num_processes=2, process_index=process)) for process in range(2)]
+    mixed = [
+        len({tuple(source.shapes[index]) for index in one + other}) > 1 for one, other in zip(*shards, strict=True)
+    ]
+    assert len(mixed) == 80
+    assert sum(mixed) <= 2 * 2

@@ -63,6 +63,9 @@ def test_bad_boxes(box, message):
         ({"phrase_ids": np.zeros(1, np.int32)}, "phrase_ids are int32"),
         ({"phrase_ids": np.array([1])}, "point beyond 1 phrases"),
         ({"phrase_ids": np.array([-1])}, "point beyond 1 phrases"),
+        ({"crowd": np.zeros(2, bool)}, "crowd is bool .*one for each of the 1 boxes"),
+        ({"crowd": np.zeros(1, np.int64)}, "crowd is int64 .*expected bool"),
+        ({"areas": np.zeros(1)}, "areas is float64 .*expected float32"),
     ],
 )
 def test_other_broken_promises(changes, message):
