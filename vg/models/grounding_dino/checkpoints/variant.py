@@ -48,11 +48,10 @@ class NamedAsInVg:
         return tuple(self.tensors[self.patterns[name].format(**numbers)].shape)
 
     def count(self, name: str, counter: str, **numbers: int) -> int:
-        """How many there are, numbered from 0 without a gap."""
-        found = 0
-        while self.has(name, **numbers, **{counter: found}):
-            found += 1
-        return found
+        """One more than the highest number in the place of the counter; gaps are for the caller to find."""
+        prefix = self.patterns[name].partition(f"{{{counter}}}")[0].format(**numbers)
+        rests = [key.removeprefix(prefix).partition(".")[0] for key in self.tensors if key.startswith(prefix)]
+        return 1 + max(map(int, filter(str.isdigit, rests)), default=-1)
 
 
 def recognise_variant(

@@ -77,7 +77,9 @@ def _why_not(config: GroundingDinoConfig, dialect: Foreign) -> str | None:
         bias = "with a bias" if classes.bias else "without a bias"
         return f"class logits of scale `{classes.scale}` {bias} (model.classes)"
     if dialect == "transformers" and config.position_temperature != int(config.position_temperature):
-        return f"position temperature {config.position_temperature}, but whole numbers only"
+        return f"position temperature {config.position_temperature} (model.position_temperature), but whole numbers"
+    if dialect != "transformers" and (config.points, config.position_temperature) != (4, 20):
+        return "place for a number of points or a position temperature, which are always 4 and 20 (model.points)"
     return None
 
 
