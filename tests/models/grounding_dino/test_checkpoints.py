@@ -18,7 +18,8 @@ from tests.models.grounding_dino.golden import FOLDER, needs_golden
 from tests.models.grounding_dino.published import BERT, write_tokenizer
 from tests.models.grounding_dino.tiny import tiny_model
 from vg.__main__ import main
-from vg.checkpoint import read_model
+from vg.checkpoint import read_model, write_weights
+from vg.config import PublishedConfig
 from vg.models.grounding_dino.checkpoints import Checkpoint, load_into, read_checkpoint, write_checkpoint
 from vg.models.grounding_dino.config import (
     BertConfig,
@@ -228,3 +229,21 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         main(["convert", str(tmp_path / "a" / "vg"), str(tmp_path / place), "--to", dialect])
         assert equal(read_checkpoint(tmp_path / place, BERT).weights, source.own_state_dict())
     assert (tmp_path / "vg" / "config.yaml").read_text() == (tmp_path / "a" / "vg" / "config.yaml").read_text()
+
+
+def test_the_checkpoint_of_a_run(tmp_path: Path) -> None:
+    """Its text encoder may go by an id; here its sizes come from the weights, so that nothing is downloaded."""
+    source = model(denoising=DenoisingConfig(num_labels=5))
+    config = replace(source.config, text=BertConfig(frozen=True), weights="elsewhere.pth")
+    (tmp_path / "best").mkdir()
+    (tmp_path / "bert").mkdir()
+    write_tokenizer(tmp_path / "bert")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bert")
+    write_weights(tmp_path / "best", source.own_state_dict(), PublishedConfig(config), tokenizer)
+    checkpoint = read_checkpoint(tmp_path, BERT)
+    assert (checkpoint.dialect, checkpoint.tokenizer) == ("vg", str(tmp_path / "best" / "tokenizer"))
+    assert checkpoint.config == replace(source.config, text=replace(TEXT, frozen=True))
+    assert equal(checkpoint.weights, source.own_state_dict())
+    other = model(seed=1)
+    load_into(other, tmp_path)
+    assert all(tensor.equal(checkpoint.weights[name]) for name, tensor in other.own_state_dict().items())

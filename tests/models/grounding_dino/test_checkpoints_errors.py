@@ -54,8 +54,11 @@ def test_places_that_hold_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "detr"}))
     assert "config.json describes another architecture: detr" in reading(tmp_path)
     (tmp_path / "config.json").unlink()
-    (tmp_path / "config.yaml").write_text("model: {name: rec}")
-    assert "config.yaml describes no Grounding DINO" in reading(tmp_path)
+    for content in ("model: {name: rec}", "data: 3", "", "model: ["):
+        (tmp_path / "config.yaml").write_text(content)
+        assert f"{tmp_path}: config.yaml describes no Grounding DINO" in reading(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    assert str(tmp_path) in reading(tmp_path)
 
 
 def test_files_that_hold_no_checkpoint(tmp_path: Path, official: Path) -> None:
@@ -103,6 +106,9 @@ def test_one_tensor_under_two_names_must_be_one(official: Path) -> None:
 
 
 def test_what_cannot_be_told_without(official: Path, tmp_path: Path) -> None:
+    stored = torch.load(official, weights_only=True)["model"]
+    torch.save({name: tensor for name, tensor in stored.items() if "input_proj.2." not in name}, tmp_path / "odd.pth")
+    assert f"{tmp_path}/odd.pth: stages ([2, 3]) must rise and end with 4" in reading(tmp_path / "odd.pth")
     message = reading(official, {})
     assert "its text encoder has width 32; how many attention heads it has cannot be told" in message
     assert "--tokenizer" in message

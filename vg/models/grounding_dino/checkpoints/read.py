@@ -71,7 +71,7 @@ def read_checkpoint(path: str | Path, bert: Mapping[str, Any] | None = None) -> 
         else:
             checkpoint = _read_foreign(place, bert or {})
         _check(checkpoint)
-    except (CheckpointError, OSError, SafetensorError) as error:
+    except (CheckpointError, OSError, SafetensorError, ValueError) as error:  # the last: config.json, or odd sizes
         raise CheckpointError(f"{path}: {error}") from error
     return checkpoint
 
@@ -81,10 +81,10 @@ def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
         folder = folder / "best"  # the folder of a run stands for its best checkpoint
     if not (folder / "config.yaml").exists():
         raise CheckpointError("no checkpoint: the folder holds neither config.json (transformers) nor config.yaml (vg)")
-    values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     try:
+        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         config = TypeAdapter(GroundingDinoConfig).validate_python(values["model"] | {"weights": None})
-    except ValidationError as error:
+    except (yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"config.yaml describes no Grounding DINO: {error}") from error
     weights = load_file(folder / "model.safetensors")
     if config.text.architecture is None:
