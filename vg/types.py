@@ -176,6 +176,7 @@ class TextSpec:
 
     @cached_property
     def delimiter_ids(self) -> tuple[int, ...]:
-        """Of those delimiters that the vocabulary has: any unknown word has the id of an unknown one."""
+        """Of begin, end, and those delimiters that the vocabulary has (all unknown words share an id)."""
         ids = self.tokenizer.convert_tokens_to_ids(list(self.delimiters))
-        return tuple(number for number in ids if number != self.tokenizer.unk_token_id)
+        known = (number for number in ids if number != self.tokenizer.unk_token_id)
+        return (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, *known)

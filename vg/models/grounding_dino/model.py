@@ -66,11 +66,16 @@ class GroundingDino(GroundingModel):
         image = self.encode_image(batch)
         text = self.encode_text(batch.text)
         if len(text.tokens) == len(image.tokens):  # one prompt per image
-            return self.ground(image, text, prompt_targets(batch.text, batch.targets) if self.training else None)
+            teach = self.training and self.denoising is not None
+            return self.ground(image, text, prompt_targets(batch.text, batch.targets) if teach else None)
+        if self.training:
+            raise ValueError("training takes one prompt per image: make batches with Collator(..., one_prompt=True)")
         # Prompts of one image share its features; as many at once as there are images, for the memory's sake.
         groups = torch.arange(len(text.tokens)).split(len(image.tokens))
         outputs = [self.ground(image.select(batch.text.image_ids[rows]), text.select(rows)) for rows in groups]
-        parts = (torch.cat(part, dim=-3) if isinstance(part[0], Tensor) else None for part in zip(*outputs, strict=True))
+        parts = (
+            torch.cat(part, dim=-3) if isinstance(part[0], Tensor) else None for part in zip(*outputs, strict=True)
+        )
         return Output(*parts)  # type: ignore[arg-type]
 
     def encode_image(self, batch: Batch) -> ImageFeatures:
@@ -80,7 +85,7 @@ class GroundingDino(GroundingModel):
     def encode_text(self, text: Text) -> TextFeatures:
         """Section 3.4: the tokens of each prompt, phrase by phrase."""
         fresh = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        return (self.text if fresh else self.text.recall)(text.token_ids, text.mask, self._delimiters)
+        return (self.text if fresh else self.text.recall)(text.token_ids, text.mask, self.text_spec.delimiter_ids)
 
     def ground(self, image: ImageFeatures, text: TextFeatures, targets: PromptTargets | None = None) -> Output:
         """Sections 3.2 and 3.3: prompt r asks about image r; what it should find is only told to denoising queries."""
@@ -126,11 +131,6 @@ class GroundingDino(GroundingModel):
 
     def _text_spec(self, tokenizer: PreTrainedTokenizerBase) -> TextSpec:
         return TextSpec(tokenizer, self.config.max_tokens, delimiters=(".", "?"))
-
-    @property
-    def _delimiters(self) -> tuple[int, ...]:
-        tokenizer = self.text_spec.tokenizer
-        return (tokenizer.cls_token_id, tokenizer.sep_token_id, *self.text_spec.delimiter_ids)
 
     def _initialise(self) -> None:
         """Random weights as the official implementation has them (backbone and BERT keep their own)."""

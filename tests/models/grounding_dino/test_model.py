@@ -1,0 +1,214 @@
+"""Grounding DINO as a whole: independence of the batch, of the order of phrases and of padding; variants; training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models.grounding_dino.tiny import batch_of, sample, tiny_config, tiny_model
+from vg.models.grounding_dino.config import (
+    ClassHeadConfig,
+    DenoisingConfig,
+    ImageConfig,
+    PredictConfig,
+    ResNetConfig,
+    SwinConfig,
+)
+from vg.models.grounding_dino.model import GroundingDino
+from vg.types import Prediction
+
+VARIANTS = {
+    "published": {},
+    "mm": {"shared_heads": False, "classes": ClassHeadConfig(scale="width", bias=True)},
+    "five levels": {
+        "backbone": SwinConfig(stages=[1, 2, 3, 4], width=16, depths=[1, 1, 1, 1], heads=[1, 2, 4, 8], window=3),
+        "levels": 5,
+    },
+    "resnet": {"backbone": ResNetConfig(depths=[1, 1, 1, 1], widths=[16, 16, 32, 32])},
+    "cosine": {"classes": ClassHeadConfig(similarity="cosine", scale="learned")},
+    "gated": {"fusion": "gated"},
+    "two further levels": {"levels": 5},
+}
+
+
+def same(found: Prediction, wanted: Prediction, tolerance: float = 1e-5) -> None:
+    assert len(found.boxes) == len(wanted.boxes) > 0
+    assert [found.phrases[i] for i in found.phrase_ids] == [wanted.phrases[i] for i in wanted.phrase_ids]
+    assert (found.scores - wanted.scores).abs().max() <= tolerance
+    assert (found.boxes - wanted.boxes).abs().max() <= 100 * tolerance  # pixels
+
+
+@torch.no_grad()
+def ask(model: GroundingDino, *samples) -> list[Prediction]:
+    batch = batch_of(model, *samples)
+    return model.predict(model(batch), batch)
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_a_batch_gives_what_single_images_give(settings: dict) -> None:
+    model = tiny_model(**settings)
+    samples = [
+        sample(["a small thing", "dog"], (64, 96), seed=0),
+        sample(["hot dog", "dog", "cat on a red chair"], (96, 64), seed=1),
+        sample(["left"], (64, 64), seed=2),
+        sample(["dog"], (64, 96), seed=3),
+    ]
+    together = ask(model, *samples)
+    for one, alone in zip(together, (ask(model, x)[0] for x in samples), strict=True):
+        same(one, alone)
+
+
+def test_other_implementations_let_padding_leak() -> None:
+    """The setting that follows them is not without effect: it is needed to reproduce their batches."""
+    samples = [sample(["dog"], (64, 96), seed=0), sample(["dog"], (64, 64), seed=1)]
+    model = tiny_model(image=ImageConfig(shortest=64, longest=120, mix_sizes=True))
+    assert not torch.allclose(ask(model, *samples)[1].scores, ask(model, samples[1])[0].scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_every_weight_learns(settings: dict) -> None:
+    model = tiny_model(**settings, denoising=DenoisingConfig(num_queries=4)).train()
+    batch = batch_of(model, sample(["dog", "cat"], boxes=3), sample(["red thing"], (64, 64), seed=1, boxes=1))
+    terms = model.loss(model(batch), batch)
+    torch.stack(list(terms.values())).sum().backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    # keys of softmax attention: a bias there shifts all logits of a query alike
+    assert [name for name in without if not name.endswith(("key.bias", "k_proj.bias", "text_key.bias"))] == []
+
+
+def test_order_of_phrases_and_chunks() -> None:
+    """Fifteen phrases where one prompt holds three: the same answers in whatever order they are asked for."""
+    names = ["dog", "hot dog", "car", "carrot", "Cat", "cat", "red", "blue", "a big red thing", "star", "box", "st. x"]
+    names += ["up", "down", "left"]
+    model = tiny_model(max_tokens=12, predict=PredictConfig(top_k=1000))
+    forward, backward = ask(model, sample(names))[0], ask(model, sample(names[::-1]))[0]
+    assert batch_of(model, sample(names)).text.token_ids.shape[0] > 3
+    assert set(forward.phrase_ids.tolist()) == set(range(len(names)))
+    for name in names:
+        of_forward = forward.scores[forward.phrase_ids == names.index(name)]
+        of_backward = backward.scores[backward.phrase_ids == names[::-1].index(name)]
+        assert torch.equal(of_forward, of_backward), name
+    assert torch.equal(forward.boxes[:10], backward.boxes[:10])
+
+
+def test_chunks_of_several_images_give_what_one_image_gives() -> None:
+    model = tiny_model(max_tokens=8)
+    samples = [sample(["dog", "cat", "red", "blue", "star"]), sample(["up"], (64, 64), seed=1), sample(["dog", "box"])]
+    for one, alone in zip(ask(model, *samples), (ask(model, x)[0] for x in samples), strict=True):
+        same(one, alone)
+
+
+def test_padding_of_text_changes_nothing() -> None:
+    model = tiny_model()
+    alone = ask(model, sample(["dog"]))[0]
+    beside = ask(model, sample(["dog"]), sample(["a very long phrase that makes the other row longer"], seed=1))[0]
+    same(beside, alone)
+
+
+def test_small_images_have_fewer_queries() -> None:
+    model = tiny_model(image=ImageConfig(shortest=8, longest=16))  # smaller than one window of 3 x 3 tokens of 4 pixels
+    batch = batch_of(model, sample(["dog"], (8, 11)))
+    with torch.no_grad():
+        output = model(batch)
+    assert output.boxes.shape[2] == model.queries.content.shape[0] or output.boxes.shape[2] < 20
+    prediction = model.predict(output, batch)[0]
+    assert len(prediction.boxes) == output.boxes.shape[2]
+    assert prediction.boxes.isfinite().all()
+
+
+def test_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    read: list[int] = []
+    forward = model.text.forward
+    monkeypatch.setattr(model.text, "forward", lambda ids, *rest: read.append(len(ids)) or forward(ids, *rest))
+    first = ask(model, sample(["dog"]), sample(["dog"], seed=1), sample(["cat"], seed=2))
+    assert read == [2]
+    again = ask(model, sample(["dog"]), sample(["dog"], seed=1), sample(["cat"], seed=2))
+    assert read == [2]
+    same(again[0], first[0], 0)
+    with torch.no_grad():
+        model.text.projection.weight.mul_(2)
+    changed = ask(model, sample(["dog"]))
+    assert read == [2, 1]
+    assert not torch.equal(changed[0].scores, first[0].scores)
+    with torch.no_grad():  # as a moving average of weights does
+        model.text.projection.weight.data = model.text.projection.weight.data / 2
+    same(ask(model, sample(["dog"]))[0], first[0])
+    assert read == [2, 1, 1]
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(gradient_checkpointing=checkpointing).train()
+        batch = batch_of(model, sample(["dog", "cat"], boxes=3))
+        torch.stack(list(model.loss(model(batch), batch).values())).sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.allclose(plain, checkpointed, atol=1e-6)
+
+
+def test_bfloat16_stays_close() -> None:
+    model = tiny_model()
+    batch = batch_of(model, sample(["dog", "cat"]))
+    with torch.no_grad():
+        exact = model(batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(batch)
+    assert half.logits.dtype == half.boxes.dtype == torch.float32
+    assert (half.encoder_boxes.sort(dim=1).values - exact.encoder_boxes.sort(dim=1).values).abs().mean() < 0.02
+
+
+def test_scores_by_hand() -> None:
+    from vg.models.grounding_dino.answer import phrase_scores
+
+    logits = torch.tensor([[[-1.0, 2.0, 0.5, -torch.inf]]])  # [R, Q, T]
+    p = logits.sigmoid()[0, 0]
+    tokens = torch.tensor([[[False, True, True, False], [False, False, True, False], [False] * 4]])  # [R, P, T]
+    mask = torch.tensor([[True, True, True, False]])
+    mean, best = (phrase_scores(logits, tokens, mask, score)[0, 0] for score in ("mean", "max"))
+    assert torch.allclose(mean, torch.stack(((p[1] + p[2]) / 2, p[2], torch.tensor(-1.0))))
+    assert torch.allclose(best, torch.stack((p[1], p[2], torch.tensor(-1.0))))
+    alone = phrase_scores(logits, tokens[:, 1:2], mask, "max")  # one phrase: all tokens of the prompt, as RefExpMetric
+    assert torch.allclose(alone, p[1])
+
+
+def test_threshold_top_k_and_nms() -> None:
+    plain = ask(tiny_model(), sample(["dog", "cat"]))[0]
+    assert torch.equal(plain.scores, plain.scores.sort(descending=True).values)
+    best = ask(tiny_model(predict=PredictConfig(top_k=7)), sample(["dog", "cat"]))[0]
+    assert torch.equal(best.scores, plain.scores[:7])
+    limit = float(plain.scores[4])
+    above = ask(tiny_model(predict=PredictConfig(threshold=limit)), sample(["dog", "cat"]))[0]
+    assert torch.equal(above.scores, plain.scores[plain.scores >= limit])
+    fewer = ask(tiny_model(predict=PredictConfig(nms=0.3)), sample(["dog", "cat"]))[0]
+    assert 0 < len(fewer.boxes) < len(plain.boxes)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_compiles_without_graph_breaks(train: bool) -> None:
+    model = tiny_model().train(train)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size, phrases in (((64, 96), ["dog"]), ((96, 64), ["a cat", "red thing"]), ((64, 80), ["dog", "cat", "box"])):
+        batch = batch_of(model, sample(phrases, size))
+        with torch.set_grad_enabled(train):
+            close(compiled(batch).logits, model(batch).logits)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    assert torch.equal(found.isfinite(), wanted.isfinite())
+    assert torch.allclose(found.nan_to_num(neginf=0), wanted.nan_to_num(neginf=0), atol=1e-4)
+
+
+def test_settings_that_cannot_be() -> None:
+    for settings, message in (
+        ({"heads": 3}, "must be even"),
+        ({"width": 40}, "multiple of 32"),
+        ({"levels": 2}, "fewer than the 3 stages"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_config(**settings)
+    with pytest.raises(ValueError, match="end with 4"):
+        SwinConfig(stages=[1, 2])
