@@ -22,7 +22,9 @@ VARIANTS = {
     "published": {},
     "mm": {"shared_heads": False, "classes": ClassHeadConfig(scale="width", bias=True)},
     "five levels": {
-        "backbone": SwinConfig(stages=[1, 2, 3, 4], width=16, depths=[1, 1, 1, 1], heads=[1, 2, 4, 8], window=3),
+        "backbone": SwinConfig(
+            stages=[1, 2, 3, 4], width=16, depths=[1, 1, 1, 1], heads=[1, 2, 4, 8], window=3, drop_path=0.0
+        ),
         "levels": 5,
     },
     "resnet": {"backbone": ResNetConfig(depths=[1, 1, 1, 1], widths=[16, 16, 32, 32])},
@@ -33,10 +35,14 @@ VARIANTS = {
 
 
 def same(found: Prediction, wanted: Prediction, tolerance: float = 1e-5) -> None:
+    """The same answers for each phrase, whatever the order of those whose scores are all but equal."""
     assert len(found.boxes) == len(wanted.boxes) > 0
-    assert [found.phrases[i] for i in found.phrase_ids] == [wanted.phrases[i] for i in wanted.phrase_ids]
     assert (found.scores - wanted.scores).abs().max() <= tolerance
-    assert (found.boxes - wanted.boxes).abs().max() <= 100 * tolerance  # pixels
+    for answers, others in ((found, wanted), (wanted, found)):
+        for box, score, phrase_id in zip(answers.boxes, answers.scores, answers.phrase_ids, strict=True):
+            alike = others.phrase_ids == phrase_id
+            apart = (others.boxes[alike] - box).abs().amax(dim=1) / 100 + (others.scores[alike] - score).abs()
+            assert apart.min() <= 2 * tolerance  # boxes in pixels
 
 
 @torch.no_grad()

@@ -86,7 +86,10 @@ class QuerySelection(nn.Module):
         memory = self.memory_norm(self.memory_projection(image.tokens.masked_fill(~possible, 0.0)))
         logits = self.class_head(memory, text)  # [R, S, T]
         count = min(len(self.content), logits.shape[1])  # a small image has fewer tokens than there are queries
-        chosen = logits.amax(dim=-1).topk(count, dim=1).indices.unsqueeze(-1)  # [R, Q, 1]
+        fit = logits.amax(dim=-1)  # [R, S]
+        if image.mask is not None:  # else padding, all tokens of which are alike, could be chosen by the dozen
+            fit = fit.masked_fill(~image.mask, -torch.inf)
+        chosen = fit.topk(count, dim=1).indices.unsqueeze(-1)  # [R, Q, 1]
 
         boxes = self.box_head(memory.take_along_dim(chosen, 1)) + proposals.take_along_dim(chosen, 1)
         return Queries(
