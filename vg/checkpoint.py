@@ -90,7 +90,7 @@ def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Groun
         if not (folder / part).exists():
             raise CheckpointError(f"{folder} is not a checkpoint of vg: it holds no {part}")
     config = load_checkpoint_config(folder / CONFIG, overrides)
-    model = config.model.build()
+    model = config.model.rebuild()
     model.load_tokenizer(str(folder / TOKENIZER))
     load_weights(model, folder)
     return model.eval(), config

@@ -232,3 +232,7 @@ class GroundingDinoConfig(Strict):
         from vg.models.grounding_dino.model import GroundingDino
 
         return GroundingDino(self, pretrained)
+
+    def rebuild(self) -> GroundingDino:
+        """The network for a checkpoint of vg to be loaded into, which brings all weights."""
+        return self.build(pretrained=False)

@@ -25,6 +25,7 @@ from vg.models.base import GroundingModel
 from vg.models.encoders import load_tokenizer
 from vg.models.grounding_dino.answer import answers
 from vg.models.grounding_dino.attention import DeformableAttention
+from vg.models.grounding_dino.checkpoints.load import load_into
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.grounding_dino.decoder import Decoder
 from vg.models.grounding_dino.denoising import Denoising
@@ -58,6 +59,10 @@ class GroundingDino(GroundingModel):
         self.decoder = Decoder(config)
         self.denoising = Denoising(config.denoising, config.width) if config.denoising else None
         self._initialise()
+        if pretrained and config.weights is not None:
+            tokenizer = load_into(self, config.weights)
+            if tokenizer is not None and config.text.tokenizer is None:
+                self.load_tokenizer(tokenizer)
         if config.gradient_checkpointing:
             self.backbone.network.gradient_checkpointing_enable()
             self.text.network.gradient_checkpointing_enable()

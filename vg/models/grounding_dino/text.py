@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,8 @@ class TextEncoder(Encoder):
     REMEMBERED = 128  # prompts
 
     def __init__(self, config: BertConfig, width: int, pretrained: bool):
+        if not pretrained and config.id == BertConfig.id:  # its sizes are the defaults of transformers: ask no Hub
+            config = replace(config, architecture={"model_type": "bert"})
         super().__init__(config, pretrained, add_pooling_layer=False)
         self.projection = nn.Linear(self.width, width)
         self._memory: dict[tuple[int, ...], TextFeatures] = {}

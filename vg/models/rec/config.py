@@ -123,3 +123,7 @@ class RecConfig(Strict):
         from vg.models.rec.model import RecModel
 
         return RecModel(self, pretrained)
+
+    def rebuild(self) -> RecModel:
+        """The network for a checkpoint of vg to be loaded into, which brings all weights but those of frozen encoders."""
+        return self.build()

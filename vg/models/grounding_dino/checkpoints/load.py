@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from vg.models.grounding_dino.model import GroundingDino
 
 
-def load_into(model: GroundingDino, path: str | Path) -> None:
+def load_into(model: GroundingDino, path: str | Path) -> str | None:
     """Load a checkpoint of any dialect into a model that was configured for it.
 
     Two differences are bridged, as mmdetection fine-tunes official weights: heads that are shared in the checkpoint
     become one copy per decoder layer, and a learned factor of the logits starts at 1. The table of denoising labels
     may be absent on either side.
+
+    Returns:
+        The folder with its tokenizer, if it has one.
 
     Raises:
         CheckpointError: see read_checkpoint; or the checkpoint is of another variant (every difference is named).
@@ -50,6 +53,7 @@ def load_into(model: GroundingDino, path: str | Path) -> None:
         model.load_own_state_dict(weights)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    return checkpoint.tokenizer
 
 
 def _differences(want: GroundingDinoConfig, have: GroundingDinoConfig) -> dict[str, tuple[Any, Any]]:
