@@ -4,7 +4,7 @@ Where the equations are, and which settings choose between those that stand besi
 
 | equation | code | setting |
 |---|---|---|
-| sine encoding of positions, PE(p, 2i) = sin(p / T^(2i/d)) | vg.models.layers.sine_encoding | model.position_temperature |
+| sine positions, PE(p, 2i) = sin(p / T^(2i/d)) | vg.models.layers.sine_encoding | model.position_temperature |
 | softmax attention, softmax(Q K' / sqrt(d)) V | attention.Attention | |
 | multi-scale deformable attention, sum_lp A_lp x(p + dp_lp) | attention.DeformableAttention, vg.ops | model.points |
 | bi-directional cross-attention of image and text | encoder.FusionLayer | model.fusion=bidirectional |
