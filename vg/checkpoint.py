@@ -96,6 +96,14 @@ def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Groun
     return model.eval(), config
 
 
+def is_checkpoint(place: str | Path) -> bool:
+    """Whether this is the folder of a run or of a checkpoint of vg, complete or not; else it may be another's."""
+    return (
+        any((Path(place) / part).exists() for part in (CONFIG, "best", WEIGHTS))
+        and not (Path(place) / "config.json").exists()
+    )
+
+
 def load_weights(model: GroundingModel, folder: Path) -> None:
     """Load model.safetensors of a checkpoint; raises CheckpointError naming the file and every weight in question."""
     path = folder / WEIGHTS

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from vg.checkpoint import read_model
+from vg.checkpoint import is_checkpoint, read_model
 from vg.data.collate import Collator
 from vg.data.source import DataError
 from vg.models.base import GroundingModel
+from vg.models.grounding_dino.checkpoints import open_model
 from vg.types import Prediction, Sample
 
 ImageLike = np.ndarray | Image.Image | str | Path  # an array, a PIL image, a path or an http(s) URL
@@ -51,12 +52,12 @@ class Grounder:
     """Wraps a model for use.
 
     Args:
-        model: the folder of a run or a checkpoint, or a model.
+        model: a model, or what load_model takes: the folder of a run or checkpoint, or a published Grounding DINO.
         device: "cpu", "cuda", "mps"; by default the fastest there is.
     """
 
     def __init__(self, model: str | Path | GroundingModel, device: str | None = None):
-        self.model = model if isinstance(model, GroundingModel) else read_model(model)[0]
+        self.model = model if isinstance(model, GroundingModel) else load_model(model)
         self.model.to(device or best_device()).eval()
         self.collate = Collator(self.model.image_spec, self.model.text_spec)
 
@@ -112,10 +113,15 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load_model(folder: str | Path) -> GroundingModel:
-    """The model of a run or checkpoint folder, in evaluation mode on the CPU.
+def load_model(place: str | Path, tokenizer: str | None = None) -> GroundingModel:
+    """A trained model, in evaluation mode on the CPU.
+
+    Args:
+        place: the folder of a run or checkpoint of vg; or a published Grounding DINO: an official or mmdetection
+            .pth, a folder of transformers, or its Hub id.
+        tokenizer: folder, vocab.txt, tokenizer.json or Hub id, for a .pth, which holds none; by default BERT's.
 
     Raises:
         vg.checkpoint.CheckpointError: not a checkpoint, damaged, or weights that do not fit.
     """
-    return read_model(folder)[0]
+    return read_model(place)[0] if is_checkpoint(place) else open_model(place, tokenizer)

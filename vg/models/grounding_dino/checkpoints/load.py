@@ -1,4 +1,4 @@
-"""Loading a checkpoint of any dialect into a model that is there already."""
+"""From a checkpoint of any dialect to a model: a new one, or one that is there already."""
 
 from __future__ import annotations
 
@@ -9,12 +9,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vg.models.grounding_dino.checkpoints.read import read_checkpoint
+from vg.models.grounding_dino.checkpoints.tokenizer import bert_settings, open_tokenizer
 from vg.models.grounding_dino.checkpoints.variant import LABELS
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.types import CheckpointError
 
 if TYPE_CHECKING:
     from vg.models.grounding_dino.model import GroundingDino
+
+
+def open_model(path: str | Path, tokenizer: str | None = None) -> GroundingDino:
+    """The model of a checkpoint of any dialect, in evaluation mode on the CPU.
+
+    Args:
+        tokenizer: folder, vocab.txt, tokenizer.json or Hub id, for a .pth, which holds none; by default BERT's.
+
+    Raises:
+        CheckpointError: see read_checkpoint and open_tokenizer.
+    """
+    checkpoint = read_checkpoint(path, bert_settings(tokenizer))
+    vocabulary = open_tokenizer(checkpoint, tokenizer)
+    model = checkpoint.config.build(pretrained=False)
+    model.load_own_state_dict(checkpoint.weights)
+    model.use_tokenizer(vocabulary)
+    return model.eval()
 
 
 def load_into(model: GroundingDino, path: str | Path) -> str | None:
