@@ -12,6 +12,16 @@ from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.grounding_dino.image import ImageFeatures
 from vg.models.grounding_dino.text import TextFeatures
 
+TOKENS_AT_ONCE = 1024
+
+
+def in_parts(*streams: Tensor) -> list[tuple[Tensor, ...]]:
+    """Cut tensors [R, S, ...] along S where that pays: what a layer makes of a part stays in the cache of a CPU."""
+    if streams[0].device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return [streams]
+    size = max(1, TOKENS_AT_ONCE // len(streams[0]))
+    return list(zip(*(x.split(size, dim=1) for x in streams), strict=True))
+
 
 class FusionLayer(nn.Module):
     """Bi-directional cross-attention: one table of similarities, read by rows for the image, by columns for the text.
@@ -63,28 +73,34 @@ class FusionLayer(nn.Module):
         key, value = by_head(self.text_key(text)), by_head(self.text_value(text))  # [R, T, heads, d]
         key = key * key.shape[-1] ** -0.5
         directions = torch.einsum("rthd,hdc->rhtc", key, by_head(self.image_query.weight, 0)).flatten(1, 2)
-        offset = torch.einsum("rthd,hd->rht", key, by_head(self.image_query.bias, 0)).flatten(1)  # [R, heads * T]
-        scores = torch.baddbmm(offset.unsqueeze(1), image, directions.mT)  # [R, S, heads * T]
-        if scores.dtype == torch.float16:
-            scores = scores.clamp(-50000, 50000)  # infinity minus infinity would be NaN
-        lowest = torch.finfo(scores.dtype).min / 2
-
-        over_text = by_head(scores)  # [R, S, heads, T]
-        over_text = (
-            over_text + torch.zeros_like(text_mask, dtype=scores.dtype).masked_fill(~text_mask, lowest)[:, None, None]
-        )
-        over_text = F.dropout(over_text.softmax(dim=-1), self.dropout, self.training).flatten(2)
+        offset = torch.einsum("rthd,hd->rht", key, by_head(self.image_query.bias, 0)).flatten(1).unsqueeze(1)
         outputs = torch.einsum("rthd,chd->rhtc", value, by_head(self.image_output.weight)).flatten(1, 2)
-        for_image = torch.baddbmm(self.image_output.bias, over_text, outputs)  # [R, S, D]
+        lowest = torch.finfo(offset.dtype).min / 2
+        no_padding = torch.zeros_like(text_mask, dtype=offset.dtype).masked_fill(~text_mask, lowest)[:, None, None]
 
-        if image_mask is not None:
-            scores = scores.masked_fill(~image_mask.unsqueeze(-1), lowest)
-        over_image = F.dropout(scores.softmax(dim=1), self.dropout, self.training)  # [R, S, heads * T]
-        seen = (over_image.mT @ image).unflatten(1, (self.heads, -1))  # [R, heads, T, D]
-        seen = (
-            torch.einsum("rhtc,hdc->rthd", seen, by_head(self.image_value.weight, 0)).flatten(2) + self.image_value.bias
-        )
-        return for_image, self.text_output(seen)
+        # The softmax over image tokens is summed up part by part (as in flash attention), relative to the best so far.
+        best = offset.new_full(offset.shape, -torch.inf, dtype=torch.float32)  # [R, 1, heads * T]
+        total = torch.zeros_like(best)
+        seen = torch.zeros_like(directions, dtype=torch.float32)  # [R, heads * T, D]
+        for_image = []
+        for tokens, *inside in in_parts(image) if image_mask is None else in_parts(image, image_mask):
+            scores = torch.baddbmm(offset, tokens, directions.mT)  # [R, part of S, heads * T]
+            if scores.dtype == torch.float16:
+                scores = scores.clamp(-50000, 50000)  # infinity minus infinity would be NaN
+            over_text = (by_head(scores) + no_padding).softmax(dim=-1)  # [R, part of S, heads, T]
+            over_text = F.dropout(over_text, self.dropout, self.training).flatten(2)
+            for_image.append(torch.baddbmm(self.image_output.bias, over_text, outputs))  # [R, part of S, D]
+
+            for mask in inside:
+                scores = scores.masked_fill(~mask.unsqueeze(-1), lowest)
+            before, best = best, torch.maximum(best, scores.detach().amax(dim=1, keepdim=True))
+            shrink, weights = (before - best).exp(), (scores - best).exp()
+            total = total * shrink + weights.sum(dim=1, keepdim=True)
+            weights = F.dropout(weights, self.dropout, self.training).to(tokens.dtype)
+            seen = seen * shrink.mT + weights.mT @ tokens
+        seen = by_head((seen / total.mT).to(image.dtype), 1)  # [R, heads, T, D]
+        seen = torch.einsum("rhtc,hdc->rthd", seen, by_head(self.image_value.weight, 0)).flatten(2)
+        return torch.cat(for_image, dim=1), self.text_output(seen + self.image_value.bias)
 
 
 class GatedFusionLayer(FusionLayer):
@@ -136,6 +152,9 @@ class ImageLayer(nn.Module):
     def forward(self, x: Tensor, image: ImageFeatures, references: Tensor) -> Tensor:
         """[R, S, D] -> [R, S, D]; references: [R, S, L or 1, 2] where the tokens are in each padded level."""
         attended = self.attention(x + image.positions, references, x, image.shapes, image.mask)
+        return torch.cat([self._add(*part) for part in in_parts(x, attended)], dim=1)
+
+    def _add(self, x: Tensor, attended: Tensor) -> Tensor:
         x = self.attention_norm(x + F.dropout(attended, self.dropout, self.training))
         return self.feedforward_norm(x + F.dropout(self.feedforward(x), self.dropout, self.training))
 

@@ -1,0 +1,64 @@
+"""The feature enhancer takes image tokens in parts where that is faster: the same numbers come out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.models.grounding_dino.tiny import tiny_config
+from vg.models.grounding_dino import encoder
+from vg.models.grounding_dino.encoder import FusionLayer, in_parts
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder, "TOKENS_AT_ONCE", 8)  # of two images together
+
+
+def fusion() -> FusionLayer:
+    torch.manual_seed(0)
+    layer = FusionLayer(tiny_config(width=32)).eval()
+    for weights in layer.parameters():
+        nn.init.xavier_uniform_(weights) if weights.dim() > 1 else nn.init.uniform_(weights, -0.3, 0.3)
+    return layer
+
+
+def softmax_at_once(layer: FusionLayer, image: Tensor, text: Tensor, image_mask: Tensor | None) -> Tensor:
+    """What text tokens take from the image [R, T, D], as the paper writes it."""
+    query, key, value = (
+        projection(x).unflatten(-1, (layer.heads, -1)).transpose(1, 2)  # [R, heads, S or T, d]
+        for projection, x in ((layer.text_key, text), (layer.image_query, image), (layer.image_value, image))
+    )
+    scores = query @ key.mT * query.shape[-1] ** -0.5  # [R, heads, T, S]
+    if image_mask is not None:
+        scores = scores.masked_fill(~image_mask[:, None, None], -torch.inf)
+    return layer.text_output((scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("size", [1.0, 300.0])
+def test_a_softmax_over_parts_is_the_softmax_over_all(padded: bool, size: float) -> None:
+    """Also where one image is padded from the first part on, and where scores differ by more than exp can hold."""
+    layer = fusion()
+    image, text = size * torch.randn(2, 27, 32), torch.randn(2, 5, 32)
+    image_mask = torch.stack((torch.arange(27) >= 9, torch.arange(27) < 20)) if padded else None
+    text_mask = torch.arange(5) < torch.tensor([[5], [3]])
+    with torch.no_grad():
+        assert len(in_parts(image)) == 7
+        for_image, for_text = layer.attend(image, text, image_mask, text_mask)
+    together_image, together_text = layer.attend(image, text, image_mask, text_mask)  # with gradients: one part
+    torch.testing.assert_close(for_image, together_image, atol=1e-5 * size, rtol=1e-5)
+    torch.testing.assert_close(for_text, together_text, atol=1e-5 * size, rtol=1e-5)
+    wanted = softmax_at_once(layer, image, text, image_mask)
+    torch.testing.assert_close(for_text, wanted, atol=2e-5 * size, rtol=1e-4)
+
+
+def test_parts_only_where_nothing_is_kept() -> None:
+    x, mask = torch.randn(2, 27, 3), torch.ones(2, 27, dtype=torch.bool)
+    assert len(in_parts(x)) == 1, "gradients need it all"
+    with torch.no_grad():
+        parts = in_parts(x, mask)
+    assert [part.shape[1] for part, _ in parts] == [4] * 6 + [3]
+    assert torch.cat([part for part, _ in parts], dim=1).equal(x)
+    assert torch.cat([inside for _, inside in parts], dim=1).equal(mask)
