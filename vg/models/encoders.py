@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from vg.models.encoder_config import EncoderConfig, TextEncoderConfig
+from vg.types import ConfigError
 
 SMALL_VOCABULARY = Path(__file__).parent / "small_vocabulary.txt"
 
@@ -63,12 +64,22 @@ class Encoder(nn.Module):
 
 
 def load_tokenizer(config: TextEncoderConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a text encoder: the one named, that of the encoder's id, or the small built-in vocabulary."""
+    """The tokenizer of a text encoder: the one named, that of the encoder's id, or the small built-in vocabulary.
+
+    Raises:
+        ConfigError: there is none at that place.
+    """
     place = config.tokenizer or config.id or str(SMALL_VOCABULARY)
-    if place.endswith(".json"):
-        return PreTrainedTokenizerFast(
-            tokenizer_file=place, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-        )
-    if place.endswith(".txt"):
-        return BertTokenizer(vocab=place)
-    return AutoTokenizer.from_pretrained(place, revision=config.revision if place == config.id else None)
+    try:
+        if place.endswith(".json"):
+            return PreTrainedTokenizerFast(
+                tokenizer_file=place, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+            )
+        if place.endswith(".txt"):
+            return BertTokenizer(vocab=place)
+        return AutoTokenizer.from_pretrained(place, revision=config.revision if place == config.id else None)
+    except Exception as error:  # no such file or id, no network, no vocabulary in it: each has a class of its own
+        raise ConfigError(
+            f"no tokenizer can be loaded from {place}: set model.text.tokenizer to a folder with one, a vocab.txt, "
+            f"a tokenizer.json or a Hub id\n({error})"
+        ) from error
