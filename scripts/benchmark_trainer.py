@@ -11,6 +11,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,8 +29,8 @@ WARM_UP = 5  # steps that are not counted: memory is being allocated, workers st
 
 
 class TimedTrainer(Trainer):
-    def step(self, batch: Batch) -> dict[str, Tensor]:
-        terms = super().step(batch)
+    def step(self, batches: Sequence[Batch]) -> dict[str, Tensor] | None:
+        terms = super().step(batches)
         self.times.append(time.perf_counter())
         return terms
 

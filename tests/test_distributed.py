@@ -26,10 +26,10 @@ from vg.config import load_config
 from vg.trainer import Trainer
 
 class Interrupted(Trainer):
-    def step(self, batch):
+    def step(self, batches):
         if self.progress.step == 3 and self.accelerator.process_index == 1:
             signal.raise_signal(signal.SIGTERM)  # only one process is told
-        return super().step(batch)
+        return super().step(batches)
 
 assert int(os.environ["WORLD_SIZE"]) == 2
 if "--resume" in sys.argv:

@@ -63,6 +63,9 @@ class Oracle(GroundingModel):
     def loss(self, output: Any, batch: Batch) -> dict[str, Tensor]:
         raise NotImplementedError
 
+    def batch_weight(self, batch: Batch) -> int:
+        raise NotImplementedError
+
     def predict(self, output: Any, batch: Batch) -> list[Prediction]:
         return [
             Prediction(

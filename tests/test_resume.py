@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from vg.distributed import StopSignal
 from vg.models.rec.config import PooledHeadConfig
 from vg.optim import GroupConfig
 from vg.trainer import Trainer
+from vg.types import Batch
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -50,13 +51,11 @@ def configured(make: MakeConfig, output: Path, data: dict[str, Any] | None = Non
 def stop_in_step(trainer: Trainer, number: int, how: Callable[[], None]) -> None:
     """Calls `how` in the middle of an optimiser step, before its first batch is through."""
     step = trainer.step
-    done: list[int] = []
 
-    def interrupted(batch: Any) -> dict[str, Tensor]:
-        if trainer.progress.step + 1 == number and not done:
-            done.append(number)
+    def interrupted(batches: Sequence[Batch]) -> dict[str, Tensor] | None:
+        if trainer.progress.step + 1 == number:
             how()
-        return step(batch)
+        return step(batches)
 
     trainer.step = interrupted  # type: ignore[method-assign]
 
@@ -200,12 +199,12 @@ from vg.config import load_config
 from vg.trainer import Trainer
 
 class Waiting(Trainer):
-    def step(self, batch):
+    def step(self, batches):
         if self.progress.step == 3:
             Path("waiting").touch()
             while not self.stop.received:
                 time.sleep(0.01)
-        return super().step(batch)
+        return super().step(batches)
 
 Waiting(load_config("config.yaml")).fit()
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tests.conftest import HEAD, NO_DROPOUT, TEXT, VISION, history, scripted
 from vg.checkpoint import read_model
 from vg.config import RunConfig
 from vg.trainer import Trainer
+from vg.types import Batch
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -51,19 +52,18 @@ def test_the_last_batches_of_an_epoch_weigh_as_much_as_a_whole_step(tiny_config:
     zero_grad = trainer.optimizer.zero_grad
 
     def record() -> None:
-        if trainer.accelerator.sync_gradients:
-            gradients.append([p.grad.clone() for p in trainer.core.parameters() if p.grad is not None])
+        gradients.append([p.grad.clone() for p in trainer.core.parameters() if p.grad is not None])
         zero_grad()
 
     config.optim.clip_norm = None
     trainer.optimizer.zero_grad = record  # type: ignore[method-assign]
-    batches, step = [], trainer.step
-    weights = {}
+    batches: list[Batch] = []
+    step, weights = trainer.step, {}
 
-    def remember(batch: Any) -> dict[str, Tensor]:
+    def remember(group: Sequence[Batch]) -> dict[str, Tensor] | None:
         weights[len(batches)] = {name: value.clone() for name, value in trainer.core.state_dict().items()}
-        batches.append(batch)
-        return step(batch)
+        batches.extend(group)
+        return step(group)
 
     trainer.step = remember  # type: ignore[method-assign]
     trainer.fit()
@@ -100,7 +100,7 @@ def test_the_average_is_evaluated_and_published(tiny_config: MakeConfig) -> None
 
     trainer.evaluator.run = run  # type: ignore[method-assign]
     trainer.fit()
-    assert trainer.ema is not None
+    assert trainer.state.ema is not None
     trained = trainer.core.state_dict()
     published, _ = read_model(config.train.output)
     for name, value in published.state_dict().items():

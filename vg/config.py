@@ -53,6 +53,10 @@ class DataConfig(Strict):
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     bad_samples: Literal["error", "skip"] = "error"
     """What happens to a sample that cannot be used: stop and name it, or warn, count and go on without it."""
+    drop_overlap: bool = False
+    """Leave out of training what shows a picture of the evaluation data; by default there is only a warning."""
+    similar_shapes: bool = False
+    """Training batches hold pictures of similar aspect, so that less of a batch is padding."""
 
     def eval_sets(self) -> dict[str, SourceConfig]:
         """Name -> evaluation data; the only one has no name."""
@@ -71,6 +75,10 @@ class TrainConfig(Strict):
     """Optimiser steps; ends the run before the epochs do."""
     accumulate: PositiveInt = 1
     """Batches whose gradients make one optimiser step."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What happens where loss or gradient is not finite: stop at the next log entry, or do not take such steps, until
+    ten in a row are none; weights that are no numbers come back from the newest checkpoint. Looking at every step makes
+    a GPU wait."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision; bf16 wherever the GPU has it."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None

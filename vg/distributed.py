@@ -72,15 +72,6 @@ def mean_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
     return accelerator.reduce(values, reduction="mean") if accelerator.num_processes > 1 else values
 
 
-def average_counts(counts: Tensor) -> Tensor:
-    """The mean over all processes, for models: they know no Accelerator, and may run without one."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return counts
-    total = counts.clone()
-    torch.distributed.all_reduce(total)
-    return total / torch.distributed.get_world_size()
-
-
 class StopSignal:
     """True once any process was asked to stop (SIGTERM, as schedulers send, or Ctrl-C)."""
 

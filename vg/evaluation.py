@@ -77,6 +77,10 @@ class Evaluator:
             for name, source in config.eval_sets().items()
         ]
 
+    @property
+    def sources(self) -> list[Source]:
+        return [each.data.source for each in self.sets]
+
     @torch.no_grad()
     def run(self, model: GroundingModel) -> dict[str, Any]:
         """Flat results of all sets, see `EvaluationSet.run`.

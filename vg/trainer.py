@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,9 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vg import checkpoint
 from vg.config import RunConfig
-from vg.data.collate import Collator
-from vg.data.dataset import EpochSampler, GroundingDataset
 from vg.distributed import (
     StopSignal,
     mean_over_processes,
@@ -29,19 +25,17 @@ from vg.distributed import (
     seed_everything,
 )
 from vg.evaluation import Evaluator, progress_bar
-from vg.optim import Ema, build_optimizer, build_schedule
+from vg.loss_log import REMEDY, LossLog
+from vg.loss_log import TrainingError as TrainingError  # part of this module's interface too
+from vg.optim import build_optimizer, build_schedule, choose_trained
 from vg.run_folder import RunFolder
+from vg.training_data import TrainingData
+from vg.training_state import TrainingState
 from vg.types import Batch, ConfigError
 
 logger = logging.getLogger(__name__)
 
-REMEDY = (
-    "The newest checkpoint is from before; a lower optim.lr or optim.clip_norm, or train.precision=no, usually helps"
-)
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says since which step, and why."""
+MAX_SKIPPED = 10  # steps in a row; more are no accident
 
 
 @dataclass
@@ -54,6 +48,9 @@ class Progress:
     evaluated_step: int = 0
     best: float = -math.inf
     evaluations_since_best: int = 0
+    skipped: int = 0  # steps that were not taken, for their loss or gradient was no number
+    skipped_in_a_row: int = 0
+    restored: int = 0  # times that the weights were no numbers and came back from a checkpoint
 
 
 class Trainer:
@@ -70,7 +67,6 @@ class Trainer:
     def __init__(self, config: RunConfig, resume: bool = False, overwrite: bool = False):
         self.config = config
         self.accelerator = new_accelerator(
-            gradient_accumulation_steps=config.train.accumulate,
             mixed_precision=config.train.precision,
             log_with=config.train.trackers or None,
             project_dir=Path(config.train.output) / "logs",
@@ -80,26 +76,23 @@ class Trainer:
         seed_everything(config.train.seed)
 
         self.core = config.model.build()  # the network itself; self.model may be a wrapper around it
-        self.data = GroundingDataset(
-            config.data.train.build(), config.data.augment.build(), config.train.seed, config.data.bad_samples
-        )
-        self.sampler = EpochSampler(len(self.data), config.train.seed)
-        self.model, self.optimizer = self.accelerator.prepare(self.core, build_optimizer(self.core, config.optim))
-        self.loader = self.accelerator.prepare_data_loader(self._loader())
         self.evaluator = Evaluator(config.data, self.core, self.accelerator)
         self.best_metric = self.evaluator.deciding_number(config.train.best_metric)
+        self.data = TrainingData(config, self.core, self.accelerator, self.evaluator.sources)
+        choose_trained(self.core, config.optim)
+        self.model, self.optimizer = self.accelerator.prepare(self.core, build_optimizer(self.core, config.optim))
 
-        self.steps_per_epoch = math.ceil(len(self.loader) / config.train.accumulate)
+        self.steps_per_epoch = self.data.steps_per_epoch
         self.num_steps = config.train.epochs * self.steps_per_epoch
         if config.train.max_steps:
             self.num_steps = min(self.num_steps, config.train.max_steps)
         # Not prepared: Accelerate would step the schedule once for every process.
-        self.schedule = build_schedule(self.optimizer.optimizer, config.optim, self.num_steps)
-        self.ema = Ema(self.core, config.train.ema) if config.train.ema else None
+        self.schedule = build_schedule(self.optimizer.optimizer, config.optim, self.num_steps, self.steps_per_epoch)
+        self.state = TrainingState(config, self.core, self.optimizer, self.schedule, self.accelerator)
 
         self.progress = Progress()
         self.stop = StopSignal(self.accelerator)
-        self._unlogged: list[tuple[int, dict[str, Tensor]]] = []  # step and loss terms of batches not logged yet
+        self.losses = LossLog(self.accelerator)
         self.folder.begin(resume)  # not before everything else has worked: it removes an overwritten run
         if resume:
             self.restore(self.folder.checkpoints()[-1])
@@ -122,16 +115,17 @@ class Trainer:
                 self.evaluate()
             finished = self._after_step(bar) if self.progress.step else False
             while not finished:
-                for batch in self._rest_of_epoch():
-                    with self.accelerator.accumulate(self.model):
-                        self._unlogged.append((self.progress.step + 1, self.step(batch)))
-                    self.progress.batch += 1
-                    if self.accelerator.sync_gradients:
-                        self.progress.step += 1
-                        bar.update()
-                        finished = self._after_step(bar)
-                        if finished:
-                            break
+                for batches in self.data.steps(self.progress.epoch, self.progress.batch):
+                    terms = self.step(batches)
+                    self.progress.batch += len(batches)
+                    self.progress.step += 1
+                    self._count(terms)
+                    bar.update()
+                    finished = self._after_step(bar)
+                    if finished:
+                        break
+                else:
+                    self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
         for tracker in self.accelerator.trackers:
             tracker.finish()
         if self.stop:
@@ -141,26 +135,39 @@ class Trainer:
             )
         return self.folder.best_results()
 
-    def step(self, batch: Batch) -> dict[str, Tensor]:
-        """One forward and backward pass; with the last batch of an accumulation also the optimiser's step."""
-        output = self.model(batch)
-        terms = self.core.loss(output, batch)
-        self.accelerator.backward(torch.stack(list(terms.values())).sum() * self._accumulation_share())
-        if self.accelerator.sync_gradients and self.config.optim.clip_norm:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.accelerator.sync_gradients:
+    def step(self, batches: Sequence[Batch]) -> dict[str, Tensor] | None:
+        """One optimiser step; how its samples are cut into batches and processes makes no difference.
+
+        Returns:
+            The terms of the loss; None where the step was not taken (`train.on_nan: skip`).
+        """
+        weights = [self.core.batch_weight(batch) for batch in batches]
+        divisor = self._mean_weight(sum(weights))
+        terms: dict[str, Tensor] = {}
+        for place, (batch, weight) in enumerate(zip(batches, weights, strict=True), start=1):
+            with self.accelerator.no_sync(self.model) if place < len(batches) else nullcontext():
+                output = self.model(batch)
+                # A loss is a sum over what the batch weighs, divided by the weight: the sum counts, not the batch.
+                losses = {name: x * (max(1, weight) / divisor) for name, x in self.core.loss(output, batch).items()}
+                self.accelerator.backward(torch.stack(list(losses.values())).sum())
+            terms = {name: terms.get(name, 0) + loss.detach() for name, loss in losses.items()}
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm or math.inf)
+        taken = self.config.train.on_nan == "stop" or self._is_finite(terms, norm)
+        if taken:
+            self.optimizer.step()
             if not self.accelerator.optimizer_step_was_skipped:  # fp16: the gradients overflowed
                 self.schedule.step()
-            if self.ema:
-                self.ema.update()
-        return {name: term.detach() for name, term in terms.items()}
+            if self.state.ema:
+                self.state.ema.update()
+        elif self.accelerator.scaler:
+            self.accelerator.scaler.update()  # it has seen these gradients, and waits for the end of the step
+        self.optimizer.zero_grad()
+        return terms if taken else None
 
     def evaluate(self) -> None:
         """Judge the weights to be published, and keep them in `best` where they are the best so far."""
         progress, name = self.progress, self.best_metric
-        with self._published_weights():
+        with self.state.published_weights():
             results = self.evaluator.run(self.core)
             if name not in results:
                 raise ConfigError(f"train.best_metric: {name!r} is none of {', '.join(results)}")
@@ -168,10 +175,7 @@ class Trainer:
             progress.evaluations_since_best += 1
             if results[name] > progress.best:
                 progress.best, progress.evaluations_since_best = results[name], 0
-                self.folder.save_best(
-                    {"step": progress.step, **results},
-                    lambda folder: checkpoint.write_model(folder, self.core, self.config),
-                )
+                self.folder.save_best({"step": progress.step, **results}, self.state.publish)
         change = self.evaluator.change(self.folder.history.rows(), results)
         if change and self.accelerator.is_main_process:
             logger.info("since the first evaluation: %s", change)
@@ -179,66 +183,48 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint to resume from; the same folder can be loaded as a model."""
-        unlogged = [(step, {name: term.cpu() for name, term in terms.items()}) for step, terms in self._unlogged]
-        processes = gather_object([{"random": random_state(), "unlogged": unlogged}])
-        self.folder.save(self.progress.step, lambda folder: self._write(folder, processes))
+        processes = gather_object([{"random": random_state(), "unlogged": self.losses.state()}])
+        more = {"progress": asdict(self.progress), "processes": processes}
+        self.folder.save(self.progress.step, lambda folder: self.state.save(folder, more))
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint as if the run had never stopped."""
-        state = checkpoint.read_training_state(folder)
-        checkpoint.load_weights(self.core, folder)
-        if state["weights"] is not None:
-            self.core.load_own_state_dict(state["weights"])  # they fit, as the published ones above did
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            message = f"{folder / checkpoint.TRAINING} does not fit the configuration (model, optim.groups): {error}"
-            raise checkpoint.CheckpointError(message) from error
+        state = self.state.load(folder)
         self.schedule.load_state_dict(state["schedule"])
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.ema and state["ema"]:
-            self.ema.load_state_dict(state["ema"])
-        elif self.ema:  # switched on now: the average begins here, not at the random start
-            self.ema = Ema(self.core, self.ema.decay)
         self.progress = Progress(**state["progress"])
         processes = state["processes"]
         if len(processes) != self.accelerator.num_processes:
             logger.warning("%s was saved by %d processes: the run goes on, not bit for bit", folder, len(processes))
         own = processes[self.accelerator.process_index % len(processes)]
         restore_random_state(own["random"])
-        device = self.accelerator.device
-        self._unlogged = [(step, {name: t.to(device) for name, t in terms.items()}) for step, terms in own["unlogged"]]
+        self.losses.load_state(own["unlogged"])
         self.folder.cut_history(self.progress.step)
 
-    def _loader(self) -> DataLoader[Any]:
-        config = self.config.data
-        return DataLoader(
-            self.data,
-            batch_size=config.batch_size,
-            sampler=self.sampler,
-            num_workers=config.workers,
-            collate_fn=Collator(self.core.image_spec, self.core.text_spec),
-            drop_last=len(self.data) >= config.batch_size * self.accelerator.num_processes,
-            pin_memory=self.accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # else a resumed run would draw once more from the generator of dropout
-            persistent_workers=config.workers > 0,
-        )
+    def _mean_weight(self, weight: float) -> Tensor:
+        """Mean over the processes, as DDP takes the mean of gradients; what weighs nothing anywhere is divided by 1."""
+        mean = mean_over_processes(self.accelerator, torch.tensor(float(weight), device=self.accelerator.device))
+        return mean.clamp(min=1 / self.accelerator.num_processes)
 
-    def _rest_of_epoch(self) -> Iterator[Batch]:
-        """The batches of the present epoch that are still to come; afterwards the next epoch begins."""
+    def _is_finite(self, terms: dict[str, Tensor], norm: Tensor) -> bool:
+        """Whether loss and gradient are numbers, in all processes; a GPU waits for the answer."""
+        finite = torch.stack(list(terms.values())).isfinite().all()
+        if not self.accelerator.scaler:  # which finds its scale by gradients that overflow, and skips them itself
+            finite = finite & norm.isfinite()
+        return mean_over_processes(self.accelerator, finite.float()).item() == 1
+
+    def _count(self, terms: dict[str, Tensor] | None) -> None:
+        """Remember the loss of a step, or that it was not taken."""
         progress = self.progress
-        self.data.begin_epoch(progress.epoch)
-        self.sampler.begin_epoch(progress.epoch)
-        start = progress.batch
-        yield from self.accelerator.skip_first_batches(self.loader, start) if start else self.loader
-        progress.epoch, progress.batch = progress.epoch + 1, 0
-
-    def _accumulation_share(self) -> float:
-        """Accelerate divides by `accumulate`; the last batches of an epoch may be fewer and then weigh more."""
-        size, num_batches = self.config.train.accumulate, len(self.loader)
-        in_last_group = self.progress.batch >= num_batches - num_batches % size
-        return size / (num_batches % size) if in_last_group else 1.0
+        if terms is not None:
+            progress.skipped_in_a_row = 0
+            self.losses.add(progress.step, terms)
+            return
+        progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, progress.skipped_in_a_row + 1
+        trouble = f"the loss or its gradient is not finite at step {progress.step}"
+        if progress.skipped_in_a_row == MAX_SKIPPED:
+            raise TrainingError(f"{trouble}, nor at the {MAX_SKIPPED - 1} steps before. {REMEDY}")
+        logger.warning("%s: the step is not taken (%d so far)", trouble, progress.skipped)
+        self._check_weights()
 
     def _after_step(self, bar: tqdm) -> bool:
         """Log, evaluate and save where it is due; returns True where the run ends here."""
@@ -262,33 +248,30 @@ class Trainer:
         return finished
 
     def _flush(self, bar: tqdm, log: bool) -> None:
-        """Log the mean of the loss terms since the last time, after a look for numbers that are none.
-
-        Looking at every step would make a GPU wait for each; nothing is saved or evaluated before a look.
-        """
-        if not self._unlogged:
+        """Look whether the losses since the last time are numbers, and log their mean."""
+        means = self.losses.means()
+        if not means or not log:
             return
-        names = list(self._unlogged[0][1])
-        rows = [torch.stack([terms[name] for name in names]) for _, terms in self._unlogged]
-        values = mean_over_processes(self.accelerator, torch.stack(rows).float()).cpu()  # [batches, terms]
-        for (step, _), row in zip(self._unlogged, values, strict=True):
-            if not row.isfinite().all():
-                terms = ", ".join(f"{name} = {value:.4g}" for name, value in zip(names, row.tolist(), strict=True))
-                raise TrainingError(f"the loss is not finite at step {step}: {terms}. {REMEDY}")
-        if not log:
-            return
-        self._unlogged = []
-        means = dict(zip(names, values.mean(dim=0).tolist(), strict=True))
+        self.losses.clear()
         loss = sum(means.values())
         bar.set_postfix({"loss": f"{loss:.3f}"} | {name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
+        skipped = {"skipped": self.progress.skipped} if self.progress.skipped else {}
         lr = max(self.schedule.get_last_lr())
-        self._log({"loss": loss} | {f"loss/{name}": mean for name, mean in means.items()} | {"lr": lr})
+        self._log({"loss": loss} | {f"loss/{name}": mean for name, mean in means.items()} | {"lr": lr} | skipped)
 
     def _check_weights(self) -> None:
         """A finite loss can have a gradient that is none, which the loss shows only one step later."""
-        for name, parameter in self.core.named_parameters():
-            if parameter.requires_grad and not parameter.isfinite().all():
-                raise TrainingError(f"the weights {name} are not finite after step {self.progress.step}. {REMEDY}")
+        bad = self.state.weights_that_are_no_numbers()
+        if bad is None:
+            return
+        trouble, saved = f"the weights {bad} are not finite after step {self.progress.step}", self.folder.checkpoints()
+        if self.config.train.on_nan == "stop" or not saved or self.progress.restored == MAX_SKIPPED:
+            raise TrainingError(f"{trouble}. {REMEDY}")
+        self.state.load(saved[-1])
+        for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = lr  # of now, not of then
+        self.progress.restored += 1
+        logger.warning("%s: training goes on with those of %s", trouble, saved[-1])
 
     def _log(self, values: dict[str, Any]) -> None:
         numbers = {key: value for key, value in values.items() if not isinstance(value, str)}
@@ -299,21 +282,3 @@ class Trainer:
         parts = asdict(self.config).items()
         flat = {f"{part}.{key}": str(value) for part, keys in parts for key, value in keys.items()}
         self.accelerator.init_trackers("vg", config=flat)
-
-    def _published_weights(self) -> AbstractContextManager[None]:
-        """Inside, the model has the weights that are evaluated and published: the average, if there is one."""
-        return self.ema.applied() if self.ema else nullcontext()
-
-    def _write(self, folder: Path, processes: list[dict[str, Any]]) -> None:
-        with self._published_weights():
-            checkpoint.write_model(folder, self.core, self.config)
-        state = {
-            "weights": self.core.own_state_dict() if self.ema else None,  # else they are the published ones
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            "ema": self.ema.state_dict() if self.ema else None,
-            "progress": asdict(self.progress),
-            "processes": processes,
-        }
-        checkpoint.write_training_state(folder, state)

@@ -159,7 +159,9 @@ class Answer(NamedTuple):
 class Echo(GroundingModel):
     """A model of many phrases that answers without looking: one box for each phrase it was asked."""
 
-    text_spec = TextSpec(BertTokenizer(vocab=str(Path(vg.__file__).parent / "models/small_vocabulary.txt")), 8, (".", "?"))
+    text_spec = TextSpec(
+        BertTokenizer(vocab=str(Path(vg.__file__).parent / "models/small_vocabulary.txt")), 8, (".", "?")
+    )
     image_spec = FittedImage(32, 48)
 
     def __init__(self) -> None:
@@ -172,6 +174,9 @@ class Echo(GroundingModel):
         return Answer(batch)
 
     def loss(self, output: Answer, batch: Batch) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def batch_weight(self, batch: Batch) -> int:
         raise NotImplementedError
 
     def predict(self, output: Answer, batch: Batch) -> list[Prediction]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,24 +12,14 @@ from vg.losses.matcher import match
 from vg.losses.targets import PromptTargets
 
 
-def _same(counts: Tensor) -> Tensor:
-    return counts
-
-
 class SetLoss:
     """Focal loss over text tokens, L1 and GIoU for every decoder layer, the encoder output and denoising queries.
 
-    All sums are divided by the number of boxes: with the same number, the loss of a batch is the sum of the losses of
-    its parts.
-
-    Args:
-        average: the mean of a tensor over all processes, so that each box has the same weight wherever it is; called
-            once in each call, with a tensor [2].
+    All sums are divided by the number of boxes, those of denoising by the number of boxes to restore.
     """
 
-    def __init__(self, config: LossConfig, average: Callable[[Tensor], Tensor] = _same):
+    def __init__(self, config: LossConfig):
         self.config = config
-        self.average = average
 
     def __call__(
         self,
@@ -87,10 +75,10 @@ class SetLoss:
     def _counts(
         self, targets: PromptTargets, denoising: tuple[Tensor, Tensor, Tensor] | None, device: torch.device
     ) -> Tensor:
-        """[2] float32: boxes and boxes to restore, each the mean over the processes and at least 1."""
+        """[2] float32: boxes and boxes to restore, each at least 1."""
         num_boxes = torch.tensor(sum(targets.counts), device=device)
         num_restored = (denoising[2] >= 0).sum() if denoising else torch.zeros_like(num_boxes)
-        return self.average(torch.stack((num_boxes, num_restored)).float()).clamp(min=1)
+        return torch.stack((num_boxes, num_restored)).float().clamp(min=1)
 
     def _terms(
         self,

@@ -38,7 +38,14 @@ class GroundingModel(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, output: Any, batch: Batch) -> dict[str, Tensor]:
-        """Weighted terms (scalars, each the mean over the samples of the batch); their sum is the loss."""
+        """Weighted terms, whose sum is the loss: scalars, each a sum over the batch by its weight (at least 1)."""
+
+    @abstractmethod
+    def batch_weight(self, batch: Batch) -> int:
+        """What the loss is a mean over: how many samples, or boxes, there are in the batch.
+
+        The trainer needs it to make one mean of many batches and processes.
+        """
 
     @abstractmethod
     def predict(self, output: Any, batch: Batch) -> list[Prediction]:

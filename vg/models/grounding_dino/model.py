@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from vg.distributed import average_counts
 from vg.losses.set_loss import SetLoss
 from vg.losses.targets import PromptTargets, prompt_targets
 from vg.models.base import GroundingModel
@@ -110,7 +109,7 @@ class GroundingDino(GroundingModel):
         return Output(logits, boxes, queries.logits, queries.boxes, last, text.tokens, denoising)
 
     def loss(self, output: Output, batch: Batch) -> dict[str, Tensor]:
-        return SetLoss(self.config.loss, average_counts)(
+        return SetLoss(self.config.loss)(
             output.logits,
             output.boxes,
             prompt_targets(batch.text, batch.targets),
@@ -119,6 +118,9 @@ class GroundingDino(GroundingModel):
             denoising=output.denoising,
             vectors=(output.queries, output.text),
         )
+
+    def batch_weight(self, batch: Batch) -> int:
+        return sum(prompt_targets(batch.text, batch.targets).counts)
 
     def predict(self, output: Output, batch: Batch) -> list[Prediction]:
         return answers(output.logits[-1], output.boxes[-1], batch, self.config.predict)
@@ -132,7 +134,10 @@ class GroundingDino(GroundingModel):
         return self._text_spec(load_tokenizer(self.config.text))
 
     def load_tokenizer(self, folder: str) -> None:
-        self.text_spec = self._text_spec(AutoTokenizer.from_pretrained(folder))
+        self.use_tokenizer(AutoTokenizer.from_pretrained(folder))
+
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.text_spec = self._text_spec(tokenizer)
 
     def _text_spec(self, tokenizer: PreTrainedTokenizerBase) -> TextSpec:
         return TextSpec(tokenizer, self.config.max_tokens, delimiters=(".", "?"))

@@ -46,6 +46,9 @@ class RecModel(GroundingModel):
     def loss(self, output: PooledOutput | DenseOutput, batch: Batch) -> dict[str, Tensor]:
         return self.head.loss(output, torch.cat([target.boxes for target in batch.targets]))  # type: ignore[arg-type]
 
+    def batch_weight(self, batch: Batch) -> int:
+        return len(batch)
+
     def predict(self, output: PooledOutput | DenseOutput, batch: Batch) -> list[Prediction]:
         boxes, scores = self.head.rank(output)  # type: ignore[arg-type]  # [B, K, 4], [B, K]
         return [
