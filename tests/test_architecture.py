@@ -27,6 +27,8 @@ ALLOWED = {
         "distributed",
         "inference",
         "data.source",
+        "data.doctor",
+        "models",
         "models.base",
         "models.grounding_dino.checkpoints",
         "metrics.table",

@@ -1,4 +1,4 @@
-"""The command line: `vg train | eval | predict | convert | config | demo | ops`."""
+"""The command line: `vg train | eval | predict | check | convert | config | demo | ops`."""
 
 from __future__ import annotations
 
@@ -47,12 +47,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", help="folder for metrics.json and predictions.png (default: the checkpoint)")
     evaluate.add_argument("--detections", action="store_true", help="write what was found as COCO results json, too")
 
-    predict = verbs.add_parser("predict", help="find what an expression names in one picture")
+    predict = verbs.add_parser("predict", help="find what phrases name in one picture")
     predict.add_argument("checkpoint", help="folder of a run or of a checkpoint")
     predict.add_argument("image", help="path or http(s) URL")
-    predict.add_argument("expression", help='such as "the man in the red shirt"')
+    predict.add_argument("phrases", nargs="+", metavar="PHRASE", help='such as "the man in the red shirt"')
+    predict.add_argument("--threshold", type=float, help="leave out boxes that score lower (default: 0.3)")
     predict.add_argument("--output", default="prediction.png", help="picture to write (default: %(default)s)")
     predict.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+
+    check = verbs.add_parser("check", help="look through data before training: what is wrong, where, how to mend it")
+    check.add_argument("data", help="YAML file of a run, or COCO .json, ODVG .jsonl, Pascal VOC or YOLO folder")
+    _overrides(check)
+    check.add_argument("--quick", type=int, metavar="N", help="read N pictures of each set (default: all)")
+    check.add_argument("--output", default="runs/check", help="folder of pictures and report (default: %(default)s)")
 
     convert = verbs.add_parser("convert", help="rewrite a checkpoint of Grounding DINO for another implementation")
     convert.add_argument("checkpoint", help=".pth, folder of transformers or vg, or Hub id; which, is recognised")

@@ -5,17 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vg.config import PublishedConfig, RunConfig, dump_config, load_config
+import yaml
+
+from vg.config import PublishedConfig, RunConfig, dump_config, load_config, parse_config
 from vg.types import ConfigError
 
 if TYPE_CHECKING:
+    from vg.models import ModelConfig
     from vg.models.base import GroundingModel
 
-NUM_DRAWN = 24  # expressions in predictions.png
+NUM_DRAWN = 24  # expressions in predictions.png, pictures in pictures.png
+THRESHOLD = 0.3  # score that a box needs to be drawn by `vg predict`
 PACKAGE = Path(__file__).parent
 
 
@@ -25,6 +30,7 @@ def run(options: argparse.Namespace) -> None:
         "train": train,
         "eval": evaluate,
         "predict": predict,
+        "check": check,
         "convert": convert,
         "config": show_config,
         "demo": demo,
@@ -63,12 +69,83 @@ def evaluate(options: argparse.Namespace) -> None:
 def predict(options: argparse.Namespace) -> None:
     from PIL import Image
 
-    from vg.inference.crop import predict_and_crop
+    from vg.inference.draw import COLOURS, draw_boxes
+    from vg.inference.grounder import Grounder, above, to_array
 
-    _, box, drawn = predict_and_crop(options.image, options.expression, options.checkpoint, options.device)
-    Image.fromarray(drawn).save(options.output)
-    print(f"{options.expression}: left {box[0]:.1f}, top {box[1]:.1f}, right {box[2]:.1f}, bottom {box[3]:.1f}")
+    grounder, image = Grounder(options.checkpoint, options.device), to_array(options.image)
+    found = grounder.predict(image, options.phrases)
+    threshold = options.threshold if options.threshold is not None else THRESHOLD * grounder.takes_many
+    shown = above(found, threshold)
+    if not grounder.takes_many:  # one expression names one thing
+        shown = replace(shown, boxes=shown.boxes[:1], scores=shown.scores[:1], phrase_ids=shown.phrase_ids[:1])
+    names = [shown.phrases[id] for id in shown.phrase_ids.tolist()]
+    for name, box, score in zip(names, shown.boxes.tolist(), shown.scores.tolist(), strict=True):
+        print(
+            f"{name}: left {box[0]:.1f}, top {box[1]:.1f}, right {box[2]:.1f}, bottom {box[3]:.1f}, score {score:.2f}"
+        )
+    if not names:
+        best = f"the best box scores {found.scores[0]:.2f}" if len(found.scores) else "there is no box at all"
+        print(f"nothing scores {threshold} or more ({best}); --threshold lowers the bar")
+    labels = [f"{name} {score:.2f}" for name, score in zip(names, shown.scores.tolist(), strict=True)]
+    colours = [COLOURS[id % len(COLOURS)] for id in shown.phrase_ids.tolist()] or COLOURS
+    Image.fromarray(draw_boxes(image, shown.boxes, labels, colours)).save(options.output)
     print(f"drawn in {options.output}")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Exit status 1 where there are errors."""
+    from vg.checkpoint import write_json
+    from vg.data.doctor import diagnose, recognise, to_json, to_text
+    from vg.inference.draw import picture_grid
+
+    places = recognise(Path(options.data))
+    config = _config_of(places, options.overrides) if places else load_config(options.data, options.overrides)
+    sets = {"train": config.data.train}
+    if len(places) != 1:
+        sets |= {f"eval.{name}" if name else "eval": each for name, each in config.data.eval_sets().items()}
+    count_tokens = _token_counter(config.model)
+    diagnosis = diagnose(sets, config.model.max_tokens, count_tokens, options.quick)
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "report.json", to_json(diagnosis))
+    print(to_text(diagnosis))
+    if count_tokens is None:
+        print("the tokenizer of the model is not on this machine, so that lengths of prompts are lower bounds")
+    written = ["report.json"]
+    if pictures := diagnosis.pictures(NUM_DRAWN):
+        picture_grid(pictures, 6, output / "pictures.png")
+        written.append("pictures.png")
+    print(f"written to {output}: {', '.join(written)}")
+    if diagnosis.findings.num("error"):
+        sys.exit(1)
+
+
+def _config_of(places: Mapping[str, dict[str, Any]], overrides: Sequence[str]) -> RunConfig:
+    """A run on data sets that were found at a path; each override is a setting of all of them."""
+    changes = {key: yaml.safe_load(text) for key, _, text in (override.partition("=") for override in overrides)}
+    sets = {split: settings | changes for split, settings in places.items()}
+    train = next(iter(sets))
+    others = {split: settings for split, settings in sets.items() if split != train} or sets
+    return parse_config({"model": {"name": "grounding_dino"}, "data": {"train": sets[train], "eval": others}})
+
+
+def _token_counter(model: ModelConfig) -> Callable[[list[str]], list[int]] | None:
+    """Counts the tokens of phrases, if the model's tokenizer is on this machine: nothing is asked of the Hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from vg.models.encoders import load_tokenizer
+
+    text = model.text
+    place = text.tokenizer or text.id
+    if place is not None and not Path(place).exists():
+        found = (try_to_load_from_cache(place, name) for name in ("tokenizer.json", "vocab.txt"))
+        place = next((file for file in found if isinstance(file, str)), None)
+        if place is None:
+            return None
+    tokenizer = load_tokenizer(replace(text, tokenizer=place))
+    return lambda phrases: [
+        len(ids) for ids in tokenizer(phrases, add_special_tokens=False, verbose=False)["input_ids"]
+    ]
 
 
 def convert(options: argparse.Namespace) -> None:

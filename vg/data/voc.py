@@ -15,7 +15,7 @@ from vg.data.source import DataError, Provenance
 from vg.data.vocabulary import Vocabulary, VocabularyConfig
 from vg.types import Strict
 
-_SIDES = ("xmin", "ymin", "xmax", "ymax")
+SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 @dataclass
@@ -46,7 +46,7 @@ class VocConfig(Strict):
         if not everything:
             raise DataError(f"{notes} holds no xml file; path is the folder with Annotations and JPEGImages in it")
         names = self.classes or sorted({thing.name for note in everything.values() for thing in note.things})
-        ids = list(everything) if self.split is None else _split(folder, self.split)
+        ids = list(everything) if self.split is None else split_names(folder, self.split)
         if missing := [id for id in ids if id not in everything]:
             raise DataError(f"{notes}: {missing[0]}.xml is missing, and {len(missing)} in all that ImageSets lists")
         files = {Path(file).stem: file for file in list_images(pictures)}
@@ -93,9 +93,9 @@ def _read(file: Path) -> _Note:
         things = []
         for number, thing in enumerate(root.iter("object"), start=1):
             name = (thing.findtext("name") or "").strip()
-            sides = [thing.findtext(f"bndbox/{side}") for side in _SIDES]
+            sides = [thing.findtext(f"bndbox/{side}") for side in SIDES]
             if not name or None in sides:
-                raise DataError(f"{file}: object {number} lacks a name or one of {', '.join(_SIDES)}; add it")
+                raise DataError(f"{file}: object {number} lacks a name or one of {', '.join(SIDES)}; add it")
             left, top, right, bottom = (float(side or "") for side in sides)
             things.append(_Thing(name, (left - 1, top - 1, right, bottom), thing.findtext("difficult") == "1"))
     except ElementTree.ParseError as error:
@@ -107,7 +107,7 @@ def _read(file: Path) -> _Note:
     return _Note(root.findtext("filename") or f"{file.stem}.jpg", size, things)
 
 
-def _split(folder: Path, split: str) -> list[str]:
+def split_names(folder: Path, split: str) -> list[str]:
     """The names in a list, which has a second column if it is about one class."""
     file = folder / "ImageSets" / "Main" / f"{split}.txt"
     try:

@@ -36,12 +36,12 @@ class YoloConfig(Strict):
         """
         file = Path(self.path)
         file = file / "data.yaml" if file.is_dir() else file
-        document = _read_yaml(file)
-        names = _names(document, file)
+        document = read_document(file)
+        names = class_names(document, file)
         root = (file.resolve().parent / str(document.get("path") or ".")).resolve()
         root = root if root.is_dir() else file.resolve().parent
-        pictures = _pictures(document, self.split, root, file)
-        labels = [_label_file(picture) for picture in pictures]
+        pictures = split_pictures(document, self.split, root, file)
+        labels = [label_file(picture) for picture in pictures]
         if pictures and not any(label.is_file() for label in labels):
             raise DataError(f"no picture of {self.split} has labels; the first would be {labels[0]} for {pictures[0]}")
         rows = [
@@ -69,7 +69,7 @@ class YoloConfig(Strict):
         )
 
 
-def _read_yaml(file: Path) -> Mapping[str, Any]:
+def read_document(file: Path) -> Mapping[str, Any]:
     try:
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -81,7 +81,7 @@ def _read_yaml(file: Path) -> Mapping[str, Any]:
     return document
 
 
-def _names(document: Mapping[str, Any], file: Path) -> list[str]:
+def class_names(document: Mapping[str, Any], file: Path) -> list[str]:
     """In the order of their numbers; a mapping number -> name must have every number from 0 on."""
     names = document.get("names")
     if isinstance(names, Mapping) and sorted(names) == list(range(len(names))):
@@ -95,7 +95,7 @@ def _names(document: Mapping[str, Any], file: Path) -> list[str]:
     return list(map(str, names))
 
 
-def _pictures(document: Mapping[str, Any], split: str, root: Path, file: Path) -> list[Path]:
+def split_pictures(document: Mapping[str, Any], split: str, root: Path, file: Path) -> list[Path]:
     """The pictures of a split, which is a folder, a text file that lists them, or a list of these."""
     entry = document.get(split)
     if not entry:
@@ -115,7 +115,7 @@ def _pictures(document: Mapping[str, Any], split: str, root: Path, file: Path) -
     return pictures
 
 
-def _label_file(picture: Path) -> Path:
+def label_file(picture: Path) -> Path:
     """labels/ in place of the last images/ in its path; else beside the picture."""
     parts = list(picture.parts)
     if "images" in parts[:-1]:

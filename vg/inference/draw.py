@@ -93,6 +93,29 @@ def prediction_grid(items: Sequence[tuple[Sample, Prediction]], columns: int, pa
     canvas.save(path)
 
 
+def picture_grid(
+    pictures: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[str]]], columns: int, path: str | Path
+) -> None:
+    """Write a picture file of annotated pictures, so many in a row; equal names have equal colours.
+
+    Args:
+        pictures: of each a caption, image [H, W, 3] uint8, boxes [N, 4] xyxy in pixels, and their names.
+    """
+    colour_of = cycle(COLOURS)
+    colours = {name: next(colour_of) for name in dict.fromkeys(name for *_, names in pictures for name in names)}
+    columns = min(columns, len(pictures))
+    height = PICTURE_HEIGHT + 2 * LINE_HEIGHT + GAP
+    canvas = Image.new("RGB", (GAP + columns * (CARD_WIDTH + GAP), GAP - (-len(pictures) // columns) * height), PAPER)
+    for index, (caption, image, boxes, names) in enumerate(pictures):
+        left, top = GAP + index % columns * (CARD_WIDTH + GAP), GAP + index // columns * height
+        small, scale = _fitted(image, CARD_WIDTH)
+        drawn = draw_boxes(np.array(small), scale * boxes, names, [colours[name] for name in names] or COLOURS)
+        canvas.paste(Image.fromarray(drawn), (left, top))
+        text = "\n".join(_wrap(caption, _font(TEXT_SIZE - 3), CARD_WIDTH, lines=2))
+        ImageDraw.Draw(canvas).text((left, top + PICTURE_HEIGHT), text, fill=INK, font=_font(TEXT_SIZE - 3))
+    canvas.save(path)
+
+
 def curves(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
     """Write a picture file with the loss and its terms over the steps, and below it the metrics.
 
@@ -213,12 +236,17 @@ def _verdict(sample: Sample, prediction: Prediction) -> tuple[str, str]:
     return f"{verdict}   {score}", HIT if found == len(best) else MISS
 
 
+def _fitted(image: np.ndarray, width: int) -> tuple[Image.Image, float]:
+    """The picture as large as there is room for it, and by what factor."""
+    picture = Image.fromarray(image)
+    scale = min(width / picture.width, PICTURE_HEIGHT / picture.height)
+    size = (max(1, round(scale * picture.width)), max(1, round(scale * picture.height)))
+    return picture.resize(size, Image.Resampling.LANCZOS), scale
+
+
 def _picture(sample: Sample, prediction: Prediction) -> Image.Image:
     """The picture as large as its place on the card, with the boxes drawn at that size."""
-    picture = Image.fromarray(sample.image)
-    scale = min((CARD_WIDTH - 2 * FRAME) / picture.width, PICTURE_HEIGHT / picture.height)
-    size = (max(1, round(scale * picture.width)), max(1, round(scale * picture.height)))
-    picture = picture.resize(size, Image.Resampling.LANCZOS)
+    picture, scale = _fitted(sample.image, CARD_WIDTH - 2 * FRAME)
     for box in prediction.boxes[: max(1, len(sample.boxes))].tolist():
         _outline(picture, scale * np.array(box), PREDICTED, width=4)
     for box in sample.boxes:

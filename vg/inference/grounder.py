@@ -61,6 +61,11 @@ class Grounder:
         self.model.to(device or best_device()).eval()
         self.collate = Collator(self.model.image_spec, self.model.text_spec)
 
+    @property
+    def takes_many(self) -> bool:
+        """Whether the model takes any number of phrases, each for any number of boxes; else one expression, for one."""
+        return bool(self.model.text_spec.delimiters)
+
     def predict(self, image: ImageLike, phrases: str | Sequence[str], threshold: float | None = None) -> Prediction:
         """Boxes for one phrase or many, xyxy in pixels of the image, best first.
 
