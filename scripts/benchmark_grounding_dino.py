@@ -62,12 +62,16 @@ class Case:
 
 
 def model_of_transformers(config: GroundingDinoConfig) -> GroundingDinoForObjectDetection:
-    """Random also where training starts from zeros, or half of the model would make no difference."""
+    """Random also where training starts from zeros, or half of the model would make no difference.
+
+    Boxes move little from layer to layer: in noise, what lies under a box changes from pixel to pixel, so that large
+    moves would let an error of rounding grow twofold in each layer.
+    """
     torch.manual_seed(0)
     model = GroundingDinoForObjectDetection(config)
-    for weights in model.parameters():
+    for name, weights in model.named_parameters():
         if weights.dim() > 1:
-            nn.init.xavier_uniform_(weights)
+            nn.init.xavier_uniform_(weights, 0.1 if "bbox_embed.0.layers.2" in name else 1.0)
         elif not (weights == 1).all():  # else the factor of a norm
             nn.init.uniform_(weights, -0.1, 0.1)
     return model.eval()

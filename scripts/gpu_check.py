@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python scripts/gpu_check.py [--output gpu_check.json] [--only SECTION ...]
 
-It takes less than 8 minutes and needs torch, pytest, the CUDA toolkit (nvcc) and g++, and transformers for its part of
-the comparison. To add a section, write a function that returns what it found and raises when something is wrong, and
-put it into SECTIONS.
+It takes less than 10 minutes and needs torch, pytest, the CUDA toolkit (nvcc) and g++; for Grounding DINO also
+transformers, pydantic, accelerate and scipy, but nothing of what only data needs. To add a section, write a function
+that returns what it found and raises when something is wrong, and put it into SECTIONS.
 """
 
 from __future__ import annotations
@@ -130,6 +130,68 @@ def op_benchmark() -> Found:
         return {"measured": json.loads(path.read_text())}
 
 
+def grounding_dino() -> Found:
+    """A small model gives on the GPU what it gives on the CPU; the published size beside that of transformers."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = grounding_dino_parity()
+        path = Path(folder) / "benchmark.json"
+        script = ROOT / "scripts" / "benchmark_grounding_dino.py"
+        options = ("--device", DEVICE, "--images", "1", "8", "--phrases", "1", "80", "--json", str(path))
+        print(_run(sys.executable, str(script), *options, seconds=240), flush=True)
+        return found | {"measured": json.loads(path.read_text())}
+
+
+@torch.no_grad()
+def grounding_dino_parity() -> Found:
+    """Largest differences of two images of different sizes and two prompts, relative to the largest number.
+
+    The decoder starts from the CPU's queries, for which of two that fit all but equally well comes first may differ.
+    """
+    from vg.models.grounding_dino.config import BertConfig, GroundingDinoConfig, SwinConfig
+    from vg.types import Batch, Text
+
+    torch.manual_seed(0)
+    bert = {"model_type": "bert", "vocab_size": 1040, "hidden_size": 64, "num_hidden_layers": 2}
+    bert |= {"num_attention_heads": 1, "intermediate_size": 64}
+    swin = SwinConfig(width=16, depths=[1, 1, 2, 1], heads=[1, 2, 4, 8])
+    config = GroundingDinoConfig(backbone=swin, text=BertConfig(architecture=bert), width=64, feedforward=128)
+    model = config.build(pretrained=False).eval()
+    for weights in model.parameters():  # those that training starts from zeros
+        if not weights.any():
+            torch.nn.init.uniform_(weights, -0.1, 0.1)
+    ids = torch.tensor([[101, 1035, 1036, 1012, 1037, 1012, 102], [101, 1038, 1012, 102, 0, 0, 0]])
+    text = Text(ids, ids > 0, (ids > 0).unsqueeze(1), torch.arange(2))
+    images = torch.randn(2, 3, 320, 416)
+    images[1, :, :, 320:] = 0
+    batch = Batch(images, ((320, 416), (320, 320)), text, [])
+
+    def run(batch: Batch, chosen: Tensor | None = None) -> dict[str, Tensor]:
+        read = model.text(batch.text.token_ids, batch.text.mask, (101, 102, 1012, 1029))
+        image, encoded = model.encoder(model.encode_image(batch), read)
+        queries = model.queries(image, encoded)
+        references = queries.references if chosen is None else chosen
+        logits, boxes, _ = model.decoder(queries.content, references, image, encoded)
+        outputs = {"image tokens": image.tokens[image.mask], "text tokens": encoded.tokens[text.mask]}
+        outputs |= {"logits": logits.nan_to_num(neginf=0), "boxes": boxes, "references": references}
+        return {name: x.float().cpu() for name, x in outputs.items()}
+
+    wanted = run(batch)
+    references = wanted.pop("references").to(DEVICE)
+    model, batch, text = model.to(DEVICE), batch.to(DEVICE), Text(*(x.to(DEVICE) for x in text))
+    torch.backends.cudnn.allow_tf32 = False
+    found = run(batch, references)
+    torch.backends.cudnn.allow_tf32 = True
+    errors = {f"error of {name}": float((found[name] - x).abs().max() / x.abs().max()) for name, x in wanted.items()}
+    with torch.autocast(DEVICE, torch.bfloat16):
+        half = run(batch, references)
+    if wrong := [name for name, error in errors.items() if not error < 1e-4]:
+        raise AssertionError(f"CPU and GPU differ: {', '.join(f'{name} {errors[name]:.1e}' for name in wrong)}")
+    if wrong := [name for name, x in half.items() if not x.isfinite().all()]:
+        raise AssertionError(f"not finite in bfloat16: {', '.join(wrong)}")
+    off = float((half["boxes"] - wanted["boxes"]).abs().mean())
+    return {name: float(f"{error:.1e}") for name, error in errors.items()} | {"bfloat16 boxes off by": round(off, 4)}
+
+
 SECTIONS: dict[str, Callable[[], Found]] = {
     "machine": machine,
     "build": build,
@@ -137,6 +199,7 @@ SECTIONS: dict[str, Callable[[], Found]] = {
     "real_sizes": real_sizes,
     "determinism": determinism,
     "op_benchmark": op_benchmark,
+    "grounding_dino": grounding_dino,
 }
 
 
