@@ -1,0 +1,153 @@
+"""The scripts that measure Grounding DINO, at a tiny size: what they compare, what they refuse, what they need."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.models.grounding_dino.published import BERT, random_model
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        import benchmark_grounding_dino
+
+        yield benchmark_grounding_dino
+
+
+@pytest.fixture(scope="module")
+def config() -> transformers.GroundingDinoConfig:
+    words = {"vocab_size": 3100, "max_position_embeddings": 64}
+    return random_model(text_config=transformers.BertConfig(**BERT | words)).config
+
+
+@pytest.fixture(scope="module")
+def models(benchmark: ModuleType, config: transformers.GroundingDinoConfig) -> tuple[Any, Any]:
+    theirs = benchmark.model_of_transformers(config)
+    return theirs, benchmark.model_of_vg(theirs)
+
+
+def test_prompts_are_as_long_as_those_of_coco(benchmark: ModuleType) -> None:
+    def shape(images: int, phrases: int) -> tuple[int, ...]:
+        return tuple(benchmark.prompts(benchmark.Case(images, phrases)).shape)
+
+    assert shape(1, 80) == (1, 195)
+    assert shape(4, 1) == (4, 5)
+    case = benchmark.Case(2, 20)
+    rows = [tuple(row) for number in range(3) for row in benchmark.prompts(case, number).tolist()]
+    assert len(set(rows)) == 6, "each image and each call has words of its own"
+    assert {row.count(1012) for row in rows} == {20}
+    assert {(row[0], row[-1]) for row in rows} == {(101, 102)}
+
+
+def test_the_outputs_are_compared(benchmark: ModuleType, models: tuple[Any, Any]) -> None:
+    theirs, ours = models
+    case = benchmark.Case(2, 3, size=(96, 128))
+    found = benchmark.differences(case, theirs, ours)
+    assert found["same query at the same rank"] > 0.5
+    for name in ("encoder.layers.1.fusion.image_gate", "decoder.layers.0.text_attention.value.weight"):
+        weights = ours.get_parameter(name)
+        before = weights.detach().clone()
+        torch.nn.init.uniform_(weights)
+        with pytest.raises(SystemExit, match="differ by more than"):
+            benchmark.differences(case, theirs, ours)
+        weights.data = before
+    benchmark.differences(case, theirs, ours)
+
+
+def test_a_new_prompt_is_read_and_the_same_one_is_not(benchmark: ModuleType, models: tuple[Any, Any]) -> None:
+    theirs, ours = models
+    read: list[int] = []
+    handle = ours.text.network.register_forward_hook(lambda *_: read.append(1))
+    case = benchmark.Case(1, 2, size=(96, 128))
+    forwards = benchmark.forwards(theirs, ours)
+    runs = {name: benchmark.call(case, name, forwards[name]) for name in forwards}
+    counts = {}
+    for name, run in runs.items():
+        read.clear()
+        for _ in range(3):
+            run()
+        counts[name] = len(read)
+    handle.remove()
+    assert counts == {"transformers": 0, "vg, new prompt": 3, "vg, same prompt": 1}
+
+
+def test_table_and_json(
+    benchmark: ModuleType,
+    config: transformers.GroundingDinoConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "results.json"
+    command = "benchmark --device cpu --threads 1 --rounds 2 --images 1 2 --phrases 2 --size 96 128 --no-memory --json"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(path)])
+    benchmark.main(config)
+    table = capsys.readouterr().out
+    assert table.count("vg, same prompt") == 4
+    found = json.loads(path.read_text())
+    assert [(row["images"], row["dtype"], row["contender"]) for row in found["results"]] == [
+        (images, dtype, contender)
+        for images in (1, 2)
+        for dtype in ("float32", "bfloat16")
+        for contender in ("transformers", "vg, new prompt", "vg, same prompt")
+    ]
+    assert all(row["seconds"] > 0 and row["rounds"] == 2 and row["peak_bytes"] is None for row in found["results"])
+    assert [row["images"] for row in found["differences"]] == [1, 2]
+
+
+def test_theirs_may_fail_ours_may_not(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no such kernel\nand more")
+
+    def fine(*_: Any) -> None: ...
+
+    case = benchmark.Case(1, 1, size=(8, 8))
+    rows = benchmark.measure(None, case, {"transformers": broken, "vg, new prompt": fine}, 1, memory=False)
+    assert [row["contender"] for row in rows] == ["vg, new prompt"]
+    benchmark.print_table(case, rows)
+    assert "transformers cannot: RuntimeError: no such kernel\n" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        benchmark.measure(None, case, {"transformers": fine, "vg, new prompt": broken}, 1, memory=False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a call")
+def test_memory_is_measured_in_a_process_of_its_own(
+    benchmark: ModuleType, config: transformers.GroundingDinoConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "forwards", None)  # of no use here: the other process has its own
+    peak = benchmark.peak_bytes(config, benchmark.Case(1, 2, size=(640, 640)), "vg, new prompt", None)
+    assert peak > 2**20
+
+
+WITHOUT_DATA = """
+import sys
+sys.modules |= dict.fromkeys(("datasets", "albumentations", "pycocotools"))  # importing one is an error
+sys.path.insert(0, "scripts")
+import benchmark_grounding_dino
+import gpu_check
+gpu_check.DEVICE = "cpu"
+found = gpu_check.grounding_dino_parity()
+assert found.pop("bfloat16 boxes off by") < 0.02
+assert len(found) == 4 and all(error <= 1e-6 for error in found.values()), found
+assert not [name for name in sys.modules if name.startswith("vg.data")]
+"""
+
+
+def test_a_machine_without_the_packages_of_data_will_do() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DATA], cwd=SCRIPTS.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
