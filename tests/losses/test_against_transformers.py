@@ -54,7 +54,7 @@ def wrong(error: type[Exception]) -> pytest.MarkDecorator:
     )
 
 
-# Where a later prompt has more phrases than all others together it looks behind the end of its table; else it trains on.
+# Where a later prompt has more phrases than all others together it looks behind the end of its table; else it trains.
 WRONG = {kind: wrong(IndexError if kind == "two images" else AssertionError) for kind in DIFFERENT}
 
 
