@@ -42,9 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="start anew where train.output holds a run")
 
     evaluate = verbs.add_parser("eval", help="evaluate a checkpoint and draw its predictions")
-    evaluate.add_argument("checkpoint", help="folder of a run or of a checkpoint")
+    evaluate.add_argument("checkpoint", help="folder of a run or of a checkpoint, or YAML file with model.weights")
     _overrides(evaluate)
-    evaluate.add_argument("--output", help="folder for metrics.json and predictions.png (default: the checkpoint)")
+    evaluate.add_argument(
+        "--output", help="folder for metrics.json and predictions.png (default: that folder, or runs/NAME)"
+    )
     evaluate.add_argument("--detections", action="store_true", help="write what was found as COCO results json, too")
 
     predict = verbs.add_parser("predict", help="find what phrases name in one picture")

@@ -62,8 +62,9 @@ def train(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    output = Path(options.output or options.checkpoint)
-    _evaluate(Path(options.checkpoint), options.overrides, output, options.detections)
+    place = Path(options.checkpoint)
+    output = Path(options.output or (Path("runs", place.stem) if place.is_file() else place))
+    _evaluate(place, options.overrides, output, options.detections)
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -205,7 +206,8 @@ def _evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: 
     from vg.evaluation import Evaluator
     from vg.metrics.table import table
 
-    model, config = read_model(checkpoint, overrides)
+    is_yaml = checkpoint.suffix in (".yaml", ".yml")
+    model, config = (_published if is_yaml else read_model)(checkpoint, overrides)
     if not isinstance(config, RunConfig):
         raise ConfigError(
             f"{checkpoint} was converted, so that it names no data to evaluate on; "
@@ -224,6 +226,14 @@ def _evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: 
         _draw(model, evaluator, output / "predictions.png")
         print(f"written to {output}: metrics.json, predictions.png")
     return results
+
+
+def _published(path: Path, overrides: list[str]) -> tuple[GroundingModel, PublishedConfig]:
+    """The model of a configuration with the published weights that it names."""
+    config = load_config(path, overrides)
+    if getattr(config.model, "weights", None) is None:
+        raise ConfigError(f"{path}: model.weights names no checkpoint; train first, then name the folder of the run")
+    return config.model.build().eval(), config
 
 
 def _draw(model: GroundingModel, evaluator: Any, path: Path) -> None:

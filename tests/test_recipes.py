@@ -1,0 +1,183 @@
+"""The recipes of Grounding DINO: each can be built, and has the numbers that were published with its figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vg.config import RunConfig, load_config
+from vg.models.grounding_dino.config import GroundingDinoConfig, ResNetConfig, SwinConfig
+from vg.optim import build_schedule, choose_trained
+
+FOLDER = Path(__file__).parents[1] / "configs" / "grounding_dino"
+FINE_TUNED = ["finetune_coco_swin_t", "finetune_coco_swin_b", "finetune_cat", "finetune_own"]
+TRAINED = [*FINE_TUNED, "scratch_coco_r50", "finetune_refcoco_mm_t", "pretrain_odvg_mm_t"]
+RECIPES = [*TRAINED, "coco_zeroshot_swin_t"]
+
+# As published: learning rate, that of the backbone, of BERT (0: frozen), epochs, milestones, warm-up steps,
+# images of one process, and of one step
+PUBLISHED = {
+    "scratch_coco_r50": (1e-4, 1e-5, 1e-4, 12, [11], 0, 2, 16),
+    "finetune_coco_swin_t": (1e-4, 1e-5, 1e-4, 12, [11], 0, 2, 32),
+    "finetune_coco_swin_b": (1e-4, 1e-5, 1e-4, 12, [11], 0, 2, 32),
+    "finetune_cat": (5e-5, 5e-6, 0, 20, [15], 30, 2, 16),
+    "finetune_own": (5e-5, 5e-6, 0, 20, [15], 30, 4, 16),  # as the one before, on one GPU
+    "finetune_refcoco_mm_t": (2e-4, 2e-5, 2e-4, 5, [3], 0, 4, 32),
+    "pretrain_odvg_mm_t": (4e-4, 4e-5, 4e-5, 30, [19, 26], 1000, 4, 128),
+}
+GPUS = {
+    "scratch_coco_r50": 8,
+    "finetune_coco_swin_t": 16,
+    "finetune_coco_swin_b": 16,
+    "finetune_cat": 8,
+    "finetune_own": 1,
+    "finetune_refcoco_mm_t": 8,
+    "pretrain_odvg_mm_t": 32,
+}
+FIGURES = {
+    "coco_zeroshot_swin_t": ["48.4 AP", "48.5"],
+    "scratch_coco_r50": ["48.9 AP", "official 48.1"],
+    "finetune_coco_swin_t": ["58.1 AP", "official 57.2"],
+    "finetune_coco_swin_b": ["59.7 AP", "56.9 before"],
+    "finetune_cat": ["90.5 AP", "86.7 before"],
+    "finetune_own": ["86.7 -> 90.5 AP"],
+    "finetune_refcoco_mm_t": ["89.5 / 91.4 / 86.6", "53.1 / 59.1 / 46.8 before"],
+    "pretrain_odvg_mm_t": ["48.5 AP"],
+}
+# Swin-T of transformers has 172,250,626 with a norm of 1,536 that nobody reads; heads of each layer are 5 x 132,612 and
+# 7 factors or biases more, and denoising has a row of 256 for each label.
+PARAMETERS = {
+    "coco_zeroshot_swin_t": 172_250_626 - 1_536,
+    "finetune_coco_swin_t": 172_250_626 - 1_536 + 5 * 132_612 + 7 + 80 * 256,
+    "finetune_coco_swin_b": 232_315_264 - 2_048 + 5 * 132_612 + 7 + 80 * 256,
+    "finetune_cat": 172_250_626 - 1_536 + 5 * 132_612 + 7 + 256,
+    "finetune_refcoco_mm_t": 172_913_693 - 1_536 + 256 * 256,
+    "pretrain_odvg_mm_t": 172_913_693 - 1_536 + 256 * 256,
+}
+
+
+def recipe(name: str) -> RunConfig:
+    return load_config(FOLDER / f"{name}.yaml")
+
+
+def model_of(config: RunConfig) -> GroundingDinoConfig:
+    assert isinstance(config.model, GroundingDinoConfig)
+    return config.model
+
+
+def test_every_file_is_tested() -> None:
+    assert sorted(path.stem for path in FOLDER.glob("*.yaml")) == sorted(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_can_be_built_and_every_name_fits(name: str) -> None:
+    config = recipe(name)
+    with torch.device("meta"):
+        model = model_of(config).build(pretrained=False)
+    if name in PARAMETERS:
+        assert model.num_parameters() == PARAMETERS[name]
+    choose_trained(model, config.optim)
+    trainable = {parameter for parameter, weights in model.named_parameters() if weights.requires_grad}
+    for group in config.optim.groups:
+        assert any(parameter.startswith(f"{group}.") for parameter in trainable), group
+    frozen = not any(parameter.startswith("text.network.") for parameter in trainable)
+    assert frozen == (name in ("finetune_cat", "finetune_own"))
+    assert any(parameter.startswith("text.projection.") for parameter in trainable)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_numbers_are_those_published(name: str) -> None:
+    config = recipe(name)
+    model, optim, train = model_of(config), config.optim, config.train
+    groups = optim.groups
+    bert: Any = groups["text.network"].lr if "text.network" in groups else optim.lr
+    bert = 0 if "text.network" in optim.freeze else bert
+    images = GPUS[name] * config.data.batch_size * train.accumulate
+    numbers = (optim.lr, groups["backbone"].lr, bert, train.epochs, optim.milestones, optim.warmup_steps)
+    assert (*numbers, config.data.batch_size, images) == PUBLISHED[name]
+    assert (optim.weight_decay, optim.decay_vectors, optim.clip_norm, optim.decay) == (1e-4, True, 0.1, 0.1)
+    assert optim.schedule == "step"
+    assert (model.fusion_dropout, model.fusion_drop_path, model.logit_eps) == (0.1, 0.0, (1e-3, 1e-5))
+    assert model.denoising is not None
+    assert (model.denoising.num_queries, model.denoising.label_noise, model.denoising.box_noise) == (100, 0.5, 1.0)
+    matching = model.loss.matching
+    assert (matching.class_cost, matching.class_weight, matching.l1, matching.giou) == ("sum", 2, 5, 2)
+    assert (model.loss.class_weight, model.loss.l1, model.loss.giou) == (1, 5, 2)
+    resize = config.data.augment.resize
+    assert resize is not None
+    assert (resize.shortest, resize.crop) == (list(range(480, 801, 32)), 0.5)
+    assert config.data.augment.flip == (0.0 if "refcoco" in name else 0.5)
+    assert not model.shared_heads
+    classes = (model.classes.scale, model.classes.bias)
+    assert classes == (("learned", False) if name in FINE_TUNED else ("width", True))
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "depths", "heads", "window", "drop_path"),
+    [
+        ("finetune_coco_swin_t", 96, [2, 2, 6, 2], [3, 6, 12, 24], 7, 0.2),
+        ("finetune_coco_swin_b", 128, [2, 2, 18, 2], [4, 8, 16, 32], 12, 0.3),
+        ("pretrain_odvg_mm_t", 96, [2, 2, 6, 2], [3, 6, 12, 24], 7, 0.2),
+    ],
+)
+def test_backbones(name: str, width: int, depths: list[int], heads: list[int], window: int, drop_path: float) -> None:
+    swin = model_of(recipe(name)).backbone
+    assert isinstance(swin, SwinConfig)
+    assert (swin.width, swin.depths, swin.heads, swin.window, swin.drop_path) == (
+        width,
+        depths,
+        heads,
+        window,
+        drop_path,
+    )
+
+
+def test_resnet() -> None:
+    backbone = model_of(recipe("scratch_coco_r50")).backbone
+    assert backbone == ResNetConfig(id="microsoft/resnet-50")
+    assert model_of(recipe("scratch_coco_r50")).weights is None
+
+
+def test_protocols() -> None:
+    """300 pairs by the mean over tokens on COCO; the best by the maximum over tokens for expressions."""
+    coco, refcoco = (model_of(recipe(name)).predict for name in ("coco_zeroshot_swin_t", "finetune_refcoco_mm_t"))
+    assert (coco.score, coco.top_k, coco.threshold, coco.nms) == ("mean", 300, 0.0, None)
+    assert (refcoco.score, refcoco.top_k) == ("max", 30)
+    published = GroundingDinoConfig(weights="IDEA-Research/grounding-dino-tiny")
+    assert model_of(recipe("coco_zeroshot_swin_t")) == published
+
+
+def test_sampled_negatives_are_those_of_mm_grounding_dino() -> None:
+    vocabulary: Any = recipe("pretrain_odvg_mm_t").data.train.vocabulary  # type: ignore[union-attr]
+    assert (vocabulary.negatives, vocabulary.full) == (85, 0.5)
+    assert (vocabulary.clean, vocabulary.alternatives, vocabulary.lower) == (True, True, True)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_learning_rate_falls_at_the_milestones(name: str) -> None:
+    optim = recipe(name).optim
+    weights = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weights], lr=1.0)
+    steps = 400  # in an epoch
+    schedule = build_schedule(optimizer, optim, 30 * steps, steps)
+    factor = schedule.lr_lambdas[0]
+    for number, milestone in enumerate(optim.milestones):
+        assert factor(milestone * steps - 1) == pytest.approx(0.1**number)
+        assert factor(milestone * steps) == pytest.approx(0.1 ** (number + 1))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_comment_tells_figure_machine_and_source(name: str) -> None:
+    comment = " ".join(
+        line.removeprefix("# ") for line in (FOLDER / f"{name}.yaml").read_text().splitlines() if line.startswith("#")
+    )
+    for figure in FIGURES[name]:
+        assert figure in comment
+    assert "mmdetection" in comment
+    if name in PUBLISHED and name != "finetune_own":
+        assert f"{GPUS[name]} GPUs x {PUBLISHED[name][6]} images" in comment
+        assert f"{PUBLISHED[name][3]} epochs" in comment
+    assert f"configs/grounding_dino/{name}.yaml" in comment, "the command that runs it"
