@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from vg.optim import Ema, GroupConfig, OptimConfig, build_optimizer, build_schedule
+from vg.optim import Ema, GroupConfig, OptimConfig, build_optimizer, build_schedule, choose_trained
 
 
 class Network(nn.Module):
@@ -68,10 +69,10 @@ def test_frozen_parameters_are_left_out() -> None:
         build_optimizer(model, OptimConfig())
 
 
-def rates(config: OptimConfig, num_steps: int) -> list[float]:
+def rates(config: OptimConfig, num_steps: int, steps_per_epoch: int = 1) -> list[float]:
     """The learning rate of every step, and the one after the last."""
     optimizer = build_optimizer(nn.Linear(1, 1), config)
-    schedule = build_schedule(optimizer, config, num_steps)
+    schedule = build_schedule(optimizer, config, num_steps, steps_per_epoch)
     values = []
     for _ in range(num_steps + 1):
         values.append(optimizer.param_groups[0]["lr"])
@@ -92,6 +93,41 @@ def test_cosine_with_warmup() -> None:
 def test_constant_schedule_and_a_warmup_longer_than_the_run() -> None:
     assert rates(OptimConfig(lr=1.0, warmup_steps=1, schedule="constant"), 5) == pytest.approx([0.5, 1, 1, 1, 1, 1])
     assert rates(OptimConfig(lr=1.0, warmup_steps=9), 3) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_steps_down_after_epochs() -> None:
+    """Four steps to an epoch; published recipes warm up as well."""
+    config = OptimConfig(lr=1.0, warmup_steps=2, schedule="step", milestones=[1, 2.5])
+    expected = [1 / 3, 2 / 3, 1, 1, *[0.1] * 6, *[0.01] * 2, 0.01]
+    assert rates(config, 12, steps_per_epoch=4) == pytest.approx(expected)
+    halved = OptimConfig(lr=1.0, schedule="step", milestones=[1], decay=0.5)
+    assert rates(halved, 3, steps_per_epoch=2) == pytest.approx([1, 1, 0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "step"}, "schedule: step needs milestones"),
+        ({"milestones": [3]}, "no other has any"),
+        ({"schedule": "step", "milestones": [3, 2]}, r"milestones \(\[3, 2\]\) must rise"),
+    ],
+)
+def test_milestones_belong_to_steps(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**settings)
+
+
+def test_weight_decay_of_vectors() -> None:
+    model = Network()
+    found = settings(model, build_optimizer(model, OptimConfig(lr=1.0, weight_decay=0.1, decay_vectors=True)))
+    assert set(found.values()) == {(1.0, 0.1)}
+
+
+def test_frozen_modules_by_name() -> None:
+    model = Network()
+    choose_trained(model, OptimConfig(freeze=["vision", "head.bias"]))  # type: ignore[arg-type]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"vision_projection.weight", "vision_projection.bias", "head.weight"}
 
 
 def test_the_schedule_scales_every_group() -> None:

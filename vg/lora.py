@@ -53,7 +53,8 @@ def add_adapters(model: GroundingModel, config: LoraConfig) -> None:
     except ImportError as error:
         raise ConfigError("optim.lora needs the package peft: pip install 'visual-grounding[lora]'") from error
 
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # Not of derived classes: their weights may be read without a call, past any adapter, as in nn.MultiheadAttention.
+    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     chosen = set()
     for target in config.targets:
         # What is frozen already has no gradient or is not saved; some of it, as BERT's pooler, has no influence at all.

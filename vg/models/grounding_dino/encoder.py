@@ -23,6 +23,10 @@ def in_parts(*streams: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(x.split(size, dim=1) for x in streams), strict=True))
 
 
+class Factor(nn.Linear):
+    """A linear map that is never called, for its weights go into another one; so what wraps calls would do nothing."""
+
+
 class FusionLayer(nn.Module):
     """Bi-directional cross-attention: one table of similarities, read by rows for the image, by columns for the text.
 
@@ -40,8 +44,9 @@ class FusionLayer(nn.Module):
         self.drop_path = config.fusion_drop_path
         self.image_norm = nn.LayerNorm(width)
         self.text_norm = nn.LayerNorm(width)
-        self.image_query, self.text_key, self.image_value, self.text_value = (nn.Linear(width, inner) for _ in range(4))
-        self.image_output, self.text_output = (nn.Linear(inner, width) for _ in range(2))
+        self.image_query, self.text_key = Factor(width, inner), nn.Linear(width, inner)
+        self.image_value, self.text_value = Factor(width, inner), nn.Linear(width, inner)
+        self.image_output, self.text_output = Factor(inner, width), nn.Linear(inner, width)
         self.image_gate = nn.Parameter(torch.full((width,), 1e-4))
         self.text_gate = nn.Parameter(torch.full((width,), 1e-4))
 
