@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vg.data.doctor.findings import Box, Findings, Picture, Reading
-from vg.data.doctor.reading import REMOVE, four_numbers
+from vg.data.doctor.reading import REMOVE, four_numbers, size_of
 from vg.data.images import list_images
 from vg.data.source import BadSampleError, Identified, Source, checked
 from vg.data.voc import SIDES, VocConfig, split_names
@@ -41,10 +41,10 @@ def read_voc(config: VocConfig, reading: Reading, findings: Findings) -> None:
         except (ElementTree.ParseError, OSError) as error:
             findings.add("error", reading.set, "xml files that cannot be read", REMOVE, [f"{file}: {error}"])
             continue
-        sides = [_number(root.findtext(f"size/{side}")) for side in ("height", "width")]
+        size = size_of({side: _number(root.findtext(f"size/{side}")) for side in ("height", "width")})
         number = len(reading.pictures)
         name = files.get(stem, root.findtext("filename") or f"{stem}.jpg")
-        reading.pictures.append(Picture(file.name, name, (int(sides[0] or 0), int(sides[1] or 0))))
+        reading.pictures.append(Picture(file.name, name, size))
         for place, thing in enumerate(root.iter("object"), start=1):
             where, name = f"{file.name}, object {place}", (thing.findtext("name") or "").strip()
             values = four_numbers([_number(thing.findtext(f"bndbox/{side}")) for side in SIDES])

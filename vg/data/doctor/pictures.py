@@ -35,7 +35,7 @@ def look(name: str, reading: Reading) -> Look:
     """Read and decode one picture; never raises."""
     try:
         data = find_image(name, reading.root).read_bytes()
-    except (BadSampleError, OSError) as error:
+    except (BadSampleError, OSError, ValueError) as error:  # a name may hold what no name can
         return Look(missing=str(error))
     digest = hashlib.blake2b(data, digest_size=16).digest()
     try:

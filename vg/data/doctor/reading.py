@@ -19,17 +19,18 @@ def four_numbers(value: object) -> tuple[float, float, float, float] | None:
     """A box as it is written, if it is one."""
     if not isinstance(value, list | tuple) or len(value) != 4:
         return None
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in value):
+    if not all(isinstance(number, int | float) and abs(number) < 1e15 for number in value):
         return None
     left, top, third, fourth = map(float, value)
     return left, top, third, fourth
 
 
 def size_of(row: Mapping[str, Any]) -> tuple[int, int]:
-    """(height, width) as written, 0 where that is no number."""
+    """(height, width) as written, 0 where that is no number; what no picture can have, such as -3, becomes -1."""
     values = (row.get("height"), row.get("width"))
-    sides = [int(side) if isinstance(side, int | float) and math.isfinite(side) else 0 for side in values]
-    return sides[0], sides[1]
+    sides = [int(side) if isinstance(side, int | float) and abs(side) < math.inf else 0 for side in values]
+    height, width = (side if 0 <= side < 10**9 else -1 for side in sides)
+    return height, width
 
 
 def _known(value: object) -> int | str:
@@ -131,7 +132,7 @@ def read_odvg(config: OdvgConfig, reading: Reading, findings: Findings) -> None:
             kind = next(key for key in ("detection", "grounding") if isinstance(row.get(key), Mapping))
             things = row[kind]["instances" if kind == "detection" else "regions"]
             reading.pictures.append(Picture(where, str(row["filename"]), size_of(row)))
-            things = [thing for thing in things if isinstance(thing, Mapping)]
+            things = list(things)
         except (AttributeError, ValueError, KeyError, TypeError, StopIteration):
             what = "lines that are no ODVG"
             mend = "a line is an object with filename, and detection with instances or grounding with regions"
@@ -139,6 +140,10 @@ def read_odvg(config: OdvgConfig, reading: Reading, findings: Findings) -> None:
             continue
         for place, thing in enumerate(things):
             here = f"{where}, {'instance' if kind == 'detection' else 'region'} {place}"
+            if not isinstance(thing, Mapping):
+                wheres = [f"{here}: {str(thing)[:80]}"]
+                findings.add("error", reading.set, "instances or regions that are no objects", REMOVE, wheres)
+                continue
             if kind == "detection":
                 label = _label(thing, labels, reading, findings, here)
             else:
@@ -151,8 +156,7 @@ def read_odvg(config: OdvgConfig, reading: Reading, findings: Findings) -> None:
                 elif label == len(reading.names):
                     reading.names.append(phrase)
             value = thing.get("bbox")
-            nested = isinstance(value, list) and bool(value) and isinstance(value[0], list)
-            for each in value if nested else [value]:
+            for each in value if isinstance(value, list) and value and isinstance(value[0], list) else [value]:
                 numbers = four_numbers(each)
                 if numbers is None:
                     wheres = [f"{here}: bbox {str(each)[:80]}"]
