@@ -26,6 +26,7 @@ ALLOWED = {
         "checkpoint",
         "distributed",
         "inference",
+        "interpolation",
         "data.source",
         "data.doctor",
         "models",
@@ -58,6 +59,7 @@ ALLOWED = {
     },
     "training_state": {"config", "checkpoint", "lora", "models.base", "optim"},
     "loss_log": {"distributed"},
+    "interpolation": {"evaluation", "models.base", "types"},
     "evaluation": {
         "config",
         "data.collate",

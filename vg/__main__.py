@@ -1,4 +1,4 @@
-"""The command line: `vg train | eval | predict | check | convert | config | demo | ops`."""
+"""The command line: `vg train | eval | predict | check | convert | interpolate | config | demo | ops`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+from typing import Any
 
 from vg import __version__
 
@@ -69,6 +70,22 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--to", required=True, choices=["official", "transformers", "mmdet", "vg"], help="dialect")
     convert.add_argument("--tokenizer", help="folder or id of BERT, for a .pth has no vocabulary (default: its Hub id)")
 
+    mix = verbs.add_parser(
+        "interpolate", help="mix the weights before and after fine-tuning, and keep the best mixture"
+    )
+    mix.add_argument("initial", help="checkpoint before: a folder, or a YAML file whose model.weights names it")
+    mix.add_argument("final", help="checkpoint after, whose data.eval decides; a folder of a run or of a checkpoint")
+    _overrides(mix)
+    mix.add_argument(
+        "--weights",
+        nargs="+",
+        action=_Shares,
+        default=[0, 0.25, 0.5, 0.75, 1],
+        metavar="W",
+        help="shares of the final weights (default: 0 .25 .5 .75 1)",
+    )
+    mix.add_argument("--output", required=True, help="folder of the checkpoint to write")
+
     config = verbs.add_parser("config", help="print a configuration with every default and override")
     config.add_argument("config", help="YAML file")
     _overrides(config)
@@ -79,6 +96,20 @@ def _parser() -> argparse.ArgumentParser:
 
     verbs.add_parser("ops", help="print which kernels run on this machine and why; builds them if that is due")
     return parser
+
+
+class _Shares(argparse.Action):
+    """Numbers from 0 to 1; overrides behind them, which argparse takes for more of them, go where they belong."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        try:
+            shares = [float(value) for value in values if "=" not in value]
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
+        if not shares or not all(0 <= share <= 1 for share in shares):
+            raise argparse.ArgumentError(self, f"{' '.join(values)}: numbers from 0 to 1 are needed")
+        setattr(namespace, self.dest, shares)
+        namespace.overrides += [value for value in values if "=" in value]
 
 
 def _overrides(parser: argparse.ArgumentParser) -> None:

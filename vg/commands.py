@@ -32,6 +32,7 @@ def run(options: argparse.Namespace) -> None:
         "predict": predict,
         "check": check,
         "convert": convert,
+        "interpolate": interpolate,
         "config": show_config,
         "demo": demo,
         "ops": show_ops,
@@ -168,6 +169,33 @@ def convert(options: argparse.Namespace) -> None:
     print(f"{out}: written in the {options.to} dialect")
 
 
+def interpolate(options: argparse.Namespace) -> None:
+    from vg.checkpoint import CheckpointError, replacing, write_json, write_weights
+    from vg.distributed import new_accelerator
+    from vg.evaluation import Evaluator
+    from vg.interpolation import Interpolation, evaluations, to_text
+
+    out = Path(options.output)
+    if out.exists():
+        raise CheckpointError(f"{out} exists; name another place, or remove it first")
+    model, config = _model_with_data(Path(options.final), options.overrides)
+    initial, _ = _model(Path(options.initial), [])
+    mixtures = Interpolation(initial.own_state_dict(), model.own_state_dict())
+    if mixtures.added:
+        print(f"{options.initial} has no {', '.join(mixtures.added)}: taken from {options.final}")
+    accelerator = new_accelerator(mixed_precision=config.train.precision)
+    evaluator = Evaluator(config.data, model, accelerator)
+    deciding = evaluator.deciding_number(config.train.best_metric)
+    rows = list(evaluations(model.to(accelerator.device), mixtures, options.weights, evaluator))
+    best = max(rows, key=lambda row: row[deciding])
+    if accelerator.is_main_process:
+        print(to_text(rows, list(dict.fromkeys([deciding, *evaluator.first_numbers])), best))
+        with replacing(out) as partial:
+            write_weights(partial, mixtures.at(best["weight"]), config, model.text_spec.tokenizer)
+            write_json(partial / "interpolation.json", {"best": best["weight"], "results": rows})
+        print(f"{out}: written, weights {best['weight']:g} of the way from {options.initial} to {options.final}")
+
+
 def show_config(options: argparse.Namespace) -> None:
     print(dump_config(load_config(options.config, options.overrides)), end="")
 
@@ -201,18 +229,12 @@ def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
 
 
 def _evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: bool = False) -> dict[str, Any]:
-    from vg.checkpoint import read_model, write_json
+    from vg.checkpoint import write_json
     from vg.distributed import new_accelerator
     from vg.evaluation import Evaluator
     from vg.metrics.table import table
 
-    is_yaml = checkpoint.suffix in (".yaml", ".yml")
-    model, config = (_published if is_yaml else read_model)(checkpoint, overrides)
-    if not isinstance(config, RunConfig):
-        raise ConfigError(
-            f"{checkpoint} was converted, so that it names no data to evaluate on; "
-            "add data.train.name=... and data.eval.name=... (both may be the same)"
-        )
+    model, config = _model_with_data(checkpoint, overrides)
     accelerator = new_accelerator(mixed_precision=config.train.precision)
     evaluator = Evaluator(config.data, model, accelerator)
     results = {"checkpoint": str(checkpoint), **evaluator.run(model.to(accelerator.device))}
@@ -226,6 +248,23 @@ def _evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: 
         _draw(model, evaluator, output / "predictions.png")
         print(f"written to {output}: metrics.json, predictions.png")
     return results
+
+
+def _model_with_data(checkpoint: Path, overrides: list[str]) -> tuple[GroundingModel, RunConfig]:
+    """A model, and the run that says on what it is evaluated."""
+    model, config = _model(checkpoint, overrides)
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"{checkpoint} was converted, so that it names no data to evaluate on; "
+            "add data.train.name=... and data.eval.name=... (both may be the same)"
+        )
+    return model, config
+
+
+def _model(checkpoint: Path, overrides: list[str]) -> tuple[GroundingModel, PublishedConfig]:
+    from vg.checkpoint import read_model
+
+    return (_published if checkpoint.suffix in (".yaml", ".yml") else read_model)(checkpoint, overrides)
 
 
 def _published(path: Path, overrides: list[str]) -> tuple[GroundingModel, PublishedConfig]:

@@ -112,6 +112,14 @@ class Evaluator:
             raise ConfigError(f"train.best_metric: {name!r} is none of {', '.join(numbers)}")
         return name or numbers[0]
 
+    @property
+    def first_numbers(self) -> list[str]:
+        """The first number of each set, as it is called in the results of `run`."""
+        return [
+            f"{each.name}/{each.metric.numbers[0]}" if place else each.metric.numbers[0]
+            for place, each in enumerate(self.sets)
+        ]
+
     def change(self, history: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> str:
         """What was gained or lost since the first evaluation: "gained 41.2 AP on raccoon, lost 1.3 AP on base".
 
@@ -120,8 +128,7 @@ class Evaluator:
             results: of the present evaluation.
         """
         changes = []
-        for number, each in enumerate(self.sets):
-            key = f"{each.name}/{each.metric.numbers[0]}" if number else each.metric.numbers[0]
+        for each, key in zip(self.sets, self.first_numbers, strict=True):
             first = next((row[key] for row in history if key in row), None)
             if first is not None and key in results:
                 points = 100 * (results[key] - first)
