@@ -60,6 +60,12 @@ def test_overrides(minimal: Path) -> None:
     assert config.model.head == DenseHeadConfig(layers=2, loss=DenseLossConfig(l1=1))
 
 
+def test_no_is_a_precision_although_yaml_reads_false(minimal: Path) -> None:
+    assert load_config(minimal, ["train.precision=no"]).train.precision == "no"
+    with pytest.raises(ConfigError, match="precision: Input should be"):
+        load_config(minimal, ["train.precision=yes"])
+
+
 def nested(value: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
     """Every dataclass inside a dataclass, with the path to it."""
     found = [((*path, field.name), getattr(value, field.name)) for field in fields(value)]

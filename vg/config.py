@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 import yaml
-from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag, TypeAdapter, ValidationError
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+)
 
 from vg.data import SourceConfig
 from vg.data.augment import AugmentConfig
@@ -79,8 +88,8 @@ class TrainConfig(Strict):
     """What happens where loss or gradient is not finite: stop at the next log entry, or do not take such steps, until
     ten in a row are none; weights that are no numbers come back from the newest checkpoint. Looking at every step makes
     a GPU wait."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision; bf16 wherever the GPU has it."""
+    precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)] = "no"
+    """Mixed precision; bf16 wherever the GPU has it. (To YAML, a bare `no` is false, which is understood.)"""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the moving average of the weights; if given, the average is what is evaluated and published."""
     eval_every: PositiveInt | None = None
