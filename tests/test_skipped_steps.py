@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
 from tests.conftest import history
@@ -166,3 +167,22 @@ def test_processes_agree_to_skip(tiny_config: MakeConfig, tmp_path: Path) -> Non
     (tmp_path / "config.yaml").write_text(dump_config(configured(tiny_config, max_steps=4)))
     (tmp_path / "train.py").write_text(SCRIPT)
     assert launch(tmp_path).count("skipped 1") == 2
+
+
+def test_a_scaler_of_gradients_goes_on_after_a_step_that_was_not_taken(tiny_config: MakeConfig) -> None:
+    """As in fp16, which needs a GPU: the scaler is told of the end of every step, and overflows are its own affair."""
+    trainer = Trainer(configured(tiny_config, max_steps=6))
+    accelerator = trainer.accelerator
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+    accelerator.scaler = trainer.state.scaler = scaler
+    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+    accelerator._optimizers = [trainer.optimizer]
+    poison(trainer, 2)
+    weight = next(trainer.core.head.parameters())
+    weight.register_hook(lambda x: x * float("inf") if trainer.progress.step == 3 else x)
+    trainer.fit()
+    assert trainer.progress.step == 6
+    assert trainer.progress.skipped == 1, "the overflow in step 4 does not count"
+    assert scaler.get_scale() == 2.0**8, "both halve the scale"
+    assert all(weights.isfinite().all() for weights in trainer.core.state_dict().values())
