@@ -86,7 +86,7 @@ def predict(options: argparse.Namespace) -> None:
             f"{name}: left {box[0]:.1f}, top {box[1]:.1f}, right {box[2]:.1f}, bottom {box[3]:.1f}, score {score:.2f}"
         )
     if not names:
-        best = f"the best box scores {found.scores[0]:.2f}" if len(found.scores) else "there is no box at all"
+        best = f"the best box scores {found.scores[0]:.3g}" if len(found.scores) else "there is no box at all"
         print(f"nothing scores {threshold} or more ({best}); --threshold lowers the bar")
     labels = [f"{name} {score:.2f}" for name, score in zip(names, shown.scores.tolist(), strict=True)]
     colours = [COLOURS[id % len(COLOURS)] for id in shown.phrase_ids.tolist()] or COLOURS

@@ -22,6 +22,7 @@ from vg.inference.draw import (
     _wrap,
     curves,
     draw_boxes,
+    picture_grid,
     prediction_grid,
 )
 from vg.types import Prediction, Sample
@@ -147,6 +148,22 @@ def test_a_grid_of_one_card_has_room_for_the_legend(tmp_path: Path) -> None:
 def test_the_grid_names_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to draw"):
         prediction_grid([], 2, tmp_path / "grid.png")
+
+
+def test_the_grid_of_annotations(tmp_path: Path) -> None:
+    boxes = np.array([[10.0, 10, 60, 60], [80, 10, 130, 60]])
+    pictures = [
+        ("train: a.jpg", grey(120, 160), boxes, ["cat", "dog"]),
+        ("train: a picture without boxes", grey(400, 100), np.zeros((0, 4)), []),
+        ("val: " + "a very long reason " * 20, grey(120, 160), boxes[:1], ["dog"]),
+    ]
+    picture_grid(pictures, 2, tmp_path / "grid.png")
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (16 + 2 * 364, 16 + 2 * 416, 3)
+    first, second = pixels_of(grid, PREDICTED), pixels_of(grid, TRUE)
+    assert first.max(axis=0)[1] < 300, "the colour of cats is in the first picture alone"
+    assert second.max(axis=0)[1] > 380, "that of dogs also in the last"
+    assert (grid[:16] == 255).all()
 
 
 def test_captions_break_between_words_and_say_that_they_are_cut() -> None:

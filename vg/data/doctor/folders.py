@@ -81,9 +81,10 @@ def read_yolo(config: YoloConfig, reading: Reading, findings: Findings) -> None:
     alone = []
     for number, picture in enumerate(split_pictures(document, config.split, reading.root, file)):
         label = label_file(picture)
-        reading.pictures.append(Picture(label.name, str(picture), (0, 0)))
+        name = picture.relative_to(reading.root) if picture.is_relative_to(reading.root) else picture
+        reading.pictures.append(Picture(label.name, str(name), (0, 0)))
         if not label.is_file():
-            alone.append(f"{picture}: there is no {label}")
+            alone.append(f"{name}: there is no {label}")
             continue
         for place, line in enumerate(label.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
             if line.strip():

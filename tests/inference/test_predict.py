@@ -1,0 +1,89 @@
+"""`vg predict`: any number of phrases for a model that takes many, one expression for one that does not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.models.grounding_dino.tiny import tiny_model
+from vg.__main__ import main
+from vg.checkpoint import write_model
+from vg.config import PublishedConfig, RunConfig
+from vg.inference.draw import COLOURS
+
+LINE = r"(.+): left (.+), top (.+), right (.+), bottom (.+), score (.+)"
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+@pytest.fixture
+def detector(tmp_path: Path) -> Path:
+    model = tiny_model()
+    folder = tmp_path / "detector"
+    folder.mkdir()
+    write_model(folder, model, PublishedConfig(model.config))
+    return folder
+
+
+@pytest.fixture
+def expression_model(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> Path:
+    config = tiny_config()
+    folder = tmp_path / "rec"
+    folder.mkdir()
+    write_model(folder, config.model.build(), config)
+    return folder
+
+
+def ask(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[list[tuple[str, ...]], str]:
+    """The boxes that were told, and all that was."""
+    main(["predict", *map(str, arguments), "--device", "cpu"])
+    text = capsys.readouterr().out
+    return [found.groups() for found in re.finditer(LINE, text)], text
+
+
+def test_all_boxes_of_several_phrases(
+    detector: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = tmp_path / "drawn.png"
+    everything, _ = ask(capsys, detector, picture, "dog", "red cup", "--threshold", 0, "--output", drawn)
+    assert len(everything) == 40, "each of 20 queries with each of two phrases"
+    assert {name for name, *_ in everything} == {"dog", "red cup"}
+    scores = [float(row[-1]) for row in everything]
+    assert scores == sorted(scores, reverse=True)
+    limit = sorted(set(scores))[-2] - 0.005
+    some, _ = ask(capsys, detector, picture, "dog", "red cup", "--threshold", limit, "--output", drawn)
+    assert 0 < len(some) < 40
+    assert all(float(row[-1]) >= limit - 0.005 for row in some)
+    pixels = np.asarray(Image.open(drawn))
+    colours = {COLOURS[("dog", "red cup").index(name)] for name, *_ in some}
+    for colour in colours:
+        wanted = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+        assert (pixels == wanted).all(axis=-1).any(), "a phrase has a colour of its own"
+
+
+def test_nothing_found_is_an_answer(detector: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = picture.with_name("drawn.png")
+    boxes, text = ask(capsys, detector, picture, "dog", "--threshold", 1, "--output", output)
+    assert not boxes
+    assert re.search(r"nothing scores 1.0 or more \(the best box scores 0\.\d+\); --threshold", text)
+    np.testing.assert_array_equal(np.asarray(Image.open(output)), np.asarray(Image.open(picture)))
+
+
+def test_one_expression_has_one_box(
+    expression_model: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "drawn.png"
+    boxes, _ = ask(capsys, expression_model, picture, "red circle", "--output", output)
+    assert [name for name, *_ in boxes] == ["red circle"]
+    with pytest.raises(SystemExit, match="this model takes one expression"):
+        ask(capsys, expression_model, picture, "red circle", "blue star", "--output", output)
