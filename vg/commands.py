@@ -100,6 +100,8 @@ def check(options: argparse.Namespace) -> None:
     from vg.data.doctor import diagnose, recognise, to_json, to_text
     from vg.inference.draw import picture_grid
 
+    if options.quick is not None and options.quick < 1:
+        raise ConfigError(f"--quick {options.quick}: read at least one picture of each set")
     places = recognise(Path(options.data))
     config = _config_of(places, options.overrides) if places else load_config(options.data, options.overrides)
     sets = {"train": config.data.train}

@@ -14,6 +14,7 @@ from tests.data.doctor_cases import check, errors, found, sound, write
 from vg.__main__ import main
 from vg.data.coco import CocoConfig
 from vg.data.doctor import diagnose
+from vg.data.mixture import MixtureConfig
 from vg.data.source import DataError
 from vg.data.vocabulary import VocabularyConfig
 
@@ -215,7 +216,12 @@ def test_classes_that_only_the_evaluation_has(tmp_path: Path) -> None:
     other = sound()
     other["categories"][1]["name"] = "Dogs"
     finding = found(check(write(tmp_path / "a", sound()), val=write(tmp_path / "b", other)), "no box of", "val")
-    assert (finding.severity, finding.examples) == ("warning", ["Dogs (spelled 'dog' in train)"])
+    assert (finding.severity, finding.examples) == ("warning", ["Dogs (spelled 'dog' in training)"])
+    more = sound()
+    more["categories"][0]["name"] = "Dogs"
+    mixture = MixtureConfig(parts=[write(tmp_path / "a", sound()), write(tmp_path / "c", more)])
+    known = check(mixture, val=write(tmp_path / "b", other))
+    assert not [each for each in known.findings if "no box of" in each.what], "one part of a mixture is enough"
     for category, name in zip(other["categories"], ("car", "bus"), strict=True):
         category["name"] = name
     finding = found(check(write(tmp_path / "a", sound()), val=write(tmp_path / "b", other)), "no box of", "val")
@@ -239,6 +245,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert report["errors"] == 1
     assert report["findings"][0]["examples"] == ["annotation 2: category_id 7"]
     assert report["sets"]["train"]["classes"] == {"dog": 6, "cat": 5}
+    with pytest.raises(SystemExit, match="--quick 0"):
+        main(["check", config.path, "--quick", "0"])
     with pytest.raises(SystemExit, match="did you mean `image_root`"):
         main(["check", config.path, "image_rot=x"])
 

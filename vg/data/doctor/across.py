@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from vg.data.doctor.findings import Findings, Reading
+from vg.data.doctor.findings import Findings, Reading, Severity
 from vg.data.doctor.pictures import Look
 from vg.data.doctor.words import plain_name
 from vg.data.images import image_key
@@ -25,7 +23,7 @@ def check_copies(reading: Reading, looks: Mapping[int, Look], findings: Findings
 
 
 def check_pair(train: Reading, other: Reading, looks: Mapping[str, Mapping[int, Look]], findings: Findings) -> None:
-    """What an evaluation set must not share with the training set, and what it must."""
+    """Pictures that an evaluation set shares with a training set."""
     names = set(_keys(train))
     shared = [number for number, key in enumerate(_keys(other)) if key in names]
     examples = [other.pictures[number].file for number in shared]
@@ -42,33 +40,31 @@ def check_pair(train: Reading, other: Reading, looks: Mapping[str, Mapping[int, 
     ]
     what = f"pictures that are also in {train.set} under another name: what is measured on them is too good"
     findings.add("warning", other.set, what, f"remove them from {train.set}", copies)
-    if train.num_classes and other.num_classes:
-        _check_classes(train, other, findings)
 
 
 def _keys(reading: Reading) -> list[str]:
-    if reading.keys is not None:
-        return reading.keys
-    return [image_key(picture.file, reading.root) for picture in reading.pictures]
+    if reading.keys is None:
+        reading.keys = [image_key(picture.file, reading.root) for picture in reading.pictures]
+    return reading.keys
 
 
-def _check_classes(train: Reading, other: Reading, findings: Findings) -> None:
-    """Classes with boxes in the evaluation set that have none in training."""
-    trained, judged = (
-        {
-            each.names[label]
-            for label in np.unique([box.label for box in each.boxes]).astype(int)
-            if label < each.num_classes
-        }
-        for each in (train, other)
-    )
-    near = {plain_name(name): name for name in trained}
-    unknown = sorted(judged - trained)
+def check_classes(trained: Sequence[Reading], other: Reading, findings: Findings) -> None:
+    """Classes with boxes in an evaluation set that have none in any training set."""
+    known, judged = set[str]().union(*map(_shown, trained)), _shown(other)
+    if not known or not all(each.num_classes for each in trained):
+        return  # phrases may name anything
+    near = {plain_name(name): name for name in known}
+    unknown = sorted(judged - known)
     examples = [
-        name + (f" (spelled {near[plain_name(name)]!r} in {train.set})" if plain_name(name) in near else "")
+        name + (f" (spelled {near[plain_name(name)]!r} in training)" if plain_name(name) in near else "")
         for name in unknown
     ]
-    is_other_task = not judged & trained and not any("spelled" in example for example in examples)
-    what = f"classes that {train.set} has no box of"
+    is_other_task = not judged & known and not any("spelled" in example for example in examples)
     mend = "nothing, if the set is there to measure what else the model knows; else mend names or splits"
-    findings.add("note" if is_other_task else "warning", other.set, what, mend, examples)
+    severity: Severity = "note" if is_other_task else "warning"
+    findings.add(severity, other.set, "classes that training has no box of", mend, examples)
+
+
+def _shown(reading: Reading) -> set[str]:
+    """The classes that have boxes."""
+    return {reading.names[box.label] for box in reading.boxes if box.label < reading.num_classes}

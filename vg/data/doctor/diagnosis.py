@@ -12,7 +12,7 @@ import numpy as np
 
 from vg.data import SourceConfig
 from vg.data.coco import CocoConfig
-from vg.data.doctor.across import check_copies, check_pair
+from vg.data.doctor.across import check_classes, check_copies, check_pair
 from vg.data.doctor.boxes import Boxes, check_boxes
 from vg.data.doctor.findings import Findings, Reading
 from vg.data.doctor.folders import read_samples, read_voc, read_yolo, spread
@@ -81,7 +81,7 @@ def diagnose(
     count_tokens: CountTokens | None = None,
     quick: int | None = None,
 ) -> Diagnosis:
-    """Check data sets, on their own and against the first one, which trains.
+    """Check data sets, on their own and against the one called train.
 
     Args:
         sets: by name; parts of a mixture become sets of their own.
@@ -106,10 +106,12 @@ def diagnose(
         examined.append(Examined(reading, boxes, looks))
     looks_of = {each.reading.set: each.looks for each in examined}
     readings = [each.reading for each in examined]
-    trained = [each for each in readings if each.set.split(".")[0] == next(iter(sets), "")]
+    trained = [each for each in readings if each.trains]
     for other in readings:
-        for train in trained if other not in trained else []:
-            check_pair(train, other, looks_of, findings)
+        if not other.trains:
+            for train in trained:
+                check_pair(train, other, looks_of, findings)
+            check_classes(trained, other, findings)
     return Diagnosis(examined, findings)
 
 

@@ -107,6 +107,11 @@ class Reading:
     keys: list[str] | None = None  # of the pictures, see vg.data.source.Identified; None: made from their files
     load: Callable[[int], np.ndarray] | None = None  # [H, W, 3] uint8 of a picture that is not in a file of its own
 
+    @property
+    def trains(self) -> bool:
+        """Whether it is the training set, or a part of it."""
+        return self.set.split(".")[0] == "train"
+
     def example(self, box: Box, says: object = None) -> str:
         """ "annotation 25 (a.jpg, cat): [1, 2, 3, 4]": where a box is, and what it says."""
         numbers = "[" + ", ".join(f"{number:g}" for number in box.numbers) + "]"

@@ -43,7 +43,7 @@ def check_words(
         findings.add("note", reading.set, what, "more examples help these most", rare)
         what = "classes without any box"
         findings.add("note", reading.set, what, "the model only learns to say no to them; is that meant?", none)
-        if len(classes) == 1 and reading.set == "train":
+        if len(classes) == 1 and reading.trains:
             mend = "the model may forget others; judge it on a second set in data.eval as well"
             findings.add("note", reading.set, "only one class", mend, classes)
     if len(reading.names) > reading.num_classes:
@@ -148,7 +148,7 @@ def _check_lengths(
     if asked and needed > max_tokens and not sampled:
         example = [f"{len(asked)} classes: {least}{needed} tokens"]
         what = f"a prompt of all classes has more than {max_tokens} tokens"
-        if reading.set == "train":
+        if reading.trains:
             mend = (
                 "training leaves out what has no room: set vocabulary.negatives (85, for instance), or raise max_tokens"
             )
