@@ -44,7 +44,9 @@ def read_coco(config: CocoConfig, reading: Reading, findings: Findings) -> None:
     try:
         document = json.loads(Path(config.path).read_bytes())
     except (OSError, ValueError) as error:
-        findings.add("error", set, "a file that cannot be read", "replace it", [f"{config.path}: {error}"])
+        findings.add(
+            "error", set, "a file that cannot be read", "mend its path, or the file", [f"{config.path}: {error}"]
+        )
         return
     parts: dict[str, list[Any]] = {}
     for part in ("categories", "images", "annotations"):
@@ -121,7 +123,13 @@ def read_odvg(config: OdvgConfig, reading: Reading, findings: Findings) -> None:
     try:
         lines = Path(config.path).read_bytes().splitlines()
     except OSError as error:
-        findings.add("error", reading.set, "a file that cannot be read", "replace it", [f"{config.path}: {error}"])
+        findings.add(
+            "error",
+            reading.set,
+            "a file that cannot be read",
+            "mend its path, or the file",
+            [f"{config.path}: {error}"],
+        )
         return
     for number, line in enumerate(lines, start=1):
         if not line.strip():
