@@ -99,6 +99,10 @@ class Batch:
             targets=[target.to(device, non_blocking) for target in self.targets],
         )
 
+    def pin_memory(self) -> Batch:
+        """The same with images and text in page-locked memory; a DataLoader with pin_memory=True asks for it."""
+        return replace(self, images=self.images.pin_memory(), text=Text(*(x.pin_memory() for x in self.text)))
+
     def __len__(self) -> int:
         return len(self.targets)
 

@@ -33,7 +33,7 @@ def test_any_dialect(tmp_path: Path, dialect: str) -> None:
     assert found.phrases == ("a dog", "cat")
     assert torch.equal(found.phrase_ids, wanted.phrase_ids)
     assert torch.allclose(found.scores, wanted.scores, atol=1e-5)
-    crop, box, drawn = predict_and_crop(IMAGE, "cat", opened)
+    crop, _, drawn = predict_and_crop(IMAGE, "cat", opened)
     assert drawn.shape == IMAGE.shape
     assert crop.size
 

@@ -53,11 +53,12 @@ class Grounder:
 
     Args:
         model: a model, or what load_model takes: the folder of a run or checkpoint, or a published Grounding DINO.
-        device: "cpu", "cuda", "mps"; by default the fastest there is.
+        device: "cpu", "cuda", "mps", to which the model is moved; by default the fastest there is.
+        tokenizer: see load_model.
     """
 
-    def __init__(self, model: str | Path | GroundingModel, device: str | None = None):
-        self.model = model if isinstance(model, GroundingModel) else load_model(model)
+    def __init__(self, model: str | Path | GroundingModel, device: str | None = None, tokenizer: str | None = None):
+        self.model = model if isinstance(model, GroundingModel) else load_model(model, tokenizer)
         self.model.to(device or best_device()).eval()
         self.collate = Collator(self.model.image_spec, self.model.text_spec)
 
@@ -82,7 +83,16 @@ class Grounder:
     def predict_batch(
         self, images: Sequence[ImageLike], phrases: Sequence[str | Sequence[str]], threshold: float | None = None
     ) -> list[Prediction]:
-        """One prediction for each image, which has a phrase or phrases of its own."""
+        """One prediction for each image, which has a phrase or phrases of its own; all go through the model at once.
+
+        Raises:
+            ValueError: there are not as many entries of phrases as images.
+            DataError: see predict.
+        """
+        if isinstance(phrases, str):
+            raise ValueError("phrases has an entry for each image: [phrases] * len(images) asks all for the same")
+        if not images:
+            return []
         nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
         samples = [
             Sample(str(i), to_array(image), (asked,) if isinstance(asked, str) else tuple(asked), *nothing)
@@ -90,7 +100,7 @@ class Grounder:
         ]
         return self.predict_samples(samples, threshold)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict_samples(self, samples: Sequence[Sample], threshold: float | None = None) -> list[Prediction]:
         """The same for samples of a data set; the results are on the CPU."""
         for sample in samples:

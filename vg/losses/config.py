@@ -38,8 +38,8 @@ class LossConfig(Strict):
     """How much well classified tokens are discounted."""
     auxiliary: Weight = 1.0
     """Factor of all terms of the decoder layers before the last."""
-    encoder: Weight = 1.0
-    """Factor of all terms of the encoder output that queries are selected from."""
+    encoder: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Factor of all terms of the encoder output that queries are selected from; without any, nothing would learn to."""
     denoising: Weight = 1.0
     """Factor of all terms of the denoising queries, if the model has such."""
     alignment: Weight = 0.0

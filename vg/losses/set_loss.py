@@ -95,7 +95,7 @@ class SetLoss:
         shows_box = assignment >= 0  # [L, R, Q]
         named = _of_queries(targets.tokens, assignment)  # [L, R, Q, T], all False where no box is shown
         target = _of_queries(targets.boxes, assignment)  # [L, R, Q, 4]
-        real = mask.unsqueeze(1)  # [R, 1, T]
+        real = mask.unsqueeze(1) & ~logits.isneginf()  # [L, R, Q, T]; a query that is none has -inf everywhere
         logits = logits.float().masked_fill(~real, 0.0)  # before the loss: infinite logits have no gradient
         values = {
             "class": (terms.focal(logits, named, config.focal_alpha, config.focal_gamma) * real).sum(dim=-1),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from vg.models.grounding_dino.config import (
     SwinConfig,
 )
 from vg.models.grounding_dino.model import GroundingDino
+from vg.optim import OptimConfig, build_optimizer
 from vg.types import Prediction
 
 VARIANTS = {
@@ -144,6 +147,73 @@ def test_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read == [2, 1, 1]
 
 
+def test_prompts_are_forgotten_when_an_optimiser_steps() -> None:
+    """A fused AdamW changes weights without a trace in the tensors; training and judging take turns."""
+    model = tiny_model()
+    optimizer = build_optimizer(model, OptimConfig(lr=0.01))
+    before = ask(model, sample(["dog"]))[0]
+    batch = batch_of(model.train(), sample(["dog"], boxes=2))
+    torch.stack(list(model.loss(model(batch), batch).values())).sum().backward()
+    optimizer.step()
+    after = ask(model.eval(), sample(["dog"]))[0]
+    untouched = tiny_model()
+    untouched.load_state_dict(model.state_dict())
+    same(after, ask(untouched, sample(["dog"]))[0], 0)
+    assert not torch.equal(after.scores, before.scores)
+
+
+@torch.no_grad()
+def test_a_small_image_beside_a_large_one() -> None:
+    """It has fewer tokens than there are queries; what fills its row is no query."""
+    model = tiny_model(num_queries=120)
+    small, large = sample(["dog"], (64, 64)), sample(["dog", "cat"], (64, 112), seed=1)
+    batch = batch_of(model, small, large)
+    output = model(batch)
+    assert output.logits.shape[2] == 120
+    assert int(output.logits[0, 0].isneginf().all(dim=-1).sum()) == 120 - 85  # 8 x 8 + 4 x 4 + 2 x 2 + 1 tokens
+    found = model.predict(output, batch)
+    for one, alone in zip(found, (ask(model, x)[0] for x in (small, large)), strict=True):
+        same(one, alone)
+
+
+def test_a_small_image_beside_a_large_one_learns() -> None:
+    model = tiny_model(num_queries=120, denoising=DenoisingConfig(num_queries=4)).train()
+    batch = batch_of(model, sample(["dog"], (64, 64), boxes=2), sample(["dog", "cat"], (64, 112), seed=1, boxes=3))
+    terms = model.loss(model(batch), batch)
+    torch.stack(list(terms.values())).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_max_scores_do_not_depend_on_the_batch() -> None:
+    model = tiny_model(predict=PredictConfig(score="max"))
+    one, two = sample(["a big dog"]), sample(["cat", "red"], seed=1)
+    for found, alone in zip(ask(model, one, two), (ask(model, x)[0] for x in (one, two)), strict=True):
+        same(found, alone)
+
+
+def test_half_precision_sums_of_many_tokens() -> None:
+    """float16 holds no sum over all image tokens of a channel that is large everywhere."""
+    layer = tiny_model().encoder.layers[0].fusion
+    image = torch.full((1, 22_000, 64), -1.0)
+    image[..., 0] = 60.0
+    with torch.autocast("cpu", torch.float16):
+        assert all(x.isfinite().all() for x in layer(image, torch.randn(1, 5, 64), None, torch.ones(1, 5).bool()))
+
+
+def test_models_can_be_copied() -> None:
+    model = tiny_model()
+    other = copy.deepcopy(model)
+    same(ask(other, sample(["dog"]))[0], ask(model, sample(["dog"]))[0], 0)
+    assert other.state_dict().keys() == model.state_dict().keys()
+
+
+def test_gradient_checkpointing_with_a_resnet() -> None:
+    backbone = ResNetConfig(depths=[1, 1, 1, 1], widths=[16, 16, 32, 32])
+    model = tiny_model(gradient_checkpointing=True, backbone=backbone).train()
+    batch = batch_of(model, sample(["dog"], boxes=1))
+    torch.stack(list(model.loss(model(batch), batch).values())).sum().backward()
+
+
 def test_gradient_checkpointing_changes_nothing() -> None:
     gradients = []
     for checkpointing in (False, True):
@@ -173,11 +243,14 @@ def test_scores_by_hand() -> None:
     logits = torch.tensor([[[-1.0, 2.0, 0.5, -torch.inf]]])  # [R, Q, T]
     p = logits.sigmoid()[0, 0]
     tokens = torch.tensor([[[False, True, True, False], [False, False, True, False], [False] * 4]])  # [R, P, T]
-    mask = torch.tensor([[True, True, True, False]])
+    mask = torch.zeros(1, 4, dtype=torch.bool)
     mean, best = (phrase_scores(logits, tokens, mask, score)[0, 0] for score in ("mean", "max"))
     assert torch.allclose(mean, torch.stack(((p[1] + p[2]) / 2, p[2], torch.tensor(-1.0))))
     assert torch.allclose(best, torch.stack((p[1], p[2], torch.tensor(-1.0))))
-    alone = phrase_scores(logits, tokens[:, 1:2], mask, "max")  # one phrase: all tokens of the prompt, as RefExpMetric
+    everything = torch.tensor([[True, True, True, False]])
+    alone = phrase_scores(
+        logits, tokens[:, 1:2], everything, "max"
+    )  # one phrase: all tokens of the prompt, as RefExpMetric
     assert torch.allclose(alone, p[1])
 
 
@@ -189,7 +262,9 @@ def test_threshold_top_k_and_nms() -> None:
     limit = float(plain.scores[4])
     above = ask(tiny_model(predict=PredictConfig(threshold=limit)), sample(["dog", "cat"]))[0]
     assert torch.equal(above.scores, plain.scores[plain.scores >= limit])
-    fewer = ask(tiny_model(predict=PredictConfig(nms=0.3)), sample(["dog", "cat"]))[0]
+    model = tiny_model(predict=PredictConfig(nms=0.3))
+    torch.nn.init.constant_(model.decoder.box_heads[0][-1].bias, 2.0)  # large boxes, which overlap
+    fewer = ask(model, sample(["dog", "cat"]))[0]
     assert 0 < len(fewer.boxes) < len(plain.boxes)
 
 

@@ -23,6 +23,12 @@ class Attention(nn.Module):
         self.dropout = dropout
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
 
+    def reset_parameters(self) -> None:
+        """As torch has it, where query, key and value are one matrix of three times the height."""
+        for projection in (self.query, self.key, self.value, self.output):
+            nn.init.xavier_uniform_(projection.weight, gain=1 if projection is self.output else 0.5**0.5)
+            nn.init.zeros_(projection.bias)
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, Q, D], [B, K, D], [B, K, D] -> [B, Q, D]; mask: bool, broadcasts to [B, heads, Q, K], True = attends."""
         query, key, value = (

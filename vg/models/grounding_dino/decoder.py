@@ -38,7 +38,7 @@ class DecoderLayer(nn.Module):
         text: TextFeatures,
         mask: Tensor | None,
     ) -> Tensor:
-        """[R, Q, D] -> [R, Q, D]; positions [R, Q, D], references [R, Q, L or 1, 4], mask [Q, Q] (True = attends)."""
+        """[R, Q, D] -> [R, Q, D]; positions [R, Q, D], references [R, Q, L or 1, 4], mask as in Decoder."""
         query = x + positions
         x = self.self_norm(x + self._drop(self.self_attention(query, query, x, mask)))
         text_mask = text.mask[:, None, None]  # [R, 1, 1, T]
@@ -72,7 +72,7 @@ class Decoder(nn.Module):
         Args:
             content: [R, Q, D]
             references: [R, Q, 4] boxes before the sigmoid, without gradient.
-            mask: [Q, Q] bool, which query (row) may attend to which; None for all to all.
+            mask: bool, broadcasts to [R, heads, Q, Q], which query (row) may attend to which; None for all to all.
 
         Returns:
             logits [L, R, Q, T], boxes [L, R, Q, 4] cxcywh 0..1, and the queries after the last layer [R, Q, D]. In
@@ -104,11 +104,8 @@ class Decoder(nn.Module):
     def _positions(self, reference: Tensor) -> Tensor:
         """[R, Q, 4] -> [R, Q, D]; the axes are encoded in the order y, x, width, height."""
         order = reference[..., (1, 0, 2, 3)]
-        return self.query_position(
-            sine_encoding(order, 2 * self.norm.normalized_shape[0], 10000.0, interleaved=True).to(
-                self.norm.weight.dtype
-            )
-        )
+        width = self.norm.normalized_shape[0]
+        return self.query_position(sine_encoding(order, 2 * width, 10000.0, interleaved=True))
 
     @staticmethod
     def _by_level(reference: Tensor, image: ImageFeatures) -> Tensor:

@@ -50,6 +50,11 @@ class FusionLayer(nn.Module):
         self.image_gate = nn.Parameter(torch.full((width,), 1e-4))
         self.text_gate = nn.Parameter(torch.full((width,), 1e-4))
 
+    def reset_parameters(self) -> None:
+        for projection in self.children():
+            if isinstance(projection, nn.Linear):
+                nn.init.zeros_(projection.bias)
+
     def forward(
         self, image: Tensor, text: Tensor, image_mask: Tensor | None, text_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -101,8 +106,9 @@ class FusionLayer(nn.Module):
             before, best = best, torch.maximum(best, scores.detach().amax(dim=1, keepdim=True))
             shrink, weights = (before - best).exp(), (scores - best).exp()
             total = total * shrink + weights.sum(dim=1, keepdim=True)
-            weights = F.dropout(weights, self.dropout, self.training).to(tokens.dtype)
-            seen = seen * shrink.mT + weights.mT @ tokens
+            share = weights.sum(dim=1, keepdim=True).clamp(min=1e-30)  # half precision holds means, but not these sums
+            means = F.dropout(weights / share, self.dropout, self.training).to(tokens.dtype).mT @ tokens
+            seen = seen * shrink.mT + share.mT * means
         seen = by_head((seen / total.mT).to(image.dtype), 1)  # [R, heads, T, D]
         seen = torch.einsum("rhtc,hdc->rthd", seen, by_head(self.image_value.weight, 0)).flatten(2)
         return torch.cat(for_image, dim=1), self.text_output(seen + self.image_value.bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -76,19 +77,15 @@ def _keep_names_of_files(network: nn.Module) -> None:
     """Make the state dict of a network of transformers speak the names of its files, in both directions."""
     own = [name for name, _ in (*network.named_parameters(), *network.named_buffers())]
     names = {name: _name_in_files(name) for name in own}
+    in_memory = {in_file: name for name, in_file in names.items()}
+    network.register_state_dict_post_hook(partial(_rename, names))
+    network.register_load_state_dict_pre_hook(partial(_rename, in_memory))
 
-    def save(module: nn.Module, weights: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
-        for name, in_file in names.items():
-            if prefix + name in weights:
-                weights[prefix + in_file] = weights.pop(prefix + name)
 
-    def load(module: nn.Module, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
-        for name, in_file in names.items():
-            if prefix + in_file in weights:
-                weights[prefix + name] = weights.pop(prefix + in_file)
-
-    network.register_state_dict_post_hook(save)
-    network.register_load_state_dict_pre_hook(load)
+def _rename(names: dict[str, str], module: nn.Module, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for name, other in names.items():
+        if prefix + name in weights:
+            weights[prefix + other] = weights.pop(prefix + name)
 
 
 def _name_in_files(name: str) -> str:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vg.losses.set_loss import SetLoss
@@ -23,12 +24,12 @@ from vg.losses.targets import PromptTargets, prompt_targets
 from vg.models.base import GroundingModel
 from vg.models.encoders import load_tokenizer
 from vg.models.grounding_dino.answer import answers
-from vg.models.grounding_dino.attention import DeformableAttention
+from vg.models.grounding_dino.attention import Attention, DeformableAttention
 from vg.models.grounding_dino.checkpoints.load import load_into
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.grounding_dino.decoder import Decoder
 from vg.models.grounding_dino.denoising import Denoising
-from vg.models.grounding_dino.encoder import FeatureEnhancer
+from vg.models.grounding_dino.encoder import FeatureEnhancer, FusionLayer
 from vg.models.grounding_dino.image import ImageFeatures, Neck, encode_images
 from vg.models.grounding_dino.queries import BoxHead, QuerySelection
 from vg.models.grounding_dino.text import TextEncoder, TextFeatures
@@ -36,7 +37,7 @@ from vg.types import Batch, FittedImage, ImageSpec, Prediction, Text, TextSpec
 
 
 class Output(NamedTuple):
-    logits: Tensor  # [L, R, Q, T] of each decoder layer in training, of the last in evaluation; -inf = padded token
+    logits: Tensor  # [L, R, Q, T] of all decoder layers in training, else of the last; -inf = no such token or query
     boxes: Tensor  # [L, R, Q, 4] cxcywh 0..1 of the image without padding
     encoder_logits: Tensor  # [R, Q, T] of the selected image tokens
     encoder_boxes: Tensor  # [R, Q, 4]
@@ -63,7 +64,8 @@ class GroundingDino(GroundingModel):
             if tokenizer is not None and config.text.tokenizer is None:
                 self.load_tokenizer(tokenizer)
         if config.gradient_checkpointing:
-            self.backbone.network.gradient_checkpointing_enable()
+            if self.backbone.network.supports_gradient_checkpointing:  # a ResNet does not
+                self.backbone.network.gradient_checkpointing_enable()
             self.text.network.gradient_checkpointing_enable()
 
     def forward(self, batch: Batch) -> Output:
@@ -88,25 +90,29 @@ class GroundingDino(GroundingModel):
 
     def encode_text(self, text: Text) -> TextFeatures:
         """Section 3.4: the tokens of each prompt, phrase by phrase."""
-        fresh = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        fresh = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         return (self.text if fresh else self.text.recall)(text.token_ids, text.mask, self.text_spec.delimiter_ids)
 
     def ground(self, image: ImageFeatures, text: TextFeatures, targets: PromptTargets | None = None) -> Output:
         """Sections 3.2 and 3.3: prompt r asks about image r; what it should find is only told to denoising queries."""
         image, text = self.encoder(image, text)
         queries = self.queries(image, text)
-        content, references, mask, denoising = queries.content, queries.references, None, None
+        content, references, denoising = queries.content, queries.references, None
+        mask = None if queries.real is None else queries.real[:, None, None]  # [R, 1, 1, Q]
         if self.denoising is not None and targets is not None:
             noisy = self.denoising(targets, content.shape[1])
             content, references = torch.cat((noisy.content, content), 1), torch.cat((noisy.references, references), 1)
-            mask = ~noisy.blocked
+            number = noisy.content.shape[1]
+            mask = ~noisy.blocked if mask is None else ~noisy.blocked & F.pad(mask, (number, 0), value=True)
         logits, boxes, last = self.decoder(content, references, image, text, mask)
         if self.denoising is not None and targets is not None:
-            sizes = (noisy.content.shape[1], queries.content.shape[1])
-            (noisy_logits, logits), (noisy_boxes, boxes) = logits.split(sizes, dim=2), boxes.split(sizes, dim=2)
-            last = last[:, sizes[0] :]
-            denoising = noisy_logits, noisy_boxes, noisy.assignment
-        return Output(logits, boxes, queries.logits, queries.boxes, last, text.tokens, denoising)
+            denoising = logits[:, :, :number], boxes[:, :, :number], noisy.assignment
+            logits, boxes, last = logits[:, :, number:], boxes[:, :, number:], last[:, number:]
+        encoder_logits = queries.logits
+        if queries.real is not None:
+            absent = ~queries.real.unsqueeze(-1)  # [R, Q, 1]
+            logits, encoder_logits = (x.masked_fill(absent, -torch.inf) for x in (logits, encoder_logits))
+        return Output(logits, boxes, encoder_logits, queries.boxes, last, text.tokens, denoising)
 
     def loss(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         return SetLoss(self.config.loss)(
@@ -149,5 +155,5 @@ class GroundingDino(GroundingModel):
                 if weights.dim() > 1:
                     nn.init.xavier_uniform_(weights)
         for module in self.modules():
-            if isinstance(module, (BoxHead, DeformableAttention)):
+            if isinstance(module, (Attention, BoxHead, DeformableAttention, FusionLayer)):
                 module.reset_parameters()

@@ -30,7 +30,7 @@ class ClassHead(nn.Module):
     def forward(self, queries: Tensor, text: TextFeatures) -> Tensor:
         """[R, Q, D] -> [R, Q, T] in full precision, for these numbers are ranked; -inf for padded tokens."""
         with torch.autocast(queries.device.type, enabled=False):
-            queries, tokens = queries.to(_full(queries)), text.tokens.to(_full(queries))
+            queries, tokens = queries.float(), text.tokens.float()
             if self.cosine:
                 queries, tokens = F.normalize(queries, dim=-1), F.normalize(tokens, dim=-1)
             factor = self.factor if self.log_scale is None else self.log_scale.exp()
@@ -52,11 +52,7 @@ class BoxHead(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(_full(x)))
-
-
-def _full(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+            return super().forward(x.float())
 
 
 class Queries(NamedTuple):
@@ -64,6 +60,7 @@ class Queries(NamedTuple):
     references: Tensor  # [R, Q, 4] boxes before the sigmoid, without gradient
     logits: Tensor  # [R, Q, T] of the chosen image tokens, for the loss of the encoder
     boxes: Tensor  # [R, Q, 4] cxcywh 0..1, the same with gradient
+    real: Tensor | None  # [R, Q] bool, False = there are fewer tokens in this image; None where all have enough
 
 
 class QuerySelection(nn.Module):
@@ -89,7 +86,8 @@ class QuerySelection(nn.Module):
         fit = logits.amax(dim=-1)  # [R, S]
         if image.mask is not None:  # else padding, all tokens of which are alike, could be chosen by the dozen
             fit = fit.masked_fill(~image.mask, -torch.inf)
-        chosen = fit.topk(count, dim=1).indices.unsqueeze(-1)  # [R, Q, 1]
+        best = fit.topk(count, dim=1)
+        chosen = best.indices.unsqueeze(-1)  # [R, Q, 1]
 
         boxes = self.box_head(memory.take_along_dim(chosen, 1)) + proposals.take_along_dim(chosen, 1)
         return Queries(
@@ -97,6 +95,7 @@ class QuerySelection(nn.Module):
             references=boxes.detach(),
             logits=logits.take_along_dim(chosen, 1),
             boxes=boxes.sigmoid(),
+            real=None if image.mask is None else best.values.isfinite(),
         )
 
 

@@ -79,6 +79,11 @@ class TextEncoder(Encoder):
         positions = sine_encoding(places.unsqueeze(-1), tokens.shape[-1], 10000.0, interleaved=True)
         return TextFeatures(tokens, positions, blocks, mask)
 
+    def train(self, mode: bool = True) -> TextEncoder:
+        self._memory = {}  # optimisers change weights without a trace
+        super().train(mode)
+        return self
+
     def recall(self, token_ids: Tensor, mask: Tensor, delimiters: tuple[int, ...]) -> TextFeatures:
         """The same, but prompts that were read lately are remembered until the weights change; without gradients."""
         device = token_ids.device.type

@@ -125,5 +125,5 @@ class RecConfig(Strict):
         return RecModel(self, pretrained)
 
     def rebuild(self) -> RecModel:
-        """The network for a checkpoint of vg to be loaded into, which brings all weights but those of frozen encoders."""
+        """The network for a checkpoint of vg to be loaded into, which brings all but the frozen encoders."""
         return self.build()

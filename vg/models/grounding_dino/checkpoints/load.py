@@ -77,7 +77,7 @@ def load_into(model: GroundingDino, path: str | Path) -> str | None:
 def _differences(want: GroundingDinoConfig, have: GroundingDinoConfig) -> dict[str, tuple[Any, Any]]:
     """Settings that decide about names, shapes or the meaning of weights, where they differ."""
     names = ["width", "levels", "encoder_layers", "decoder_layers", "heads", "points", "feedforward", "num_queries"]
-    names += ["fusion", "classes", "shared_heads"]
+    names += ["fusion", "classes", "shared_heads", "position_temperature"]
     pairs = {name: (getattr(want, name), getattr(have, name)) for name in names}
     for field in fields(want.backbone):
         if field.name not in ("id", "drop_path"):
