@@ -116,17 +116,20 @@ def _open_folder(folder: Path, split: str, partition: str | None, dataset: str |
         if isinstance(saved, dict):
             return _pick(saved, split, name, folder, dataset)
         return _pick_rows(saved, split, name, folder, dataset)
-    for suffix in _SUFFIXES:
-        files = {file: str(file.relative_to(folder)) for file in sorted(folder.rglob(f"*{suffix}"))}
-        chosen = {file: label for file, label in files.items() if dataset and file.name.startswith(f"{dataset}_")}
-        if chosen:
-            return _open_files(chosen, split, f"{name} ({dataset})", folder)
-        if files:
-            return _open_files(files, split, name, folder, dataset)
+    found = [sorted(folder.rglob(f"*{suffix}")) for suffix in _SUFFIXES]
+    named = [[file for file in files if dataset and file.name.startswith(f"{dataset}_")] for files in found]
+    for files in filter(None, named):
+        return _open_files(_labels(files, folder), split, f"{name} ({dataset})", folder)
+    for files in filter(None, found):
+        return _open_files(_labels(files, folder), split, name, folder, dataset)
     raise DataError(
         f"{folder} holds no RefCOCO data; expected what datasets' save_to_disk writes, refs(*).p with instances.json, "
         f"or files that end in {', '.join(_SUFFIXES)}"
     )
+
+
+def _labels(files: Sequence[Path], folder: Path) -> dict[Path, str]:
+    return {file: str(file.relative_to(folder)) for file in files}
 
 
 def _open_file(file: Path, split: str, dataset: str | None) -> Table:

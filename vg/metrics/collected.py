@@ -44,6 +44,7 @@ class CollectingMetric(Metric):
         """Add all that another metric of this class has seen, of other samples, in this process."""
         for name in self.columns:
             getattr(self, name).extend(getattr(other, name))
+        self._update_count += other._update_count  # else torchmetrics warns of a metric that saw nothing
 
     def per_sample(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """What each of U samples of all processes contributes to the numbers that are means; every process must ask.
