@@ -13,15 +13,16 @@ import pytest
 from pycocotools import mask as masks
 from pydantic import TypeAdapter
 
-from tests.conftest import HEAD, TEXT, VISION
-from tests.models.grounding_dino.tiny import tiny_model
+from tests.conftest import HEAD, TEXT, VISION, history
+from tests.models.grounding_dino.tiny import tiny_config, tiny_model
 from vg.__main__ import main
 from vg.checkpoint import write_model
-from vg.config import PublishedConfig
+from vg.config import DataConfig, PublishedConfig, RunConfig, TrainConfig
 from vg.data.refcoco import RefcocoConfig
 from vg.inference.grounder import Grounder
 from vg.models.grounding_dino.checkpoints import open_tokenizer, read_checkpoint, write_checkpoint
 from vg.models.rec.config import RecConfig
+from vg.trainer import Trainer
 
 REAL = Path(__file__).parents[2] / ".." / "shared" / "data" / "refcoco_with_images"
 needs_pictures = pytest.mark.skipif(not REAL.is_dir(), reason="no shared/data beside the repository")
@@ -184,6 +185,23 @@ def test_generalized_expressions(checkpoints: dict[str, Path], tmp_path: Path) -
     assert part["protocol"].startswith("all boxes that score at least 0.7")
     assert part["slices"]["words"]["1-2"]["num_expressions"] == 3
     assert "F1=1" in page
+
+
+@needs_pictures
+def test_grounding_dino_is_trained_on_generalized_expressions(tmp_path: Path) -> None:
+    write_grefs(tmp_path / "grefcoco")
+    source = RefcocoConfig(path=str(tmp_path / "grefcoco"), split="val", image_root=str(REAL / "images"))
+    config = RunConfig(
+        model=tiny_config(),
+        data=DataConfig(train=source, eval=source, batch_size=3, workers=0),
+        train=TrainConfig(max_steps=2, epochs=2, output=str(tmp_path / "run"), log_every=1, trackers=[]),
+    )
+    results = Trainer(config).fit()
+    assert (results["num_expressions"], results["num_absent"]) == (3, 1)
+    assert 0 <= results["f1"] <= 1
+    losses = [row["loss"] for row in history(config) if "loss" in row]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
 
 
 @needs_pictures
