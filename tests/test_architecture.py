@@ -61,6 +61,7 @@ ALLOWED = {
         "config",
         "checkpoint",
         "data",
+        "distributed",
         "evaluation",
         "inference",
         "metrics",

@@ -42,21 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="start anew where train.output holds a run")
 
     evaluate = verbs.add_parser("eval", help="evaluate a checkpoint and draw its predictions")
-    evaluate.add_argument("checkpoint", help="folder of a run or checkpoint; for a suite also .pth or Hub id")
+    evaluate.add_argument("checkpoint", help="folder of a run or of a checkpoint")
     _overrides(evaluate)
     evaluate.add_argument("--output", help="folder for metrics.json and predictions.png (default: the checkpoint)")
     evaluate.add_argument("--detections", action="store_true", help="write what was found as COCO results json, too")
-    suite = evaluate.add_argument_group("suites", "evaluate on the data of a benchmark instead of the run's own")
-    suite.add_argument("--suite", choices=["refcoco"], help="writes benchmark.json and benchmark.html to --output")
-    suite.add_argument("--data", help="folder with its data sets (default: they come from the Hub)")
-    suite.add_argument("--images", help="folder of COCO's train2014 pictures, for annotations without pixels")
-    suite.add_argument("--sets", help="such as refcoco,refcoco+,refcocog,grefcoco (default: the first three)")
-    suite.add_argument("--splits", help="such as val,testA (default: all there are)")
-    suite.add_argument("--limit", type=int, help="only so many expressions of each split, for a quick look")
-    suite.add_argument("--batch-size", type=int, default=32, help="expressions at a time (default: %(default)s)")
-    suite.add_argument("--workers", type=int, default=2, help="processes that read pictures (default: %(default)s)")
-    suite.add_argument("--precision", choices=["no", "bf16", "fp16"], default="no", help="(default: %(default)s)")
-    suite.add_argument("--tokenizer", help="folder or id of BERT, for a .pth has no vocabulary (default: its Hub id)")
 
     predict = verbs.add_parser("predict", help="find what an expression names in one picture")
     predict.add_argument("checkpoint", help="folder of a run or of a checkpoint")
@@ -80,7 +69,23 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--config", help="YAML file (default: the rec family, configs/demo_rec.yaml)")
 
     verbs.add_parser("ops", help="print which kernels run on this machine and why; builds them if that is due")
+    _suite(evaluate)
     return parser
+
+
+def _suite(evaluate: argparse.ArgumentParser) -> None:
+    about = "evaluate a checkpoint of any dialect (.pth, folder, Hub id) on a benchmark, not on the data of its run"
+    suite = evaluate.add_argument_group("suites", about)
+    suite.add_argument("--suite", choices=["refcoco"], help="writes benchmark.json and benchmark.html to --output")
+    suite.add_argument("--data", help="folder with its data sets (default: they come from the Hub)")
+    suite.add_argument("--images", help="folder of COCO's train2014 pictures, for annotations without pixels")
+    suite.add_argument("--sets", help="such as refcoco,refcoco+,refcocog,grefcoco (default: the first three)")
+    suite.add_argument("--splits", help="such as val,testA (default: all there are)")
+    suite.add_argument("--limit", type=int, help="only so many expressions of each split, for a quick look")
+    suite.add_argument("--batch-size", type=int, help="expressions at a time (default: 32)")
+    suite.add_argument("--workers", type=int, help="processes that read pictures (default: 2)")
+    suite.add_argument("--precision", choices=["no", "bf16", "fp16"], help="(default: no)")
+    suite.add_argument("--tokenizer", help="folder or id of BERT, for a .pth has no vocabulary (default: its Hub id)")
 
 
 def _overrides(parser: argparse.ArgumentParser) -> None:

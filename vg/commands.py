@@ -56,39 +56,14 @@ def train(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    from vg.benchmark.command import benchmark, refuse
+
     if options.suite:
         benchmark(options)
         return
-    for name in ("data", "images", "sets", "splits", "limit", "tokenizer"):
-        if getattr(options, name) is not None:
-            raise ConfigError(f"--{name} belongs to a benchmark: add --suite refcoco")
+    refuse(options)
     output = Path(options.output or options.checkpoint)
     _evaluate(Path(options.checkpoint), options.overrides, output, options.detections)
-
-
-def benchmark(options: argparse.Namespace) -> None:
-    from vg.benchmark.models import open_model
-    from vg.benchmark.report import report
-    from vg.benchmark.run import run as run_benchmark
-    from vg.benchmark.suite import open_parts
-    from vg.benchmark.table import text
-    from vg.checkpoint import write_json
-    from vg.distributed import new_accelerator
-
-    data, images = (None if place is None else Path(place) for place in (options.data, options.images))
-    sets, splits = ([] if names is None else names.split(",") for names in (options.sets, options.splits))
-    parts = open_parts(data, images, sets, splits, options.limit)  # before the model: what is missing is told at once
-    model = open_model(options.checkpoint, options.overrides, options.tokenizer)
-    accelerator = new_accelerator(mixed_precision=options.precision)
-    results, judged = run_benchmark(model, parts, accelerator, options.batch_size, options.workers)
-    results = {"checkpoint": options.checkpoint, **results}
-    if accelerator.is_main_process:
-        output = Path(options.output or (options.checkpoint if Path(options.checkpoint).is_dir() else "benchmark"))
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "benchmark.json", results)
-        (output / "benchmark.html").write_text(report(results, judged, model), encoding="utf-8")
-        print(text(results))
-        print(f"\nwritten to {output}: benchmark.json, benchmark.html")
 
 
 def predict(options: argparse.Namespace) -> None:

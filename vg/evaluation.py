@@ -72,8 +72,10 @@ class EvaluationSet:
         results: dict[str, Any] = self.metric.compute()
         provenance = self.data.source.provenance
         results |= {"data": provenance.data, "split": provenance.split, "protocol": self.metric.protocol}
-        origin = {"partition": provenance.partition, "official": provenance.official}
-        results |= {name: value for name, value in origin.items() if value is not None}
+        if provenance.partition is not None:
+            results["partition"] = provenance.partition
+        if provenance.official is not None:
+            results["official"] = "yes" if provenance.official else "no"  # words: what is no text is taken for a number
         results |= {"set": self.name} if self.name else {}
         bad = mean_over_processes(self.accelerator, self.data.bad.float().to(self.accelerator.device))  # [samples]
         if bad.any():

@@ -154,9 +154,9 @@ def test_words() -> None:
 
 def test_slices() -> None:
     annotations = [
-        annotation("red man", (0, 0, 31, 31), person=True, others=0),
-        annotation("the dog next to him over there", (0, 0, 32, 32), person=False, others=7),
-        annotation("one two three four five", (0, 0, 96, 96)),
+        annotation("red man", (0, 0, 127, 128), person=True, others=0),
+        annotation("the dog next to him over there", (0, 0, 128, 128), person=False, others=7),
+        annotation("one two three four five", (0, 0, 256, 256)),
         annotation("a b c d e f g h i j", ()),
     ]
     groups = {

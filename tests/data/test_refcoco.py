@@ -219,7 +219,8 @@ def test_the_numbered_parts_of_a_split_are_read_in_order(tmp_path, images):
 def test_mixed_splits_of_lmms_lab_are_warned_about(tmp_path):
     (tmp_path / "refcoco_test.json").write_text(json.dumps([{**LMMS, "image": NAME}] * 5000))
     with pytest.warns(UserWarning, match="5,000 other rows: results on it cannot be compared"):
-        build(tmp_path / "refcoco_test.json", "test")
+        source = build(tmp_path / "refcoco_test.json", "test")
+    assert source.provenance.official is False
 
 
 def test_importing_needs_neither_torch_nor_datasets():

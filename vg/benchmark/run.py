@@ -149,7 +149,7 @@ def _pooled(judged: Sequence[Judged]) -> list[dict[str, Any]]:
                 "split": " + ".join(POOLED),
                 "data": provenance.data,
                 "partition": provenance.partition,
-                "official": all(each.part.source.provenance.official is True for each in both),
+                "official": "yes" if all(each.part.source.provenance.official for each in both) else "no",
                 "protocol": metric.protocol,
                 **metric.compute(),
                 "intervals": intervals(values, pictures),

@@ -9,7 +9,7 @@ import numpy as np
 
 from vg.data.refcoco import Annotation
 
-SMALL, LARGE = 32**2, 96**2  # square pixels, the limits of COCO
+SMALL, LARGE = 128**2, 256**2  # square pixels, the limits of Ref-L4: by those of COCO all of RefCOCO is large
 YES_NO = ("yes", "no")
 
 _LOCATIONS = (

@@ -114,6 +114,8 @@ class Refcoco:
         name = table.dataset.removesuffix("_reviewed")
         strict = not (reviewed or mixed or "dataset" in table.columns)  # else it is known to be a version or a part
         partition, official = check_counts(name, table.split, Counts(len(rows), self.num_refs), strict)
+        if reviewed or mixed:
+            official = False
         task: Task = "generalized" if self._schema.boxes == "boxes" else "expressions"
         self.provenance = Provenance(table.dataset, table.split, task, partition, official)
 
