@@ -58,6 +58,7 @@ ALLOWED = {
         "types",
     },
     "benchmark": {  # judges finished models of every family on data sets by name
+        "__init__",
         "config",
         "checkpoint",
         "data",

@@ -18,6 +18,7 @@ from vg.benchmark.slices import has_attribute, has_location, has_relation, names
 from vg.benchmark.suite import SETS, open_parts, open_source
 from vg.data.refcoco import Annotation
 from vg.data.source import DataError, NoSuchSplitError
+from vg.metrics.table import table as evaluation_table
 
 datasets = pytest.importorskip("datasets")
 
@@ -183,6 +184,19 @@ def test_intervals_draw_whole_pictures() -> None:
     partly = np.where(np.arange(len(values)) % 2, values, np.nan)
     assert intervals({"a": partly}, np.repeat(np.arange(400).astype(str), 5).tolist())["a"] != (low, high)
     assert intervals({"a": np.full(4, np.nan), "b": np.ones(4)}, ["x", "x", "x", "x"]) == {}
+
+
+def test_a_table_says_what_was_measured() -> None:
+    known = {"data": "refcoco-unc", "split": "val", "protocol": "top box", "miou": 0.5, "num_expressions": 3}
+    titles = [
+        evaluation_table(known | more).splitlines()[0]
+        for more in ({}, {"partition": "unc", "official": "yes"}, {"partition": "unc", "official": "no"})
+    ]
+    assert titles == [
+        "refcoco-unc, val (top box)",
+        "refcoco-unc, unc val (top box)",
+        "refcoco-unc, unc val, not the whole official split (top box)",
+    ]
 
 
 def test_published_numbers_name_splits_that_exist_and_a_source() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from importlib.metadata import version
 from pathlib import Path
 
+from vg import __version__
 from vg.benchmark.models import open_model
 from vg.benchmark.report import report
 from vg.benchmark.run import run
@@ -32,7 +34,8 @@ def benchmark(options: argparse.Namespace) -> None:
     accelerator = new_accelerator(mixed_precision=options.precision or "no")
     workers = 2 if options.workers is None else options.workers
     results, judged = run(model, parts, accelerator, options.batch_size or 32, workers)
-    results = {"checkpoint": options.checkpoint, **results}
+    software = {name: version(name) for name in ("torch", "transformers")}
+    results = {"checkpoint": options.checkpoint, "software": {"vg": __version__, **software}, **results}
     if accelerator.is_main_process:
         place = Path(options.checkpoint)
         output = Path(options.output or (place if place.is_dir() else Path("runs", place.stem)))
