@@ -73,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optim.lr=1e-4 model.head=dense")
+
+
 def _suite(evaluate: argparse.ArgumentParser) -> None:
     about = "evaluate a checkpoint of any dialect (.pth, folder, Hub id) on a benchmark, not on the data of its run"
     suite = evaluate.add_argument_group("suites", about)
@@ -86,10 +90,6 @@ def _suite(evaluate: argparse.ArgumentParser) -> None:
     suite.add_argument("--workers", type=int, help="processes that read pictures (default: 2)")
     suite.add_argument("--precision", choices=["no", "bf16", "fp16"], help="(default: no)")
     suite.add_argument("--tokenizer", help="folder or id of BERT, for a .pth has no vocabulary (default: its Hub id)")
-
-
-def _overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optim.lr=1e-4 model.head=dense")
 
 
 if __name__ == "__main__":
