@@ -20,6 +20,7 @@ ALLOWED = {
     "__init__": {"config", "trainer", "inference", "types"},  # the public names, imported when they are first used
     "__main__": {"__init__", "commands"},
     "commands": {
+        "benchmark",
         "config",
         "trainer",
         "evaluation",
@@ -68,6 +69,18 @@ ALLOWED = {
         "metrics",
         "models.base",
         "distributed",
+        "types",
+    },
+    "benchmark": {  # judges finished models of every family on data sets by name
+        "__init__",
+        "config",
+        "checkpoint",
+        "data",
+        "distributed",
+        "evaluation",
+        "inference",
+        "metrics",
+        "models",
         "types",
     },
     "run_folder": {"config", "checkpoint", "history"},

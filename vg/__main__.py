@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--config", help="YAML file (default: the rec family, configs/demo_rec.yaml)")
 
     verbs.add_parser("ops", help="print which kernels run on this machine and why; builds them if that is due")
+    _suite(evaluate)
     return parser
 
 
@@ -114,6 +115,21 @@ class _Shares(argparse.Action):
 
 def _overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optim.lr=1e-4 model.head=dense")
+
+
+def _suite(evaluate: argparse.ArgumentParser) -> None:
+    about = "evaluate a checkpoint of any dialect (.pth, folder, Hub id) on a benchmark, not on the data of its run"
+    suite = evaluate.add_argument_group("suites", about)
+    suite.add_argument("--suite", choices=["refcoco"], help="writes benchmark.json and benchmark.html to --output")
+    suite.add_argument("--data", help="folder with its data sets (default: they come from the Hub)")
+    suite.add_argument("--images", help="folder of COCO's train2014 pictures, for annotations without pixels")
+    suite.add_argument("--sets", help="such as refcoco,refcoco+,refcocog,grefcoco (default: the first three)")
+    suite.add_argument("--splits", help="such as val,testA (default: all there are)")
+    suite.add_argument("--limit", type=int, help="only so many expressions of each split, for a quick look")
+    suite.add_argument("--batch-size", type=int, help="expressions at a time (default: 32)")
+    suite.add_argument("--workers", type=int, help="processes that read pictures (default: 2)")
+    suite.add_argument("--precision", choices=["no", "bf16", "fp16"], help="(default: no)")
+    suite.add_argument("--tokenizer", help="folder or id of BERT, for a .pth has no vocabulary (default: its Hub id)")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,12 @@ def train(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    from vg.benchmark.command import benchmark, refuse
+
+    if options.suite:
+        benchmark(options)
+        return
+    refuse(options)
     place = Path(options.checkpoint)
     output = Path(options.output or (Path("runs", place.stem) if place.is_file() else place))
     _evaluate(place, options.overrides, output, options.detections)

@@ -14,13 +14,18 @@ from tqdm.auto import tqdm
 from vg.config import DataConfig
 from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
-from vg.data.source import Numbered, Source
+from vg.data.source import Numbered, Source, Task
 from vg.distributed import mean_over_processes
-from vg.metrics import CocoMetric, RecMetric
+from vg.metrics import CocoMetric, GrecMetric, RecMetric
 from vg.models.base import GroundingModel
 from vg.types import ConfigError
 
-METRICS = {"expressions": RecMetric, "detection": CocoMetric}  # the data decides and not the model
+# The data decides and not the model.
+METRICS: dict[Task, type[RecMetric] | type[GrecMetric] | type[CocoMetric]] = {
+    "expressions": RecMetric,
+    "generalized": GrecMetric,
+    "detection": CocoMetric,
+}
 
 
 def progress_bar(accelerator: Accelerator, **options: Any) -> tqdm:
@@ -47,17 +52,30 @@ class EvaluationSet:
         self.loader: DataLoader[Any] = accelerator.prepare_data_loader(loader)
         self.metric = METRICS[source.provenance.task]().to(accelerator.device)
 
-    def run(self, model: GroundingModel) -> dict[str, Any]:
-        """Flat results: the numbers of the metric, plus `data`, `split`, `protocol` and, if it has a name, `set`."""
+    def collect(self, model: GroundingModel) -> None:
+        """Answer every sample and leave the answers with the metric, which forgets former ones."""
         self.metric.reset()
         title = f"evaluate {self.name}".strip()
         for batch in progress_bar(self.accelerator, iterable=self.loader, desc=title, leave=False):
             with self.accelerator.autocast():
                 output = model(batch)
             self.metric.update(model.predict(output, batch), batch.targets)
+
+    def run(self, model: GroundingModel) -> dict[str, Any]:
+        """Flat results, see `summary`."""
+        self.collect(model)
+        return self.summary()
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of what was collected, plus `data`, `split`, `protocol`, what else is known of the data (see
+        vg.data.source.Provenance) and, if it has a name, `set`."""
         results: dict[str, Any] = self.metric.compute()
         provenance = self.data.source.provenance
         results |= {"data": provenance.data, "split": provenance.split, "protocol": self.metric.protocol}
+        if provenance.partition is not None:
+            results["partition"] = provenance.partition
+        if provenance.official is not None:
+            results["official"] = "yes" if provenance.official else "no"  # words: what is no text is taken for a number
         results |= {"set": self.name} if self.name else {}
         bad = mean_over_processes(self.accelerator, self.data.bad.float().to(self.accelerator.device))  # [samples]
         if bad.any():

@@ -101,7 +101,7 @@ def publish(form: str, folder: Path) -> Path:
     elif form == "toolbox file":
         return write_toolbox(folder) / "refs(unc).p"
     elif form == "jsonl":
-        return write_lines(folder / "refcoco_val.jsonl", LINES)
+        return write_lines(folder / "mini_val.jsonl", LINES)
     elif form == "json":
         rows = [{**line, "image": line["file_name"], "split": "val"} for line in LINES]
         (folder / "refs.json").write_text(json.dumps(rows))
@@ -123,10 +123,10 @@ def publish(form: str, folder: Path) -> Path:
     ],
 )
 def test_every_published_form_gives_the_same_samples(form, tmp_path, images):
-    source = build(publish(form, tmp_path / "refcoco"), image_root=str(images))
+    source = build(publish(form, tmp_path / "mini"), image_root=str(images))
     assert (len(source), source.num_refs) == (2, 1)
     assert source.provenance.split == "val"
-    assert source.provenance.data == ("refcoco-unc" if "toolbox" in form else "refcoco")
+    assert source.provenance.data == ("mini-unc" if "toolbox" in form else "mini")
     first, second = source.load(0, epoch=0), source.load(1, epoch=0)
     assert (first.phrases, second.phrases) == (("red man",), ("man on left",))
     assert [first.id, second.id] == [f"{source.provenance.data}/val/5/{number}" for number in (0, 1)]
@@ -156,9 +156,9 @@ def test_an_exif_rotation_is_ignored(tmp_path):
 
 def test_an_object_named_in_two_rows_has_unique_ids(tmp_path, images):
     rows = [LINES[0], {**LINES[0], "ann_id": 6}, LINES[1]]
-    source = build(write_lines(tmp_path / "refcoco_val.jsonl", rows), image_root=str(images))
+    source = build(write_lines(tmp_path / "mini_val.jsonl", rows), image_root=str(images))
     ids = [source.load(index, epoch=0).id for index in range(3)]
-    assert ids == ["refcoco/val/5/0", "refcoco/val/6/0", "refcoco/val/5/1"]
+    assert ids == ["mini/val/5/0", "mini/val/6/0", "mini/val/5/1"]
     assert source.num_refs == 2
 
 
@@ -219,7 +219,8 @@ def test_the_numbered_parts_of_a_split_are_read_in_order(tmp_path, images):
 def test_mixed_splits_of_lmms_lab_are_warned_about(tmp_path):
     (tmp_path / "refcoco_test.json").write_text(json.dumps([{**LMMS, "image": NAME}] * 5000))
     with pytest.warns(UserWarning, match="5,000 other rows: results on it cannot be compared"):
-        build(tmp_path / "refcoco_test.json", "test")
+        source = build(tmp_path / "refcoco_test.json", "test")
+    assert source.provenance.official is False
 
 
 def test_importing_needs_neither_torch_nor_datasets():

@@ -73,7 +73,7 @@ def build(path: Path | str, split: str = "val", **options) -> Refcoco:
 )
 def test_a_bad_row_is_an_error_of_its_sample_only(changes, message, folder, monkeypatch):
     rows = [LINE, LINE | changes]
-    file = folder / "refcoco_val.jsonl"
+    file = folder / "mini_val.jsonl"
     monkeypatch.setattr("vg.data.refcoco_tables._read_json", lambda _: rows)  # JSON cannot carry bytes
     file.touch()
     source = build(file)
@@ -109,12 +109,12 @@ def test_a_truncated_file_is_named(folder):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("refcoco_val.jsonl", "", "refcoco: the split val is empty"),
-        ("refcoco_val.jsonl", json.dumps(LINE) + "\n{", "refcoco_val.jsonl, line 2: not JSON"),
-        ("refcoco_val.jsonl", "[1]", "expected objects"),
-        ("refcoco_val.json", "{", "refcoco_val.json, line 1: not JSON"),
-        ("refcoco_val.jsonl", '{"a": 1, "bbox": 2}', r"\['a', 'bbox'\] are no known RefCOCO schema"),
-        ("refcoco_train.jsonl", json.dumps(LINE), "no split 'val'; it has train"),
+        ("mini_val.jsonl", "", "mini: the split val is empty"),
+        ("mini_val.jsonl", json.dumps(LINE) + "\n{", "mini_val.jsonl, line 2: not JSON"),
+        ("mini_val.jsonl", "[1]", "expected objects"),
+        ("mini_val.json", "{", "mini_val.json, line 1: not JSON"),
+        ("mini_val.jsonl", '{"a": 1, "bbox": 2}', r"\['a', 'bbox'\] are no known RefCOCO schema"),
+        ("mini_train.jsonl", json.dumps(LINE), "no split 'val'; it has train"),
         ("refs.jsonl", json.dumps(LINE | {"split": "testA"}), "no split 'val'; it has testA"),
         ("refs.txt", "", "unknown kind of file"),
         ("val.parquet", "PAR1", "val.parquet .*cannot be read"),
@@ -159,7 +159,7 @@ def test_the_hub(monkeypatch):
     table = datasets.Dataset.from_list([JXU124])
 
     def load_dataset(path, revision):
-        if path != "jxu124/refcoco":
+        if path != "someone/refs":
             raise ConnectionError("no route to host")
         return datasets.DatasetDict(validation=table)
 
@@ -168,10 +168,10 @@ def test_the_hub(monkeypatch):
         DataError, match=r"someone/else could not be loaded .*no route to host.*hf download someone/else"
     ):
         build("someone/else")
-    with pytest.raises(DataError, match="jxu124/refcoco has no pixels; set image_root"):
-        build("jxu124/refcoco")
-    source = build("jxu124/refcoco", image_root=".", revision="abc")
-    assert (source.provenance.data, source.provenance.split) == ("jxu124/refcoco@abc", "val")
+    with pytest.raises(DataError, match="someone/refs has no pixels; set image_root"):
+        build("someone/refs")
+    source = build("someone/refs", image_root=".", revision="abc")
+    assert (source.provenance.data, source.provenance.split) == ("someone/refs@abc", "val")
 
 
 def write_refs(folder: Path, partition: str, ann_id: int = 5) -> None:

@@ -25,21 +25,24 @@ class Schema:
     expressions: str  # the column with one expression or with a list of them; it is what a schema is recognised by
     box_format: Literal["xyxy", "xywh"]  # of the column `bbox`, in pixels
     key: str  # the column that identifies the described object
+    boxes: Literal["bbox", "boxes"] = "bbox"  # the column with its box, or with those of any number of objects
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return self.expressions, self.key, "bbox"
+        return self.expressions, self.key, self.boxes
 
 
 LMMS = Schema("answer", "xywh", "question_id")  # lmms-lab/RefCOCO*, pixels inside; vg.data.shapes draws such rows
 SCHEMAS = (
     LMMS,
     Schema("captions", "xyxy", "ann_id"),  # jxu124/refcoco*, no pixels
-    Schema("sent", "xywh", "ann_id"),  # one expression per row: json lines, and the refer toolbox once it is joined
+    Schema("sent", "xywh", "ann_id"),  # one expression per row: json lines, and all forms that are joined or made flat
+    Schema("caption", "xywh", "bbox_id"),  # JierunChen/Ref-L4, no pixels
+    Schema("sent", "xywh", "ann_id", "boxes"),  # gRefCOCO: expressions that name any number of things, also none
 )
 COLUMNS = (  # all that is read of a row
     *dict.fromkeys(column for schema in SCHEMAS for column in schema.columns),
-    *("kinds", "raw_anns", "image", "image_path", "file_name"),
+    *("kinds", "raw_anns", "image", "image_path", "file_name", "picture", "category_id", "others"),
 )
 
 
@@ -57,10 +60,10 @@ def recognise(columns: Collection[str], where: str) -> Schema:
 
 @dataclass(frozen=True)
 class Referent:
-    """The annotation of one row: an object and all that the row says about it."""
+    """The annotation of one row: an object, or in gRefCOCO any number of them, and all that the row says about it."""
 
     key: str
-    box: tuple[float, float, float, float]  # xyxy in pixels
+    boxes: tuple[tuple[float, float, float, float], ...]  # xyxy in pixels
     expressions: tuple[str, ...]
     kinds: tuple[str, ...]  # parallel to expressions; "" where the row names none
 
@@ -71,8 +74,8 @@ class Referent:
                 id=id,
                 image=image,
                 phrases=(self.expressions[number],),
-                boxes=np.array([self.box], np.float32),  # [1, 4]
-                phrase_ids=np.zeros(1, np.int64),
+                boxes=np.array(self.boxes, np.float32).reshape(-1, 4),  # [N, 4]
+                phrase_ids=np.zeros(len(self.boxes), np.int64),
                 kind=self.kinds[number],
             )
         )
@@ -102,17 +105,19 @@ def referent_of(row: Mapping[str, Any], schema: Schema) -> Referent:
         raise BadSampleError(f"{key}: {len(kinds)} kinds for {len(expressions)} expressions; give one for each")
     return Referent(
         key=str(key),
-        box=_box_of(row, schema, str(key)),
+        boxes=_boxes_of(row, schema, str(key)),
         expressions=tuple(expressions),
         kinds=tuple(kinds),
     )
 
 
-def _box_of(row: Mapping[str, Any], schema: Schema, key: str) -> tuple[float, float, float, float]:
+def _boxes_of(row: Mapping[str, Any], schema: Schema, key: str) -> tuple[tuple[float, float, float, float], ...]:
     """xyxy pixels; `raw_anns`, where a table has it, is COCO's own annotation (JSON, xywh) and must agree."""
+    if schema.boxes == "boxes":
+        return tuple(_to_xyxy(box, schema.box_format, f"{key}: a box") for box in row["boxes"])
     box = _to_xyxy(row.get("bbox"), schema.box_format, f"{key}: bbox")
     if row.get("raw_anns") is None:
-        return box
+        return (box,)
     try:
         published = json.loads(row["raw_anns"])["bbox"]
     except (TypeError, KeyError, ValueError) as error:
@@ -123,7 +128,7 @@ def _box_of(row: Mapping[str, Any], schema: Schema, key: str) -> tuple[float, fl
             f"{key}: bbox {row['bbox']}, read as {schema.box_format}, contradicts raw_anns, whose box is {published} "
             f"(x, y, width, height) = {list(truth)} (left, top, right, bottom); write bbox as {schema.box_format}"
         )
-    return box
+    return (box,)
 
 
 def _to_xyxy(value: Any, box_format: str, where: str) -> tuple[float, float, float, float]:

@@ -9,12 +9,16 @@ import numpy as np
 
 from vg.types import Sample
 
-Task = Literal["expressions", "detection"]
+Task = Literal["expressions", "generalized", "detection"]
 OVERHANG = 1.0  # pixels: annotators round, so a box may stick out of the image by this much and is clipped
 
 
 class DataError(ValueError):
     """Something is wrong with the data; the message names the file, row or key and how to mend it."""
+
+
+class NoSuchSplitError(DataError):
+    """The data is there, but not the split or the one of several data sets that was asked for."""
 
 
 class BadSampleError(DataError):
@@ -27,7 +31,10 @@ class Provenance:
 
     data: str  # "refcoco (unc)"
     split: str  # "val"
-    task: Task = "expressions"  # decides which metric judges: one box per phrase, or any
+    # Decides which metric judges: at most one box per expression, any number of them, or boxes of many phrases.
+    task: Task = "expressions"
+    partition: str | None = None  # who drew the line between the splits of a RefCOCO: "unc", "umd" or "google"
+    official: bool | None = None  # whether it is that split in full, by its published counts; None where none are known
 
 
 class Source(Protocol):

@@ -40,6 +40,24 @@ class CollectingMetric(Metric):
         super().reset()
         self._append(self.columns)  # or a process that saw nothing joins the exchange with the wrong shape and type
 
+    def absorb(self, other: CollectingMetric) -> None:
+        """Add all that another metric of this class has seen, of other samples, in this process."""
+        for name in self.columns:
+            getattr(self, name).extend(getattr(other, name))
+        self._update_count += other._update_count  # else torchmetrics warns of a metric that saw nothing
+
+    def per_sample(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """What each of U samples of all processes contributes to the numbers that are means; every process must ask.
+
+        Returns:
+            [U] int64 `hashed` sample ids, and [U] float64 of each number, NaN where it is not about the sample.
+        """
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn):
+            return self._per_sample()
+
+    def _per_sample(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        raise NotImplementedError(f"{type(self).__name__} has no numbers of single samples")
+
     def _append(self, rows: dict[str, Tensor]) -> None:
         for name, tensor in rows.items():
             getattr(self, name).append(tensor.detach().to(self.device, self.columns[name].dtype))

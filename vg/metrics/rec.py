@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -101,27 +101,68 @@ class RecMetric(CollectingMetric):
         Raises:
             ValueError: there is nothing to judge, or different samples share an id.
         """
+        judged = self._judged()
+        results: dict[str, float] = {}
+        for kind in ("", *sorted(set(judged.kinds) - {""})):
+            rows = judged.kinds == kind if kind else np.ones(len(judged.ids), dtype=bool)  # [U] of these expressions
+            numbers = _numbers(rows, judged.true_boxes, judged.owner, judged.boxes, judged.scores)
+            results |= {f"{kind}/{name}" if kind else name: number for name, number in numbers.items()}
+        return results
+
+    def _per_sample(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Also `score`, of the best box, 0 where there is none."""
+        judged = self._judged()
+        present = ~np.isnan(judged.true_boxes[:, 0])  # [U]
+        answered, best = np.unique(judged.owner, return_index=True)
+        score = np.zeros(len(present))  # [U]
+        score[answered] = judged.scores[best]
+        overlap = _overlaps(judged.true_boxes, judged.owner, judged.boxes)  # [K]
+        top_iou = np.zeros(len(present))  # [U]
+        top_iou[answered] = overlap[best]
+        values = {"miou": top_iou}
+        values |= {f"acc@{threshold}": (top_iou >= threshold).astype(float) for threshold in ACCURACY_THRESHOLDS}
+        rank = np.arange(len(judged.owner)) - best[np.searchsorted(answered, judged.owner)]  # [K]
+        for limit in RECALL_BOXES:
+            values[f"recall@{limit}"] = np.zeros(len(present))
+            values[f"recall@{limit}"][judged.owner[(rank < limit) & (overlap >= RECALL_THRESHOLD)]] = 1
+        return judged.ids, {name: np.where(present, value, np.nan) for name, value in values.items()} | {"score": score}
+
+    def _judged(self) -> _Judged:
         state = self._collected()
         if not len(state["ids"]):
             raise ValueError("RecMetric saw no expression: the evaluated data is empty or all of it was skipped")
 
-        _, first, sample = np.unique(state["ids"], return_index=True, return_inverse=True)  # [U], [E] -> 0..U-1
+        ids, first, sample = np.unique(state["ids"], return_index=True, return_inverse=True)  # [U], [E] -> 0..U-1
         if not np.allclose(state["true_boxes"], state["true_boxes"][first][sample], rtol=0, atol=0.5, equal_nan=True):
             raise ValueError("samples with the same id have different true boxes: make the ids of the data unique")
         is_first = np.zeros(len(sample), dtype=bool)  # [E]
         is_first[first] = True
         kept = np.repeat(is_first, state["counts"])  # [K]
-        owner = np.repeat(sample, state["counts"])[kept]  # [K'] the expression each box was predicted for, 0..U-1
-        boxes, scores = state["boxes"][kept].astype(np.float64), state["scores"][kept].astype(np.float64)
-        true_boxes = state["true_boxes"][first].astype(np.float64)  # [U, 4]
-        kinds = _decode(state["kinds"][first])  # [U]
+        return _Judged(
+            ids=ids,
+            kinds=_decode(state["kinds"][first]),
+            true_boxes=state["true_boxes"][first].astype(np.float64),
+            owner=np.repeat(sample, state["counts"])[kept],
+            boxes=state["boxes"][kept].astype(np.float64),
+            scores=state["scores"][kept].astype(np.float64),
+        )
 
-        results: dict[str, float] = {}
-        for kind in ("", *sorted(set(kinds) - {""})):
-            rows = kinds == kind if kind else np.ones(len(first), dtype=bool)  # [U] of these expressions
-            numbers = _numbers(rows, true_boxes, owner, boxes, scores)
-            results |= {f"{kind}/{name}" if kind else name: number for name, number in numbers.items()}
-        return results
+
+class _Judged(NamedTuple):
+    """All that was seen of U expressions, each once, with K predicted boxes altogether."""
+
+    ids: np.ndarray  # [U] hashed
+    kinds: np.ndarray  # [U] str
+    true_boxes: np.ndarray  # [U, 4] xyxy pixels, NaN where there is none
+    owner: np.ndarray  # [K] the expression each box was predicted for, 0..U-1
+    boxes: np.ndarray  # [K, 4] xyxy pixels, best first within an expression
+    scores: np.ndarray  # [K]
+
+
+def _overlaps(true_boxes: np.ndarray, owner: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """[K] IoU of each predicted box with the true one, 0 where there is none."""
+    overlap = iou(torch.from_numpy(boxes), torch.from_numpy(true_boxes[owner])).numpy()
+    return np.nan_to_num(overlap)
 
 
 def _numbers(
@@ -147,7 +188,7 @@ def _numbers(
         if not present.any():
             return absent
 
-    overlap = np.nan_to_num(iou(torch.from_numpy(boxes), torch.from_numpy(true_boxes[owner])).numpy())  # [K]
+    overlap = _overlaps(true_boxes, owner, boxes)  # [K]
     rank = np.arange(len(owner)) - best[inverse]  # [K] 0 for the best box of an expression
     top_iou = np.zeros(len(present))  # [M]
     top_iou[answered] = overlap[best]

@@ -57,7 +57,9 @@ def _set_table(results: Mapping[str, Any]) -> str:
         lines.append(" ".join((f"{kind:<{width}}", *(f"{_cell(part.get(name)):>11}" for name in shared))))
     rest = [f"{name} {_cell(value)}" for name, value in everything.items() if name not in shared]
     lines += [", ".join(rest[start : start + 6]) for start in range(0, len(rest), 6)]
-    title = f"{results['data']}, {results['split']} ({results['protocol']})"
+    split = " ".join([*([results["partition"]] if "partition" in results else []), results["split"]])
+    remark = ", not the whole official split" if results.get("official") == "no" else ""
+    title = f"{results['data']}, {split}{remark} ({results['protocol']})"
     return "\n".join([f"{results['set']}: {title}" if "set" in results else title, *lines])
 
 

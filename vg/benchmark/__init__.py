@@ -1,0 +1,1 @@
+"""The RefCOCO benchmark: any checkpoint on the official splits, beside published numbers."""
