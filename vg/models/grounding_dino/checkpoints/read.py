@@ -80,7 +80,9 @@ def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
     if (folder / "best" / "config.yaml").exists():
         folder = folder / "best"  # the folder of a run stands for its best checkpoint
     if not (folder / "config.yaml").exists():
-        raise CheckpointError("not a checkpoint: the folder holds neither config.json (transformers) nor config.yaml (vg)")
+        raise CheckpointError(
+            "not a checkpoint: the folder holds neither config.json (transformers) nor config.yaml (vg)"
+        )
     try:
         values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         config = TypeAdapter(GroundingDinoConfig).validate_python(values["model"] | {"weights": None})
