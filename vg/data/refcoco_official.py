@@ -84,5 +84,5 @@ def check_counts(name: str, split: str, found: Counts, strict: bool = True) -> t
     expected = " or ".join(f"{counts} ({partition})" for partition, counts in published.items())
     raise DataError(
         f"{name} ({split}) has {found}, but the official split of that name has {expected}: fetch it again if it is "
-        "incomplete; if it is meant to be a part or another version, use a local copy under a name of its own (refcoco_mini)"
+        "incomplete; if it is meant to be a part or another version, give a local copy a name of its own (refcoco_mini)"
     )
