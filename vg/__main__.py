@@ -1,4 +1,4 @@
-"""The command line: `vg train | eval | predict | convert | config | demo | ops`."""
+"""The command line: `vg train | eval | predict | cache | convert | config | demo | ops`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("output", help=".pth (official, mmdet) or folder (transformers, vg) to write")
     convert.add_argument("--to", required=True, choices=["official", "transformers", "mmdet", "vg"], help="dialect")
     convert.add_argument("--tokenizer", help="folder or id of BERT, for a .pth has no vocabulary (default: its Hub id)")
+
+    cache = verbs.add_parser("cache", help="run frozen encoders once and write their features to data.cache.folder")
+    cache.add_argument("config", help="YAML file that will be trained, such as configs/rec/refcoco_cached.yaml")
+    _overrides(cache)
 
     config = verbs.add_parser("config", help="print a configuration with every default and override")
     config.add_argument("config", help="YAML file")

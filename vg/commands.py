@@ -26,6 +26,7 @@ def run(options: argparse.Namespace) -> None:
         "eval": evaluate,
         "predict": predict,
         "convert": convert,
+        "cache": cache,
         "config": show_config,
         "demo": demo,
         "ops": show_ops,
@@ -69,6 +70,12 @@ def predict(options: argparse.Namespace) -> None:
     Image.fromarray(drawn).save(options.output)
     print(f"{options.expression}: left {box[0]:.1f}, top {box[1]:.1f}, right {box[2]:.1f}, bottom {box[3]:.1f}")
     print(f"drawn in {options.output}")
+
+
+def cache(options: argparse.Namespace) -> None:
+    from vg.caching import build_cache
+
+    build_cache(load_config(options.config, options.overrides))
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -144,17 +151,22 @@ def _evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: 
         for name, rows in found.items():
             (output / f"detections{name and '_'}{name}.json").write_text(json.dumps(rows), encoding="utf-8")
         print(table(results))
-        _draw(model, evaluator, output / "predictions.png")
+        _draw(model, config, evaluator, output / "predictions.png")
         print(f"written to {output}: metrics.json, predictions.png")
     return results
 
 
-def _draw(model: GroundingModel, evaluator: Any, path: Path) -> None:
+def _draw(model: GroundingModel, config: RunConfig, evaluator: Any, path: Path) -> None:
     """A grid of samples, evenly spaced over the data."""
+    from vg.data.dataset import GroundingDataset
     from vg.inference.draw import prediction_grid
     from vg.inference.grounder import Grounder
 
     data = evaluator.sets[0].data
+    if config.data.cache:  # which has no pixels to draw on
+        data = GroundingDataset(
+            next(iter(config.data.eval_sets().values())).build(), bad_samples=config.data.bad_samples
+        )
     samples = [data[index] for index in range(0, len(data), max(1, len(data) // NUM_DRAWN))][:NUM_DRAWN]
     predictions = Grounder(model, str(model.device)).predict_samples(samples)
     prediction_grid(list(zip(samples, predictions, strict=True)), 6, path)

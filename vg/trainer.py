@@ -19,7 +19,7 @@ from tqdm import tqdm
 from vg import checkpoint
 from vg.config import RunConfig
 from vg.data.collate import Collator
-from vg.data.dataset import EpochSampler, GroundingDataset
+from vg.data.dataset import GroundingDataset
 from vg.distributed import (
     StopSignal,
     mean_over_processes,
@@ -29,6 +29,7 @@ from vg.distributed import (
     seed_everything,
 )
 from vg.evaluation import Evaluator, progress_bar
+from vg.inputs import build_model, training_order, training_source
 from vg.optim import Ema, build_optimizer, build_schedule
 from vg.run_folder import RunFolder
 from vg.types import Batch, ConfigError
@@ -79,11 +80,10 @@ class Trainer:
         self.folder.claim(resume, overwrite)
         seed_everything(config.train.seed)
 
-        self.core = config.model.build()  # the network itself; self.model may be a wrapper around it
-        self.data = GroundingDataset(
-            config.data.train.build(), config.data.augment.build(), config.train.seed, config.data.bad_samples
-        )
-        self.sampler = EpochSampler(len(self.data), config.train.seed)
+        self.core = build_model(config)  # the network itself; self.model may be a wrapper around it
+        source = training_source(config, self.core)
+        self.data = GroundingDataset(source, config.data.augment.build(), config.train.seed, config.data.bad_samples)
+        self.sampler = training_order(config, source)
         self.model, self.optimizer = self.accelerator.prepare(self.core, build_optimizer(self.core, config.optim))
         self.loader = self.accelerator.prepare_data_loader(self._loader())
         self.evaluator = Evaluator(config.data, self.core, self.accelerator)
