@@ -101,7 +101,7 @@ class Build:
 
     def __str__(self) -> str:
         key = self.folder.key
-        counts = f"{len(self.pictures):,} pictures x {len(key['views'])} views, {len(self.source):,} expressions"
+        counts = f"{len(self.pictures):,} pictures ({', '.join(key['views'])}), {len(self.source):,} expressions"
         size = f"{_size(self.picture_bytes)} of images, at most about {_size(self.word_bytes)} of words to write"
         return f"{key['data']} ({key['split']}): {counts}; {'finished' if self.done else size} -> {self.folder.path}"
 
@@ -116,13 +116,15 @@ class Build:
             self._warn_of_fresh_pictures()
             _write(folder.path / KEY, json.dumps(folder.key, indent=1).encode())
         missing = folder.missing()
-        self.accelerator.wait_for_everyone()  # before one of them writes a part that another would miss in its count
+        self.accelerator.wait_for_everyone()  # all have counted before one of them writes
         self._encode_pictures(self._mine(missing))
         self.accelerator.wait_for_everyone()
         records = self._records()
         expressions = _distinct(records)
         starts = range(0, len(expressions), folder.words_part_size)
-        self._encode_words(expressions, self._mine([n for n in range(len(starts)) if not folder.words(n).exists()]))
+        missing = [part for part in range(len(starts)) if not folder.words(part).exists()]
+        self.accelerator.wait_for_everyone()
+        self._encode_words(expressions, self._mine(missing))
         self.accelerator.wait_for_everyone()
         if main:
             _write(folder.path / INDEX, self._index(records, expressions))

@@ -159,7 +159,9 @@ class Answer(NamedTuple):
 class Echo(GroundingModel):
     """A model of many phrases that answers without looking: one box for each phrase it was asked."""
 
-    text_spec = TextSpec(BertTokenizer(vocab=str(Path(vg.__file__).parent / "models/small_vocabulary.txt")), 8, (".", "?"))
+    text_spec = TextSpec(
+        BertTokenizer(vocab=str(Path(vg.__file__).parent / "models/small_vocabulary.txt")), 8, (".", "?")
+    )
     image_spec = FittedImage(32, 48)
 
     def __init__(self) -> None:
