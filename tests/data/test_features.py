@@ -169,7 +169,7 @@ def test_bad_samples_are_noted(folder: Path) -> None:
     config = cached_config(folder, {})
     with pytest.raises(BadSampleError, match=r"train3\.png cannot be read"):
         build_cache(config)
-    config = cached_config(folder, {}, data={"bad_samples": "skip"})
+    config = cached_config(folder, {}, data={"bad_samples": "skip", "workers": 1})
     build_cache(config)
     data = GroundingDataset(source_of(config), bad_samples="skip")
     ids = {data[index].id for index in range(len(data))}

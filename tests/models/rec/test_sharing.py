@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from vg.models import encoders
+from vg.models.encoder_config import EncoderConfig, TextEncoderConfig
 from vg.models.layers import place_in_group
 from vg.models.rec.config import DenseHeadConfig, HeadConfig, PooledHeadConfig
 
@@ -82,3 +86,18 @@ def test_without_sharing_it_is_the_decoder_of_torch_bit_for_bit(training: bool) 
 
 def test_places_in_groups() -> None:
     assert place_in_group(IMAGE_IDS).tolist() == [0, 0, 1, 0, 2, 1]
+
+
+def test_a_hub_id_stands_for_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the Hub has at a commit never changes, so that nothing needs to be downloaded to know the weights."""
+    asked = []
+
+    def download(id: str, file: str, revision: str | None) -> str:
+        asked.append((id, file, revision))
+        return str(tmp_path / "snapshots" / "abc123" / file)
+
+    monkeypatch.setattr(encoders, "hf_hub_download", download)
+    key = encoders.weights_key("model.vision", EncoderConfig(id="somebody/encoder", revision="main"))
+    assert key == {"id": "somebody/encoder", "revision": "main", "weights": "abc123"}
+    assert encoders.tokenizer_key(TextEncoderConfig(id="somebody/words", revision="v2")) == "abc123"
+    assert asked == [("somebody/encoder", "config.json", "main"), ("somebody/words", "config.json", "v2")]
