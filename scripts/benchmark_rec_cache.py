@@ -3,7 +3,8 @@
     python scripts/benchmark_rec_cache.py [--rounds 5] [--threads 1] [--device cuda --precision bf16]
 
 DINOv3 ViT-B/16, BGE-small and the published head at their full sizes with random weights, on random pictures with
-seven expressions each. All ways run in turn in one process, one step of every way in each round; medians are printed, of ratios too.
+seven expressions each. All ways run in turn in one process, one step of every way in each round; medians are printed,
+those of the ratios too.
 """
 
 from __future__ import annotations
@@ -172,9 +173,9 @@ def main() -> None:
     first = next(iter(running.values())).rates
     for title, way in running.items():
         ratio = statistics.median(mine / theirs for mine, theirs in zip(way.rates, first, strict=True))
+        rates = f"{statistics.median(way.rates):8.1f} expressions/s ({min(way.rates):.1f} to {max(way.rates):.1f})"
         print(
-            f"{title:34} {statistics.median(way.rates):8.1f} expressions/s ({min(way.rates):.1f} to "
-            f"{max(way.rates):.1f}), {ratio:5.1f}x, waits for its batch {statistics.median(way.reading):.1%} of the time"
+            f"{title:34} {rates}, {ratio:5.1f}x, waits for its batch {statistics.median(way.reading):.1%} of the time"
         )
 
 
