@@ -20,6 +20,7 @@ ALLOWED = {
     "__init__": {"config", "trainer", "inference", "types"},  # the public names, imported when they are first used
     "__main__": {"__init__", "commands"},
     "commands": {
+        "caching",
         "config",
         "trainer",
         "evaluation",
@@ -27,6 +28,7 @@ ALLOWED = {
         "distributed",
         "inference",
         "interpolation",
+        "data.dataset",
         "data.source",
         "data.doctor",
         "models",
@@ -39,6 +41,7 @@ ALLOWED = {
     # The trainer and what sits beside it: no network and no data set by name.
     "trainer": {
         "config",
+        "inputs",
         "optim",
         "evaluation",
         "training_data",
@@ -50,6 +53,7 @@ ALLOWED = {
     },
     "training_data": {
         "config",
+        "inputs",
         "data.collate",
         "data.dataset",
         "data.overlap",
@@ -68,8 +72,11 @@ ALLOWED = {
         "metrics",
         "models.base",
         "distributed",
+        "inputs",
         "types",
     },
+    "inputs": {"config", "data", "models.base", "types"},
+    "caching": {"config", "data", "distributed", "evaluation", "inputs", "models.base", "types"},
     "run_folder": {"config", "checkpoint", "history"},
     "checkpoint": {"config", "models.base", "types"},
     "history": set(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -118,6 +120,13 @@ class Refcoco:
         names = [image_name(light.rows[row]) for row in range(len(light.rows))]
         keys = {name: image_key(name, self._image_root) for name in dict.fromkeys(names)}
         return [keys[names[row]] for row in self._rows.tolist()]
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for column in (*self._schema.columns, "image_path", "file_name"):
+            if column in self._table.columns:
+                digest.update(json.dumps([column, self._table.column(column)], default=str).encode())
+        return digest.hexdigest()
 
     @cached_property
     def _sizes(self) -> np.ndarray:

@@ -13,8 +13,8 @@ from tests.conftest import TEXT
 from vg.config import load_config
 from vg.data.collate import Collator
 from vg.data.shapes import ShapesConfig
-from vg.models.rec.config import BgeConfig, DenseHeadConfig, PooledHeadConfig, RecConfig, VisionEncoderConfig
 from vg.models.encoders import SMALL_VOCABULARY
+from vg.models.rec.config import BgeConfig, DenseHeadConfig, PooledHeadConfig, RecConfig, VisionEncoderConfig
 from vg.models.rec.encoders import VisionEncoder
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
