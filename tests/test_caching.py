@@ -251,16 +251,15 @@ def test_a_partial_cache_is_not_used(folder: Path, name: str, damage: Any, messa
         ({"data": {"cache": None}}, "data.cache names no folder"),
         ({"model": {"vision": {"id": "v", "frozen": False}}}, "model.vision.frozen is false"),
         ({"model": {"vision": {"architecture": {"model_type": "resnet"}}}}, "model.vision has no id"),
-        ({"data": {"augment": {"flip": 0.5}}}, "choose data.cache.views in its place"),
+        ({"data": {"augment": {"flip": 0.5}}}, "augment changes pixels, a cache has none; choose cache.views"),
     ],
 )
 def test_what_cannot_be_cached_is_told(folder: Path, sections: dict[str, Any], message: str) -> None:
     if "data" in sections and "cache" not in sections["data"]:
         sections["data"]["cache"] = {"folder": str(folder / "cache")}
-    config = cached_config(folder, {}, **sections)
-    run = Trainer if config.data.cache else build_cache
     with pytest.raises(ConfigError, match=message):
-        run(config)
+        config = cached_config(folder, {}, **sections)
+        (Trainer if config.data.cache else build_cache)(config)
 
 
 def test_the_size_is_told_before_anything_is_written(

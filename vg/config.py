@@ -85,6 +85,10 @@ class DataConfig(Strict):
     cache: CacheConfig | None = None
     """null runs the encoders in every step; {folder: cache} reads their features from there."""
 
+    def __post_init__(self) -> None:
+        if self.cache and self.augment != AugmentConfig():
+            raise ValueError("augment changes pixels, a cache has none; choose cache.views in its place")
+
     def eval_sets(self) -> dict[str, SourceConfig]:
         """Name -> evaluation data; the only one has no name."""
         return self.eval if isinstance(self.eval, dict) else {"": self.eval}

@@ -38,13 +38,10 @@ def training_source(config: RunConfig, model: GroundingModel) -> Source:
 
     Raises:
         CacheError: features are to be read that are missing, stale, incomplete or damaged.
-        ConfigError: data.augment is to change pictures that are not read.
     """
     data = config.data
     if data.cache is None:
         return data.train.build()
-    if data.augment.build() is not None:
-        raise ConfigError("data.augment changes pixels, a cache has none; choose data.cache.views in its place")
     return _cached(data.train, data.cache, data.cache.views, model, config.train.seed)
 
 
