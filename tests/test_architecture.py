@@ -21,6 +21,7 @@ ALLOWED = {
     "__main__": {"__init__", "commands"},
     "commands": {
         "benchmark",
+        "caching",
         "config",
         "trainer",
         "evaluation",
@@ -28,6 +29,7 @@ ALLOWED = {
         "distributed",
         "inference",
         "interpolation",
+        "data.dataset",
         "data.source",
         "data.doctor",
         "models",
@@ -40,6 +42,7 @@ ALLOWED = {
     # The trainer and what sits beside it: no network and no data set by name.
     "trainer": {
         "config",
+        "inputs",
         "optim",
         "evaluation",
         "training_data",
@@ -51,6 +54,7 @@ ALLOWED = {
     },
     "training_data": {
         "config",
+        "inputs",
         "data.collate",
         "data.dataset",
         "data.overlap",
@@ -69,6 +73,7 @@ ALLOWED = {
         "metrics",
         "models.base",
         "distributed",
+        "inputs",
         "types",
     },
     "benchmark": {  # judges finished models of every family on data sets by name
@@ -83,6 +88,8 @@ ALLOWED = {
         "models",
         "types",
     },
+    "inputs": {"config", "data", "models.base", "types"},
+    "caching": {"config", "data", "distributed", "evaluation", "inputs", "models.base", "types"},
     "run_folder": {"config", "checkpoint", "history"},
     "checkpoint": {"config", "models.base", "types"},
     "history": set(),

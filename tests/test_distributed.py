@@ -23,6 +23,7 @@ MakeConfig = Callable[..., RunConfig]
 SCRIPT = """
 import os, signal, sys
 from vg.config import load_config
+from vg.distributed import leave
 from vg.trainer import Trainer
 
 class Interrupted(Trainer):
@@ -39,6 +40,7 @@ else:
         Interrupted(load_config("config.yaml")).fit()
     except SystemExit as stop:
         print(stop)
+leave()
 """
 
 

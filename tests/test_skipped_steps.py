@@ -148,6 +148,7 @@ def test_without_a_checkpoint_nothing_comes_back(tiny_config: MakeConfig) -> Non
 SCRIPT = """
 import sys
 from vg.config import load_config
+from vg.distributed import leave
 from vg.trainer import Trainer
 
 trainer = Trainer(load_config("config.yaml"))
@@ -160,6 +161,7 @@ def poisoned(output, batch):
 trainer.core.loss = poisoned
 trainer.fit()
 print("skipped", trainer.progress.skipped, flush=True)
+leave()
 """
 
 

@@ -1,4 +1,4 @@
-"""The command line: `vg train | eval | predict | check | convert | interpolate | config | demo | ops`."""
+"""The command line: `vg train | eval | predict | check | convert | interpolate | cache | config | demo | ops`."""
 
 from __future__ import annotations
 
@@ -85,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
         help="shares of the final weights (default: 0 .25 .5 .75 1)",
     )
     mix.add_argument("--output", required=True, help="folder of the checkpoint to write")
+
+    cache = verbs.add_parser("cache", help="run frozen encoders once and write their features to data.cache.folder")
+    cache.add_argument("config", help="YAML file that will be trained, such as configs/rec/refcoco_cached.yaml")
+    _overrides(cache)
 
     config = verbs.add_parser("config", help="print a configuration with every default and override")
     config.add_argument("config", help="YAML file")

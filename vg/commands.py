@@ -33,6 +33,7 @@ def run(options: argparse.Namespace) -> None:
         "check": check,
         "convert": convert,
         "interpolate": interpolate,
+        "cache": cache,
         "config": show_config,
         "demo": demo,
         "ops": show_ops,
@@ -158,6 +159,12 @@ def _token_counter(model: ModelConfig) -> Callable[[list[str]], list[int]] | Non
     ]
 
 
+def cache(options: argparse.Namespace) -> None:
+    from vg.caching import build_cache
+
+    build_cache(load_config(options.config, options.overrides))
+
+
 def convert(options: argparse.Namespace) -> None:
     from vg.checkpoint import CheckpointError, replacing, write_weights
     from vg.models.grounding_dino.checkpoints import bert_settings, open_tokenizer, read_checkpoint, write_checkpoint
@@ -253,7 +260,7 @@ def _evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: 
         for name, rows in found.items():
             (output / f"detections{name and '_'}{name}.json").write_text(json.dumps(rows), encoding="utf-8")
         print(table(results))
-        _draw(model, evaluator, output / "predictions.png")
+        _draw(model, config, evaluator, output / "predictions.png")
         print(f"written to {output}: metrics.json, predictions.png")
     return results
 
@@ -283,12 +290,17 @@ def _published(path: Path, overrides: list[str]) -> tuple[GroundingModel, Publis
     return config.model.build().eval(), config
 
 
-def _draw(model: GroundingModel, evaluator: Any, path: Path) -> None:
+def _draw(model: GroundingModel, config: RunConfig, evaluator: Any, path: Path) -> None:
     """A grid of samples, evenly spaced over the data."""
+    from vg.data.dataset import GroundingDataset
     from vg.inference.draw import prediction_grid
     from vg.inference.grounder import Grounder
 
     data = evaluator.sets[0].data
+    if config.data.cache:  # which has no pixels to draw on
+        data = GroundingDataset(
+            next(iter(config.data.eval_sets().values())).build(), bad_samples=config.data.bad_samples
+        )
     samples = [data[index] for index in range(0, len(data), max(1, len(data) // NUM_DRAWN))][:NUM_DRAWN]
     predictions = Grounder(model, str(model.device)).predict_samples(samples)
     prediction_grid(list(zip(samples, predictions, strict=True)), 6, path)

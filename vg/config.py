@@ -47,6 +47,22 @@ EvalConfig = Annotated[
 
 
 @dataclass
+class CacheConfig(Strict):
+    """Features of frozen encoders on disk, which `vg cache` writes: training and evaluation read them, not pictures."""
+
+    folder: str
+    views: list[Literal["plain", "flip", "crop", "flip_crop"]] = field(default_factory=lambda: ["plain"])
+    """What is kept of each training picture, one of which is drawn for each epoch: as it is, mirrored with "left" and
+    "right" swapped in the words, cropped without loss of a box, or both; every entry costs the same space on disk."""
+    together: PositiveInt = 1
+    """Expressions of one picture that stand together in a batch, where they share what a head computes of it alone."""
+
+    def __post_init__(self) -> None:
+        if not self.views:
+            raise ValueError("views needs at least one entry, such as plain")
+
+
+@dataclass
 class DataConfig(Strict):
     """What is read, and how it gets into batches."""
 
@@ -66,6 +82,12 @@ class DataConfig(Strict):
     """Leave out of training what shows a picture of the evaluation data; by default there is only a warning."""
     similar_shapes: bool = False
     """Training batches hold pictures of similar aspect, so that less of a batch is padding."""
+    cache: CacheConfig | None = None
+    """null runs the encoders in every step; {folder: cache} reads their features from there."""
+
+    def __post_init__(self) -> None:
+        if self.cache and self.augment != AugmentConfig():
+            raise ValueError("augment changes pixels, a cache has none; choose cache.views in its place")
 
     def eval_sets(self) -> dict[str, SourceConfig]:
         """Name -> evaluation data; the only one has no name."""

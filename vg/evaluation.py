@@ -16,6 +16,7 @@ from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
 from vg.data.source import Numbered, Source, Task
 from vg.distributed import mean_over_processes
+from vg.inputs import evaluation_source
 from vg.metrics import CocoMetric, GrecMetric, RecMetric
 from vg.models.base import GroundingModel
 from vg.types import ConfigError
@@ -91,8 +92,8 @@ class Evaluator:
 
     def __init__(self, config: DataConfig, model: GroundingModel, accelerator: Accelerator):
         self.sets = [
-            EvaluationSet(name, source.build(), config, model, accelerator)
-            for name, source in config.eval_sets().items()
+            EvaluationSet(name, evaluation_source(settings, config, model), config, model, accelerator)
+            for name, settings in config.eval_sets().items()
         ]
 
     @property

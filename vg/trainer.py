@@ -25,6 +25,7 @@ from vg.distributed import (
     seed_everything,
 )
 from vg.evaluation import Evaluator, progress_bar
+from vg.inputs import build_model
 from vg.loss_log import REMEDY, LossLog
 from vg.loss_log import TrainingError as TrainingError  # part of this module's interface too
 from vg.optim import build_optimizer, build_schedule, choose_trained
@@ -75,7 +76,7 @@ class Trainer:
         self.folder.claim(resume, overwrite)
         seed_everything(config.train.seed)
 
-        self.core = config.model.build()  # the network itself; self.model may be a wrapper around it
+        self.core = build_model(config)  # the network itself; self.model may be a wrapper around it
         self.evaluator = Evaluator(config.data, self.core, self.accelerator)
         self.best_metric = self.evaluator.deciding_number(config.train.best_metric)
         self.data = TrainingData(config, self.core, self.accelerator, self.evaluator.sources)
@@ -254,7 +255,8 @@ class Trainer:
             return
         self.losses.clear()
         loss = sum(means.values())
-        bar.set_postfix({"loss": f"{loss:.3f}"} | {name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
+        shown = {"loss": loss} | {name: mean for name, mean in means.items() if "_" not in name}  # not those of layers
+        bar.set_postfix({name: f"{mean:.3f}" for name, mean in shown.items()}, refresh=False)
         skipped = {"skipped": self.progress.skipped} if self.progress.skipped else {}
         lr = max(self.schedule.get_last_lr())
         self._log({"loss": loss} | {f"loss/{name}": mean for name, mean in means.items()} | {"lr": lr} | skipped)

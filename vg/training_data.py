@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 
 from vg.config import RunConfig
 from vg.data.collate import Collator
-from vg.data.dataset import EpochSampler, GroundingDataset, SimilarShapes
+from vg.data.dataset import GroundingDataset, SimilarShapes
 from vg.data.overlap import without_overlap
 from vg.data.source import Source
+from vg.inputs import training_order, training_source
 from vg.models.base import GroundingModel
 from vg.types import Batch
 
@@ -34,13 +35,13 @@ class TrainingData:
         self, config: RunConfig, model: GroundingModel, accelerator: Accelerator, evaluations: Sequence[Source]
     ):
         data, seed = config.data, config.train.seed
-        source = without_overlap(data.train.build(), evaluations, data.drop_overlap)
+        source = without_overlap(training_source(config, model), evaluations, data.drop_overlap)
         samples_at_once = data.batch_size * accelerator.num_processes
         self.accelerator = accelerator
         self.accumulate = config.train.accumulate
         self.data = GroundingDataset(source, data.augment.build(), seed, data.bad_samples)
         self.sampler = (
-            SimilarShapes(source, seed, samples_at_once) if data.similar_shapes else EpochSampler(len(source), seed)
+            SimilarShapes(source, seed, samples_at_once) if data.similar_shapes else training_order(config, source)
         )
         loader: DataLoader[Any] = DataLoader(
             self.data,

@@ -79,24 +79,39 @@ class Target:
         return replace(self, boxes=move(self.boxes), phrase_ids=move(self.phrase_ids), crowd=crowd, areas=areas)
 
 
+class Features(NamedTuple):
+    """What the encoders of a model made of pictures and expressions; what is read from a cache has half precision."""
+
+    image: Tensor  # [B, S, D] the tokens of each picture, those of the grid last
+    grid: tuple[int, int]  # rows, columns
+    text: Tensor  # [R, T, D]
+
+
 @dataclass(frozen=True)
 class Batch:
-    """What a model sees, and what it should have answered."""
+    """What a model sees, and what it should have answered.
+
+    Several samples may share a picture: then there are fewer pictures than targets, one prompt for each target, and
+    text.image_ids says which picture a prompt asks about.
+    """
 
     images: Tensor  # [B, 3, H, W] float32, normalised; zeros right of and below an image that is smaller than H x W
     sizes: tuple[tuple[int, int], ...]  # B times (height, width) without that padding; not where boxes are measured in
     text: Text
     targets: list[Target]
+    features: Features | None = None  # in place of pixels and token ids, which then hold nothing
 
     def to(self, device: object, non_blocking: bool = False) -> Batch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
 
+        features = self.features
         return Batch(
             images=move(self.images),
             sizes=self.sizes,
             text=Text(*map(move, self.text)),
             targets=[target.to(device, non_blocking) for target in self.targets],
+            features=features and Features(move(features.image), features.grid, move(features.text)),
         )
 
     def pin_memory(self) -> Batch:

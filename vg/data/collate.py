@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vg import boxes as box_ops
+from vg.data.features import FeatureSample, collate_features
 from vg.data.prompt import Expressions, Prompts
 from vg.types import Batch, ImageSpec, Sample, Target, Text, TextSpec
 
@@ -36,14 +38,20 @@ class Collator:
         # Shared memory: the first worker of a DataLoader that leaves out boxes says so, the others are silent.
         self._said = torch.zeros(1, dtype=torch.bool).share_memory_()
 
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
+    def __call__(self, samples: Sequence[Sample] | Sequence[FeatureSample]) -> Batch:
         """Raises DataError that names the sample: its phrases cannot be what the model is asked."""
+        if isinstance(samples[0], FeatureSample):
+            return collate_features(cast(Sequence[FeatureSample], samples))
+        return self._pixels(cast(Sequence[Sample], samples))
+
+    def _pixels(self, samples: Sequence[Sample]) -> Batch:
         text = self.texts(samples)
-        images, sizes = self._images(samples)
+        images, sizes = self.images(samples)
         targets = [_target(sample, self._asked(sample, text, i)) for i, sample in enumerate(samples)]
         return Batch(images, sizes, text, targets)
 
-    def _images(self, samples: Sequence[Sample]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    def images(self, samples: Sequence[Sample]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+        """The pictures [B, 3, H, W] as the model takes them, and the (height, width) of each without padding."""
         sizes = tuple(self._size(sample) for sample in samples)
         height, width = np.max(sizes, axis=0).tolist()
         images = torch.zeros(len(samples), 3, height, width)

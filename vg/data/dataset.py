@@ -6,11 +6,13 @@ import logging
 from collections.abc import Iterator
 from typing import Literal
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from vg.data.augment import Augment
-from vg.data.source import BadSampleError, DataError, Measured, Source, checked
+from vg.data.features import FeatureSample
+from vg.data.source import BadSampleError, DataError, Grouped, Measured, Source, checked
 from vg.types import Sample
 
 logger = logging.getLogger(__name__)
@@ -18,7 +20,7 @@ logger = logging.getLogger(__name__)
 BadSamples = Literal["error", "skip"]
 
 
-class GroundingDataset(Dataset[Sample]):
+class GroundingDataset(Dataset[Sample | FeatureSample]):
     """Samples of a source.
 
     Whatever is random depends on (seed, epoch, index) only: neither workers nor a resumed run change it.
@@ -47,7 +49,7 @@ class GroundingDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Sample | FeatureSample:
         for candidate in (*range(index, len(self)), *range(index)) if self.skip else (index,):
             if self.bad[candidate]:
                 continue
@@ -60,9 +62,12 @@ class GroundingDataset(Dataset[Sample]):
                 logger.warning("skipped a bad sample: %s", error)
         raise DataError(f"{self.source.provenance}: every sample is bad; the warnings above name the reasons")
 
-    def _load(self, index: int) -> Sample:
+    def _load(self, index: int) -> Sample | FeatureSample:
         epoch = int(self._epoch[0])
-        sample = checked(self.source.load(index, epoch))
+        sample = self.source.load(index, epoch)
+        if isinstance(sample, FeatureSample):  # was checked before it was encoded, and has its views for augmentation
+            return sample
+        sample = checked(sample)
         return self.augment(sample, seed=(self.seed, epoch, index)) if self.augment else sample
 
 
@@ -83,6 +88,35 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         return iter(torch.randperm(self.length, generator=generator).tolist())
+
+
+class Together(EpochSampler):
+    """As above, but samples of one picture stand together in groups of at most `most`, so that a batch can share it.
+
+    Args:
+        source: a vg.data.source.Grouped.
+
+    Raises:
+        DataError: the source does not know which samples show the same picture.
+    """
+
+    def __init__(self, source: Source, seed: int, most: int):
+        if not isinstance(source, Grouped):
+            raise DataError(f"{source.provenance.data} does not know which samples show the same picture")
+        super().__init__(len(source), seed)
+        self.source = source
+        self.most = most
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.array(list(super().__iter__()), np.int64)  # [samples]
+        pictures = self.source.pictures(self.epoch)[order]
+        order = order[np.argsort(pictures, kind="stable")]  # picture by picture, in random order within each
+        _, first, counts = np.unique(np.sort(pictures), return_index=True, return_counts=True)
+        place = np.arange(len(order)) - np.repeat(first, counts)  # [samples] among those of the same picture
+        groups = np.cumsum(place % self.most == 0) - 1  # [samples]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        rank = torch.randperm(int(groups[-1]) + 1, generator=generator).numpy()  # [groups]
+        return iter(order[np.argsort(rank[groups], kind="stable")].tolist())
 
 
 class SimilarShapes(EpochSampler):

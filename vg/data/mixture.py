@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt
 
 from vg.data import PartConfig
-from vg.data.source import DataError, Measured, Provenance, Source
+from vg.data.source import DataError, Grouped, Measured, Provenance, Source
 from vg.types import Sample, Strict
 
 
@@ -95,6 +95,22 @@ class Mixture:
         sizes = [part.sizes(epoch) for part in self.parts if isinstance(part, Measured)]
         places = [self.locate(index, epoch)[:2] for index in range(len(self))]
         return np.array([sizes[part][place] for part, place in places], np.int64).reshape(-1, 2)
+
+    def pictures(self, epoch: int) -> np.ndarray:
+        """[samples]; see vg.data.source.Grouped. A part that shows its samples several times does so in several groups.
+
+        Raises:
+            DataError: a part does not know which samples show the same picture.
+        """
+        places = [self.locate(index, epoch) for index in range(len(self))]
+        numbers: dict[tuple[int, int, int], int] = {}
+        known: dict[tuple[int, int], np.ndarray] = {}
+        for part, source in enumerate(self.parts):
+            if not isinstance(source, Grouped):
+                raise DataError(f"{source.provenance.data} does not know which samples show the same picture")
+            known |= {(part, time): source.pictures(time) for time in {t for p, _, t in places if p == part}}
+        groups = [(part, time, int(known[part, time][place])) for part, place, time in places]
+        return np.array([numbers.setdefault(group, len(numbers)) for group in groups], np.int64)
 
     def _order(self, part: int, turn: int) -> np.ndarray:
         """A permutation of the samples of a part; every sample comes once per turn."""

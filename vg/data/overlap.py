@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vg.data.mixture import Mixture
-from vg.data.source import DataError, Identified, Measured, Source
+from vg.data.source import DataError, Grouped, Identified, Measured, Source
 from vg.types import Sample
 
 
@@ -75,3 +75,8 @@ class Subset:
         if not isinstance(self.source, Measured):
             raise DataError(f"{self.provenance.data} does not know how large its pictures are")
         return self.source.sizes(epoch)[self.indices]
+
+    def pictures(self, epoch: int) -> np.ndarray:
+        if not isinstance(self.source, Grouped):
+            raise DataError(f"{self.provenance.data} does not know which samples show the same picture")
+        return self.source.pictures(epoch)[self.indices]

@@ -30,15 +30,19 @@ class Expressions:
         for sample in samples:
             if len(sample.phrases) != 1:
                 raise DataError(f"{sample.id} has {len(sample.phrases)} phrases, this model takes one expression")
-        tokens = self.spec.tokenizer([sample.phrases[0] for sample in samples], padding=True, return_tensors="pt")
+        return self.text([sample.phrases[0] for sample in samples], [sample.id for sample in samples])
+
+    def text(self, expressions: Sequence[str], names: Sequence[str]) -> Text:
+        """One prompt for each expression; raises DataError that calls one by its name: too many tokens."""
+        tokens = self.spec.tokenizer(list(expressions), padding=True, return_tensors="pt")
         token_ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()  # [R, T]
-        for sample, length in zip(samples, mask.sum(dim=1).tolist(), strict=True):
+        for name, expression, length in zip(names, expressions, mask.sum(dim=1).tolist(), strict=True):
             if length > self.spec.max_tokens:
                 raise DataError(
-                    f"{sample.id}: the expression has {length} tokens, the model takes {self.spec.max_tokens} "
-                    f"(raise model.max_tokens): {sample.phrases[0][:80]!r}"
+                    f"{name}: the expression has {length} tokens, the model takes {self.spec.max_tokens} "
+                    f"(raise model.max_tokens): {expression[:80]!r}"
                 )
-        return Text(token_ids, mask, mask.unsqueeze(1), torch.arange(len(samples)))
+        return Text(token_ids, mask, mask.unsqueeze(1), torch.arange(len(expressions)))
 
 
 class Prompt(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -177,6 +179,13 @@ class Refcoco:
                 )
             )
         return annotations
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for column in (*self._schema.columns, "image_path", "file_name"):
+            if column in self._table.columns:
+                digest.update(json.dumps([column, self._table.column(column)], default=str).encode())
+        return digest.hexdigest()
 
     @cached_property
     def _sizes(self) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -44,8 +44,12 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int, epoch: int) -> Sample:
-        """Read one sample; raises BadSampleError, naming the item, where that is impossible."""
+    def load(self, index: int, epoch: int) -> Any:
+        """Read one Sample, or a FeatureSample (vg.data.features) where the source is a cache.
+
+        Raises:
+            BadSampleError: that is impossible; the message names the item.
+        """
         ...
 
 
@@ -64,6 +68,24 @@ class Identified(Protocol):
 
     def image_keys(self) -> list[str]:
         """What picture each sample shows; two samples with the same key, of any sources, show the same one."""
+        ...
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """A source that can tell whether its annotations are the ones they were."""
+
+    def fingerprint(self) -> str:
+        """A digest of all annotations; no picture is read for it."""
+        ...
+
+
+@runtime_checkable
+class Grouped(Protocol):
+    """A source that knows which samples show the same picture, and shows it to all of them alike in an epoch."""
+
+    def pictures(self, epoch: int) -> np.ndarray:
+        """[samples] int: the number of the picture that `load(index, epoch)` shows."""
         ...
 
 

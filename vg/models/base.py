@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from vg.types import Batch, ImageSpec, Prediction, TextSpec
+from vg.types import Batch, ImageSpec, Prediction, Text, TextSpec
 
 
 class GroundingModel(nn.Module, ABC):
@@ -76,3 +76,28 @@ class GroundingModel(nn.Module, ABC):
 
     def num_parameters(self, trainable_only: bool = False) -> int:
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
+
+
+class FeatureModel(GroundingModel):
+    """A model whose encoders, where they are frozen, can be run once for all: `forward` takes `batch.features`, too."""
+
+    @abstractmethod
+    def feature_key(self) -> dict[str, Any]:
+        """What features depend on besides the data, for JSON; raises ConfigError where an encoder is not frozen."""
+
+    @abstractmethod
+    def encode_images(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """[B, 3, H, W] -> tokens [B, S, D] and the grid (rows, columns) of the last of them."""
+
+    @abstractmethod
+    def encode_text(self, text: Text) -> Tensor:
+        """Tokens [R, T, D]"""
+
+
+@runtime_checkable
+class FeatureModelConfig(Protocol):
+    """Settings of such a model."""
+
+    def build_without_encoders(self) -> FeatureModel:
+        """The network for batches that have features; raises ConfigError where an encoder is not frozen."""
+        ...

@@ -65,6 +65,48 @@ def rotary_encoding(positions: Tensor, head_width: int, temperature: float = 100
     return torch.polar(torch.ones_like(angle), angle)
 
 
+def place_in_group(groups: Tensor) -> Tensor:
+    """How many entries of the same group come before each: [R] int64, for groups [R] int64 in any order."""
+    same = groups.unsqueeze(0) == groups.unsqueeze(1)  # [R, R]
+    return same.tril(diagonal=-1).sum(dim=1)
+
+
+class SharedMemoryDecoderLayer(nn.TransformerDecoderLayer):
+    """nn.TransformerDecoderLayer (post-norm, ReLU) where several rows may ask the same memory.
+
+    Its keys and values are projected once for all of them: their queries stand in one row, for queries of one row do
+    not see each other.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, memory: Tensor, padding: Tensor, place: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """One layer.
+
+        Args:
+            x: [R, T, D]
+            memory: [B, S, D]
+            padding: [R, T] bool, True = no token.
+            place: [R] which memory a row asks, and [R] its place among the rows that ask the same; None where row r
+                asks memory r.
+
+        Returns:
+            [R, T, D]
+        """
+        attended = self.self_attn(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+        x = self.norm1(x + self.dropout1(attended))
+        if place is None:
+            attended = self.multihead_attn(x, memory, memory, need_weights=False)[0]
+        else:
+            most = int(place[1].max()) + 1
+            queries = x.new_zeros(len(memory), most, *x.shape[1:])  # [B, most, T, D]
+            queries = queries.index_put(place, x).flatten(1, 2)  # [B, most x T, D]
+            attended = self.multihead_attn(queries, memory, memory, need_weights=False)[0]
+            attended = attended.unflatten(1, (most, -1))[place]  # [R, T, D]
+        x = self.norm2(x + self.dropout2(attended))
+        return self.norm3(x + self.dropout3(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+
+
 class RotaryTransformerLayer(nn.Module):
     """A transformer encoder layer (pre-norm) whose attention sees where tokens lie relative to each other.
 

@@ -124,6 +124,12 @@ class RecConfig(Strict):
 
         return RecModel(self, pretrained)
 
+    def build_without_encoders(self) -> RecModel:
+        """The network for features that the frozen encoders made before; raises ConfigError where one is not frozen."""
+        from vg.models.rec.model import RecModel
+
+        return RecModel(self, encoders=False)
+
     def rebuild(self) -> RecModel:
         """The network for a checkpoint of vg to be loaded into, which brings all but the frozen encoders."""
         return self.build()

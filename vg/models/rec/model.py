@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from vg import boxes as box_ops
-from vg.models.base import GroundingModel
-from vg.models.encoders import load_tokenizer
+from vg.models.base import FeatureModel
+from vg.models.encoders import load_tokenizer, network_config, token_width, tokenizer_key, weights_key
 from vg.models.rec.config import RecConfig
 from vg.models.rec.encoders import TextEncoder, VisionEncoder
 from vg.models.rec.heads import DenseOutput, PooledOutput
-from vg.types import Batch, ImageSpec, Prediction, StretchedImage, TextSpec
+from vg.types import Batch, ImageSpec, Prediction, StretchedImage, Text, TextSpec
 
 
-class RecModel(GroundingModel):
-    def __init__(self, config: RecConfig, pretrained: bool = True):
+class RecModel(FeatureModel):
+    """See RecConfig.build and RecConfig.build_without_encoders."""
+
+    def __init__(self, config: RecConfig, pretrained: bool = True, encoders: bool = True):
         super().__init__()
         self.config = config
-        self.vision = VisionEncoder(config.vision, pretrained)
-        self.text = TextEncoder(config.text, pretrained)
-        self.head = config.head.build(self.vision.width, self.text.width)
-        encoders = {"vision": config.vision, "text": config.text}
-        self.external = tuple(name for name, encoder in encoders.items() if encoder.frozen and encoder.id)
+        if encoders:
+            self.vision = VisionEncoder(config.vision, pretrained)
+            self.text = TextEncoder(config.text, pretrained)
+        else:
+            self.feature_key()  # says what is not frozen
+        self.head = config.head.build(*(token_width(network_config(each)) for each in (config.vision, config.text)))
+        own = {"vision": config.vision, "text": config.text}
+        self.external = tuple(name for name, encoder in own.items() if encoder.frozen and encoder.id)
 
     @property
     def image_spec(self) -> ImageSpec:
@@ -39,9 +45,24 @@ class RecModel(GroundingModel):
         self.text_spec = TextSpec(AutoTokenizer.from_pretrained(folder), self.config.max_tokens)
 
     def forward(self, batch: Batch) -> PooledOutput | DenseOutput:
-        image, grid = self.vision(batch.images)  # [B, R + S, D]
-        text = self.text(batch.text)  # [B, T, D]
-        return self.head(image, grid, text, batch.text.mask)
+        if batch.features is None:
+            image, grid = self.vision(batch.images)  # [B, S, D] with the tokens that are not of the grid
+            text = self.text(batch.text)  # [R, T, D]
+        else:
+            image, grid, text = batch.features.image.float(), batch.features.grid, batch.features.text.float()
+        return self.head(image, grid, text, batch.text.mask, batch.text.image_ids if len(image) < len(text) else None)
+
+    def feature_key(self) -> dict[str, Any]:
+        return {
+            "vision": weights_key("model.vision", self.config.vision),
+            "text": weights_key("model.text", self.config.text) | {"tokenizer": tokenizer_key(self.config.text)},
+        }
+
+    def encode_images(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        return self.vision(images)
+
+    def encode_text(self, text: Text) -> Tensor:
+        return self.text(text)
 
     def loss(self, output: PooledOutput | DenseOutput, batch: Batch) -> dict[str, Tensor]:
         return self.head.loss(output, torch.cat([target.boxes for target in batch.targets]))  # type: ignore[arg-type]
@@ -50,7 +71,7 @@ class RecModel(GroundingModel):
         return len(batch)
 
     def predict(self, output: PooledOutput | DenseOutput, batch: Batch) -> list[Prediction]:
-        boxes, scores = self.head.rank(output)  # type: ignore[arg-type]  # [B, K, 4], [B, K]
+        boxes, scores = self.head.rank(output)  # type: ignore[arg-type]  # [R, K, 4], [R, K]
         return [
             Prediction(
                 id=target.id,
