@@ -273,7 +273,7 @@ def test_official_counts() -> None:
     assert check_counts("refcoco", "val", Counts(8811), strict=False) == ("unc", False)
     assert check_counts("mine", "val", Counts(1, 1)) == (None, None)
     for found in (Counts(3811, 3811), Counts(8811, 8811), Counts(10834, 10834)):
-        with pytest.raises(DataError, match=r"10,834 expressions of 3,811 objects \(unc\).*under a name of its own"):
+        with pytest.raises(DataError, match=r"10,834 expressions of 3,811 objects \(unc\).*give a local copy a name"):
             check_counts("jxu124/refcoco", "val", found)
     with pytest.raises(DataError, match=r"4,896 .*\(umd\) or 9,536 expressions \(google\)"):
         check_counts("refcocog", "val", Counts(5, 5))
