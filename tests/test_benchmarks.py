@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from tests.models.grounding_dino.published import BERT, random_model
+from vg.losses.config import LossConfig
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -130,6 +131,52 @@ def test_memory_is_measured_in_a_process_of_its_own(
     monkeypatch.setattr(benchmark, "forwards", None)  # of no use here: the other process has its own
     peak = benchmark.peak_bytes(config, benchmark.Case(1, 2, size=(640, 640)), "vg, new prompt", None)
     assert peak > 2**20
+
+
+def test_training_steps(
+    benchmark: ModuleType,
+    config: transformers.GroundingDinoConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import benchmark_training_step as training
+
+    path = tmp_path / "results.json"
+    command = "benchmark --device cpu --threads 1 --rounds 1 --size 96 128 --no-memory --dtype bfloat16 --json"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(path)])
+    training.main(config)
+    found = json.loads(path.read_text())
+    assert [row["contender"] for row in found["results"]] == ["transformers", "vg", "vg, checkpointing"]
+    assert all(row["samples_per_second"] == 2 / row["seconds"] for row in found["results"])
+    assert found["results"][0]["times_as_fast"] == 1
+    assert capsys.readouterr().out.count("samples/s") == 3
+
+
+def test_training_steps_are_the_same_and_train(
+    benchmark: ModuleType, config: transformers.GroundingDinoConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import benchmark_training_step as training
+
+    theirs = benchmark.model_of_transformers(config)
+    ours = benchmark.model_of_vg(theirs)
+    case = benchmark.Case(2, 3, size=(96, 128))
+    everyone = training.contenders(theirs, ours)
+    assert training.losses(case, theirs, ours).keys() == {"class", "l1", "giou"}
+    monkeypatch.setattr(ours.config, "loss", LossConfig())  # which weighs classes by 1, not by 2
+    with pytest.raises(SystemExit, match="the class loss is"):
+        training.losses(case, theirs, ours)
+
+    for name, (model, _, optimizer) in everyone.items():
+        before = [weights.detach().clone() for weights in model.parameters()]
+        assert training.call(case, everyone[name])().isfinite()
+        assert any(not torch.equal(x, y) for x, y in zip(before, model.parameters(), strict=True))
+        trained = {id(weights) for group in optimizer.param_groups for weights in group["params"]}
+        assert trained == {id(weights) for weights in model.parameters() if weights.requires_grad}, name
+    plain, checkpointing = (
+        everyone[name].model.encoder.checkpointing for name in (training.VG, training.CHECKPOINTING)
+    )
+    assert (plain, checkpointing) == (False, True)
 
 
 WITHOUT_DATA = """
