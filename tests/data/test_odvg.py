@@ -96,6 +96,11 @@ def changed(row: dict[str, Any], part: str, number: int, **values: Any) -> dict[
     [
         ("{half", r"not JSON \(.*mend or remove it"),
         ([1], r"not an object but \[1\]"),
+        (DETECTION | {"detection": {"instances": [3]}}, r"detection\.instances: number 0 is 3; it must be an object"),
+        (
+            GROUNDING | {"grounding": {"caption": CAPTION, "regions": [*GROUNDING["grounding"]["regions"], "A man"]}},
+            r"grounding\.regions: number 3 is A man; it must be an object",
+        ),
         ({"file_name": "a.png"}, r"the keys are \['file_name'\]; `filename` is missing"),
         ({"filename": "a.png", "objects": []}, "needs `detection` or `grounding`"),
         ({"filename": "a.png", "detection": []}, r"detection is \[\]; it needs a list of instances"),
@@ -104,6 +109,7 @@ def changed(row: dict[str, Any], part: str, number: int, **values: Any) -> dict[
         (GROUNDING | {"height": 60, "width": 40}, "60 wide and 40 high, its annotation says 40 and 60"),
         (changed(DETECTION, "instances", 1, label=3), "instance 1 has label 3; label_map has 0 to 2"),
         (changed(DETECTION, "instances", 1, label=None), "instance 1 has label None"),
+        (changed(DETECTION, "instances", 1, label=[2]), r"instance 1 has label \[2\]"),
         (
             changed(DETECTION, "instances", 1, label=1),
             "instance 1, label 1, is 'traffic_light' here and 'cat' in label_map",
@@ -113,6 +119,10 @@ def changed(row: dict[str, Any], part: str, number: int, **values: Any) -> dict[
         (changed(DETECTION, "instances", 0, bbox=[30, 20, 10, 15]), "ends before it begins; was x, y, width, height"),
         (changed(GROUNDING, "regions", 0, bbox=[[1, 2, 3, 4], [1, 2]]), "region 0 has bbox"),
         (changed(GROUNDING, "regions", 1, tokens_positive=None), "region 1 has phrase None and no tokens_positive"),
+        (
+            changed(GROUNDING, "regions", 1, tokens_positive=[13, 16]),
+            r"region 1 has tokens_positive \[13, 16\], expected \[\[begin, end\], \.\.\.\]",
+        ),
         (changed(GROUNDING, "regions", 0, phrase=" "), "region 0 has phrase ' '"),
     ],
 )

@@ -122,9 +122,7 @@ class Odvg:
         except ValueError as error:
             raise BadSampleError(f"not JSON ({error}); mend or remove it") from error
         if not isinstance(row, Mapping):
-            raise BadSampleError(
-                f"{self._path}, line {index + 1}: not an object but {str(row)[:60]}; mend or remove it"
-            )
+            raise BadSampleError(f"not an object but {str(row)[:60]}; mend or remove it")
         return row
 
     def _annotation(self, row: Mapping[str, Any]) -> tuple[str, list[Mapping[str, Any]] | Mapping[str, Any]]:
@@ -135,6 +133,11 @@ class Odvg:
             if kind in row:
                 if not isinstance(row[kind], Mapping) or not isinstance(row[kind].get(part), list):
                     raise BadSampleError(f"{kind} is {str(row[kind])[:100]}; it needs a list of {part}")
+                for number, item in enumerate(row[kind][part]):
+                    if not isinstance(item, Mapping):
+                        raise BadSampleError(
+                            f"{kind}.{part}: number {number} is {str(item)[:100]}; it must be an object with a bbox"
+                        )
                 if kind == "detection" and self.vocabulary is None:
                     raise BadSampleError("a line with numbered classes; set label_map to the json file that names them")
                 return kind, row[kind]
@@ -160,7 +163,7 @@ class Odvg:
         """The class of an instance; its name in the line, if it has one, must be the name in the label map."""
         assert self.vocabulary is not None
         label = instance.get("label")
-        if label not in self._labels:
+        if not isinstance(label, (int, float)) or label not in self._labels:
             known = f"{min(self._labels)} to {max(self._labels)}"
             raise BadSampleError(f"instance {number} has label {label!r}; label_map has {known}, labels count from 0")
         name = self.vocabulary.names[self._labels[label]]
@@ -237,7 +240,12 @@ def _nested(value: list[Any]) -> bool:
 def _phrase(region: Mapping[str, Any], caption: object, where: str) -> str:
     phrase = region.get("phrase")
     if phrase is None and region.get("tokens_positive") and isinstance(caption, str):
-        phrase = " ".join(caption[begin:end].strip() for begin, end in region["tokens_positive"])
+        try:
+            phrase = " ".join(caption[begin:end].strip() for begin, end in region["tokens_positive"])
+        except (TypeError, ValueError) as error:
+            raise BadSampleError(
+                f"{where} has tokens_positive {region['tokens_positive']!r}, expected [[begin, end], ...]; correct it"
+            ) from error
     if not isinstance(phrase, str) or not phrase.strip():
         raise BadSampleError(f"{where} has phrase {phrase!r} and no tokens_positive in the caption; give it words")
     return " ".join(phrase.split())
