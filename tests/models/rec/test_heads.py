@@ -9,7 +9,7 @@ from torch import Tensor
 from vg import boxes as box_ops
 from vg.models.layers import rotary_encoding, token_centers
 from vg.models.rec.config import DenseHeadConfig, DenseLossConfig, HeadConfig, PooledHeadConfig, PooledLossConfig
-from vg.models.rec.heads import DenseHead, DenseOutput, PooledHead
+from vg.models.rec.heads import DenseHead, DenseOutput, PooledHead, PooledOutput
 
 GRID = (3, 4)
 VISION_WIDTH, TEXT_WIDTH, PREFIX = 24, 16, 5
@@ -122,6 +122,17 @@ def test_rank_is_sorted_and_inside_bounds() -> None:
     assert ((scores >= 0) & (scores <= 1)).all()
     corners = box_ops.cxcywh_to_xyxy(boxes)
     assert (corners[..., 2:] > corners[..., :2]).all()
+
+
+def test_a_box_with_crossed_sides_is_an_empty_one() -> None:
+    """As a head predicts that has not learned yet; boxes as they should be stay as they are."""
+    crossed = torch.tensor([[0.5, 0.4, -0.2, 0.3], [0.5, 0.4, 0.2, -0.3], [0.5, 0.4, -0.2, -0.3], [0.5, 0.4, 0.2, 0.3]])
+    boxes, _ = build(HEADS["pooled"]).rank(PooledOutput(crossed))
+    assert boxes[3, 0].equal(crossed[3])
+    corners = box_ops.to_pixels(boxes[:, 0], (60, 80))  # [4, 4]
+    assert (corners[:, 2:] >= corners[:, :2]).all()
+    assert box_ops.area(corners).tolist()[:3] == [0, 0, 0]
+    torch.testing.assert_close(corners[0], torch.tensor([40.0, 15.0, 40.0, 33.0]))
 
 
 def test_rank_scores_are_what_the_tokens_agree_on() -> None:

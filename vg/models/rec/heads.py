@@ -81,7 +81,9 @@ class PooledHead(nn.Module):
 
     def rank(self, output: PooledOutput) -> tuple[Tensor, Tensor]:
         """Boxes [R, 1, 4] and scores [R, 1]; this head cannot tell how sure it is, so the score is always 1."""
-        boxes = output.boxes.unsqueeze(1)
+        center, size = output.boxes.unsqueeze(1).chunk(2, dim=-1)
+        # Nothing keeps left from lying right of right, least of all before training: such a box is as good as empty.
+        boxes = torch.cat((center, size.clamp(min=0)), dim=-1)
         return boxes, boxes.new_ones(boxes.shape[:2])
 
 
