@@ -43,6 +43,7 @@ ALLOWED = {
     "trainer": {
         "config",
         "inputs",
+        "interpolation",
         "optim",
         "evaluation",
         "training_data",
@@ -64,7 +65,7 @@ ALLOWED = {
     },
     "training_state": {"config", "checkpoint", "lora", "models.base", "optim"},
     "loss_log": {"distributed"},
-    "interpolation": {"evaluation", "models.base", "types"},
+    "interpolation": {"checkpoint", "config", "evaluation", "models.base", "types"},
     "evaluation": {
         "config",
         "data.collate",

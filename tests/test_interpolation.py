@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
+from tests.test_resume import interrupt, stop_in_step
 from vg.__main__ import main
 from vg.checkpoint import CheckpointError, read_model
 from vg.config import RunConfig
@@ -19,6 +20,7 @@ from vg.evaluation import Evaluator
 from vg.interpolation import Interpolation
 from vg.models.grounding_dino.config import DenoisingConfig
 from vg.trainer import Trainer
+from vg.types import ConfigError
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -124,6 +126,65 @@ def test_what_training_added_is_said(
     main(["interpolate", *folders, "--weights", "0.5", "--output", str(tmp_path / "mix")])
     assert "has no denoising.labels.weight: taken from" in capsys.readouterr().out
     assert read_model(tmp_path / "mix")[0].own_state_dict().keys() == read_model(folders[1])[0].own_state_dict().keys()
+
+
+def test_training_ends_with_a_sweep(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the weights before the first step to the best ones, also where the run was stopped in between."""
+    judged = script(monkeypatch, 0.1, 0.2, 0.3, 0.5, 0.4)  # twice while it trains, then three mixtures
+    config = tiny_config(train={"max_steps": 4, "eval_first": True, "ema": 0.5, "eval_every": 4})
+    config.train.interpolate = [0.0, 0.5, 1.0]
+    folder = tmp_path / "run" / "interpolated"
+    trainer = Trainer(config)
+    stop_in_step(trainer, 2, interrupt)
+    with pytest.raises(SystemExit):
+        trainer.fit()
+    assert not folder.exists(), "not before the end"
+    caplog.set_level("INFO")
+    assert Trainer(config, resume=True).fit()["miou"] == 0.2, "the results of training itself"
+
+    first, last, *mixtures = judged
+    for name, value in first.items():
+        assert mixtures[0][name].equal(value)
+        assert mixtures[2][name].equal(last[name])
+        torch.testing.assert_close(mixtures[1][name], value.lerp(last[name], 0.5))
+    assert sum(not value.equal(last[name]) for name, value in first.items()) > 10
+    loaded, loaded_config = read_model(folder)
+    assert loaded_config == config
+    assert all(value.equal(mixtures[1][name]) for name, value in loaded.own_state_dict().items())
+    found = json.loads((folder / "interpolation.json").read_text())
+    assert (found["best"], [row["miou"] for row in found["results"]]) == (0.5, [0.3, 0.5, 0.4])
+    assert [line.split()[:2] for line in caplog.messages[-1].splitlines()[1:]] == [
+        ["weight", "miou"],
+        ["0", "0.3000"],
+        ["0.5", "0.5000"],
+        ["1", "0.4000"],
+    ]
+    Trainer(config, overwrite=True)
+    assert not folder.exists(), "it belonged to the run that is gone"
+
+
+def test_a_sweep_after_training_adapters(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    """The initial weights have the names of the plain model, as those of the best checkpoint have."""
+    pytest.importorskip("peft")
+    config = tiny_config(optim={"lora": {"targets": ["text.network"], "train_also": ["head"]}}, train={"max_steps": 2})
+    config.train.interpolate = [0.5]
+    before = Trainer(config).core.state_dict()
+    Trainer(config, overwrite=True).fit()
+    mixed, after = (
+        load_file(Path(config.train.output) / name / "model.safetensors") for name in ("interpolated", "best")
+    )
+    assert mixed.keys() == after.keys()
+    name = "head.score.weight"
+    torch.testing.assert_close(mixed[name], (before[name] + after[name]) / 2)
+    assert not mixed[name].equal(after[name])
+
+
+@pytest.mark.parametrize("weights", [[], [1.5], [-0.1]], ids=str)
+def test_what_training_interpolates_are_shares(tiny_config: MakeConfig, weights: list[float]) -> None:
+    with pytest.raises(ConfigError, match=r"train\.interpolate"):
+        tiny_config(train={"interpolate": weights})
 
 
 @pytest.mark.parametrize("weights", [["2"], ["half"], ["a=1"]], ids=" ".join)

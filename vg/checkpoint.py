@@ -106,15 +106,22 @@ def is_checkpoint(place: str | Path) -> bool:
 
 def load_weights(model: GroundingModel, folder: Path) -> None:
     """Load model.safetensors of a checkpoint; raises CheckpointError naming the file and every weight in question."""
+    weights = read_weights(folder)
+    try:
+        model.load_own_state_dict(weights)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: {error}") from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint by name; raises CheckpointError where their file is missing or damaged."""
     path = folder / WEIGHTS
     try:
-        model.load_own_state_dict(load_file(path))
+        return load_file(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or was cut short ({error}); use an older checkpoint") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def write_training_state(folder: Path, state: dict[str, Any]) -> None:

@@ -185,10 +185,10 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def interpolate(options: argparse.Namespace) -> None:
-    from vg.checkpoint import CheckpointError, replacing, write_json, write_weights
+    from vg.checkpoint import CheckpointError, replacing
     from vg.distributed import new_accelerator
     from vg.evaluation import Evaluator
-    from vg.interpolation import Interpolation, evaluations, to_text
+    from vg.interpolation import Interpolation, Sweep
 
     out = Path(options.output)
     if out.exists():
@@ -201,14 +201,12 @@ def interpolate(options: argparse.Namespace) -> None:
     accelerator = new_accelerator(mixed_precision=config.train.precision)
     evaluator = Evaluator(config.data, model, accelerator)
     deciding = evaluator.deciding_number(config.train.best_metric)
-    rows = list(evaluations(model.to(accelerator.device), mixtures, options.weights, evaluator))
-    best = max(rows, key=lambda row: row[deciding])
+    sweep = Sweep(model.to(accelerator.device), mixtures, options.weights, evaluator, deciding)
     if accelerator.is_main_process:
-        print(to_text(rows, list(dict.fromkeys([deciding, *evaluator.first_numbers])), best))
+        print(sweep)
         with replacing(out) as partial:
-            write_weights(partial, mixtures.at(best["weight"]), config, model.text_spec.tokenizer)
-            write_json(partial / "interpolation.json", {"best": best["weight"], "results": rows})
-        print(f"{out}: written, weights {best['weight']:g} of the way from {options.initial} to {options.final}")
+            sweep.write(partial, config, model.text_spec.tokenizer)
+        print(f"{out}: written, weights {sweep.best['weight']:g} of the way from {options.initial} to {options.final}")
 
 
 def show_config(options: argparse.Namespace) -> None:

@@ -127,6 +127,10 @@ class TrainConfig(Strict):
     expressions, ap where it is a detection set."""
     patience: PositiveInt | None = None
     """Stop after so many evaluations without a better `best_metric`; by default never."""
+    interpolate: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)] | None = None
+    """At the end, judge mixtures with these shares of the best weights, the rest being those that training began with,
+    and keep the best mixture in the folder `interpolated`: fine-tuning may forget less so. [0.0, 0.25, 0.5, 0.75, 1.0]
+    is a good choice."""
     log_every: PositiveInt = 10
     """Steps between log entries."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])

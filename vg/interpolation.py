@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from vg.checkpoint import write_json, write_weights
+from vg.config import PublishedConfig
 from vg.evaluation import Evaluator
 from vg.models.base import GroundingModel
 from vg.types import CheckpointError
@@ -42,20 +46,45 @@ class Interpolation:
         }
 
 
-def evaluations(
-    model: GroundingModel, mixtures: Interpolation, weights: Sequence[float], evaluator: Evaluator
-) -> Iterator[dict[str, Any]]:
-    """The results of each mixture, with its `weight`; the model then has the weights of the last one."""
-    for weight in weights:
-        model.load_own_state_dict(mixtures.at(weight))
-        yield {"weight": weight, **evaluator.run(model)}
+class Sweep:
+    """The results of several mixtures; its text is a table of them.
 
+    Args:
+        model: takes the weights of one mixture after the other.
+        weights: of the mixtures, each from 0 to 1.
+        deciding: the number of the results that is highest for the best mixture.
 
-def to_text(rows: Sequence[Mapping[str, Any]], names: Sequence[str], best: Mapping[str, Any]) -> str:
-    """A line for each mixture, with these numbers of its results; the best one is marked."""
-    widths = [max(9, len(name)) for name in names]
-    lines = [["weight", *(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))]]
-    for row in rows:
-        cells = [f"{row[name]:>{width}.4f}" for name, width in zip(names, widths, strict=True)]
-        lines.append([f"{row['weight']:<6g}", *cells, *(["best"] if row is best else [])])
-    return "\n".join("  ".join(line) for line in lines)
+    Attributes:
+        rows: the results of each mixture, with its `weight`.
+        best: one of them.
+    """
+
+    def __init__(
+        self,
+        model: GroundingModel,
+        mixtures: Interpolation,
+        weights: Sequence[float],
+        evaluator: Evaluator,
+        deciding: str,
+    ):
+        self.mixtures = mixtures
+        self.names = list(dict.fromkeys([deciding, *evaluator.first_numbers]))
+        self.rows: list[dict[str, Any]] = []
+        for weight in weights:
+            model.load_own_state_dict(mixtures.at(weight))
+            self.rows.append({"weight": weight, **evaluator.run(model)})
+        self.best = max(self.rows, key=lambda row: row[deciding])
+
+    def write(self, folder: Path, config: PublishedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the best mixture into an existing folder as a checkpoint, and beside it interpolation.json."""
+        write_weights(folder, self.mixtures.at(self.best["weight"]), config, tokenizer)
+        write_json(folder / "interpolation.json", {"best": self.best["weight"], "results": self.rows})
+
+    def __str__(self) -> str:
+        """A line for each mixture, with the deciding number and the first one of each set; the best one is marked."""
+        widths = [max(9, len(name)) for name in self.names]
+        lines = [["weight", *(f"{name:>{width}}" for name, width in zip(self.names, widths, strict=True))]]
+        for row in self.rows:
+            cells = [f"{row[name]:>{width}.4f}" for name, width in zip(self.names, widths, strict=True)]
+            lines.append([f"{row['weight']:<6g}", *cells, *(["best"] if row is self.best else [])])
+        return "\n".join("  ".join(line) for line in lines)

@@ -6,6 +6,7 @@ runs/demo/
     logs/                     what trackers write (TensorBoard)
     best/                     a checkpoint with the best evaluation so far, and its validation.json
     checkpoints/step_000500/  the newest checkpoints, with what training needs to go on
+    interpolated/             a checkpoint between the initial weights and `best`, if `train.interpolate` asks for it
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
-from vg.checkpoint import CONFIG, TRAINING, CheckpointError, replacing, write_json
+from vg.checkpoint import CONFIG, TRAINING, CheckpointError, read_weights, replacing, write_json
 from vg.config import RunConfig, dump_config
 from vg.history import History
 
 VALIDATION = "validation.json"
-KEPT = ("best", "checkpoints")
+KEPT = ("best", "checkpoints", "interpolated")
 
 
 class RunFolder:
@@ -86,6 +88,16 @@ class RunFolder:
 
     def best_results(self) -> dict[str, Any]:
         return json.loads((self.path / "best" / VALIDATION).read_text(encoding="utf-8"))
+
+    def best_weights(self) -> dict[str, Tensor]:
+        return read_weights(self.path / "best")
+
+    def save_interpolated(self, write: Callable[[Path], None]) -> None:
+        def action() -> None:
+            with replacing(self.path / "interpolated") as partial:
+                write(partial)
+
+        self._on_main(action)
 
     def log(self, row: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:

@@ -26,6 +26,7 @@ from vg.distributed import (
 )
 from vg.evaluation import Evaluator, progress_bar
 from vg.inputs import build_model
+from vg.interpolation import Interpolation, Sweep
 from vg.loss_log import REMEDY, LossLog
 from vg.loss_log import TrainingError as TrainingError  # part of this module's interface too
 from vg.optim import build_optimizer, build_schedule, choose_trained
@@ -134,6 +135,8 @@ class Trainer:
                 f"stopped at step {self.progress.step}, saved in {self.folder.path}; "
                 "the same command with --resume goes on"
             )
+        if self.config.train.interpolate:
+            self.interpolate(self.config.train.interpolate)
         return self.folder.best_results()
 
     def step(self, batches: Sequence[Batch]) -> dict[str, Tensor] | None:
@@ -181,6 +184,17 @@ class Trainer:
         if change and self.accelerator.is_main_process:
             logger.info("since the first evaluation: %s", change)
         self._log(results)
+
+    def interpolate(self, weights: Sequence[float]) -> None:
+        """Judge mixtures of the weights that training began with and the best ones; keep the best mixture."""
+        seed_everything(self.config.train.seed)
+        model = build_model(self.config)  # as it was before the first step
+        mixtures = Interpolation(model.own_state_dict(), self.folder.best_weights())
+        sweep = Sweep(model.to(self.accelerator.device), mixtures, weights, self.evaluator, self.best_metric)
+        tokenizer = self.core.text_spec.tokenizer
+        self.folder.save_interpolated(lambda folder: sweep.write(folder, self.config, tokenizer))
+        if self.accelerator.is_main_process:
+            logger.info("between the initial weights (0) and the best ones (1):\n%s", sweep)
 
     def save(self) -> None:
         """Write a checkpoint to resume from; the same folder can be loaded as a model."""
