@@ -15,7 +15,7 @@ from vg.optim import build_schedule, choose_trained
 FOLDER = Path(__file__).parents[1] / "configs" / "grounding_dino"
 FINE_TUNED = ["finetune_coco_swin_t", "finetune_coco_swin_b", "finetune_cat", "finetune_own"]
 TRAINED = [*FINE_TUNED, "scratch_coco_r50", "finetune_refcoco_mm_t", "pretrain_odvg_mm_t"]
-RECIPES = [*TRAINED, "coco_zeroshot_swin_t"]
+RECIPES = [*TRAINED, "finetune_lora", "coco_zeroshot_swin_t"]
 
 # As published: learning rate, that of the backbone, of BERT (0: frozen), epochs, milestones, warm-up steps,
 # images of one process, and of one step
@@ -44,6 +44,7 @@ FIGURES = {
     "finetune_coco_swin_b": ["59.7 AP", "56.9 before"],
     "finetune_cat": ["90.5 AP", "86.7 before"],
     "finetune_own": ["86.7 -> 90.5 AP"],
+    "finetune_lora": ["86.7 -> 90.5 AP", "5 % of the weights"],
     "finetune_refcoco_mm_t": ["89.5 / 91.4 / 86.6", "53.1 / 59.1 / 46.8 before"],
     "pretrain_odvg_mm_t": ["48.5 AP"],
 }
@@ -56,6 +57,7 @@ PARAMETERS = {
     "finetune_cat": 172_250_626 - 1_536 + 5 * 132_612 + 7 + 256,
     "finetune_refcoco_mm_t": 172_913_693 - 1_536 + 256 * 256,
     "pretrain_odvg_mm_t": 172_913_693 - 1_536 + 256 * 256,
+    "finetune_lora": 172_250_626 - 1_536 + 5 * 132_612 + 7 + 256 * 256,
 }
 
 
@@ -79,6 +81,8 @@ def test_it_can_be_built_and_every_name_fits(name: str) -> None:
         model = model_of(config).build(pretrained=False)
     if name in PARAMETERS:
         assert model.num_parameters() == PARAMETERS[name]
+    if config.optim.lora:
+        pytest.importorskip("peft")
     choose_trained(model, config.optim)
     trainable = {parameter for parameter, weights in model.named_parameters() if weights.requires_grad}
     for group in config.optim.groups:
@@ -133,6 +137,23 @@ def test_backbones(name: str, width: int, depths: list[int], heads: list[int], w
         window,
         drop_path,
     )
+
+
+def test_adapters_are_a_small_part_of_all() -> None:
+    """Those of rank 16, and heads that are trained as a whole, as in finetune_own otherwise."""
+    pytest.importorskip("peft")
+    config, whole = recipe("finetune_lora"), recipe("finetune_own")
+    assert config.model == whole.model
+    images = (recipe.data.batch_size * recipe.train.accumulate for recipe in (config, whole))
+    assert next(images) == next(images) == 16
+    with torch.device("meta"):
+        model = model_of(config).build(pretrained=False)
+    total = model.num_parameters()
+    choose_trained(model, config.optim)
+    assert round(100 * model.num_parameters(trainable_only=True) / total) == 5
+    parts = ("backbone", "text.network", "encoder", "decoder.layers")
+    adapted = {name for name, weights in model.named_parameters() if ".lora_" in name and weights.requires_grad}
+    assert all(any(name.startswith(f"{part}.") for name in adapted) for part in parts)
 
 
 def test_resnet() -> None:
