@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
 from vg.checkpoint import CheckpointError
 from vg.config import RunConfig, dump_config
 from vg.distributed import StopSignal
+from vg.models.grounding_dino.config import DenoisingConfig
 from vg.models.rec.config import PooledHeadConfig
 from vg.optim import GroupConfig
 from vg.trainer import Trainer
@@ -45,6 +47,20 @@ def configured(make: MakeConfig, output: Path, data: dict[str, Any] | None = Non
         data=EVERYTHING["data"] | (data or {}),
         optim=EVERYTHING["optim"],
         train=EVERYTHING["train"] | {"output": str(output), "trackers": []} | train,
+    )
+
+
+def start(script: str, config: RunConfig, folder: Path) -> subprocess.Popen[str]:
+    """A process of its own, for which config.yaml and the script are written into the folder that it works in."""
+    (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "train.py").write_text(script)
+    return subprocess.Popen(
+        [sys.executable, "train.py"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -192,7 +208,7 @@ def test_a_checkpoint_of_another_configuration_is_named(tiny_config: MakeConfig,
         Trainer(config, resume=True)
 
 
-SCRIPT = """
+WAITING = """
 import sys, time
 from pathlib import Path
 from vg.config import load_config
@@ -214,17 +230,7 @@ Waiting(load_config("config.yaml")).fit()
 def test_a_real_signal_to_a_real_process(tiny_config: MakeConfig, tmp_path: Path, to_all: bool) -> None:
     """A terminal sends Ctrl-C to the workers of the loader too; they must not die before their data is used."""
     config = configured(tiny_config, tmp_path / "stopped", {"workers": 1})
-    (tmp_path / "config.yaml").write_text(dump_config(config))
-    (tmp_path / "train.py").write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen(
-        [sys.executable, "train.py"],
-        cwd=tmp_path,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start(WAITING, config, tmp_path)
     deadline = time.monotonic() + 120
     while not (tmp_path / "waiting").exists():
         assert process.poll() is None, process.communicate()[1]
@@ -242,6 +248,53 @@ def test_a_real_signal_to_a_real_process(tiny_config: MakeConfig, tmp_path: Path
     Trainer(config, resume=True).fit()
     Trainer(configured(tiny_config, tmp_path / "straight", {"workers": 1})).fit()
     assert_same_runs(tmp_path / "straight", tmp_path / "stopped")
+
+
+KILLED = """
+import os, signal
+from vg import checkpoint
+from vg.config import load_config
+from vg.trainer import Trainer
+
+write = checkpoint.write_training_state
+
+def killed(folder, state):
+    write(folder, state)
+    if folder.name == "step_000004.partial":
+        os.truncate(folder / "training.pt", 1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.write_training_state = killed
+Trainer(load_config("config.yaml")).fit()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+@pytest.mark.parametrize("family", ["rec", "grounding_dino"])
+def test_killed_while_it_wrote_a_checkpoint(tiny_config: MakeConfig, tmp_path: Path, family: str) -> None:
+    """The half of a checkpoint is none: the run goes on from the one before it."""
+
+    def make(name: str) -> RunConfig:
+        config = configured(tiny_config, tmp_path / name, save_every=2)
+        if family == "grounding_dino":
+            config.data.train.view = config.data.eval.view = "detection"  # type: ignore[union-attr]
+            config.model = tiny_grounding_dino(denoising=DenoisingConfig(num_queries=6, num_labels=8))
+        return config
+
+    config = make("killed")
+    process = start(KILLED, config, tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert [path.name for path in sorted((tmp_path / "killed" / "checkpoints").iterdir())] == [
+        "step_000002",
+        "step_000004.partial",
+    ]
+    Trainer(make("straight")).fit()
+    resumed = Trainer(config, resume=True)
+    assert resumed.progress.step == 2
+    resumed.fit()
+    assert_same_runs(tmp_path / "straight", tmp_path / "killed")
+    assert not list((tmp_path / "killed").rglob("*.partial"))
 
 
 def test_a_second_signal_interrupts_at_once(tiny_config: MakeConfig) -> None:
