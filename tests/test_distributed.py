@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def configured(make: MakeConfig, output: Path, batch_size: int, **data: Any) -> 
             "eval_batch_size": 2,
             "augment": {"flip": 0.5},
         },
-        train={"output": str(output), "log_every": 1, "ema": 0.9},
+        train={"output": str(output), "log_every": 1, "ema": 0.9, "interpolate": [0.0, 0.5]},
     )
 
 
@@ -88,6 +89,10 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny_config: MakeConfig, t
     assert one[-1]["num_expressions"] == 7
     for expected, row in zip(one, two, strict=True):
         assert row == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    swept = [json.loads((tmp_path / run / "interpolated" / "interpolation.json").read_text()) for run in ("one", "two")]
+    for expected, row in zip(*(found["results"] for found in swept), strict=True):
+        assert row["num_expressions"] == 7
+        assert row["miou"] == pytest.approx(expected["miou"], rel=1e-5)
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:

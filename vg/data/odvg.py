@@ -162,18 +162,22 @@ class Odvg:
     def _label(self, number: int, instance: Mapping[str, Any]) -> int:
         """The class of an instance; its name in the line, if it has one, must be the name in the label map."""
         assert self.vocabulary is not None
-        label = instance.get("label")
-        if not isinstance(label, (int, float)) or label not in self._labels:
+        label: Any = instance.get("label")
+        try:
+            place = self._labels[label]
+        except (KeyError, TypeError) as error:  # a list is no key at all
             known = f"{min(self._labels)} to {max(self._labels)}"
-            raise BadSampleError(f"instance {number} has label {label!r}; label_map has {known}, labels count from 0")
-        name = self.vocabulary.names[self._labels[label]]
+            raise BadSampleError(
+                f"instance {number} has label {label!r}; label_map has {known}, labels count from 0"
+            ) from error
+        name = self.vocabulary.names[place]
         category = str(instance.get("category") or name)
         if category.casefold().replace("_", " ") != name.casefold().replace("_", " "):
             raise BadSampleError(
                 f"instance {number}, label {label}, is {category!r} here and {name!r} in label_map; take the label_map "
                 "that belongs to the file (labels count from 0, ids of COCO from 1)"
             )
-        return self._labels[label]
+        return place
 
     @staticmethod
     def _grounding(id: str, image: np.ndarray, annotation: Any) -> Sample:

@@ -1,0 +1,124 @@
+"""Runs of a tiny Grounding DINO: they resume bit for bit, learn in bfloat16 and with adapters, and learn by heart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import TEXT, history
+from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
+from tests.test_resume import assert_same_runs, interrupt, stop_in_step
+from tests.test_training_data import write_set
+from vg.config import RunConfig, load_config
+from vg.models.grounding_dino.config import BertConfig, ClassHeadConfig, DenoisingConfig
+from vg.trainer import Trainer
+
+MakeConfig = Callable[..., RunConfig]
+
+RECIPE = Path(__file__).parents[3] / "configs" / "grounding_dino" / "finetune_lora.yaml"
+SCENES = {"name": "shapes", "split": "val", "view": "detection", "image_size": 64}
+RANDOM: dict[str, Any] = {  # everything that draws random numbers
+    "text": BertConfig(architecture=TEXT),  # with dropout
+    "dropout": 0.1,
+    "fusion_dropout": 0.1,
+    "fusion_drop_path": 0.1,
+    "denoising": DenoisingConfig(num_queries=6, num_labels=8),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopped_in_the_middle_of_an_epoch(tiny_config: MakeConfig, tmp_path: Path, workers: int) -> None:
+    """Seven batches make steps of 2, 2, 2 and 1; phrases, queries that are denoised and dropout are drawn anew."""
+    train = write_set(tmp_path / "set", "train", range(1, 15))
+    judged = write_set(tmp_path / "set", "val", range(15, 17))
+
+    def make(name: str) -> RunConfig:
+        config = tiny_config(
+            data={
+                "train": {"name": "coco", "path": train, "vocabulary": {"negatives": 2}},
+                "eval": {"name": "coco", "path": judged},
+                "batch_size": 2,
+                "workers": workers,
+                "augment": {"flip": 0.5, "resize": {"shortest": [48, 64], "crop": 0.5}},
+            },
+            train={"output": str(tmp_path / name), "accumulate": 2, "ema": 0.9, "log_every": 3},
+        )
+        config.model = tiny_grounding_dino(**RANDOM)
+        return config
+
+    straight = Trainer(make("straight"))
+    prompts = {
+        target.id: target.phrases for step in straight.data.steps(0, 0) for batch in step for target in batch.targets
+    }
+    assert {len(phrases) for phrases in prompts.values()} == {2, 3}
+    straight.fit()
+    for number in (2, 7) if workers == 0 else (6,):
+        config = make(f"stopped_{number}")
+        trainer = Trainer(config)
+        stop_in_step(trainer, number, interrupt)
+        with pytest.raises(SystemExit):
+            trainer.fit()
+        resumed = Trainer(config, resume=True)
+        assert (resumed.progress.epoch, resumed.progress.batch) == (number // 4, 2 * (number % 4))
+        resumed.fit()
+        assert_same_runs(straight.folder.path, resumed.folder.path)
+
+
+def losses(config: RunConfig) -> list[float]:
+    return [row["loss"] for row in history(config) if "loss" in row]
+
+
+def test_bfloat16_learns(tiny_config: MakeConfig) -> None:
+    config = tiny_config(
+        data={"train": SCENES | {"size": 8}, "eval": SCENES | {"size": 2}},
+        train={"precision": "bf16", "max_steps": 24, "epochs": 12, "log_every": 8, "eval_every": 99},
+    )
+    config.model = tiny_grounding_dino(denoising=DenoisingConfig(num_queries=6, num_labels=8))
+    trainer = Trainer(config)
+    trainer.fit()
+    first, *_, last = losses(config)
+    assert last < 0.85 * first
+    assert all(weights.isfinite().all() for weights in trainer.core.parameters())
+
+
+def test_the_recipe_with_adapters_learns(tiny_config: MakeConfig) -> None:
+    """Its names fit a tiny model, gradients pass the checkpoints that save memory, and all that is trained changes."""
+    pytest.importorskip("peft")
+    recipe = load_config(RECIPE)
+    config = tiny_config(
+        data={"train": SCENES | {"size": 8}, "eval": SCENES | {"size": 2}},
+        train={"max_steps": 6, "log_every": 2, "eval_every": 99, "epochs": 3},
+    )
+    config.model = tiny_grounding_dino(
+        shared_heads=False,
+        classes=ClassHeadConfig(scale="width", bias=True),  # from random weights the one of the recipe learns slowly
+        denoising=DenoisingConfig(num_queries=6, num_labels=2),
+        gradient_checkpointing=True,
+    )
+    config.optim = recipe.optim
+    config.optim.lr, config.optim.warmup_steps = 3e-3, 0
+    trainer = Trainer(config)
+    before = {name: weights.clone() for name, weights in trainer.core.named_parameters()}
+    trainer.fit()
+    changed = {name for name, weights in trainer.core.named_parameters() if not weights.equal(before[name])}
+    assert changed == {name for name, weights in trainer.core.named_parameters() if weights.requires_grad}
+    for part in ("backbone", "text.network", "encoder", "decoder.layers"):
+        assert any(name.startswith(f"{part}.") and ".lora_B." in name for name in changed), part
+    first, *_, last = losses(config)
+    assert last < first
+
+
+def test_four_pictures_are_learnt_by_heart(tiny_config: MakeConfig) -> None:
+    four = SCENES | {"size": 4}
+    config = tiny_config(
+        data={"train": four, "eval": four, "batch_size": 4},
+        optim={"lr": 2e-3, "clip_norm": 0.1, "warmup_steps": 10},
+        train={"epochs": 150, "eval_every": 150, "log_every": 50, "best_metric": "ap50"},
+    )
+    config.model = tiny_grounding_dino(
+        classes=ClassHeadConfig(scale="width", bias=True), denoising=DenoisingConfig(num_queries=10, num_labels=16)
+    )
+    assert Trainer(config).fit()["ap50"] >= 0.9
