@@ -171,7 +171,10 @@ def peak_bytes(config: GroundingDinoConfig, case: Case, name: str, step: Callabl
     if case.device == "cuda":
         return Clock(case.device, False).peak_bytes(step)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(peak_bytes_alone, config, case, name, torch.get_num_threads()).result()
+        peak = process.submit(peak_bytes_alone, config, case, name, torch.get_num_threads()).result()
+    if peak is not None:
+        print(f"{name}: {peak / 2**20:.0f} MiB", flush=True)  # a run that is cut short leaves what it had found
+    return peak
 
 
 def measure(
@@ -191,6 +194,7 @@ def measure(
     for _ in range(rounds):
         for name, step in steps.items():
             times[name].append(seconds(case, step))
+            print(f"{name}: {times[name][-1]:.3f} s", flush=True)
     medians = {name: statistics.median(times[name]) for name in steps}
     return [
         {
