@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:  # keeps `import vg` and the configuration free of torch
     import numpy as np
@@ -29,6 +29,11 @@ class Strict:
     """Base of all settings (dataclasses): an unknown key is an error, where pydantic would drop it in silence."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+
+def by_name(value: Any) -> Any:
+    """Settings that are told apart by `name` may be given by it alone: `head: dense` for `head: {name: dense}`."""
+    return {"name": value} if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

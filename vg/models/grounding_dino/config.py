@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, PositiveInt
 
 from vg.losses.config import LossConfig
 from vg.models.encoder_config import TextEncoderConfig
-from vg.types import Strict
+from vg.types import Strict, by_name
 
 if TYPE_CHECKING:
     from vg.models.grounding_dino.image import Backbone
@@ -155,10 +155,6 @@ class PredictConfig(Strict):
     """IoU above which the worse of two boxes of one phrase is left out; null leaves all, as published results do."""
 
 
-def _by_name(value: object) -> object:
-    return {"name": value} if isinstance(value, str) else value
-
-
 @dataclass
 class GroundingDinoConfig(Strict):
     """Grounding DINO (Liu et al. 2023, arXiv 2303.05499) and MM-Grounding-DINO (Zhao et al. 2024, arXiv 2401.02361)."""
@@ -170,7 +166,7 @@ class GroundingDinoConfig(Strict):
     backbone: Annotated[
         Union[SwinConfig, ResNetConfig],  # noqa: UP007 - pydantic on Python 3.10
         Field(discriminator="name"),
-        BeforeValidator(_by_name),
+        BeforeValidator(by_name),
     ] = field(default_factory=SwinConfig)
     text: BertConfig = field(default_factory=BertConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
@@ -205,7 +201,7 @@ class GroundingDinoConfig(Strict):
     """Of the attention between image and text; mmdetection trains with 0.1, and with drop path 0."""
     fusion_drop_path: Share = 0.1
     gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: about half of the memory, a third more time."""
+    """Compute activations again in the backward pass instead of keeping them: half of the memory, but more time."""
     denoising: DenoisingConfig | None = None
     """null trains without; mmdetection always trains with it: `denoising: {}`."""
     loss: LossConfig = field(default_factory=LossConfig)

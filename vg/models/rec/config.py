@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import BeforeValidator, Field
 
 from vg.models.encoder_config import EncoderConfig, TextEncoderConfig
-from vg.types import Strict
+from vg.types import Strict, by_name
 
 if TYPE_CHECKING:
     from vg.models.rec.heads import DenseHead, PooledHead
@@ -89,14 +89,10 @@ class DenseHeadConfig(Strict):
         return DenseHead(self, vision_width, text_width)
 
 
-def _by_name(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value  # `head: dense` is short for `head: {name: dense}`
-
-
 HeadConfig = Annotated[
     Union[PooledHeadConfig, DenseHeadConfig],  # noqa: UP007 - Python 3.10 cannot evaluate `|` under Annotated in pydantic
     Field(discriminator="name"),
-    BeforeValidator(_by_name),
+    BeforeValidator(by_name),
 ]
 
 
