@@ -15,11 +15,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from vg.data.expressions import VOCABULARY, described_scene
 from vg.data.refcoco import samples_of
-from vg.data.scenes import FORMS, GAP, MIN_SIDE, Scene, Shape, draw, random_scene
+from vg.data.scenes import FORMS, STYLES, Scene, Shape, draw, random_scene
 from vg.data.shapes import ShapesConfig
 from vg.data.source import DataError
 
 KINDS = ("attribute", "superlative", "relation")
+HARD_KINDS = ("ordinal", "chain")
+PLAIN, CROWDED = STYLES["plain"], STYLES["crowded"]
 NOUN = (
     r"(?:the )?(?:(?P<{0}small>small|little) |(?P<{0}big>big|large) )?"
     r"(?:(?P<{0}colour>red|green|blue|yellow|purple|orange|black|white) )?"
@@ -28,11 +30,11 @@ NOUN = (
 RELATION = re.compile(
     NOUN.format("t_")
     + r" (?:(?:(?:to|on) the )?(?P<side>left|right) of|(?P<above>above)|(?P<below>below|under)"
-    + r"|(?P<near>closest to|nearest to|next to)) "
-    + NOUN.format("a_")
+    + r"|(?P<near>closest to|nearest to|next to)) (?P<anchor>.+)"
 )
 SUPERLATIVE = re.compile(
-    r"(?:the )?(?P<word>leftmost|rightmost|topmost|highest|bottommost|lowest|smallest|largest|biggest) (?P<noun>.+)"
+    r"(?:the )?(?:(?P<ordinal>second|third) )?"
+    r"(?P<word>leftmost|rightmost|topmost|highest|bottommost|lowest|smallest|largest|biggest) (?P<noun>.+)"
     r"|(?P<far_noun>.+) on the far (?P<far>left|right)"
 )
 
@@ -51,7 +53,8 @@ def side(shape: Shape) -> float:
 
 def fitting(match: re.Match, prefix: str, scene: Scene) -> list[Shape]:
     small, big, colour, form = (match[f"{prefix}{name}"] for name in ("small", "big", "colour", "form"))
-    border = 0.235 * scene.size  # in the middle of the sizes that nobody should call small or big
+    style = CROWDED if len(scene.shapes) > PLAIN.counts[1] else PLAIN
+    border = (style.small + style.big) / 2 * scene.size  # in the middle of the sizes nobody should call small or big
     return [
         shape
         for shape in scene.shapes
@@ -65,22 +68,24 @@ def fitting(match: re.Match, prefix: str, scene: Scene) -> list[Shape]:
 def read(text: str, scene: Scene) -> tuple[str, list[Shape]]:
     """The kind of an expression and all shapes that satisfy it."""
     if match := RELATION.fullmatch(text):
-        (anchor,) = fitting(match, "a_", scene)
+        anchor_kind, (anchor,) = read(match["anchor"], scene)
+        kind = "relation" if anchor_kind == "attribute" else "chain"
         candidates = [shape for shape in fitting(match, "t_", scene) if shape is not anchor]
         assert len(candidates) >= 2, "the relation does not matter"
         if match["near"]:
             distances = [math.hypot(x(shape) - x(anchor), y(shape) - y(anchor)) for shape in candidates]
-            return "relation", [s for s, d in zip(candidates, distances, strict=True) if d == min(distances)]
+            return kind, [s for s, d in zip(candidates, distances, strict=True) if d == min(distances)]
         if match["side"]:
             sign = 1 if match["side"] == "right" else -1
-            return "relation", [shape for shape in candidates if sign * (x(shape) - x(anchor)) > 0]
+            return kind, [shape for shape in candidates if sign * (x(shape) - x(anchor)) > 0]
         sign = 1 if match["below"] else -1
-        return "relation", [shape for shape in candidates if sign * (y(shape) - y(anchor)) > 0]
+        return kind, [shape for shape in candidates if sign * (y(shape) - y(anchor)) > 0]
     if match := SUPERLATIVE.fullmatch(text):
         noun = re.fullmatch(NOUN.format(""), match["noun"] or match["far_noun"])
         assert noun, text
         candidates = fitting(noun, "", scene)
-        assert len(candidates) >= 2, "the superlative does not matter"
+        place = {None: 0, "second": 1, "third": 2}[match["ordinal"]]
+        assert len(candidates) >= 2 + place, "the superlative does not matter"
         word = match["word"] or {"left": "leftmost", "right": "rightmost"}[match["far"]]
         measure = {
             "leftmost": lambda shape: -x(shape),
@@ -93,8 +98,9 @@ def read(text: str, scene: Scene) -> tuple[str, list[Shape]]:
             "largest": side,
             "biggest": side,
         }[word]
-        best = max(map(measure, candidates))
-        return "superlative", [shape for shape in candidates if measure(shape) == best]
+        values = sorted(map(measure, candidates), reverse=True)
+        kind = "ordinal" if match["ordinal"] else "superlative"
+        return kind, [shape for shape in candidates if measure(shape) == values[place]]
     match = re.fullmatch(NOUN.format(""), text)
     assert match, f"not in the grammar: {text}"
     return "attribute", fitting(match, "", scene)
@@ -112,6 +118,40 @@ def test_every_expression_names_its_target_and_nothing_else(described):
         assert read(expression.text, scene) == (kind, [expression.target]), (expression, scene)
 
 
+@pytest.fixture(scope="module")
+def hard() -> list:
+    rng = np.random.default_rng(5)
+    return [(kind, *described_scene(rng, kind, style=CROWDED)) for kind in KINDS + HARD_KINDS for _ in range(400)]
+
+
+def test_expressions_for_crowded_scenes_name_their_target_and_nothing_else(hard):
+    for kind, scene, expression in hard:
+        assert expression.kind == kind
+        assert read(expression.text, scene) == (kind, [expression.target]), (expression, scene)
+
+
+def test_crowded_scenes_are_hard(hard):
+    fewest, most = CROWDED.counts
+    assert {len(scene.shapes) for _, scene, _ in hard} == set(range(fewest, most + 1))
+    sides = [side(shape) / scene.size for _, scene, _ in hard for shape in scene.shapes]
+    assert 0.07 < min(sides) < 0.09 < 0.19 < max(sides) < 0.21
+    alike = [
+        sum(shape.form == e.target.form or shape.colour == e.target.colour for shape in scene.shapes) - 1
+        for _, scene, e in hard
+    ]
+    assert np.mean(alike) > 4
+    lengths = {kind: np.mean([len(e.text.split()) for k, _, e in hard if k == kind]) for kind in KINDS + HARD_KINDS}
+    assert lengths["chain"] > lengths["relation"] + 0.5
+
+
+def test_hard_expressions_are_found_in_plain_scenes_too():
+    rng = np.random.default_rng(6)
+    for kind in HARD_KINDS:
+        for _ in range(300):
+            scene, expression = described_scene(rng, kind)
+            assert read(expression.text, scene) == (kind, [expression.target]), (expression, scene)
+
+
 def test_other_shapes_share_colour_or_form_with_the_target(described):
     alike = [
         any((s.colour == e.target.colour) != (s.form == e.target.form) for s in scene.shapes if s is not e.target)
@@ -120,8 +160,8 @@ def test_other_shapes_share_colour_or_form_with_the_target(described):
     assert np.mean(alike) > 0.85
 
 
-def test_wordings_are_varied(described):
-    words = Counter(word for _, _, expression in described for word in expression.text.split())
+def test_wordings_are_varied(described, hard):
+    words = Counter(word for _, _, expression in described + hard for word in expression.text.split())
     assert set(words) == set(VOCABULARY)
     assert list(VOCABULARY) == sorted(VOCABULARY)
     assert len(VOCABULARY) < 80
@@ -132,7 +172,7 @@ def test_wordings_are_varied(described):
     assert min(numbers.values()) > 0.1 * len(described)
 
 
-@pytest.mark.parametrize("size", [MIN_SIDE, 128, 256])
+@pytest.mark.parametrize("size", [PLAIN.min_side, 128, 256])
 def test_boxes_are_tight(size):
     rng = np.random.default_rng(1)
     forms = Counter()
@@ -157,7 +197,7 @@ def test_shapes_keep_apart():
             assert 0.13 < side(shape) / scene.size < 0.36
             for other in scene.shapes[:number]:
                 (left, top, right, bottom), (a, b, c, d) = shape.box, other.box
-                assert max(left - c, a - right, top - d, b - bottom) >= GAP * scene.size
+                assert max(left - c, a - right, top - d, b - bottom) >= PLAIN.gap * scene.size
 
 
 def test_drawing_shows_the_shapes():
@@ -206,6 +246,18 @@ def test_the_test_split_is_the_same_everywhere():
         ("rightmost object", [90.0, 78.0, 113.0, 101.0]),
         ("square right of the little triangle", [82.0, 93.0, 105.0, 116.0]),
         ("the red thing closest to the green thing", [76.0, 36.0, 114.0, 69.0]),
+    ]
+
+
+def test_the_crowded_test_split_is_the_same_everywhere():
+    source = ShapesConfig(split="test", scenes="crowded", kinds=KINDS + HARD_KINDS).build()
+    samples = [source.load(index, 0) for index in (0, 1, 2, 3, 4)]
+    assert [(sample.phrases[0], sample.boxes[0].tolist()) for sample in samples] == [
+        ("the orange circle", [71.0, 7.0, 94.0, 30.0]),
+        ("the lowest white thing", [102.0, 47.0, 121.0, 66.0]),
+        ("blue triangle next to the big black triangle", [58.0, 28.0, 85.0, 51.0]),
+        ("third lowest orange object", [33.0, 76.0, 47.0, 90.0]),
+        ("the circle to the left of blue cross to the right of the square", [56.0, 66.0, 68.0, 78.0]),
     ]
 
 
@@ -272,9 +324,10 @@ def test_wrong_settings_say_what_to_change():
     for settings, named in (
         ({"split": "testA"}, "train, val, test"),
         ({"image_size": 20}, "at least"),
+        ({"image_size": 64, "scenes": "crowded"}, "at least 80"),
         ({"seed": -1}, "seed"),
         ({"size": 0}, "size"),
-        ({"kinds": ("colour",)}, "attribute, superlative, relation"),
+        ({"kinds": ("colour",)}, "attribute, superlative, relation, ordinal, chain"),
     ):
         with pytest.raises(DataError, match=named):
             ShapesConfig(**settings).build()

@@ -7,15 +7,15 @@ is clear. "Clear" leaves margins, so that strict readers and generous ones agree
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from vg.data.scenes import COLOURS, FORMS, Scene, Shape, pick, random_scene, some
+from vg.data.scenes import COLOURS, FORMS, STYLES, Scene, Shape, Style, pick, random_scene, some
 
-Kind = Literal["attribute", "superlative", "relation"]
+Kind = Literal["attribute", "superlative", "relation", "ordinal", "chain"]
 
 THINGS = ("thing", "object")  # for a phrase that leaves the form open
 SIZES = {"small": ("small", "little"), "big": ("big", "large")}
@@ -27,6 +27,7 @@ SUPERLATIVES = {  # {} is the class of which one shape stands out
     "smaller": ("smallest {}",),
     "larger": ("largest {}", "biggest {}"),
 }
+ORDINALS = ("second", "third")
 RELATIONS = {
     "left": ("left of", "to the left of", "on the left of"),
     "right": ("right of", "to the right of", "on the right of"),
@@ -44,7 +45,7 @@ NEAR_RATIO = 1.75  # "closest to": the runner-up is so many times further away
 
 def _words() -> tuple[str, ...]:
     wordings = [*SIZES.values(), *SUPERLATIVES.values(), *RELATIONS.values()]
-    lines = ["the", *COLOURS, *FORMS, *THINGS, *(line for lines in wordings for line in lines)]
+    lines = ["the", *COLOURS, *FORMS, *THINGS, *ORDINALS, *(line for lines in wordings for line in lines)]
     return tuple(sorted({word for line in lines for word in line.replace("{}", "").split()}))
 
 
@@ -97,10 +98,12 @@ def names(shape: Shape, scene: Scene) -> list[Phrase]:
     return [phrase for phrase in phrases if phrase.named(scene.shapes) == [shape]]
 
 
-def described_scene(rng: np.random.Generator, kind: Kind, size: int = 128) -> tuple[Scene, Expression]:
-    """A random scene with an expression of this kind; nearly every scene has some, so this rarely draws twice."""
+def described_scene(
+    rng: np.random.Generator, kind: Kind, size: int = 128, style: Style = STYLES["plain"]
+) -> tuple[Scene, Expression]:
+    """A random scene with an expression of this kind; most scenes have some, so this rarely draws many."""
     while True:
-        scene = random_scene(rng, size)
+        scene = random_scene(rng, size, style)
         if expression := DESCRIBE[kind](rng, scene):
             return scene, expression
 
@@ -116,31 +119,61 @@ def by_attribute(rng: np.random.Generator, scene: Scene) -> Expression | None:
 def by_superlative(rng: np.random.Generator, scene: Scene) -> Expression | None:
     """For example "leftmost star"; there are at least two stars."""
     for order in some(rng, tuple(SUPERLATIVES)):
-        margin = SIZE_LEAD if order in ("smaller", "larger") else POSITION_LEAD
         for phrase in some(rng, classes(scene, at_least=2)):
-            candidates = phrase.named(scene.shapes)
-            first = max(candidates, key=lambda shape: _lead(order, shape, candidates[0], scene))
-            others = [shape for shape in candidates if shape is not first]
-            if all(_lead(order, first, other, scene) >= margin for other in others) and not any(
-                _reaches_further(order, other, first) for other in others
-            ):
+            first, *others = _ordered(order, phrase.named(scene.shapes), scene)
+            if all(_before(order, first, other, scene) for other in others):
                 text = pick(rng, SUPERLATIVES[order]).format(phrase.text(rng))
                 return Expression(_article(rng) + text, "superlative", first)
     return None
 
 
+def by_ordinal(rng: np.random.Generator, scene: Scene) -> Expression | None:
+    """For example "second leftmost star"; there are more stars than one has to count."""
+    for order in some(rng, tuple(SUPERLATIVES)):
+        place = 1 + int(rng.integers(len(ORDINALS)))
+        for phrase in some(rng, classes(scene, at_least=place + 2)):
+            ordered = _ordered(order, phrase.named(scene.shapes), scene)
+            target = ordered[place]
+            if all(_before(order, shape, target, scene) for shape in ordered[:place]) and all(
+                _before(order, target, shape, scene) for shape in ordered[place + 1 :]
+            ):
+                wordings = [wording for wording in SUPERLATIVES[order] if not wording.startswith("{}")]
+                text = pick(rng, wordings).format(phrase.text(rng))
+                return Expression(f"{_article(rng)}{ORDINALS[place - 1]} {text}", "ordinal", target)
+    return None
+
+
 def by_relation(rng: np.random.Generator, scene: Scene) -> Expression | None:
     """For example "circle above the red star"; there are at least two circles, and one red star."""
+
+    def named(anchor: Shape) -> str | None:
+        phrases = names(anchor, scene)
+        return _article(rng) + pick(rng, phrases).text(rng) if phrases else None
+
+    return _by_relation(rng, scene, "relation", scene.shapes, named)
+
+
+def by_chain(rng: np.random.Generator, scene: Scene) -> Expression | None:
+    """For example "circle above the leftmost star": what it stands above has to be found first."""
+    for describe in some(rng, (by_superlative, by_relation)):
+        anchor = describe(rng, scene)
+        if anchor and (found := _by_relation(rng, scene, "chain", (anchor.target,), lambda _, text=anchor.text: text)):
+            return found
+    return None
+
+
+def _by_relation(
+    rng: np.random.Generator, scene: Scene, kind: Kind, anchors: Sequence[Shape], name: Callable[[Shape], str | None]
+) -> Expression | None:
+    """A shape that stands in a relation to one of the anchors, which `name` names if it can."""
     for relation in some(rng, tuple(RELATIONS)):
         for phrase in some(rng, classes(scene, at_least=2)):
             candidates = phrase.named(scene.shapes)
-            for anchor in some(rng, [shape for shape in scene.shapes if shape not in candidates]):
+            for anchor in some(rng, [shape for shape in anchors if shape not in candidates]):
                 target = _related(relation, candidates, anchor, scene)
-                anchor_names = names(anchor, scene)
-                if target and anchor_names:
-                    anchor_text = _article(rng) + pick(rng, anchor_names).text(rng)
+                if target and (anchor_text := name(anchor)):
                     text = f"{phrase.text(rng)} {pick(rng, RELATIONS[relation])} {anchor_text}"
-                    return Expression(_article(rng) + text, "relation", target)
+                    return Expression(_article(rng) + text, kind, target)
     return None
 
 
@@ -148,11 +181,24 @@ DESCRIBE: dict[Kind, Callable[[np.random.Generator, Scene], Expression | None]] 
     "attribute": by_attribute,
     "superlative": by_superlative,
     "relation": by_relation,
+    "ordinal": by_ordinal,
+    "chain": by_chain,
 }
 
 
 def _article(rng: np.random.Generator) -> str:
     return pick(rng, ("the ", ""))
+
+
+def _ordered(order: str, shapes: list[Shape], scene: Scene) -> list[Shape]:
+    """The one that is furthest in the order comes first."""
+    return sorted(shapes, key=lambda shape: _lead(order, shape, shapes[0], scene), reverse=True)
+
+
+def _before(order: str, shape: Shape, other: Shape, scene: Scene) -> bool:
+    """Whether a shape is before another beyond doubt."""
+    margin = SIZE_LEAD if order in ("smaller", "larger") else POSITION_LEAD
+    return _lead(order, shape, other, scene) >= margin and not _reaches_further(order, other, shape)
 
 
 def _lead(order: str, shape: Shape, other: Shape, scene: Scene) -> float:

@@ -29,15 +29,29 @@ FORMS = {  # width / height; not all are square, so that an exchange of width an
     "cross": 1.0,
     "diamond": 0.75,
 }
-SCALES = (0.14, 0.35)  # sqrt(width x height) of a shape, as a share of the image side
-SMALL, BIG = 0.20, 0.27  # up to here a shape is small, from here on it is big; between the two nobody says so
-GAP = 0.025  # of the image side, between two shapes
-MIN_SIDE = 48  # pixels; in smaller images the forms cannot be told apart
 _OVERSAMPLING = 8
 _PLACES_TRIED = 40
 
 Box = tuple[int, int, int, int]  # xyxy in pixels
 Option = TypeVar("Option")
+
+
+@dataclass(frozen=True)
+class Style:
+    """What scenes are like; lengths are shares of the image side, that of a shape is sqrt(width x height)."""
+
+    counts: tuple[int, int]  # of shapes
+    scales: tuple[float, float]
+    small: float  # up to here a shape is small ...
+    big: float  # ... and from here on it is big; between the two nobody says so
+    gap: float  # between two shapes
+    min_side: int  # pixels; in smaller images the forms cannot be told apart
+
+
+STYLES = {
+    "plain": Style(counts=(3, 6), scales=(0.14, 0.35), small=0.20, big=0.27, gap=0.025, min_side=48),
+    "crowded": Style(counts=(8, 14), scales=(0.08, 0.20), small=0.115, big=0.155, gap=0.015, min_side=80),
+}
 
 
 @dataclass(frozen=True)
@@ -65,35 +79,36 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """3..6 shapes that do not touch each other, in a square image."""
+    """Shapes that do not touch each other, in a square image."""
 
     shapes: tuple[Shape, ...]
     size: int  # image side in pixels
     background: tuple[tuple[int, ...], ...]  # coarse square grid of grey levels, blown up smoothly to the whole image
 
 
-def random_scene(rng: np.random.Generator, size: int = 128) -> Scene:
+def random_scene(rng: np.random.Generator, size: int = 128, style: Style = STYLES["plain"]) -> Scene:
     """Sample a scene with few colours and few forms, so that a shape rarely differs from all others in everything.
 
     Args:
-        size: image side in pixels, at least MIN_SIDE.
+        size: image side in pixels, at least that of the style.
     """
-    if size < MIN_SIDE:
+    if size < style.min_side:
         raise ValueError(
-            f"a scene of {size} x {size} pixels is too small to tell shapes apart; take at least {MIN_SIDE}"
+            f"a scene of {size} x {size} pixels is too small to tell shapes apart; take at least {style.min_side}"
         )
     colours = some(rng, tuple(COLOURS), int(rng.integers(2, 4)))
     forms = some(rng, tuple(FORMS), int(rng.integers(2, 4)))
-    scales = np.exp(rng.uniform(math.log(SCALES[0]), math.log(SCALES[1]), size=rng.integers(3, 7)))
+    fewest, most = style.counts
+    scales = np.exp(rng.uniform(*map(math.log, style.scales), size=rng.integers(fewest, most + 1)))
     shapes: list[Shape] = []
     for scale in sorted(scales.tolist(), reverse=True):  # big ones first: they need the room
         form, colour = pick(rng, forms), pick(rng, colours)
-        if box := _free_place(rng, scale * size, FORMS[form], size, shapes):
+        if box := _free_place(rng, scale * size, FORMS[form], size, style.gap * size, shapes):
             paint = np.clip(np.add(COLOURS[colour], rng.integers(-8, 9, size=3)), 0, 255)
-            word = "small" if scale <= SMALL else "big" if scale >= BIG else ""
+            word = "small" if scale <= style.small else "big" if scale >= style.big else ""
             shapes.append(Shape(form, colour, word, box, tuple(paint.tolist())))
-    if len(shapes) < 3:
-        return random_scene(rng, size)
+    if len(shapes) < fewest:
+        return random_scene(rng, size, style)
     return Scene(tuple(shapes), size, _random_background(rng))
 
 
@@ -107,10 +122,11 @@ def pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
     return options[int(rng.random() * len(options))]
 
 
-def _free_place(rng: np.random.Generator, scale: float, aspect: float, size: int, shapes: list[Shape]) -> Box | None:
-    """A box of about scale x scale pixels, stretched to the aspect, away from all shapes; None if there is no room."""
+def _free_place(
+    rng: np.random.Generator, scale: float, aspect: float, size: int, gap: float, shapes: list[Shape]
+) -> Box | None:
+    """A box of about scale x scale pixels, stretched to the aspect, clear of all shapes; None without room."""
     width, height = round(scale * math.sqrt(aspect)), round(scale / math.sqrt(aspect))
-    gap = GAP * size
     for x, y in rng.random((_PLACES_TRIED, 2)).tolist():
         left, top = 1 + int(x * (size - width - 1)), 1 + int(y * (size - height - 1))
         right, bottom = left + width, top + height

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vg.data.expressions import DESCRIBE, VOCABULARY, Kind, classes, described_scene
 from vg.data.refcoco import samples_of
-from vg.data.scenes import MIN_SIDE, Scene, Shape, draw, random_scene, some
+from vg.data.scenes import STYLES, Scene, Shape, draw, random_scene, some
 from vg.data.source import DataError, Provenance, Task
 from vg.types import Sample, Strict
 
@@ -29,7 +29,11 @@ class ShapesConfig(Strict):
     image_size: int = 128  # pixels per side
     seed: int = 0
     view: Literal["expression", "detection"] = "expression"  # one phrase and one box, or several of both per scene
+    scenes: Literal["plain", "crowded"] = "plain"
+    """3 to 6 shapes, or 8 to 14 smaller ones."""
     kinds: tuple[Kind, ...] = ("attribute", "superlative", "relation")
+    """Of expressions, in turn; there are also "ordinal" (second leftmost star) and "chain" (circle above the leftmost
+    star). Scenes of the detection view have phrases of colour and form only."""
 
     def build(self) -> Shapes:
         return Shapes(self)
@@ -41,15 +45,19 @@ class Shapes:
     def __init__(self, config: ShapesConfig) -> None:
         if config.split not in SPLITS:
             raise DataError(f"shapes: there is no split {config.split!r}; choose one of {', '.join(SPLITS)}")
-        if config.image_size < MIN_SIDE:
-            raise DataError(f"shapes: image_size {config.image_size} is too small; take at least {MIN_SIDE} pixels")
+        self.style = STYLES[config.scenes]
+        if config.image_size < self.style.min_side:
+            raise DataError(
+                f"shapes: image_size {config.image_size} is too small; take at least {self.style.min_side} pixels"
+            )
         if config.seed < 0 or (config.size is not None and config.size < 1):
             raise DataError(f"shapes: seed ({config.seed}) starts at 0 and size ({config.size}) at 1")
         if not config.kinds or not set(config.kinds) <= set(DESCRIBE):
             raise DataError(f"shapes: kinds {config.kinds} must be some of {', '.join(DESCRIBE)}")
         self.config = config
         task: Task = "detection" if config.view == "detection" else "expressions"
-        self.provenance = Provenance(f"shapes ({config.view}, seed {config.seed})", config.split, task)
+        crowded = "crowded, " if config.scenes == "crowded" else ""
+        self.provenance = Provenance(f"shapes ({crowded}{config.view}, seed {config.seed})", config.split, task)
 
     def __len__(self) -> int:
         return SPLITS[self.config.split] if self.config.size is None else self.config.size
@@ -66,7 +74,8 @@ class Shapes:
         `bbox` is xywh in pixels; the extra column `kinds` says of which kind each expression in `answer` is.
         """
         kinds = self.config.kinds
-        scene, expression = described_scene(self._rng(index, epoch), kinds[index % len(kinds)], self.config.image_size)
+        kind = kinds[index % len(kinds)]
+        scene, expression = described_scene(self._rng(index, epoch), kind, self.config.image_size, self.style)
         left, top, right, bottom = map(float, expression.target.box)
         return {
             "question_id": f"{index:06d}",
@@ -83,7 +92,7 @@ class Shapes:
     def _detection(self, index: int, epoch: int) -> Sample:
         """Two to four phrases of colour or form; every shape that fits a phrase has a box for it."""
         rng = self._rng(index, epoch)
-        scene = random_scene(rng, self.config.image_size)
+        scene = random_scene(rng, self.config.image_size, self.style)
         phrases = some(rng, [phrase for phrase in classes(scene) if any(phrase)], int(rng.integers(2, 5)))
         pairs = [(number, shape) for number, phrase in enumerate(phrases) for shape in phrase.named(scene.shapes)]
         return Sample(
