@@ -79,11 +79,14 @@ def run(config: RunConfig, folder: Path, processes: int) -> tuple[dict[str, Tens
 
 
 @pytest.mark.parametrize("family", ["rec", "grounding_dino"])
-def test_eight_samples_at_once_or_as_two_times_two_times_two(
-    tiny_config: MakeConfig, tmp_path: Path, family: str
+@pytest.mark.parametrize(("processes", "batch_size", "accumulate"), [(2, 2, 2), (4, 2, 1)])
+def test_eight_samples_at_once_or_cut_over_processes_and_time(
+    tiny_config: MakeConfig, tmp_path: Path, family: str, processes: int, batch_size: int, accumulate: int
 ) -> None:
     whole, losses = run(configured(tiny_config, family, 8, 1, tmp_path / "one"), tmp_path, 1)
-    cut, cut_losses = run(configured(tiny_config, family, 2, 2, tmp_path / "two"), tmp_path, 2)
+    cut, cut_losses = run(
+        configured(tiny_config, family, batch_size, accumulate, tmp_path / "cut"), tmp_path, processes
+    )
     assert len(losses) == 2
     for expected, found in zip(losses, cut_losses, strict=True):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)

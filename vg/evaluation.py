@@ -41,12 +41,13 @@ class EvaluationSet:
     def __init__(self, name: str, source: Source, config: DataConfig, model: GroundingModel, accelerator: Accelerator):
         self.name = name
         self.accelerator = accelerator
-        self.data = GroundingDataset(source, bad_samples=config.bad_samples)
+        collate = Collator(model.image_spec, model.text_spec)
+        self.data = GroundingDataset(source, bad_samples=config.bad_samples, texts=collate.texts)
         loader = DataLoader(
             self.data,
             batch_size=config.eval_batch_size,
             num_workers=config.workers,
-            collate_fn=Collator(model.image_spec, model.text_spec),
+            collate_fn=collate,
             generator=torch.Generator(),  # else every pass would draw from the generator that training uses
             pin_memory=accelerator.device.type == "cuda",
         )

@@ -39,7 +39,8 @@ class TrainingData:
         samples_at_once = data.batch_size * accelerator.num_processes
         self.accelerator = accelerator
         self.accumulate = config.train.accumulate
-        self.data = GroundingDataset(source, data.augment.build(), seed, data.bad_samples)
+        collate = Collator(model.image_spec, model.text_spec, one_prompt=True)
+        self.data = GroundingDataset(source, data.augment.build(), seed, data.bad_samples, collate.texts)
         self.sampler = (
             SimilarShapes(source, seed, samples_at_once) if data.similar_shapes else training_order(config, source)
         )
@@ -48,7 +49,7 @@ class TrainingData:
             batch_size=data.batch_size,
             sampler=self.sampler,
             num_workers=data.workers,
-            collate_fn=Collator(model.image_spec, model.text_spec, one_prompt=True),
+            collate_fn=collate,
             drop_last=len(self.data) >= samples_at_once,
             pin_memory=accelerator.device.type == "cuda",
             generator=torch.Generator(),  # else a resumed run would draw once more from the generator of dropout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -13,10 +13,13 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader
 
 from vg.data.augment import AugmentConfig
+from vg.data.collate import Collator
 from vg.data.dataset import EpochSampler, GroundingDataset, SimilarShapes
 from vg.data.shapes import ShapesConfig
 from vg.data.source import BadSampleError, DataError, Provenance
-from vg.types import Sample
+from vg.models.encoder_config import TextEncoderConfig
+from vg.models.encoders import load_tokenizer
+from vg.types import Sample, StretchedImage, TextSpec
 
 
 @dataclass
@@ -74,6 +77,22 @@ def test_workers_tell_the_main_process_about_bad_samples() -> None:
     found = list(DataLoader(data, batch_size=None, num_workers=2))
     assert ids(found) == [0, 2, 2, 3, 4, 5, 6, 0, 0]
     assert data.bad.nonzero().flatten().tolist() == [1, 7, 8]
+
+
+@pytest.mark.parametrize("delimiters", [(), (".",)], ids=["one expression", "many phrases"])
+def test_phrases_that_no_prompt_can_hold_are_skipped_as_well(delimiters: tuple[str, ...]) -> None:
+    class Worded(Numbers):
+        def load(self, index: int, epoch: int) -> Sample:
+            phrase = "red thing " * 20 if index == 1 else "red thing"
+            return replace(super().load(index, epoch), phrases=(phrase,))
+
+    tokenizer = load_tokenizer(TextEncoderConfig(architecture={"model_type": "bert"}))
+    texts = Collator(StretchedImage(8, 8), TextSpec(tokenizer, 16, delimiters)).texts
+    data = GroundingDataset(Worded(3), bad_samples="skip", texts=texts)
+    assert ids([data[index] for index in range(3)]) == [0, 2, 2]
+    assert data.bad.tolist() == [False, True, False]
+    with pytest.raises(BadSampleError, match=r"numbers/1.*tokens"):
+        texts([GroundingDataset(Worded(3), texts=texts)[1]])
 
 
 def test_nothing_usable_is_an_error() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from vg.data.augment import Augment
 from vg.data.features import FeatureSample
 from vg.data.source import BadSampleError, DataError, Grouped, Measured, Source, checked
-from vg.types import Sample
+from vg.types import Sample, Text
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,16 @@ class GroundingDataset(Dataset[Sample | FeatureSample]):
     Args:
         bad_samples: "error" raises BadSampleError for a sample that cannot be used; "skip" warns, counts it, and gives
             the next good one instead (its id is the same both times, so that metrics count it once).
+        texts: what will make text of samples, if a sample whose phrases it refuses is to be skipped as well.
     """
 
     def __init__(
-        self, source: Source, augment: Augment | None = None, seed: int = 0, bad_samples: BadSamples = "error"
+        self,
+        source: Source,
+        augment: Augment | None = None,
+        seed: int = 0,
+        bad_samples: BadSamples = "error",
+        texts: Callable[[Sequence[Sample]], Text] | None = None,
     ):
         if len(source) == 0:
             raise DataError(f"{source.provenance} holds no samples")
@@ -39,6 +45,7 @@ class GroundingDataset(Dataset[Sample | FeatureSample]):
         self.augment = augment
         self.seed = seed
         self.skip = bad_samples == "skip"
+        self.texts = texts
         # Shared memory: the workers of a DataLoader write, the main process counts.
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
         self.bad = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # [samples] found unusable so far
@@ -68,7 +75,11 @@ class GroundingDataset(Dataset[Sample | FeatureSample]):
         if isinstance(sample, FeatureSample):  # was checked before it was encoded, and has its views for augmentation
             return sample
         sample = checked(sample)
-        return self.augment(sample, seed=(self.seed, epoch, index)) if self.augment else sample
+        if self.augment:
+            sample = self.augment(sample, seed=(self.seed, epoch, index))
+        if self.skip and self.texts:  # else it is made once, for the whole batch, which would stop there
+            self.texts([sample])
+        return sample
 
 
 class EpochSampler(Sampler[int]):

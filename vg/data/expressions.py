@@ -156,9 +156,10 @@ def by_relation(rng: np.random.Generator, scene: Scene) -> Expression | None:
 def by_chain(rng: np.random.Generator, scene: Scene) -> Expression | None:
     """For example "circle above the leftmost star": what it stands above has to be found first."""
     for describe in some(rng, (by_superlative, by_relation)):
-        anchor = describe(rng, scene)
-        if anchor and (found := _by_relation(rng, scene, "chain", (anchor.target,), lambda _, text=anchor.text: text)):
-            return found
+        if anchor := describe(rng, scene):
+            words = {anchor.target: anchor.text}
+            if found := _by_relation(rng, scene, "chain", list(words), words.get):
+                return found
     return None
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vg.data.source import DataError
+from vg.data.source import BadSampleError, DataError
 from vg.types import ConfigError, Sample, Text, TextSpec
 
 _CACHE_SIZE = 100_000  # phrases: more than any list of classes, and some ten megabytes of captions
@@ -26,19 +26,19 @@ class Expressions:
         self.spec = spec
 
     def __call__(self, samples: Sequence[Sample]) -> Text:
-        """Raises DataError: not one phrase, or one of more than max_tokens tokens."""
+        """Raises DataError: not one phrase; BadSampleError: one of more than max_tokens tokens."""
         for sample in samples:
             if len(sample.phrases) != 1:
                 raise DataError(f"{sample.id} has {len(sample.phrases)} phrases, this model takes one expression")
         return self.text([sample.phrases[0] for sample in samples], [sample.id for sample in samples])
 
     def text(self, expressions: Sequence[str], names: Sequence[str]) -> Text:
-        """One prompt for each expression; raises DataError that calls one by its name: too many tokens."""
+        """One prompt for each expression; raises BadSampleError that calls one by its name: too many tokens."""
         tokens = self.spec.tokenizer(list(expressions), padding=True, return_tensors="pt")
         token_ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()  # [R, T]
         for name, expression, length in zip(names, expressions, mask.sum(dim=1).tolist(), strict=True):
             if length > self.spec.max_tokens:
-                raise DataError(
+                raise BadSampleError(
                     f"{name}: the expression has {length} tokens, the model takes {self.spec.max_tokens} "
                     f"(raise model.max_tokens): {expression[:80]!r}"
                 )
@@ -92,7 +92,7 @@ class Prompts:
         """The prompts of all samples, in their order.
 
         Raises:
-            DataError: a sample without phrases, or a phrase without any letter or digit, or too long for a prompt.
+            BadSampleError: no phrases, or a phrase without any letter or digit, or too long for a prompt.
         """
         prompts = [(i, prompt) for i, sample in enumerate(samples) for prompt in self.of_sample(sample)]
         num_tokens = max(len(prompt.token_ids) for _, prompt in prompts)
@@ -108,9 +108,9 @@ class Prompts:
         return Text(*map(torch.from_numpy, (token_ids, mask, phrase_tokens, image_ids)))
 
     def of_sample(self, sample: Sample) -> list[Prompt]:
-        """The prompts of one sample, at least one; raises DataError as above."""
+        """The prompts of one sample, at least one; raises BadSampleError as above."""
         if not sample.phrases:
-            raise DataError(f"{sample.id} has no phrases: say what to look for")
+            raise BadSampleError(f"{sample.id} has no phrases: say what to look for")
         tokens = self._tokenize(sample)
         phrases = self._fitting(tokens, sample.phrase_ids.tolist()) if self.one_prompt else range(len(tokens))
         prompts: list[Prompt] = []
@@ -141,14 +141,14 @@ class Prompts:
         new = [phrase for phrase in dict.fromkeys(sample.phrases) if phrase not in self._known]
         for phrase in new:
             if not any(character.isalnum() for character in phrase):
-                raise DataError(f"{sample.id}: the phrase {phrase!r} has no letter or digit; give it words")
+                raise BadSampleError(f"{sample.id}: the phrase {phrase!r} has no letter or digit; give it words")
         if new:  # split_special_tokens: "[SEP]" in a text is a text
             encoded = self.tokenizer(new, add_special_tokens=False, split_special_tokens=True, verbose=False)
             for phrase, token_ids in zip(new, encoded["input_ids"], strict=True):
                 while token_ids[-1] == self.phrase_end:
                     token_ids.pop()
                 if len(token_ids) + 3 > self.max_tokens:
-                    raise DataError(
+                    raise BadSampleError(
                         f"{sample.id}: a phrase has {len(token_ids)} tokens, a prompt of {self.max_tokens} holds "
                         f"{self.max_tokens - 3} of one (raise model.max_tokens): {phrase[:80]!r}"
                     )

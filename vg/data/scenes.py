@@ -99,7 +99,8 @@ def random_scene(rng: np.random.Generator, size: int = 128, style: Style = STYLE
     colours = some(rng, tuple(COLOURS), int(rng.integers(2, 4)))
     forms = some(rng, tuple(FORMS), int(rng.integers(2, 4)))
     fewest, most = style.counts
-    scales = np.exp(rng.uniform(*map(math.log, style.scales), size=rng.integers(fewest, most + 1)))
+    smallest, largest = style.scales
+    scales = np.exp(rng.uniform(math.log(smallest), math.log(largest), size=rng.integers(fewest, most + 1)))
     shapes: list[Shape] = []
     for scale in sorted(scales.tolist(), reverse=True):  # big ones first: they need the room
         form, colour = pick(rng, forms), pick(rng, colours)
