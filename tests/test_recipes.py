@@ -1,4 +1,4 @@
-"""The recipes of Grounding DINO: each can be built, and has the numbers that were published with its figure."""
+"""The recipes: those of Grounding DINO can be built and have the numbers that were published with their figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from vg.config import RunConfig, load_config
+from vg.data.mixture import MixtureConfig
 from vg.models.grounding_dino.config import GroundingDinoConfig, ResNetConfig, SwinConfig
+from vg.models.rec.config import RecConfig
 from vg.optim import build_schedule, choose_trained
 
 FOLDER = Path(__file__).parents[1] / "configs" / "grounding_dino"
@@ -202,3 +204,31 @@ def test_the_comment_tells_figure_machine_and_source(name: str) -> None:
         assert f"{GPUS[name]} GPUs x {PUBLISHED[name][6]} images" in comment
         assert f"{PUBLISHED[name][3]} epochs" in comment
     assert f"configs/grounding_dino/{name}.yaml" in comment, "the command that runs it"
+
+
+def test_recipes_of_rec() -> None:
+    configs = {path.stem: load_config(path) for path in (FOLDER.parent / "rec").glob("*.yaml")}
+    sizes = {name: config.model.image_size for name, config in configs.items() if isinstance(config.model, RecConfig)}
+    assert sizes == {
+        "refcoco": 224,
+        "refcoco_cached": 224,
+        "refcoco_dense": 224,
+        "refcoco_dense_cached": 224,
+        "refcoco_dense_448": 448,
+        "refcoco_dense_672": 672,
+        "refcoco_dense_vitl": 448,
+        "refcoco_joint": 448,
+        "crowded_scenes": 64,
+    }
+    for name in configs.keys() - {"crowded_scenes"}:
+        assert configs[name].data.batch_size * configs[name].train.accumulate == 64, name
+        assert configs[name].train.output == f"runs/{name}"
+    joint = configs["refcoco_joint"].data
+    assert joint.drop_overlap
+    assert isinstance(joint.train, MixtureConfig)
+    assert [part.split for part in joint.train.parts] == ["train"] * 3  # type: ignore[union-attr]
+    assert {(part.path, part.split) for part in joint.eval_sets().values()} == {  # type: ignore[union-attr]
+        *(("jxu124/refcoco", split) for split in ("val", "testA", "testB")),
+        ("jxu124/refcocoplus", "val"),
+        *(("jxu124/refcocog", split) for split in ("val", "test")),
+    }
