@@ -214,6 +214,7 @@ def test_recipes_of_rec() -> None:
         "refcoco_cached": 224,
         "refcoco_dense": 224,
         "refcoco_dense_cached": 224,
+        "refcoco_dense_lora": 224,
         "refcoco_dense_448": 448,
         "refcoco_dense_672": 672,
         "refcoco_dense_vitl": 448,
@@ -232,3 +233,21 @@ def test_recipes_of_rec() -> None:
         ("jxu124/refcocoplus", "val"),
         *(("jxu124/refcocog", split) for split in ("val", "test")),
     }
+
+
+def test_adapters_of_the_encoders_are_trained_beside_the_whole_head() -> None:
+    pytest.importorskip("peft")
+    sizes = "hidden_size: 384, num_hidden_layers: 2, num_attention_heads: 6, intermediate_size: 1536"
+    encoders = [
+        f"model.{part}={{id: null, frozen: false, architecture: {{model_type: {kind}, {sizes}}}}}"
+        for part, kind in (("vision", "dinov3_vit"), ("text", "bert"))
+    ]
+    config = load_config(FOLDER.parent / "rec" / "refcoco_dense_lora.yaml", encoders)
+    with torch.device("meta"):
+        model = config.model.build(pretrained=False)
+    head = {name for name, _ in model.named_parameters() if name.startswith("head.")}
+    choose_trained(model, config.optim)
+    trained = {name for name, weights in model.named_parameters() if weights.requires_grad}
+    adapters = {name for name in trained if ".lora_" in name}
+    assert trained - adapters == head
+    assert sum(".vision" in f".{name}" for name in adapters) == sum(".text" in f".{name}" for name in adapters) == 8
