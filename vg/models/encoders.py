@@ -15,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     BertTokenizer,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -60,6 +61,12 @@ class Encoder(nn.Module):
     def run(self, **inputs: Any) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.network(**inputs).last_hidden_state
+
+
+def enable_checkpointing(network: PreTrainedModel) -> None:
+    """Compute activations again in the backward pass instead of keeping them."""
+    renamed = getattr(network, "activation_checkpointing_enable", None)  # in transformers 5.23
+    (renamed or network.gradient_checkpointing_enable)()
 
 
 def network_config(config: EncoderConfig) -> PretrainedConfig:

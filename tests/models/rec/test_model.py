@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from vg.data.shapes import ShapesConfig
 from vg.models.encoders import SMALL_VOCABULARY
 from vg.models.rec.config import BgeConfig, DenseHeadConfig, PooledHeadConfig, RecConfig, VisionEncoderConfig
 from vg.models.rec.encoders import VisionEncoder
+from vg.types import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
 
@@ -34,6 +36,21 @@ PUBLISHED = {  # the architecture behind each id that our configurations name
         "num_hidden_layers": 12,
         "num_attention_heads": 12,
         "intermediate_size": 1536,
+    },
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": {
+        "model_type": "dinov3_vit",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "num_register_tokens": 4,
+    },
+    "BAAI/bge-base-en-v1.5": {
+        "model_type": "bert",
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
     },
 }
 TINY_VISION = {
@@ -197,6 +214,18 @@ def test_weights_that_do_not_fit_are_all_named() -> None:
 def test_encoder_settings_that_contradict(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VisionEncoderConfig(**settings)
+
+
+def test_an_expression_without_a_box_teaches_nothing() -> None:
+    """As gRefCOCO has them."""
+    model = RecConfig(
+        vision=VisionEncoderConfig(architecture=TINY_VISION), text=BgeConfig(architecture=TEXT), image_size=32
+    ).build()
+    samples = [ShapesConfig(split="val").build().load(index, 0) for index in range(2)]
+    batch = Collator(model.image_spec, model.text_spec)(samples)
+    batch.targets[1] = replace(batch.targets[1], boxes=torch.zeros(0, 4), phrase_ids=torch.zeros(0, dtype=torch.long))
+    with pytest.raises(ConfigError, match="shapes/val/000001/0 has 0 boxes, rec learns from expressions with one"):
+        model.loss(model(batch), batch)
 
 
 def test_a_prediction_does_not_depend_on_its_batch() -> None:

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vg.losses.set_loss import SetLoss
 from vg.losses.targets import PromptTargets, prompt_targets
 from vg.models.base import GroundingModel
-from vg.models.encoders import load_tokenizer
+from vg.models.encoders import enable_checkpointing, load_tokenizer
 from vg.models.grounding_dino.answer import answers
 from vg.models.grounding_dino.attention import Attention, DeformableAttention
 from vg.models.grounding_dino.checkpoints.load import load_into
@@ -65,8 +65,8 @@ class GroundingDino(GroundingModel):
                 self.load_tokenizer(tokenizer)
         if config.gradient_checkpointing:
             if self.backbone.network.supports_gradient_checkpointing:  # a ResNet does not
-                self.backbone.network.gradient_checkpointing_enable()
-            self.text.network.gradient_checkpointing_enable()
+                enable_checkpointing(self.backbone.network)
+            enable_checkpointing(self.text.network)
 
     def forward(self, batch: Batch) -> Output:
         image = self.encode_image(batch)

@@ -15,7 +15,7 @@ from vg.models.encoders import load_tokenizer, network_config, token_width, toke
 from vg.models.rec.config import RecConfig
 from vg.models.rec.encoders import TextEncoder, VisionEncoder
 from vg.models.rec.heads import DenseOutput, PooledOutput
-from vg.types import Batch, ImageSpec, Prediction, StretchedImage, Text, TextSpec
+from vg.types import Batch, ConfigError, ImageSpec, Prediction, StretchedImage, Text, TextSpec
 
 
 class RecModel(FeatureModel):
@@ -65,6 +65,13 @@ class RecModel(FeatureModel):
         return self.text(text)
 
     def loss(self, output: PooledOutput | DenseOutput, batch: Batch) -> dict[str, Tensor]:
+        """Raises ConfigError that names the sample: it does not have exactly one box."""
+        for target in batch.targets:
+            if len(target.boxes) != 1:
+                raise ConfigError(
+                    f"{target.id} has {len(target.boxes)} boxes, rec learns from expressions with one: train "
+                    "model.name=grounding_dino on such data"
+                )
         return self.head.loss(output, torch.cat([target.boxes for target in batch.targets]))  # type: ignore[arg-type]
 
     def batch_weight(self, batch: Batch) -> int:
