@@ -45,6 +45,7 @@ from vg.optim import build_optimizer, build_schedule
 from vg.types import Batch
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo_grounding_dino.yaml"
+DENOISING = "model.denoising={num_queries: 30, num_labels: 16}"  # built by all runs, so that they draw the same weights
 
 
 class Run(NamedTuple):
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help="one or more runs")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    config = load_config(DEMO, [f"train.max_steps={options.steps}", f"train.seed={options.seed}"])
+    config = load_config(DEMO, [DENOISING, f"train.max_steps={options.steps}", f"train.seed={options.seed}"])
     curves = {name: train(name, config, max(1, options.steps // options.points)) for name in options.only}
 
     print("\nAP50 at step | " + " | ".join(f"{name:>12}" for name in curves))
@@ -85,7 +86,7 @@ def train(name: str, config: RunConfig, every: int) -> dict[int, float]:
     assert isinstance(model, GroundingDino)
     model.config.loss = run.loss or LossConfig()
     if not run.denoising:
-        model.denoising = None  # and not in the settings, where it would change what is drawn for the other weights
+        model.denoising = None
     optimizer = build_optimizer(model, config.optim)
     schedule = build_schedule(optimizer, config.optim, config.train.max_steps)
     curve: dict[int, float] = {}

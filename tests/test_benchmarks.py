@@ -1,10 +1,11 @@
-"""The scripts that measure Grounding DINO, at a tiny size: what they compare, what they refuse, what they need."""
+"""The scripts that measure models, at a tiny size: what they compare, what they refuse, what they need."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import transformers
 
 from tests.models.grounding_dino.published import BERT, random_model
+from vg.config import dump_config, load_config
 from vg.losses.config import LossConfig
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -177,6 +179,34 @@ def test_training_steps_are_the_same_and_train(
         everyone[name].model.encoder.checkpointing for name in (training.VG, training.CHECKPOINTING)
     )
     assert (plain, checkpointing) == (False, True)
+
+
+def test_every_row_of_the_ablation_is_a_different_head_and_its_command_repeats_it(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ablate_rec
+
+    configs = [load_config(ablate_rec.CONFIG, overrides) for overrides in ablate_rec.ROWS.values()]
+    assert len({json.dumps(asdict(config), default=str) for config in configs}) == len(configs)
+    small = tmp_path / "configs" / "rec" / "small.yaml"
+    small.parent.mkdir(parents=True)
+    overrides = ["data.eval.size=20", "data.train.size=640", "data.batch_size=4"]
+    small.write_text(dump_config(load_config(ablate_rec.CONFIG, overrides)))
+    monkeypatch.setattr(ablate_rec, "CONFIG", small)
+    monkeypatch.setattr(ablate_rec, "TIMED", 3)
+    pooled = next(iter(ablate_rec.ROWS))
+    monkeypatch.setattr(
+        sys, "argv", ["ablate_rec.py", "--minutes", "0.002", "--only", pooled, "--json", str(tmp_path / "rows.json")]
+    )
+    ablate_rec.main()
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert (row["row"], row["split"], row["num_expressions"]) == (pooled, "test", 20)
+    repeated = load_config(small, row["overrides"])
+    assert repeated.model.head.name == "pooled"  # type: ignore[union-attr]
+    assert repeated.train.max_steps == row["steps"] == row["step"]
+    said = capsys.readouterr().out
+    assert "vg train configs/rec/small.yaml" in said
+    assert f"| {pooled} | {row['steps']} | {100 * row['acc@0.5']:.1f} |" in said
 
 
 WITHOUT_DATA = """
