@@ -229,7 +229,7 @@ def show_ops(options: argparse.Namespace) -> None:
 
 
 def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
-    from vg.inference.draw import curves
+    from vg.inference.curves import curves
     from vg.trainer import Trainer
 
     trainer = Trainer(config, resume, overwrite)

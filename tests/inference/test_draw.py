@@ -20,7 +20,6 @@ from vg.inference.draw import (
     _font,
     _verdict,
     _wrap,
-    curves,
     draw_boxes,
     picture_grid,
     prediction_grid,
@@ -176,19 +175,6 @@ def test_captions_break_between_words_and_say_that_they_are_cut() -> None:
     assert _wrap("a star", font, 200, lines=2) == ["a star"]
     assert _wrap("a" * 100, font, 200, lines=2)[0].endswith("…")
     assert _wrap("", font, 200, lines=2) == [""]
-
-
-def test_curves_of_a_training(tmp_path: Path) -> None:
-    training = [{"step": step, "loss": 3 / (step + 1), "loss/giou": 1.0, "learning_rate": 1e-4} for step in range(200)]
-    evaluation = [{"step": step, "miou": step / 300, "num_expressions": 50, "easy/miou": 1.0} for step in (99, 199)]
-    curves([*training, *evaluation], tmp_path / "both.png")
-    curves(training[:1], tmp_path / "loss.png")
-    curves(evaluation, tmp_path / "metrics.png")
-    both, loss, metrics = (Image.open(tmp_path / f"{name}.png").size for name in ("both", "loss", "metrics"))
-    assert both[1] == 2 * loss[1] == 2 * metrics[1]
-    for nothing in ([], [{"step": 1, "epoch": 1}]):
-        with pytest.raises(ValueError, match="neither losses nor metrics"):
-            curves(nothing, tmp_path / "nothing.png")
 
 
 def test_drawing_boxes_needs_no_torch() -> None:

@@ -1,12 +1,12 @@
-"""Draws what people look at: boxes on a picture, a grid of answers next to the truth, and the curves of a training."""
+"""Draws what people look at: boxes on a picture, and a grid of answers next to the truth."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -21,7 +21,6 @@ PREDICTED, TRUE = COLOURS[:2]
 HIT, MISS, UNKNOWN = "#1a8f4c", "#d3323f", "#8a929c"
 INK, FAINT_INK, PAPER = "#1c2430", "#66707c", "#ffffff"
 GROUND = "#eef0f3"  # behind pictures that do not fill their place
-CURVE_COLOURS = ("#1c2430", "#e08a00", "#0f86c9", "#c23d83", "#3d9b35", "#7a52c7")  # COLOURS, darker: for white paper
 HALO = "#000000"  # around coloured lines: one of the two is seen on any picture
 
 HIT_IOU = 0.5
@@ -114,47 +113,6 @@ def picture_grid(
         text = "\n".join(_wrap(caption, _font(TEXT_SIZE - 3), CARD_WIDTH, lines=2))
         ImageDraw.Draw(canvas).text((left, top + PICTURE_HEIGHT), text, fill=INK, font=_font(TEXT_SIZE - 3))
     canvas.save(path)
-
-
-def curves(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
-    """Write a picture file with the loss and its terms over the steps, and below it the metrics.
-
-    Args:
-        history: rows with a "step", in the order of the steps: of training ("loss" and its terms "loss/<term>") and
-            of evaluation ("miou", "acc@0.5", ...; 0..1). Other numbers of a training row (learning rate), "epoch",
-            counts ("num_...") and numbers of a single kind ("<kind>/miou") are not drawn.
-        path: of the file to write; its suffix chooses the format (".png").
-
-    Raises:
-        ValueError: the history has neither losses nor metrics.
-    """
-    from matplotlib.figure import Figure  # slow to import; and not pyplot, which picks a backend for the whole program
-
-    losses: dict[str, list[tuple[float, float]]] = {}  # name -> (step, value) of each row
-    metrics: dict[str, list[tuple[float, float]]] = {}
-    for row in history:
-        for name, value in row.items():
-            if name == "loss" or name.startswith("loss/"):
-                losses.setdefault(name, []).append((row["step"], value))
-            elif (
-                "loss" not in row and name not in ("step", "epoch") and not name.startswith("num_") and "/" not in name
-            ):
-                metrics.setdefault(name, []).append((row["step"], value))
-    panels = [lines for lines in (losses, metrics) if lines]
-    if not panels:
-        raise ValueError('the history has neither losses nor metrics: its rows need a "step" and numbers beside it')
-
-    figure = Figure(figsize=(9, 3.6 * len(panels)), dpi=150, layout="constrained")
-    for axes, lines in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, strict=True):
-        if lines is losses:
-            _plot(axes, "Training loss", losses, smooth=True)
-            axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-        else:
-            _plot(axes, "Evaluation", metrics, smooth=False)
-            axes.set_ylim(0, 1.02)
-    axes.set_xlabel("step", color=FAINT_INK)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path)
 
 
 def _outline(canvas: Image.Image, box: np.ndarray, colour: str, width: int, dash: int = 0) -> None:
@@ -293,28 +251,3 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     from matplotlib import get_data_path
 
     return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", f"DejaVuSans{'-Bold' * bold}.ttf"), size)
-
-
-def _plot(axes: Any, title: str, lines: Mapping[str, Sequence[tuple[float, float]]], smooth: bool) -> None:
-    """Fill one panel of the curves; the names stand beside it, each with its last value."""
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
-    for (name, points), colour in zip(lines.items(), cycle(CURVE_COLOURS), strict=False):
-        steps, values = np.array(points, dtype=float).T  # [rows] each
-        label = f"{name.removeprefix('loss/')}  {values[-1]:.3f}"
-        if smooth:
-            axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
-            axes.plot(steps, _smooth(values), color=colour, linewidth=2.6 if name == "loss" else 1.6, label=label)
-        else:
-            axes.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=4, label=label)
-    axes.grid(color="#e4e7eb", linewidth=0.8)
-    axes.margins(x=0.02)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#b5bcc5")
-    axes.tick_params(colors=FAINT_INK, labelsize=9)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=10, labelcolor=INK)
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a window of a fiftieth of all rows, [rows] -> [rows]; at the ends over what there is of it."""
-    window = np.ones(2 * (len(values) // 100) + 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")

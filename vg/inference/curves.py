@@ -1,0 +1,106 @@
+"""Draws the curves of a training: its losses and what its evaluations found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vg.inference.draw import FAINT_INK, INK
+
+LINE_COLOURS = ("#1c2430", "#e08a00", "#0f86c9", "#c23d83", "#3d9b35", "#7a52c7")  # draw.COLOURS, for white paper
+SECONDARY = ("recall@", "ar@", "ar_")  # metrics that are printed, but not drawn; nor are those with "@1000"
+
+Line = list[tuple[float, float]]  # (step, value) of each row
+
+
+def curves(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
+    """Write a picture file with the loss and its terms over the steps, and below it the metrics.
+
+    Terms of one kind are drawn as their sum: "class" is that of all layers, of the encoder and of denoising. Of the
+    metrics, the first six say enough.
+
+    Args:
+        history: rows with a "step", in the order of the steps: of training ("loss" and its terms "loss/<term>") and
+            of evaluation ("miou", "acc@0.5", ...; 0..1). Other numbers of a training row (learning rate), "epoch",
+            counts ("num_...") and numbers of a single kind ("<kind>/miou") are not drawn.
+        path: of the file to write; its suffix chooses the format (".png").
+
+    Raises:
+        ValueError: the history has neither losses nor metrics.
+    """
+    from matplotlib.figure import Figure  # slow to import; and not pyplot, which picks a backend for the whole program
+
+    losses, metrics = losses_of(history), metrics_of(history)
+    panels = [lines for lines in (losses, metrics) if lines]
+    if not panels:
+        raise ValueError('the history has neither losses nor metrics: its rows need a "step" and numbers beside it')
+
+    figure = Figure(figsize=(9, 3.6 * len(panels)), dpi=150, layout="constrained")
+    for axes, lines in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, strict=True):
+        if lines is losses:
+            _plot(axes, "Training loss", losses, smooth=True)
+            axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        else:
+            _plot(axes, "Evaluation", metrics, smooth=False)
+            axes.set_ylim(0, 1.02)
+    axes.set_xlabel("step", color=FAINT_INK)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path)
+
+
+def losses_of(history: Sequence[Mapping[str, float]]) -> dict[str, Line]:
+    """The loss, and the sum of its terms of each kind: "class" is that of "class", "class_layer0", "class_encoder"."""
+    lines: dict[str, Line] = {}
+    for row in history:
+        if "loss" not in row:
+            continue
+        sums = {"loss": row["loss"]}
+        for name, value in row.items():
+            if name.startswith("loss/"):
+                kind = name.removeprefix("loss/").partition("_")[0]
+                sums[kind] = sums.get(kind, 0.0) + value
+        for name, value in sums.items():
+            lines.setdefault(name, []).append((row["step"], value))
+    return lines
+
+
+def metrics_of(history: Sequence[Mapping[str, float]]) -> dict[str, Line]:
+    """As many of the main metrics as there are colours."""
+    lines: dict[str, Line] = {}
+    for row in history:
+        if "loss" in row:
+            continue
+        for name, value in row.items():
+            counted = name in ("step", "epoch") or name.startswith("num_")
+            if not counted and "/" not in name and not name.startswith(SECONDARY) and not name.endswith("@1000"):
+                lines.setdefault(name, []).append((row["step"], value))
+    return dict(list(lines.items())[: len(LINE_COLOURS)])
+
+
+def _plot(axes: Any, title: str, lines: Mapping[str, Line], smooth: bool) -> None:
+    """Fill one panel of the curves; the names stand beside it, each with its last value."""
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
+    for (name, points), colour in zip(lines.items(), cycle(LINE_COLOURS), strict=False):
+        steps, values = np.array(points, dtype=float).T  # [rows] each
+        label = f"{name}  {values[-1]:.3f}"
+        if smooth:
+            axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
+            axes.plot(steps, _smooth(values), color=colour, linewidth=2.6 if name == "loss" else 1.6, label=label)
+        else:
+            axes.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=4, label=label)
+    axes.grid(color="#e4e7eb", linewidth=0.8)
+    axes.margins(x=0.02)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#b5bcc5")
+    axes.tick_params(colors=FAINT_INK, labelsize=9)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=10, labelcolor=INK)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a window of a fiftieth of all rows, [rows] -> [rows]; at the ends over what there is of it."""
+    window = np.ones(2 * (len(values) // 100) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
