@@ -40,9 +40,7 @@ class TrainingData:
         self.accelerator = accelerator
         self.accumulate = config.train.accumulate
         collate = Collator(model.image_spec, model.text_spec, one_prompt=True)
-        self.data = GroundingDataset(
-            source, data.augment.build(), seed, data.bad_samples, training=True, texts=collate.texts
-        )
+        self.data = GroundingDataset(source, data.augment.build(), seed, data.bad_samples, collate.texts)
         self.sampler = (
             SimilarShapes(source, seed, samples_at_once) if data.similar_shapes else training_order(config, source)
         )

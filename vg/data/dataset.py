@@ -11,7 +11,6 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from vg.data.augment import Augment
-from vg.data.detection import without_thin_boxes
 from vg.data.features import FeatureSample
 from vg.data.source import BadSampleError, DataError, Grouped, Measured, Source, checked
 from vg.types import Sample, Text
@@ -29,7 +28,6 @@ class GroundingDataset(Dataset[Sample | FeatureSample]):
     Args:
         bad_samples: "error" raises BadSampleError for a sample that cannot be used; "skip" warns, counts it, and gives
             the next good one instead (its id is the same both times, so that metrics count it once).
-        training: without the thinnest boxes of detection data, as published training has it.
         texts: what will make text of samples, if a sample whose phrases it refuses is to be skipped as well.
     """
 
@@ -39,7 +37,6 @@ class GroundingDataset(Dataset[Sample | FeatureSample]):
         augment: Augment | None = None,
         seed: int = 0,
         bad_samples: BadSamples = "error",
-        training: bool = False,
         texts: Callable[[Sequence[Sample]], Text] | None = None,
     ):
         if len(source) == 0:
@@ -48,7 +45,6 @@ class GroundingDataset(Dataset[Sample | FeatureSample]):
         self.augment = augment
         self.seed = seed
         self.skip = bad_samples == "skip"
-        self.leave_out_thin = training and source.provenance.task == "detection"
         self.texts = texts
         # Shared memory: the workers of a DataLoader write, the main process counts.
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
@@ -79,8 +75,6 @@ class GroundingDataset(Dataset[Sample | FeatureSample]):
         if isinstance(sample, FeatureSample):  # was checked before it was encoded, and has its views for augmentation
             return sample
         sample = checked(sample)
-        if self.leave_out_thin:
-            sample = without_thin_boxes(sample)
         if self.augment:
             sample = self.augment(sample, seed=(self.seed, epoch, index))
         if self.skip and self.texts:  # else it is made once, for the whole batch, which would stop there

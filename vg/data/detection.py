@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from vg.data.source import OVERHANG, BadSampleError, DataError, Provenance
 from vg.data.vocabulary import Vocabulary
 from vg.types import Sample
 
-MIN_SIDE = 1.0  # pixels: training leaves out boxes with a shorter side
+MIN_SIDE = 1.0  # pixels: published training leaves out boxes with a shorter side
 _SUSPICIOUS = 0.3  # share of boxes beyond the image from which on their format is in doubt
 
 
@@ -159,8 +159,8 @@ def detection_sample(
 ) -> Sample:
     """Boxes [N, 4] xyxy pixels of classes labels [N] -> a sample; `turn` is (epoch, index)."""
     inside, kept = usable(boxes, image)
-    if vocabulary.config.negatives is not None:  # for training: nothing is asked for that it would leave out
-        kept &= ~crowd & ~thin(boxes)
+    if vocabulary.config.negatives is not None:
+        kept &= ~crowd
     phrases, phrase_ids = vocabulary.prompt(labels[kept], *turn)
     return Sample(
         id=id,
@@ -185,27 +185,8 @@ def usable(boxes: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray
             "height written instead?"
         )
     inside = np.clip(boxes, 0, _scale(image))
-    return inside, (inside[:, 2:] > inside[:, :2]).all(axis=1)
-
-
-def thin(boxes: np.ndarray) -> np.ndarray:
-    """[N, 4] xyxy pixels -> [N] bool, True = a side is below MIN_SIDE."""
-    narrow: np.ndarray = (boxes[:, 2:] - boxes[:, :2] < MIN_SIDE).any(axis=1)
-    return narrow
-
-
-def without_thin_boxes(sample: Sample) -> Sample:
-    """What published training sees of a sample, and evaluation does not: no box with a side below MIN_SIDE."""
-    kept = ~thin(sample.boxes)
-    if kept.all():
-        return sample
-    return replace(
-        sample,
-        boxes=sample.boxes[kept],
-        phrase_ids=sample.phrase_ids[kept],
-        crowd=None if sample.crowd is None else sample.crowd[kept],
-        areas=None if sample.areas is None else sample.areas[kept],
-    )
+    kept = (inside[:, 2:] > inside[:, :2]).all(axis=1) & (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
+    return inside, kept
 
 
 def _scale(image: np.ndarray) -> np.ndarray:
