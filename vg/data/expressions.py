@@ -132,12 +132,14 @@ def by_ordinal(rng: np.random.Generator, scene: Scene) -> Expression | None:
     for order in some(rng, tuple(SUPERLATIVES)):
         place = 1 + int(rng.integers(len(ORDINALS)))
         for phrase in some(rng, classes(scene, at_least=place + 2)):
+            if order in ("smaller", "larger") and not phrase.form:
+                continue  # which of two forms is larger depends on what is meant
             ordered = _ordered(order, phrase.named(scene.shapes), scene)
             target = ordered[place]
             if all(_before(order, shape, target, scene) for shape in ordered[:place]) and all(
                 _before(order, target, shape, scene) for shape in ordered[place + 1 :]
             ):
-                wordings = [wording for wording in SUPERLATIVES[order] if not wording.startswith("{}")]
+                wordings = [wording for wording in SUPERLATIVES[order] if wording.endswith("{}")]
                 text = pick(rng, wordings).format(phrase.text(rng))
                 return Expression(f"{_article(rng)}{ORDINALS[place - 1]} {text}", "ordinal", target)
     return None
@@ -154,9 +156,13 @@ def by_relation(rng: np.random.Generator, scene: Scene) -> Expression | None:
 
 
 def by_chain(rng: np.random.Generator, scene: Scene) -> Expression | None:
-    """For example "circle above the leftmost star": what it stands above has to be found first."""
-    for describe in some(rng, (by_superlative, by_relation)):
-        if anchor := describe(rng, scene):
+    """For example "circle next to the leftmost star": a relation to a shape that has to be found by another.
+
+    Its name ends in a noun phrase, so that nothing can be taken for a part of what is said about the circle.
+    """
+    for describe in some(rng, (by_superlative, by_ordinal)):
+        anchor = describe(rng, scene)
+        if anchor and not anchor.text.endswith(("left", "right")):
             words = {anchor.target: anchor.text}
             if found := _by_relation(rng, scene, "chain", list(words), words.get):
                 return found
