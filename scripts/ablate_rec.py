@@ -4,10 +4,10 @@
 
 Every row is configs/rec/crowded_scenes.yaml with the overrides that its command shows. A few steps are timed first, and
 `train.max_steps` is as many as fit the time then; the schedule ends with them. Evaluation comes on top. Another machine
-makes other numbers of steps: a row is repeated exactly by its command.
+makes other numbers of steps: a row is repeated by its command (to the last digit on a like processor).
 
-Prints mIoU, Acc@0.5, that of each kind of expression, and mAP@50 beside the square of the accuracy: more than a head
-reaches whose scores say nothing about its answers.
+Prints mIoU, Acc@0.5, that of each kind of expression, and mAP@50 beside the square of the accuracy, which is about what
+a head reaches with one box and scores that say nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def train(name: str, overrides: list[str], minutes: float, split: str) -> dict[s
     steps = steps_within(minutes, overrides)
     overrides = [*overrides, "train.epochs=1000", f"train.max_steps={steps}", f"train.eval_every={steps}"]
     overrides.append(f"data.eval.split={split}")
-    print(f"{name}: vg train {shlex.join([str(CONFIG.relative_to(CONFIG.parents[2])), *overrides])}", flush=True)
+    command = shlex.join(["vg", "train", str(CONFIG.relative_to(CONFIG.parents[2])), *overrides])
+    print(f"{name}: OMP_NUM_THREADS={torch.get_num_threads()} {command}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         numbers = Trainer(load_config(CONFIG, [*overrides, f"train.output={folder}"])).fit()
     row = {"row": name, "overrides": overrides, "steps": steps, **numbers}

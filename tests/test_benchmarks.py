@@ -205,7 +205,7 @@ def test_every_row_of_the_ablation_is_a_different_head_and_its_command_repeats_i
     assert repeated.model.head.name == "pooled"  # type: ignore[union-attr]
     assert repeated.train.max_steps == row["steps"] == row["step"]
     said = capsys.readouterr().out
-    assert "vg train configs/rec/small.yaml" in said
+    assert f"OMP_NUM_THREADS={torch.get_num_threads()} vg train configs/rec/small.yaml" in said
     assert f"| {pooled} | {row['steps']} | {100 * row['acc@0.5']:.1f} |" in said
 
 

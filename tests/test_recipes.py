@@ -229,8 +229,7 @@ def test_recipes_of_rec() -> None:
     assert isinstance(joint.train, MixtureConfig)
     assert [part.split for part in joint.train.parts] == ["train"] * 3  # type: ignore[union-attr]
     assert {(part.path, part.split) for part in joint.eval_sets().values()} == {  # type: ignore[union-attr]
-        *(("jxu124/refcoco", split) for split in ("val", "testA", "testB")),
-        ("jxu124/refcocoplus", "val"),
+        *((f"jxu124/{name}", split) for name in ("refcoco", "refcocoplus") for split in ("val", "testA", "testB")),
         *(("jxu124/refcocog", split) for split in ("val", "test")),
     }
 

@@ -179,6 +179,21 @@ def test_bad_samples_are_noted(folder: Path) -> None:
         [GroundingDataset(source_of(config))[index] for index in range(15)]
 
 
+def test_an_expression_that_is_too_long_is_noted_before_anything_is_encoded(folder: Path) -> None:
+    config = cached_config(folder, {})
+    lengths = [len(config.data.train.build().load(index, 0).phrases[0]) for index in range(15)]
+    assert max(lengths) > min(lengths)
+    config.model.max_tokens = 6  # type: ignore[union-attr]
+    with pytest.raises(BadSampleError, match=r"train.*the expression has \d+ tokens"):
+        build_cache(config)
+    config.data.bad_samples = "skip"
+    build_cache(config)
+    data = GroundingDataset(source_of(config), bad_samples="skip")
+    ids = {data[index].id for index in range(len(data))}
+    assert len(ids) + data.bad.sum() == 15
+    assert 0 < data.bad.sum() < 15
+
+
 def test_a_mixture_reads_a_cache_of_each_part(folder: Path) -> None:
     parts = [{"name": "refcoco", "path": str(folder / "data"), "split": split} for split in ("train", "val")]
     mixture = {"name": "mixture", "parts": parts, "weights": [1, 2]}

@@ -149,6 +149,7 @@ def test_one_prompt_prefers_phrases_with_boxes(tokenizer: PreTrainedTokenizerBas
         (("dog", "!?"), r"val/3: the phrase '!\?' has no letter or digit"),
         (("...",), "no letter or digit"),
         (("",), "no letter or digit"),
+        (("dog", "猫"), r"val/3: the tokenizer knows nothing of the phrase '猫'; set model\.text\.tokenizer"),
         (("dog", "red circle left of blue cup"), r"val/3: a phrase has 6 .* 8 holds 5 .*max_tokens.*'red circle"),
     ],
 )

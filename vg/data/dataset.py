@@ -48,7 +48,8 @@ class GroundingDataset(Dataset[Sample | FeatureSample]):
         self.texts = texts
         # Shared memory: the workers of a DataLoader write, the main process counts.
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
-        self.bad = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # [samples] found unusable so far
+        self.bad = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # [samples] skipped at least once
+        self._unreadable = torch.zeros_like(self.bad).share_memory_()  # [samples] and not to be tried again
 
     def begin_epoch(self, epoch: int) -> None:
         self._epoch[0] = epoch
@@ -58,15 +59,23 @@ class GroundingDataset(Dataset[Sample | FeatureSample]):
 
     def __getitem__(self, index: int) -> Sample | FeatureSample:
         for candidate in (*range(index, len(self)), *range(index)) if self.skip else (index,):
-            if self.bad[candidate]:
+            if self._unreadable[candidate]:
                 continue
             try:
-                return self._load(candidate)
+                sample = self._load(candidate)
             except BadSampleError as error:
                 if not self.skip:
                     raise
-                self.bad[candidate] = True
-                logger.warning("skipped a bad sample: %s", error)
+                self._unreadable[candidate] = True
+                self._count(candidate, error)
+                continue
+            if self.skip and self.texts and isinstance(sample, Sample):
+                try:
+                    self.texts([sample])  # else it is made once, for the whole batch, which would stop there
+                except BadSampleError as error:  # in this epoch: in another one its phrases may be others
+                    self._count(candidate, error)
+                    continue
+            return sample
         raise DataError(f"{self.source.provenance}: every sample is bad; the warnings above name the reasons")
 
     def _load(self, index: int) -> Sample | FeatureSample:
@@ -75,11 +84,12 @@ class GroundingDataset(Dataset[Sample | FeatureSample]):
         if isinstance(sample, FeatureSample):  # was checked before it was encoded, and has its views for augmentation
             return sample
         sample = checked(sample)
-        if self.augment:
-            sample = self.augment(sample, seed=(self.seed, epoch, index))
-        if self.skip and self.texts:  # else it is made once, for the whole batch, which would stop there
-            self.texts([sample])
-        return sample
+        return self.augment(sample, seed=(self.seed, epoch, index)) if self.augment else sample
+
+    def _count(self, index: int, error: BadSampleError) -> None:
+        if not self.bad[index]:
+            self.bad[index] = True
+            logger.warning("skipped a bad sample: %s", error)
 
 
 class EpochSampler(Sampler[int]):

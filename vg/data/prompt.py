@@ -92,7 +92,8 @@ class Prompts:
         """The prompts of all samples, in their order.
 
         Raises:
-            BadSampleError: no phrases, or a phrase without any letter or digit, or too long for a prompt.
+            BadSampleError: no phrases, or a phrase without any letter or digit, or of unknown tokens only, or too long
+                for a prompt.
         """
         prompts = [(i, prompt) for i, sample in enumerate(samples) for prompt in self.of_sample(sample)]
         num_tokens = max(len(prompt.token_ids) for _, prompt in prompts)
@@ -147,6 +148,11 @@ class Prompts:
             for phrase, token_ids in zip(new, encoded["input_ids"], strict=True):
                 while token_ids[-1] == self.phrase_end:
                     token_ids.pop()
+                if set(token_ids) == {self.tokenizer.unk_token_id}:
+                    raise BadSampleError(
+                        f"{sample.id}: the tokenizer knows nothing of the phrase {phrase!r}; set model.text.tokenizer, "
+                        "or data.*.vocabulary.phrases to words that it knows"
+                    )
                 if len(token_ids) + 3 > self.max_tokens:
                     raise BadSampleError(
                         f"{sample.id}: a phrase has {len(token_ids)} tokens, a prompt of {self.max_tokens} holds "

@@ -86,6 +86,7 @@ class Pictures(Dataset[tuple[Record, Tensor]]):
                 f"{sample.id} has {len(sample.phrases)} phrases and {len(sample.boxes)} boxes; a cache of features is "
                 "for models that find one box for one expression"
             )
+        self.collate.texts([sample])  # else a text that is too long would be found after all pictures are encoded
         return sample
 
 

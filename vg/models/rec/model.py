@@ -65,7 +65,7 @@ class RecModel(FeatureModel):
         return self.text(text)
 
     def loss(self, output: PooledOutput | DenseOutput, batch: Batch) -> dict[str, Tensor]:
-        """Raises ConfigError that names the sample: it does not have exactly one box."""
+        """Raises ConfigError that names the sample: it does not have exactly one box (`data.bad_samples` or not)."""
         for target in batch.targets:
             if len(target.boxes) != 1:
                 raise ConfigError(
