@@ -7,6 +7,7 @@ across a full stop, this gives the tokens of the joined text.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ import torch
 
 from vg.data.source import BadSampleError, DataError
 from vg.types import ConfigError, Sample, Text, TextSpec
+
+logger = logging.getLogger(__name__)
 
 _CACHE_SIZE = 100_000  # phrases: more than any list of classes, and some ten megabytes of captions
 
@@ -92,8 +95,7 @@ class Prompts:
         """The prompts of all samples, in their order.
 
         Raises:
-            BadSampleError: no phrases, or a phrase without any letter or digit, or of unknown tokens only, or too long
-                for a prompt.
+            BadSampleError: no phrases, or a phrase without any letter or digit, or too long for a prompt.
         """
         prompts = [(i, prompt) for i, sample in enumerate(samples) for prompt in self.of_sample(sample)]
         num_tokens = max(len(prompt.token_ids) for _, prompt in prompts)
@@ -149,9 +151,11 @@ class Prompts:
                 while token_ids[-1] == self.phrase_end:
                     token_ids.pop()
                 if set(token_ids) == {self.tokenizer.unk_token_id}:
-                    raise BadSampleError(
-                        f"{sample.id}: the tokenizer knows nothing of the phrase {phrase!r}; set model.text.tokenizer, "
-                        "or data.*.vocabulary.phrases to words that it knows"
+                    logger.warning(
+                        "%s: the tokenizer knows nothing of the phrase %r, which reads like any other of which it knows "
+                        "nothing; set model.text.tokenizer, or data.*.vocabulary.phrases to words that it knows",
+                        sample.id,
+                        phrase,
                     )
                 if len(token_ids) + 3 > self.max_tokens:
                     raise BadSampleError(
