@@ -152,8 +152,8 @@ class Prompts:
                     token_ids.pop()
                 if set(token_ids) == {self.tokenizer.unk_token_id}:
                     logger.warning(
-                        "%s: the tokenizer knows nothing of the phrase %r, which reads like any other of which it knows "
-                        "nothing; set model.text.tokenizer, or data.*.vocabulary.phrases to words that it knows",
+                        "%s: the tokenizer knows nothing of the phrase %r, which reads like any other that it "
+                        "does not know; set model.text.tokenizer, or data.*.vocabulary.phrases to words that it knows",
                         sample.id,
                         phrase,
                     )
