@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vg.config import RunConfig, load_config
+from vg.data.coco import CocoConfig
 from vg.data.mixture import MixtureConfig
 from vg.models.grounding_dino.config import GroundingDinoConfig, ResNetConfig, SwinConfig
 from vg.models.rec.config import RecConfig
@@ -116,6 +117,8 @@ def test_numbers_are_those_published(name: str) -> None:
     assert resize is not None
     assert (resize.shortest, resize.crop) == (list(range(480, 801, 32)), 0.5)
     assert config.data.augment.flip == (0.0 if "refcoco" in name else 0.5)
+    if isinstance(config.data.train, CocoConfig):
+        assert config.data.train.min_side == 1
     assert not model.shared_heads
     classes = (model.classes.scale, model.classes.bias)
     assert classes == (("learned", False) if name in FINE_TUNED else ("width", True))

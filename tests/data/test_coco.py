@@ -26,18 +26,30 @@ def test_pictures_boxes_and_classes(tmp_path: Path):
     first, empty, upright = (checked(source.load(index, 0)) for index in range(3))
     assert [first.id, empty.id, upright.id] == ["25", "4", "139"]
     assert first.phrases == empty.phrases == ("cat", "traffic light", "hot dog")
-    assert first.boxes.tolist() == [[1.5, 2, 11.5, 22], [10, 20, 40, 35], [1.5, 2, 11.5, 22], [50, 30, 60, 40]]
-    assert first.phrase_ids.tolist() == [1, 2, 1, 0]
-    assert first.crowd.tolist() == [False, True, False, False]
-    assert first.areas.tolist() == [200, 200, 200, 900], "the second is annotated, the others are their boxes'"
+    boxes = [[1.5, 2, 11.5, 22], [10, 20, 40, 35], [1.5, 2, 11.5, 22], [50, 30, 60, 40], [10, 10, 10.5, 15]]
+    assert first.boxes.tolist() == boxes
+    assert first.phrase_ids.tolist() == [1, 2, 1, 0, 0]
+    assert first.crowd.tolist() == [False, True, False, False, False]
+    assert first.areas.tolist() == [200, 200, 200, 900, 2.5], "the second is annotated, the others are their boxes'"
     assert empty.boxes.shape == (0, 4)
     assert (empty.crowd, upright.crowd) == (None, None)
     assert upright.areas.tolist() == [300.5]
     assert upright.image.shape == (60, 40, 3)
 
 
+def test_thin_boxes_are_left_out_where_that_is_asked_for(tmp_path: Path):
+    """As published training does; evaluation counts them, as pycocotools does."""
+    file = str(write_coco(tmp_path))
+    everything, thick = (checked(CocoConfig(path=file, min_side=side).build().load(0, 0)) for side in (0, 1))
+    assert everything.boxes[4].tolist() == [10, 10, 10.5, 15]
+    assert thick.boxes.tolist() == everything.boxes[:4].tolist()
+    assert thick.phrase_ids.tolist() == [1, 2, 1, 0]
+    assert thick.crowd.tolist() == [False, True, False, False]
+    assert thick.areas.tolist() == [200, 200, 200, 900]
+
+
 def test_sampled_phrases_are_for_training_which_leaves_crowds_out(tmp_path: Path):
-    config = CocoConfig(path=str(write_coco(tmp_path)), vocabulary=VocabularyConfig(negatives=1, full=1))
+    config = CocoConfig(path=str(write_coco(tmp_path)), min_side=1, vocabulary=VocabularyConfig(negatives=1, full=1))
     source = config.build()
     for epoch in range(10):
         sample = checked(source.load(0, epoch))

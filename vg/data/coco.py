@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import NonNegativeFloat
 
 from vg.data.detection import Detection, DetectionTable
 from vg.data.source import DataError, Provenance
@@ -24,6 +25,9 @@ class CocoConfig(Strict):
     name: Literal["coco"] = "coco"
     path: str = field(kw_only=True)  # instances_train2017.json
     image_root: str | None = None  # folder of the pictures; by default that of the file, or the one above `annotations`
+    min_side: NonNegativeFloat = 0.0
+    """Pixels; boxes with a shorter side are left out. Published training: 1. Evaluation counts every box that has an
+    area, as pycocotools does."""
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
 
     def build(self) -> Detection:
@@ -42,6 +46,7 @@ class CocoConfig(Strict):
             class_ids,
             Path(self.image_root) if self.image_root is not None else folder,
             Provenance(folder.name, file.stem.removeprefix("instances_"), "detection"),
+            self.min_side,
         )
 
 

@@ -14,7 +14,7 @@ from vg.data.source import OVERHANG, BadSampleError, DataError, Provenance
 from vg.data.vocabulary import Vocabulary
 from vg.types import Sample
 
-MIN_SIDE = 1.0  # pixels: published training leaves out boxes with a shorter side
+MIN_SIDE = 1.0  # pixels: published training leaves out boxes with a shorter side, and so do these sets by default
 _SUSPICIOUS = 0.3  # share of boxes beyond the image from which on their format is in doubt
 
 
@@ -64,13 +64,13 @@ class DetectionTable:
 class Detection:
     """A detection set as a vg.data.source.Source; the id of a sample is the id of its picture.
 
-    Boxes are clipped to the picture; those that have no area in it or a side below one pixel are left out, as in
-    published training. Regions of many things (`Sample.crowd`) stay, except where the vocabulary samples phrases, which
-    is for training only.
+    Boxes are clipped to the picture; those that have no area in it or a side below `min_side` are left out. Regions of
+    many things (`Sample.crowd`) stay, except where the vocabulary samples phrases, which is for training only.
 
     Args:
         image_root: the folder that the files of the table are in.
         class_ids: the numbers that the annotations have for the classes of the vocabulary.
+        min_side: in pixels.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Detection:
         class_ids: Sequence[int],
         image_root: Path,
         provenance: Provenance,
+        min_side: float = MIN_SIDE,
     ):
         if not image_root.is_dir():
             raise DataError(f"image_root {image_root} is not a folder; set it to the one that holds the pictures")
@@ -88,6 +89,7 @@ class Detection:
         self.class_ids = tuple(class_ids)
         self.image_root = image_root
         self.provenance = provenance
+        self.min_side = min_side
         self._sizes: np.ndarray | None = None
         self._warn_of_overhang()
 
@@ -111,6 +113,7 @@ class Detection:
             areas=None if table.areas is None else table.areas[own],
             vocabulary=self.vocabulary,
             turn=(epoch, index),
+            min_side=self.min_side,
         )
 
     @property
@@ -156,9 +159,10 @@ def detection_sample(
     areas: np.ndarray | None,
     vocabulary: Vocabulary,
     turn: tuple[int, int],
+    min_side: float = MIN_SIDE,
 ) -> Sample:
     """Boxes [N, 4] xyxy pixels of classes labels [N] -> a sample; `turn` is (epoch, index)."""
-    inside, kept = usable(boxes, image)
+    inside, kept = usable(boxes, image, min_side)
     if vocabulary.config.negatives is not None:
         kept &= ~crowd
     phrases, phrase_ids = vocabulary.prompt(labels[kept], *turn)
@@ -173,7 +177,7 @@ def detection_sample(
     )
 
 
-def usable(boxes: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def usable(boxes: np.ndarray, image: np.ndarray, min_side: float = MIN_SIDE) -> tuple[np.ndarray, np.ndarray]:
     """Boxes [N, 4] xyxy pixels clipped to image [H, W, 3], and [N] bool: which are worth keeping.
 
     Raises:
@@ -185,7 +189,7 @@ def usable(boxes: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray
             "height written instead?"
         )
     inside = np.clip(boxes, 0, _scale(image))
-    kept = (inside[:, 2:] > inside[:, :2]).all(axis=1) & (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
+    kept = (inside[:, 2:] > inside[:, :2]).all(axis=1) & (boxes[:, 2:] - boxes[:, :2] >= min_side).all(axis=1)
     return inside, kept
 
 

@@ -91,7 +91,12 @@ def check_boxes(reading: Reading, sizes: np.ndarray, findings: Findings) -> Boxe
     outside = (inside[:, 2:] <= inside[:, :2]).any(axis=1) & ~inverted & ~thin
     beyond = (np.abs(inside - boxes.xyxy) > OVERHANG).any(axis=1) & ~inverted & ~outside & ~thin
     note("error", "boxes that end before they begin", "correct or remove them", inverted)
-    note("warning", f"boxes with a side below {MIN_SIDE:g} pixel", "they are left out; remove them", thin)
+    note(
+        "warning",
+        f"boxes with a side below {MIN_SIDE:g} pixel",
+        "remove them; all but COCO sets (min_side) leave them out",
+        thin,
+    )
     note("warning", "boxes outside of their picture", "they are left out; is it the right picture?", outside)
     note("warning", "boxes that stick out of their picture", "they are clipped; correct them", beyond)
     rows = np.column_stack([boxes.owners, boxes.labels, boxes.xyxy])
