@@ -18,6 +18,7 @@ import vg
 from tests.conftest import history
 from vg.boxes import to_pixels
 from vg.config import DataConfig, RunConfig, dump_config, load_config, parse_config
+from vg.data.mixture import MixtureConfig
 from vg.data.shapes import ShapesConfig
 from vg.evaluation import Evaluator
 from vg.metrics import CocoMetric, RecMetric
@@ -89,6 +90,12 @@ def test_the_data_decides_what_judges() -> None:
     assert [type(each.metric) for each in both.sets] == [RecMetric, CocoMetric]
     assert both.deciding_number(None) == "miou"
     assert evaluator(only=DETECTION).deciding_number(None) == "ap"
+
+
+def test_a_mixture_is_judged_if_its_parts_ask_for_the_same() -> None:
+    assert len(evaluator(only=MixtureConfig(parts=[DETECTION, DETECTION])).sets[0].data) == 10
+    with pytest.raises(ConfigError, match=r"data\.eval\.both: a mixture of detection and expressions"):
+        evaluator(both=MixtureConfig(parts=[DETECTION, EXPRESSIONS]))
 
 
 def test_results_of_one_set() -> None:

@@ -36,7 +36,11 @@ def progress_bar(accelerator: Accelerator, **options: Any) -> tqdm:
 
 
 class EvaluationSet:
-    """One data set to judge models on, and the metric that its task asks for."""
+    """One data set to judge models on, and the metric that its task asks for.
+
+    Raises:
+        ConfigError: a mixture of parts that ask for different metrics.
+    """
 
     def __init__(self, name: str, source: Source, config: DataConfig, model: GroundingModel, accelerator: Accelerator):
         self.name = name
@@ -52,6 +56,12 @@ class EvaluationSet:
             pin_memory=accelerator.device.type == "cuda",
         )
         self.loader: DataLoader[Any] = accelerator.prepare_data_loader(loader)
+        tasks = {part.provenance.task for part in getattr(source, "parts", [source])}  # a mixture has parts
+        if len(tasks) > 1:
+            raise ConfigError(
+                f"data.eval{'.' * bool(name)}{name}: a mixture of {' and '.join(sorted(tasks))} has no number to say "
+                "how good an answer is; list its parts as sets of their own: {first: {...}, second: {...}}"
+            )
         self.metric = METRICS[source.provenance.task]().to(accelerator.device)
 
     def collect(self, model: GroundingModel) -> None:
