@@ -299,7 +299,8 @@ def _draw(model: GroundingModel, config: RunConfig, evaluator: Any, path: Path) 
         data = GroundingDataset(
             next(iter(config.data.eval_sets().values())).build(), bad_samples=config.data.bad_samples
         )
-    samples = [data[index] for index in range(0, len(data), max(1, len(data) // NUM_DRAWN))][:NUM_DRAWN]
+    number = min(NUM_DRAWN, len(data))  # the spacing is no whole number, for kinds of expressions may come in turn
+    samples = [data[round(place * (len(data) - 1) / max(1, number - 1))] for place in range(number)]
     predictions = Grounder(model, str(model.device)).predict_samples(samples)
     prediction_grid(list(zip(samples, predictions, strict=True)), 6, path)
 
