@@ -160,7 +160,7 @@ def poisoned(output, batch):
 
 trainer.core.loss = poisoned
 trainer.fit()
-print("skipped", trainer.progress.skipped, flush=True)
+sys.stdout.write(f"skipped {trainer.progress.skipped}\\n")  # at once, for two processes write
 leave()
 """
 
