@@ -161,6 +161,7 @@ def poisoned(output, batch):
 trainer.core.loss = poisoned
 trainer.fit()
 sys.stdout.write(f"skipped {trainer.progress.skipped}\\n")  # at once, for two processes write
+del trainer, loss
 leave()
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import signal
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ def new_accelerator(**options: Any) -> Accelerator:
 def leave() -> None:
     """End the conversation between processes, at the very end of a program."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # what was trained keeps the threads of the group alive, until the interpreter ends
         torch.distributed.destroy_process_group()
 
 
