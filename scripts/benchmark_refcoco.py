@@ -1,13 +1,13 @@
 """The RefCOCO benchmark on any number of processes: accelerate launch scripts/benchmark_refcoco.py CHECKPOINT [...].
 
-    python scripts/benchmark_refcoco.py runs/mine --data DATA --sets refcoco,refcoco+ --splits val
+    python scripts/benchmark_refcoco.py runs/mine --data DATA --datasets refcoco,refcoco+ --splits val
 
 is `vg eval CHECKPOINT --suite refcoco`, with the same options.
 """
 
 import sys
 
-from vg.__main__ import main
+from vg.cli import main
 
 if __name__ == "__main__":
     main(["eval", *sys.argv[1:], "--suite", "refcoco"])

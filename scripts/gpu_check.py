@@ -124,7 +124,7 @@ def op_benchmark() -> Found:
     """Our kernels beside all others that are importable."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "benchmark.json"
-        script = ROOT / "scripts" / "benchmark_deform_attn.py"
+        script = ROOT / "scripts" / "benchmarks" / "deform_attn.py"
         table = _run(sys.executable, str(script), "--device", "cuda", "--json", str(path), seconds=180)
         print(table, flush=True)
         return {"measured": json.loads(path.read_text())}
@@ -135,7 +135,7 @@ def grounding_dino() -> Found:
     with tempfile.TemporaryDirectory() as folder:
         found = grounding_dino_parity()
         path = Path(folder) / "benchmark.json"
-        script = ROOT / "scripts" / "benchmark_grounding_dino.py"
+        script = ROOT / "scripts" / "benchmarks" / "grounding_dino.py"
         options = ("--device", DEVICE, "--images", "1", "8", "--phrases", "1", "80", "--json", str(path))
         print(_run(sys.executable, str(script), *options, seconds=240), flush=True)
         return found | {"measured": json.loads(path.read_text())}
@@ -145,7 +145,7 @@ def grounding_dino_training() -> Found:
     """A training step of the published size in bfloat16 beside that of transformers; a hope, not a condition: twice."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "benchmark.json"
-        script = ROOT / "scripts" / "benchmark_training_step.py"
+        script = ROOT / "scripts" / "benchmarks" / "training_step.py"
         options = ("--device", DEVICE, "--size", "800", "1333", "--images", "4", "--dtype", "bfloat16")
         print(_run(sys.executable, str(script), *options, "--json", str(path), seconds=240), flush=True)
         measured = json.loads(path.read_text())

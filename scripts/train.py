@@ -2,7 +2,7 @@
 
 import sys
 
-from vg.__main__ import main
+from vg.cli import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from vg.config import RunConfig, parse_config
-from vg.history import History
+from vg.training.history import History
 
 if TYPE_CHECKING:
-    from vg.trainer import Trainer
+    from vg.training.trainer import Trainer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: more threads than cores crawl

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vg.checkpoint import CheckpointError, load_weights, read_model, read_training_state, replacing
+from vg.checkpoint import load_weights, new_checkpoint, read_model, read_training_state
 from vg.config import RunConfig, dump_config
-from vg.trainer import Trainer
-from vg.types import ConfigError
+from vg.errors import CheckpointError, ConfigError
+from vg.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -46,9 +46,9 @@ def test_a_loaded_model_predicts_the_same(trained: tuple[Trainer, Path]) -> None
     model, config = read_model(folder)
     assert config == trainer.config
     assert not model.training
-    assert answers(trainer, model) == answers(trainer, trainer.core)
+    assert answers(trainer, model) == answers(trainer, trainer.unwrapped_model)
     phrases = ["left red circle", "the tiny blue triangle"]
-    saved, original = model.text_spec.tokenizer, trainer.core.text_spec.tokenizer
+    saved, original = model.text_spec.tokenizer, trainer.unwrapped_model.text_spec.tokenizer
     assert saved(phrases)["input_ids"] == original(phrases)["input_ids"]
 
 
@@ -115,9 +115,9 @@ def test_weights_that_do_not_fit_are_all_named(trained: tuple[Trainer, Path]) ->
     weights[names[1]] = torch.zeros(1, 2, 3)
     weights["surplus"] = torch.zeros(7)
     save_file(weights, folder / "model.safetensors")
-    before = {name: value.clone() for name, value in trainer.core.state_dict().items()}
+    before = {name: value.clone() for name, value in trainer.unwrapped_model.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
-        load_weights(trainer.core, folder)
+        load_weights(trainer.unwrapped_model, folder)
     for part in (
         str(folder / "model.safetensors"),
         f"missing: {names[0]}",
@@ -125,7 +125,9 @@ def test_weights_that_do_not_fit_are_all_named(trained: tuple[Trainer, Path]) ->
         "unexpected: surplus (7,)",
     ):
         assert part in str(caught.value)
-    assert all(value.equal(before[name]) for name, value in trainer.core.state_dict().items()), "nothing was loaded"
+    assert all(value.equal(before[name]) for name, value in trainer.unwrapped_model.state_dict().items()), (
+        "nothing was loaded"
+    )
 
 
 def test_missing_parts_are_named(trained: tuple[Trainer, Path], tmp_path: Path) -> None:
@@ -155,7 +157,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("victim", ["vg.checkpoint.save_file", "torch.save", "vg.run_folder.write_json"])
+@pytest.mark.parametrize("victim", ["vg.checkpoint.save_file", "torch.save", "vg.training.run_folder.write_json"])
 def test_a_full_disk_leaves_what_was_there(
     trained: tuple[Trainer, Path], monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
@@ -182,7 +184,7 @@ import resource, signal, sys
 from pathlib import Path
 from vg.checkpoint import CheckpointError
 from vg.config import load_config
-from vg.trainer import Trainer
+from vg.training.trainer import Trainer
 
 trainer = Trainer(load_config("config.yaml"), resume=True)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond the limit fails with an error, as on a full disk
@@ -221,7 +223,7 @@ def test_replacing_keeps_the_old_folder_until_the_new_one_is_whole(tmp_path: Pat
     folder = tmp_path / "a" / "step"
 
     def write(text: str, error: BaseException | None = None) -> None:
-        with replacing(folder) as partial:
+        with new_checkpoint(folder) as partial:
             (partial / f"{text}.txt").write_text(text)
             if error:
                 raise error

@@ -13,10 +13,10 @@ import yaml
 
 from vg.config import DataConfig, RunConfig, TrainConfig, dump_config, load_config, parse_config
 from vg.data.augment import AugmentConfig
-from vg.data.shapes import ShapesConfig
+from vg.data.synthetic.shapes import ShapesConfig
+from vg.errors import ConfigError
 from vg.models.rec.config import DenseHeadConfig, DenseLossConfig, PooledHeadConfig, RecConfig
-from vg.optim import GroupConfig, OptimConfig
-from vg.types import ConfigError
+from vg.training.optim import GroupConfig, OptimConfig
 
 MINIMAL: dict[str, Any] = {
     "model": {"name": "rec"},

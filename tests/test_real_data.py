@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vg.config import RunConfig
-from vg.trainer import Trainer
+from vg.training.trainer import Trainer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 REFS = DATA / "refcoco_with_images" / "refs.json"

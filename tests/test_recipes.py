@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from vg.config import RunConfig, load_config
-from vg.data.coco import CocoConfig
+from vg.data.detection.coco import CocoConfig
 from vg.data.mixture import MixtureConfig
 from vg.models.grounding_dino.config import GroundingDinoConfig, ResNetConfig, SwinConfig
 from vg.models.rec.config import RecConfig
-from vg.optim import build_schedule, choose_trained
+from vg.training.optim import build_schedule, choose_trained
 
 FOLDER = Path(__file__).parents[1] / "configs" / "grounding_dino"
 FINE_TUNED = ["finetune_coco_swin_t", "finetune_coco_swin_b", "finetune_cat", "finetune_own"]
@@ -231,7 +231,7 @@ def test_recipes_of_rec() -> None:
     assert joint.drop_overlap
     assert isinstance(joint.train, MixtureConfig)
     assert [part.split for part in joint.train.parts] == ["train"] * 3  # type: ignore[union-attr]
-    assert {(part.path, part.split) for part in joint.eval_sets().values()} == {  # type: ignore[union-attr]
+    assert {(part.path, part.split) for part in joint.eval_datasets().values()} == {  # type: ignore[union-attr]
         *((f"jxu124/{name}", split) for name in ("refcoco", "refcocoplus") for split in ("val", "testA", "testB")),
         *(("jxu124/refcocog", split) for split in ("val", "test")),
     }

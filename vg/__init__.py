@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vg.config import load_config
     from vg.inference.crop import predict_and_crop
     from vg.inference.grounder import Grounder, load_model
-    from vg.trainer import Trainer
+    from vg.training.trainer import Trainer
     from vg.types import Prediction, Sample
 
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ _HOME = {
     "Grounder": "vg.inference.grounder",
     "Prediction": "vg.types",
     "Sample": "vg.types",
-    "Trainer": "vg.trainer",
+    "Trainer": "vg.training.trainer",
     "load_config": "vg.config",
     "load_model": "vg.inference.grounder",
     "predict_and_crop": "vg.inference.crop",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,54 +13,40 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vg.config import PublishedConfig, dump_config, load_checkpoint_config
+from vg.config import CheckpointConfig, dump_config, load_checkpoint_config
+from vg.errors import CheckpointError, UserError
+from vg.files import replacing
 from vg.models.base import GroundingModel
-from vg.types import CheckpointError as CheckpointError  # part of this module's interface too
 
 WEIGHTS, CONFIG, TOKENIZER, TRAINING = "model.safetensors", "config.yaml", "tokenizer", "training.pt"
 
 
 @contextmanager
-def replacing(folder: Path, is_file: bool = False) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` when all went well; else `folder` stays as it was.
-
-    Args:
-        is_file: it is a file that will be written, at the path that this gives.
+def new_checkpoint(path: Path, is_file: bool = False) -> Iterator[Path]:
+    """Write a checkpoint atomically, see `vg.files.replacing`; an existing one stays unchanged if writing fails.
 
     Raises:
         CheckpointError: the disk is full or cannot be written to.
     """
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
     try:
-        _remove(partial)
-        (partial.parent if is_file else partial).mkdir(parents=True, exist_ok=is_file)
-        yield partial
-        _remove(old)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        _remove(old)
+        with replacing(path, is_file) as partial:
+            yield partial
+    except UserError:
+        raise
     except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors report a full disk in their ways
-        _remove(partial)
-        if isinstance(error, CheckpointError):  # it was not the disk
-            raise
         raise CheckpointError(
-            f"could not write the checkpoint {folder}: {error}\n"
+            f"could not write the checkpoint {path}: {error}\n"
             "Is the disk full? Earlier checkpoints are untouched; make room and resume."
         ) from error
 
 
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
-
-
-def write_model(folder: Path, model: GroundingModel, config: PublishedConfig) -> None:
-    """Write weights, resolved configuration and tokenizer into an existing folder (see `replacing`)."""
+def write_model(folder: Path, model: GroundingModel, config: CheckpointConfig) -> None:
+    """Write weights, resolved configuration and tokenizer into an existing folder (see `new_checkpoint`)."""
     write_weights(folder, model.own_state_dict(), config, model.text_spec.tokenizer)
 
 
 def write_weights(
-    folder: Path, weights: Mapping[str, Tensor], config: PublishedConfig, tokenizer: PreTrainedTokenizerBase
+    folder: Path, weights: Mapping[str, Tensor], config: CheckpointConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """As write_model, for weights that are in no model."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
@@ -71,13 +55,7 @@ def write_weights(
     tokenizer.save_pretrained(str(folder / TOKENIZER))
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[GroundingModel, PublishedConfig]:
+def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[GroundingModel, CheckpointConfig]:
     """A model as it was saved, in evaluation mode, and the configuration it was saved with (but for the overrides).
 
     Raises:

@@ -23,11 +23,12 @@ from pydantic import (
     ValidationError,
 )
 
-from vg.data import SourceConfig
 from vg.data.augment import AugmentConfig
+from vg.data.mixture import SourceConfig
+from vg.errors import ConfigError
 from vg.models import ModelConfig
-from vg.optim import OptimConfig
-from vg.types import ConfigError, Strict
+from vg.settings import Settings
+from vg.training.optim import OptimConfig
 
 
 def _is_several(value: Any) -> bool:
@@ -47,7 +48,7 @@ EvalConfig = Annotated[
 
 
 @dataclass
-class CacheConfig(Strict):
+class CacheConfig(Settings):
     """Features of frozen encoders on disk, which `vg cache` writes: training and evaluation read them, not pictures."""
 
     folder: str
@@ -63,7 +64,7 @@ class CacheConfig(Strict):
 
 
 @dataclass
-class DataConfig(Strict):
+class DataConfig(Settings):
     """What is read, and how it gets into batches."""
 
     train: SourceConfig
@@ -89,13 +90,13 @@ class DataConfig(Strict):
         if self.cache and self.augment != AugmentConfig():
             raise ValueError("augment changes pixels, a cache has none; choose cache.views in its place")
 
-    def eval_sets(self) -> dict[str, SourceConfig]:
+    def eval_datasets(self) -> dict[str, SourceConfig]:
         """Name -> evaluation data; the only one has no name."""
         return self.eval if isinstance(self.eval, dict) else {"": self.eval}
 
 
 @dataclass
-class TrainConfig(Strict):
+class TrainConfig(Settings):
     """How long, how precisely, and what is kept."""
 
     output: str = "runs/default"
@@ -138,14 +139,14 @@ class TrainConfig(Strict):
 
 
 @dataclass
-class PublishedConfig(Strict):
+class CheckpointConfig(Settings):
     """All that is known of a checkpoint that no run of vg made."""
 
     model: ModelConfig
 
 
 @dataclass
-class RunConfig(PublishedConfig):
+class RunConfig(CheckpointConfig):
     """Everything that decides a run."""
 
     data: DataConfig
@@ -153,7 +154,7 @@ class RunConfig(PublishedConfig):
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-Config = TypeVar("Config", bound=PublishedConfig)
+Config = TypeVar("Config", bound=CheckpointConfig)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -165,14 +166,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(_load_values(path, overrides), str(path))
 
 
-def load_checkpoint_config(path: str | Path, overrides: Sequence[str] = ()) -> PublishedConfig:
+def load_checkpoint_config(path: str | Path, overrides: Sequence[str] = ()) -> CheckpointConfig:
     """The configuration of a checkpoint: that of the run which made it, or of the model alone where it was converted.
 
     Raises:
         ConfigError: see load_config.
     """
     values = _load_values(path, overrides)
-    return _parse(values, str(path), PublishedConfig if values.keys() == {"model"} else RunConfig)
+    return _parse(values, str(path), CheckpointConfig if values.keys() == {"model"} else RunConfig)
 
 
 def _load_values(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -205,7 +206,7 @@ def _parse(values: Mapping[str, Any], origin: str, kind: type[Config]) -> Config
         raise ConfigError("\n  ".join([f"{origin}:", *lines])) from error
 
 
-def dump_config(config: PublishedConfig) -> str:
+def dump_config(config: CheckpointConfig) -> str:
     """The resolved configuration as YAML; reading it gives the same configuration again."""
     return yaml.safe_dump(TypeAdapter(type(config)).dump_python(config, mode="json"), sort_keys=False)
 

@@ -18,7 +18,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from torch import Tensor
 
-from vg.types import ConfigError
+from vg.errors import ConfigError
 
 
 def new_accelerator(**options: Any) -> Accelerator:
@@ -37,7 +37,7 @@ def new_accelerator(**options: Any) -> Accelerator:
         raise ConfigError(f"train.precision or train.trackers: {error}") from error
 
 
-def leave() -> None:
+def shut_down() -> None:
     """End the conversation between processes, at the very end of a program."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()  # what was trained keeps the threads of the group alive, until the interpreter ends

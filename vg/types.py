@@ -9,31 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # keeps `import vg` and the configuration free of torch
     import numpy as np
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read or written; the message names the file and what to do."""
-
-
-class ConfigError(ValueError):
-    """A configuration cannot be used; the message gives the path of every key in question."""
-
-
-class Strict:
-    """Base of all settings (dataclasses): an unknown key is an error, where pydantic would drop it in silence."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-
-
-def by_name(value: Any) -> Any:
-    """Settings that are told apart by `name` may be given by it alone: `head: dense` for `head: {name: dense}`."""
-    return {"name": value} if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -48,7 +29,7 @@ class Sample:
     phrases: tuple[str, ...]  # P phrases
     boxes: np.ndarray  # [N, 4] float32, xyxy in pixels
     phrase_ids: np.ndarray  # [N] int64: boxes[n] shows phrases[phrase_ids[n]]
-    kind: str = ""  # the slice that results are also reported for ("relation"); empty for none
+    expression_type: str = ""  # "relation": results are also reported for each type; empty for none
     crowd: np.ndarray | None = None  # [N] bool: a region of many things that nobody counted; None where no box is one
     areas: np.ndarray | None = None  # [N] float32, square pixels of the things without their surroundings, if known
     shortest: int | None = None  # shorter side in pixels that augmentation wants the image brought to, if any
@@ -72,7 +53,7 @@ class Target:
     phrases: tuple[str, ...]  # P phrases
     boxes: Tensor  # [N, 4] cxcywh, 0..1 of the image without padding
     phrase_ids: Tensor  # [N] int64
-    kind: str = ""
+    expression_type: str = ""
     crowd: Tensor | None = None  # [N] bool, as in Sample
     areas: Tensor | None = None  # [N] float32
 

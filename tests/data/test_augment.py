@@ -14,18 +14,18 @@ SEEDS = [(0, 0, index) for index in range(60)]
 
 
 def make(boxes: list[list[int]] | None = None) -> Sample:
-    """A noisy picture, 40 high and 60 wide; every box is filled with its own colour."""
+    """A noisy picture, 40 high and 60 wide; every box is filled with its own color."""
     image = np.random.default_rng(0).integers(100, 140, (40, 60, 3), dtype=np.uint8)
     array = np.array([[5, 10, 15, 30], [40, 4, 58, 20]] if boxes is None else boxes, np.float32).reshape(-1, 4)
     for number, (left, top, right, bottom) in enumerate(array.astype(int)):
         image[top:bottom, left:right] = (250, 10, 40 * number)
     return Sample(
-        "a", image, ("left red box", "box on the right"), array, np.arange(len(array), dtype=np.int64), "colour"
+        "a", image, ("left red box", "box on the right"), array, np.arange(len(array), dtype=np.int64), "color"
     )
 
 
 def marked(sample: Sample, number: int) -> list[float]:
-    """Where the colour of a box is in the picture: xyxy."""
+    """Where the color of a box is in the picture: xyxy."""
     rows, columns = np.nonzero((sample.image == (250, 10, 40 * number)).all(axis=-1))
     return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
 
@@ -67,7 +67,7 @@ def test_flip_moves_boxes_and_swaps_words() -> None:
     assert flipped.boxes.dtype == np.float32
     assert flipped.phrases == ("right red box", "box on the left")
     assert flipped.phrase_ids.tolist() == [0, 1]
-    assert (flipped.id, flipped.kind) == ("a", "colour")
+    assert (flipped.id, flipped.expression_type) == ("a", "color")
     twice = augment(flipped, (0, 0, 1))
     np.testing.assert_array_equal(twice.image, sample.image)
     np.testing.assert_allclose(twice.boxes, sample.boxes, atol=1e-4)

@@ -15,7 +15,7 @@ from transformers import BertTokenizer
 
 import vg
 from vg.data.collate import Collator
-from vg.data.source import DataError
+from vg.errors import DataError
 from vg.types import FittedImage, Sample, StretchedImage, TextSpec
 
 CATS = Path(__file__).parents[2] / ".." / "shared" / "data" / "hf_coco_sample"
@@ -35,7 +35,7 @@ def make(name: str = "a", height: int = 48, width: int = 64, phrase: str = "red 
         phrases=(phrase,),
         boxes=np.array([[0, height / 2, width / 4, height]], np.float32),
         phrase_ids=np.zeros(1, np.int64),
-        kind="colour",
+        expression_type="color",
     )
 
 
@@ -52,7 +52,7 @@ def test_shapes_types_and_boxes(text: TextSpec) -> None:
     assert torch.equal(batch.text.phrase_tokens, batch.text.mask.unsqueeze(1)), "[R, 1, T]: the whole prompt"
     assert batch.text.image_ids.tolist() == [0, 1]
     for sample, target in zip(samples, batch.targets, strict=True):
-        assert (target.id, target.phrases, target.kind) == (sample.id, sample.phrases, "colour")
+        assert (target.id, target.phrases, target.expression_type) == (sample.id, sample.phrases, "color")
         assert target.size == sample.image.shape[:2]
         torch.testing.assert_close(target.boxes, torch.tensor([[0.125, 0.75, 0.25, 0.5]]))
         assert target.phrase_ids.tolist() == [0]

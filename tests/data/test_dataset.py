@@ -14,9 +14,11 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from vg.data.augment import AugmentConfig
 from vg.data.collate import Collator
-from vg.data.dataset import EpochSampler, GroundingDataset, SimilarShapes
-from vg.data.shapes import ShapesConfig
-from vg.data.source import BadSampleError, DataError, Provenance
+from vg.data.dataset import GroundingDataset
+from vg.data.samplers import AspectRatioGroupedSampler, EpochSampler
+from vg.data.source import Provenance
+from vg.data.synthetic.shapes import ShapesConfig
+from vg.errors import BadSampleError, DataError
 from vg.models.encoder_config import TextEncoderConfig
 from vg.models.encoders import load_tokenizer
 from vg.types import Sample, StretchedImage, TextSpec
@@ -182,13 +184,13 @@ class Shaped(Numbers):
         random = np.random.default_rng(0)
         self.shapes = np.array([(480, 640), (640, 480), (300, 900)])[random.integers(3, size=length)]
 
-    def sizes(self, epoch: int) -> np.ndarray:
+    def image_sizes(self, epoch: int) -> np.ndarray:
         return self.shapes
 
 
 def test_similar_shapes_come_together() -> None:
     source = Shaped(1000)
-    sampler = SimilarShapes(source, seed=1, group=8)
+    sampler = AspectRatioGroupedSampler(source, seed=1, group=8)
     orders = []
     for epoch in range(3):
         sampler.begin_epoch(epoch)
@@ -200,13 +202,13 @@ def test_similar_shapes_come_together() -> None:
         assert len({tuple(row) for row in aspects[:10].tolist()}) > 1, "groups are shuffled"
         orders.append(order)
     assert orders[0] != orders[1]
-    other = SimilarShapes(source, seed=2, group=8)
+    other = AspectRatioGroupedSampler(source, seed=2, group=8)
     assert list(other) != orders[0]
 
 
 def test_what_fills_no_group_comes_last_and_is_a_fair_sample() -> None:
     source = Shaped(67)
-    sampler = SimilarShapes(source, seed=0, group=8)
+    sampler = AspectRatioGroupedSampler(source, seed=0, group=8)
     rest = set()
     for epoch in range(60):
         sampler.begin_epoch(epoch)
@@ -214,18 +216,18 @@ def test_what_fills_no_group_comes_last_and_is_a_fair_sample() -> None:
         assert len(sampler) == len(order) == 67
         rest.update(order[64:])
     assert len(rest) > 50
-    assert sorted(SimilarShapes(Shaped(3), seed=0, group=8)) == [0, 1, 2], "fewer than a group"
+    assert sorted(AspectRatioGroupedSampler(Shaped(3), seed=0, group=8)) == [0, 1, 2], "fewer than a group"
 
 
 def test_shapes_must_be_known() -> None:
     with pytest.raises(DataError, match="numbers does not know how large its pictures are"):
-        SimilarShapes(Numbers(5), seed=0, group=2)
+        AspectRatioGroupedSampler(Numbers(5), seed=0, group=2)
 
 
 def test_batches_of_all_processes_have_one_shape() -> None:
     """Accelerate deals whole batches to the processes in turn, so those of one step follow each other."""
     source = Shaped(640)
-    batches = BatchSampler(SimilarShapes(source, seed=0, group=2 * 4), batch_size=4, drop_last=True)
+    batches = BatchSampler(AspectRatioGroupedSampler(source, seed=0, group=2 * 4), batch_size=4, drop_last=True)
     shards = [list(BatchSamplerShard(batches, num_processes=2, process_index=process)) for process in range(2)]
     mixed = [
         len({tuple(source.shapes[index]) for index in one + other}) > 1 for one, other in zip(*shards, strict=True)

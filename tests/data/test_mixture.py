@@ -10,16 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.detection_files import REAL, write_coco, write_picture
+from tests.data.detection.detection_files import REAL, write_coco, write_picture
 from vg.config import parse_config
-from vg.data.coco import CocoConfig
+from vg.data.detection.coco import CocoConfig
+from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.mixture import Mixture, MixtureConfig
 from vg.data.overlap import Subset, without_overlap
-from vg.data.refcoco import RefcocoConfig
-from vg.data.shapes import ShapesConfig
-from vg.data.source import BadSampleError, DataError, Measured, Provenance, checked
-from vg.data.vocabulary import VocabularyConfig
-from vg.types import ConfigError, Sample
+from vg.data.refcoco.source import RefcocoConfig
+from vg.data.source import HasImageSizes, Provenance, checked
+from vg.data.synthetic.shapes import ShapesConfig
+from vg.errors import BadSampleError, ConfigError, DataError
+from vg.types import Sample
 
 
 class Numbers:
@@ -44,7 +45,7 @@ class Numbers:
             np.zeros(0, np.int64),
         )
 
-    def sizes(self, epoch: int) -> np.ndarray:
+    def image_sizes(self, epoch: int) -> np.ndarray:
         return np.stack([np.arange(self.length), np.full(self.length, 7)], axis=1)
 
     def image_keys(self) -> list[str]:
@@ -96,12 +97,12 @@ def test_an_epoch_depends_on_its_number_only():
 
 def test_sizes_follow_the_samples():
     mixture = Mixture([Numbers("a", 10), Numbers("b", 4)], [0.5, 2])
-    assert isinstance(mixture, Measured)
+    assert isinstance(mixture, HasImageSizes)
     for epoch in (0, 3):
         numbers = [int(id.split("/")[2].split("@")[0]) for id in ids(mixture, epoch)]
-        assert mixture.sizes(epoch)[:, 0].tolist() == numbers
+        assert mixture.image_sizes(epoch)[:, 0].tolist() == numbers
     with pytest.raises(DataError, match=r"shapes .* does not know how large"):
-        Mixture([Numbers("a", 2), ShapesConfig(size=2).build()]).sizes(0)
+        Mixture([Numbers("a", 2), ShapesConfig(size=2).build()]).image_sizes(0)
 
 
 def test_errors():
@@ -151,7 +152,7 @@ def test_overlap_is_told_and_left_out_if_asked():
         kept = without_overlap(train, evaluations, drop=True)
     assert isinstance(kept, Subset)
     assert [kept.load(index, 1).id for index in range(len(kept))] == ["2@1", "3@1"]
-    assert kept.sizes(0)[:, 0].tolist() == [2, 3]
+    assert kept.image_sizes(0)[:, 0].tolist() == [2, 3]
     assert kept.provenance == train.provenance
 
 
@@ -188,7 +189,7 @@ def test_refcoco_and_coco_are_matched_by_the_number_of_the_picture(tmp_path: Pat
         write_picture(tmp_path / "train2014" / f"COCO_train2014_{number:012d}.jpg")
     refcoco = RefcocoConfig(path=str(tmp_path / "refs.json"), image_root=str(tmp_path)).build()
     assert refcoco.image_keys() == ["coco/25", "coco/139", "coco/139"]
-    assert refcoco.sizes(0).tolist() == [[40, 60]] * 3
+    assert refcoco.image_sizes(0).tolist() == [[40, 60]] * 3
 
     document = json.loads(write_coco(tmp_path / "coco").read_text())
     document["images"][2]["file_name"] = "000000000139.jpg"

@@ -15,8 +15,8 @@ from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 import vg
 from vg.data.prompt import Prompts
-from vg.data.source import DataError
-from vg.types import ConfigError, Sample, Text, TextSpec
+from vg.errors import ConfigError, DataError
+from vg.types import Sample, Text, TextSpec
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 GOLDEN = DATA / "golden_official"

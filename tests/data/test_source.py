@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vg.data.source import BadSampleError, checked
+from vg.data.source import checked
+from vg.errors import BadSampleError
 from vg.types import Sample
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vg.inference.curves import LINE_COLOURS, curves, losses_of, metrics_of
+from vg.inference.curves import LINE_COLORS, curves, losses_of, metrics_of
 from vg.metrics.coco import CocoMetric
 from vg.metrics.rec import RecMetric
 
@@ -44,7 +44,7 @@ def test_terms_of_one_kind_are_one_line() -> None:
         (RecMetric, ["miou", "acc@0.5", "acc@0.75", "acc@0.9", "map@50", "map@75"]),
     ],
 )
-def test_every_line_has_a_colour_of_its_own(metric: type, drawn: list[str]) -> None:
+def test_every_line_has_a_color_of_its_own(metric: type, drawn: list[str]) -> None:
     row = {"step": 5, "num_images": 3} | dict.fromkeys(metric.numbers, 0.5)
     assert list(metrics_of([row])) == drawn
-    assert len(drawn) == len(LINE_COLOURS)
+    assert len(drawn) == len(LINE_COLORS)

@@ -1,4 +1,4 @@
-"""What is drawn lies where it belongs, in the colours that were asked for, and bad input is named."""
+"""What is drawn lies where it belongs, in the colors that were asked for, and bad input is named."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from vg.inference.draw import (
     _verdict,
     _wrap,
     draw_boxes,
-    picture_grid,
+    image_grid,
     prediction_grid,
 )
 from vg.types import Prediction, Sample
 
 
-def pixels_of(image: np.ndarray, colour: str) -> np.ndarray:
-    """[n, 2] x and y of the pixels of exactly this colour."""
-    return np.argwhere((image == ImageColor.getrgb(colour)).all(axis=-1))[:, ::-1]
+def pixels_of(image: np.ndarray, color: str) -> np.ndarray:
+    """[n, 2] x and y of the pixels of exactly this color."""
+    return np.argwhere((image == ImageColor.getrgb(color)).all(axis=-1))[:, ::-1]
 
 
 def grey(height: int, width: int) -> np.ndarray:
@@ -47,7 +47,7 @@ def answer(
 
 def test_a_box_is_drawn_where_it_is_on_a_copy() -> None:
     image = grey(200, 300)
-    drawn = draw_boxes(image, [[50, 60, 150, 120]], colours=["#ff0000"])
+    drawn = draw_boxes(image, [[50, 60, 150, 120]], colors=["#ff0000"])
     found = pixels_of(drawn, "#ff0000")
     assert found.min(axis=0).tolist() == [50, 60]
     assert found.max(axis=0).tolist() == [150, 120]
@@ -60,7 +60,7 @@ def test_a_box_is_drawn_where_it_is_on_a_copy() -> None:
 
 def test_lines_grow_with_the_picture() -> None:
     def thickness(side: int) -> int:
-        middle_row = draw_boxes(grey(side, side), [[side / 4] * 2 + [side / 2] * 2], colours=["#ff0000"])[side * 3 // 8]
+        middle_row = draw_boxes(grey(side, side), [[side / 4] * 2 + [side / 2] * 2], colors=["#ff0000"])[side * 3 // 8]
         return len(pixels_of(middle_row[None], "#ff0000")) // 2
 
     assert thickness(100) == 2
@@ -111,7 +111,7 @@ def test_the_grid_shows_each_verdict(tmp_path: Path) -> None:
         body[middle_y:, :middle_x],
         body[middle_y:, middle_x:],
     ]
-    shown = [[bool(len(pixels_of(card, colour))) for colour in (HIT, MISS, UNKNOWN, PREDICTED, TRUE)] for card in cards]
+    shown = [[bool(len(pixels_of(card, color))) for color in (HIT, MISS, UNKNOWN, PREDICTED, TRUE)] for card in cards]
     assert shown == [
         [True, False, False, True, True],
         [False, True, False, True, True],
@@ -156,11 +156,11 @@ def test_the_grid_of_annotations(tmp_path: Path) -> None:
         ("train: a picture without boxes", grey(400, 100), np.zeros((0, 4)), []),
         ("val: " + "a very long reason " * 20, grey(120, 160), boxes[:1], ["dog"]),
     ]
-    picture_grid(pictures, 2, tmp_path / "grid.png")
+    image_grid(pictures, 2, tmp_path / "grid.png")
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (16 + 2 * 364, 16 + 2 * 416, 3)
     first, second = pixels_of(grid, PREDICTED), pixels_of(grid, TRUE)
-    assert first.max(axis=0)[1] < 300, "the colour of cats is in the first picture alone"
+    assert first.max(axis=0)[1] < 300, "the color of cats is in the first picture alone"
     assert second.max(axis=0)[1] > 380, "that of dogs also in the last"
     assert (grid[:16] == 255).all()
 

@@ -21,10 +21,9 @@ from PIL import Image
 from transformers import BertTokenizer
 
 import vg
-from vg.__main__ import main
-from vg.checkpoint import CheckpointError
-from vg.data.shapes import ShapesConfig
-from vg.data.source import DataError
+from vg.cli import main
+from vg.data.synthetic.shapes import ShapesConfig
+from vg.errors import CheckpointError, DataError
 from vg.inference.grounder import to_array
 from vg.models.base import GroundingModel
 from vg.types import Batch, FittedImage, Prediction, TextSpec
@@ -246,7 +245,7 @@ def test_command_line(run: Path, tmp_path: Path) -> None:
         ),
         (["train", "{run}/config.yaml", "train.output={empty}/x", "train.trackers=[nonsense]"], "capability: nonsense"),
         (["eval", "{run}", "data.eval.splt=val"], "did you mean `split`"),
-        (["eval", "{run}", "--nonsense"], "unrecognised arguments: --nonsense"),
+        (["eval", "{run}", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["eval", "{empty}"], "not a checkpoint"),
         (["predict", "{run}", "nowhere.png", "red circle"], "nowhere.png"),
     ],
@@ -262,7 +261,7 @@ def test_command_line_errors(
 
 
 def test_start_is_fast_because_torch_is_not_imported() -> None:
-    code = "import sys, vg; from vg.__main__ import _parser; _parser().format_help(); print('torch' in sys.modules)"
+    code = "import sys, vg; from vg.cli import _parser; _parser().format_help(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "False"
 

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from tests.models.grounding_dino.tiny import tiny_model
-from vg.__main__ import main
 from vg.checkpoint import write_model
-from vg.config import PublishedConfig, RunConfig
-from vg.inference.draw import COLOURS
+from vg.cli import main
+from vg.config import CheckpointConfig, RunConfig
+from vg.inference.draw import COLORS
 
 LINE = r"(.+): left (.+), top (.+), right (.+), bottom (.+), score (.+)"
 
@@ -31,7 +31,7 @@ def detector(tmp_path: Path) -> Path:
     model = tiny_model()
     folder = tmp_path / "detector"
     folder.mkdir()
-    write_model(folder, model, PublishedConfig(model.config))
+    write_model(folder, model, CheckpointConfig(model.config))
     return folder
 
 
@@ -65,17 +65,17 @@ def test_all_boxes_of_several_phrases(
     assert 0 < len(some) < 40
     assert all(float(row[-1]) >= limit - 0.005 for row in some)
     pixels = np.asarray(Image.open(drawn))
-    colours = {COLOURS[("dog", "red cup").index(name)] for name, *_ in some}
-    for colour in colours:
-        wanted = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
-        assert (pixels == wanted).all(axis=-1).any(), "a phrase has a colour of its own"
+    colors = {COLORS[("dog", "red cup").index(name)] for name, *_ in some}
+    for color in colors:
+        wanted = [int(color[place : place + 2], 16) for place in (1, 3, 5)]
+        assert (pixels == wanted).all(axis=-1).any(), "a phrase has a color of its own"
 
 
 def test_nothing_found_is_an_answer(detector: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = picture.with_name("drawn.png")
     boxes, text = ask(capsys, detector, picture, "dog", "--threshold", 1, "--output", output)
     assert not boxes
-    assert re.search(r"nothing scores 1.0 or more \(the best box scores 0\.\d+\); --threshold", text)
+    assert re.search(r"no box scores >= 1.0 \(best: 0\.\d+\); lower --threshold", text)
     np.testing.assert_array_equal(np.asarray(Image.open(output)), np.asarray(Image.open(picture)))
 
 

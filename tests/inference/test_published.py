@@ -10,7 +10,7 @@ import torch
 
 from tests.models.grounding_dino.tiny import tiny_model
 from vg import Grounder, load_model, predict_and_crop
-from vg.checkpoint import CheckpointError
+from vg.errors import CheckpointError
 from vg.models.grounding_dino.checkpoints import write_checkpoint
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scripts.transformers_loss import SETTINGS, transformers_loss
+from scripts.benchmarks.transformers_loss import SETTINGS, transformers_loss
 from tests.conftest import TEXT
 from tests.losses.cases import random_boxes
 from vg.data.collate import Collator

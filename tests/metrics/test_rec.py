@@ -40,7 +40,7 @@ def random_expressions(count: int, most_boxes: int = 10) -> list[tuple[Predictio
         boxes_in_all = int(torch.randint(0, most_boxes + 1, (), generator=generator))
         boxes = true_box + torch.randn(boxes_in_all, 4, generator=generator) * 6  # [K, 4]
         scores = torch.rand(boxes_in_all, generator=generator).sort(descending=True).values  # [K]
-        kind = ("", "colour", "relation")[row % 3]
+        kind = ("", "color", "relation")[row % 3]
         answers.append(expression(f"picture/{row}", true_box.tolist(), boxes.tolist(), scores.tolist(), kind))
     return answers
 
@@ -227,7 +227,7 @@ def test_expressions_that_name_nothing_are_told_by_their_score() -> None:
     assert {name: results[name] for name in without} == without, "these are about expressions that name something"
     assert (results["num_expressions"], results["num_absent"]) == (20, 4)
     assert (results["n_acc"], results["absent/n_acc"], results["absent/num_absent"]) == (0.75, 1, 3)
-    assert not {"absent/miou", "absent/auc", "colour/auc"} & results.keys()
+    assert not {"absent/miou", "absent/auc", "color/auc"} & results.keys()
     top = [float(prediction.scores[0]) if len(prediction.boxes) else 0.0 for prediction, _ in answers]
     assert results["t_acc"] == sum(score >= 0.5 for score in top) / 20
     wins = [(score > other) + (score == other) / 2 for score in top for other in (0, 0, 0, 0.8)]

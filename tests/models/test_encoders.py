@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from vg.errors import ConfigError
 from vg.models.encoder_config import TextEncoderConfig
 from vg.models.encoders import SMALL_VOCABULARY, load_tokenizer
-from vg.types import ConfigError
 
 ARCHITECTURE = {"model_type": "bert"}
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vg.__main__ import main
-from vg.ops import BuildError, backend_info, build
+from vg.cli import main
+from vg.errors import BuildError
+from vg.ops import backend_info, build
 
 REPOSITORY = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
@@ -133,6 +134,7 @@ def test_a_wheel_brings_its_library(tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "vg" / "ops", package / "ops", ignore=shutil.ignore_patterns("*.so"))
     shutil.copytree(REPOSITORY / "csrc", package / "csrc")
     (package / "__init__.py").touch()
+    shutil.copy(REPOSITORY / "vg" / "errors.py", package)
     prebuilt = package / "ops" / build.prebuilt_path("cpp").name
     shutil.copy(build.library_in_cache("cpp"), prebuilt)
     environment = {"PYTHONPATH": tmp_path, "XDG_CACHE_HOME": tmp_path / "cache", "VG_BUILD": "0"}

@@ -1,4 +1,4 @@
-"""The data sets; adding one is adding its configuration to this union (told apart by `name`)."""
+"""The datasets; adding one is adding its settings to this union (selected by `name`)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ from typing import Annotated, TypeAlias, Union
 
 from pydantic import Field
 
-from vg.data.coco import CocoConfig
-from vg.data.odvg import OdvgConfig
-from vg.data.refcoco import RefcocoConfig
-from vg.data.shapes import ShapesConfig
-from vg.data.voc import VocConfig
-from vg.data.yolo import YoloConfig
+from vg.data.detection.coco import CocoConfig
+from vg.data.detection.odvg import OdvgConfig
+from vg.data.detection.voc import VocConfig
+from vg.data.detection.yolo import YoloConfig
+from vg.data.refcoco.source import RefcocoConfig
+from vg.data.synthetic.shapes import ShapesConfig
 
-PartConfig: TypeAlias = Annotated[
+DatasetConfig: TypeAlias = Annotated[
     Union[ShapesConfig, RefcocoConfig, CocoConfig, OdvgConfig, VocConfig, YoloConfig],  # noqa: UP007
     Field(discriminator="name"),
 ]
-
-from vg.data.mixture import MixtureConfig  # noqa: E402 - a mixture has parts of the union above
-
-SourceConfig: TypeAlias = Annotated[Union[PartConfig, MixtureConfig], Field(discriminator="name")]  # noqa: UP007

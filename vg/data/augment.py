@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from vg.types import Sample, Strict
+from vg.settings import Settings
+from vg.types import Sample
 
 if TYPE_CHECKING:
     import albumentations as A
@@ -22,7 +23,7 @@ MIN_VISIBLE = 0.01  # pixels of width and height that a crop must leave of a box
 
 
 @dataclass
-class ResizeConfig(Strict):
+class ResizeConfig(Settings):
     """Random sizes as the DETR family trains with; the defaults are the published ones. Lengths are in pixels."""
 
     shortest: list[PositiveInt] = field(default_factory=lambda: list(range(480, 801, 32)))
@@ -42,7 +43,7 @@ class ResizeConfig(Strict):
 
 
 @dataclass
-class AugmentConfig(Strict):
+class AugmentConfig(Settings):
     """Probabilities are per sample; everything is off by default."""
 
     flip: Share = 0.0

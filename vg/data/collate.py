@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vg import boxes as box_ops
-from vg.data.features import FeatureSample, collate_features
+from vg.cache.source import FeatureSample, collate_features
 from vg.data.prompt import Expressions, Prompts
 from vg.types import Batch, ImageSpec, Sample, Target, Text, TextSpec
 
@@ -100,7 +100,7 @@ def _target(sample: Sample, asked: np.ndarray) -> Target:
         phrases=sample.phrases,
         boxes=box_ops.from_pixels(chosen(sample.boxes, torch.float32), size),
         phrase_ids=chosen(sample.phrase_ids, torch.long),
-        kind=sample.kind,
+        expression_type=sample.expression_type,
         crowd=None if sample.crowd is None else chosen(sample.crowd, torch.bool),
         areas=None if sample.areas is None else chosen(sample.areas, torch.float32),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from vg.data.source import BadSampleError
+from vg.errors import BadSampleError
 
 _FOLDERS = ("", "train2014", "train2017", "val2014", "val2017", "images")  # those of 2017 hold the pictures of 2014
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")

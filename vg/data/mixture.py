@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias, Union
 
 import numpy as np
 from pydantic import Field, NonNegativeInt
 
-from vg.data import PartConfig
-from vg.data.source import DataError, Grouped, Measured, Provenance, Source
-from vg.types import Sample, Strict
+from vg.data import DatasetConfig
+from vg.data.source import HasImageGroups, HasImageSizes, Provenance, Source
+from vg.errors import DataError
+from vg.settings import Settings
+from vg.types import Sample
 
 
 @dataclass
-class MixtureConfig(Strict):
+class MixtureConfig(Settings):
     """Which data sets, and how much of each."""
 
     name: Literal["mixture"] = "mixture"
-    parts: list[PartConfig] = field(kw_only=True)
+    parts: list[DatasetConfig] = field(kw_only=True)
     weights: list[Annotated[float, Field(gt=0)]] | None = None
     """How often an epoch shows a sample of each part: 1 (the default) once, 2 twice, 0.05 a twentieth of them, which is
     another twentieth in the next epoch."""
@@ -27,6 +29,9 @@ class MixtureConfig(Strict):
 
     def build(self) -> Mixture:
         return Mixture([part.build() for part in self.parts], self.weights, self.seed)
+
+
+SourceConfig: TypeAlias = Annotated[Union[DatasetConfig, MixtureConfig], Field(discriminator="name")]  # noqa: UP007
 
 
 class Mixture:
@@ -83,21 +88,21 @@ class Mixture:
         turn, place = divmod(epoch * rest + place - whole * length, length)
         return part, int(self._order(part, turn)[place]), epoch * (whole + 1) + whole
 
-    def sizes(self, epoch: int) -> np.ndarray:
-        """[samples, 2] (height, width); see vg.data.source.Measured.
+    def image_sizes(self, epoch: int) -> np.ndarray:
+        """[samples, 2] (height, width); see vg.data.source.HasImageSizes.
 
         Raises:
             DataError: a part does not know the sizes of its pictures.
         """
         for part in self.parts:
-            if not isinstance(part, Measured):
+            if not isinstance(part, HasImageSizes):
                 raise DataError(f"{part.provenance.data} does not know how large its pictures are")
-        sizes = [part.sizes(epoch) for part in self.parts if isinstance(part, Measured)]
+        sizes = [part.image_sizes(epoch) for part in self.parts if isinstance(part, HasImageSizes)]
         places = [self.locate(index, epoch)[:2] for index in range(len(self))]
         return np.array([sizes[part][place] for part, place in places], np.int64).reshape(-1, 2)
 
-    def pictures(self, epoch: int) -> np.ndarray:
-        """[samples]; see vg.data.source.Grouped. A part that shows its samples several times does so in several groups.
+    def image_groups(self, epoch: int) -> np.ndarray:
+        """[samples]; see vg.data.source.HasImageGroups. A part that shows its samples several times does so in several groups.
 
         Raises:
             DataError: a part does not know which samples show the same picture.
@@ -106,9 +111,9 @@ class Mixture:
         numbers: dict[tuple[int, int, int], int] = {}
         known: dict[tuple[int, int], np.ndarray] = {}
         for part, source in enumerate(self.parts):
-            if not isinstance(source, Grouped):
+            if not isinstance(source, HasImageGroups):
                 raise DataError(f"{source.provenance.data} does not know which samples show the same picture")
-            known |= {(part, time): source.pictures(time) for time in {t for p, _, t in places if p == part}}
+            known |= {(part, time): source.image_groups(time) for time in {t for p, _, t in places if p == part}}
         groups = [(part, time, int(known[part, time][place])) for part, place, time in places]
         return np.array([numbers.setdefault(group, len(numbers)) for group in groups], np.int64)
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from vg.data.mixture import Mixture
-from vg.data.source import DataError, Grouped, Identified, Measured, Source
+from vg.data.source import HasImageGroups, HasImageKeys, HasImageSizes, Source
+from vg.errors import DataError
 from vg.types import Sample
 
 
@@ -25,13 +26,13 @@ def without_overlap(train: Source, evaluations: Sequence[Source], drop: bool) ->
     if isinstance(train, Mixture):
         parts = [without_overlap(part, evaluations, drop) for part in train.parts]
         return Mixture(parts, train.weights, train.seed)
-    if not isinstance(train, Identified):
+    if not isinstance(train, HasImageKeys):
         return train
     keys = train.image_keys()
     shared = np.zeros(len(keys), bool)  # [samples]
     for evaluation in evaluations:
         for part in evaluation.parts if isinstance(evaluation, Mixture) else [evaluation]:
-            if isinstance(part, Identified):
+            if isinstance(part, HasImageKeys):
                 judged = set(part.image_keys())
                 here = np.array([key in judged for key in keys], bool)
                 shared |= here
@@ -71,12 +72,12 @@ class Subset:
     def load(self, index: int, epoch: int) -> Sample:
         return self.source.load(int(self.indices[index]), epoch)
 
-    def sizes(self, epoch: int) -> np.ndarray:
-        if not isinstance(self.source, Measured):
+    def image_sizes(self, epoch: int) -> np.ndarray:
+        if not isinstance(self.source, HasImageSizes):
             raise DataError(f"{self.provenance.data} does not know how large its pictures are")
-        return self.source.sizes(epoch)[self.indices]
+        return self.source.image_sizes(epoch)[self.indices]
 
-    def pictures(self, epoch: int) -> np.ndarray:
-        if not isinstance(self.source, Grouped):
+    def image_groups(self, epoch: int) -> np.ndarray:
+        if not isinstance(self.source, HasImageGroups):
             raise DataError(f"{self.provenance.data} does not know which samples show the same picture")
-        return self.source.pictures(epoch)[self.indices]
+        return self.source.image_groups(epoch)[self.indices]

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vg.data.source import BadSampleError, DataError
-from vg.types import ConfigError, Sample, Text, TextSpec
+from vg.errors import BadSampleError, ConfigError, DataError
+from vg.types import Sample, Text, TextSpec
 
 logger = logging.getLogger(__name__)
 

@@ -7,22 +7,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from vg.errors import BadSampleError
 from vg.types import Sample
 
 Task = Literal["expressions", "generalized", "detection"]
 OVERHANG = 1.0  # pixels: annotators round, so a box may stick out of the image by this much and is clipped
-
-
-class DataError(ValueError):
-    """Something is wrong with the data; the message names the file, row or key and how to mend it."""
-
-
-class NoSuchSplitError(DataError):
-    """The data is there, but not the split or the one of several data sets that was asked for."""
-
-
-class BadSampleError(DataError):
-    """One sample cannot be used (`data.bad_samples: skip` goes on without it)."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, index: int, epoch: int) -> Any:
-        """Read one Sample, or a FeatureSample (vg.data.features) where the source is a cache.
+        """Read one Sample, or a FeatureSample (vg.cache.source) where the source is a cache.
 
         Raises:
             BadSampleError: that is impossible; the message names the item.
@@ -54,16 +43,16 @@ class Source(Protocol):
 
 
 @runtime_checkable
-class Measured(Protocol):
+class HasImageSizes(Protocol):
     """A source that knows how large its pictures are without decoding them."""
 
-    def sizes(self, epoch: int) -> np.ndarray:
+    def image_sizes(self, epoch: int) -> np.ndarray:
         """[samples, 2] int: (height, width) in pixels of the picture that `load(index, epoch)` reads."""
         ...
 
 
 @runtime_checkable
-class Identified(Protocol):
+class HasImageKeys(Protocol):
     """A source that can tell which of its pictures are also in another one."""
 
     def image_keys(self) -> list[str]:
@@ -72,7 +61,7 @@ class Identified(Protocol):
 
 
 @runtime_checkable
-class Fingerprinted(Protocol):
+class HasFingerprint(Protocol):
     """A source that can tell whether its annotations are the ones they were."""
 
     def fingerprint(self) -> str:
@@ -81,16 +70,16 @@ class Fingerprinted(Protocol):
 
 
 @runtime_checkable
-class Grouped(Protocol):
+class HasImageGroups(Protocol):
     """A source that knows which samples show the same picture, and shows it to all of them alike in an epoch."""
 
-    def pictures(self, epoch: int) -> np.ndarray:
+    def image_groups(self, epoch: int) -> np.ndarray:
         """[samples] int: the number of the picture that `load(index, epoch)` shows."""
         ...
 
 
 @runtime_checkable
-class Numbered(Protocol):
+class HasCategoryIds(Protocol):
     """A source whose classes have numbers, which files of results name them by."""
 
     @property

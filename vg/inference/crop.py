@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vg.data.source import DataError
+from vg.errors import DataError
 from vg.inference.draw import draw_boxes
 from vg.inference.grounder import Grounder, ImageLike, to_array
 from vg.models.base import GroundingModel

@@ -11,7 +11,7 @@ import numpy as np
 
 from vg.inference.draw import FAINT_INK, INK
 
-LINE_COLOURS = ("#1c2430", "#e08a00", "#0f86c9", "#c23d83", "#3d9b35", "#7a52c7")  # draw.COLOURS, for white paper
+LINE_COLORS = ("#1c2430", "#e08a00", "#0f86c9", "#c23d83", "#3d9b35", "#7a52c7")  # draw.COLORS, for white paper
 SECONDARY = ("recall@", "ar@", "ar_")  # metrics that are printed, but not drawn; nor are those with "@1000"
 
 Line = list[tuple[float, float]]  # (step, value) of each row
@@ -69,7 +69,7 @@ def losses_of(history: Sequence[Mapping[str, float]]) -> dict[str, Line]:
 
 
 def metrics_of(history: Sequence[Mapping[str, float]]) -> dict[str, Line]:
-    """As many of the main metrics as there are colours."""
+    """As many of the main metrics as there are colors."""
     lines: dict[str, Line] = {}
     for row in history:
         if "loss" in row:
@@ -78,20 +78,20 @@ def metrics_of(history: Sequence[Mapping[str, float]]) -> dict[str, Line]:
             counted = name in ("step", "epoch") or name.startswith("num_")
             if not counted and "/" not in name and not name.startswith(SECONDARY) and not name.endswith("@1000"):
                 lines.setdefault(name, []).append((row["step"], value))
-    return dict(list(lines.items())[: len(LINE_COLOURS)])
+    return dict(list(lines.items())[: len(LINE_COLORS)])
 
 
 def _plot(axes: Any, title: str, lines: Mapping[str, Line], smooth: bool) -> None:
     """Fill one panel of the curves; the names stand beside it, each with its last value."""
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
-    for (name, points), colour in zip(lines.items(), cycle(LINE_COLOURS), strict=False):
+    for (name, points), color in zip(lines.items(), cycle(LINE_COLORS), strict=False):
         steps, values = np.array(points, dtype=float).T  # [rows] each
         label = f"{name}  {values[-1]:.3f}"
         if smooth:
-            axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
-            axes.plot(steps, _smooth(values), color=colour, linewidth=2.6 if name == "loss" else 1.6, label=label)
+            axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
+            axes.plot(steps, _smooth(values), color=color, linewidth=2.6 if name == "loss" else 1.6, label=label)
         else:
-            axes.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=4, label=label)
+            axes.plot(steps, values, color=color, linewidth=2, marker="o", markersize=4, label=label)
     axes.grid(color="#e4e7eb", linewidth=0.8)
     axes.margins(x=0.02)
     axes.spines[["top", "right"]].set_visible(False)

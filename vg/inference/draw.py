@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from vg.types import Prediction, Sample
 
-COLOURS = ("#ffb000", "#00c8ff", "#ff5cae", "#7ee04a", "#b58cff", "#ff7a45")  # apart for colour-blind eyes, too
-PREDICTED, TRUE = COLOURS[:2]
+COLORS = ("#ffb000", "#00c8ff", "#ff5cae", "#7ee04a", "#b58cff", "#ff7a45")  # apart for color-blind eyes, too
+PREDICTED, TRUE = COLORS[:2]
 HIT, MISS, UNKNOWN = "#1a8f4c", "#d3323f", "#8a929c"
 INK, FAINT_INK, PAPER = "#1c2430", "#66707c", "#ffffff"
 GROUND = "#eef0f3"  # behind pictures that do not fill their place
-HALO = "#000000"  # around coloured lines: one of the two is seen on any picture
+HALO = "#000000"  # around colored lines: one of the two is seen on any picture
 
 HIT_IOU = 0.5
 CARD_WIDTH, PICTURE_HEIGHT, CAPTION_LINES, TEXT_SIZE = 400, 300, 2, 17  # of the grid, in pixels
@@ -30,7 +30,7 @@ LEGEND_WIDTH = 560  # pictures of one card are made that wide
 
 
 def draw_boxes(
-    image: np.ndarray, boxes: ArrayLike, labels: Sequence[str] = (), colours: Sequence[str] = COLOURS
+    image: np.ndarray, boxes: ArrayLike, labels: Sequence[str] = (), colors: Sequence[str] = COLORS
 ) -> np.ndarray:
     """Draw boxes and their labels on a copy of a picture; lines and letters grow with it.
 
@@ -38,7 +38,7 @@ def draw_boxes(
         image: [H, W, 3] uint8, RGB.
         boxes: [N, 4] xyxy in pixels; what lies outside of the picture is cut off.
         labels: one for each box, or none at all; too long ones are shortened to the width of the picture.
-        colours: names or hex codes that PIL knows, used in turn.
+        colors: names or hex codes that PIL knows, used in turn.
 
     Returns:
         [H, W, 3] uint8, RGB.
@@ -53,11 +53,11 @@ def draw_boxes(
     if labels and len(labels) != len(rows):
         raise ValueError(f"{len(labels)} labels for {len(rows)} boxes: give one label for each box, or none")
     width = max(2, round(min(canvas.size) / 180))
-    for box, colour in zip(rows, cycle(colours), strict=False):
-        _outline(canvas, box, colour, width)
+    for box, color in zip(rows, cycle(colors), strict=False):
+        _outline(canvas, box, color, width)
     font = _font(max(11, round(min(canvas.size) / 28)))
-    for box, colour, label in zip(rows, cycle(colours), labels, strict=False):  # over all lines
-        _label(canvas, box, colour, label, font)
+    for box, color, label in zip(rows, cycle(colors), labels, strict=False):  # over all lines
+        _label(canvas, box, color, label, font)
     return np.array(canvas)
 
 
@@ -92,30 +92,30 @@ def prediction_grid(items: Sequence[tuple[Sample, Prediction]], columns: int, pa
     canvas.save(path)
 
 
-def picture_grid(
+def image_grid(
     pictures: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[str]]], columns: int, path: str | Path
 ) -> None:
-    """Write a picture file of annotated pictures, so many in a row; equal names have equal colours.
+    """Write a picture file of annotated pictures, so many in a row; equal names have equal colors.
 
     Args:
         pictures: of each a caption, image [H, W, 3] uint8, boxes [N, 4] xyxy in pixels, and their names.
     """
-    colour_of = cycle(COLOURS)
-    colours = {name: next(colour_of) for name in dict.fromkeys(name for *_, names in pictures for name in names)}
+    color_of = cycle(COLORS)
+    colors = {name: next(color_of) for name in dict.fromkeys(name for *_, names in pictures for name in names)}
     columns = min(columns, len(pictures))
     height = PICTURE_HEIGHT + 2 * LINE_HEIGHT + GAP
     canvas = Image.new("RGB", (GAP + columns * (CARD_WIDTH + GAP), GAP - (-len(pictures) // columns) * height), PAPER)
     for index, (caption, image, boxes, names) in enumerate(pictures):
         left, top = GAP + index % columns * (CARD_WIDTH + GAP), GAP + index // columns * height
         small, scale = _fitted(image, CARD_WIDTH)
-        drawn = draw_boxes(np.array(small), scale * boxes, names, [colours[name] for name in names] or COLOURS)
+        drawn = draw_boxes(np.array(small), scale * boxes, names, [colors[name] for name in names] or COLORS)
         canvas.paste(Image.fromarray(drawn), (left, top))
         text = "\n".join(_wrap(caption, _font(TEXT_SIZE - 3), CARD_WIDTH, lines=2))
         ImageDraw.Draw(canvas).text((left, top + PICTURE_HEIGHT), text, fill=INK, font=_font(TEXT_SIZE - 3))
     canvas.save(path)
 
 
-def _outline(canvas: Image.Image, box: np.ndarray, colour: str, width: int, dash: int = 0) -> None:
+def _outline(canvas: Image.Image, box: np.ndarray, color: str, width: int, dash: int = 0) -> None:
     """Draw the frame of one box, xyxy in pixels, in dashes of this many pixels if any."""
     if not np.isfinite(box).all() or (box[2:] < box[:2]).any():
         raise ValueError(f"{box.tolist()} is not a box: it must be (left, top, right, bottom) in pixels")
@@ -123,7 +123,7 @@ def _outline(canvas: Image.Image, box: np.ndarray, colour: str, width: int, dash
     draw = ImageDraw.Draw(canvas)
     if not dash:
         draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=HALO, width=width + 2)
-        draw.rectangle((left, top, right, bottom), outline=colour, width=width)
+        draw.rectangle((left, top, right, bottom), outline=color, width=width)
         return
     strokes = [
         (x, y, min(x + dash, right), y + width - 1)
@@ -137,11 +137,11 @@ def _outline(canvas: Image.Image, box: np.ndarray, colour: str, width: int, dash
     for x0, y0, x1, y1 in strokes:
         draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), fill=HALO)
     for stroke in strokes:
-        draw.rectangle(stroke, fill=colour)
+        draw.rectangle(stroke, fill=color)
 
 
-def _label(canvas: Image.Image, box: np.ndarray, colour: str, text: str, font: ImageFont.FreeTypeFont) -> None:
-    """Write on a coloured ground above the box, or below its upper edge where that would leave the picture."""
+def _label(canvas: Image.Image, box: np.ndarray, color: str, text: str, font: ImageFont.FreeTypeFont) -> None:
+    """Write on a colored ground above the box, or below its upper edge where that would leave the picture."""
     width, height = canvas.size
     margin = max(2, round(font.size / 4))
     (text,) = _wrap(text, font, width - 2 * margin, lines=1)
@@ -149,15 +149,15 @@ def _label(canvas: Image.Image, box: np.ndarray, colour: str, text: str, font: I
     left = min(max(box[0], 0), width - label_width)
     top = min(max(box[1] - label_height if box[1] >= label_height else box[1], 0), height - label_height)
     draw = ImageDraw.Draw(canvas)
-    draw.rectangle((left, top, left + label_width - 1, top + label_height - 1), fill=colour)
-    red, green, blue = ImageColor.getrgb(colour)[:3]
+    draw.rectangle((left, top, left + label_width - 1, top + label_height - 1), fill=color)
+    red, green, blue = ImageColor.getrgb(color)[:3]
     ink = HALO if 0.299 * red + 0.587 * green + 0.114 * blue > 120 else PAPER  # perceived brightness (ITU-R BT.601)
     draw.text((left + margin, top + margin / 2), text, fill=ink, font=font)
 
 
 def _card(sample: Sample, prediction: Prediction) -> Image.Image:
     """One picture with its boxes, what was asked for and the verdict."""
-    verdict, colour = _verdict(sample, prediction)
+    verdict, color = _verdict(sample, prediction)
     caption = ", ".join(dict.fromkeys(sample.phrases[id] for id in sample.phrase_ids)) or ", ".join(sample.phrases)
     height = 2 * FRAME + PICTURE_HEIGHT + (CAPTION_LINES + 1) * LINE_HEIGHT + 3 * PADDING
     card = Image.new("RGB", (CARD_WIDTH, height), PAPER)
@@ -165,18 +165,18 @@ def _card(sample: Sample, prediction: Prediction) -> Image.Image:
     card.paste(GROUND, (0, 0, CARD_WIDTH, FRAME + PICTURE_HEIGHT))
     card.paste(picture, ((CARD_WIDTH - picture.width) // 2, FRAME + (PICTURE_HEIGHT - picture.height) // 2))
     draw = ImageDraw.Draw(card)
-    draw.rectangle((0, 0, CARD_WIDTH - 1, height - 1), outline=colour, width=FRAME)
+    draw.rectangle((0, 0, CARD_WIDTH - 1, height - 1), outline=color, width=FRAME)
     left, top = FRAME + PADDING, FRAME + PICTURE_HEIGHT + PADDING
     for line in _wrap(caption, _font(TEXT_SIZE), CARD_WIDTH - 2 * left, CAPTION_LINES):
         draw.text((left, top), line, fill=INK, font=_font(TEXT_SIZE))
         top += LINE_HEIGHT
     bottom = height - FRAME - PADDING - LINE_HEIGHT
-    draw.text((left, bottom), verdict, fill=colour, font=_font(TEXT_SIZE - 2, bold=True))
+    draw.text((left, bottom), verdict, fill=color, font=_font(TEXT_SIZE - 2, bold=True))
     return card
 
 
 def _verdict(sample: Sample, prediction: Prediction) -> tuple[str, str]:
-    """What a card says about the boxes on it, and in which colour."""
+    """What a card says about the boxes on it, and in which color."""
     from vg.boxes import iou  # needs torch, which the rest of this file does not
 
     score = f"score {float(prediction.scores[0]):.2f}" if len(prediction.boxes) else "no box predicted"
@@ -213,17 +213,17 @@ def _picture(sample: Sample, prediction: Prediction) -> Image.Image:
 
 
 def _legend(canvas: Image.Image) -> None:
-    """Explain the colours in one line along the upper edge of the grid."""
+    """Explain the colors in one line along the upper edge of the grid."""
     draw, font, left = ImageDraw.Draw(canvas), _font(TEXT_SIZE - 2), GAP
     entries = {"predicted": PREDICTED, "true": TRUE, f"hit: IoU ≥ {HIT_IOU}": HIT, "miss": MISS}
-    for text, colour in entries.items():
+    for text, color in entries.items():
         swatch = np.array((left, GAP + 1, left + 32, GAP + 20))
-        if colour == PREDICTED:
-            _outline(canvas, swatch, colour, width=4)
-        elif colour == TRUE:
-            _outline(canvas, swatch, colour, width=2, dash=DASH)
+        if color == PREDICTED:
+            _outline(canvas, swatch, color, width=4)
+        elif color == TRUE:
+            _outline(canvas, swatch, color, width=2, dash=DASH)
         else:
-            draw.rectangle(swatch.tolist(), outline=colour, width=FRAME)
+            draw.rectangle(swatch.tolist(), outline=color, width=FRAME)
         draw.text((left + 42, GAP + 1), text, fill=INK, font=font)
         left += 42 + round(font.getlength(text)) + 2 * GAP
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from vg.checkpoint import is_checkpoint, read_model
 from vg.data.collate import Collator
-from vg.data.source import DataError
+from vg.errors import DataError
 from vg.models.base import GroundingModel
 from vg.models.grounding_dino.checkpoints import open_model
 from vg.types import Prediction, Sample

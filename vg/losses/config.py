@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vg.types import Strict
+from vg.settings import Settings
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass
-class MatchingConfig(Strict):
+class MatchingConfig(Settings):
     """What it costs to let a query show a box; the cheapest assignment of all boxes is the match."""
 
     class_cost: Literal["sum", "mean"] = "sum"
@@ -25,7 +25,7 @@ class MatchingConfig(Strict):
 
 
 @dataclass
-class LossConfig(Strict):
+class LossConfig(Settings):
     """Weights of the loss terms; zero switches a term off. Open-GroundingDino: class_weight 2, its matching above."""
 
     class_weight: Weight = 1.0

@@ -35,7 +35,7 @@ class RecMetric(CollectingMetric):
     Where the data has expressions that name nothing in their image (targets without a box):
         n_acc, t_acc, auc, roc@0.01, ...: see `vg.metrics.absent.absent_numbers`.
         num_absent: how many name nothing.
-    Samples with a `Target.kind` are also reported per kind, as "<kind>/miou" and so on.
+    Samples with a `Target.expression_type` are also reported per kind, as "<kind>/miou" and so on.
     """
 
     title = "mIoU"
@@ -87,7 +87,7 @@ class RecMetric(CollectingMetric):
         self._append(
             {
                 "ids": torch.tensor([hashed(target.id) for target in targets]),
-                "kinds": _encode([target.kind for target in targets]),
+                "kinds": _encode([target.expression_type for target in targets]),
                 "true_boxes": torch.cat([_true_box(target) for target in targets]),
                 "counts": torch.tensor([len(prediction.boxes) for prediction in predictions]),
                 "boxes": torch.cat([prediction.boxes.reshape(-1, 4) for prediction in predictions]),

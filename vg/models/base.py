@@ -78,7 +78,7 @@ class GroundingModel(nn.Module, ABC):
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
 
-class FeatureModel(GroundingModel):
+class EncodableModel(GroundingModel):
     """A model whose encoders, where they are frozen, can be run once for all: `forward` takes `batch.features`, too."""
 
     @abstractmethod
@@ -95,9 +95,9 @@ class FeatureModel(GroundingModel):
 
 
 @runtime_checkable
-class FeatureModelConfig(Protocol):
+class EncodableModelConfig(Protocol):
     """Settings of such a model."""
 
-    def build_without_encoders(self) -> FeatureModel:
+    def build_without_encoders(self) -> EncodableModel:
         """The network for batches that have features; raises ConfigError where an encoder is not frozen."""
         ...

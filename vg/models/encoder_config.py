@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vg.types import Strict
+from vg.settings import Settings
 
 
 @dataclass
-class EncoderConfig(Strict):
+class EncoderConfig(Settings):
     """Where an encoder comes from: a Hub id or a local folder, or (with ``architecture``) small and from scratch."""
 
     id: str | None = None

@@ -20,8 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from vg.errors import ConfigError
 from vg.models.encoder_config import EncoderConfig, TextEncoderConfig
-from vg.types import ConfigError
 
 SMALL_VOCABULARY = Path(__file__).parent / "small_vocabulary.txt"
 

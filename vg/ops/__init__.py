@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vg.ops.build import Backend, BuildError, backend_info
+from vg.errors import BuildError
+from vg.ops.build import Backend, backend_info
 from vg.ops.deform_attn import deform_attn, deform_attn_fused
 from vg.ops.patch import patch_transformers
 

@@ -23,16 +23,14 @@ from pathlib import Path
 
 import torch
 
+from vg.errors import BuildError
+
 SETTINGS = ("auto", "reference", "cpp", "emulate")
 PACKAGE = Path(__file__).parents[1]
 # Not -ffast-math: NaN and infinity have a meaning here. The stable ABI of torch 2.10 lets one library serve later ones.
 FLAGS = ("-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 WHEEL_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))  # of the GPUs for which a wheel is made
 HOST_FLAGS = ("-fPIC", "-fno-math-errno", "-fno-trapping-math")
-
-
-class BuildError(RuntimeError):
-    """There is not the compiled library that was asked for; the message says why and what to do about it."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 from tests.models.grounding_dino.golden import FOLDER, needs_golden
 from tests.models.grounding_dino.published import BERT, write_tokenizer
 from tests.models.grounding_dino.tiny import tiny_model
-from vg.__main__ import main
 from vg.checkpoint import read_model, write_weights
-from vg.config import PublishedConfig
+from vg.cli import main
+from vg.config import CheckpointConfig
 from vg.models.grounding_dino.checkpoints import Checkpoint, load_into, read_checkpoint, write_checkpoint
 from vg.models.grounding_dino.config import (
     BertConfig,
@@ -218,7 +218,7 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "mm.pth: Grounding DINO in the mmdet dialect" in said
     assert f"{sum(tensor.numel() for tensor in source.own_state_dict().values()):,} weights" in said
     assert f"layers of width {source.config.width}, 4 levels, 20 queries, heads for each layer; logits: dot" in said
-    assert "a/vg: written in the vg dialect" in said
+    assert "a/vg: written in the vg format" in said
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["vg"], "nothing partial is left"
 
     loaded, config = read_model(tmp_path / "a" / "vg")
@@ -239,7 +239,7 @@ def test_the_checkpoint_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "bert").mkdir()
     write_tokenizer(tmp_path / "bert")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bert")
-    write_weights(tmp_path / "best", source.own_state_dict(), PublishedConfig(config), tokenizer)
+    write_weights(tmp_path / "best", source.own_state_dict(), CheckpointConfig(config), tokenizer)
     checkpoint = read_checkpoint(tmp_path, BERT)
     assert (checkpoint.dialect, checkpoint.tokenizer) == ("vg", str(tmp_path / "best" / "tokenizer"))
     assert checkpoint.config == replace(source.config, text=replace(TEXT, frozen=True))

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from tests.models.grounding_dino.published import BERT, random_model, write_tokenizer
 from tests.models.grounding_dino.test_checkpoints import LEARNED, MM, model
-from vg.__main__ import main
+from vg.cli import main
+from vg.errors import CheckpointError
 from vg.models.grounding_dino.checkpoints import load_into, read_checkpoint, write_checkpoint
 from vg.models.grounding_dino.config import BertConfig, ClassHeadConfig
-from vg.types import CheckpointError
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_the_verb_ends_in_a_message(official: Path, tmp_path: Path, monkeypatch:
     write_tokenizer(tmp_path / "bert")
     options = ("--tokenizer", tmp_path / "bert")
     assert converting(tmp_path / "no.pth", tmp_path / "out", "--to", "vg") == f"error: {tmp_path}/no.pth does not exist"
-    assert "official.pth exists; name another place" in converting(official, official, "--to", "mmdet")
+    assert "official.pth exists; choose another path" in converting(official, official, "--to", "mmdet")
     assert official.exists()
 
     (tmp_path / "bert" / "tokenizer.json").unlink()
@@ -256,7 +256,7 @@ def test_a_converted_checkpoint_names_no_data(official: Path, tmp_path: Path) ->
     (tmp_path / "bert").mkdir()
     write_tokenizer(tmp_path / "bert")
     main(["convert", str(official), str(tmp_path / "vg"), "--to", "vg", "--tokenizer", str(tmp_path / "bert")])
-    with pytest.raises(SystemExit, match="was converted, so that it names no data"):
+    with pytest.raises(SystemExit, match="is a converted checkpoint without a data config"):
         main(["eval", str(tmp_path / "vg")])
     with pytest.raises(SystemExit, match=r"data\.train: Field required"):
         main(["eval", str(tmp_path / "vg"), "data.eval.name=shapes"])

@@ -10,7 +10,7 @@ import transformers
 
 from vg.models.grounding_dino.checkpoints.layout import to_file
 from vg.models.grounding_dino.checkpoints.names import tensor_names
-from vg.models.grounding_dino.checkpoints.variant import recognise_variant
+from vg.models.grounding_dino.checkpoints.variant import detect_variant
 from vg.models.grounding_dino.config import (
     BertConfig,
     ClassHeadConfig,
@@ -113,4 +113,4 @@ def test_a_variant_is_told_from_names_and_shapes(name: str) -> None:
         for own, names in tensor_names(config, dialect).items()
         for name in names
     }
-    assert recognise_variant(tensors, dialect, {}, {}) == config
+    assert detect_variant(tensors, dialect, {}, {}) == config

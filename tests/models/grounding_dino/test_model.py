@@ -18,7 +18,7 @@ from vg.models.grounding_dino.config import (
     SwinConfig,
 )
 from vg.models.grounding_dino.model import GroundingDino
-from vg.optim import OptimConfig, build_optimizer
+from vg.training.optim import OptimConfig, build_optimizer
 from vg.types import Prediction
 
 VARIANTS = {
@@ -238,7 +238,7 @@ def test_bfloat16_stays_close() -> None:
 
 
 def test_scores_by_hand() -> None:
-    from vg.models.grounding_dino.answer import phrase_scores
+    from vg.models.grounding_dino.postprocess import phrase_scores
 
     logits = torch.tensor([[[-1.0, 2.0, 0.5, -torch.inf]]])  # [R, Q, T]
     p = logits.sigmoid()[0, 0]

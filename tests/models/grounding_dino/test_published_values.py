@@ -19,10 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from vg.data.collate import Collator
+from vg.errors import CheckpointError
 from vg.inference.grounder import Grounder, load_model
 from vg.models.grounding_dino.checkpoints.files import local_path
 from vg.models.grounding_dino.model import GroundingDino
-from vg.types import CheckpointError, Sample
+from vg.types import Sample
 
 DATA = Path(__file__).parents[3] / ".." / "shared" / "data"
 CATS = DATA / "hf_coco_sample" / "000000039769.png"  # 640 x 480

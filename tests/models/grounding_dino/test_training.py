@@ -10,11 +10,11 @@ import pytest
 
 from tests.conftest import TEXT, history
 from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
-from tests.test_resume import assert_same_runs, interrupt, stop_in_step
-from tests.test_training_data import write_set
+from tests.training.test_data import write_set
+from tests.training.test_resume import assert_same_runs, interrupt, stop_in_step
 from vg.config import RunConfig, load_config
 from vg.models.grounding_dino.config import BertConfig, ClassHeadConfig, DenoisingConfig
-from vg.trainer import Trainer
+from vg.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -81,7 +81,7 @@ def test_bfloat16_learns(tiny_config: MakeConfig) -> None:
     trainer.fit()
     first, *_, last = losses(config)
     assert last < 0.85 * first
-    assert all(weights.isfinite().all() for weights in trainer.core.parameters())
+    assert all(weights.isfinite().all() for weights in trainer.unwrapped_model.parameters())
 
 
 def test_the_recipe_with_adapters_learns(tiny_config: MakeConfig) -> None:
@@ -101,10 +101,10 @@ def test_the_recipe_with_adapters_learns(tiny_config: MakeConfig) -> None:
     config.optim = recipe.optim
     config.optim.lr, config.optim.warmup_steps = 3e-3, 0
     trainer = Trainer(config)
-    before = {name: weights.clone() for name, weights in trainer.core.named_parameters()}
+    before = {name: weights.clone() for name, weights in trainer.unwrapped_model.named_parameters()}
     trainer.fit()
-    changed = {name for name, weights in trainer.core.named_parameters() if not weights.equal(before[name])}
-    assert changed == {name for name, weights in trainer.core.named_parameters() if weights.requires_grad}
+    changed = {name for name, weights in trainer.unwrapped_model.named_parameters() if not weights.equal(before[name])}
+    assert changed == {name for name, weights in trainer.unwrapped_model.named_parameters() if weights.requires_grad}
     for part in ("backbone", "text.network", "encoder", "decoder.layers"):
         assert any(name.startswith(f"{part}.") and ".lora_B." in name for name in changed), part
     first, *_, last = losses(config)

@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModel, BertTokenizer
 from tests.conftest import TEXT
 from vg.config import load_config
 from vg.data.collate import Collator
-from vg.data.shapes import ShapesConfig
+from vg.data.synthetic.shapes import ShapesConfig
+from vg.errors import ConfigError
 from vg.models.encoders import SMALL_VOCABULARY
 from vg.models.rec.config import BgeConfig, DenseHeadConfig, PooledHeadConfig, RecConfig, VisionEncoderConfig
 from vg.models.rec.encoders import VisionEncoder
-from vg.types import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
 

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, PositiveInt
 
 from vg.losses.config import LossConfig
 from vg.models.encoder_config import TextEncoderConfig
-from vg.types import Strict, by_name
+from vg.settings import Settings, by_name
 
 if TYPE_CHECKING:
     from vg.models.grounding_dino.image import Backbone
@@ -19,7 +19,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass
-class BackboneConfig(Strict):
+class BackboneConfig(Settings):
     """Any of these, as transformers has it."""
 
     id: str | None = None
@@ -105,7 +105,7 @@ class BertConfig(TextEncoderConfig):
 
 
 @dataclass
-class ImageConfig(Strict):
+class ImageConfig(Settings):
     shortest: PositiveInt = 800
     """Shorter side of the resized image in pixels."""
     longest: PositiveInt = 1333
@@ -116,7 +116,7 @@ class ImageConfig(Strict):
 
 
 @dataclass
-class ClassHeadConfig(Strict):
+class ClassHeadConfig(Settings):
     """How a query is compared with a text token; the result is the logit of "this query shows what the token names"."""
 
     similarity: Literal["dot", "cosine"] = "dot"
@@ -128,7 +128,7 @@ class ClassHeadConfig(Strict):
 
 
 @dataclass
-class DenoisingConfig(Strict):
+class DenoisingConfig(Settings):
     """In training, further queries restore boxes from noisy ones (contrastive denoising, DINO, Zhang et al. 2022)."""
 
     num_queries: PositiveInt = 100
@@ -142,7 +142,7 @@ class DenoisingConfig(Strict):
 
 
 @dataclass
-class PredictConfig(Strict):
+class PredictConfig(Settings):
     """From the logits of all queries to boxes."""
 
     score: Literal["mean", "max"] = "mean"
@@ -156,7 +156,7 @@ class PredictConfig(Strict):
 
 
 @dataclass
-class GroundingDinoConfig(Strict):
+class GroundingDinoConfig(Settings):
     """Grounding DINO (Liu et al. 2023, arXiv 2303.05499) and MM-Grounding-DINO (Zhao et al. 2024, arXiv 2401.02361)."""
 
     name: Literal["grounding_dino"] = "grounding_dino"

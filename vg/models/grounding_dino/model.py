@@ -23,7 +23,6 @@ from vg.losses.set_loss import SetLoss
 from vg.losses.targets import PromptTargets, prompt_targets
 from vg.models.base import GroundingModel
 from vg.models.encoders import enable_checkpointing, load_tokenizer
-from vg.models.grounding_dino.answer import answers
 from vg.models.grounding_dino.attention import Attention, DeformableAttention
 from vg.models.grounding_dino.checkpoints.load import load_into
 from vg.models.grounding_dino.config import GroundingDinoConfig
@@ -31,6 +30,7 @@ from vg.models.grounding_dino.decoder import Decoder
 from vg.models.grounding_dino.denoising import Denoising
 from vg.models.grounding_dino.encoder import FeatureEnhancer, FusionLayer
 from vg.models.grounding_dino.image import ImageFeatures, Neck, encode_images
+from vg.models.grounding_dino.postprocess import answers
 from vg.models.grounding_dino.queries import BoxHead, QuerySelection
 from vg.models.grounding_dino.text import TextEncoder, TextFeatures
 from vg.types import Batch, FittedImage, ImageSpec, Prediction, Text, TextSpec

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 from pydantic import BeforeValidator, Field
 
 from vg.models.encoder_config import EncoderConfig, TextEncoderConfig
-from vg.types import Strict, by_name
+from vg.settings import Settings, by_name
 
 if TYPE_CHECKING:
     from vg.models.rec.heads import DenseHead, PooledHead
@@ -26,7 +26,7 @@ class BgeConfig(TextEncoderConfig):
 
 
 @dataclass
-class PooledLossConfig(Strict):
+class PooledLossConfig(Settings):
     """Weights of the loss terms; zero switches a term off. The published model was trained with DIoU alone."""
 
     diou: float = 1.0
@@ -35,7 +35,7 @@ class PooledLossConfig(Strict):
 
 
 @dataclass
-class DenseLossConfig(Strict):
+class DenseLossConfig(Settings):
     """Weights of the loss terms; zero switches a term off."""
 
     token: float = 1.0
@@ -46,7 +46,7 @@ class DenseLossConfig(Strict):
 
 
 @dataclass
-class PooledHeadConfig(Strict):
+class PooledHeadConfig(Settings):
     """The published head: text tokens query the image, their mean regresses one box."""
 
     name: Literal["pooled"] = "pooled"
@@ -64,7 +64,7 @@ class PooledHeadConfig(Strict):
 
 
 @dataclass
-class DenseHeadConfig(Strict):
+class DenseHeadConfig(Settings):
     """Our head: image and text tokens attend to one another, every image token scores itself and proposes a box."""
 
     name: Literal["dense"] = "dense"
@@ -97,7 +97,7 @@ HeadConfig = Annotated[
 
 
 @dataclass
-class RecConfig(Strict):
+class RecConfig(Settings):
     """Referring expression comprehension: one expression, one box."""
 
     name: Literal["rec"] = "rec"

@@ -10,15 +10,16 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from vg import boxes as box_ops
-from vg.models.base import FeatureModel
+from vg.errors import ConfigError
+from vg.models.base import EncodableModel
 from vg.models.encoders import load_tokenizer, network_config, token_width, tokenizer_key, weights_key
 from vg.models.rec.config import RecConfig
 from vg.models.rec.encoders import TextEncoder, VisionEncoder
 from vg.models.rec.heads import DenseOutput, PooledOutput
-from vg.types import Batch, ConfigError, ImageSpec, Prediction, StretchedImage, Text, TextSpec
+from vg.types import Batch, ImageSpec, Prediction, StretchedImage, Text, TextSpec
 
 
-class RecModel(FeatureModel):
+class RecModel(EncodableModel):
     """See RecConfig.build and RecConfig.build_without_encoders."""
 
     def __init__(self, config: RecConfig, pretrained: bool = True, encoders: bool = True):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vg.types import CheckpointError
+from vg.errors import CheckpointError
 
 
 def local_path(path: str | Path) -> Path:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vg.errors import CheckpointError
 from vg.models.grounding_dino.checkpoints.read import read_checkpoint
 from vg.models.grounding_dino.checkpoints.tokenizer import bert_settings, open_tokenizer
 from vg.models.grounding_dino.checkpoints.variant import LABELS
 from vg.models.grounding_dino.config import GroundingDinoConfig
-from vg.types import CheckpointError
 
 if TYPE_CHECKING:
     from vg.models.grounding_dino.model import GroundingDino

@@ -16,14 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vg.errors import CheckpointError
 from vg.models.grounding_dino.checkpoints.files import load_tensors, local_path
 from vg.models.grounding_dino.checkpoints.layout import from_file
 from vg.models.grounding_dino.checkpoints.names import tensor_names
 from vg.models.grounding_dino.checkpoints.table import IGNORABLE, Dialect, Foreign
-from vg.models.grounding_dino.checkpoints.variant import NamedAsInVg, recognise_text, recognise_variant
+from vg.models.grounding_dino.checkpoints.variant import NamedAsInVg, detect_text, detect_variant
 from vg.models.grounding_dino.config import GroundingDinoConfig, SwinConfig
 from vg.models.grounding_dino.image import NAMES_IN_FILES
-from vg.types import CheckpointError
 
 SHOWN = 20  # names in one message
 NETWORK = "model.backbone.conv_encoder.model."  # of the backbone, in transformers
@@ -90,7 +90,7 @@ def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
         raise CheckpointError(f"config.yaml describes no Grounding DINO: {error}") from error
     weights = load_file(folder / "model.safetensors")
     if config.text.architecture is None:
-        sizes = recognise_text(NamedAsInVg(weights, "vg"), bert)
+        sizes = detect_text(NamedAsInVg(weights, "vg"), bert)
         config.text = replace(sizes, frozen=config.text.frozen, tokenizer=config.text.tokenizer)
     return Checkpoint("vg", config, weights, str(folder / "tokenizer"))
 
@@ -103,7 +103,7 @@ def _read_foreign(place: Path, bert: Mapping[str, Any]) -> Checkpoint:
     dialect = _dialect(tensors, settings)
     if dialect == "transformers":
         tensors = {_name_in_file(key): tensor for key, tensor in tensors.items()}
-    config = recognise_variant(tensors, dialect, settings, bert)
+    config = detect_variant(tensors, dialect, settings, bert)
     weights, used = {}, set()
     missing, contradicting = [], []
     for own, names in tensor_names(config, dialect).items():

@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from vg.errors import CheckpointError
 from vg.models.encoders import load_tokenizer
 from vg.models.grounding_dino.checkpoints.read import Checkpoint
 from vg.models.grounding_dino.config import BertConfig
-from vg.types import CheckpointError
 
 
 def open_tokenizer(checkpoint: Checkpoint, place: str | None = None) -> PreTrainedTokenizerBase:

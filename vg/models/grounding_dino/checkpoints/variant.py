@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vg.errors import CheckpointError
 from vg.models.grounding_dino.checkpoints.names import patterns, tensor_names
 from vg.models.grounding_dino.checkpoints.table import Dialect, Foreign
 from vg.models.grounding_dino.config import (
@@ -18,7 +19,6 @@ from vg.models.grounding_dino.config import (
     ResNetConfig,
     SwinConfig,
 )
-from vg.types import CheckpointError
 
 LOGIT_EPS: dict[Foreign, tuple[float, float]] = {
     "official": (1e-3, 1e-3),
@@ -54,7 +54,7 @@ class NamedAsInVg:
         return 1 + max(map(int, filter(str.isdigit, rests)), default=-1)
 
 
-def recognise_variant(
+def detect_variant(
     tensors: Mapping[str, Tensor], dialect: Foreign, settings: Mapping[str, Any], bert: Mapping[str, Any]
 ) -> GroundingDinoConfig:
     """The configuration of a published checkpoint, with the rates of dropout it was trained with.
@@ -77,7 +77,7 @@ def recognise_variant(
     of_mmdetection = dialect == "mmdet" or classes.bias
     config = GroundingDinoConfig(
         backbone=_backbone(found, levels, of_mmdetection),
-        text=recognise_text(found, settings.get("text_config", bert)),
+        text=detect_text(found, settings.get("text_config", bert)),
         max_tokens=settings.get("max_text_len", 256),
         width=width,
         levels=levels,
@@ -164,7 +164,7 @@ def _stages(channels: list[int], widths: list[int]) -> list[int]:
     return [widths.index(inputs) + 1 for inputs in channels]
 
 
-def recognise_text(found: NamedAsInVg, bert: Mapping[str, Any]) -> BertConfig:
+def detect_text(found: NamedAsInVg, bert: Mapping[str, Any]) -> BertConfig:
     """The text encoder by its sizes, so that building it needs no download."""
     vocabulary, width = found.shape("text.network.embeddings.word_embeddings.weight")
     if "num_attention_heads" not in bert and width % HEAD_WIDTH:

@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from vg.errors import CheckpointError
 from vg.models.grounding_dino.checkpoints.layout import to_file
 from vg.models.grounding_dino.checkpoints.names import tensor_names
 from vg.models.grounding_dino.checkpoints.table import Foreign
 from vg.models.grounding_dino.checkpoints.variant import LABELS
 from vg.models.grounding_dino.config import GroundingDinoConfig, SwinConfig
-from vg.types import CheckpointError
 
 
 def write_checkpoint(

@@ -1,0 +1,92 @@
+"""What the parts of the rec head are worth: variants trained for the same time on crowded drawn scenes.
+
+    python scripts/benchmarks/ablate_rec.py [--minutes 10] [--threads 1] [--only ROW ...] [--split test] [--json results.json]
+
+Every row is configs/rec/crowded_scenes.yaml with the overrides that its command shows. A few steps are timed first, and
+`train.max_steps` is as many as fit the time then; the schedule ends with them. Evaluation comes on top. Another machine
+makes other numbers of steps: a row is repeated by its command (to the last digit on a like processor).
+
+Prints mIoU, Acc@0.5, that of each kind of expression, and mAP@50 beside the square of the accuracy, which is about what
+a head reaches with one box and scores that say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.benchmarks.trainer import WARM_UP, trainer_times
+from vg.config import load_config
+from vg.training.trainer import Trainer
+
+CONFIG = Path(__file__).parents[2] / "configs" / "rec" / "crowded_scenes.yaml"
+POOLED = "model.head={{name: pooled, width: 128, layers: 4, heads: 4, feedforward: 256, dropout: 0.0, loss: {{{}}}}}"
+ROWS = {
+    "pooled, DIoU, as published": [POOLED.format("diou: 1.0"), "optim.lr=3e-4", "train.ema=null"],
+    "pooled, L1 + GIoU": [POOLED.format("diou: 0.0, l1: 5.0, giou: 2.0"), "optim.lr=3e-4"],
+    "dense": [],
+    "dense, 2 layers": ["model.head.layers=2"],
+    "dense, 6 layers": ["model.head.layers=6"],
+    "dense, DIoU only": ["model.head.loss={token: 2.0, l1: 0.0, giou: 0.0, diou: 2.0}"],
+    "dense, L1 + GIoU + DIoU": ["model.head.loss={token: 2.0, diou: 2.0}"],
+    "dense, no average of weights": ["train.ema=null"],
+    "dense, 96 px": ["model.image_size=96"],
+}
+TIMED = 25  # steps
+KINDS = ("attribute", "superlative", "relation", "ordinal", "chain")
+
+
+def steps_within(minutes: float, overrides: list[str]) -> int:
+    config = load_config(CONFIG, [*overrides, f"train.max_steps={WARM_UP + TIMED}", "data.eval.size=32"])
+    times = trainer_times(config)[WARM_UP - 1 :]
+    return max(1, round(60 * minutes / statistics.median(after - before for before, after in pairwise(times))))
+
+
+def train(name: str, overrides: list[str], minutes: float, split: str) -> dict[str, Any]:
+    """One row; the overrides in it repeat the run."""
+    steps = steps_within(minutes, overrides)
+    overrides = [*overrides, "train.epochs=1000", f"train.max_steps={steps}", f"train.eval_every={steps}"]
+    overrides.append(f"data.eval.split={split}")
+    command = shlex.join(["vg", "train", str(CONFIG.relative_to(CONFIG.parents[2])), *overrides])
+    print(f"{name}: OMP_NUM_THREADS={torch.get_num_threads()} {command}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = Trainer(load_config(CONFIG, [*overrides, f"train.output={folder}"])).fit()
+    row = {"row": name, "overrides": overrides, "steps": steps, **numbers}
+    print(line(row), flush=True)
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table, in percent."""
+    accuracy = row["acc@0.5"]
+    values = [accuracy, *(row[f"{kind}/acc@0.5"] for kind in KINDS), row["miou"], row["map@50"], accuracy**2]
+    return f"| {row['row']} | {row['steps']} | " + " | ".join(f"{100 * value:.1f}" for value in values) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10.0, help="of training, for each row (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="one or more rows")
+    parser.add_argument("--split", default="test", help="of the scenes (default: %(default)s); choose settings on val")
+    parser.add_argument("--json", type=Path, help="where results go")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = [train(name, ROWS[name], options.minutes, options.split) for name in options.only]
+    columns = ["head", "steps", "Acc@0.5", *KINDS, "mIoU", "mAP@50", "Acc@0.5 squared"]
+    print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    print("\n".join(map(line, rows)))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""What the doctor says about ODVG lines, Pascal VOC and YOLO folders and mixtures, and what it recognises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.data.check.cases import check, errors, found, sound, write
+from tests.data.detection.detection_files import write_picture
+from vg.data.check import detect_format, diagnose, to_json, to_text
+from vg.data.detection.odvg import OdvgConfig
+from vg.data.detection.voc import VocConfig
+from vg.data.detection.yolo import YoloConfig
+from vg.data.mixture import MixtureConfig
+from vg.data.synthetic.shapes import ShapesConfig
+from vg.errors import DataError
+
+
+def odvg(folder: Path, *rows: Any, labels: Any = None) -> OdvgConfig:
+    write_picture(folder / "a.png")
+    lines = [
+        row if isinstance(row, str) else json.dumps({"filename": "a.png", "height": 40, "width": 60, **row})
+        for row in rows
+    ]
+    (folder / "set.jsonl").write_text("\n".join(lines))
+    if labels is not None:
+        (folder / "label_map.json").write_text(json.dumps(labels))
+    return OdvgConfig(path=str(folder / "set.jsonl"), label_map=labels and str(folder / "label_map.json"))
+
+
+def instances(*things: dict[str, Any]) -> dict[str, Any]:
+    return {"detection": {"instances": list(things)}}
+
+
+def test_odvg_lines(tmp_path: Path) -> None:
+    good = {"bbox": [5, 5, 30, 30], "label": 1, "category": "cat"}
+    bad = [{**good, "label": 9}, {**good, "category": "dog"}, {**good, "bbox": [5, 5, 1]}, {**good, "label": [1]}, 3]
+    config = odvg(
+        tmp_path, "{", "[]", {"detection": 3}, {"x": 1}, instances(good, *bad), labels={"1": "cat", "2": "dog"}
+    )
+    diagnosis = check(config)
+    assert found(diagnosis, "no ODVG").count == 4
+    assert found(diagnosis, "no ODVG").examples[0].startswith("line 1: {")
+    assert found(diagnosis, "labels that the label map lacks").count == 2
+    assert "is 'dog' here, 'cat' in the label map" in found(diagnosis, "mean another class").examples[0]
+    assert found(diagnosis, "not four numbers").examples == ["line 5, instance 3: bbox [5, 5, 1]"]
+    assert found(diagnosis, "no objects").examples == ["line 5, instance 5: 3"]
+    assert found(diagnosis, "do not count from 0").severity == "warning"
+    assert found(check(odvg(tmp_path / "b", instances(good))), "without a label map").severity == "error"
+
+
+def test_odvg_phrases(tmp_path: Path) -> None:
+    def region(phrase: str | None, *box: float) -> dict[str, Any]:
+        return {"phrase": phrase, "bbox": list(box)}
+
+    regions = [region("a cat", 5, 5, 30, 30), region("A cat", 30, 5, 50, 30), region(None, 5, 5, 9, 9)]
+    long = [region(f"the thing of number {number}", 5, 5, 30, 30) for number in range(60)]
+    rows = [{"grounding": {"caption": "a cat", "regions": each}} for each in (regions, long)]
+    diagnosis = check(odvg(tmp_path, *rows))
+    assert found(diagnosis, "regions without words").examples[0].startswith("line 1, region 2")
+    assert found(diagnosis, "share").examples == ["line 1: 'a cat' is 2 boxes"]
+    assert found(diagnosis, "fill more than a prompt").examples == ["line 2: at least 362 tokens"]
+    swapped = instances(*({"bbox": [30 + n, 12, 10, 10], "label": 0} for n in range(12)))
+    mixed = found(check(odvg(tmp_path / "b", swapped, labels={"0": "cat"})), "boxes that are not left, top, right")
+    assert "fit as left, top, width, height" in mixed.mend
+
+
+def voc(folder: Path, objects: str, name: str = "a") -> VocConfig:
+    write_picture(folder / f"{name}.png")
+    xml = f"<annotation><size><width>60</width><height>40</height></size>{objects}</annotation>"
+    (folder / f"{name}.xml").write_text(xml)
+    return VocConfig(path=str(folder))
+
+
+def test_voc_folders(tmp_path: Path) -> None:
+    box = "<bndbox><xmin>{}</xmin><ymin>5</ymin><xmax>30</xmax><ymax>30</ymax></bndbox>"
+    good, bad = box.format(5), box.format("left")
+    config = voc(tmp_path, f"<object><name>cat</name>{good}</object><object><name>cat</name>{bad}</object><object/>")
+    voc(tmp_path, f"<object><name>cow</name>{good}</object>", "b")
+    (tmp_path / "c.xml").write_text("<annotation>")
+    write_picture(tmp_path / "d.png")
+    diagnosis = check(config)
+    assert found(diagnosis, "objects without a name or a number").examples[0].startswith("a.xml, object 2")
+    assert found(diagnosis, "xml files that cannot be read").count == 1
+    assert found(diagnosis, "without an xml file").examples == ["d.png"]
+    config.classes = ["cat"]
+    assert found(check(config), "unknown class").examples == ["b.xml, object 1: cow"]
+    config.split = "train"
+    assert found(check(config), "cannot read").severity == "error"
+
+
+def yolo(folder: Path, labels: str) -> YoloConfig:
+    write_picture(folder / "images" / "a.png")
+    write_picture(folder / "images" / "b.png")
+    (folder / "labels").mkdir(exist_ok=True)
+    (folder / "labels" / "a.txt").write_text(labels)
+    (folder / "data.yaml").write_text("{names: [cat, dog], train: images}")
+    return YoloConfig(path=str(folder))
+
+
+def test_yolo_folders(tmp_path: Path) -> None:
+    lines = [
+        "0 .5 .5 .2 .2",
+        "2 .5 .5 .2 .2",
+        "0 .5 .5 .2",
+        "cat .5 .5 .2 .2",
+        "0 30 20 10 10",
+        "1 .1 .1 .5 .1 .5 .5",
+        "0 x",
+    ]
+    diagnosis = check(yolo(tmp_path, "\n".join(lines)))
+    assert found(diagnosis, "data.yaml does not name").examples == [
+        "a.txt, line 2: 2 .5 .5 .2 .2",
+        "a.txt, line 4: cat .5 .5 .2 .2",
+    ]
+    assert found(diagnosis, "label lines that cannot be read").count == 2
+    assert found(diagnosis, "beyond 0..1").examples == ["a.txt, line 5: 0 30 20 10 10"]
+    assert found(diagnosis, "without a label file").severity == "note"
+    np.testing.assert_allclose(diagnosis.sets[0].boxes.xyxy, [[24, 16, 36, 24], [6, 4, 30, 20]])
+    corners = "\n".join(f"0 {0.02 * number} .02 .6 .6" for number in range(12))
+    assert "left, top, width, height" in found(check(yolo(tmp_path / "b", corners)), "not x and y of the centre").mend
+
+
+def test_other_sources_and_parts_of_a_mixture(tmp_path: Path) -> None:
+    mixture = MixtureConfig(parts=[ShapesConfig(size=5), write(tmp_path, sound())])
+    diagnosis = diagnose({"train": mixture, "val": ShapesConfig(split="val", size=50)}, 256, quick=4)
+    assert [each.reading.set for each in diagnosis.sets] == ["train.parts.0", "train.parts.1", "val"]
+    assert [len(each.reading.pictures) for each in diagnosis.sets] == [4, 12, 4]
+    assert not errors(diagnosis)
+    assert len(diagnosis.pictures(6)) == 6
+
+
+def test_what_lies_at_a_path(tmp_path: Path) -> None:
+    write(tmp_path / "coco", sound())
+    assert detect_format(tmp_path / "coco") == {"train": {"name": "coco", "path": str(tmp_path / "coco" / "set.json")}}
+    odvg(tmp_path / "odvg", instances(), labels={"0": "cat"})
+    settings = detect_format(tmp_path / "odvg" / "set.jsonl")["train"]
+    assert settings["label_map"] == str(tmp_path / "odvg" / "label_map.json")
+    voc(tmp_path / "voc", "")
+    assert detect_format(tmp_path / "voc")["train"]["name"] == "voc"
+    (tmp_path / "voc" / "ImageSets" / "Main").mkdir(parents=True)
+    (tmp_path / "voc" / "ImageSets" / "Main" / "val.txt").write_text("a")
+    assert detect_format(tmp_path / "voc") == {"val": {"name": "voc", "path": str(tmp_path / "voc"), "split": "val"}}
+    yolo(tmp_path / "yolo", "")
+    assert detect_format(tmp_path / "yolo") == detect_format(tmp_path / "yolo" / "data.yaml")
+    assert detect_format(Path(__file__).parents[3] / "configs" / "demo_rec.yaml") == {}
+    for name in ("instances_train2017", "instances_val2017"):
+        (tmp_path / "both" / "annotations").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "both" / "annotations" / f"{name}.json").write_text("{}")
+    assert list(detect_format(tmp_path / "both")) == ["train", "val"]
+    for place, message in (
+        (tmp_path / "none", "does not exist"),
+        (tmp_path, "neither data.yaml"),
+        (Path(__file__), "no data"),
+    ):
+        with pytest.raises(DataError, match=message):
+            detect_format(place)
+
+
+JUNK: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1e300,
+    float("nan"),
+    "",
+    "x",
+    [],
+    [[]],
+    [1, 2, 3, 4],
+    {},
+    {"id": 1},
+    "\x00",
+    10**30,
+]
+
+
+def damaged(value: Any, random: np.random.Generator) -> Any:
+    """The same with one value, somewhere inside, replaced by junk."""
+    if not isinstance(value, dict | list) or not value or random.random() < 0.15:
+        return JUNK[random.integers(len(JUNK))]
+    places = list(value) if isinstance(value, dict) else list(range(len(value)))
+    place = places[random.integers(len(places))]
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[place] = damaged(value[place], random)
+    return copy
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_junk_breaks_it(seed: int, tmp_path: Path) -> None:
+    random = np.random.default_rng(seed)
+    document = sound(3)
+    coco = write(tmp_path, document)
+    box = {"bbox": [[5, 5, 30, 30], [1, 1, 9, 9]], "label": 1, "category": "dog"}
+    rows = [instances(box), {"grounding": {"caption": "a dog", "regions": [{"phrase": "dog", "bbox": [1, 1, 9, 9]}]}}]
+    lines = odvg(tmp_path / "odvg", *rows, labels={"0": "cat", "1": "dog"})
+    notes = voc(tmp_path / "voc", "")
+    labels = yolo(tmp_path / "yolo", "")
+    objects = (
+        "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>"
+    )
+    for _ in range(40):
+        Path(coco.path).write_text(json.dumps(damaged(document, random)))
+        odvg(
+            tmp_path / "odvg",
+            *(json.dumps(damaged({"filename": "a.png", **row}, random)) for row in rows),
+            labels={"1": "dog"},
+        )
+        words = [str(JUNK[random.integers(len(JUNK))]).replace("\x00", "?") for _ in range(2)]
+        voc(tmp_path / "voc", objects.format(*words))
+        yolo(tmp_path / "yolo", " ".join(["0", "0.5", "0.5", *words]))
+        diagnosis = diagnose({"train": coco, "odvg": lines, "voc": notes, "yolo": labels}, 256)
+        diagnosis.pictures(8)
+        to_text(diagnosis)
+        json.dumps(to_json(diagnosis))

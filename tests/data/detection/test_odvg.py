@@ -1,0 +1,148 @@
+"""ODVG json lines: numbered classes with a label map, or phrases of captions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.data.detection.detection_files import write_picture
+from vg.data.detection.odvg import Odvg, OdvgConfig
+from vg.data.detection.vocabulary import VocabularyConfig
+from vg.data.source import checked
+from vg.errors import BadSampleError, DataError
+
+DETECTION = {
+    "filename": "a.png",
+    "height": 40,
+    "width": 60,
+    "detection": {
+        "instances": [
+            {"bbox": [5, 10, 25, 30], "label": 2, "category": "hot dog"},
+            {"bbox": [50, 30, 80, 60], "label": 0, "category": "traffic_light"},
+            {"bbox": [5, 5, 5.5, 30], "label": 0, "category": "traffic_light"},
+        ]
+    },
+}
+CAPTION = "A man with a red hat next to a man"
+GROUNDING = {
+    "filename": "a.png",
+    "grounding": {
+        "caption": CAPTION,
+        "regions": [
+            {"bbox": [5, 10, 25, 30], "phrase": "A man"},
+            {"bbox": [[7, 7, 14, 12], [30, 7, 40, 12]], "phrase": None, "tokens_positive": [[13, 16], [17, 20]]},
+            {"bbox": [35, 5, 55, 35], "phrase": "a  man", "tokens_positive": [[29, 34]]},
+        ],
+    },
+}
+
+
+def write(folder: Path, *rows: Any, label_map: Any = None, **settings: Any) -> Odvg:
+    write_picture(folder / "a.png")
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "train.jsonl").write_text("\n\n".join(lines) + "\n")
+    if label_map is not None:
+        (folder / "map.json").write_text(json.dumps(label_map))
+        settings["label_map"] = str(folder / "map.json")
+    return OdvgConfig(path=str(folder / "train.jsonl"), **settings).build()
+
+
+MAP = {"0": "traffic_light", "2": "hot dog", "1": "cat"}
+
+
+def test_numbered_classes(tmp_path: Path):
+    source = write(tmp_path, DETECTION, DETECTION | {"detection": {"instances": []}}, label_map=MAP)
+    assert len(source) == 2
+    assert (source.provenance.split, source.provenance.task) == ("train", "detection")
+    sample, empty = (checked(source.load(index, 0)) for index in range(2))
+    assert sample.phrases == ("traffic light", "cat", "hot dog")
+    assert sample.boxes.tolist() == [[5, 10, 25, 30], [50, 30, 60, 40]], "clipped, and the thin one left out"
+    assert sample.phrase_ids.tolist() == [2, 0]
+    assert empty.boxes.shape == (0, 4)
+    assert sample.id != empty.id
+
+    sampled = write(tmp_path, DETECTION, label_map=MAP, vocabulary=VocabularyConfig(negatives=1, full=1))
+    first = [sampled.load(0, epoch) for epoch in range(10)]
+    assert all([s.phrases[id] for id in s.phrase_ids] == ["hot dog", "traffic light"] for s in first)
+    assert {len(s.phrases) for s in first} == {2, 3}
+
+
+def test_phrases_of_a_caption(tmp_path: Path):
+    sample = checked(write(tmp_path, GROUNDING).load(0, 0))
+    assert sample.phrases == ("A man", "red hat"), "one phrase for both men, and the words at tokens_positive"
+    assert sample.phrase_ids.tolist() == [0, 1, 1, 0]
+    assert sample.boxes.tolist() == [[5, 10, 25, 30], [7, 7, 14, 12], [30, 7, 40, 12], [35, 5, 55, 35]]
+
+
+def test_both_kinds_in_one_file_and_sizes(tmp_path: Path):
+    source = write(tmp_path, GROUNDING, DETECTION, label_map=MAP)
+    assert [len(source.load(index, 0).phrases) for index in range(2)] == [2, 3]
+    np.testing.assert_array_equal(source.image_sizes(0), [[40, 60], [40, 60]])
+    assert source.image_keys() == [str(tmp_path / "a.png")] * 2
+
+
+def changed(row: dict[str, Any], part: str, number: int, **values: Any) -> dict[str, Any]:
+    row = json.loads(json.dumps(row))
+    kind = "detection" if part == "instances" else "grounding"
+    row[kind][part][number] |= values
+    return row
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{half", r"not JSON \(.*mend or remove it"),
+        ([1], r"not an object but \[1\]"),
+        (DETECTION | {"detection": {"instances": [3]}}, r"detection\.instances: number 0 is 3; it must be an object"),
+        (
+            GROUNDING | {"grounding": {"caption": CAPTION, "regions": [*GROUNDING["grounding"]["regions"], "A man"]}},
+            r"grounding\.regions: number 3 is A man; it must be an object",
+        ),
+        ({"file_name": "a.png"}, r"the keys are \['file_name'\]; `filename` is missing"),
+        ({"filename": "a.png", "objects": []}, "needs `detection` or `grounding`"),
+        ({"filename": "a.png", "detection": []}, r"detection is \[\]; it needs a list of instances"),
+        (GROUNDING | {"filename": "b.png"}, "image b.png not found below"),
+        (GROUNDING | {"grounding": {"caption": CAPTION, "regions": []}}, "no regions, so nothing is asked"),
+        (GROUNDING | {"height": 60, "width": 40}, "60 wide and 40 high, its annotation says 40 and 60"),
+        (changed(DETECTION, "instances", 1, label=3), "instance 1 has label 3; label_map has 0 to 2"),
+        (changed(DETECTION, "instances", 1, label=None), "instance 1 has label None"),
+        (changed(DETECTION, "instances", 1, label=[2]), r"instance 1 has label \[2\]"),
+        (
+            changed(DETECTION, "instances", 1, label=1),
+            "instance 1, label 1, is 'traffic_light' here and 'cat' in label_map",
+        ),
+        (changed(DETECTION, "instances", 0, bbox=[1, 2, 3]), r"instance 0 has bbox \[1, 2, 3\], expected left, top"),
+        (changed(DETECTION, "instances", 0, bbox=None), "instance 0 has bbox None"),
+        (changed(DETECTION, "instances", 0, bbox=[30, 20, 10, 15]), "ends before it begins; was x, y, width, height"),
+        (changed(GROUNDING, "regions", 0, bbox=[[1, 2, 3, 4], [1, 2]]), "region 0 has bbox"),
+        (changed(GROUNDING, "regions", 1, tokens_positive=None), "region 1 has phrase None and no tokens_positive"),
+        (
+            changed(GROUNDING, "regions", 1, tokens_positive=[13, 16]),
+            r"region 1 has tokens_positive \[13, 16\], expected \[\[begin, end\], \.\.\.\]",
+        ),
+        (changed(GROUNDING, "regions", 0, phrase=" "), "region 0 has phrase ' '"),
+    ],
+)
+def test_errors_name_the_row(tmp_path: Path, row: Any, message: str):
+    source = write(tmp_path, GROUNDING, row, label_map=MAP)
+    with pytest.raises(BadSampleError, match=rf"train\.jsonl, row 2: .*{message}"):
+        source.load(1, 0)
+
+
+def test_errors_at_the_start(tmp_path: Path):
+    with pytest.raises(DataError, match=r"train.jsonl, row 1: .*set label_map to the json file"):
+        write(tmp_path, DETECTION)
+    with pytest.raises(DataError, match=r"train.jsonl, row 1: the keys are \['images'\]"):
+        write(tmp_path, {"images": []})
+    with pytest.raises(DataError, match=r"map\.json: expected {\"0\": \"person\""):
+        write(tmp_path, DETECTION, label_map=["cat"])
+    with pytest.raises(DataError, match=r"cannot read label_map .*nowhere\.json"):
+        OdvgConfig(path=str(tmp_path / "train.jsonl"), label_map=str(tmp_path / "nowhere.json")).build()
+    with pytest.raises(DataError, match="image_root nowhere is not a folder"):
+        write(tmp_path, GROUNDING, image_root="nowhere")
+    with pytest.raises(DataError, match=r"cannot read .*x\.jsonl: No such file"):
+        OdvgConfig(path=str(tmp_path / "x.jsonl")).build()

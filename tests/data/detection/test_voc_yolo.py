@@ -1,0 +1,209 @@
+"""Pascal VOC and YOLO folders give the samples that COCO json gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tests.data.detection.detection_files import write_picture
+from vg.data.detection.voc import VocConfig
+from vg.data.detection.yolo import YoloConfig
+from vg.data.source import checked
+from vg.errors import BadSampleError, DataError
+
+OBJECT = (
+    "<object><name>{}</name>{}<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+)
+
+
+def thing(name: str, *box: float, more: str = "") -> str:
+    return OBJECT.format(name, more, *box)
+
+
+def write_voc(folder: Path, notes: dict[str, list[str]], flat: bool = False, size: str = "40 60") -> Path:
+    """Notes: name of the picture -> its objects."""
+    for name, objects in notes.items():
+        write_picture((folder if flat else folder / "JPEGImages") / f"{name}.png")
+        height, width = size.split()
+        head = f"<filename>wrong.jpg</filename><size><width>{width}</width><height>{height}</height></size>"
+        file = (folder if flat else folder / "Annotations") / f"{name}.xml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"<annotation>{head}{''.join(objects)}</annotation>")
+    return folder
+
+
+NOTES = {
+    "a": [thing("dog", 6, 11, 25, 30, more="<difficult>0</difficult>"), thing("cat", 1, 1, 60, 40)],
+    "b": [thing("dog", 6, 11, 25, 30, more="<difficult>1</difficult>")],
+    "c": [],
+}
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_voc(tmp_path: Path, flat: bool):
+    folder = write_voc(tmp_path / "pets", NOTES, flat)
+    source = VocConfig(path=str(folder)).build()
+    a, b, c = (checked(source.load(index, 0)) for index in range(3))
+    assert [a.id, b.id, c.id] == ["a", "b", "c"]
+    assert a.phrases == b.phrases == ("cat", "dog"), "in alphabetical order"
+    assert a.boxes.tolist() == [[5, 10, 25, 30], [0, 0, 60, 40]], "Pascal counts pixels from 1"
+    assert a.phrase_ids.tolist() == [1, 0]
+    assert (a.crowd, a.areas) == (None, None)
+    assert b.crowd.tolist() == [True], "difficult"
+    assert c.boxes.shape == (0, 4)
+    assert (source.provenance.data, source.provenance.split) == ("pets", "all")
+    assert source.image_sizes(0).tolist() == [[40, 60]] * 3
+
+
+def test_voc_splits_share_their_classes(tmp_path: Path):
+    folder = write_voc(tmp_path, NOTES)
+    lists = folder / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("b\nc -1\n\n")
+    source = VocConfig(path=str(folder), split="val").build()
+    assert [source.load(index, 0).id for index in range(2)] == ["b", "c"]
+    assert source.vocabulary.phrases == ("cat", "dog")
+    assert source.load(0, 0).phrase_ids.tolist() == [1]
+    assert VocConfig(path=str(folder), classes=["dog", "cat"]).build().load(0, 0).phrase_ids.tolist() == [0, 1]
+    with pytest.raises(DataError, match=r"train\.txt cannot be read; splits there are: val; split: null takes"):
+        VocConfig(path=str(folder), split="train").build()
+    (lists / "test.txt").write_text("a\nd\n")
+    with pytest.raises(DataError, match=r"d\.xml is missing, and 1 in all"):
+        VocConfig(path=str(folder), split="test").build()
+    with pytest.raises(DataError, match=r"a\.xml: class 'cat' is not in classes: dog"):
+        VocConfig(path=str(folder), classes=["dog"]).build()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<annotation>", "not valid xml"),
+        ("<a><object><name>dog</name></object></a>", "object 1 lacks a name or one of xmin, ymin, xmax, ymax"),
+        (f"<a>{thing('', 1, 2, 3, 4)}</a>", "object 1 lacks a name"),
+        (f"<a>{thing('dog', 1, 2, 3, 4)}{thing('dog', 1, 2, 3, '')}</a>", "is no number"),
+    ],
+)
+def test_voc_errors(tmp_path: Path, text: str, message: str):
+    folder = write_voc(tmp_path, NOTES)
+    (folder / "Annotations" / "b.xml").write_text(text)
+    with pytest.raises(DataError, match=rf"b\.xml: .*{message}"):
+        VocConfig(path=str(folder)).build()
+
+
+def test_voc_without_files_or_with_other_pictures(tmp_path: Path):
+    with pytest.raises(DataError, match="holds no xml file"):
+        VocConfig(path=str(tmp_path)).build()
+    folder = write_voc(tmp_path, NOTES | {"a": [thing("dog", 6, 11, 25, 30)]}, size="60 40")
+    with pytest.raises(BadSampleError, match=r"a\.png is 60 wide and 40 high, its annotation says 40 and 60"):
+        VocConfig(path=str(folder)).build().load(0, 0)
+    (folder / "JPEGImages" / "a.png").unlink()
+    with pytest.raises(BadSampleError, match=r"wrong\.jpg not found below"):
+        VocConfig(path=str(folder)).build().load(0, 0)
+
+
+def write_yolo(folder: Path, **changes: Any) -> Path:
+    for name, labels in {"a": "1 0.25 0.5 0.25 0.5\n\n0 0.9 0.1 0.2 0.2\n", "b": "1 0.1 0.1 0.5 0.1 0.3 0.6\n"}.items():
+        write_picture(folder / "images" / "val" / f"{name}.png")
+        (folder / "labels" / "val").mkdir(parents=True, exist_ok=True)
+        (folder / "labels" / "val" / f"{name}.txt").write_text(labels)
+    write_picture(folder / "images" / "val" / "c.png")
+    document = {"path": ".", "val": "images/val", "names": ["hot_dog", "cat"], "nc": 2} | changes
+    file = folder / "data.yaml"
+    file.write_text(yaml.safe_dump({key: value for key, value in document.items() if value is not None}))
+    return file
+
+
+def test_yolo(tmp_path: Path):
+    source = YoloConfig(path=str(write_yolo(tmp_path)), split="val").build()
+    a, b, c = (checked(source.load(index, 0)) for index in range(3))
+    assert a.phrases == ("hot dog", "cat")
+    np.testing.assert_allclose(a.boxes, [[7.5, 10, 22.5, 30], [48, 0, 60, 8]], atol=1e-4)
+    assert a.phrase_ids.tolist() == [1, 0]
+    np.testing.assert_allclose(b.boxes, [[6, 4, 30, 24]], atol=1e-4, err_msg="the box of a polygon")
+    assert c.boxes.shape == (0, 4), "no label file"
+    assert [a.id, b.id, c.id] == ["images/val/a", "images/val/b", "images/val/c"]
+    assert source.image_sizes(0).tolist() == [[40, 60]] * 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"names": {1: "cat", 0: "hot_dog"}, "nc": None},
+        {"val": ["images/val"]},
+        {"path": None, "val": "../images/val"},  # as Roboflow writes
+        {"path": "/datasets/elsewhere"},  # of the machine it was written on
+        {"val": "val.txt"},
+    ],
+)
+def test_yolo_in_its_variants(tmp_path: Path, changes: dict[str, Any]):
+    folder = tmp_path / "set"
+    file = write_yolo(folder, **changes)
+    (folder / "val.txt").write_text("./images/val/a.png\nimages/val/b.png\n./images/val/c.png\n")
+    source = YoloConfig(path=str(folder), split="val").build()
+    assert file.exists()
+    assert source.vocabulary.names == ("hot_dog", "cat")
+    assert [len(source.load(index, 0).boxes) for index in range(3)] == [2, 1, 0]
+
+
+def test_yolo_labels_see_the_picture_upright(tmp_path: Path):
+    file = write_yolo(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    write_picture(tmp_path / "images" / "val" / "a.png", exif=exif)
+    source = YoloConfig(path=str(file), split="val").build()
+    sample = source.load(0, 0)
+    assert sample.image.shape == (60, 40, 3)
+    np.testing.assert_allclose(sample.boxes[0], [5, 15, 15, 45], atol=1e-4)
+    assert source.image_sizes(0)[0].tolist() == [60, 40]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("dog 0.5 0.5 0.1 0.1", "is not a class and numbers"),
+        ("2 0.5 0.5 0.1 0.1", "class 2 is none of the 2 in names"),
+        ("-1 0.5 0.5 0.1 0.1", "class -1 is none"),
+        ("0 0.5 0.5 0.1", "3 coordinates; expected x y width height"),
+        ("0 0.5 0.5 0.1 0.1 0.3", "5 coordinates"),
+        ("0 30 20 10 10", "coordinates beyond 0..1; divide x and width"),
+        ("0 nan 0.5 0.1 0.1", "coordinates beyond"),
+    ],
+)
+def test_yolo_errors_name_the_line(tmp_path: Path, line: str, message: str):
+    file = write_yolo(tmp_path)
+    (tmp_path / "labels" / "val" / "b.txt").write_text(f"0 0.5 0.5 0.1 0.1\n{line}\n")
+    with pytest.raises(DataError, match=rf"b\.txt, line 2: .*{message}"):
+        YoloConfig(path=str(file), split="val").build()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"names": None}, "names is None, expected a list"),
+        ({"names": {1: "cat", 2: "dog"}}, "expected a list of class names or a mapping 0: name"),
+        ({"nc": 3}, "nc is 3 but there are 2 names"),
+        ({"val": None, "train": "images/val"}, "has no split 'val'; it has train"),
+        ({"val": "pictures"}, "val is pictures, and there is no"),
+    ],
+)
+def test_yolo_errors_of_the_yaml(tmp_path: Path, changes: dict[str, Any], message: str):
+    with pytest.raises(DataError, match=rf"data\.yaml.*{message}"):
+        YoloConfig(path=str(write_yolo(tmp_path, **changes)), split="val").build()
+
+
+def test_yolo_without_files(tmp_path: Path):
+    with pytest.raises(DataError, match=r"cannot read .*data\.yaml: No such file"):
+        YoloConfig(path=str(tmp_path)).build()
+    (tmp_path / "data.yaml").write_text("- a\n")
+    with pytest.raises(DataError, match="must have the keys names, train and val"):
+        YoloConfig(path=str(tmp_path)).build()
+    file = write_yolo(tmp_path)
+    for label in (tmp_path / "labels" / "val").iterdir():
+        label.unlink()
+    with pytest.raises(DataError, match=r"no picture of val has labels; the first would be .*labels.val.a\.txt for"):
+        YoloConfig(path=str(file), split="val").build()

@@ -1,0 +1,95 @@
+"""Which phrases a prompt has."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
+from vg.errors import DataError
+
+NAMES = [f"thing {number}" for number in range(200)]
+
+
+def phrases(names: list[str], **settings) -> list[str]:
+    return list(Vocabulary(names, VocabularyConfig(**settings), "x.json").phrases)
+
+
+def test_a_closed_set_asks_for_every_class_in_every_image():
+    vocabulary = Vocabulary(["cat", "dog", "hot dog"], VocabularyConfig(), "x.json")
+    for labels in ([2, 0, 2], []):
+        asked, ids = vocabulary.prompt(np.array(labels, np.int64), epoch=3, index=5)
+        assert asked == ("cat", "dog", "hot dog")
+        assert ids.tolist() == labels
+        assert ids.dtype == np.int64
+
+
+def test_names_as_one_says_them():
+    names = ["traffic_light", "bow_(weapon)", "bow_(ribbon)", "TV  set", "(odd)", "crane_(machine)"]
+    assert phrases(names) == ["traffic light", "bow weapon", "bow ribbon", "TV set", "odd", "crane"]
+    assert phrases(names, lower=True)[3] == "tv set"
+    assert phrases(names, clean=False)[:2] == ["traffic_light", "bow_(weapon)"]
+    assert Vocabulary(names, VocabularyConfig(), "x").names == tuple(names), "the caller's own names stay"
+    assert phrases(["WBC", "RBC"], phrases={"WBC": "white blood cell"}) == ["white blood cell", "RBC"]
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "message"),
+    [
+        ([], {}, "x.json: there are no classes"),
+        (["cat", "cat"], {}, "'cat' and 'cat' are both asked for as 'cat'"),
+        (["hot_dog", "Hot dog"], {}, "'hot_dog' and 'Hot dog' are both asked for"),
+        (["cat", "__"], {}, "'__' has no word in it"),
+        (["cat"], {"phrases": {"dog": "hound"}}, r"vocabulary.phrases has \['dog'\], the classes are 'cat'"),
+        (["cat", "dog"], {"phrases": {"dog": "cat"}}, "both asked for as 'cat'"),
+    ],
+)
+def test_errors(names, settings, message):
+    with pytest.raises(DataError, match=message):
+        phrases(names, **settings)
+
+
+def test_alternatives_are_drawn_and_another_class_keeps_its_own():
+    names = ["cup/mug", "dog", "hound/dog"]
+    assert phrases(names) == names, "off by default"
+    assert phrases(names, alternatives=True) == ["cup", "dog", "hound"], "a closed set takes the first"
+    vocabulary = Vocabulary(names, VocabularyConfig(negatives=3, alternatives=True), "x")
+    seen = {vocabulary.prompt(np.array([0]), 0, index)[0][0] for index in range(40)}
+    assert seen == {"cup", "mug"}
+    assert vocabulary.names == tuple(names), "drawing changes no names"
+
+
+def test_negatives_as_published():
+    vocabulary = Vocabulary(NAMES, VocabularyConfig(negatives=85, full=0.5), "x")
+    labels = np.array([5, 150, 5, 7])
+    full, numbers = 0, []
+    for index in range(400):
+        asked, ids = vocabulary.prompt(labels, 0, index)
+        assert [asked[id] for id in ids] == [NAMES[label] for label in labels]
+        assert set(asked[:3]) == {NAMES[5], NAMES[150], NAMES[7]}, "those with boxes come first"
+        assert len(set(asked)) == len(asked)
+        numbers.append(len(asked) - 3)
+        full += numbers[-1] >= 80
+    assert max(numbers) <= 85
+    assert min(numbers) < 10
+    assert 0.4 < full / 400 < 0.65, "half of them full, and a few others near it"
+    assert {vocabulary.prompt(labels, 0, index)[0][0] for index in range(30)} == set(asked[:3]), "in random order"
+
+
+def test_a_prompt_depends_on_seed_epoch_and_index_only():
+    def prompt(seed: int, epoch: int, index: int):
+        return Vocabulary(NAMES, VocabularyConfig(negatives=20, seed=seed), "x").prompt(np.array([3]), epoch, index)[0]
+
+    vocabulary = Vocabulary(NAMES, VocabularyConfig(negatives=20), "x")
+    vocabulary.prompt(np.array([9]), 7, 7)
+    assert vocabulary.prompt(np.array([3]), 1, 2)[0] == prompt(0, 1, 2)
+    assert len({prompt(0, 0, 0), prompt(1, 0, 0), prompt(0, 1, 0), prompt(0, 0, 1)}) == 4
+
+
+def test_few_classes_and_no_boxes():
+    vocabulary = Vocabulary(["cat", "dog"], VocabularyConfig(negatives=85, full=1), "x")
+    asked, ids = vocabulary.prompt(np.zeros(0, np.int64), 0, 0)
+    assert set(asked) == {"cat", "dog"}
+    assert ids.shape == (0,)
+    one = Vocabulary(["cat"], VocabularyConfig(negatives=1, full=0), "x")
+    assert one.prompt(np.zeros(0, np.int64), 0, 0)[0] == ("cat",), "never nothing"

@@ -1,0 +1,255 @@
+"""Every published form of RefCOCO gives the same samples, and whatever is wrong with one is said by name."""
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from vg.data.refcoco.source import Refcoco, RefcocoConfig, samples_of
+from vg.errors import DataError
+
+datasets = pytest.importorskip("datasets")
+
+REAL = Path(__file__).parents[3] / ".." / "shared" / "data"
+NAME = "COCO_train2014_000000000716.jpg"
+XYWH, XYXY = [10.0, 20.0, 30.0, 15.0], [10.0, 20.0, 40.0, 35.0]
+JXU124 = {
+    "ann_id": 5,
+    "image_path": f"coco/train2014/{NAME}",
+    "file_name": "COCO_train2014_000000000716_5.jpg",
+    "captions": ["red man", "man on left"],
+    "bbox": XYXY,
+    "raw_anns": json.dumps({"id": 5, "bbox": XYWH}),
+}
+LMMS = {"question_id": "5", "answer": ["red man", "man on left"], "bbox": XYWH, "file_name": NAME, "question": "?"}
+LINES = [
+    {"file_name": NAME, "image_id": 716, "ann_id": 5, "bbox": XYWH, "sent": sent} for sent in ("red man", "man on left")
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """An image root with the one picture, 80 wide and 60 high."""
+    root = tmp_path / "pictures"
+    (root / "train2014").mkdir(parents=True)
+    (root / "train2014" / NAME).write_bytes(jpeg())
+    return root
+
+
+def jpeg(**options) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    Image.fromarray(noise).save(file := io.BytesIO(), "JPEG", **options)
+    return file.getvalue()
+
+
+def write_lines(file: Path, rows: list[dict]) -> Path:
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return file
+
+
+def build(path: Path | str, split: str = "val", **options) -> Refcoco:
+    return RefcocoConfig(path=str(path), split=split, **options).build()
+
+
+def with_pixels(row: dict, pixels: bytes | None = None) -> dict:
+    return {**row, "image": {"bytes": pixels or jpeg(), "path": None}}
+
+
+def image_dataset(rows: list[dict]) -> "datasets.Dataset":
+    return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+
+
+def write_toolbox(folder: Path, partition: str = "unc", **changes) -> Path:
+    folder.mkdir(exist_ok=True)
+    ref = {"ref_id": 1, "ann_id": 5, "image_id": 716, "split": "val", "file_name": "COCO_train2014_000000000716_5.jpg"}
+    ref |= {"sentences": [{"sent": line["sent"], "sent_id": n} for n, line in enumerate(LINES)], **changes}
+    (folder / f"refs({partition}).p").write_bytes(pickle.dumps([ref], protocol=0))
+    instances = {"annotations": [{"id": 5, "bbox": XYWH}], "images": [{"id": 716, "file_name": NAME}]}
+    (folder / "instances.json").write_text(json.dumps(instances))
+    return folder
+
+
+def export(form: str, folder: Path) -> Path:
+    """Write the one referent in a published form; the path to give to the configuration."""
+    folder.mkdir()
+    if form == "jxu124 parquet":
+        datasets.Dataset.from_list([JXU124]).to_parquet(folder / "validation-00000-of-00001.parquet")
+    elif form == "jxu124 column split":
+        rows = [JXU124 | {"split": "val"}, JXU124 | {"split": "testA"}]
+        datasets.Dataset.from_list(rows).to_parquet(folder / "0000.parquet")
+    elif form == "lmms parquet":
+        (folder / "data").mkdir()
+        image_dataset([with_pixels(LMMS)]).to_parquet(folder / "data" / "val-00000-of-00001.parquet")
+    elif form == "lmms save_to_disk":
+        datasets.DatasetDict(val=image_dataset([with_pixels(LMMS)])).save_to_disk(folder)
+    elif form == "lmms one split":
+        image_dataset([with_pixels(LMMS)]).save_to_disk(folder)
+    elif form == "toolbox":
+        return write_toolbox(folder)
+    elif form == "toolbox file":
+        return write_toolbox(folder) / "refs(unc).p"
+    elif form == "jsonl":
+        return write_lines(folder / "mini_val.jsonl", LINES)
+    elif form == "json":
+        rows = [{**line, "image": line["file_name"], "split": "val"} for line in LINES]
+        (folder / "refs.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "jxu124 parquet",
+        "jxu124 column split",
+        "lmms parquet",
+        "lmms save_to_disk",
+        "lmms one split",
+        "toolbox",
+        "toolbox file",
+        "jsonl",
+        "json",
+    ],
+)
+def test_every_published_form_gives_the_same_samples(form, tmp_path, images):
+    source = build(export(form, tmp_path / "mini"), image_root=str(images))
+    assert (len(source), source.num_refs) == (2, 1)
+    assert source.provenance.split == "val"
+    assert source.provenance.data == ("mini-unc" if "toolbox" in form else "mini")
+    first, second = source.load(0, epoch=0), source.load(1, epoch=0)
+    assert (first.phrases, second.phrases) == (("red man",), ("man on left",))
+    assert [first.id, second.id] == [f"{source.provenance.data}/val/5/{number}" for number in (0, 1)]
+    assert first.image.shape == (60, 80, 3)
+    assert first.image.flags.writeable
+    assert first.boxes.tolist() == [XYXY]
+    assert first.boxes.dtype == np.float32
+
+
+def test_samples_of_a_drawn_row_is_what_load_gives(tmp_path):
+    row = {**LMMS, "image": Image.open(io.BytesIO(jpeg())), "kinds": ["attribute", "relation"], "segmentation": []}
+    samples = samples_of(row, dataset="shapes", split="test")
+    assert [sample.id for sample in samples] == ["shapes/test/5/0", "shapes/test/5/1"]
+    assert [sample.expression_type for sample in samples] == ["attribute", "relation"]
+    image_dataset([{**with_pixels(LMMS), "kinds": row["kinds"]}]).save_to_disk(tmp_path / "saved")
+    loaded = build(tmp_path / "saved").load(1, epoch=3)
+    assert (loaded.expression_type, loaded.phrases) == ("relation", samples[1].phrases)
+    np.testing.assert_array_equal(loaded.image, samples[1].image)
+
+
+def test_an_exif_rotation_is_ignored(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees"
+    image_dataset([with_pixels(LMMS, jpeg(exif=exif))]).save_to_disk(tmp_path / "saved")
+    assert build(tmp_path / "saved").load(0, epoch=0).image.shape == (60, 80, 3)
+
+
+def test_an_object_named_in_two_rows_has_unique_ids(tmp_path, images):
+    rows = [LINES[0], {**LINES[0], "ann_id": 6}, LINES[1]]
+    source = build(write_lines(tmp_path / "mini_val.jsonl", rows), image_root=str(images))
+    ids = [source.load(index, epoch=0).id for index in range(3)]
+    assert ids == ["mini/val/5/0", "mini/val/6/0", "mini/val/5/1"]
+    assert source.num_refs == 2
+
+
+def test_worker_processes_read_the_same_samples(tmp_path):
+    image_dataset([with_pixels({**LMMS, "question_id": str(n)}) for n in range(4)]).save_to_disk(tmp_path / "saved")
+    source = build(tmp_path / "saved")
+
+    class Ids:
+        def __len__(self) -> int:
+            return len(source)
+
+        def __getitem__(self, index: int) -> str:
+            return source.load(index, epoch=0).id
+
+    loader = DataLoader(Ids(), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    assert list(loader) == [f"saved/val/{n}/{number}" for n in range(4) for number in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("stored", "named"),
+    [
+        (f"train2014/{NAME}", NAME),
+        (NAME, f"coco/train2014/{NAME}"),
+        ("000000000716.jpg", NAME),
+        ("train2017/000000000716.jpg", NAME),
+        (f"images/{NAME}", "000000000716.jpg"),
+        (NAME, "COCO_train2014_000000000716_5.jpg"),
+        ("mine/a.jpg", "mine/a.jpg"),
+    ],
+)
+def test_a_picture_is_found_under_its_other_coco_names(stored, named, tmp_path):
+    (tmp_path / stored).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / stored).write_bytes(jpeg())
+    assert len(samples_of({**LINES[0], "file_name": named}, image_root=tmp_path)) == 1
+
+
+@pytest.mark.parametrize("split", ["validation", "testA", "test", "testB"])
+def test_splits_are_accepted_under_our_name_and_the_publishers(split, tmp_path, images):
+    for published, ann_id in (("validation", 1), ("test", 2), ("testB", 3)):  # jxu124/refcoco: its test is testA
+        rows = [{**JXU124, "ann_id": ann_id}]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{published}-00000-of-00001.parquet")
+    source = build(tmp_path, split, image_root=str(images))
+    ours, ann_id = {"validation": ("val", 1), "testB": ("testB", 3)}.get(split, ("testA", 2))
+    assert source.provenance.split == ours
+    assert source.load(0, epoch=0).id == f"{tmp_path.name}/{ours}/{ann_id}/0"
+    with pytest.raises(DataError, match="no split 'dev'; it has testA, testB, val"):
+        build(tmp_path, "dev", image_root=str(images))
+
+
+def test_the_numbered_parts_of_a_split_are_read_in_order(tmp_path, images):
+    for part in (1, 0):
+        rows = [{**JXU124, "ann_id": part}]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"train-0000{part}-of-00002.parquet")
+    source = build(tmp_path, "train", image_root=str(images))
+    assert [source.load(index, epoch=0).id.split("/")[-2] for index in range(4)] == ["0", "0", "1", "1"]
+
+
+def test_mixed_splits_of_lmms_lab_are_warned_about(tmp_path):
+    (tmp_path / "refcoco_test.json").write_text(json.dumps([{**LMMS, "image": NAME}] * 5000))
+    with pytest.warns(UserWarning, match="5,000 other rows: results on it cannot be compared"):
+        source = build(tmp_path / "refcoco_test.json", "test")
+    assert source.provenance.official is False
+
+
+def test_importing_needs_neither_torch_nor_datasets():
+    code = "import sys, vg.data.refcoco.source; sys.exit(any(name in sys.modules for name in ('torch', 'datasets')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "num_refs", "num_expressions"),
+    [
+        ("refcoco_unc_val", 3811, 10834),
+        ("refcocoplus_unc_val", 3805, 10758),
+        ("refcocog_umd_val", 2573, 4896),
+    ],
+)
+def test_published_counts(name, num_refs, num_expressions):
+    file = REAL / "refcoco_annotations" / f"{name}.jsonl"
+    if not file.is_file():
+        pytest.skip("the published annotations are not here")
+    source = build(file)
+    assert (source.num_refs, len(source)) == (num_refs, num_expressions)
+
+
+def test_real_pictures_load():
+    folder = REAL / "refcoco_with_images"
+    if not folder.is_dir():
+        pytest.skip("the real pictures are not here")
+    source = build(folder / "refs.json")
+    samples = [source.load(index, epoch=0) for index in range(len(source))]
+    assert len({sample.id for sample in samples}) == 22
+    sizes = {(row["height"], row["width"], 3) for row in json.loads((folder / "refs.json").read_text())}
+    assert {sample.image.shape for sample in samples} == sizes

@@ -1,0 +1,227 @@
+"""The scripts that measure models, at a tiny size: what they compare, what they refuse, what they need."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.models.grounding_dino.published import BERT, random_model
+from vg.config import dump_config, load_config
+from vg.losses.config import LossConfig
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    from scripts.benchmarks import grounding_dino
+
+    return grounding_dino
+
+
+@pytest.fixture(scope="module")
+def config() -> transformers.GroundingDinoConfig:
+    words = {"vocab_size": 3100, "max_position_embeddings": 64}
+    return random_model(text_config=transformers.BertConfig(**BERT | words)).config
+
+
+@pytest.fixture(scope="module")
+def models(benchmark: ModuleType, config: transformers.GroundingDinoConfig) -> tuple[Any, Any]:
+    theirs = benchmark.model_of_transformers(config)
+    return theirs, benchmark.model_of_vg(theirs)
+
+
+def test_prompts_are_as_long_as_those_of_coco(benchmark: ModuleType) -> None:
+    def shape(images: int, phrases: int) -> tuple[int, ...]:
+        return tuple(benchmark.prompts(benchmark.Case(images, phrases)).shape)
+
+    assert shape(1, 80) == (1, 195)
+    assert shape(4, 1) == (4, 5)
+    case = benchmark.Case(2, 20)
+    rows = [tuple(row) for number in range(3) for row in benchmark.prompts(case, number).tolist()]
+    assert len(set(rows)) == 6, "each image and each call has words of its own"
+    assert {row.count(1012) for row in rows} == {20}
+    assert {(row[0], row[-1]) for row in rows} == {(101, 102)}
+
+
+def test_the_outputs_are_compared(benchmark: ModuleType, models: tuple[Any, Any]) -> None:
+    theirs, ours = models
+    case = benchmark.Case(2, 3, size=(96, 128))
+    found = benchmark.differences(case, theirs, ours)
+    assert found["same query at the same rank"] > 0.5
+    for name in ("encoder.layers.1.fusion.image_gate", "decoder.layers.0.text_attention.value.weight"):
+        weights = ours.get_parameter(name)
+        before = weights.detach().clone()
+        torch.nn.init.uniform_(weights)
+        with pytest.raises(SystemExit, match="differ by more than"):
+            benchmark.differences(case, theirs, ours)
+        weights.data = before
+    benchmark.differences(case, theirs, ours)
+
+
+def test_a_new_prompt_is_read_and_the_same_one_is_not(benchmark: ModuleType, models: tuple[Any, Any]) -> None:
+    theirs, ours = models
+    read: list[int] = []
+    handle = ours.text.network.register_forward_hook(lambda *_: read.append(1))
+    case = benchmark.Case(1, 2, size=(96, 128))
+    forwards = benchmark.forwards(theirs, ours)
+    runs = {name: benchmark.call(case, name, forwards[name]) for name in forwards}
+    counts = {}
+    for name, run in runs.items():
+        read.clear()
+        for _ in range(3):
+            run()
+        counts[name] = len(read)
+    handle.remove()
+    assert counts == {"transformers": 0, "vg, new prompt": 3, "vg, same prompt": 1}
+
+
+def test_table_and_json(
+    benchmark: ModuleType,
+    config: transformers.GroundingDinoConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "results.json"
+    command = "benchmark --device cpu --threads 1 --rounds 2 --images 1 2 --phrases 2 --size 96 128 --no-memory --json"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(path)])
+    benchmark.main(config)
+    table = capsys.readouterr().out
+    assert table.count("vg, same prompt") == 4
+    found = json.loads(path.read_text())
+    assert [(row["images"], row["dtype"], row["contender"]) for row in found["results"]] == [
+        (images, dtype, contender)
+        for images in (1, 2)
+        for dtype in ("float32", "bfloat16")
+        for contender in ("transformers", "vg, new prompt", "vg, same prompt")
+    ]
+    assert all(row["seconds"] > 0 and row["rounds"] == 2 and row["peak_bytes"] is None for row in found["results"])
+    assert [row["images"] for row in found["differences"]] == [1, 2]
+
+
+def test_theirs_may_fail_ours_may_not(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no such kernel\nand more")
+
+    def fine(*_: Any) -> None: ...
+
+    case = benchmark.Case(1, 1, size=(8, 8))
+    rows = benchmark.measure(None, case, {"transformers": broken, "vg, new prompt": fine}, 1, memory=False)
+    assert [row["contender"] for row in rows] == ["vg, new prompt"]
+    benchmark.print_table(case, rows)
+    assert "transformers cannot: RuntimeError: no such kernel\n" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        benchmark.measure(None, case, {"transformers": fine, "vg, new prompt": broken}, 1, memory=False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a call")
+def test_memory_is_measured_in_a_process_of_its_own(
+    benchmark: ModuleType, config: transformers.GroundingDinoConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "forwards", None)  # of no use here: the other process has its own
+    peak = benchmark.peak_bytes(config, benchmark.Case(1, 2, size=(640, 640)), "vg, new prompt", None)
+    assert peak > 2**20
+
+
+def test_training_steps(
+    benchmark: ModuleType,
+    config: transformers.GroundingDinoConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from scripts.benchmarks import training_step as training
+
+    path = tmp_path / "results.json"
+    command = "benchmark --device cpu --threads 1 --rounds 1 --size 96 128 --no-memory --dtype bfloat16 --json"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(path)])
+    training.main(config)
+    found = json.loads(path.read_text())
+    assert [row["contender"] for row in found["results"]] == ["transformers", "vg", "vg, checkpointing"]
+    assert all(row["samples_per_second"] == 2 / row["seconds"] for row in found["results"])
+    assert found["results"][0]["times_as_fast"] == 1
+    assert capsys.readouterr().out.count("samples/s") == 3
+
+
+def test_training_steps_are_the_same_and_train(
+    benchmark: ModuleType, config: transformers.GroundingDinoConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts.benchmarks import training_step as training
+
+    theirs = benchmark.model_of_transformers(config)
+    ours = benchmark.model_of_vg(theirs)
+    case = benchmark.Case(2, 3, size=(96, 128))
+    everyone = training.contenders(theirs, ours)
+    assert training.losses(case, theirs, ours).keys() == {"class", "l1", "giou"}
+    monkeypatch.setattr(ours.config, "loss", LossConfig())  # which weighs classes by 1, not by 2
+    with pytest.raises(SystemExit, match="the class loss is"):
+        training.losses(case, theirs, ours)
+
+    for name, (model, _, optimizer) in everyone.items():
+        before = [weights.detach().clone() for weights in model.parameters()]
+        assert training.call(case, everyone[name])().isfinite()
+        assert any(not torch.equal(x, y) for x, y in zip(before, model.parameters(), strict=True))
+        trained = {id(weights) for group in optimizer.param_groups for weights in group["params"]}
+        assert trained == {id(weights) for weights in model.parameters() if weights.requires_grad}, name
+    plain, checkpointing = (
+        everyone[name].model.encoder.checkpointing for name in (training.VG, training.CHECKPOINTING)
+    )
+    assert (plain, checkpointing) == (False, True)
+
+
+def test_every_row_of_the_ablation_is_a_different_head_and_its_command_repeats_it(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scripts.benchmarks import ablate_rec
+
+    configs = [load_config(ablate_rec.CONFIG, overrides) for overrides in ablate_rec.ROWS.values()]
+    assert len({json.dumps(asdict(config), default=str) for config in configs}) == len(configs)
+    small = tmp_path / "configs" / "rec" / "small.yaml"
+    small.parent.mkdir(parents=True)
+    overrides = ["data.eval.size=20", "data.train.size=640", "data.batch_size=4"]
+    small.write_text(dump_config(load_config(ablate_rec.CONFIG, overrides)))
+    monkeypatch.setattr(ablate_rec, "CONFIG", small)
+    monkeypatch.setattr(ablate_rec, "TIMED", 3)
+    pooled = next(iter(ablate_rec.ROWS))
+    monkeypatch.setattr(
+        sys, "argv", ["ablate_rec.py", "--minutes", "0.002", "--only", pooled, "--json", str(tmp_path / "rows.json")]
+    )
+    ablate_rec.main()
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert (row["row"], row["split"], row["num_expressions"]) == (pooled, "test", 20)
+    repeated = load_config(small, row["overrides"])
+    assert repeated.model.head.name == "pooled"  # type: ignore[union-attr]
+    assert repeated.train.max_steps == row["steps"] == row["step"]
+    said = capsys.readouterr().out
+    assert f"OMP_NUM_THREADS={torch.get_num_threads()} vg train configs/rec/small.yaml" in said
+    assert f"| {pooled} | {row['steps']} | {100 * row['acc@0.5']:.1f} |" in said
+
+
+WITHOUT_DATA = """
+import sys
+sys.modules |= dict.fromkeys(("datasets", "albumentations", "pycocotools"))  # importing one is an error
+from scripts.benchmarks import grounding_dino
+from scripts import gpu_check
+gpu_check.DEVICE = "cpu"
+found = gpu_check.grounding_dino_parity()
+assert found.pop("bfloat16 boxes off by") < 0.02
+assert len(found) == 4 and all(error <= 1e-6 for error in found.values()), found
+assert not [name for name in sys.modules if name.startswith("vg.data")]
+"""
+
+
+def test_a_machine_without_the_packages_of_data_will_do() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DATA], cwd=SCRIPTS.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,142 @@
+"""A training step does not depend on how its samples are cut into batches and processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import NO_DROPOUT, history, scripted
+from tests.models.grounding_dino.tiny import sample
+from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
+from vg.config import RunConfig, dump_config
+from vg.data.collate import Collator
+from vg.training.trainer import Trainer
+from vg.types import Sample
+
+MakeConfig = Callable[..., RunConfig]
+
+SCRIPT = """
+import sys, torch
+from vg.config import load_config
+from vg.training.trainer import Trainer
+
+trainer = Trainer(load_config(sys.argv[1]), overwrite=True)
+clip, gradients = trainer.accelerator.clip_grad_norm_, []
+
+def record(parameters, norm):
+    gradients.append({name: p.grad.clone() for name, p in trainer.unwrapped_model.named_parameters() if p.grad is not None})
+    return clip(parameters, norm)
+
+trainer.accelerator.clip_grad_norm_ = record
+trainer.fit()
+if trainer.accelerator.is_main_process:
+    torch.save(gradients[0], sys.argv[2])
+"""
+
+
+def configured(make: MakeConfig, family: str, batch_size: int, accumulate: int, output: Path) -> RunConfig:
+    """Two steps of eight scenes, of which no two need have as many boxes."""
+    view = "detection" if family == "grounding_dino" else "expression"
+    data = {
+        "train": {"name": "shapes", "split": "train", "image_size": 64, "size": 16, "view": view},
+        "eval": {"name": "shapes", "split": "val", "image_size": 64, "size": 2, "view": view},
+    }
+    config = make(
+        model=NO_DROPOUT,
+        data=data | {"batch_size": batch_size, "eval_batch_size": 2},
+        optim={"lr": 1e-4},
+        train={"output": str(output), "accumulate": accumulate, "epochs": 1, "log_every": 1},
+    )
+    if family == "grounding_dino":
+        config.model = tiny_grounding_dino()
+        config.model.loss.alignment = 0.5
+    return config
+
+
+def run(config: RunConfig, folder: Path, processes: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Gradients of the first step, and the losses of all."""
+    (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "train.py").write_text(SCRIPT)
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    result = subprocess.run(
+        [sys.executable, *(several if processes > 1 else []), "train.py", "config.yaml", "gradients.pt"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    return torch.load(folder / "gradients.pt", weights_only=True), [r for r in history(config) if "loss" in r]
+
+
+@pytest.mark.parametrize("family", ["rec", "grounding_dino"])
+@pytest.mark.parametrize(("processes", "batch_size", "accumulate"), [(2, 2, 2), (4, 2, 1)])
+def test_eight_samples_at_once_or_cut_over_processes_and_time(
+    tiny_config: MakeConfig, tmp_path: Path, family: str, processes: int, batch_size: int, accumulate: int
+) -> None:
+    whole, losses = run(configured(tiny_config, family, 8, 1, tmp_path / "one"), tmp_path, 1)
+    cut, cut_losses = run(
+        configured(tiny_config, family, batch_size, accumulate, tmp_path / "cut"), tmp_path, processes
+    )
+    assert len(losses) == 2
+    for expected, found in zip(losses, cut_losses, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert whole.keys() == cut.keys()
+    largest = max(gradient.abs().max() for gradient in whole.values()).item()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=name)
+
+
+@pytest.mark.parametrize("boxes", [(3, 0, 1, 2), (0, 0, 5, 1), (0, 0, 0, 0)], ids=str)
+def test_pictures_without_boxes_teach_the_same_wherever_they_are(
+    tiny_config: MakeConfig, tmp_path: Path, boxes: tuple[int, ...]
+) -> None:
+    """A batch of empty pictures weighs nothing, but the sum of its losses is not lost."""
+    config = configured(tiny_config, "grounding_dino", 4, 1, tmp_path / "run")
+    samples: list[Sample] = [sample(["red", "a big cat"], seed=i, boxes=count) for i, count in enumerate(boxes)]
+    found = []
+    for cuts in ([samples], [samples[:2], samples[2:]], [samples[:1], samples[1:3], samples[3:]]):
+        trainer = Trainer(config, overwrite=True)
+        collate = Collator(trainer.unwrapped_model.image_spec, trainer.unwrapped_model.text_spec, one_prompt=True)
+        terms = trainer.step([collate(cut) for cut in cuts])
+        assert terms is not None
+        gradients = [state["exp_avg"] for state in trainer.optimizer.state.values()]
+        found.append((torch.stack(list(terms.values())), gradients))
+    assert found[0][0].sum() > 1
+    for terms, gradients in found[1:]:
+        torch.testing.assert_close(terms, found[0][0], rtol=1e-5, atol=1e-6)
+        for cut, whole in zip(gradients, found[0][1], strict=True):
+            torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_denoising_divides_by_its_share_of_the_boxes(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    """Each batch draws queries of its own, but their terms weigh as much as the boxes of the batch."""
+    from vg.models.grounding_dino.config import DenoisingConfig
+
+    config = configured(tiny_config, "grounding_dino", 4, 1, tmp_path / "run")
+    config.model.denoising = DenoisingConfig(num_queries=10)  # type: ignore[union-attr]
+    trainer = scripted(Trainer(config), [])
+    collate = Collator(trainer.unwrapped_model.image_spec, trainer.unwrapped_model.text_spec, one_prompt=True)
+    batches = [collate([sample(["red", "a cat"], seed=i, boxes=count)]) for i, count in enumerate((1, 3))]
+    alone: list[dict[str, Tensor]] = []
+    loss = trainer.unwrapped_model.loss
+
+    def remember(output: Any, batch: Any) -> dict[str, Tensor]:
+        alone.append(loss(output, batch))
+        return alone[-1]
+
+    trainer.unwrapped_model.loss = remember  # type: ignore[method-assign]
+    terms = trainer.step(batches)
+    assert terms is not None
+    assert any("denoising" in name for name in terms)
+    for name, value in terms.items():
+        torch.testing.assert_close(value, (1 * alone[0][name] + 3 * alone[1][name]).detach() / 4)

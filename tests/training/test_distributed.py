@@ -1,0 +1,111 @@
+"""Two processes train as one does with twice the batch, evaluate every sample once, and stop together."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import NO_DROPOUT, history
+from vg.config import RunConfig, dump_config
+from vg.distributed import random_state, restore_random_state, seed_everything
+from vg.training.trainer import Trainer
+
+MakeConfig = Callable[..., RunConfig]
+
+SCRIPT = """
+import os, signal, sys
+from vg.config import load_config
+from vg.distributed import shut_down
+from vg.training.trainer import Trainer
+
+class Interrupted(Trainer):
+    def step(self, batches):
+        if self.progress.step == 3 and self.accelerator.process_index == 1:
+            signal.raise_signal(signal.SIGTERM)  # only one process is told
+        return super().step(batches)
+
+assert int(os.environ["WORLD_SIZE"]) == 2
+if "--resume" in sys.argv:
+    Trainer(load_config("config.yaml"), resume=True).fit()
+else:
+    try:
+        Interrupted(load_config("config.yaml")).fit()
+    except SystemExit as stop:
+        print(stop)
+shut_down()
+"""
+
+
+def launch(folder: Path, *arguments: str) -> str:
+    """Run the script in two processes and return what they printed."""
+    result = subprocess.run(  # not `accelerate launch --cpu --num_processes 2`, which quietly starts one process
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def configured(make: MakeConfig, output: Path, batch_size: int, **data: Any) -> RunConfig:
+    """28 samples: with 8 at a time 3 steps in an epoch, the rest is dropped; 7 to evaluate, divisible by nothing."""
+    return make(
+        model=NO_DROPOUT,
+        data={
+            "train": {"name": "shapes", "split": "train", "image_size": 64, "size": 28},
+            "eval": {"name": "shapes", "split": "val", "image_size": 64, "size": 7},
+            "batch_size": batch_size,
+            "eval_batch_size": 2,
+            "augment": {"flip": 0.5},
+        },
+        train={"output": str(output), "log_every": 1, "ema": 0.9, "interpolate": [0.0, 0.5]},
+    )
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    """The two are stopped by a signal to one of them, and resumed."""
+    together = configured(tiny_config, tmp_path / "two", batch_size=4)
+    (tmp_path / "config.yaml").write_text(dump_config(together))
+    (tmp_path / "train.py").write_text(SCRIPT)
+    assert launch(tmp_path).count("stopped at step 4") == 2
+    launch(tmp_path, "--resume")
+    alone = configured(tiny_config, tmp_path / "one", batch_size=8)
+    Trainer(alone).fit()
+
+    one, two = history(alone), history(together)
+    assert [row["step"] for row in one] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert one[-1]["num_expressions"] == 7
+    for expected, row in zip(one, two, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    swept = [json.loads((tmp_path / run / "interpolated" / "interpolation.json").read_text()) for run in ("one", "two")]
+    for expected, row in zip(*(found["results"] for found in swept), strict=True):
+        assert row["num_expressions"] == 7
+        assert row["miou"] == pytest.approx(expected["miou"], rel=1e-5)
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+    def draw() -> list[float]:
+        import random
+
+        return [random.random(), float(np.random.rand()), torch.rand(()).item()]  # noqa: NPY002
+
+    seed_everything(3)
+    first = draw()
+    torch.save(random_state(), tmp_path / "state.pt")
+    second = draw()
+    restore_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert draw() == second != first
+    seed_everything(3)
+    assert draw() == first

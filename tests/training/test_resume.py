@@ -1,0 +1,319 @@
+"""A run that was stopped and resumed equals the straight run bit for bit, whatever stopped it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
+from vg.config import RunConfig, dump_config
+from vg.distributed import StopSignal
+from vg.errors import CheckpointError
+from vg.models.grounding_dino.config import DenoisingConfig
+from vg.models.rec.config import PooledHeadConfig
+from vg.training.optim import GroupConfig
+from vg.training.trainer import Trainer
+from vg.types import Batch
+
+MakeConfig = Callable[..., RunConfig]
+
+EVERYTHING: dict[str, Any] = {  # five batches in an epoch, so steps of 2, 2 and 1 batches; dropout is on
+    "data": {"augment": {"flip": 0.5, "color": 0.2, "crop": 0.5}},
+    "optim": {"lr": 1e-3, "warmup_steps": 2},
+    "train": {"epochs": 2, "accumulate": 2, "ema": 0.9, "log_every": 4},
+}
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_terminal() -> Iterator[None]:
+    """A program that a shell starts in the background ignores Ctrl-C from birth; these tests are about the others."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+def configured(make: MakeConfig, output: Path, data: dict[str, Any] | None = None, **train: Any) -> RunConfig:
+    return make(
+        data=EVERYTHING["data"] | (data or {}),
+        optim=EVERYTHING["optim"],
+        train=EVERYTHING["train"] | {"output": str(output), "trackers": []} | train,
+    )
+
+
+def start(script: str, config: RunConfig, folder: Path) -> subprocess.Popen[str]:
+    """A process of its own, for which config.yaml and the script are written into the folder that it works in."""
+    (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "train.py").write_text(script)
+    return subprocess.Popen(
+        [sys.executable, "train.py"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def stop_in_step(trainer: Trainer, number: int, how: Callable[[], None]) -> None:
+    """Calls `how` in the middle of an optimiser step, before its first batch is through."""
+    step = trainer.step
+
+    def interrupted(batches: Sequence[Batch]) -> dict[str, Tensor] | None:
+        if trainer.progress.step + 1 == number:
+            how()
+        return step(batches)
+
+    trainer.step = interrupted  # type: ignore[method-assign]
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}.{index}")
+    elif isinstance(a, Tensor):
+        assert a.dtype == b.dtype, where
+        assert a.equal(b), where
+    else:
+        assert a == b, where
+
+
+def assert_same_runs(straight: Path, resumed: Path) -> None:
+    """Everything but the name of the output folder: weights, averages, optimiser, random numbers, history, best."""
+    assert (resumed / "history.jsonl").read_text() == (straight / "history.jsonl").read_text()
+    last = max(path.name for path in (straight / "checkpoints").iterdir())
+    for folder in ("best", f"checkpoints/{last}"):
+        for name in ("model.safetensors", "validation.json"):
+            if (straight / folder / name).exists():
+                assert (resumed / folder / name).read_bytes() == (straight / folder / name).read_bytes(), (folder, name)
+    states = [torch.load(run / "checkpoints" / last / "training.pt", weights_only=True) for run in (straight, resumed)]
+    assert_same(*states)
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopped_at_any_step(tiny_config: MakeConfig, tmp_path: Path, workers: int) -> None:
+    """Six steps; the epoch ends with step 3, rows are due at 3, 4 and 6."""
+    data = {"workers": workers}
+    straight = tmp_path / "straight"
+    Trainer(configured(tiny_config, straight, data)).fit()
+    for number in range(1, 7) if workers == 0 else (2, 3):
+        config = configured(tiny_config, tmp_path / f"stopped_{number}", data)
+        trainer = Trainer(config)
+        stop_in_step(trainer, number, interrupt)
+        with pytest.raises(SystemExit, match=f"stopped at step {number}, saved in .*--resume goes on"):
+            trainer.fit()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        resumed = Trainer(config, resume=True)
+        assert resumed.progress.step == number
+        resumed.fit()
+        assert_same_runs(straight, Path(config.train.output))
+
+
+def test_stopped_twice_with_an_own_rhythm_of_evaluating_and_saving(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    train = {"eval_every": 2, "save_every": 3, "log_every": 5, "accumulate": 1}
+    straight = tmp_path / "straight"
+    Trainer(configured(tiny_config, straight, **train)).fit()
+    config = configured(tiny_config, tmp_path / "stopped", **train)
+    for number in (4, 7):
+        trainer = Trainer(config, resume=number > 4)
+        stop_in_step(trainer, number, interrupt)
+        with pytest.raises(SystemExit):
+            trainer.fit()
+    Trainer(config, resume=True).fit()
+    assert_same_runs(straight, Path(config.train.output))
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing that the trainer could catch and act upon."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+def test_killed_and_resumed_from_the_last_checkpoint(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    """The rows and the best model that came after the checkpoint are forgotten and made anew."""
+    train = {"save_every": 2, "log_every": 1, "eval_every": 1}
+    straight = tmp_path / "straight"
+    Trainer(configured(tiny_config, straight, **train)).fit()
+    config = configured(tiny_config, tmp_path / "killed", **train)
+    trainer = Trainer(config)
+    stop_in_step(trainer, 6, kill)
+    with pytest.raises(Killed):
+        trainer.fit()
+    with (tmp_path / "killed" / "history.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # killed while it wrote a row
+    resumed = Trainer(config, resume=True)
+    assert resumed.progress.step == 4
+    resumed.fit()
+    assert_same_runs(straight, Path(config.train.output))
+
+
+def test_a_finished_run_can_be_resumed_and_made_longer(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    config = configured(tiny_config, tmp_path / "run")
+    results = Trainer(config).fit()
+    before = (tmp_path / "run" / "history.jsonl").read_text()
+    assert Trainer(config, resume=True).fit() == results
+    assert (tmp_path / "run" / "history.jsonl").read_text() == before
+    config.train.epochs = 3
+    longer = Trainer(config, resume=True)
+    longer.fit()
+    assert longer.progress.step == 9
+
+
+def test_the_pooled_head_resumes_too(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    head = PooledHeadConfig(width=32, layers=1, heads=2, feedforward=64, dropout=0.3)
+    runs = []
+    for name in ("straight", "stopped"):
+        config = configured(tiny_config, tmp_path / name)
+        config.model.head = head
+        runs.append(Path(config.train.output))
+        trainer = Trainer(config)
+        if name == "stopped":
+            stop_in_step(trainer, 2, interrupt)
+            with pytest.raises(SystemExit):
+                trainer.fit()
+            trainer = Trainer(config, resume=True)
+        trainer.fit()
+    assert_same_runs(*runs)
+
+
+def test_a_checkpoint_of_another_configuration_is_named(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    config = configured(tiny_config, tmp_path / "run", max_steps=1)
+    Trainer(config).fit()
+    config.optim.groups = {"head": GroupConfig(lr=1e-5)}
+    with pytest.raises(CheckpointError, match=r"step_000001.training\.pt does not fit the configuration"):
+        Trainer(config, resume=True)
+    config.optim.groups = {}
+    config.model.head.width = 64  # type: ignore[union-attr]
+    with pytest.raises(CheckpointError, match=r"(?s)step_000001.*shape: head"):
+        Trainer(config, resume=True)
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+from vg.config import load_config
+from vg.training.trainer import Trainer
+
+class Waiting(Trainer):
+    def step(self, batches):
+        if self.progress.step == 3:
+            Path("waiting").touch()
+            while not self.stop.received:
+                time.sleep(0.01)
+        return super().step(batches)
+
+Waiting(load_config("config.yaml")).fit()
+"""
+
+
+@pytest.mark.parametrize("to_all", [False, True], ids=["SIGTERM to the process", "Ctrl-C to the whole group"])
+def test_a_real_signal_to_a_real_process(tiny_config: MakeConfig, tmp_path: Path, to_all: bool) -> None:
+    """A terminal sends Ctrl-C to the workers of the loader too; they must not die before their data is used."""
+    config = configured(tiny_config, tmp_path / "stopped", {"workers": 1})
+    process = start(WAITING, config, tmp_path)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "waiting").exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    if to_all:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert "stopped at step 4, saved in" in errors
+    assert "the same command with --resume goes on" in errors
+    assert "Traceback" not in errors
+    Trainer(config, resume=True).fit()
+    Trainer(configured(tiny_config, tmp_path / "straight", {"workers": 1})).fit()
+    assert_same_runs(tmp_path / "straight", tmp_path / "stopped")
+
+
+KILLED = """
+import os, signal
+from vg import checkpoint
+from vg.config import load_config
+from vg.training.trainer import Trainer
+
+write = checkpoint.write_training_state
+
+def killed(folder, state):
+    write(folder, state)
+    if folder.name == "step_000004.partial":
+        os.truncate(folder / "training.pt", 1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.write_training_state = killed
+Trainer(load_config("config.yaml")).fit()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+@pytest.mark.parametrize("family", ["rec", "grounding_dino"])
+def test_killed_while_it_wrote_a_checkpoint(tiny_config: MakeConfig, tmp_path: Path, family: str) -> None:
+    """The half of a checkpoint is none: the run goes on from the one before it."""
+
+    def make(name: str) -> RunConfig:
+        config = configured(tiny_config, tmp_path / name, save_every=2)
+        if family == "grounding_dino":
+            config.data.train.view = config.data.eval.view = "detection"  # type: ignore[union-attr]
+            config.model = tiny_grounding_dino(denoising=DenoisingConfig(num_queries=6, num_labels=8))
+        return config
+
+    config = make("killed")
+    process = start(KILLED, config, tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert [path.name for path in sorted((tmp_path / "killed" / "checkpoints").iterdir())] == [
+        "step_000002",
+        "step_000004.partial",
+    ]
+    Trainer(make("straight")).fit()
+    resumed = Trainer(config, resume=True)
+    assert resumed.progress.step == 2
+    resumed.fit()
+    assert_same_runs(tmp_path / "straight", tmp_path / "killed")
+    assert not list((tmp_path / "killed").rglob("*.partial"))
+
+
+def test_a_second_signal_interrupts_at_once(tiny_config: MakeConfig) -> None:
+    stop = StopSignal(Trainer(tiny_config()).accelerator)
+    with stop.listening():
+        assert not stop
+        interrupt()
+        assert stop
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_folder_that_a_crash_left_under_its_other_name_is_put_back(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    config = configured(tiny_config, tmp_path / "run")
+    results = Trainer(config).fit()
+    for name in ("best", "checkpoints/step_000006"):
+        (tmp_path / "run" / name).rename(tmp_path / "run" / f"{name}.old")
+        (tmp_path / "run" / f"{name}.partial").mkdir()
+    resumed = Trainer(config, resume=True)
+    assert resumed.progress.step == 6
+    assert resumed.fit() == results

@@ -1,0 +1,199 @@
+"""The training loop: it learns, it keeps what it promises to keep, and trouble is loud."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.conftest import HEAD, NO_DROPOUT, history, scripted
+from vg.config import RunConfig
+from vg.errors import CheckpointError, ConfigError, TrainingError
+from vg.training.optim import GroupConfig
+from vg.training.trainer import Trainer
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def checkpoints(config: RunConfig) -> list[str]:
+    return sorted(path.name for path in Path(config.train.output, "checkpoints").iterdir())
+
+
+def poison(trainer: Trainer, at_step: int, term: str) -> None:
+    """Makes one loss term NaN at a step."""
+    loss = trainer.unwrapped_model.loss
+
+    def poisoned(output: Any, batch: Any) -> dict[str, Tensor]:
+        terms = loss(output, batch)
+        return terms | ({term: terms[term] * float("nan")} if trainer.progress.step + 1 == at_step else {})
+
+    trainer.unwrapped_model.loss = poisoned  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("head", "epochs"),
+    [
+        (HEAD | {"dropout": 0.0}, 200),
+        ({"name": "pooled", "width": 64, "layers": 2, "heads": 2, "feedforward": 128, "dropout": 0.0}, 500),
+    ],
+    ids=["dense", "pooled"],
+)
+def test_four_samples_overfit(tiny_config: MakeConfig, head: dict[str, Any], epochs: int) -> None:
+    four = {"name": "shapes", "split": "val", "image_size": 64, "size": 4}
+    config = tiny_config(
+        model=NO_DROPOUT | {"head": head},
+        data={"train": four, "eval": four},
+        optim={"weight_decay": 0.0, "warmup_steps": 20},
+        train={"epochs": epochs, "eval_every": epochs, "log_every": 20},
+    )
+    results = Trainer(config).fit()
+    losses = [row["loss"] for row in history(config) if "loss" in row]
+    assert losses[-1] < 0.2 * losses[0]
+    assert results["miou"] >= 0.9
+    assert results["acc@0.75"] == 1
+    assert results["data"] == "shapes (expression, seed 0)"
+
+
+def test_what_a_run_leaves_behind(tiny_config: MakeConfig) -> None:
+    config = tiny_config(train={"trackers": ["tensorboard"]})
+    results = Trainer(config).fit()
+    folder = Path(config.train.output)
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "history.jsonl", "logs", "best", "checkpoints"}
+    assert list(folder.rglob("events.out.tfevents*"))
+    assert not list(folder.rglob("*.partial")) + list(folder.rglob("*.old"))
+    assert checkpoints(config) == ["step_000005", "step_000010"]
+    rows = history(config)
+    losses, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "miou" in row]
+    assert [row["step"] for row in losses] == [2, 4, 5, 6, 8, 10]
+    assert [row["step"] for row in evaluations] == [5, 10]
+    for row in losses:
+        assert row["loss"] == pytest.approx(sum(value for name, value in row.items() if name.startswith("loss/")))
+    assert max(row["miou"] for row in evaluations) == results["miou"]
+
+
+def test_evaluations_and_checkpoints_come_when_they_are_due(tiny_config: MakeConfig) -> None:
+    config = tiny_config(train={"eval_every": 3, "save_every": 4, "keep": 9, "max_steps": 8, "log_every": 100})
+    trainer = scripted(Trainer(config), [0.1, 0.2, 0.3])
+    trainer.fit()
+    assert trainer.progress.step == 8
+    assert [row["step"] for row in history(config) if "miou" in row] == [3, 6, 8]
+    assert checkpoints(config) == ["step_000004", "step_000008"]
+    assert history(config)[-2]["lr"] == pytest.approx(0, abs=1e-12), "the schedule ends with max_steps"
+
+
+def test_the_oldest_checkpoints_go(tiny_config: MakeConfig) -> None:
+    config = tiny_config(train={"save_every": 2, "keep": 2})
+    trainer = Trainer(config)
+    assert trainer.num_steps == 10
+    trainer.fit()
+    assert checkpoints(config) == ["step_000008", "step_000010"]
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tiny_config: MakeConfig) -> None:
+    folder = Trainer(tiny_config()).folder
+    for step in (999_999, 1_000_000, 5):
+        (folder.path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+        (folder.path / "checkpoints" / f"step_{step:06d}" / "training.pt").touch()
+    assert [path.name for path in folder.checkpoints()] == ["step_000005", "step_999999", "step_1000000"]
+
+
+def test_best_holds_the_best_and_not_the_last(tiny_config: MakeConfig) -> None:
+    config = tiny_config(train={"eval_every": 2, "keep": 9})
+    results = scripted(Trainer(config), [0.1, 0.5, 0.5, 0.4, 0.2]).fit()
+    assert (results["step"], results["miou"]) == (4, 0.5), "the first of two equals"
+    best = Path(config.train.output) / "best"
+    assert json.loads((best / "validation.json").read_text())["step"] == 4
+
+    def weights(name: str) -> bytes:
+        return (Path(config.train.output) / name / "model.safetensors").read_bytes()
+
+    assert weights("best") == weights("checkpoints/step_000004") != weights("checkpoints/step_000010")
+
+
+def test_an_unknown_best_metric_is_named(tiny_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"train\.best_metric: 'iou' is none of .*acc@0\.5"):
+        Trainer(tiny_config(train={"best_metric": "iou"})).fit()
+
+
+def test_patience_ends_a_run_and_a_resumed_one_stays_ended(tiny_config: MakeConfig) -> None:
+    config = tiny_config(train={"eval_every": 1, "patience": 3})
+    trainer = scripted(Trainer(config), [0.1, 0.5, 0.4, 0.3, 0.2, 0.9])
+    assert trainer.fit()["step"] == 2
+    assert trainer.progress.step == 5
+    assert checkpoints(config)[-1] == "step_000005"
+    resumed = scripted(Trainer(config, resume=True), [])
+    assert resumed.fit()["step"] == 2
+    assert resumed.progress.step == 5
+    config.train.patience = 4
+    resumed = scripted(Trainer(config, resume=True), [0.2])
+    assert resumed.fit()["step"] == 2
+    assert resumed.progress.step == 6, "with more patience it goes on"
+
+
+def test_a_run_is_never_overwritten_by_accident(tiny_config: MakeConfig) -> None:
+    config = tiny_config(train={"max_steps": 1})
+    with pytest.raises(CheckpointError, match=r"nothing to resume: no checkpoint in .*checkpoints"):
+        Trainer(config, resume=True)
+    Trainer(config).fit()
+    before = history(config)
+    with pytest.raises(CheckpointError, match=r"\(checkpoints/step_000001\): go on with --resume, .*--overwrite"):
+        Trainer(config)
+    assert history(config) == before
+    config.optim.groups = {"nowhere": GroupConfig()}
+    with pytest.raises(ValueError, match="nowhere"):
+        Trainer(config, overwrite=True)
+    assert history(config) == before, "nothing is removed for a run that cannot begin"
+    config.optim.groups = {}
+    Trainer(config, overwrite=True)
+    assert history(config) == []
+    assert not Path(config.train.output, "checkpoints").exists()
+
+
+def test_a_loss_that_is_no_number_is_named_and_never_saved(tiny_config: MakeConfig) -> None:
+    config = tiny_config(data={"batch_size": 2}, train={"accumulate": 2, "save_every": 2, "log_every": 3})
+    trainer = Trainer(config)
+    poison(trainer, 5, "l1")
+    with pytest.raises(TrainingError, match=r"the loss is not finite at step 5: .*l1 = nan"):
+        trainer.fit()
+    assert checkpoints(config) == ["step_000002", "step_000004"]
+    for path in Path(config.train.output).rglob("model.safetensors"):
+        assert all(weights.isfinite().all() for weights in load_file(path).values())
+    resumed = Trainer(config, resume=True)
+    resumed.fit()
+    assert resumed.progress.step == resumed.num_steps == 10
+
+
+def test_the_first_bad_step_is_named_not_the_last(tiny_config: MakeConfig) -> None:
+    trainer = Trainer(tiny_config(train={"log_every": 8, "eval_every": 8}))
+    poison(trainer, 3, "giou")
+    with pytest.raises(TrainingError, match=r"not finite at step 3: .*giou = nan"):
+        trainer.fit()
+
+
+def test_a_gradient_that_is_no_number_behind_a_finite_loss_is_never_saved(tiny_config: MakeConfig) -> None:
+    config = tiny_config(train={"save_every": 1})
+    trainer = Trainer(config)
+    weight = next(trainer.unwrapped_model.head.parameters())
+    weight.register_hook(lambda gradient: gradient * float("nan") if trainer.progress.step == 2 else gradient)
+    with pytest.raises(TrainingError, match=r"the weights .* are not finite after step 3"):
+        trainer.fit()
+    assert checkpoints(config) == ["step_000001", "step_000002"]
+
+
+def test_what_others_keep_in_the_folder_stays(tiny_config: MakeConfig) -> None:
+    config = tiny_config(train={"max_steps": 1})
+    mine = [Path(config.train.output, *parts) for parts in (("logs", "mine"), ("checkpoints", "mine"), ("notes.txt",))]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with pytest.raises(CheckpointError, match=r"a run already \(checkpoints/mine\)"):
+        Trainer(config)
+    mine[1].unlink()
+    Trainer(config).fit()
+    assert mine[0].exists()
+    assert mine[2].exists()

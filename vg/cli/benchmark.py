@@ -1,0 +1,70 @@
+"""`vg eval --suite`: evaluate any checkpoint on a benchmark, beside published results."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.metadata import version
+from pathlib import Path
+
+from vg import __version__
+from vg.cli.arguments import add_tokenizer
+from vg.errors import ConfigError
+
+OPTIONS = ("data", "images", "datasets", "splits", "limit", "batch_size", "workers", "precision", "tokenizer")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    about = "evaluate a checkpoint of any format (.pth, folder, Hub id) on a benchmark instead of the data of its run"
+    suite = parser.add_argument_group("suites", about)
+    suite.add_argument("--suite", choices=["refcoco"], help="writes benchmark.json and benchmark.html to --output")
+    suite.add_argument("--data", help="folder with the datasets of the suite (default: download from the Hub)")
+    suite.add_argument("--images", help="folder of COCO train2014 images, for annotations without pixels")
+    suite.add_argument("--datasets", help="such as refcoco,refcoco+,refcocog,grefcoco (default: the first three)")
+    suite.add_argument("--splits", help="such as val,testA (default: all)")
+    suite.add_argument("--limit", type=int, help="evaluate at most this many expressions of each split")
+    suite.add_argument("--batch-size", type=int, help="expressions per batch (default: 32)")
+    suite.add_argument("--workers", type=int, help="processes that read images (default: 2)")
+    suite.add_argument("--precision", choices=["no", "bf16", "fp16"], help="mixed precision (default: no)")
+    add_tokenizer(suite)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluate a checkpoint; writes benchmark.json and benchmark.html and prints the tables.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: see `open_parts` and `open_model`; the data is opened first.
+    """
+    from vg.distributed import new_accelerator
+    from vg.evaluation.benchmark.models import open_model
+    from vg.evaluation.benchmark.report import report
+    from vg.evaluation.benchmark.run import run as run_benchmark
+    from vg.evaluation.benchmark.suite import open_parts
+    from vg.evaluation.benchmark.table import text
+    from vg.files import write_json
+
+    if options.detections:
+        raise ConfigError("--detections is for detection datasets, and this benchmark has none; remove it")
+    data, images = (None if path is None else Path(path) for path in (options.data, options.images))
+    datasets, splits = ([] if names is None else names.split(",") for names in (options.datasets, options.splits))
+    parts = open_parts(data, images, datasets, splits, options.limit)
+    model = open_model(options.checkpoint, options.overrides, options.tokenizer)
+    accelerator = new_accelerator(mixed_precision=options.precision or "no")
+    workers = 2 if options.workers is None else options.workers
+    results, judged = run_benchmark(model, parts, accelerator, options.batch_size or 32, workers)
+    software = {name: version(name) for name in ("torch", "transformers")}
+    results = {"checkpoint": options.checkpoint, "software": {"vg": __version__, **software}, **results}
+    if accelerator.is_main_process:
+        path = Path(options.checkpoint)
+        output = Path(options.output or (path if path.is_dir() else Path("runs", path.stem)))
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "benchmark.json", results)
+        (output / "benchmark.html").write_text(report(results, judged, model), encoding="utf-8")
+        print(text(results))
+        print(f"\nwritten to {output}: benchmark.json, benchmark.html")
+
+
+def refuse_options(options: argparse.Namespace) -> None:
+    """Raises ConfigError for an option that only benchmarks have."""
+    for name in OPTIONS:
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} belongs to a benchmark: add --suite refcoco")

@@ -1,0 +1,91 @@
+"""`vg check`: validate a dataset and suggest fixes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vg.cli.arguments import Verbs, add_overrides
+
+if TYPE_CHECKING:
+    from vg.config import RunConfig
+    from vg.models import ModelConfig
+
+NUM_DRAWN = 24  # images in images.png
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = verbs.add_parser("check", help="validate a dataset before training and suggest fixes")
+    parser.add_argument("data", help="YAML file of a run, COCO .json, ODVG .jsonl, Pascal VOC or YOLO folder")
+    add_overrides(parser)
+    parser.add_argument("--quick", type=int, metavar="N", help="read N images of each dataset (default: all)")
+    parser.add_argument("--output", default="runs/check", help="folder for report and images (default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Exit with status 1 if there are errors."""
+    from vg.config import load_config
+    from vg.data.check import detect_format, diagnose, to_json, to_text
+    from vg.errors import ConfigError
+    from vg.files import write_json
+    from vg.inference.draw import image_grid
+
+    if options.quick is not None and options.quick < 1:
+        raise ConfigError(f"--quick {options.quick}: read at least one image of each dataset")
+    found = detect_format(Path(options.data))
+    config = _config_of(found, options.overrides) if found else load_config(options.data, options.overrides)
+    datasets = {"train": config.data.train}
+    if len(found) != 1:
+        datasets |= {f"eval.{name}" if name else "eval": data for name, data in config.data.eval_datasets().items()}
+    count_tokens = _token_counter(config.model)
+    diagnosis = diagnose(datasets, config.model.max_tokens, count_tokens, options.quick)
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "report.json", to_json(diagnosis))
+    print(to_text(diagnosis))
+    if count_tokens is None:
+        print("tokenizer not cached locally; prompt lengths are lower bounds")
+    written = ["report.json"]
+    if images := diagnosis.pictures(NUM_DRAWN):
+        image_grid(images, 6, output / "images.png")
+        written.append("images.png")
+    print(f"written to {output}: {', '.join(written)}")
+    if diagnosis.findings.num("error"):
+        sys.exit(1)
+
+
+def _config_of(found: Mapping[str, dict[str, Any]], overrides: Sequence[str]) -> RunConfig:
+    """A run on the datasets found at a path; each override is a setting of all of them."""
+    import yaml
+
+    from vg.config import parse_config
+
+    changes = {key: yaml.safe_load(text) for key, _, text in (override.partition("=") for override in overrides)}
+    datasets = {split: settings | changes for split, settings in found.items()}
+    train = next(iter(datasets))
+    others = {split: settings for split, settings in datasets.items() if split != train} or datasets
+    return parse_config({"model": {"name": "grounding_dino"}, "data": {"train": datasets[train], "eval": others}})
+
+
+def _token_counter(model: ModelConfig) -> Callable[[list[str]], list[int]] | None:
+    """Counts the tokens of phrases if the model's tokenizer is cached locally; the Hub is not contacted."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from vg.models.encoders import load_tokenizer
+
+    text = model.text
+    path = text.tokenizer or text.id
+    if path is not None and not Path(path).exists():
+        cached = (try_to_load_from_cache(path, name) for name in ("tokenizer.json", "vocab.txt"))
+        path = next((file for file in cached if isinstance(file, str)), None)
+        if path is None:
+            return None
+    tokenizer = load_tokenizer(replace(text, tokenizer=path))
+    return lambda phrases: [
+        len(ids) for ids in tokenizer(phrases, add_special_tokens=False, verbose=False)["input_ids"]
+    ]

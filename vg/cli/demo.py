@@ -1,0 +1,32 @@
+"""`vg demo`: train, evaluate and draw on the embedded scenes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vg.cli.arguments import Verbs, add_overrides
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = verbs.add_parser("demo", help="train, evaluate and draw on embedded drawn scenes, in minutes on a CPU")
+    add_overrides(parser)
+    parser.add_argument("--config", help="YAML file (default: the rec family, configs/demo_rec.yaml)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, then evaluate: embedded scenes on their test split, other data as `data.eval` says."""
+    from vg.cli.evaluate import evaluate
+    from vg.cli.train import train
+    from vg.config import load_config
+    from vg.data.synthetic.shapes import ShapesConfig
+
+    in_wheel = PACKAGE / "configs"  # in a checkout, the folder is beside the package
+    folder = in_wheel if in_wheel.exists() else PACKAGE.parent / "configs"
+    config = load_config(options.config or folder / "demo_rec.yaml", options.overrides)
+    train(config, overwrite=True)
+    overrides = ["data.eval.split=test"] if isinstance(config.data.eval, ShapesConfig) else []
+    evaluate(Path(config.train.output), overrides, Path(config.train.output))

@@ -1,0 +1,79 @@
+"""`vg eval`: evaluate a checkpoint on the data of its run, or on a benchmark suite."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vg.cli import benchmark
+from vg.cli.arguments import Verbs, add_overrides
+
+if TYPE_CHECKING:
+    from vg.config import RunConfig
+    from vg.models.base import GroundingModel
+
+NUM_DRAWN = 24  # samples in predictions.png
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = verbs.add_parser("eval", help="evaluate a checkpoint and draw its predictions")
+    parser.add_argument("checkpoint", help="folder of a run or checkpoint, or YAML file with model.weights")
+    add_overrides(parser)
+    parser.add_argument(
+        "--output", help="folder for metrics.json and predictions.png (default: that folder, or runs/NAME)"
+    )
+    parser.add_argument("--detections", action="store_true", help="also write the detections as COCO results json")
+    benchmark.add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.suite:
+        benchmark.run(options)
+        return
+    benchmark.refuse_options(options)
+    path = Path(options.checkpoint)
+    output = Path(options.output or (Path("runs", path.stem) if path.is_file() else path))
+    evaluate(path, options.overrides, output, options.detections)
+
+
+def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: bool = False) -> None:
+    """Evaluate a checkpoint; writes metrics.json, predictions.png and, if asked for, detections.json to `output`."""
+    from vg.cli.models import load_with_data
+    from vg.distributed import new_accelerator
+    from vg.evaluation.evaluator import Evaluator
+    from vg.evaluation.table import table
+    from vg.files import write_json
+
+    model, config = load_with_data(checkpoint, overrides)
+    accelerator = new_accelerator(mixed_precision=config.train.precision)
+    evaluator = Evaluator(config.data, model, accelerator)
+    results = {"checkpoint": str(checkpoint), **evaluator.run(model.to(accelerator.device))}
+    detected = evaluator.detections() if detections else {}  # dataset name -> rows
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "metrics.json", results)
+        for name, rows in detected.items():
+            (output / f"detections{name and '_'}{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+        print(table(results))
+        _draw(model, config, evaluator, output / "predictions.png")
+        print(f"written to {output}: metrics.json, predictions.png")
+
+
+def _draw(model: GroundingModel, config: RunConfig, evaluator: Any, path: Path) -> None:
+    """A grid of samples, evenly spaced over the data."""
+    from vg.data.dataset import GroundingDataset
+    from vg.inference.draw import prediction_grid
+    from vg.inference.grounder import Grounder
+
+    data = evaluator.sets[0].data
+    if config.data.cache:  # it has no pixels to draw on
+        settings = next(iter(config.data.eval_datasets().values()))
+        data = GroundingDataset(settings.build(), bad_samples=config.data.bad_samples)
+    number = min(NUM_DRAWN, len(data))
+    # Rounded, so that the spacing is not a whole number: expression types may take turns.
+    samples = [data[round(index * (len(data) - 1) / max(1, number - 1))] for index in range(number)]
+    predictions = Grounder(model, str(model.device)).predict_samples(samples)
+    prediction_grid(list(zip(samples, predictions, strict=True)), 6, path)

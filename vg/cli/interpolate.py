@@ -1,0 +1,69 @@
+"""`vg interpolate`: mix the weights before and after fine-tuning (WiSE-FT)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from vg.cli.arguments import Verbs, add_overrides
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "interpolate", help="mix the weights before and after fine-tuning and keep the best mixture"
+    )
+    parser.add_argument("initial", help="checkpoint before: a folder, or a YAML file whose model.weights names it")
+    parser.add_argument("final", help="folder of the run or checkpoint after; its data.eval selects the best mixture")
+    add_overrides(parser)
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        action=_Weights,
+        default=[0, 0.25, 0.5, 0.75, 1],
+        metavar="W",
+        help="weights of the final checkpoint (default: 0 .25 .5 .75 1)",
+    )
+    parser.add_argument("--output", required=True, help="folder of the checkpoint to write")
+    parser.set_defaults(run=run)
+
+
+class _Weights(argparse.Action):
+    """Values in 0..1; overrides behind them, which argparse takes for more values, are passed on as overrides."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        try:
+            weights = [float(value) for value in values if "=" not in value]
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
+        if not weights or not all(0 <= weight <= 1 for weight in weights):
+            raise argparse.ArgumentError(self, f"expected values in 0..1, got {' '.join(values)}")
+        setattr(namespace, self.dest, weights)
+        namespace.overrides += [value for value in values if "=" in value]
+
+
+def run(options: argparse.Namespace) -> None:
+    from vg.checkpoint import new_checkpoint
+    from vg.cli.models import load, load_with_data
+    from vg.distributed import new_accelerator
+    from vg.errors import CheckpointError
+    from vg.evaluation.evaluator import Evaluator
+    from vg.training.interpolation import Interpolation, Sweep
+
+    output = Path(options.output)
+    if output.exists():
+        raise CheckpointError(f"{output} exists; choose another path, or remove it first")
+    model, config = load_with_data(Path(options.final), options.overrides)
+    initial, _ = load(Path(options.initial), [])
+    mixtures = Interpolation(initial.own_state_dict(), model.own_state_dict())
+    if mixtures.added:
+        print(f"{options.initial} has no {', '.join(mixtures.added)}: taken from {options.final}")
+    accelerator = new_accelerator(mixed_precision=config.train.precision)
+    evaluator = Evaluator(config.data, model, accelerator)
+    best_metric = evaluator.resolve_best_metric(config.train.best_metric)
+    sweep = Sweep(model.to(accelerator.device), mixtures, options.weights, evaluator, best_metric)
+    if accelerator.is_main_process:
+        print(sweep)
+        with new_checkpoint(output) as partial:
+            sweep.write(partial, config, model.text_spec.tokenizer)
+        print(f"{output}: written, weight {sweep.best['weight']:g} between {options.initial} and {options.final}")

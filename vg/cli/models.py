@@ -1,0 +1,36 @@
+"""Models that verbs work on: checkpoints of vg, and configurations that name released weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vg.checkpoint import read_model
+from vg.config import CheckpointConfig, RunConfig, load_config
+from vg.errors import ConfigError
+from vg.models.base import GroundingModel
+
+
+def load(path: Path, overrides: list[str]) -> tuple[GroundingModel, CheckpointConfig]:
+    """The model of a checkpoint, or of a YAML file whose `model.weights` names one, in evaluation mode.
+
+    Raises:
+        CheckpointError: see `vg.checkpoint.read_model`.
+        ConfigError: the YAML file names no weights.
+    """
+    if path.suffix not in (".yaml", ".yml"):
+        return read_model(path, overrides)
+    config = load_config(path, overrides)
+    if getattr(config.model, "weights", None) is None:
+        raise ConfigError(f"{path}: model.weights names no checkpoint; train first, then name the folder of the run")
+    return config.model.build().eval(), config
+
+
+def load_with_data(path: Path, overrides: list[str]) -> tuple[GroundingModel, RunConfig]:
+    """The same with the configuration of a run, which says what to evaluate on; raises ConfigError if it is missing."""
+    model, config = load(path, overrides)
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"{path} is a converted checkpoint without a data config; "
+            "add data.train.name=... and data.eval.name=... (both may be the same)"
+        )
+    return model, config

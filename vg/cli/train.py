@@ -1,0 +1,40 @@
+"""`vg train`: train what a configuration describes."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from vg.cli.arguments import Verbs, add_overrides
+
+if TYPE_CHECKING:
+    from vg.config import RunConfig
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = verbs.add_parser("train", help="train a model")
+    parser.add_argument("config", help="YAML file, such as configs/demo_rec.yaml")
+    add_overrides(parser)
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in train.output")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing run in train.output")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    from vg.config import load_config
+
+    train(load_config(options.config, options.overrides), options.resume, options.overwrite)
+
+
+def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> None:
+    """Train to the end and plot the curves, also when training is interrupted."""
+    from vg.inference.curves import curves
+    from vg.training.trainer import Trainer
+
+    trainer = Trainer(config, resume, overwrite)
+    try:
+        trainer.fit()
+    finally:
+        rows = trainer.folder.history.rows()
+        if trainer.accelerator.is_main_process and rows:
+            curves(rows, trainer.folder.path / "curves.png")

@@ -1,0 +1,272 @@
+"""Where the rows of a RefCOCO data set come from: the Hub, a local folder or one file, and which split of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from vg.data.refcoco.formats import NESTED, flat_rows, reviewed_rows
+from vg.data.refcoco.pickles import choose_refs_file, is_refs_file, partition_of, read_refs, refs_files
+from vg.errors import DataError, NoSuchSplitError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    Rows: TypeAlias = list[dict[str, Any]] | Dataset
+
+_SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test", "testa": "testA", "testb": "testB"}
+_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json")
+_WANTED = "a Hub id (jxu124/refcoco), a local folder or a file (.jsonl, .json, .parquet, .arrow, .p)"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one split; rows[i] is a dict, and a picture in it is not decoded yet."""
+
+    rows: Rows
+    columns: frozenset[str]
+    dataset: str  # "jxu124/refcoco", "refcoco-unc", "refs (refcoco_unc)": one of several in one place
+    split: str  # under our name for it: train, val, testA, testB, test
+    folder: Path | None  # where a local data set lies; None for the Hub
+    pictures: Dataset | None = None  # with a column `image`, where column `picture` gives its rows
+
+    def row(self, number: int) -> dict[str, Any]:
+        """One row, with its picture if the table has pixels."""
+        row: dict[str, Any] = self.rows[number]
+        if self.pictures is None:
+            return row
+        return row | {"image": self.pictures[row["picture"]]["image"]}
+
+    @property
+    def has_pixels(self) -> bool:
+        return self.pictures is not None or "image" in self.columns
+
+    def column(self, name: str) -> list[Any]:
+        """All cells of one column, no other column read."""
+        if isinstance(self.rows, list):
+            return [row.get(name) for row in self.rows]
+        return self.rows.select_columns([name])[:][name]
+
+    def where(self, kept: Sequence[bool]) -> Table:
+        """Some of the rows."""
+        numbers = [number for number, keep in enumerate(kept) if keep]
+        rows = self.rows
+        return replace(self, rows=[rows[each] for each in numbers] if isinstance(rows, list) else rows.select(numbers))
+
+    def select(self, columns: Iterable[str]) -> Table:
+        """The same rows with these columns only, so that reading a row does not parse what nobody asks for."""
+        if isinstance(self.rows, list):
+            return self
+        kept = [name for name in columns if name in self.columns]
+        return replace(self, rows=self.rows.select_columns(kept), columns=frozenset(kept))
+
+
+def open_table(
+    path: str, split: str, partition: str | None = None, revision: str | None = None, dataset: str | None = None
+) -> Table:
+    """Find the rows of a split.
+
+    Args:
+        dataset: which one, where a place holds several: so the names of files or splits begin ("refcoco_unc"), or what
+            the column `dataset` says.
+
+    Raises:
+        DataError: nothing readable at `path`, no such split (the message lists those there are) or one without rows.
+    """
+    local = Path(path)
+    if revision is not None and local.exists():
+        raise DataError(f"revision {revision!r} is for Hub data sets, but {path} is local; remove revision")
+    if partition is not None and not refs_files(local):
+        raise DataError(f"partition {partition!r} is for a folder with refs(*).p, and {path} is none; remove partition")
+    if local.is_dir():
+        return _flat(_open_folder(local, split, partition, dataset))
+    if local.is_file():
+        return _flat(_open_file(local, split, dataset))
+    if local.suffix in (*_SUFFIXES, ".p") or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+        raise DataError(f"{path} does not exist; path is {_WANTED}")
+    name = path if revision is None else f"{path}@{revision}"
+    return _flat(_pick(_load_hub(path, revision), split, name, None, dataset))
+
+
+def _flat(table: Table) -> Table:
+    """The table with one row per object, if it has one per picture."""
+    nested = [column for column in NESTED if column in table.columns]
+    if not nested or isinstance(table.rows, list):
+        return table
+    about = [*nested, *(name for name in ("file_name", "image_info") if name in table.columns)]
+    rows = flat_rows(table.rows.select_columns(about), f"{table.dataset} ({table.split})")
+    return replace(table, rows=rows, columns=frozenset().union(*rows), pictures=table.rows.select_columns(["image"]))
+
+
+def _open_folder(folder: Path, split: str, partition: str | None, dataset: str | None) -> Table:
+    name = folder.resolve().name
+    if refs_files(folder):
+        partition, file = choose_refs_file(folder, partition)
+        return _pick_rows(read_refs(file), split, f"{name}-{partition}", folder)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        import datasets
+
+        saved = datasets.load_from_disk(str(folder))
+        if isinstance(saved, datasets.Dataset) and "split" not in saved.column_names and saved.split in _SPLITS:
+            saved = {str(saved.split): saved}  # what datasets noted when it was loaded
+        if isinstance(saved, dict):
+            return _pick(saved, split, name, folder, dataset)
+        return _pick_rows(saved, split, name, folder, dataset)
+    found = [sorted(folder.rglob(f"*{suffix}")) for suffix in _SUFFIXES]
+    named = [[file for file in files if dataset and file.name.startswith(f"{dataset}_")] for files in found]
+    for files in filter(None, named):
+        return _open_files(_labels(files, folder), split, f"{name} ({dataset})", folder)
+    for files in filter(None, found):
+        return _open_files(_labels(files, folder), split, name, folder, dataset)
+    raise DataError(
+        f"{folder} holds no RefCOCO data; expected what datasets' save_to_disk writes, refs(*).p with instances.json, "
+        f"or files that end in {', '.join(_SUFFIXES)}"
+    )
+
+
+def _labels(files: Sequence[Path], folder: Path) -> dict[Path, str]:
+    return {file: str(file.relative_to(folder)) for file in files}
+
+
+def _open_file(file: Path, split: str, dataset: str | None) -> Table:
+    folder = file.resolve().parent
+    if is_refs_file(file):
+        return _pick_rows(read_refs(file), split, f"{folder.name}-{partition_of(file)}", folder)
+    if file.suffix not in _SUFFIXES:
+        raise DataError(f"{file}: unknown kind of file; path is {_WANTED}")
+    name = re.sub(rf"[-_.]({'|'.join(_SPLITS)})(?=$|_reviewed$)", "", file.stem, flags=re.IGNORECASE)
+    return _open_files({file: file.name}, split, name, folder, dataset)
+
+
+def _open_files(files: Mapping[Path, str], split: str, name: str, folder: Path, dataset: str | None = None) -> Table:
+    """Files of one kind, each with the part of its path that may name a split ("data/testA-00000-of-00001.parquet")."""
+    by_split: dict[str, list[Path]] = {}
+    for file, label in files.items():
+        named = [word for word in re.split(r"[^a-zA-Z]+", label) if word.lower() in _SPLITS]
+        by_split.setdefault(named[-1] if named else "", []).append(file)
+    nameless = by_split.pop("", [])
+    if by_split and nameless:
+        raise DataError(f"{nameless[0]}: no split in its name, unlike other files of {folder}; rename or remove it")
+    if nameless:
+        return _pick_rows(_read_files({file: files[file] for file in nameless}), split, name, folder, dataset)
+    published, ours = _choose_split(split, by_split, str(folder))
+    rows = _read_files({file: files[file] for file in by_split[published]})
+    return _of_dataset(_table(rows, name, ours, folder), dataset)
+
+
+def _read_files(labels: Mapping[Path, str]) -> Rows:
+    """All rows of one file, or of the numbered parts of one; each file with its name below the data set's folder."""
+    files = list(labels)
+    if len({re.split(r"\d", label)[0] for label in labels.values()}) > 1:
+        raise DataError(
+            f"{files[0]} and {files[1]} do not look like numbered parts of one data set; set path to one of them"
+        )
+    suffix = files[0].suffix
+    if suffix in (".jsonl", ".json"):
+        return [row for file in files for row in _read_json(file)]
+    import datasets
+
+    try:
+        return datasets.load_dataset(
+            suffix[1:], data_files={"train": [str(file) for file in files]}, split=datasets.Split.TRAIN
+        )
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:  # ValueError: from pyarrow
+        raise DataError(f"{files[0]} (one of {len(files)}) cannot be read: {error.__cause__ or error}") from error
+
+
+def _read_json(file: Path) -> list[dict[str, Any]]:
+    """The objects of a .json file, which is one list of them, or of a .jsonl file with one per line."""
+    text = file.read_text(encoding="utf-8")
+    documents = [text] if file.suffix == ".json" else text.split("\n")
+    rows: list[Any] = []
+    for line, document in enumerate(documents, start=1):
+        if not document.strip():
+            continue
+        try:
+            value = json.loads(document)
+        except ValueError as error:
+            raise DataError(f"{file}, line {line}: not JSON ({error}); mend or remove it") from error
+        if file.suffix == ".json" and isinstance(value, dict) and {"images", "annotations"} <= value.keys():
+            value = reviewed_rows(value, str(file))
+        rows += value if file.suffix == ".json" and isinstance(value, list) else [value]
+    if not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{file}: expected objects, one per line in a .jsonl file or a list of them in a .json file")
+    return rows
+
+
+def _load_hub(path: str, revision: str | None) -> Mapping[str, Dataset]:
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, revision=revision)
+    except Exception as error:  # the Hub's client raises errors of many libraries
+        raise DataError(
+            f"{path} could not be loaded from the Hugging Face Hub ({type(error).__name__}: {error}), and there is no "
+            "local folder of that name. Without network: on a machine with one, run "
+            f"`hf download {path} --repo-type dataset --local-dir refcoco`, place the folder here and set path to it"
+        ) from error
+
+
+def _pick(tables: Mapping[str, Dataset], split: str, name: str, folder: Path | None, dataset: str | None) -> Table:
+    if dataset is not None and not any("dataset" in table.column_names for table in tables.values()):
+        chosen = {key.removeprefix(f"{dataset}_"): key for key in tables if key.startswith(f"{dataset}_")}
+        if not chosen:
+            raise NoSuchSplitError(f"{name} has no data set {dataset!r}; its splits are {', '.join(tables)}")
+        tables, name, dataset = {split: tables[key] for split, key in chosen.items()}, f"{name} ({dataset})", None
+    published, ours = _choose_split(split, tables, name)
+    return _of_dataset(_table(tables[published], name, ours, folder), dataset)
+
+
+def _pick_rows(rows: Rows, split: str, name: str, folder: Path, dataset: str | None = None) -> Table:
+    """Rows whose column `split` says what they belong to; without that column, they are the split asked for."""
+    table = _of_dataset(_table(rows, name, split, folder), dataset)
+    if "split" not in table.columns:
+        return replace(table, split=_choose_split(split, [split], name)[1])
+    published, ours = _choose_split(split, dict.fromkeys(map(str, table.column("split"))), table.dataset)
+    return replace(_where(table, "split", published), split=ours)
+
+
+def _of_dataset(table: Table, dataset: str | None) -> Table:
+    """The rows of one data set, by the column `dataset`."""
+    if dataset is None:
+        return table
+    names = dict.fromkeys(map(str, table.column("dataset"))) if "dataset" in table.columns else {}
+    if dataset not in names:
+        there = f"it has {', '.join(names)}" if names else "no file or split begins so, and it has no column `dataset`"
+        raise NoSuchSplitError(f"{table.dataset} has no data set {dataset!r}; {there}")
+    return replace(_where(table, "dataset", dataset), dataset=f"{table.dataset} ({dataset})")
+
+
+def _where(table: Table, column: str, value: str) -> Table:
+    return table.where([cell == value for cell in table.column(column)])
+
+
+def _table(rows: Rows, name: str, split: str, folder: Path | None) -> Table:
+    if len(rows) == 0:
+        raise DataError(f"{name}: the split {split} is empty")
+    if isinstance(rows, list):
+        return Table(rows, frozenset().union(*rows), name, split, folder)
+    import datasets
+
+    for column, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):  # datasets would decode early, and turn pictures by their EXIF
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    return Table(rows, frozenset(rows.column_names), name, split, folder)
+
+
+def _choose_split(wanted: str, published: Collection[str], where: str) -> tuple[str, str]:
+    """(the publisher's name, our name) of a split asked for under either.
+
+    A `test` beside a `testB` is testA: that is how jxu124/refcoco spells it.
+    """
+    names = {name: _SPLITS.get(name.lower(), name) for name in published}
+    if "testB" in names.values() and "testA" not in names.values():
+        names = {name: "testA" if ours == "test" else ours for name, ours in names.items()}
+    for name, ours in names.items():
+        if wanted in (name, ours):
+            return name, ours
+    raise NoSuchSplitError(f"{where} has no split {wanted!r}; it has {', '.join(sorted(names.values()))}")

@@ -1,0 +1,190 @@
+"""Drawn scenes: a few colored shapes on grey ground, arranged at random and drawn in a fraction of a millisecond."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLORS = {
+    "red": (215, 35, 40),
+    "green": (35, 150, 60),
+    "blue": (40, 85, 215),
+    "yellow": (245, 220, 45),
+    "purple": (145, 50, 185),
+    "orange": (245, 130, 20),
+    "black": (25, 25, 25),
+    "white": (250, 250, 250),
+}
+FORMS = {  # width / height; not all are square, so that an exchange of width and height shows
+    "circle": 1.0,
+    "square": 1.0,
+    "triangle": 1.15,
+    "star": 1.05,
+    "cross": 1.0,
+    "diamond": 0.75,
+}
+_OVERSAMPLING = 8
+_PLACES_TRIED = 40
+
+Box = tuple[int, int, int, int]  # xyxy in pixels
+Option = TypeVar("Option")
+
+
+@dataclass(frozen=True)
+class Style:
+    """What scenes are like; lengths are shares of the image side, that of a shape is sqrt(width x height)."""
+
+    counts: tuple[int, int]  # of shapes
+    scales: tuple[float, float]
+    small: float  # up to here a shape is small ...
+    big: float  # ... and from here on it is big; between the two nobody says so
+    gap: float  # between two shapes
+    min_side: int  # pixels; in smaller images the forms cannot be told apart
+
+
+STYLES = {
+    "plain": Style(counts=(3, 6), scales=(0.14, 0.35), small=0.20, big=0.27, gap=0.025, min_side=48),
+    "crowded": Style(counts=(8, 14), scales=(0.08, 0.20), small=0.115, big=0.155, gap=0.015, min_side=80),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One thing in a scene."""
+
+    form: str  # a key of FORMS
+    color: str  # a key of COLORS
+    size: str  # "small", "big", or empty where neither is clear
+    box: Box  # tight around the drawn pixels
+    paint: tuple[int, int, int]  # RGB, close to COLORS[color]
+
+    @property
+    def center(self) -> tuple[float, float]:
+        """x and y in pixels."""
+        left, top, right, bottom = self.box
+        return (left + right) / 2, (top + bottom) / 2
+
+    @property
+    def area(self) -> int:
+        """Of the box, in square pixels."""
+        left, top, right, bottom = self.box
+        return (right - left) * (bottom - top)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Shapes that do not touch each other, in a square image."""
+
+    shapes: tuple[Shape, ...]
+    size: int  # image side in pixels
+    background: tuple[tuple[int, ...], ...]  # coarse square grid of grey levels, blown up smoothly to the whole image
+
+
+def random_scene(rng: np.random.Generator, size: int = 128, style: Style = STYLES["plain"]) -> Scene:
+    """Sample a scene with few colors and few forms, so that a shape rarely differs from all others in everything.
+
+    Args:
+        size: image side in pixels, at least that of the style.
+    """
+    if size < style.min_side:
+        raise ValueError(
+            f"a scene of {size} x {size} pixels is too small to tell shapes apart; take at least {style.min_side}"
+        )
+    colors = some(rng, tuple(COLORS), int(rng.integers(2, 4)))
+    forms = some(rng, tuple(FORMS), int(rng.integers(2, 4)))
+    fewest, most = style.counts
+    smallest, largest = style.scales
+    scales = np.exp(rng.uniform(math.log(smallest), math.log(largest), size=rng.integers(fewest, most + 1)))
+    shapes: list[Shape] = []
+    for scale in sorted(scales.tolist(), reverse=True):  # big ones first: they need the room
+        form, color = pick(rng, forms), pick(rng, colors)
+        if box := _free_place(rng, scale * size, FORMS[form], size, style.gap * size, shapes):
+            paint = np.clip(np.add(COLORS[color], rng.integers(-8, 9, size=3)), 0, 255)
+            word = "small" if scale <= style.small else "big" if scale >= style.big else ""
+            shapes.append(Shape(form, color, word, box, tuple(paint.tolist())))
+    if len(shapes) < fewest:
+        return random_scene(rng, size, style)
+    return Scene(tuple(shapes), size, _random_background(rng))
+
+
+def some(rng: np.random.Generator, options: Sequence[Option], count: int | None = None) -> list[Option]:
+    """`count` different options (all of them by default) in random order."""
+    return [options[index] for index in rng.permutation(len(options))[:count].tolist()]
+
+
+def pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
+    """One of the options."""
+    return options[int(rng.random() * len(options))]
+
+
+def _free_place(
+    rng: np.random.Generator, scale: float, aspect: float, size: int, gap: float, shapes: list[Shape]
+) -> Box | None:
+    """A box of about scale x scale pixels, stretched to the aspect, clear of all shapes; None without room."""
+    width, height = round(scale * math.sqrt(aspect)), round(scale / math.sqrt(aspect))
+    for x, y in rng.random((_PLACES_TRIED, 2)).tolist():
+        left, top = 1 + int(x * (size - width - 1)), 1 + int(y * (size - height - 1))
+        right, bottom = left + width, top + height
+        if all(
+            left >= other.box[2] + gap
+            or top >= other.box[3] + gap
+            or other.box[0] >= right + gap
+            or other.box[1] >= bottom + gap
+            for other in shapes
+        ):
+            return left, top, right, bottom
+    return None
+
+
+def _random_background(rng: np.random.Generator) -> tuple[tuple[int, ...], ...]:
+    cells = pick(rng, (1, 3, 8))  # plain, soft gradient, light texture
+    levels = rng.integers(150, 185) + rng.integers(-9, 10, size=(cells, cells))
+    return tuple(map(tuple, levels.tolist()))
+
+
+def draw(scene: Scene) -> np.ndarray:
+    """Paint a scene: [H, W, 3] uint8, RGB, with smooth edges."""
+    grid = Image.fromarray(np.array(scene.background, dtype=np.uint8))
+    image = grid.resize((scene.size, scene.size), Image.Resampling.BICUBIC).convert("RGB")
+    for shape in scene.shapes:
+        left, top, right, bottom = shape.box
+        image.paste(shape.paint, (left, top), _mask(shape.form, right - left, bottom - top))
+    return np.array(image)
+
+
+@cache  # a few hundred small masks in all, and training draws some ten thousand shapes per epoch
+def _mask(form: str, width: int, height: int) -> Image.Image:
+    """The share of each pixel that a shape of this form covers, 0..255; the form touches all four sides."""
+    right, bottom = width * _OVERSAMPLING - 1, height * _OVERSAMPLING - 1
+    mask = Image.new("L", (right + 1, bottom + 1))
+    if form == "circle":
+        ImageDraw.Draw(mask).ellipse((0, 0, right, bottom), fill=255)
+    else:
+        ImageDraw.Draw(mask).polygon([(x * right, y * bottom) for x, y in _outline(form)], fill=255)
+    return mask.reduce(_OVERSAMPLING)
+
+
+def _outline(form: str) -> list[tuple[float, float]]:
+    """The corners of a form; x and y each run from exactly 0 to exactly 1, y downwards."""
+    if form == "square":
+        return [(0, 0), (1, 0), (1, 1), (0, 1)]
+    if form == "triangle":
+        return [(0.5, 0), (1, 1), (0, 1)]
+    if form == "diamond":
+        return [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)]
+    if form == "cross":
+        a, b = 0.33, 0.67
+        return [(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b), (b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a)]
+    radii = (1, 0.45) * 5  # star: tips and notches in turn
+    points = [
+        (radius * math.sin(turn * math.pi / 5), -radius * math.cos(turn * math.pi / 5))
+        for turn, radius in enumerate(radii)
+    ]
+    (left, right), (top, bottom) = ((min(axis), max(axis)) for axis in zip(*points, strict=True))
+    return [((x - left) / (right - left), (y - top) / (bottom - top)) for x, y in points]

@@ -1,0 +1,115 @@
+"""The embedded data set: drawn shapes with referring expressions, made on the fly, so that everything runs offline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from vg.data.refcoco.source import samples_of
+from vg.data.source import Provenance, Task
+from vg.data.synthetic.expressions import DESCRIBE, VOCABULARY, Kind, classes, described_scene
+from vg.data.synthetic.scenes import STYLES, Scene, Shape, draw, random_scene, some
+from vg.errors import DataError
+from vg.settings import Settings
+from vg.types import Sample
+
+__all__ = ["VOCABULARY", "Scene", "Shape", "Shapes", "ShapesConfig", "draw"]
+
+SPLITS = {"train": 16_000, "val": 300, "test": 1_200}  # expressions
+
+
+@dataclass
+class ShapesConfig(Settings):
+    """Which drawn scenes to make."""
+
+    name: Literal["shapes"] = "shapes"
+    split: Literal["train", "val", "test"] = "train"
+    size: int | None = None  # number of expressions; by default 16,000 / 300 / 1,200 for train / val / test
+    image_size: int = 128  # pixels per side
+    seed: int = 0
+    view: Literal["expression", "detection"] = "expression"  # one phrase and one box, or several of both per scene
+    scenes: Literal["plain", "crowded"] = "plain"
+    """3 to 6 shapes, or 8 to 14 smaller ones."""
+    kinds: tuple[Kind, ...] = ("attribute", "superlative", "relation")
+    """Of expressions, in turn; there are also "ordinal" (second leftmost star) and "chain" (circle above the leftmost
+    star). Scenes of the detection view have phrases of color and form only."""
+
+    def build(self) -> Shapes:
+        return Shapes(self)
+
+
+class Shapes:
+    """Drawn scenes as a vg.data.source.Source: `train` is new in every epoch, `val` and `test` never change."""
+
+    def __init__(self, config: ShapesConfig) -> None:
+        if config.split not in SPLITS:
+            raise DataError(f"shapes: there is no split {config.split!r}; choose one of {', '.join(SPLITS)}")
+        self.style = STYLES[config.scenes]
+        if config.image_size < self.style.min_side:
+            raise DataError(
+                f"shapes: image_size {config.image_size} is too small; take at least {self.style.min_side} pixels"
+            )
+        if config.seed < 0 or (config.size is not None and config.size < 1):
+            raise DataError(f"shapes: seed ({config.seed}) starts at 0 and size ({config.size}) at 1")
+        if not config.kinds or not set(config.kinds) <= set(DESCRIBE):
+            raise DataError(f"shapes: kinds {config.kinds} must be some of {', '.join(DESCRIBE)}")
+        self.config = config
+        task: Task = "detection" if config.view == "detection" else "expressions"
+        crowded = "crowded, " if config.scenes == "crowded" else ""
+        self.provenance = Provenance(f"shapes ({crowded}{config.view}, seed {config.seed})", config.split, task)
+
+    def __len__(self) -> int:
+        return SPLITS[self.config.split] if self.config.size is None else self.config.size
+
+    def load(self, index: int, epoch: int) -> Sample:
+        """Draw one sample; see `ShapesConfig.view` for what is in it."""
+        if self.config.view == "detection":
+            return self._detection(index, epoch)
+        return samples_of(self.row(index, epoch), self.config.name, self.config.split)[0]
+
+    def row(self, index: int, epoch: int = 0) -> dict[str, Any]:
+        """One scene with one expression for one object, in the columns of `lmms-lab/RefCOCO*` on the Hub.
+
+        `bbox` is xywh in pixels; the extra column `kinds` says of which kind each expression in `answer` is.
+        """
+        kinds = self.config.kinds
+        kind = kinds[index % len(kinds)]
+        scene, expression = described_scene(self._rng(index, epoch), kind, self.config.image_size, self.style)
+        left, top, right, bottom = map(float, expression.target.box)
+        return {
+            "question_id": f"{index:06d}",
+            "image": Image.fromarray(draw(scene)),
+            "question": "Which object does the expression name?",
+            "answer": [expression.text],
+            "bbox": [left, top, right - left, bottom - top],
+            "segmentation": [left, top, right, top, right, bottom, left, bottom],
+            "iscrowd": 0,
+            "file_name": f"{self.config.split}_seed{self.config.seed}_epoch{self._fixed(epoch)}_{index:06d}.png",
+            "kinds": [expression.kind],
+        }
+
+    def _detection(self, index: int, epoch: int) -> Sample:
+        """Two to four phrases of color or form; every shape that fits a phrase has a box for it."""
+        rng = self._rng(index, epoch)
+        scene = random_scene(rng, self.config.image_size, self.style)
+        phrases = some(rng, [phrase for phrase in classes(scene) if any(phrase)], int(rng.integers(2, 5)))
+        pairs = [(number, shape) for number, phrase in enumerate(phrases) for shape in phrase.named(scene.shapes)]
+        return Sample(
+            id=f"{self.config.name}/{self.config.split}/{index:06d}",
+            image=draw(scene),
+            phrases=tuple(phrase.text(rng) for phrase in phrases),
+            boxes=np.array([shape.box for _, shape in pairs], dtype=np.float32),  # [N, 4]
+            phrase_ids=np.array([number for number, _ in pairs], dtype=np.int64),  # [N]
+        )
+
+    def _fixed(self, epoch: int) -> int:
+        return epoch if self.config.split == "train" else 0
+
+    def _rng(self, index: int, epoch: int) -> np.random.Generator:
+        if not 0 <= index < len(self):
+            raise IndexError(f"shapes {self.config.split}: no item {index}, there are {len(self)}")
+        split = list(SPLITS).index(self.config.split)
+        return np.random.default_rng([self.config.seed, split, self._fixed(epoch), index])

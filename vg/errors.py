@@ -1,0 +1,47 @@
+"""Errors a user can fix: the command line prints their message and exits with status 1, without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Base of all errors whose cause is in the user's files, settings or machine; the message says how to fix it."""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration cannot be used; the message gives the path of every key in question."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint cannot be read or written; the message names the file and what to do."""
+
+
+class DataError(UserError, ValueError):
+    """Something is wrong with the data; the message names the file, row or key and how to fix it."""
+
+
+class NoSuchSplitError(DataError):
+    """The data exists, but not the requested split or dataset."""
+
+
+class BadSampleError(DataError):
+    """One sample cannot be used (`data.bad_samples: skip` continues without it)."""
+
+
+class CacheError(DataError):
+    """A feature cache is missing, stale, incomplete or damaged; the message says what to do."""
+
+
+class BuildError(UserError, RuntimeError):
+    """The compiled kernels cannot be built or loaded; the message contains the compiler output."""
+
+
+class TrainingError(UserError, RuntimeError):
+    """Training cannot continue; the message says since which step, and why."""
+
+
+def closest(name: object, known: Iterable[str], limit: int = 1, cutoff: float = 0.4) -> list[str]:
+    """The known names most similar to a misspelled one, best first; empty if none is similar."""
+    return difflib.get_close_matches(str(name), list(known), n=limit, cutoff=cutoff)

@@ -1,0 +1,188 @@
+"""Optimiser, learning-rate schedule and the moving average of the weights."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
+
+from vg.errors import ConfigError
+from vg.settings import Settings
+from vg.training.lora import LoraConfig, add_adapters
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from vg.models.base import GroundingModel
+
+
+@dataclass
+class GroupConfig(Settings):
+    """What differs for the parameters of one module."""
+
+    lr: NonNegativeFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
+
+
+@dataclass
+class OptimConfig(Settings):
+    """What is trained, and how fast: AdamW with a warm-up and a schedule."""
+
+    lr: NonNegativeFloat = 1e-4
+    weight_decay: NonNegativeFloat = 0.01
+    """Not applied to biases, norms and other vectors, unless `decay_vectors`."""
+    decay_vectors: bool = False
+    """Weight decay for all parameters, as Grounding DINO and DETR before it were trained."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: PositiveFloat | None = 1.0
+    """Largest norm of the gradient; null for no clipping."""
+    warmup_steps: NonNegativeInt = 0
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
+    milestones: list[PositiveFloat] = field(default_factory=list)
+    """Epochs after which `schedule: step` multiplies the learning rate by `decay`."""
+    decay: PositiveFloat = 0.1
+    freeze: list[str] = field(default_factory=list)
+    """Modules that are not trained, for example [text, backbone]. Dropout inside goes on, as in published recipes."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the weights; checkpoints hold both as one, and load as any other."""
+    groups: dict[str, GroupConfig] = field(default_factory=dict)
+    """Module name -> what differs there, for example `vision: {lr: 1e-5}`; the longest matching name counts."""
+
+    def __post_init__(self) -> None:
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError("schedule: step needs milestones, such as [11] of 12 epochs, and no other has any")
+        if self.milestones != sorted(self.milestones):
+            raise ValueError(f"milestones ({self.milestones}) must rise")
+
+
+def choose_trained(model: GroundingModel, config: OptimConfig) -> None:
+    """Freeze what the configuration says, and put adapters where it wants some; before the optimiser is made.
+
+    Raises:
+        ConfigError: a name fits nothing.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for prefix in config.freeze:
+        _check_name(prefix, "freeze", parameters)
+        for name, parameter in parameters.items():
+            if _belongs(name, prefix):
+                parameter.requires_grad_(False)
+    if config.lora:
+        add_adapters(model, config.lora)
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """One parameter group for each pair of learning rate and weight decay; frozen parameters are left out.
+
+    Raises:
+        ConfigError: a name in `optim.groups` fits no trainable parameter, or nothing is trainable.
+    """
+    import torch
+
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ConfigError("nothing to train: every parameter is frozen")
+    for prefix in config.groups:
+        _check_name(prefix, "groups", parameters)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        prefixes = sorted((prefix for prefix in config.groups if _belongs(name, prefix)), key=len)
+        group = config.groups[prefixes[-1]] if prefixes else GroupConfig()
+        lr = config.lr if group.lr is None else group.lr
+        weight_decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+        if parameter.dim() <= 1 and not config.decay_vectors:
+            weight_decay = 0.0
+        groups.setdefault((lr, weight_decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],
+        lr=config.lr,
+        betas=config.betas,
+        fused=True,
+    )
+
+
+def _belongs(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def _check_name(prefix: str, setting: str, parameters: Mapping[str, nn.Parameter]) -> None:
+    if not any(_belongs(name, prefix) for name in parameters):
+        modules = {name[:end] for name in parameters for end, letter in enumerate(name) if letter == "."}
+        near = difflib.get_close_matches(prefix, modules, n=3) or sorted({m for m in modules if "." not in m})
+        raise ConfigError(f"optim.{setting}.{prefix}: no trainable parameter there; near names: {', '.join(near)}")
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, num_steps: int, steps_per_epoch: int = 1
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up from 0, then a cosine to 0 at num_steps, or steps, or constant; one step per optimiser step.
+
+    Args:
+        steps_per_epoch: milestones count in epochs.
+    """
+    import torch
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / (config.warmup_steps + 1)
+        if config.schedule == "constant":
+            return 1.0
+        if config.schedule == "step":
+            return config.decay ** sum(step >= round(epoch * steps_per_epoch) for epoch in config.milestones)
+        progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+        return (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class Ema:
+    """Exponential moving average of the trainable parameters.
+
+    The decay rises with the number of steps, (1 + step) / (10 + step), up to its final value, so that the average does
+    not remember the random start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin the average anew with the present weights."""
+        self.num_updates = 0
+        self.averages = [p.detach().clone() for p in self.parameters]
+
+    def update(self) -> None:
+        import torch
+
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averages, [p.data for p in self.parameters], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights."""
+        own = [p.data for p in self.parameters]
+        for parameter, average in zip(self.parameters, self.averages, strict=True):
+            parameter.data = average
+        try:
+            yield
+        finally:
+            for parameter, data in zip(self.parameters, own, strict=True):
+                parameter.data = data
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_updates": self.num_updates, "averages": self.averages}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_updates = state["num_updates"]
+        averages: list[Tensor] = state["averages"]
+        for own, other in zip(self.averages, averages, strict=True):
+            own.copy_(other)
