@@ -162,7 +162,7 @@ def grounding_dino_parity() -> Found:
     The decoder starts from the CPU's queries, for which of two that fit all but equally well comes first may differ.
     """
     from vg.models.grounding_dino.config import BertConfig, GroundingDinoConfig, SwinConfig
-    from vg.types import Batch, Text
+    from vg.types import Batch, PromptTargets, Text
 
     torch.manual_seed(0)
     bert = {"model_type": "bert", "vocab_size": 1040, "hidden_size": 64, "num_hidden_layers": 2}
@@ -177,7 +177,7 @@ def grounding_dino_parity() -> Found:
     text = Text(ids, ids > 0, (ids > 0).unsqueeze(1), torch.arange(2))
     images = torch.randn(2, 3, 320, 416)
     images[1, :, :, 320:] = 0
-    batch = Batch(images, ((320, 416), (320, 320)), text, [])
+    batch = Batch(images, ((320, 416), (320, 320)), text, [], PromptTargets.without_boxes(text))
 
     def run(batch: Batch, chosen: Tensor | None = None) -> dict[str, Tensor]:
         read = model.text(batch.text.token_ids, batch.text.mask, (101, 102, 1012, 1029))

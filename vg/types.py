@@ -7,6 +7,7 @@ S image tokens of all levels, D channels, K predicted boxes of one image, H and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -65,6 +66,40 @@ class Target:
         return replace(self, boxes=move(self.boxes), phrase_ids=move(self.phrase_ids), crowd=crowd, areas=areas)
 
 
+class PromptTargets(NamedTuple):
+    """Ground truth of every prompt of a batch: the boxes of its phrases, padded to the most that a prompt has."""
+
+    boxes: Tensor  # [R, N, 4] cxcywh, 0..1 of the image without padding
+    tokens: Tensor  # [R, N, T] bool, the tokens of the phrase of each box
+    phrase_ids: Tensor  # [R, N] int64, index of that phrase among the phrases of the image
+    mask: Tensor  # [R, N] bool, True = a box; False = padding, which comes last and has no meaning
+    counts: tuple[int, ...]  # [R] boxes of each prompt; integers on the host, so that a GPU need not be waited for
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> PromptTargets:
+        boxes, tokens, phrase_ids, mask = map(function, self[:4])
+        return PromptTargets(boxes, tokens, phrase_ids, mask, self.counts)
+
+    @classmethod
+    def without_boxes(cls, text: Text) -> PromptTargets:
+        """Return targets with N = 0, for batches that are only predicted."""
+        rows, tokens = text.mask.shape
+        mask = text.mask.new_zeros((rows, 0))
+        boxes, phrase_ids = mask.unsqueeze(-1).expand(-1, -1, 4).float(), mask.long()
+        return cls(boxes, mask.unsqueeze(-1).expand(-1, -1, tokens), phrase_ids, mask, (0,) * rows)
+
+
+class LossName(NamedTuple):
+    """Key of a loss term; `str` gives its name in logs, such as "class", "l1_encoder" or "giou_denoising_layer3"."""
+
+    term: str
+    component: str = ""  # "encoder" or "denoising"; empty for the predictions of the model
+    layer: int | None = None  # decoder layer, counted from 0; None for the last layer, and where there are no layers
+
+    def __str__(self) -> str:
+        layer = "" if self.layer is None else f"layer{self.layer}"
+        return "_".join(filter(None, (self.term, self.component, layer)))
+
+
 class Features(NamedTuple):
     """What the encoders of a model made of pictures and expressions; what is read from a cache has half precision."""
 
@@ -85,6 +120,7 @@ class Batch:
     sizes: tuple[tuple[int, int], ...]  # B times (height, width) without that padding; not where boxes are measured in
     text: Text
     targets: list[Target]
+    prompt_targets: PromptTargets  # the boxes of `targets` by prompt, see vg.data.prompt.prompt_targets
     features: Features | None = None  # in place of pixels and token ids, which then hold nothing
 
     def to(self, device: object, non_blocking: bool = False) -> Batch:
@@ -97,12 +133,18 @@ class Batch:
             sizes=self.sizes,
             text=Text(*map(move, self.text)),
             targets=[target.to(device, non_blocking) for target in self.targets],
+            prompt_targets=self.prompt_targets.apply(move),
             features=features and Features(move(features.image), features.grid, move(features.text)),
         )
 
     def pin_memory(self) -> Batch:
-        """The same with images and text in page-locked memory; a DataLoader with pin_memory=True asks for it."""
-        return replace(self, images=self.images.pin_memory(), text=Text(*(x.pin_memory() for x in self.text)))
+        """The same with images, text and prompt targets in page-locked memory, for DataLoader(pin_memory=True)."""
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            text=Text(*(x.pin_memory() for x in self.text)),
+            prompt_targets=self.prompt_targets.apply(lambda x: x.pin_memory()),
+        )
 
     def __len__(self) -> int:
         return len(self.targets)

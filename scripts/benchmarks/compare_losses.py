@@ -39,7 +39,6 @@ from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
 from vg.data.samplers import EpochSampler
 from vg.losses.config import LossConfig
-from vg.losses.targets import prompt_targets
 from vg.metrics.coco import CocoMetric
 from vg.models.grounding_dino.model import GroundingDino, Output
 from vg.training.optim import build_optimizer, build_schedule
@@ -113,10 +112,8 @@ def train(name: str, config: RunConfig, every: int) -> dict[int, float]:
 
 
 def theirs(output: Output, batch: Batch) -> Tensor:
-    targets = prompt_targets(batch.text, batch.targets)
-    return transformers_loss(
-        output.logits, output.boxes, targets, batch.text, encoder=(output.encoder_logits, output.encoder_boxes)
-    )
+    encoder = output.encoder_logits, output.encoder_boxes
+    return transformers_loss(output.logits, output.boxes, batch.prompt_targets, batch.text, encoder=encoder)
 
 
 def batches(model: GroundingDino, config: RunConfig) -> Iterator[Batch]:

@@ -33,7 +33,7 @@ from scripts.benchmarks.deform_attn import DTYPES, Clock, machine
 from vg.models.grounding_dino.checkpoints import read_checkpoint
 from vg.models.grounding_dino.model import GroundingDino
 from vg.ops import backend_info
-from vg.types import Batch, Text
+from vg.types import Batch, PromptTargets, Text
 
 TRANSFORMERS, NEW, SAME = "transformers", "vg, new prompt", "vg, same prompt"
 TOLERANCE = 1e-4  # of boxes in 0..1; of other outputs relative to the largest number
@@ -105,7 +105,8 @@ def forwards(theirs: GroundingDinoForObjectDetection | None, ours: GroundingDino
 def batch_of(images: Tensor, ids: Tensor) -> Batch:
     mask = torch.ones_like(ids, dtype=torch.bool)
     sizes = ((images.shape[-2], images.shape[-1]),) * len(images)
-    return Batch(images, sizes, Text(ids, mask, mask.unsqueeze(1), torch.arange(len(ids), device=ids.device)), [])
+    text = Text(ids, mask, mask.unsqueeze(1), torch.arange(len(ids), device=ids.device))
+    return Batch(images, sizes, text, [], PromptTargets.without_boxes(text))
 
 
 # ---- work ---------------------------------------------------------------------------------------------------------

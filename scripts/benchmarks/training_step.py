@@ -44,6 +44,7 @@ from scripts.benchmarks.grounding_dino import (
     seconds,
 )
 from scripts.benchmarks.transformers_loss import SETTINGS
+from vg.data.prompt import prompt_targets
 from vg.models.grounding_dino.model import GroundingDino
 from vg.ops import backend_info
 from vg.types import Batch, Target
@@ -117,7 +118,7 @@ def labelled(case: Case) -> Batch:
         phrase_ids = torch.arange(BOXES, device=ids.device) % case.phrases
         targets.append(Target(str(image), case.size, phrases, boxes, phrase_ids))
     text = batch.text._replace(phrase_tokens=phrase.unsqueeze(1) == numbers.view(1, -1, 1))  # [R, P, T]
-    return replace(batch, text=text, targets=targets)
+    return replace(batch, text=text, targets=targets, prompt_targets=prompt_targets(text, targets))
 
 
 def call(case: Case, contender: Contender) -> Callable[[], Tensor]:
@@ -152,7 +153,7 @@ def losses(case: Case, theirs: GroundingDinoForObjectDetection, ours: GroundingD
     terms = answer_of_transformers(theirs, batch).loss_dict
     wanted = {"class": SETTINGS.class_weight * terms["loss_ce"], "l1": SETTINGS.l1 * terms["loss_bbox"]}
     wanted |= {"giou": SETTINGS.giou * terms["loss_giou"]}
-    found = ours.loss(ours(batch), batch)
+    found = {str(name): value for name, value in ours.loss(ours(batch), batch).items()}
     for name, value in wanted.items():
         if not abs(found[name] - value) < TOLERANCE * value:
             raise SystemExit(f"the {name} loss is {found[name]:.4f}, that of transformers {value:.4f}")

@@ -9,8 +9,7 @@ from transformers.loss.loss_grounding_dino import GroundingDinoForObjectDetectio
 from transformers.models.grounding_dino.modeling_grounding_dino import build_label_maps, build_text_mask
 
 from vg.losses.config import LossConfig, MatchingConfig
-from vg.losses.targets import PromptTargets
-from vg.types import Text
+from vg.types import PromptTargets, Text
 
 # What transformers weighs and matches by, as settings of our loss.
 SETTINGS = LossConfig(class_weight=2.0, matching=MatchingConfig(class_cost="mean", class_weight=1.0))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vg.losses.targets import PromptTargets
+from vg.types import PromptTargets
 
 
 class Case(NamedTuple):
@@ -18,7 +18,7 @@ class Case(NamedTuple):
 
     def rows(self, rows: list[int]) -> Case:
         """Some prompts of a batch, or all in another order."""
-        targets = PromptTargets(*(x[rows] for x in self.targets[:3]), tuple(self.targets.counts[r] for r in rows))
+        targets = self.targets.apply(lambda x: x[rows])._replace(counts=tuple(self.targets.counts[r] for r in rows))
         return Case(self.logits[:, rows], self.boxes[:, rows], targets, self.mask[rows])
 
     def cut(self) -> Case:
@@ -28,6 +28,7 @@ class Case(NamedTuple):
             self.targets.boxes[:, :boxes],
             self.targets.tokens[:, :boxes, :tokens],
             self.targets.phrase_ids[:, :boxes],
+            self.targets.mask[:, :boxes],
             self.targets.counts,
         )
         return Case(self.logits[..., :tokens], self.boxes, targets, self.mask[:, :tokens])
@@ -49,7 +50,8 @@ def random_case(
     tokens = torch.rand(rows, num_boxes, num_tokens) < 0.3
     tokens[..., 1] = True  # every box has a name
     tokens &= mask.unsqueeze(1)
-    tokens &= (torch.arange(num_boxes) < torch.tensor(counts).unsqueeze(1)).unsqueeze(-1)
-    targets = PromptTargets(random_boxes(rows, num_boxes), tokens, torch.randint(9, (rows, num_boxes)), counts)
+    real = torch.arange(num_boxes) < torch.tensor(counts).unsqueeze(1)  # [R, N]
+    tokens &= real.unsqueeze(-1)
+    targets = PromptTargets(random_boxes(rows, num_boxes), tokens, torch.randint(9, (rows, num_boxes)), real, counts)
     logits = (torch.randn(layers, rows, queries, num_tokens) * 2).masked_fill(~mask.unsqueeze(1), -torch.inf)
     return Case(logits, random_boxes(layers, rows, queries), targets, mask)

@@ -19,10 +19,9 @@ from tests.conftest import TEXT
 from tests.losses.cases import random_boxes
 from vg.data.collate import Collator
 from vg.losses.set_loss import SetLoss
-from vg.losses.targets import PromptTargets, prompt_targets
 from vg.models.encoder_config import TextEncoderConfig
 from vg.models.encoders import load_tokenizer
-from vg.types import Batch, FittedImage, Sample, Text, TextSpec
+from vg.types import Batch, FittedImage, PromptTargets, Sample, Text, TextSpec
 
 Encoder = tuple[Tensor, Tensor]
 Loss = Callable[..., Tensor]  # of the arguments below
@@ -100,7 +99,7 @@ with_both_losses = pytest.mark.parametrize(
 @with_both_losses
 def test_queries_are_taught_the_words_of_their_own_box(loss: Loss, prompts: list[list[str]]) -> None:
     batch = batch_of(prompts)
-    targets = prompt_targets(batch.text, batch.targets)
+    targets = batch.prompt_targets
     logits, boxes = answers(batch, targets)
     loss(logits.requires_grad_(), boxes, targets, batch.text).backward()
     assert logits.grad is not None
@@ -114,7 +113,7 @@ def test_queries_are_taught_the_words_of_their_own_box(loss: Loss, prompts: list
 @with_both_losses
 def test_right_answers_cost_nothing(loss: Loss, prompts: list[list[str]]) -> None:
     batch = batch_of(prompts)
-    targets = prompt_targets(batch.text, batch.targets)
+    targets = batch.prompt_targets
     logits, boxes = answers(batch, targets)
     logits -= 20.0
     for row, target in enumerate(batch.targets):
@@ -126,13 +125,13 @@ def test_right_answers_cost_nothing(loss: Loss, prompts: list[list[str]]) -> Non
 def test_a_batch_costs_what_its_images_cost(loss: Loss, prompts: list[list[str]]) -> None:
     """With rubbish for answers of three layers and of the encoder: every loss against itself."""
     batch = batch_of(prompts)
-    targets = prompt_targets(batch.text, batch.targets)
+    targets = batch.prompt_targets
     logits, boxes, encoder = rubbish(batch)
     together = loss(logits, boxes, targets, batch.text, encoder)
     alone = []
     for row, count in enumerate(targets.counts):
         only = slice(row, row + 1)
-        one = PromptTargets(targets.boxes[only], targets.tokens[only], targets.phrase_ids[only], (count,))
+        one = targets.apply(lambda x, only=only: x[only])._replace(counts=(count,))
         text = Text(*(part[only] for part in batch.text))
         alone.append(count * loss(logits[:, only], boxes[:, only], one, text, (encoder[0][only], encoder[1][only])))
     torch.testing.assert_close(together, torch.stack(alone).sum() / sum(targets.counts))
@@ -141,7 +140,7 @@ def test_a_batch_costs_what_its_images_cost(loss: Loss, prompts: list[list[str]]
 @pytest.mark.parametrize("prompts", SAME.values(), ids=SAME)
 def test_both_losses_agree_where_transformers_is_right(prompts: list[list[str]]) -> None:
     batch = batch_of(prompts)
-    targets = prompt_targets(batch.text, batch.targets)
+    targets = batch.prompt_targets
     logits, boxes, encoder = rubbish(batch)
     ours, theirs = (loss(logits, boxes, targets, batch.text, encoder) for loss in (vg_loss, transformers_loss))
     torch.testing.assert_close(ours, theirs)

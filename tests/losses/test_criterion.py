@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vg.data.prompt import prompt_targets
 from vg.losses.config import LossConfig, MatchingConfig
 from vg.losses.matcher import match, match_costs
 from vg.losses.set_loss import SetLoss
-from vg.losses.targets import PromptTargets, prompt_targets
-from vg.types import Target, Text
+from vg.types import PromptTargets, Target, Text
 
 RECORDED = Path(__file__).parents[2] / ".." / "shared" / "data" / "golden_official"
 CONFIG = LossConfig(class_weight=2, matching=MatchingConfig(class_cost="mean", class_weight=1))
@@ -60,7 +60,8 @@ class Recording:
 
     def loss(self, targets: PromptTargets) -> dict[str, Tensor]:
         encoder = self.logits[3], self.boxes[3]
-        return SetLoss(CONFIG)(self.logits[:3], self.boxes[:3], targets, self.mask, encoder=encoder)
+        losses = SetLoss(CONFIG)(self.logits[:3], self.boxes[:3], targets, self.mask, encoder=encoder)
+        return {str(name): value for name, value in losses.items()}
 
 
 @pytest.fixture

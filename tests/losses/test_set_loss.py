@@ -12,6 +12,7 @@ from tests.losses.cases import Case, random_boxes, random_case
 from vg.losses import terms
 from vg.losses.config import LossConfig, MatchingConfig
 from vg.losses.set_loss import SetLoss
+from vg.types import LossName
 
 EVERYTHING = LossConfig(alignment=0.5)
 Extras = dict[str, tuple[Tensor, ...]]
@@ -40,20 +41,22 @@ def of_rows(extra: Extras, rows: list[int]) -> Extras:
     }
 
 
-def assert_same(losses: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same(losses: dict[LossName, Tensor], expected: dict[LossName, Tensor]) -> None:
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(losses[name], value, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(losses[name], value, rtol=1e-5, atol=1e-6, msg=str(name))
 
 
 def test_one_term_per_loss_and_part() -> None:
     case = random_case()
-    parts = ["_layer0", "_layer1", "", "_encoder", "_denoising_layer0", "_denoising_layer1", "_denoising"]
+    outputs = [("", 0), ("", 1), ("", None), ("encoder", None)]
+    outputs += [("denoising", 0), ("denoising", 1), ("denoising", None)]
     losses = SetLoss(EVERYTHING)(*case, **extras(case))
-    assert set(losses) == {f"{term}{part}" for term in ("class", "l1", "giou") for part in parts} | {"alignment"}
+    names = {LossName(term, *output) for term in ("class", "l1", "giou") for output in outputs}
+    assert set(losses) == names | {LossName("alignment")}
     assert all(loss.shape == () and loss.isfinite() and loss > 0 for loss in losses.values())
     last = SetLoss(EVERYTHING)(case.logits[-1:], case.boxes[-1:], *case[2:])
-    assert_same(last, {name: losses[name] for name in ("class", "l1", "giou")})
+    assert_same(last, {name: losses[name] for name in map(LossName, ("class", "l1", "giou"))})
 
 
 def test_weights_and_factors() -> None:
@@ -61,9 +64,9 @@ def test_weights_and_factors() -> None:
     unit = SetLoss(LossConfig(1, 1, 1, alignment=1))(*case, **extras(case))
     weighted = SetLoss(LossConfig(2, 3, 4, auxiliary=5, encoder=6, denoising=7, alignment=8))(*case, **extras(case))
     for name, value in unit.items():
-        expected = {"class": 2, "l1": 3, "giou": 4, "alignment": 8}[name.split("_")[0]]
-        for part, factor in (("layer", 5), ("encoder", 6), ("denoising", 7)):
-            expected *= factor if part in name else 1
+        expected = {"class": 2, "l1": 3, "giou": 4, "alignment": 8}[name.term]
+        expected *= 1 if name.layer is None else 5
+        expected *= {"": 1, "encoder": 6, "denoising": 7}[name.component]
         torch.testing.assert_close(weighted[name], expected * value)
 
 
@@ -83,9 +86,9 @@ def test_zero_switches_off(off: dict[str, float], gone: str) -> None:
     case = random_case()
     values = {field.name: getattr(EVERYTHING, field.name) for field in fields(EVERYTHING)}
     everything = SetLoss(EVERYTHING)(*case, **extras(case))
-    assert any(gone in name for name in everything)
+    assert any(gone in str(name) for name in everything)
     losses = SetLoss(LossConfig(**(values | off)))(*case, **extras(case))
-    assert_same(losses, {name: value for name, value in everything.items() if gone not in name})
+    assert_same(losses, {name: value for name, value in everything.items() if gone not in str(name)})
 
 
 def test_perfect_answers_cost_nothing_and_others_are_told_where_to_go() -> None:
@@ -101,8 +104,8 @@ def test_perfect_answers_cost_nothing_and_others_are_told_where_to_go() -> None:
     boxes[0, 0, 1, 0] += 0.1
     worse = SetLoss(LossConfig())(logits, boxes, *case[2:])
     num_boxes, num_tokens = sum(case.targets.counts), case.targets.tokens[0, 0].sum()
-    torch.testing.assert_close(worse["class"], 0.25 * 20 * num_tokens / num_boxes)
-    torch.testing.assert_close(worse["l1"], torch.tensor(5 * 0.1 / num_boxes))
+    torch.testing.assert_close(worse[LossName("class")], 0.25 * 20 * num_tokens / num_boxes)
+    torch.testing.assert_close(worse[LossName("l1")], torch.tensor(5 * 0.1 / num_boxes))
 
 
 def test_padding_does_not_count() -> None:
@@ -143,7 +146,7 @@ def test_a_batch_cut_in_parts_is_the_same_batch() -> None:
     losses = [SetLoss(EVERYTHING)(*case.rows(rows), **of_rows(extra, rows)) for rows in parts]
     merged = {}
     for name in whole:
-        divisors = restored if "denoising" in name else counts
+        divisors = restored if name.component == "denoising" else counts
         sums = [loss[name] * max(1, divisor) for loss, divisor in zip(losses, divisors, strict=True)]
         merged[name] = torch.stack(sums).sum() / sum(divisors)
     assert_same(merged, whole)
@@ -163,9 +166,9 @@ def test_denoising_queries_are_judged_like_others() -> None:
             if box >= 0:
                 l1 = l1 + terms.l1(boxes[0, row, query], case.targets.boxes[row, box])
                 giou = giou + terms.giou(boxes[0, row, query], case.targets.boxes[row, box])
-    torch.testing.assert_close(losses["class_denoising"], focal / 3)
-    torch.testing.assert_close(losses["l1_denoising"], 5 * l1 / 3)
-    torch.testing.assert_close(losses["giou_denoising"], 2 * giou / 3)
+    torch.testing.assert_close(losses[LossName("class", "denoising")], focal / 3)
+    torch.testing.assert_close(losses[LossName("l1", "denoising")], 5 * l1 / 3)
+    torch.testing.assert_close(losses[LossName("giou", "denoising")], 2 * giou / 3)
 
 
 def test_without_any_box_all_terms_are_there_and_have_gradients() -> None:
@@ -176,7 +179,7 @@ def test_without_any_box_all_terms_are_there_and_have_gradients() -> None:
     vectors = torch.randn(2, 8, 4), torch.randn(2, 7, 4)
     losses = SetLoss(EVERYTHING)(*case, denoising=denoising, vectors=vectors)
     assert len(losses) == 3 * (3 + 3) + 1
-    assert {name for name, loss in losses.items() if loss > 0} == {"class", "class_layer0", "class_layer1"}
+    assert {name for name, loss in losses.items() if loss > 0} == {LossName("class", layer=i) for i in (None, 0, 1)}
     torch.stack(list(losses.values())).sum().backward()
     assert logits.grad is not None
     assert logits.grad[case.mask[None, :, None].expand_as(logits)].all()
@@ -189,8 +192,10 @@ def test_more_boxes_than_queries_divides_by_the_boxes() -> None:
     case = random_case(counts=(6,), lengths=(5,), queries=3, layers=1)
     case.logits[..., :5] = -20.0
     losses = SetLoss(LossConfig())(*case)
-    assert losses["class"].item() >= 0.25 * 20 * 3 / 6 * 0.99, "three queries have at least one token each to name"
-    assert losses["class"].item() <= 0.25 * 20 * 3 * 5 / 6
+    assert losses[LossName("class")].item() >= 0.25 * 20 * 3 / 6 * 0.99, (
+        "three queries have at least one token each to name"
+    )
+    assert losses[LossName("class")].item() <= 0.25 * 20 * 3 * 5 / 6
 
 
 def test_gradients_reach_matched_boxes_and_all_real_tokens_only() -> None:

@@ -16,6 +16,7 @@ from vg.config import RunConfig
 from vg.errors import CheckpointError, ConfigError, TrainingError
 from vg.training.optim import GroupConfig
 from vg.training.trainer import Trainer
+from vg.types import LossName
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -30,7 +31,8 @@ def poison(trainer: Trainer, at_step: int, term: str) -> None:
 
     def poisoned(output: Any, batch: Any) -> dict[str, Tensor]:
         terms = loss(output, batch)
-        return terms | ({term: terms[term] * float("nan")} if trainer.progress.step + 1 == at_step else {})
+        name = LossName(term)
+        return terms | ({name: terms[name] * float("nan")} if trainer.progress.step + 1 == at_step else {})
 
     trainer.unwrapped_model.loss = poisoned  # type: ignore[method-assign]
 

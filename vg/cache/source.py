@@ -26,7 +26,7 @@ from torch import Tensor
 from vg import boxes as box_ops
 from vg.data.source import HasImageKeys, Source
 from vg.errors import BadSampleError, CacheError
-from vg.types import Batch, Features, Target, Text
+from vg.types import Batch, Features, PromptTargets, Target, Text
 
 # Of pictures and expressions there are so many in one part: what a kill may cost, against the number of open files.
 FORMAT = {"version": 1, "pictures": 256, "expressions": 4096}
@@ -59,11 +59,13 @@ def collate_features(samples: Sequence[FeatureSample]) -> Batch:
         row[: len(sample.words)] = sample.words
     mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)  # [R, T]
     image_ids = torch.tensor([places[sample.picture] for sample in samples])
+    text = Text(torch.zeros_like(mask, dtype=torch.long), mask, mask.unsqueeze(1), image_ids)
     return Batch(
         images=torch.empty(0, 3, 0, 0),
         sizes=(),
-        text=Text(torch.zeros_like(mask, dtype=torch.long), mask, mask.unsqueeze(1), image_ids),
+        text=text,
         targets=[_target(sample) for sample in samples],
+        prompt_targets=PromptTargets.without_boxes(text),
         features=Features(
             torch.from_numpy(np.stack(list(pictures.values()))), samples[0].grid, torch.from_numpy(words)
         ),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vg import boxes as box_ops
 from vg.cache.source import FeatureSample, collate_features
-from vg.data.prompt import Expressions, Prompts
+from vg.data.prompt import Expressions, Prompts, prompt_targets
 from vg.types import Batch, ImageSpec, Sample, Target, Text, TextSpec
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Collator:
         text = self.texts(samples)
         images, sizes = self.images(samples)
         targets = [_target(sample, self._asked(sample, text, i)) for i, sample in enumerate(samples)]
-        return Batch(images, sizes, text, targets)
+        return Batch(images, sizes, text, targets, prompt_targets(text, targets))
 
     def images(self, samples: Sequence[Sample]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
         """The pictures [B, 3, H, W] as the model takes them, and the (height, width) of each without padding."""

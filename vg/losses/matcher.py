@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vg.losses import terms
 from vg.losses.config import LossConfig
-from vg.losses.targets import PromptTargets
+from vg.types import PromptTargets
 
 # Keeps the logarithm of a probability finite, as published; it decides the cost of logits beyond 18.
 _EPS = {"mean": 1e-8, "sum": 1e-12}

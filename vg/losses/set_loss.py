@@ -1,4 +1,4 @@
-"""The set loss of DETR-like grounding: queries are matched with boxes and learn to name and to place them."""
+"""The set prediction loss of DETR-like grounding: match queries with boxes, then classify tokens and regress boxes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from torch.nn import functional as F
 from vg.losses import terms
 from vg.losses.config import LossConfig
 from vg.losses.matcher import match
-from vg.losses.targets import PromptTargets
+from vg.types import LossName, PromptTargets
+
+Output = tuple[str, int | None]  # component and layer of LossName
+Denoising = tuple[Tensor, Tensor, Tensor]
 
 
 class SetLoss:
     """Focal loss over text tokens, L1 and GIoU for every decoder layer, the encoder output and denoising queries.
 
-    All sums are divided by the number of boxes, those of denoising by the number of boxes to restore.
+    Sums are divided by the number of boxes in the batch, those of denoising by the number of denoised boxes.
     """
 
     def __init__(self, config: LossConfig):
@@ -28,90 +31,90 @@ class SetLoss:
         targets: PromptTargets,
         mask: Tensor,
         encoder: tuple[Tensor, Tensor] | None = None,
-        denoising: tuple[Tensor, Tensor, Tensor] | None = None,
+        denoising: Denoising | None = None,
         vectors: tuple[Tensor, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
-        """Judge the answers of one batch.
+    ) -> dict[LossName, Tensor]:
+        """Compute the weighted loss terms of one batch.
 
         Args:
-            logits: [L, R, Q, T] of the decoder layers, the last one last; anything at tokens that are none.
+            logits: [L, R, Q, T] of all decoder layers, the last layer last; values at padded tokens are ignored.
             boxes: [L, R, Q, 4] cxcywh 0..1.
             mask: [R, T] bool, True = a real token.
-            encoder: logits [R, Q, T] and boxes [R, Q, 4] that the encoder proposed.
-            denoising: logits [L, R, M, T] and boxes [L, R, M, 4] of the denoising queries, and which box each of them
-                is to restore: [R, M] int64, -1 for none.
-            vectors: of the queries of the last layer [R, Q, D] and of the text tokens [R, T, D], to be aligned.
+            encoder: logits [R, Q, T] and boxes [R, Q, 4] of the image tokens selected as queries.
+            denoising: logits [L, R, M, T] and boxes [L, R, M, 4] of the denoising queries, and their assignment
+                [R, M] int64: the index of the box that each of them reconstructs, -1 for background.
+            vectors: queries of the last layer [R, Q, D] and text tokens [R, T, D] for the alignment loss.
 
         Returns:
-            Weighted scalars: "class", "l1" and "giou" of the last layer, with "_layer0", "_layer1", ... of the ones
-            before, "_encoder" of the encoder, "_denoising" and "_denoising_layer0", ... of denoising; "alignment".
+            Weighted scalars "class", "l1" and "giou" of every layer and component, and "alignment" of the last layer.
+            Terms with weight zero are left out.
         """
         with torch.autocast(logits.device.type, enabled=False):
-            num_boxes, num_restored = self._counts(targets, denoising, logits.device)
-            parts = self._layers(len(logits))
-            logits, boxes = logits[-len(parts) :], boxes[-len(parts) :]
+            num_boxes, num_denoised = self._counts(targets, denoising)
+            factors = self._layer_factors(len(logits))
+            logits, boxes = logits[-len(factors) :], boxes[-len(factors) :]
+            last = len(factors) - 1
             if encoder and self.config.encoder:
-                parts["_encoder"] = self.config.encoder
+                factors["encoder", None] = self.config.encoder
                 logits, boxes = torch.cat((logits, encoder[0][None])), torch.cat((boxes, encoder[1][None]))
             assignment = match(logits, boxes, targets, mask, self.config)  # [L, R, Q]
-            losses = self._terms(parts, logits, boxes, assignment, targets, mask, num_boxes)
+            losses = self._terms(factors, logits, boxes, assignment, targets, mask, num_boxes)
             if vectors and self.config.alignment:
-                named = _of_queries(targets.tokens, assignment[list(parts).index("")])  # [R, Q, T]
-                alignment = terms.alignment(*vectors, named, mask, self.config.alignment_temperature)  # [R]
-                losses["alignment"] = self.config.alignment * alignment.sum() / num_boxes
+                positive = _gather_boxes(targets.tokens, assignment[last])  # [R, Q, T]
+                alignment = terms.alignment(*vectors, positive, mask, self.config.alignment_temperature)  # [R]
+                losses[LossName("alignment")] = self.config.alignment * alignment.sum() / num_boxes
             if denoising and self.config.denoising:
-                logits, boxes, restores = denoising
-                parts = self._layers(len(logits), "_denoising", self.config.denoising)
-                logits, boxes = logits[-len(parts) :], boxes[-len(parts) :]
-                losses |= self._terms(parts, logits, boxes, restores[None], targets, mask, num_restored)
+                logits, boxes, assignment = denoising
+                factors = self._layer_factors(len(logits), "denoising", self.config.denoising)
+                logits, boxes = logits[-len(factors) :], boxes[-len(factors) :]
+                losses |= self._terms(factors, logits, boxes, assignment[None], targets, mask, num_denoised)
         return losses
 
-    def _layers(self, number: int, part: str = "", factor: float = 1.0) -> dict[str, float]:
-        """How the decoder layers that count are called in the names of terms, first to last, and their factors."""
+    def _layer_factors(self, num_layers: int, component: str = "", factor: float = 1.0) -> dict[Output, float]:
+        """The decoder layers that are supervised, first to last, each with the factor of its terms."""
         auxiliary = self.config.auxiliary * factor
-        earlier = {f"{part}_layer{layer}": auxiliary for layer in range(number - 1)} if auxiliary else {}
-        return earlier | {part: factor}
+        earlier: dict[Output, float] = {(component, layer): auxiliary for layer in range(num_layers - 1) if auxiliary}
+        return earlier | {(component, None): factor}
 
-    def _counts(
-        self, targets: PromptTargets, denoising: tuple[Tensor, Tensor, Tensor] | None, device: torch.device
-    ) -> Tensor:
-        """[2] float32: boxes and boxes to restore, each at least 1."""
-        num_boxes = torch.tensor(sum(targets.counts), device=device)
-        num_restored = (denoising[2] >= 0).sum() if denoising else torch.zeros_like(num_boxes)
-        return torch.stack((num_boxes, num_restored)).float().clamp(min=1)
+    @staticmethod
+    def _counts(targets: PromptTargets, denoising: Denoising | None) -> Tensor:
+        """[2] float32: the numbers of boxes and of denoised boxes, both at least 1; no synchronization with a GPU."""
+        num_boxes = targets.mask.sum()
+        num_denoised = (denoising[2] >= 0).sum() if denoising else torch.zeros_like(num_boxes)
+        return torch.stack((num_boxes, num_denoised)).float().clamp(min=1)
 
     def _terms(
         self,
-        parts: dict[str, float],
+        factors: dict[Output, float],
         logits: Tensor,
         boxes: Tensor,
         assignment: Tensor,
         targets: PromptTargets,
         mask: Tensor,
         count: Tensor,
-    ) -> dict[str, Tensor]:
-        """The terms of queries [L, R, Q] with an assignment [L or 1, R, Q], one part of the loss for each layer."""
+    ) -> dict[LossName, Tensor]:
+        """The terms of queries [L, R, Q] with an assignment [L or 1, R, Q]; `factors` has one entry for each layer."""
         config = self.config
-        shows_box = assignment >= 0  # [L, R, Q]
-        named = _of_queries(targets.tokens, assignment)  # [L, R, Q, T], all False where no box is shown
-        target = _of_queries(targets.boxes, assignment)  # [L, R, Q, 4]
-        real = mask.unsqueeze(1) & ~logits.isneginf()  # [L, R, Q, T]; a query that is none has -inf everywhere
-        logits = logits.float().masked_fill(~real, 0.0)  # before the loss: infinite logits have no gradient
+        matched = assignment >= 0  # [L, R, Q]
+        positive = _gather_boxes(targets.tokens, assignment)  # [L, R, Q, T], all False for unmatched queries
+        target = _gather_boxes(targets.boxes, assignment)  # [L, R, Q, 4]
+        valid = mask.unsqueeze(1) & ~logits.isneginf()  # [L, R, Q, T]; padded queries are -inf everywhere
+        logits = logits.float().masked_fill(~valid, 0.0)  # before the loss: infinite logits have no gradient
         values = {
-            "class": (terms.focal(logits, named, config.focal_alpha, config.focal_gamma) * real).sum(dim=-1),
-            "l1": terms.l1(boxes.float(), target).where(shows_box, 0.0),
-            "giou": terms.giou(boxes.float(), target).where(shows_box, 0.0),
+            "class": (terms.focal(logits, positive, config.focal_alpha, config.focal_gamma) * valid).sum(dim=-1),
+            "l1": terms.l1(boxes.float(), target).where(matched, 0.0),
+            "giou": terms.giou(boxes.float(), target).where(matched, 0.0),
         }  # [L, R, Q] each
         weights = {"class": config.class_weight, "l1": config.l1, "giou": config.giou}
         return {
-            f"{name}{part}": weights[name] * factor * value / count
-            for name in values
-            if weights[name]
-            for (part, factor), value in zip(parts.items(), values[name].sum(dim=(1, 2)), strict=True)
+            LossName(term, *output): weights[term] * factor * value / count
+            for term in values
+            if weights[term]
+            for (output, factor), value in zip(factors.items(), values[term].sum(dim=(1, 2)), strict=True)
         }
 
 
-def _of_queries(values: Tensor, assignment: Tensor) -> Tensor:
-    """Values of boxes [R, N, C], assignment [..., R, Q] -> [..., R, Q, C] of the box of each query, or zeros."""
-    values = F.pad(values, (0, 0, 0, 1))  # [R, N + 1, C], so that number -1 is no box
+def _gather_boxes(values: Tensor, assignment: Tensor) -> Tensor:
+    """Values per box [R, N, C], assignment [..., R, Q] -> values of the matched boxes [..., R, Q, C], zeros for -1."""
+    values = F.pad(values, (0, 0, 0, 1))  # [R, N + 1, C], so that index -1 reads zeros
     return values[torch.arange(len(values), device=values.device).unsqueeze(1), assignment]

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from vg.types import Batch, ImageSpec, Prediction, Text, TextSpec
+from vg.types import Batch, ImageSpec, LossName, Prediction, Text, TextSpec
 
 
 class GroundingModel(nn.Module, ABC):
@@ -37,7 +37,7 @@ class GroundingModel(nn.Module, ABC):
     def forward(self, batch: Batch) -> Any: ...
 
     @abstractmethod
-    def loss(self, output: Any, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, output: Any, batch: Batch) -> dict[LossName, Tensor]:
         """Weighted terms, whose sum is the loss: scalars, each a sum over the batch by its weight (at least 1)."""
 
     @abstractmethod

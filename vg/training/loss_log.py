@@ -1,4 +1,4 @@
-"""The loss of the steps since the last log entry, and what is said where it stops being a number."""
+"""Loss terms on their way to the log: means over the steps since the last row, and the check that all are finite."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vg.distributed import mean_over_processes
 from vg.errors import TrainingError
+from vg.types import LossName
 
 REMEDY = (
     "The newest checkpoint is from before; a lower optim.lr or optim.clip_norm, or train.precision=no, usually helps"
@@ -17,20 +18,20 @@ REMEDY = (
 
 
 class LossLog:
-    """Collects loss terms where they were computed: looking at every step would make a GPU wait for each."""
+    """Buffers loss terms on their device: reading them at every step would synchronize with the GPU each time."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.rows: list[tuple[int, dict[str, Tensor]]] = []  # step and the terms of its loss in this process
+        self.rows: list[tuple[int, dict[LossName, Tensor]]] = []  # step and the terms of its loss in this process
 
-    def add(self, step: int, terms: dict[str, Tensor]) -> None:
+    def add(self, step: int, terms: dict[LossName, Tensor]) -> None:
         self.rows.append((step, terms))
 
-    def means(self) -> dict[str, float]:
-        """Every term, its mean over all steps collected and all processes; empty where there is none.
+    def means(self) -> dict[LossName, float]:
+        """Return the mean of every term over all buffered steps and all processes; empty if no step is buffered.
 
         Raises:
-            TrainingError: a term is not finite; the first step where one is not is named.
+            TrainingError: a term is NaN or infinite; the message names the first such step and all its terms.
         """
         if not self.rows:
             return {}
@@ -47,8 +48,18 @@ class LossLog:
         self.rows = []
 
     def state(self) -> list[Any]:
-        return [(step, {name: term.cpu() for name, term in terms.items()}) for step, terms in self.rows]
+        """Return the buffer as plain tuples and tensors, which `torch.load(weights_only=True)` accepts."""
+        return [(step, {tuple(name): term.cpu() for name, term in terms.items()}) for step, terms in self.rows]
 
     def load_state(self, rows: list[Any]) -> None:
         device = self.accelerator.device
-        self.rows = [(step, {name: term.to(device) for name, term in terms.items()}) for step, terms in rows]
+        self.rows = [(step, {_name(key): term.to(device) for key, term in terms.items()}) for step, terms in rows]
+
+
+def _name(key: tuple[Any, ...] | str) -> LossName:
+    """The key of a saved term: the fields of its name, or in older checkpoints "term", "term_component_layer0", ..."""
+    if not isinstance(key, str):
+        return LossName(*key)
+    name, _, layer = key.partition("_layer")
+    term, _, component = name.partition("_")
+    return LossName(term, component, int(layer) if layer else None)

@@ -33,7 +33,7 @@ from vg.training.loss_log import REMEDY, LossLog
 from vg.training.optim import build_optimizer, build_schedule, choose_trained
 from vg.training.run_folder import RunFolder
 from vg.training.state import TrainingState
-from vg.types import Batch
+from vg.types import Batch, LossName
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class Trainer:
             self.interpolate(self.config.train.interpolate)
         return self.folder.best_results()
 
-    def step(self, batches: Sequence[Batch]) -> dict[str, Tensor] | None:
+    def step(self, batches: Sequence[Batch]) -> dict[LossName, Tensor] | None:
         """One optimiser step; how its samples are cut into batches and processes makes no difference.
 
         Returns:
@@ -149,7 +149,7 @@ class Trainer:
         """
         weights = [self.unwrapped_model.batch_weight(batch) for batch in batches]
         divisor = self._mean_weight(sum(weights))
-        terms: dict[str, Tensor] = {}
+        terms: dict[LossName, Tensor] = {}
         for place, (batch, weight) in enumerate(zip(batches, weights, strict=True), start=1):
             with self.accelerator.no_sync(self.model) if place < len(batches) else nullcontext():
                 output = self.model(batch)
@@ -224,14 +224,14 @@ class Trainer:
         mean = mean_over_processes(self.accelerator, torch.tensor(float(weight), device=self.accelerator.device))
         return mean.clamp(min=1 / self.accelerator.num_processes)
 
-    def _is_finite(self, terms: dict[str, Tensor], norm: Tensor) -> bool:
+    def _is_finite(self, terms: dict[LossName, Tensor], norm: Tensor) -> bool:
         """Whether loss and gradient are numbers, in all processes; a GPU waits for the answer."""
         finite = torch.stack(list(terms.values())).isfinite().all()
         if not self.accelerator.scaler:  # which finds its scale by gradients that overflow, and skips them itself
             finite = finite & norm.isfinite()
         return mean_over_processes(self.accelerator, finite.float()).item() == 1
 
-    def _count(self, terms: dict[str, Tensor] | None) -> None:
+    def _count(self, terms: dict[LossName, Tensor] | None) -> None:
         """Remember the loss of a step, or that it was not taken."""
         progress = self.progress
         if terms is not None:
@@ -273,7 +273,7 @@ class Trainer:
             return
         self.losses.clear()
         loss = sum(means.values())
-        shown = {"loss": loss} | {name: mean for name, mean in means.items() if "_" not in name}  # not those of layers
+        shown = {"loss": loss} | {name.term: mean for name, mean in means.items() if name == LossName(name.term)}
         bar.set_postfix({name: f"{mean:.3f}" for name, mean in shown.items()}, refresh=False)
         skipped = {"skipped": self.progress.skipped} if self.progress.skipped else {}
         lr = max(self.schedule.get_last_lr())

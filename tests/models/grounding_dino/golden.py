@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vg.models.grounding_dino.checkpoints.read import read_checkpoint
 from vg.models.grounding_dino.model import GroundingDino
-from vg.types import Batch, Text
+from vg.types import Batch, PromptTargets, Text
 
 FOLDER = Path(__file__).parents[3] / ".." / "shared" / "data" / "golden_official"
 INPUTS = {"a": "inputs_b1", "b": "inputs_b2", "c_fixedmask": "inputs_b2", "d": "inputs_b1", "e_fixedmask": "inputs_b2"}
@@ -40,4 +40,4 @@ def golden_case(name: str) -> tuple[Batch, dict[str, Tensor], dict[str, Tensor]]
     token_ids = recorded["input_ids"]
     phrase_tokens = torch.zeros(len(token_ids), 1, token_ids.shape[1], dtype=torch.bool)
     text = Text(token_ids, recorded["text_token_mask"].bool(), phrase_tokens, torch.arange(len(token_ids)))
-    return Batch(inputs["pixel_values"], sizes, text, []), recorded, inputs
+    return Batch(inputs["pixel_values"], sizes, text, [], PromptTargets.without_boxes(text)), recorded, inputs

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vg.models.grounding_dino.model import GroundingDino
-from vg.types import Batch, Text
+from vg.types import Batch, PromptTargets, Text
 
 WORDS = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?", 1030: "cat"}
 SWIN = {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "window_size": 3}
@@ -90,5 +90,5 @@ def answer_of_vg(model: GroundingDino) -> tuple[Tensor, Tensor]:
     """Logits [1, Q, T] and boxes [1, Q, 4]."""
     mask = torch.ones_like(IDS, dtype=torch.bool)
     text = Text(IDS, mask, mask.unsqueeze(1), torch.zeros(1, dtype=torch.int64))
-    output = model(Batch(pixels(), (SIZE,), text, []))
+    output = model(Batch(pixels(), (SIZE,), text, [], PromptTargets.without_boxes(text)))
     return output.logits[-1], output.boxes[-1]

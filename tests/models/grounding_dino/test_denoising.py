@@ -9,9 +9,9 @@ from torch import Tensor
 from vg import boxes as box_ops
 from vg.losses.config import LossConfig
 from vg.losses.set_loss import SetLoss
-from vg.losses.targets import PromptTargets
 from vg.models.grounding_dino.config import DenoisingConfig, GroundingDinoConfig
 from vg.models.grounding_dino.denoising import Denoising
+from vg.types import LossName, PromptTargets
 
 COUNTS = (2, 0, 3)
 
@@ -22,7 +22,8 @@ def targets(counts: tuple[int, ...] = COUNTS) -> PromptTargets:
     num = max(counts)
     boxes = torch.cat((torch.rand(len(counts), num, 2) * 0.2 + 0.4, torch.rand(len(counts), num, 2) * 0.1 + 0.1), -1)
     phrase_ids = torch.arange(len(counts)).unsqueeze(1) * 40 + torch.arange(num)
-    return PromptTargets(boxes, torch.ones(len(counts), num, 4, dtype=torch.bool), phrase_ids, counts)
+    mask = torch.arange(num) < torch.tensor(counts).unsqueeze(1)
+    return PromptTargets(boxes, torch.ones(len(counts), num, 4, dtype=torch.bool), phrase_ids, mask, counts)
 
 
 def exact(**settings: int) -> Denoising:
@@ -153,11 +154,21 @@ def test_the_loss_takes_the_assignment_as_it_is() -> None:
     mask = torch.ones(3, 4, dtype=torch.bool)
     matching = torch.zeros(1, 3, 5, 4), torch.rand(1, 3, 5, 4)
     losses = SetLoss(LossConfig())(*matching, truth, mask, denoising=(logits, boxes, queries.assignment))
-    for name in ("class_denoising", "l1_denoising", "giou_denoising"):
-        assert losses[name].item() == pytest.approx(0, abs=1e-5)
+    for term in ("class", "l1", "giou"):
+        assert losses[LossName(term, "denoising")].item() == pytest.approx(0, abs=1e-5)
     logits[0, 0, 3] = 20.0  # the negative query of the first box says what it should not
     losses = SetLoss(LossConfig())(*matching, truth, mask, denoising=(logits, boxes, queries.assignment))
-    assert losses["class_denoising"].item() == pytest.approx(0.75 * 20 * 4 / 5, rel=1e-4)
+    assert losses[LossName("class", "denoising")].item() == pytest.approx(0.75 * 20 * 4 / 5, rel=1e-4)
+
+
+def test_no_value_is_read_from_the_device() -> None:
+    """On the meta device, reading one would raise; on a GPU it would be a synchronization in every step."""
+    truth = targets().apply(lambda x: x.to("meta"))
+    denoising = Denoising(DenoisingConfig(num_queries=7), width=8).to("meta")
+    queries = denoising(truth, num_queries=5)
+    assert queries.content.shape == (3, 12, 8)
+    counts = SetLoss._counts(truth, (queries.content, queries.references, queries.assignment))
+    assert counts.shape == (2,)
 
 
 def test_settings() -> None:

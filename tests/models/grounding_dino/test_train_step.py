@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from vg.data.prompt import prompt_targets
 from vg.losses.config import LossConfig, MatchingConfig
 from vg.losses.matcher import match
-from vg.losses.targets import prompt_targets
 from vg.models.grounding_dino.checkpoints import read_checkpoint, write_checkpoint
 from vg.models.grounding_dino.config import DenoisingConfig
 from vg.models.grounding_dino.model import GroundingDino
@@ -44,11 +44,13 @@ class Recording:
             Target(str(i), (1, 1), tuple(names[i]), self.values[f"target_boxes.{i}"], self.values[f"target_labels.{i}"])
             for i in range(2)
         ]
+        text = Text(token_ids, mask, self._phrase_tokens(token_ids, names), torch.arange(2))
         self.batch = Batch(
             images=pictures["pixel_values"],
             sizes=tuple((int(image[:, 0].sum()), int(image[0].sum())) for image in real),
-            text=Text(token_ids, mask, self._phrase_tokens(token_ids, names), torch.arange(2)),
+            text=text,
             targets=targets,
+            prompt_targets=prompt_targets(text, targets),
         )
 
     @staticmethod
@@ -86,7 +88,7 @@ def test_losses_assignments_and_gradients(case: str, tmp_path: Path) -> None:
     recording, model = Recording(case), trained_by_the_reference()
     batch, notes = recording.batch, recording.notes
     output = model(batch)
-    losses = model.loss(output, batch)
+    losses = {str(name): value for name, value in model.loss(output, batch).items()}
     for term, recorded in TERMS.items():
         for part, suffix in PARTS.items():
             expected = notes["loss_weights"][recorded + suffix] * notes["losses_unweighted"][recorded + suffix]
@@ -95,7 +97,7 @@ def test_losses_assignments_and_gradients(case: str, tmp_path: Path) -> None:
 
     logits = torch.cat((output.logits, output.encoder_logits[None]))
     boxes = torch.cat((output.boxes, output.encoder_boxes[None]))
-    found = match(logits, boxes, prompt_targets(batch.text, batch.targets), batch.text.mask, model.config.loss)
+    found = match(logits, boxes, batch.prompt_targets, batch.text.mask, model.config.loss)
     for layer, name in enumerate(LAYERS):
         for row, (queries, shown) in enumerate(notes["matched_[query,target]_per_image"][name]):
             assert found[layer, row, queries].tolist() == shown
@@ -120,7 +122,8 @@ def test_losses_assignments_and_gradients(case: str, tmp_path: Path) -> None:
 def test_denoising_queries_do_not_disturb_the_others() -> None:
     """They are not seen: all terms stay as recorded, and denoising has its own, which train its table, too."""
     recording, model = Recording("c"), trained_by_the_reference(DenoisingConfig(num_queries=10))
-    losses = model.loss(model(recording.batch), recording.batch)
+    terms = model.loss(model(recording.batch), recording.batch)
+    losses = {str(name): value for name, value in terms.items()}
     for term, recorded in TERMS.items():
         for part, suffix in PARTS.items():
             expected = recording.notes["loss_weights"][recorded + suffix]

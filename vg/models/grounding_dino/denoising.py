@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from vg import boxes as box_ops
-from vg.losses.targets import PromptTargets
 from vg.models.grounding_dino.attention import inverse_sigmoid
 from vg.models.grounding_dino.config import DenoisingConfig
+from vg.types import PromptTargets
 
 
 class DenoisingQueries(NamedTuple):

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vg.losses.set_loss import SetLoss
-from vg.losses.targets import PromptTargets, prompt_targets
 from vg.models.base import GroundingModel
 from vg.models.encoders import enable_checkpointing, load_tokenizer
 from vg.models.grounding_dino.attention import Attention, DeformableAttention
@@ -33,7 +32,7 @@ from vg.models.grounding_dino.image import ImageFeatures, Neck, encode_images
 from vg.models.grounding_dino.postprocess import answers
 from vg.models.grounding_dino.queries import BoxHead, QuerySelection
 from vg.models.grounding_dino.text import TextEncoder, TextFeatures
-from vg.types import Batch, FittedImage, ImageSpec, Prediction, Text, TextSpec
+from vg.types import Batch, FittedImage, ImageSpec, LossName, Prediction, PromptTargets, Text, TextSpec
 
 
 class Output(NamedTuple):
@@ -73,7 +72,7 @@ class GroundingDino(GroundingModel):
         text = self.encode_text(batch.text)
         if len(text.tokens) == len(image.tokens):  # one prompt per image
             teach = self.training and self.denoising is not None
-            return self.ground(image, text, prompt_targets(batch.text, batch.targets) if teach else None)
+            return self.ground(image, text, batch.prompt_targets if teach else None)
         if self.training:
             raise ValueError("training takes one prompt per image: make batches with Collator(..., one_prompt=True)")
         # Prompts of one image share its features; as many at once as there are images, for the memory's sake.
@@ -114,11 +113,11 @@ class GroundingDino(GroundingModel):
             logits, encoder_logits = (x.masked_fill(absent, -torch.inf) for x in (logits, encoder_logits))
         return Output(logits, boxes, encoder_logits, queries.boxes, last, text.tokens, denoising)
 
-    def loss(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, output: Output, batch: Batch) -> dict[LossName, Tensor]:
         return SetLoss(self.config.loss)(
             output.logits,
             output.boxes,
-            prompt_targets(batch.text, batch.targets),
+            batch.prompt_targets,
             batch.text.mask,
             encoder=(output.encoder_logits, output.encoder_boxes),
             denoising=output.denoising,
@@ -126,7 +125,7 @@ class GroundingDino(GroundingModel):
         )
 
     def batch_weight(self, batch: Batch) -> int:
-        return sum(prompt_targets(batch.text, batch.targets).counts)
+        return sum(batch.prompt_targets.counts)
 
     def predict(self, output: Output, batch: Batch) -> list[Prediction]:
         return answers(output.logits[-1], output.boxes[-1], batch, self.config.predict)

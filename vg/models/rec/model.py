@@ -16,7 +16,7 @@ from vg.models.encoders import load_tokenizer, network_config, token_width, toke
 from vg.models.rec.config import RecConfig
 from vg.models.rec.encoders import TextEncoder, VisionEncoder
 from vg.models.rec.heads import DenseOutput, PooledOutput
-from vg.types import Batch, ImageSpec, Prediction, StretchedImage, Text, TextSpec
+from vg.types import Batch, ImageSpec, LossName, Prediction, StretchedImage, Text, TextSpec
 
 
 class RecModel(EncodableModel):
@@ -65,7 +65,7 @@ class RecModel(EncodableModel):
     def encode_text(self, text: Text) -> Tensor:
         return self.text(text)
 
-    def loss(self, output: PooledOutput | DenseOutput, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, output: PooledOutput | DenseOutput, batch: Batch) -> dict[LossName, Tensor]:
         """Raises ConfigError that names the sample: it does not have exactly one box (`data.bad_samples` or not)."""
         for target in batch.targets:
             if len(target.boxes) != 1:
@@ -73,7 +73,8 @@ class RecModel(EncodableModel):
                     f"{target.id} has {len(target.boxes)} boxes, rec learns from expressions with one: train "
                     "model.name=grounding_dino on such data"
                 )
-        return self.head.loss(output, torch.cat([target.boxes for target in batch.targets]))  # type: ignore[arg-type]
+        losses = self.head.loss(output, torch.cat([target.boxes for target in batch.targets]))  # type: ignore[arg-type]
+        return {LossName(term): value for term, value in losses.items()}
 
     def batch_weight(self, batch: Batch) -> int:
         return len(batch)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from vg.losses.targets import prompt_targets
-from vg.types import Target, Text
+from vg.data.prompt import prompt_targets
+from vg.types import Batch, PromptTargets, Target, Text
 
 
 def target(phrase_ids: list[int], crowd: list[bool] | None = None) -> Target:
@@ -62,3 +62,20 @@ def test_images_without_boxes() -> None:
     assert found.boxes.shape == (2, 0, 4)
     assert found.tokens.shape == (2, 0, 6)
     assert found.mask.shape == (2, 0)
+
+
+def test_a_batch_moves_its_prompt_targets_and_keeps_the_counts_on_the_host() -> None:
+    prompts, targets = text([{0: [1]}, {0: [1]}], [0, 1]), [target([0]), target([0, 0])]
+    batch = Batch(torch.zeros(2, 3, 4, 4), ((4, 4),) * 2, prompts, targets, prompt_targets(prompts, targets)).to("meta")
+    assert all(x.device.type == "meta" for x in batch.prompt_targets[:4])
+    assert batch.prompt_targets.counts == (1, 2)
+
+
+def test_prompt_targets_without_boxes() -> None:
+    prompts = text([{0: [1]}, {0: [1]}], [0, 1])
+    computed = prompt_targets(prompts, [target([]), target([])])
+    empty = PromptTargets.without_boxes(prompts)
+    assert empty.counts == computed.counts
+    for found, expected in zip(empty[:4], computed[:4], strict=True):
+        assert found.shape == expected.shape
+        assert found.dtype == expected.dtype
