@@ -1,4 +1,4 @@
-"""Configurations: defaults, overrides, the way to YAML and back, and a message for everything one can get wrong."""
+"""Configurations: defaults, bases, overrides, renamed keys, the round trip to YAML, and messages for mistakes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def minimal(tmp_path: Path) -> Path:
     return path
 
 
-def test_defaults_are_those_of_the_classes(minimal: Path) -> None:
+def test_defaults_come_from_the_dataclasses(minimal: Path) -> None:
     config = load_config(minimal)
     data = DataConfig(train=ShapesConfig(), eval=ShapesConfig(split="val"))
     assert config == RunConfig(model=RecConfig(), data=data, optim=OptimConfig(), train=TrainConfig())
@@ -41,7 +41,7 @@ def test_overrides(minimal: Path) -> None:
     config = load_config(
         minimal,
         [
-            "optim.lr=1e-3",  # a string to YAML 1.1, a number to us
+            "optim.lr=1e-3",  # a string in YAML 1.1
             "optim.groups.vision.lr=2e-5",
             "optim.clip_norm=null",
             "train.trackers=[]",
@@ -60,17 +60,17 @@ def test_overrides(minimal: Path) -> None:
     assert config.model.head == DenseHeadConfig(layers=2, loss=DenseLossConfig(l1=1))
 
 
-def test_no_is_a_precision_although_yaml_reads_false(minimal: Path) -> None:
+def test_precision_no_although_yaml_reads_it_as_false(minimal: Path) -> None:
     assert load_config(minimal, ["train.precision=no"]).train.precision == "no"
     with pytest.raises(ConfigError, match="precision: Input should be"):
         load_config(minimal, ["train.precision=yes"])
 
 
 def nested(value: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    """Every dataclass inside a dataclass, with the path to it."""
+    """Every dataclass nested in a dataclass, with its path."""
     found = [((*path, field.name), getattr(value, field.name)) for field in fields(value)]
-    found = [(place, inner) for place, inner in found if is_dataclass(inner)]
-    return found + [deeper for place, inner in found for deeper in nested(inner, place)]
+    found = [(inner_path, inner) for inner_path, inner in found if is_dataclass(inner)]
+    return found + [deeper for inner_path, inner in found for deeper in nested(inner, inner_path)]
 
 
 def default_of(path: tuple[str, ...]) -> Any:
@@ -82,11 +82,11 @@ def default_of(path: tuple[str, ...]) -> Any:
 
 @pytest.mark.parametrize("path", [path for path, _ in nested(parse_config(MINIMAL))], ids=".".join)
 def test_changing_one_key_keeps_the_other_defaults(path: tuple[str, ...], minimal: Path) -> None:
-    """A nested default that differs from the default of its class would be lost with the first key given below it."""
+    """A nested default that differs from the default of its class would be lost if one of its keys were set."""
     default = default_of(path)
     key = next(field.name for field in reversed(fields(default)) if not is_dataclass(getattr(default, field.name)))
     value = yaml.safe_dump(getattr(default, key), width=9999)
-    head = ["model.head=pooled"] if "head" in path else []  # a choice of two: its name must be given
+    head = ["model.head=pooled"] if "head" in path else []  # a union of two: its name is required
     changed = load_config(minimal, [*head, f"{'.'.join(path)}.{key}={value}"])
     assert changed == parse_config(MINIMAL)
 
@@ -100,14 +100,14 @@ def test_round_trip(tmp_path: Path, minimal: Path) -> None:
         "train.ema=0.999",
         "train.output=runs/größe",
     ]
-    for chosen in ([], overrides):
-        config = load_config(minimal, chosen)
+    for changes in ([], overrides):
+        config = load_config(minimal, changes)
         path = tmp_path / "dumped.yaml"
         path.write_text(dump_config(config), encoding="utf-8")
         assert load_config(path) == config
         assert dump_config(load_config(path)) == path.read_text(encoding="utf-8")
     assert config.optim.betas == (0.8, 0.95)
-    assert config.model.vision.id is None, "`architecture` stands in for the default id"
+    assert config.model.vision.id is None, "`architecture` replaces the default id"
 
 
 @pytest.mark.parametrize(
@@ -120,11 +120,11 @@ def test_round_trip(tmp_path: Path, minimal: Path) -> None:
         (["model.head=pooled", "model.head.widht=3"], "model.head.widht: unknown key; did you mean `width`?"),
         (["model.head=dense", "model.head.loss.gio=3"], "model.head.loss.gio: unknown key; did you mean `giou`?"),
         (["optim.groups.vision.lrr=3"], "optim.groups.vision.lrr: unknown key; did you mean `lr`?"),
-        (["zzzzzz=1"], "zzzzzz: unknown key; there are model, data, optim, train"),
+        (["zzzzzz=1"], "zzzzzz: unknown key; expected one of model, data, optim, train"),
         (["__class__=1"], "__class__: unknown key"),
         (
             ["model.head=pooledd"],
-            "model.head.name: 'pooledd' is unknown; did you mean `pooled`? there are dense, pooled",
+            "model.head.name: 'pooledd' is unknown; did you mean `pooled`? expected one of dense, pooled",
         ),
         (["model.name=recc"], "model.name: 'recc' is unknown; did you mean `rec`?"),
         (["data.train.name=coco3000"], "data.train.name: 'coco3000' is unknown; "),
@@ -144,24 +144,24 @@ def test_round_trip(tmp_path: Path, minimal: Path) -> None:
         (["train=5"], "train: "),
         (["optim.betas=[0.9]"], "optim.betas.1: Field required"),
         (["optim.groups.vision=3"], "optim.groups.vision: "),
-        (["model.head.width=3"], "model.head.name: is missing; there are dense, pooled"),
+        (["model.head.width=3"], "model.head.name: missing; expected one of dense, pooled"),
         (["model.head=dense", "model.head.width=big"], "model.head.width: Input should be a valid integer"),
         (["data.train.split=nope"], "data.train.split: Input should be 'train', 'val' or 'test'"),
         (["model.vision.id=null"], "give `id` (pretrained weights) or `architecture` (random weights)"),
         (["model.text.architecture={hidden_size: 3}"], "`architecture` needs `model_type`"),
-        (["optim.lr"], "an override reads key.subkey=value, for example optim.lr=1e-4; got 'optim.lr'"),
-        (["=3"], "an override reads key.subkey=value"),
-        (["optim.lr=1", "optim.lr.x=3"], "optim.lr.x=3: lr is 1, it has no keys below it"),
+        (["optim.lr"], "an override must read key.subkey=value, for example optim.lr=1e-4; got 'optim.lr'"),
+        (["=3"], "an override must read key.subkey=value"),
+        (["optim.lr=1", "optim.lr.x=3"], "optim.lr.x=3: lr is 1, which has no keys"),
         (["optim.betas=[1"], "optim.betas=[1: the value is not valid YAML"),
     ],
 )
-def test_every_mistake_has_its_message(minimal: Path, overrides: list[str], message: str) -> None:
+def test_error_messages(minimal: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(minimal, overrides)
     assert message in str(caught.value)
 
 
-def test_all_mistakes_are_told_at_once_with_their_origin(minimal: Path) -> None:
+def test_all_errors_are_reported_at_once_with_their_file(minimal: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(minimal, ["optim.lrr=1", "train.epoch=1"])
     assert str(minimal) in str(caught.value)
@@ -174,7 +174,7 @@ def test_all_mistakes_are_told_at_once_with_their_origin(minimal: Path) -> None:
     [
         (b"", "model: Field required"),
         (b"data: {train: {name: shapes}}", "data.eval: Field required"),
-        (b"- a\n- b\n", "must hold keys such as `model:` and `data:`, not a list"),
+        (b"- a\n- b\n", "must contain keys such as `model:` and `data:`, not a list"),
         (b"just words", "not a str"),
         (b"a: [1", "is not valid YAML"),
         (b"a: b: c", "is not valid YAML"),
@@ -182,7 +182,7 @@ def test_all_mistakes_are_told_at_once_with_their_origin(minimal: Path) -> None:
         (b"\x80\x04\xff\xfe", "is not valid YAML"),
     ],
 )
-def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, message: str) -> None:
+def test_files_that_are_not_a_configuration(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
@@ -191,16 +191,139 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, message
     assert "bad.yaml" in str(caught.value)
 
 
-def test_no_such_file(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the configuration .*none\.yaml: No such file"):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match=r"cannot read the configuration .*: Is a directory"):
         load_config(tmp_path)
 
 
-def test_heads_by_name() -> None:
+def test_selecting_a_head_by_name_alone() -> None:
     for head in ("pooled", {"name": "pooled"}):
         assert parse_config(MINIMAL | {"model": {"name": "rec", "head": head}}).model.head == PooledHeadConfig()
+
+
+def write(path: Path, values: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return path
+
+
+def test_a_file_is_merged_over_its_bases(tmp_path: Path) -> None:
+    """Paths are relative to the file; the command line overrides all files."""
+    first = MINIMAL | {"optim": {"lr": 0.1, "groups": {"text": {"lr": 0.5}}}, "train": {"epochs": 3, "trackers": ["a"]}}
+    write(tmp_path / "first.yaml", first)
+    second = {"base": "../first.yaml", "optim": {"weight_decay": 0.2}, "train": {"epochs": 4, "ema": 0.9}}
+    write(tmp_path / "sub" / "second.yaml", second)
+    third = {"base": "second.yaml", "optim": {"groups": {"head": {"lr": 1}}}, "train": {"trackers": ["b"], "ema": None}}
+    config = load_config(write(tmp_path / "sub" / "third.yaml", third), ["train.epochs=5", "optim.groups.head.lr=2"])
+    groups = {"text": GroupConfig(lr=0.5), "head": GroupConfig(lr=2)}
+    assert config.optim == OptimConfig(lr=0.1, weight_decay=0.2, groups=groups)
+    assert config.train == TrainConfig(epochs=5, trackers=["b"], ema=None)
+    assert config.data == parse_config(MINIMAL).data
+    assert "base" not in yaml.safe_load(dump_config(config))
+
+
+COCO = {"name": "coco", "path": "a.json", "image_root": "images", "min_side": 3}
+
+
+@pytest.mark.parametrize(
+    ("base", "values", "expected"),
+    [
+        (COCO, {"path": "b.json"}, COCO | {"path": "b.json"}),
+        (COCO, COCO | {"path": "b.json"}, COCO | {"path": "b.json"}),
+        (COCO, {"name": "shapes"}, {"name": "shapes"}),
+        (COCO, {"mine": {"name": "shapes"}}, {"mine": {"name": "shapes"}}),
+        ({"mine": COCO}, {"name": "shapes"}, {"name": "shapes"}),
+        ({"mine": COCO}, {"mine": {"path": "b.json"}}, {"mine": COCO | {"path": "b.json"}}),
+        ({"mine": COCO}, {"base": {"name": "shapes"}}, {"mine": COCO, "base": {"name": "shapes"}}),
+    ],
+    ids=["same name implied", "same name", "other name", "one to several", "several to one", "one of several", "added"],
+)
+def test_merging_of_datasets(tmp_path: Path, base: Any, values: Any, expected: Any) -> None:
+    write(tmp_path / "base.yaml", MINIMAL | {"data": MINIMAL["data"] | {"eval": base}})
+    config = load_config(write(tmp_path / "own.yaml", {"base": "base.yaml", "data": {"eval": values}}))
+    assert config == parse_config(MINIMAL | {"data": MINIMAL["data"] | {"eval": expected}})
+
+
+@pytest.mark.parametrize(
+    ("base", "values", "expected"),
+    [
+        ({"name": "dense", "width": 64}, {"layers": 2}, DenseHeadConfig(width=64, layers=2)),
+        ({"name": "dense", "width": 64}, "dense", DenseHeadConfig(width=64)),
+        ({"name": "dense", "width": 64}, "pooled", PooledHeadConfig()),
+        ({"name": "dense", "width": 64}, {"name": "pooled", "layers": 2}, PooledHeadConfig(layers=2)),
+        ("dense", {"layers": 2}, DenseHeadConfig(layers=2)),
+        ("dense", {"name": "pooled", "layers": 2}, PooledHeadConfig(layers=2)),
+        ({"name": "dense", "loss": {"l1": 3, "giou": 4}}, {"loss": {}}, DenseHeadConfig()),
+    ],
+)
+def test_merging_of_heads(tmp_path: Path, base: Any, values: Any, expected: Any) -> None:
+    write(tmp_path / "base.yaml", MINIMAL | {"model": {"name": "rec", "head": base}})
+    config = load_config(write(tmp_path / "own.yaml", {"base": "base.yaml", "model": {"head": values}}))
+    assert config.model == RecConfig(head=expected)
+
+
+def test_errors_name_the_base_file_that_they_come_from(tmp_path: Path) -> None:
+    wrong = {"train": {"name": "shapes", "sise": 3}, "eval": {"name": "shapes"}, "batch_size": 0}
+    base = write(tmp_path / "base.yaml", MINIMAL | {"data": wrong, "optim": {"groups": {"text.network": {"rl": 1}}}})
+    own = write(tmp_path / "own.yaml", {"base": "base.yaml", "optim": {"lrr": 1}})
+    with pytest.raises(ConfigError) as caught:
+        load_config(own, ["train.epoch=3"])
+    assert str(caught.value).splitlines() == [
+        f"{own}:",
+        f"  data.train.sise: unknown key; did you mean `size`? (in {base})",
+        f"  optim.groups.text.network.rl: unknown key; did you mean `lr`? (in {base})",
+        "  optim.lrr: unknown key; did you mean `lr`?",
+        "  train.epoch: unknown key; did you mean `epochs`?",
+    ]
+    own.write_text("base: base.yaml")
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(MINIMAL | {"optim": {"lr": -1}, "train": {"seed": -1}}))
+    with pytest.raises(ConfigError) as caught:
+        load_config(own, ["train.seed=-2"])
+    lr, seed = str(caught.value).splitlines()[1:]
+    assert lr == f"  optim.lr: Input should be greater than or equal to 0 (in {base})"
+    assert seed == "  train.seed: Input should be greater than or equal to 0", "it comes from the command line"
+
+
+def test_a_missing_or_wrong_base(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.yaml", {"base": "missing.yaml"})
+    with pytest.raises(ConfigError, match=r"missing\.yaml, the base of .*own\.yaml: No such file"):
+        load_config(own)
+    for base in (3, ["a.yaml", "b.yaml"]):
+        with pytest.raises(ConfigError, match=r"own\.yaml: base must be the path of one YAML file, got "):
+            load_config(write(own, {"base": base}))
+    with pytest.raises(ConfigError, match="base: unknown key"):
+        parse_config(MINIMAL | {"base": "own.yaml"})
+
+
+def test_a_cycle_of_bases_is_named(tmp_path: Path) -> None:
+    for name, base in (("a", "b"), ("b", "c"), ("c", "../" + tmp_path.name + "/b")):
+        write(tmp_path / f"{name}.yaml", {"base": f"{base}.yaml"})
+    with pytest.raises(ConfigError, match=r"`base` forms a cycle: .*a\.yaml -> .*b\.yaml -> .*c\.yaml -> .*b\.yaml"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_overrides_change_one_dataset_of_a_yaml_anchor(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.yaml", "model: {name: rec}\ndata: {train: &data {name: shapes}, eval: *data}")
+    config = load_config(path, ["data.eval.size=7"])
+    assert config.data.eval == ShapesConfig(size=7)
+    assert config.data.train == ShapesConfig()
+
+
+def test_former_names_of_keys_are_accepted(tmp_path: Path, minimal: Path) -> None:
+    """In files, bases and overrides, and in mappings given to parse_config."""
+    old = MINIMAL | {"data": MINIMAL["data"] | {"similar_shapes": True}}
+    assert parse_config(old).data.group_by_aspect_ratio
+    assert "similar_shapes" in old["data"], "the caller's mapping is unchanged"
+    path = write(tmp_path / "old.yaml", old)
+    assert load_config(path) == parse_config(old)
+    assert "group_by_aspect_ratio: true" in dump_config(load_config(path))
+    assert load_config(minimal, ["data.similar_shapes=true"]).data.group_by_aspect_ratio
+    assert not load_config(path, ["data.similar_shapes=false"]).data.group_by_aspect_ratio
+    assert not load_config(path, ["data.group_by_aspect_ratio=false"]).data.group_by_aspect_ratio
+    own = write(tmp_path / "own.yaml", {"base": "old.yaml", "data": {"group_by_aspect_ratio": False}})
+    assert not load_config(own).data.group_by_aspect_ratio
 
 
 @pytest.mark.parametrize("module", ["vg", "vg.config", "vg.data", "vg.models"])

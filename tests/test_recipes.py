@@ -13,7 +13,7 @@ from vg.data.detection.coco import CocoConfig
 from vg.data.mixture import MixtureConfig
 from vg.models.grounding_dino.config import GroundingDinoConfig, ResNetConfig, SwinConfig
 from vg.models.rec.config import RecConfig
-from vg.training.optim import build_schedule, choose_trained
+from vg.training.optim import build_schedule, select_trainable
 
 FOLDER = Path(__file__).parents[1] / "configs" / "grounding_dino"
 FINE_TUNED = ["finetune_coco_swin_t", "finetune_coco_swin_b", "finetune_cat", "finetune_own"]
@@ -86,7 +86,7 @@ def test_it_can_be_built_and_every_name_fits(name: str) -> None:
         assert model.num_parameters() == PARAMETERS[name]
     if config.optim.lora:
         pytest.importorskip("peft")
-    choose_trained(model, config.optim)
+    select_trainable(model, config.optim)
     trainable = {parameter for parameter, weights in model.named_parameters() if weights.requires_grad}
     for group in config.optim.groups:
         assert any(parameter.startswith(f"{group}.") for parameter in trainable), group
@@ -154,7 +154,7 @@ def test_adapters_are_a_small_part_of_all() -> None:
     with torch.device("meta"):
         model = model_of(config).build(pretrained=False)
     total = model.num_parameters()
-    choose_trained(model, config.optim)
+    select_trainable(model, config.optim)
     assert round(100 * model.num_parameters(trainable_only=True) / total) == 5
     parts = ("backbone", "text.network", "encoder", "decoder.layers")
     adapted = {name for name, weights in model.named_parameters() if ".lora_" in name and weights.requires_grad}
@@ -248,7 +248,7 @@ def test_adapters_of_the_encoders_are_trained_beside_the_whole_head() -> None:
     with torch.device("meta"):
         model = config.model.build(pretrained=False)
     head = {name for name, _ in model.named_parameters() if name.startswith("head.")}
-    choose_trained(model, config.optim)
+    select_trainable(model, config.optim)
     trained = {name for name, weights in model.named_parameters() if weights.requires_grad}
     adapters = {name for name in trained if ".lora_" in name}
     assert trained - adapters == head

@@ -1,6 +1,6 @@
-"""vg: train models that find what a sentence names in a picture.
+"""vg: train visual-grounding models, which locate the objects that phrases name in an image.
 
-The public names are imported when they are first used, so that `import vg` and `vg --help` are fast.
+Public names are imported on first use, so that `import vg` and `vg --help` are fast.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = ["Grounder", "Prediction", "Sample", "Trainer", "load_config", "load_model", "predict_and_crop"]
 
-_HOME = {
+_MODULES = {
     "Grounder": "vg.inference.grounder",
     "Prediction": "vg.types",
     "Sample": "vg.types",
@@ -31,9 +31,9 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'vg' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""A checkpoint is a folder: model.safetensors, config.yaml, tokenizer/, and training.pt where training can go on."""
+"""A checkpoint is a folder: model.safetensors, config.yaml, tokenizer/, and training.pt if it can be resumed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def new_checkpoint(path: Path, is_file: bool = False) -> Iterator[Path]:
             yield partial
     except UserError:
         raise
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors report a full disk in their ways
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch, safetensors: other types for a full disk
         raise CheckpointError(
             f"could not write the checkpoint {path}: {error}\n"
             "Is the disk full? Earlier checkpoints are untouched; make room and resume."
@@ -48,7 +48,7 @@ def write_model(folder: Path, model: GroundingModel, config: CheckpointConfig) -
 def write_weights(
     folder: Path, weights: Mapping[str, Tensor], config: CheckpointConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """As write_model, for weights that are in no model."""
+    """Like write_model, for weights that are not in a model."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
@@ -56,17 +56,20 @@ def write_weights(
 
 
 def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[GroundingModel, CheckpointConfig]:
-    """A model as it was saved, in evaluation mode, and the configuration it was saved with (but for the overrides).
+    """Load a model in evaluation mode, and the configuration it was saved with, changed by the overrides.
+
+    Args:
+        folder: a checkpoint, or a run, of which the best checkpoint is loaded.
 
     Raises:
-        CheckpointError: not a checkpoint, a damaged file, or weights that do not fit the configuration.
+        CheckpointError: not a checkpoint, a damaged file, or weights that do not match the configuration.
     """
     folder = Path(folder)
     if (folder / "best" / WEIGHTS).exists():
-        folder = folder / "best"  # the folder of a run stands for its best checkpoint
-    for part in (CONFIG, TOKENIZER):
-        if not (folder / part).exists():
-            raise CheckpointError(f"{folder} is not a checkpoint of vg: it holds no {part}")
+        folder = folder / "best"
+    for name in (CONFIG, TOKENIZER):
+        if not (folder / name).exists():
+            raise CheckpointError(f"{folder} is not a checkpoint of vg: {name} is missing")
     config = load_checkpoint_config(folder / CONFIG, overrides)
     model = config.model.rebuild()
     model.load_tokenizer(str(folder / TOKENIZER))
@@ -74,16 +77,14 @@ def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Groun
     return model.eval(), config
 
 
-def is_checkpoint(place: str | Path) -> bool:
-    """Whether this is the folder of a run or of a checkpoint of vg, complete or not; else it may be another's."""
-    return (
-        any((Path(place) / part).exists() for part in (CONFIG, "best", WEIGHTS))
-        and not (Path(place) / "config.json").exists()
-    )
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a path is a run or checkpoint of vg, complete or not, instead of one of another library."""
+    files = (CONFIG, "best", WEIGHTS)
+    return any((Path(path) / name).exists() for name in files) and not (Path(path) / "config.json").exists()
 
 
 def load_weights(model: GroundingModel, folder: Path) -> None:
-    """Load model.safetensors of a checkpoint; raises CheckpointError naming the file and every weight in question."""
+    """Load model.safetensors of a checkpoint; raises CheckpointError that lists every weight that does not match."""
     weights = read_weights(folder)
     try:
         model.load_own_state_dict(weights)
@@ -92,7 +93,7 @@ def load_weights(model: GroundingModel, folder: Path) -> None:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint by name; raises CheckpointError where their file is missing or damaged."""
+    """The weights of a checkpoint by name; raises CheckpointError if the file is missing or damaged."""
     path = folder / WEIGHTS
     try:
         return load_file(path)
@@ -107,7 +108,7 @@ def write_training_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_training_state(folder: Path, name: str = TRAINING) -> dict[str, Any]:
-    """Raises CheckpointError where the file is missing or damaged."""
+    """Load what write_training_state wrote; raises CheckpointError if the file is missing or damaged."""
     try:
         return torch.load(folder / name, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -1,13 +1,10 @@
-"""One run as data: defaults live in dataclasses, YAML states what differs, the command line has the last word."""
+"""Configuration of a run: dataclasses hold the defaults, YAML files the differences, the command line overrides both."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
@@ -27,23 +24,19 @@ from vg.data.augment import AugmentConfig
 from vg.data.mixture import SourceConfig
 from vg.errors import ConfigError
 from vg.models import ModelConfig
-from vg.settings import Settings
+from vg.settings import Settings, by_name, is_mapping_of_settings, key_path, unknown_keys
 from vg.training.optim import OptimConfig
 
-
-def _is_several(value: Any) -> bool:
-    """Whether this is a mapping of names to settings, and not settings."""
-    return isinstance(value, Mapping) and all(
-        isinstance(item, Mapping) or dataclasses.is_dataclass(item) for item in value.values()
-    )
-
+RENAMED = {  # former path of a key (* matches any names) -> its name now: old run folders and YAML files still load
+    "data.similar_shapes": "group_by_aspect_ratio",
+}
 
 EvalConfig = Annotated[
     Union[  # noqa: UP007 - pydantic on Python 3.10
         Annotated[SourceConfig, Tag("<one>")],
         Annotated[dict[Annotated[str, Field(pattern="^[^/]+$")], SourceConfig], Tag("<several>"), Field(min_length=1)],
     ],
-    Discriminator(lambda value: "<several>" if _is_several(value) else "<one>"),
+    Discriminator(lambda value: "<several>" if is_mapping_of_settings(value) else "<one>"),
 ]
 
 
@@ -65,89 +58,89 @@ class CacheConfig(Settings):
 
 @dataclass
 class DataConfig(Settings):
-    """What is read, and how it gets into batches."""
+    """Datasets, and how their samples are loaded and batched."""
 
     train: SourceConfig
     eval: EvalConfig
-    """One data set or several, {raccoon: {name: coco, ...}, base: {...}}: the first one decides which checkpoint is the
-    best, numbers of the others carry their name ("base/ap"), and training tells what is gained or lost on each."""
+    """One dataset, or several by name: {raccoon: {name: coco, ...}, base: {...}}. The first one selects the best
+    checkpoint; metrics of the others carry their name ("base/ap"). The change since the first evaluation is logged for
+    each of them."""
     batch_size: PositiveInt = 32
-    """Samples of one process in one forward pass."""
+    """Samples per process and forward pass."""
     eval_batch_size: PositiveInt = 64
     workers: NonNegativeInt = 2
-    """Processes that read, draw and augment beside each training process; 0 reads in the training process itself."""
+    """Data-loading processes per training process; 0 loads in the training process itself."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     bad_samples: Literal["error", "skip"] = "error"
-    """What happens to a sample that cannot be used: stop and name it, or warn, count and go on without it."""
+    """What to do with an unusable sample: raise, or log, count and skip."""
     drop_overlap: bool = False
-    """Leave out of training what shows a picture of the evaluation data; by default there is only a warning."""
-    similar_shapes: bool = False
-    """Training batches hold pictures of similar aspect, so that less of a batch is padding."""
+    """Drop training samples whose image is in the evaluation data; by default there is only a warning."""
+    group_by_aspect_ratio: bool = False
+    """Batch training images of similar aspect ratio, which reduces padding."""
     cache: CacheConfig | None = None
-    """null runs the encoders in every step; {folder: cache} reads their features from there."""
+    """null runs the encoders in every step; {folder: cache} reads their features from that folder."""
 
     def __post_init__(self) -> None:
         if self.cache and self.augment != AugmentConfig():
-            raise ValueError("augment changes pixels, a cache has none; choose cache.views in its place")
+            raise ValueError("augment changes pixels, but a cache holds features; use cache.views instead")
 
     def eval_datasets(self) -> dict[str, SourceConfig]:
-        """Name -> evaluation data; the only one has no name."""
+        """Evaluation datasets by name; a single one has the empty name."""
         return self.eval if isinstance(self.eval, dict) else {"": self.eval}
 
 
 @dataclass
 class TrainConfig(Settings):
-    """How long, how precisely, and what is kept."""
+    """Training loop: length, precision, evaluation, checkpoints and logging."""
 
     output: str = "runs/default"
     """Folder of the run: configuration, checkpoints, history, curves."""
     seed: NonNegativeInt = 0
     epochs: PositiveInt = 10
     max_steps: PositiveInt | None = None
-    """Optimiser steps; ends the run before the epochs do."""
+    """Optimizer steps after which the run ends, if the epochs have not ended it before."""
     accumulate: PositiveInt = 1
-    """Batches whose gradients make one optimiser step."""
+    """Batches per optimizer step (gradient accumulation)."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """What happens where loss or gradient is not finite: stop at the next log entry, or do not take such steps, until
-    ten in a row are none; weights that are no numbers come back from the newest checkpoint. Looking at every step makes
-    a GPU wait."""
+    """What to do if the loss or a gradient is not finite. stop: raise at the next log entry. skip: skip the optimizer
+    step (abort after 10 consecutive skips); non-finite weights are restored from the last checkpoint. Skipping needs a
+    device synchronization in every step."""
     precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)] = "no"
-    """Mixed precision; bf16 wherever the GPU has it. (To YAML, a bare `no` is false, which is understood.)"""
+    """Mixed precision; use bf16 on GPUs that support it. (YAML reads a bare `no` as false, which is accepted.)"""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of the moving average of the weights; if given, the average is what is evaluated and published."""
+    """Decay of an exponential moving average of the weights; if given, the average is evaluated and exported."""
     eval_every: PositiveInt | None = None
     """Steps between evaluations; by default after every epoch."""
     eval_first: bool = False
-    """Evaluate before the first step as well: what a pretrained model can do before it is trained further."""
+    """Evaluate also before the first step, as a baseline for fine-tuning."""
     save_every: PositiveInt | None = None
     """Steps between checkpoints; by default with every evaluation."""
     keep: PositiveInt = 2
-    """How many checkpoints to resume from stay on disk; the best one stays beside them."""
+    """Number of resumable checkpoints to keep, besides the best one."""
     best_metric: str | None = None
-    """Number of an evaluation that decides which checkpoint is the best; by default miou where the evaluated data has
-    expressions, ap where it is a detection set."""
+    """Metric that selects the best checkpoint (higher is better); by default miou for expressions, ap for detection."""
     patience: PositiveInt | None = None
-    """Stop after so many evaluations without a better `best_metric`; by default never."""
+    """Early stopping: end after this many evaluations without a better `best_metric`; by default never."""
     interpolate: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)] | None = None
-    """At the end, judge mixtures with these shares of the best weights, the rest being those that training began with,
-    and keep the best mixture in the folder `interpolated`: fine-tuning may forget less so. [0.0, 0.25, 0.5, 0.75, 1.0]
-    is a good choice."""
+    """At the end, evaluate interpolations between the initial weights (0) and the best ones (1) at these values, and
+    save the best one in the folder `interpolated`; reduces forgetting in fine-tuning (WiSE-FT).
+    [0.0, 0.25, 0.5, 0.75, 1.0] is a good choice."""
     log_every: PositiveInt = 10
     """Steps between log entries."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Names that Accelerate knows: tensorboard, wandb, mlflow, comet_ml, ..."""
+    """Trackers of Accelerate: tensorboard, wandb, mlflow, comet_ml, ..."""
 
 
 @dataclass
 class CheckpointConfig(Settings):
-    """All that is known of a checkpoint that no run of vg made."""
+    """Configuration of a converted checkpoint, which has no training run of vg."""
 
     model: ModelConfig
 
 
 @dataclass
 class RunConfig(CheckpointConfig):
-    """Everything that decides a run."""
+    """Everything that determines a run."""
 
     data: DataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -155,139 +148,152 @@ class RunConfig(CheckpointConfig):
 
 
 Config = TypeVar("Config", bound=CheckpointConfig)
+Files = Sequence[tuple[Path, Mapping[str, Any]]]  # a YAML file and its values, then those of its `base`, and so on
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file and apply overrides such as "optim.lr=1e-4" or "model.head=dense".
+    """Read a YAML file, merge it over its `base`, and apply overrides such as "optim.lr=1e-4" or "model.head=dense".
+
+    `base: other.yaml` (relative to the file; a base may have a base) is merged key by key. Lists, null, `{}`, and mappings
+    that select another `name`, such as another dataset or head, replace the value of the base.
 
     Raises:
-        ConfigError: no such file, no YAML, an unknown key (with the nearest one that exists), or a wrong type.
+        ConfigError: a missing file, invalid YAML, a cycle of bases, a wrong type, or an unknown key.
     """
-    return parse_config(_load_values(path, overrides), str(path))
+    values, files = _load_values(path, overrides)
+    return _parse(values, str(path), RunConfig, files)
 
 
 def load_checkpoint_config(path: str | Path, overrides: Sequence[str] = ()) -> CheckpointConfig:
-    """The configuration of a checkpoint: that of the run which made it, or of the model alone where it was converted.
+    """The configuration of a checkpoint: a RunConfig, or the model alone if the checkpoint was converted.
 
     Raises:
         ConfigError: see load_config.
     """
-    values = _load_values(path, overrides)
-    return _parse(values, str(path), CheckpointConfig if values.keys() == {"model"} else RunConfig)
-
-
-def _load_values(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold keys such as `model:` and `data:`, not a {type(values).__name__}")
-    for override in overrides:
-        _apply(values, override)
-    return values
+    values, files = _load_values(path, overrides)
+    return _parse(values, str(path), CheckpointConfig if values.keys() == {"model"} else RunConfig, files)
 
 
 def parse_config(values: Mapping[str, Any], origin: str = "the configuration") -> RunConfig:
-    """Turn nested dictionaries into a checked RunConfig; raises ConfigError that speaks of `origin`."""
-    return _parse(values, origin, RunConfig)
-
-
-def _parse(values: Mapping[str, Any], origin: str, kind: type[Config]) -> Config:
-    trouble = _unknown_keys(values, kind, "")
-    if trouble:
-        raise ConfigError("\n  ".join([f"{origin}:", *trouble]))
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        lines = [f"{_path(item['loc'], values)}: {item['msg']}" for item in error.errors(include_url=False)]
-        raise ConfigError("\n  ".join([f"{origin}:", *lines])) from error
+    """Validate nested dictionaries; raises ConfigError, whose message begins with `origin`."""
+    return _parse(_renamed(values), origin, RunConfig, [])
 
 
 def dump_config(config: CheckpointConfig) -> str:
-    """The resolved configuration as YAML; reading it gives the same configuration again."""
+    """The resolved configuration as YAML; loading it gives an equal configuration."""
     return yaml.safe_dump(TypeAdapter(type(config)).dump_python(config, mode="json"), sort_keys=False)
 
 
+def _parse(values: Mapping[str, Any], origin: str, config_type: type[Config], files: Files) -> Config:
+    problems, cause = unknown_keys(values, config_type), None
+    if not problems:
+        try:
+            return TypeAdapter(config_type).validate_python(values)
+        except ValidationError as error:
+            cause = error
+            problems = [(key_path(item["loc"], values), item["msg"]) for item in error.errors(include_url=False)]
+    lines = [f"{'.'.join(map(str, path))}: {message}{_source(path, values, files)}" for path, message in problems]
+    raise ConfigError("\n  ".join([f"{origin}:", *lines])) from cause
+
+
+def _source(path: Sequence[Any], values: Any, files: Files) -> str:
+    """Name the base file that a value comes from; empty if it is in the first file or on the command line."""
+    value = _lookup(values, path)
+    sources = [file for file, own in files if value is not None and _lookup(own, path) == value]
+    return f" (in {sources[0]})" if sources and sources[0] != files[0][0] else ""
+
+
+def _lookup(values: Any, path: Sequence[Any]) -> Any:
+    for key in path:
+        try:
+            values = by_name(values)[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return values
+
+
+def _load_values(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Files]:
+    files = _read_files(Path(path))
+    values: dict[str, Any] = {}
+    for _, own in reversed(files):
+        if own:  # an empty mapping would replace the base
+            values = _renamed(_merge(values, own))  # a copy: overrides must not change `files`
+    for override in overrides:
+        _apply(values, override)
+        values = _renamed(values)
+    return values, files
+
+
+def _read_files(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The values of a YAML file, then those of its `base`, of the base of that, and so on."""
+    files: list[tuple[Path, dict[str, Any]]] = []
+    while True:
+        chain = [file for file, _ in files]
+        if path.resolve() in [file.resolve() for file in chain]:
+            raise ConfigError(f"`base` forms a cycle: {' -> '.join(map(str, [*chain, path]))}")
+        values = _read_yaml(path, f", the base of {chain[-1]}" if chain else "")
+        base = values.pop("base", None)
+        files.append((path, _renamed(values)))
+        if base is None:
+            return files
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: base must be the path of one YAML file, got {base!r}")
+        path = path.parent / base
+
+
+def _read_yaml(path: Path, role: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}{role}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must contain keys such as `model:` and `data:`, not a {type(values).__name__}")
+    return values
+
+
+def _merge(base: Any, values: Any, path: str = "") -> Any:
+    """Merge values over those of a base, see load_config."""
+    if isinstance(base, Mapping) and "name" in base:
+        values = by_name(values)
+    if not values or not isinstance(values, Mapping) or not isinstance(base := by_name(base), Mapping):
+        return values
+    if "name" in values and values["name"] != base.get("name"):
+        return values
+    if path == "data.eval." and "name" in base and all(isinstance(x, Mapping) and "name" in x for x in values.values()):
+        return values  # several evaluation datasets by name replace a single one
+    merged = {key: _merge(base[key], value, f"{path}{key}.") for key, value in values.items() if key in base}
+    return {**base, **values, **merged}
+
+
+def _renamed(values: Any, path: str = "") -> Any:
+    """Replace former names of keys (RENAMED); a mapping keeps its key, because it may be a dataset of that name."""
+    if not isinstance(values, Mapping):
+        return values
+    renamed = {}
+    for key, value in values.items():
+        names = (
+            [] if isinstance(value, Mapping) else [n for old, n in RENAMED.items() if fnmatchcase(f"{path}{key}", old)]
+        )
+        renamed[names[0] if names else key] = _renamed(value, f"{path}{key}.")
+    return renamed
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
+    """Set the value of one override, such as "optim.lr=1e-4", in nested dictionaries."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"an override reads key.subkey=value, for example optim.lr=1e-4; got {override!r}")
+        raise ConfigError(f"an override must read key.subkey=value, for example optim.lr=1e-4; got {override!r}")
     *parents, last = key.split(".")
     for parent in parents:
         child = values.setdefault(parent, {})
         if isinstance(child, str):  # `head: dense` is short for `head: {name: dense}`
             child = values[parent] = {"name": child}
         if not isinstance(child, dict):
-            raise ConfigError(f"{override}: {parent} is {child!r}, it has no keys below it")
+            raise ConfigError(f"{override}: {parent} is {child!r}, which has no keys")
         values = child
     try:
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{override}: the value is not valid YAML ({error})") from error
-
-
-def _unknown_keys(values: Mapping[str, Any], config_type: type, path: str) -> list[str]:
-    """Keys that the dataclass does not have, each with its path and the nearest one that exists."""
-    hints = typing.get_type_hints(config_type)
-    trouble = []
-    for key, value in values.items():
-        if key not in hints or key.startswith("_"):
-            names = [f.name for f in dataclasses.fields(config_type)]
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.4)
-            advice = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(names)}"
-            trouble.append(f"{path}{key}: unknown key; {advice}")
-            continue
-        trouble += _unknown_below(value, hints[key], f"{path}{key}")
-    return trouble
-
-
-def _unknown_below(value: Any, hint: Any, path: str) -> list[str]:
-    """The same for what one key holds: settings, or a mapping or list of settings."""
-    for member in _members(hint):
-        if typing.get_origin(member) is dict and _is_several(value):
-            item = typing.get_args(member)[1]
-            return [line for name in value for line in _unknown_below(value[name], item, f"{path}.{name}")]
-        if typing.get_origin(member) is list and isinstance(value, list):
-            item = typing.get_args(member)[0]
-            return [line for place, each in enumerate(value) for line in _unknown_below(each, item, f"{path}.{place}")]
-    below, choices = _settings_type(hint, value)
-    if choices:
-        name = value if isinstance(value, str) else value.get("name")
-        near = difflib.get_close_matches(str(name or ""), choices, n=1, cutoff=0.4)
-        advice = f"did you mean `{near[0]}`? " if near else ""
-        what = "is missing" if name is None else f"{name!r} is unknown"
-        return [f"{path}.name: {what}; {advice}there are {', '.join(choices)}"]
-    return _unknown_keys(value, below, f"{path}.") if below is not None and isinstance(value, Mapping) else []
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    """The types of a union, or the one type."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-def _settings_type(hint: Any, value: Any) -> tuple[type | None, list[str]]:
-    """The dataclass that a value is meant for; or, where its `name` fits none, the names there are."""
-    members = [member for member in _members(hint) if isinstance(member, type) and dataclasses.is_dataclass(member)]
-    named = {f.default: member for member in members for f in dataclasses.fields(member) if f.name == "name"}
-    if not named or not isinstance(value, (str, Mapping)):
-        return (members[0] if members else None), []
-    name = value if isinstance(value, str) else value.get("name", next(iter(named)) if len(named) == 1 else None)
-    return (named[name], []) if name in named else (None, sorted(map(str, named)))
-
-
-def _path(location: Sequence[str | int], values: Any) -> str:
-    """Dotted path of a pydantic error, without the names of types that pydantic puts in between."""
-    parts = []
-    for place, part in enumerate(location):
-        between = isinstance(values, Mapping) and part not in values and place < len(location) - 1
-        if between or str(part).startswith("<"):  # as in "<one>"
-            continue
-        parts.append(str(part))
-        try:
-            values = values[part]
-        except (KeyError, IndexError, TypeError):  # it is this key that is missing
-            values = None
-    return ".".join(parts)

@@ -1,4 +1,4 @@
-"""What processes agree on: seeds, the state of random numbers, means over processes, and when to stop."""
+"""State shared by the processes of a run: seeds, random number generators, means, and the stop signal."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from vg.errors import ConfigError
 
 
 def new_accelerator(**options: Any) -> Accelerator:
-    """An Accelerator with settings of its own, where Accelerate would insist on those of the first one in a process.
+    """Create an Accelerator; unlike Accelerate by default, later ones in a process may have other settings.
 
     Raises:
-        ConfigError: the machine has no such precision, or a tracker is unknown or not installed.
+        ConfigError: the machine does not support the precision, or a tracker is unknown or not installed.
     """
     AcceleratorState._reset_state()
     for name in options.get("log_with") or ():
@@ -38,21 +38,21 @@ def new_accelerator(**options: Any) -> Accelerator:
 
 
 def shut_down() -> None:
-    """End the conversation between processes, at the very end of a program."""
+    """Destroy the process group; call it last in a program."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        gc.collect()  # what was trained keeps the threads of the group alive, until the interpreter ends
+        gc.collect()  # a trained model that is still referenced keeps the threads of the group alive
         torch.distributed.destroy_process_group()
 
 
 def seed_everything(seed: int) -> None:
-    """The same start in every process; what differs between them is the data they get."""
+    """Seed all random number generators, with the same seed in every process; only their data differs."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
     torch.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:
-    """The random number generators of this process, as plain values that torch.load reads with weights_only=True."""
+    """State of the random number generators of this process, loadable by torch.load with weights_only=True."""
     state = np.random.get_state(legacy=False)  # noqa: NPY002
     return {
         "python": random.getstate(),
@@ -75,14 +75,20 @@ def mean_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 
 class StopSignal:
-    """True once any process was asked to stop (SIGTERM, as schedulers send, or Ctrl-C)."""
+    """SIGTERM, as schedulers send it, or Ctrl-C, received by any process of a run.
 
-    def __init__(self, accelerator: Accelerator):
+    Processes agree at the same step. Several processes should therefore check only every `interval` steps, because each
+    check is a small collective that waits for the device; a signal is then handled within `interval` steps. For a
+    single process the interval is 1, and a check costs nothing.
+    """
+
+    def __init__(self, accelerator: Accelerator, interval: int = 1):
         self.accelerator = accelerator
+        self.interval = interval if accelerator.num_processes > 1 else 1
         self.received: signal.Signals | None = None
 
-    def __bool__(self) -> bool:
-        """All processes must ask at the same step, for they agree on the answer here."""
+    def requested(self) -> bool:
+        """Whether any process received a signal; a collective, so all processes must call it at the same step."""
         received = self.received is not None
         if self.accelerator.num_processes == 1:
             return received
@@ -91,7 +97,7 @@ class StopSignal:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, the first signal only sets the flag; a second Ctrl-C interrupts at once as usual."""
+        """Within the context, the first signal only sets `received`; a second one has its usual effect."""
         old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
         def receive(number: int, frame: FrameType | None) -> None:
@@ -101,7 +107,7 @@ class StopSignal:
         try:
             for number in old:
                 signal.signal(number, receive)
-        except ValueError:  # not the main thread, as in a notebook server: no signals to listen to
+        except ValueError:  # not the main thread, as in a notebook server, where handlers cannot be installed
             yield
             return
         try:

@@ -1,8 +1,16 @@
-"""Base class of all settings: dataclasses that pydantic validates when a configuration is read."""
+"""Base class of all settings, and the check of a configuration's keys against the fields of such classes."""
 
 from __future__ import annotations
 
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
+
+from vg.errors import closest
+
+KeyPath = tuple[Any, ...]  # keys and list indices from the top of a configuration down to a value
 
 
 class Settings:
@@ -14,3 +22,74 @@ class Settings:
 def by_name(value: Any) -> Any:
     """Accept the name alone for settings that are selected by `name`: `head: dense` for `head: {name: dense}`."""
     return {"name": value} if isinstance(value, str) else value
+
+
+def is_mapping_of_settings(value: Any) -> bool:
+    """Whether a value maps names to settings, instead of being settings itself."""
+    return isinstance(value, Mapping) and all(
+        isinstance(item, Mapping) or dataclasses.is_dataclass(item) for item in value.values()
+    )
+
+
+def unknown_keys(values: Mapping[str, Any], config_type: type, path: KeyPath = ()) -> list[tuple[KeyPath, str]]:
+    """Path and message of every key that is not a field of the dataclass, at any depth; suggests the closest field."""
+    hints = typing.get_type_hints(config_type)
+    found = []
+    for key, value in values.items():
+        if key not in hints or key.startswith("_"):
+            names = [f.name for f in dataclasses.fields(config_type)]
+            near = closest(key, names)
+            advice = f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(names)}"
+            found.append(((*path, key), f"unknown key; {advice}"))
+        else:
+            found += _unknown_below(value, hints[key], (*path, key))
+    return found
+
+
+def _unknown_below(value: Any, hint: Any, path: KeyPath) -> list[tuple[KeyPath, str]]:
+    """Check the value of one key: settings, or a mapping or list of settings."""
+    for member in _members(hint):
+        if typing.get_origin(member) is dict and is_mapping_of_settings(value):
+            item = typing.get_args(member)[1]
+            return [found for name in value for found in _unknown_below(value[name], item, (*path, name))]
+        if typing.get_origin(member) is list and isinstance(value, list):
+            item = typing.get_args(member)[0]
+            return [found for index, entry in enumerate(value) for found in _unknown_below(entry, item, (*path, index))]
+    config_type, choices = _settings_type(hint, value)
+    if choices:
+        name = value if isinstance(value, str) else value.get("name")
+        near = closest(name or "", choices)
+        advice = f"did you mean `{near[0]}`? " if near else ""
+        problem = "missing" if name is None else f"{name!r} is unknown"
+        return [((*path, "name"), f"{problem}; {advice}expected one of {', '.join(choices)}")]
+    return unknown_keys(value, config_type, path) if config_type is not None and isinstance(value, Mapping) else []
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The member types of a union, or the single type."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _settings_type(hint: Any, value: Any) -> tuple[type | None, list[str]]:
+    """The dataclass that a value selects; if its `name` matches none, the names to choose from."""
+    members = [member for member in _members(hint) if isinstance(member, type) and dataclasses.is_dataclass(member)]
+    named = {f.default: member for member in members for f in dataclasses.fields(member) if f.name == "name"}
+    if not named or not isinstance(value, (str, Mapping)):
+        return (members[0] if members else None), []
+    name = value if isinstance(value, str) else value.get("name", next(iter(named)) if len(named) == 1 else None)
+    return (named[name], []) if name in named else (None, sorted(map(str, named)))
+
+
+def key_path(location: Sequence[str | int], values: Any) -> KeyPath:
+    """The path of a pydantic error, without the names of types that pydantic inserts."""
+    path: list[str | int] = []
+    for depth, key in enumerate(location):
+        inserted = isinstance(values, Mapping) and key not in values and depth < len(location) - 1
+        if inserted or str(key).startswith("<"):  # as in "<one>"
+            continue
+        path.append(key)
+        try:
+            values = values[key]
+        except (KeyError, IndexError, TypeError):  # this key is the missing one
+            values = None
+    return tuple(path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from vg.training.optim import Ema, GroupConfig, OptimConfig, build_optimizer, build_schedule, choose_trained
+from vg.training.optim import Ema, GroupConfig, OptimConfig, build_optimizer, build_schedule, select_trainable
 
 
 class Network(nn.Module):
@@ -125,7 +125,7 @@ def test_weight_decay_of_vectors() -> None:
 
 def test_frozen_modules_by_name() -> None:
     model = Network()
-    choose_trained(model, OptimConfig(freeze=["vision", "head.bias"]))  # type: ignore[arg-type]
+    select_trainable(model, OptimConfig(freeze=["vision", "head.bias"]))  # type: ignore[arg-type]
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"vision_projection.weight", "vision_projection.bias", "head.weight"}
 

@@ -1,6 +1,6 @@
 """The command line: `vg train | eval | predict | check | convert | interpolate | cache | config | demo | ops`.
 
-Every verb is a module with `add_parser`, which describes its arguments, and `run`, which imports what it needs: so
+Every verb is a module with `add_parser`, which declares its arguments, and `run`, which imports what it needs, so that
 `vg --help` starts without torch.
 """
 
@@ -24,14 +24,14 @@ def main(arguments: list[str] | None = None) -> None:
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") or "=" not in word for word in rest) or (rest and "overrides" not in options):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # overrides after an option, which argparse does not see
+    if rest:  # argparse does not assign overrides that follow an option
         options.overrides += rest
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "datasets", "accelerate", "albumentations"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
-    # On a CPU, torch's threads wait for each other by spinning, by default so long that one other busy program on the
-    # machine makes training ten times slower; with this value, twice. Torch reads it at import.
+    # On a CPU, torch's threads wait for each other by spinning. With the default count, one other busy program makes
+    # training ten times slower; with this one, two times. Torch reads it at import.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         options.run(options)
@@ -54,6 +54,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _message(error: Exception) -> str:
-    """The message alone; a DataLoader adds the traceback of its worker."""
+    """The message without the traceback that a DataLoader adds for its worker."""
     text = str(error)
     return text.split(f"{type(error).__name__}: ")[-1].strip() if "Original Traceback" in text else text

@@ -1,4 +1,4 @@
-"""`vg config`: print a resolved configuration."""
+"""`vg config`: print a configuration as it is resolved from bases, defaults and overrides."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vg.cli.arguments import Verbs, add_overrides
 
 
 def add_parser(verbs: Verbs) -> None:
-    parser = verbs.add_parser("config", help="print a configuration with all defaults and overrides")
+    parser = verbs.add_parser("config", help="print a configuration with its bases, all defaults and overrides")
     parser.add_argument("config", help="YAML file")
     add_overrides(parser)
     parser.set_defaults(run=run)

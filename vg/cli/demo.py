@@ -1,4 +1,4 @@
-"""`vg demo`: train, evaluate and draw on the embedded scenes."""
+"""`vg demo`: train, evaluate and draw on synthetic scenes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def add_parser(verbs: Verbs) -> None:
-    parser = verbs.add_parser("demo", help="train, evaluate and draw on embedded drawn scenes, in minutes on a CPU")
+    parser = verbs.add_parser("demo", help="train, evaluate and draw on synthetic scenes, in minutes on a CPU")
     add_overrides(parser)
     parser.add_argument("--config", help="YAML file (default: the rec family, configs/demo_rec.yaml)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, then evaluate: embedded scenes on their test split, other data as `data.eval` says."""
+    """Train, then evaluate: synthetic scenes on their test split, other data as configured in `data.eval`."""
     from vg.cli.evaluate import evaluate
     from vg.cli.train import train
     from vg.config import load_config

@@ -1,4 +1,4 @@
-"""Models that verbs work on: checkpoints of vg, and configurations that name released weights."""
+"""Models for the verbs: checkpoints of vg, and configurations with released weights."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from vg.models.base import GroundingModel
 
 
 def load(path: Path, overrides: list[str]) -> tuple[GroundingModel, CheckpointConfig]:
-    """The model of a checkpoint, or of a YAML file whose `model.weights` names one, in evaluation mode.
+    """Load the model of a checkpoint, or of a YAML file with `model.weights`, in evaluation mode.
 
     Raises:
         CheckpointError: see `vg.checkpoint.read_model`.
-        ConfigError: the YAML file names no weights.
+        ConfigError: the YAML file does not set `model.weights`.
     """
     if path.suffix not in (".yaml", ".yml"):
         return read_model(path, overrides)
     config = load_config(path, overrides)
     if getattr(config.model, "weights", None) is None:
-        raise ConfigError(f"{path}: model.weights names no checkpoint; train first, then name the folder of the run")
+        raise ConfigError(f"{path}: model.weights is not set; train first, then give the folder of the run")
     return config.model.build().eval(), config
 
 
 def load_with_data(path: Path, overrides: list[str]) -> tuple[GroundingModel, RunConfig]:
-    """The same with the configuration of a run, which says what to evaluate on; raises ConfigError if it is missing."""
+    """Like load, but raise ConfigError if the configuration has no datasets to evaluate on."""
     model, config = load(path, overrides)
     if not isinstance(config, RunConfig):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""`vg ops`: report which kernels run on this machine."""
+"""`vg ops`: report the kernels that run on this machine."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from vg.cli.arguments import Verbs
 
-THRESHOLD = 0.3  # score that a box needs to be drawn
+THRESHOLD = 0.3  # boxes with a lower score are not drawn
 
 
 def add_parser(verbs: Verbs) -> None:

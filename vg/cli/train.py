@@ -1,4 +1,4 @@
-"""`vg train`: train what a configuration describes."""
+"""`vg train`: train a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> None:
-    """Train to the end and plot the curves, also when training is interrupted."""
+    """Train to the end, and plot the curves even if training is interrupted."""
     from vg.inference.curves import curves
     from vg.training.trainer import Trainer
 

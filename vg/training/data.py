@@ -29,7 +29,7 @@ class TrainingData:
         evaluations: what the run is evaluated on; pictures that are there as well are told, or left out if asked.
 
     Raises:
-        DataError: nothing is left, or the pictures cannot be grouped by shape (`data.similar_shapes`).
+        DataError: nothing is left, or the pictures cannot be grouped by shape (`data.group_by_aspect_ratio`).
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TrainingData:
         self.data = GroundingDataset(source, data.augment.build(), seed, data.bad_samples, collate.texts)
         self.sampler = (
             AspectRatioGroupedSampler(source, seed, samples_at_once)
-            if data.similar_shapes
+            if data.group_by_aspect_ratio
             else training_order(config, source)
         )
         loader: DataLoader[Any] = DataLoader(

@@ -1,8 +1,7 @@
-"""Optimiser, learning-rate schedule and the moving average of the weights."""
+"""Optimizer, learning-rate schedule and moving average of the weights."""
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
-from vg.errors import ConfigError
+from vg.errors import ConfigError, closest
 from vg.settings import Settings
 from vg.training.lora import LoraConfig, add_adapters
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class GroupConfig(Settings):
-    """What differs for the parameters of one module."""
+    """Overrides for the parameters of one module; null uses the value of `optim`."""
 
     lr: NonNegativeFloat | None = None
     weight_decay: NonNegativeFloat | None = None
@@ -32,40 +31,43 @@ class GroupConfig(Settings):
 
 @dataclass
 class OptimConfig(Settings):
-    """What is trained, and how fast: AdamW with a warm-up and a schedule."""
+    """AdamW with linear warm-up and a schedule; trainable modules and per-module settings."""
 
     lr: NonNegativeFloat = 1e-4
     weight_decay: NonNegativeFloat = 0.01
-    """Not applied to biases, norms and other vectors, unless `decay_vectors`."""
+    """Not applied to biases, norm weights and other vectors, unless `decay_vectors`."""
     decay_vectors: bool = False
-    """Weight decay for all parameters, as Grounding DINO and DETR before it were trained."""
+    """Apply weight decay to all parameters, as in the training of DETR and Grounding DINO."""
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: PositiveFloat | None = 1.0
-    """Largest norm of the gradient; null for no clipping."""
+    """Maximum norm of the gradient; null disables clipping."""
     warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up."""
     schedule: Literal["cosine", "constant", "step"] = "cosine"
     milestones: list[PositiveFloat] = field(default_factory=list)
     """Epochs after which `schedule: step` multiplies the learning rate by `decay`."""
     decay: PositiveFloat = 0.1
     freeze: list[str] = field(default_factory=list)
-    """Modules that are not trained, for example [text, backbone]. Dropout inside goes on, as in published recipes."""
+    """Modules to freeze, for example [text, backbone]. Their dropout stays active, as in published recipes."""
     lora: LoraConfig | None = None
-    """Train low-rank adapters instead of the weights; checkpoints hold both as one, and load as any other."""
+    """Train low-rank adapters instead of the weights; they are merged in checkpoints, which load like any other."""
     groups: dict[str, GroupConfig] = field(default_factory=dict)
-    """Module name -> what differs there, for example `vision: {lr: 1e-5}`; the longest matching name counts."""
+    """Module name -> its overrides, for example `vision: {lr: 1e-5}`; the longest matching name applies."""
 
     def __post_init__(self) -> None:
         if (self.schedule == "step") != bool(self.milestones):
-            raise ValueError("schedule: step needs milestones, such as [11] of 12 epochs, and no other has any")
+            raise ValueError(
+                "milestones, such as [11] of 12 epochs, are required by schedule: step and allowed by no other"
+            )
         if self.milestones != sorted(self.milestones):
-            raise ValueError(f"milestones ({self.milestones}) must rise")
+            raise ValueError(f"milestones ({self.milestones}) must be in ascending order")
 
 
-def choose_trained(model: GroundingModel, config: OptimConfig) -> None:
-    """Freeze what the configuration says, and put adapters where it wants some; before the optimiser is made.
+def select_trainable(model: GroundingModel, config: OptimConfig) -> None:
+    """Freeze the modules of `optim.freeze` and add the adapters of `optim.lora`; call it before build_optimizer.
 
     Raises:
-        ConfigError: a name fits nothing.
+        ConfigError: a name matches no trainable parameter or linear layer.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for prefix in config.freeze:
@@ -78,10 +80,10 @@ def choose_trained(model: GroundingModel, config: OptimConfig) -> None:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """One parameter group for each pair of learning rate and weight decay; frozen parameters are left out.
+    """AdamW with one parameter group per pair of learning rate and weight decay; frozen parameters are excluded.
 
     Raises:
-        ConfigError: a name in `optim.groups` fits no trainable parameter, or nothing is trainable.
+        ConfigError: a name in `optim.groups` matches no trainable parameter, or no parameter is trainable.
     """
     import torch
 
@@ -114,17 +116,17 @@ def _belongs(name: str, prefix: str) -> bool:
 def _check_name(prefix: str, setting: str, parameters: Mapping[str, nn.Parameter]) -> None:
     if not any(_belongs(name, prefix) for name in parameters):
         modules = {name[:end] for name in parameters for end, letter in enumerate(name) if letter == "."}
-        near = difflib.get_close_matches(prefix, modules, n=3) or sorted({m for m in modules if "." not in m})
+        near = closest(prefix, modules, limit=3, cutoff=0.6) or sorted({m for m in modules if "." not in m})
         raise ConfigError(f"optim.{setting}.{prefix}: no trainable parameter there; near names: {', '.join(near)}")
 
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: OptimConfig, num_steps: int, steps_per_epoch: int = 1
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up from 0, then a cosine to 0 at num_steps, or steps, or constant; one step per optimiser step.
+    """Linear warm-up from 0, then cosine to 0 at num_steps, constant, or step decay; call step() per optimizer step.
 
     Args:
-        steps_per_epoch: milestones count in epochs.
+        steps_per_epoch: converts milestones, which are in epochs, to steps.
     """
     import torch
 
@@ -144,8 +146,8 @@ def build_schedule(
 class Ema:
     """Exponential moving average of the trainable parameters.
 
-    The decay rises with the number of steps, (1 + step) / (10 + step), up to its final value, so that the average does
-    not remember the random start.
+    The decay increases with the number of steps, (1 + step) / (10 + step), up to `decay`, so that the random initial
+    weights are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -154,7 +156,7 @@ class Ema:
         self.restart()
 
     def restart(self) -> None:
-        """Begin the average anew with the present weights."""
+        """Restart the average from the current weights."""
         self.num_updates = 0
         self.averages = [p.detach().clone() for p in self.parameters]
 
@@ -168,7 +170,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights."""
+        """Within the context, the model has the averaged weights."""
         own = [p.data for p in self.parameters]
         for parameter, average in zip(self.parameters, self.averages, strict=True):
             parameter.data = average

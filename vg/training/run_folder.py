@@ -1,12 +1,12 @@
-"""The folder of a run, complete at every moment.
+"""The folder of a run, consistent at every moment.
 
 runs/demo/
     config.yaml               the resolved configuration
     history.jsonl             losses and evaluations, one row each
-    logs/                     what trackers write (TensorBoard)
-    best/                     a checkpoint with the best evaluation so far, and its validation.json
-    checkpoints/step_000500/  the newest checkpoints, with what training needs to go on
-    interpolated/             a checkpoint between the initial weights and `best`, if `train.interpolate` asks for it
+    logs/                     output of trackers (TensorBoard)
+    best/                     the checkpoint with the best evaluation so far, and its results in validation.json
+    checkpoints/step_000500/  the newest checkpoints, with the state that training needs to continue
+    interpolated/             the best interpolation between the initial weights and `best` (`train.interpolate`)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from vg.checkpoint import CONFIG, TRAINING, new_checkpoint, read_weights
 from vg.config import RunConfig, dump_config
 from vg.errors import CheckpointError
-from vg.files import write_json
+from vg.files import write_bytes, write_json
 from vg.training.history import History
 
 VALIDATION = "validation.json"
@@ -32,7 +32,7 @@ KEPT = ("best", "checkpoints", "interpolated")
 
 
 class RunFolder:
-    """Every process calls these methods; the main one writes, and where it fails every process raises."""
+    """Files of a run. All processes call these methods; the main one writes, and if it fails all processes raise."""
 
     def __init__(self, config: RunConfig, accelerator: Accelerator):
         self.path = Path(config.train.output)
@@ -42,33 +42,33 @@ class RunFolder:
         self.history = History(self.path / "history.jsonl")
 
     def claim(self, resume: bool, overwrite: bool) -> None:
-        """See whether this run may have the folder; nothing is removed yet.
+        """Check that this run may use the folder; nothing is removed yet.
 
         Raises:
-            CheckpointError: another run lives here, or there is none to resume.
+            CheckpointError: the folder contains another run, or there is no checkpoint to resume.
         """
-        self._on_main(self._mend)
+        self._on_main(self._recover)
         found = self.checkpoints()
         if resume and not found:
             raise CheckpointError(f"nothing to resume: no checkpoint in {self.path / 'checkpoints'}")
-        kept = [name for part in KEPT for name in sorted(self.path.glob(f"{part}/*"))]
+        kept = [path for name in KEPT for path in sorted(self.path.glob(f"{name}/*"))]
         if kept and not (resume or overwrite):
             raise CheckpointError(
-                f"{self.path} holds a run already ({kept[-1].relative_to(self.path)}): go on with --resume, begin anew "
-                "with --overwrite, or choose another train.output"
+                f"{self.path} already contains a run ({kept[-1].relative_to(self.path)}): continue it with --resume, "
+                "replace it with --overwrite, or choose another train.output"
             )
 
     def begin(self, resume: bool) -> None:
-        """Make the folder ready, and remove what an earlier run left in it."""
+        """Create the folder and write the configuration; remove an earlier run unless it is resumed."""
         self._on_main(lambda: self._prepare(resume))
 
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints that training can go on from, oldest first."""
+        """Complete, resumable checkpoints, oldest first."""
         found = [path.parent for path in self.path.glob(f"checkpoints/step_*[0-9]/{TRAINING}")]
         return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Let `write` fill the checkpoint of a step, then remove the oldest ones beyond `train.keep`."""
+        """Write the checkpoint of a step with `write`, then remove the oldest ones beyond `train.keep`."""
         folder = self.path / "checkpoints" / f"step_{step:06d}"
 
         def action() -> None:
@@ -108,19 +108,18 @@ class RunFolder:
     def cut_history(self, step: int) -> None:
         self._on_main(lambda: self.history.cut(step))
 
-    def _mend(self) -> None:
-        """Put back what a crash between the two renames of `replacing` left under its other name."""
+    def _recover(self) -> None:
+        """Restore folders that a crash between the two renames of `vg.files.replacing` left as *.old."""
         for old in [*self.path.glob("*.old"), *self.path.glob("checkpoints/*.old")]:
             if not old.with_suffix("").exists():
                 old.rename(old.with_suffix(""))
 
     def _prepare(self, resume: bool) -> None:
         if not resume:
-            for part in (*KEPT, "logs/vg"):  # the trackers call the project vg
-                shutil.rmtree(self.path / part, ignore_errors=True)
+            for name in (*KEPT, "logs/vg"):  # trackers log under the project name vg
+                shutil.rmtree(self.path / name, ignore_errors=True)
             self.history.path.unlink(missing_ok=True)
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / CONFIG).write_text(dump_config(self.config), encoding="utf-8")
+        write_bytes(self.path / CONFIG, dump_config(self.config).encode())
 
     def _on_main(self, action: Callable[[], None]) -> None:
         failure: list[Exception | None] = [None]
@@ -129,6 +128,6 @@ class RunFolder:
                 action()
             except (CheckpointError, OSError) as error:
                 failure = [error]
-        broadcast_object_list(failure)  # also makes the others wait
+        broadcast_object_list(failure)  # other processes wait here
         if failure[0] is not None:
             raise failure[0]

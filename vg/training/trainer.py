@@ -1,10 +1,10 @@
-"""The training loop: it knows a GroundingModel and samples, and neither a network nor a data set by name."""
+"""The training loop, for any GroundingModel and any dataset."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,40 +30,41 @@ from vg.evaluation.evaluator import Evaluator, progress_bar
 from vg.training.data import TrainingData
 from vg.training.interpolation import Interpolation, Sweep
 from vg.training.loss_log import REMEDY, LossLog
-from vg.training.optim import build_optimizer, build_schedule, choose_trained
+from vg.training.optim import build_optimizer, build_schedule, select_trainable
 from vg.training.run_folder import RunFolder
 from vg.training.state import TrainingState
 from vg.types import Batch, LossName
 
 logger = logging.getLogger(__name__)
 
-MAX_SKIPPED = 10  # steps in a row; more are no accident
+MAX_SKIPPED = 10  # consecutive steps; more mean divergence
+STOP_INTERVAL = 10  # steps between checks for a stop signal with several processes, because each is a collective
 
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with every checkpoint."""
+    """Position and counters of a run; saved with every checkpoint."""
 
-    step: int = 0  # optimiser steps done
+    step: int = 0  # completed optimizer steps
     epoch: int = 0
-    batch: int = 0  # batches of this epoch done, in each process
+    batch: int = 0  # completed batches of this epoch, per process
     evaluated_step: int = 0
     best: float = -math.inf
     evaluations_since_best: int = 0
-    skipped: int = 0  # steps that were not taken, for their loss or gradient was no number
+    skipped: int = 0  # steps skipped because of a non-finite loss or gradient
     skipped_in_a_row: int = 0
-    restored: int = 0  # times that the weights were no numbers and came back from a checkpoint
+    restored: int = 0  # how often non-finite weights were restored from a checkpoint
 
 
 class Trainer:
-    """Trains what a RunConfig describes.
+    """Train the model of a RunConfig on its data.
 
     Args:
-        resume: go on from the newest checkpoint in `train.output`.
-        overwrite: start anew where `train.output` holds a run already.
+        resume: continue from the newest checkpoint in `train.output`.
+        overwrite: replace an existing run in `train.output`.
 
     Raises:
-        CheckpointError: `train.output` holds a run and neither argument is given, or nothing is there to resume.
+        CheckpointError: `train.output` contains a run and neither argument is given, or there is nothing to resume.
     """
 
     def __init__(self, config: RunConfig, resume: bool = False, overwrite: bool = False):
@@ -77,11 +78,11 @@ class Trainer:
         self.folder.claim(resume, overwrite)
         seed_everything(config.train.seed)
 
-        self.unwrapped_model = build_model(config)  # the network itself; self.model may be a wrapper around it
+        self.unwrapped_model = build_model(config)  # self.model may be wrapped for DDP
         self.evaluator = Evaluator(config.data, self.unwrapped_model, self.accelerator)
         self.best_metric = self.evaluator.resolve_best_metric(config.train.best_metric)
         self.data = TrainingData(config, self.unwrapped_model, self.accelerator, self.evaluator.sources)
-        choose_trained(self.unwrapped_model, config.optim)
+        select_trainable(self.unwrapped_model, config.optim)
         self.model, self.optimizer = self.accelerator.prepare(
             self.unwrapped_model, build_optimizer(self.unwrapped_model, config.optim)
         )
@@ -90,14 +91,14 @@ class Trainer:
         self.num_steps = config.train.epochs * self.steps_per_epoch
         if config.train.max_steps:
             self.num_steps = min(self.num_steps, config.train.max_steps)
-        # Not prepared: Accelerate would step the schedule once for every process.
+        # Not prepared, because Accelerate would step the schedule once per process.
         self.schedule = build_schedule(self.optimizer.optimizer, config.optim, self.num_steps, self.steps_per_epoch)
         self.state = TrainingState(config, self.unwrapped_model, self.optimizer, self.schedule, self.accelerator)
 
         self.progress = Progress()
-        self.stop = StopSignal(self.accelerator)
+        self.stop = StopSignal(self.accelerator, min(STOP_INTERVAL, config.train.log_every))
         self.losses = LossLog(self.accelerator)
-        self.folder.begin(resume)  # not before everything else has worked: it removes an overwritten run
+        self.folder.begin(resume)  # last, because it removes an overwritten run
         if resume:
             self.restore(self.folder.checkpoints()[-1])
 
@@ -107,7 +108,7 @@ class Trainer:
         Raises:
             TrainingError: a loss or a weight is not finite.
             CheckpointError: a checkpoint could not be written (earlier ones are intact).
-            SystemExit: SIGTERM or Ctrl-C came; the state is saved and the message says how to go on.
+            SystemExit: SIGTERM or Ctrl-C was received (see StopSignal); the state is saved.
         """
         self._start_trackers()
         self.model.train()
@@ -118,42 +119,39 @@ class Trainer:
             if self.config.train.eval_first and not self.progress.step:
                 self.evaluate()
             finished = self._after_step(bar) if self.progress.step else False
+            steps = self._steps()
             while not finished:
-                for batches in self.data.steps(self.progress.epoch, self.progress.batch):
-                    terms = self.step(batches)
-                    self.progress.batch += len(batches)
-                    self.progress.step += 1
-                    self._count(terms)
-                    bar.update()
-                    finished = self._after_step(bar)
-                    if finished:
-                        break
-                else:
-                    self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
+                batches = next(steps)
+                terms = self.step(batches)
+                self.progress.batch += len(batches)
+                self.progress.step += 1
+                self._count(terms)
+                bar.update()
+                finished = self._after_step(bar)
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        if self.stop:
+        if self.stop.requested():
             raise SystemExit(
                 f"stopped at step {self.progress.step}, saved in {self.folder.path}; "
-                "the same command with --resume goes on"
+                "repeat the command with --resume to continue"
             )
         if self.config.train.interpolate:
             self.interpolate(self.config.train.interpolate)
         return self.folder.best_results()
 
     def step(self, batches: Sequence[Batch]) -> dict[LossName, Tensor] | None:
-        """One optimiser step; how its samples are cut into batches and processes makes no difference.
+        """Run one optimizer step; its result does not depend on how the samples are split over batches and processes.
 
         Returns:
-            The terms of the loss; None where the step was not taken (`train.on_nan: skip`).
+            The loss terms of this process, without graph; None if the step was skipped (`train.on_nan: skip`).
         """
         weights = [self.unwrapped_model.batch_weight(batch) for batch in batches]
         divisor = self._mean_weight(sum(weights))
         terms: dict[LossName, Tensor] = {}
-        for place, (batch, weight) in enumerate(zip(batches, weights, strict=True), start=1):
-            with self.accelerator.no_sync(self.model) if place < len(batches) else nullcontext():
+        for index, (batch, weight) in enumerate(zip(batches, weights, strict=True), start=1):
+            with self.accelerator.no_sync(self.model) if index < len(batches) else nullcontext():
                 output = self.model(batch)
-                # A loss is a sum over what the batch weighs, divided by the weight: the sum counts, not the batch.
+                # The model divides its sums by the weight of this batch; the step divides by the mean weight instead.
                 losses = {
                     name: x * (max(1, weight) / divisor) for name, x in self.unwrapped_model.loss(output, batch).items()
                 }
@@ -168,17 +166,17 @@ class Trainer:
             if self.state.ema:
                 self.state.ema.update()
         elif self.accelerator.scaler:
-            self.accelerator.scaler.update()  # it has seen these gradients, and waits for the end of the step
+            self.accelerator.scaler.update()  # clip_grad_norm_ unscaled these gradients, so this step must be closed
         self.optimizer.zero_grad()
         return terms if taken else None
 
     def evaluate(self) -> None:
-        """Judge the weights to be published, and keep them in `best` where they are the best so far."""
+        """Evaluate the (EMA) weights, log the results, and save the weights to `best` on improvement."""
         progress, name = self.progress, self.best_metric
         with self.state.evaluated_weights():
             results = self.evaluator.run(self.unwrapped_model)
             if name not in results:
-                raise ConfigError(f"train.best_metric: {name!r} is none of {', '.join(results)}")
+                raise ConfigError(f"train.best_metric: {name!r} is not a metric; choose one of {', '.join(results)}")
             progress.evaluated_step = progress.step
             progress.evaluations_since_best += 1
             if results[name] > progress.best:
@@ -190,84 +188,95 @@ class Trainer:
         self._log(results)
 
     def interpolate(self, weights: Sequence[float]) -> None:
-        """Judge mixtures of the weights that training began with and the best ones; keep the best mixture."""
+        """Evaluate interpolations between the initial and the best weights, and save the best one."""
         seed_everything(self.config.train.seed)
-        model = build_model(self.config)  # as it was before the first step
+        model = build_model(self.config)  # with the weights before the first step
         mixtures = Interpolation(model.own_state_dict(), self.folder.best_weights())
         sweep = Sweep(model.to(self.accelerator.device), mixtures, weights, self.evaluator, self.best_metric)
         tokenizer = self.unwrapped_model.text_spec.tokenizer
         self.folder.save_interpolated(lambda folder: sweep.write(folder, self.config, tokenizer))
         if self.accelerator.is_main_process:
-            logger.info("between the initial weights (0) and the best ones (1):\n%s", sweep)
+            logger.info("interpolation between the initial weights (0) and the best ones (1):\n%s", sweep)
 
     def save(self) -> None:
-        """Write a checkpoint to resume from; the same folder can be loaded as a model."""
+        """Write a resumable checkpoint, which can also be loaded as a model."""
         processes = gather_object([{"random": random_state(), "unlogged": self.losses.state()}])
-        more = {"progress": asdict(self.progress), "processes": processes}
-        self.folder.save(self.progress.step, lambda folder: self.state.save(folder, more))
+        extra = {"progress": asdict(self.progress), "processes": processes}
+        self.folder.save(self.progress.step, lambda folder: self.state.save(folder, extra))
 
     def restore(self, folder: Path) -> None:
-        """Continue from a checkpoint as if the run had never stopped."""
+        """Load a checkpoint; with as many processes as before, training continues bit for bit."""
         state = self.state.load(folder)
         self.schedule.load_state_dict(state["schedule"])
         self.progress = Progress(**state["progress"])
         processes = state["processes"]
         if len(processes) != self.accelerator.num_processes:
-            logger.warning("%s was saved by %d processes: the run goes on, not bit for bit", folder, len(processes))
+            logger.warning(
+                "%s was saved by %d processes: training continues, but not bit for bit", folder, len(processes)
+            )
         own = processes[self.accelerator.process_index % len(processes)]
         restore_random_state(own["random"])
         self.losses.load_state(own["unlogged"])
         self.folder.cut_history(self.progress.step)
 
+    def _steps(self) -> Iterator[list[Batch]]:
+        """The batches of every optimizer step from the current position, epoch after epoch without end."""
+        while True:
+            yield from self.data.steps(self.progress.epoch, self.progress.batch)
+            self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
+
     def _mean_weight(self, weight: float) -> Tensor:
-        """Mean over the processes, as DDP takes the mean of gradients; what weighs nothing anywhere is divided by 1."""
-        mean = mean_over_processes(self.accelerator, torch.tensor(float(weight), device=self.accelerator.device))
-        return mean.clamp(min=1 / self.accelerator.num_processes)
+        """Mean over the processes, because DDP averages gradients; at least 1 in total, so that no step divides by 0."""
+        # torch.full fills on the device; torch.tensor would copy from the host and wait for the device.
+        local = torch.full((), float(weight), device=self.accelerator.device)
+        return mean_over_processes(self.accelerator, local).clamp(min=1 / self.accelerator.num_processes)
 
     def _is_finite(self, terms: dict[LossName, Tensor], norm: Tensor) -> bool:
-        """Whether loss and gradient are numbers, in all processes; a GPU waits for the answer."""
+        """Whether loss and gradient are finite in all processes; synchronizes with the device."""
         finite = torch.stack(list(terms.values())).isfinite().all()
-        if not self.accelerator.scaler:  # which finds its scale by gradients that overflow, and skips them itself
+        if not self.accelerator.scaler:  # a scaler handles overflow of gradients itself, to find its scale
             finite = finite & norm.isfinite()
         return mean_over_processes(self.accelerator, finite.float()).item() == 1
 
     def _count(self, terms: dict[LossName, Tensor] | None) -> None:
-        """Remember the loss of a step, or that it was not taken."""
+        """Record the loss terms of a step, or that it was skipped."""
         progress = self.progress
         if terms is not None:
             progress.skipped_in_a_row = 0
             self.losses.add(progress.step, terms)
             return
         progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, progress.skipped_in_a_row + 1
-        trouble = f"the loss or its gradient is not finite at step {progress.step}"
+        problem = f"the loss or its gradient is not finite at step {progress.step}"
         if progress.skipped_in_a_row == MAX_SKIPPED:
-            raise TrainingError(f"{trouble}, nor at the {MAX_SKIPPED - 1} steps before. {REMEDY}")
-        logger.warning("%s: the step is not taken (%d so far)", trouble, progress.skipped)
+            raise TrainingError(f"{problem}, nor at the {MAX_SKIPPED - 1} steps before. {REMEDY}")
+        logger.warning("%s: step skipped (%d so far)", problem, progress.skipped)
         self._check_weights()
 
     def _after_step(self, bar: tqdm) -> bool:
-        """Log, evaluate and save where it is due; returns True where the run ends here."""
+        """Log, evaluate and save if due; return whether the run ends here."""
         config, step = self.config.train, self.progress.step
-        stop = bool(self.stop)
-        finished = stop or step == self.num_steps
-        evaluation_due = step % (config.eval_every or self.steps_per_epoch) == 0 or step == self.num_steps
+        last = step == self.num_steps
+        stop = (last or step % self.stop.interval == 0) and self.stop.requested()
+        finished = stop or last
+        evaluation_due = step % (config.eval_every or self.steps_per_epoch) == 0 or last
         evaluation_due = evaluation_due and step > self.progress.evaluated_step and not stop
         save_due = finished or (step % config.save_every == 0 if config.save_every else evaluation_due)
         if evaluation_due or save_due or step % config.log_every == 0:
-            self._flush(bar, log=not stop)  # a stop is no reason for a row that the straight run does not have
+            # No row on interruption: the history must equal that of an uninterrupted run.
+            self._log_losses(bar, log=not stop)
         if evaluation_due or save_due:
             self._check_weights()
         if evaluation_due:
             self.evaluate()
         if config.patience and self.progress.evaluations_since_best >= config.patience:
-            logger.info("no better %s in %d evaluations: stopped early", self.best_metric, config.patience)
+            logger.info("early stopping: no better %s in %d evaluations", self.best_metric, config.patience)
             save_due = finished = True
         if save_due:
             self.save()
         return finished
 
-    def _flush(self, bar: tqdm, log: bool) -> None:
-        """Look whether the losses since the last time are numbers, and log their mean."""
+    def _log_losses(self, bar: tqdm, log: bool) -> None:
+        """Check that all losses since the last log entry are finite, and log their mean."""
         means = self.losses.means()
         if not means or not log:
             return
@@ -280,25 +289,25 @@ class Trainer:
         self._log({"loss": loss} | {f"loss/{name}": mean for name, mean in means.items()} | {"lr": lr} | skipped)
 
     def _check_weights(self) -> None:
-        """A finite loss can have a gradient that is none, which the loss shows only one step later."""
-        bad = self.state.non_finite_weight()
-        if bad is None:
+        """Raise or restore weights if any is not finite: gradients can be non-finite although the loss is finite."""
+        name = self.state.non_finite_weight()
+        if name is None:
             return
-        trouble, saved = f"the weights {bad} are not finite after step {self.progress.step}", self.folder.checkpoints()
+        problem, saved = f"the weights {name} are not finite after step {self.progress.step}", self.folder.checkpoints()
         if self.config.train.on_nan == "stop" or not saved or self.progress.restored == MAX_SKIPPED:
-            raise TrainingError(f"{trouble}. {REMEDY}")
+            raise TrainingError(f"{problem}. {REMEDY}")
         self.state.load(saved[-1])
         for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
-            group["lr"] = lr  # of now, not of then
+            group["lr"] = lr  # of this step, not of the checkpoint
         self.progress.restored += 1
-        logger.warning("%s: training goes on with those of %s", trouble, saved[-1])
+        logger.warning("%s: restored from %s", problem, saved[-1])
 
     def _log(self, values: dict[str, Any]) -> None:
-        numbers = {key: value for key, value in values.items() if not isinstance(value, str)}
-        self.folder.log({"step": self.progress.step, **numbers})
-        self.accelerator.log(numbers, step=self.progress.step)
+        metrics = {key: value for key, value in values.items() if not isinstance(value, str)}
+        self.folder.log({"step": self.progress.step, **metrics})
+        self.accelerator.log(metrics, step=self.progress.step)
 
     def _start_trackers(self) -> None:
-        parts = asdict(self.config).items()
-        flat = {f"{part}.{key}": str(value) for part, keys in parts for key, value in keys.items()}
+        sections = asdict(self.config).items()
+        flat = {f"{section}.{key}": str(value) for section, values in sections for key, value in values.items()}
         self.accelerator.init_trackers("vg", config=flat)
