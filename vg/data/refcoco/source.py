@@ -53,6 +53,18 @@ class RefcocoConfig(Settings):
     """Which one, where a place holds several: so its files or splits begin ("refcoco_unc"), or what its column
     `dataset` says; jxu124/refcoco-benchmark has refcoco_unc, refcoco_plus_unc, refcocog_umd and others."""
 
+    @classmethod
+    def miniature(cls, folder: Path) -> RefcocoConfig:
+        """Write a tiny dataset (JSON lines) and return its settings, for tests."""
+        from vg.data.synthetic.shapes import write_scenes  # which imports this module
+
+        rows = [
+            {"file_name": f"{image}.png", "ann_id": image, "sent": phrase, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            for image, phrase, (x1, y1, x2, y2) in write_scenes(folder, "expression")
+        ]
+        (folder / "mini_val.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return cls(path=str(folder), split="val")
+
     def build(self) -> Refcoco:
         return Refcoco(self)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +37,11 @@ class ShapesConfig(Settings):
     kinds: tuple[Kind, ...] = ("attribute", "superlative", "relation")
     """Of expressions, in turn; there are also "ordinal" (second leftmost star) and "chain" (circle above the leftmost
     star). Scenes of the detection view have phrases of color and form only."""
+
+    @classmethod
+    def miniature(cls, folder: Path) -> ShapesConfig:
+        """Return settings of a tiny dataset, for tests; nothing is written to the folder."""
+        return cls(split="val", size=4, image_size=64)
 
     def build(self) -> Shapes:
         return Shapes(self)
@@ -113,3 +119,21 @@ class Shapes:
             raise IndexError(f"shapes {self.config.split}: no item {index}, there are {len(self)}")
         split = list(SPLITS).index(self.config.split)
         return np.random.default_rng([self.config.seed, split, self._fixed(epoch), index])
+
+
+def write_scenes(folder: Path, view: Literal["expression", "detection"]) -> list[tuple[int, str, list[float]]]:
+    """Write four scenes of 64 x 64 pixels as 0.png to 3.png: the images of a dataset's `miniature`.
+
+    Returns:
+        (image, phrase, box) of every box; image 0 to 3, box xyxy in pixels.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    source = ShapesConfig(split="val", size=4, image_size=64, view=view).build()
+    samples = [source.load(index, epoch=0) for index in range(len(source))]
+    for index, sample in enumerate(samples):
+        Image.fromarray(sample.image).save(folder / f"{index}.png")
+    return [
+        (index, sample.phrases[phrase_id], box)
+        for index, sample in enumerate(samples)
+        for phrase_id, box in zip(sample.phrase_ids, sample.boxes.tolist(), strict=True)
+    ]
