@@ -64,7 +64,9 @@ def test_tokens_and_phrase_positions(tokenizer: PreTrainedTokenizerBase) -> None
     assert words(tokenizer, text, 0) in ("[CLS] red circle . dog . [SEP]", "[CLS] dog . red circle . [SEP]")
     assert words(tokenizer, text, 1) == "[CLS] the big blue square . [SEP]"
     assert words_of_phrases(tokenizer, text, 0) == ["red circle", "dog"]
-    assert words_of_phrases(tokenizer, text, 1) == ["the big blue square", ""], "padded to the number of phrases of the other image"
+    assert words_of_phrases(tokenizer, text, 1) == ["the big blue square", ""], (
+        "padded to the number of phrases of the other image"
+    )
     assert text.token_ids.shape == text.mask.shape == (2, 7)
     assert text.phrase_tokens.shape == (2, 2, 7)
     assert text.image_ids.tolist() == [0, 1]
@@ -136,7 +138,9 @@ def test_phrases_that_do_not_fit_go_into_additional_prompts(tokenizer: PreTraine
 def test_one_prompt_prefers_phrases_with_boxes(tokenizer: PreTrainedTokenizerBase) -> None:
     phrases = ("dog", "red circle", "car", "big blue cup", "cat")
     text = prompts(tokenizer, sample(*phrases, boxes_of=(4, 1, 4)), max_tokens=9, one_prompt=True)
-    assert words_of_phrases(tokenizer, text) == ["dog", "red circle", "", "", "cat"], "then phrases without boxes in their order"
+    assert words_of_phrases(tokenizer, text) == ["dog", "red circle", "", "", "cat"], (
+        "then phrases without boxes in their order"
+    )
     text = prompts(tokenizer, sample(*phrases, boxes_of=(3, 4)), max_tokens=6, one_prompt=True)
     assert words_of_phrases(tokenizer, text) == ["", "", "", "big blue cup", ""], "nothing else fits"
     assert text.image_ids.tolist() == [0]
@@ -245,7 +249,9 @@ def test_a_single_phrase_has_the_official_token_ids(caption: str, row: int) -> N
     text = prompts(tokenizer, sample(caption))
     assert text.token_ids[0].tolist() == (official if official[-2] == 1012 else [*official[:-1], 1012, official[-1]])
     if "phrase_token_masks" in case:
-        closed = max(i for i, token_id in enumerate(official) if token_id in (1012, 1029))  # tokens after it are not a phrase
+        closed = max(
+            i for i, token_id in enumerate(official) if token_id in (1012, 1029)
+        )  # tokens after it are not a phrase
         of_any_phrase = np.any(case["phrase_token_masks"][row], axis=0)[:closed]
         np.testing.assert_array_equal(text.phrase_tokens[0, 0, :closed].numpy(), of_any_phrase)
 

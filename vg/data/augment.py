@@ -49,7 +49,7 @@ class AugmentConfig(Settings):
     flip: Share = 0.0
     """Probability of a horizontal flip, with "left" and "right" swapped in the phrases."""
     color: Share = 0.0
-    """Strength of random brightness, contrast and saturation (0.2 = up to 20 %); phrases name colors, so hue is kept."""
+    """Strength of random brightness, contrast and saturation (0.2 = up to 20 %); hue is kept: phrases name colors."""
     crop: Share = 0.0
     """Probability of a random crop that contains all boxes completely."""
     resize: ResizeConfig | None = None

@@ -152,7 +152,7 @@ class Prompts:
                 if set(token_ids) == {self.tokenizer.unk_token_id}:
                     logger.warning(
                         "%s: all tokens of the phrase %r are unknown to the tokenizer, so the model cannot tell it "
-                        "from other unknown phrases; set model.text.tokenizer, or rename it in data.*.vocabulary.phrases",
+                        "from other unknown phrases; set model.text.tokenizer, or data.*.vocabulary.phrases",
                         sample.id,
                         phrase,
                     )
