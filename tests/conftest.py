@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from vg.config import RunConfig, parse_config
+from vg.models.encoder_config import TINY_BERT
+from vg.models.rec.config import RecConfig
 from vg.training.history import History
 
 if TYPE_CHECKING:
@@ -20,21 +23,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: more threads than cores crawl
 torch.set_num_threads(1)
 
-VISION = {"model_type": "dinov3_convnext", "hidden_sizes": [16, 32], "depths": [1, 1], "layer_scale_init_value": 1.0}
-TEXT = {
-    "model_type": "bert",
-    "vocab_size": 400,
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-}
-HEAD = {"name": "dense", "width": 32, "layers": 1, "heads": 2, "feedforward": 64}
-NO_DROPOUT = {
-    "text": {"frozen": False, "architecture": TEXT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}},
-    "head": HEAD | {"dropout": 0.0},
-}
+TINY = asdict(RecConfig.tiny())
+VISION = TINY["vision"]["architecture"]
+TEXT = TINY_BERT | {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+HEAD = TINY["head"] | {"dropout": 0.1}
+NO_DROPOUT = {"text": TINY["text"], "head": TINY["head"]}
 
 
 @pytest.fixture
@@ -46,13 +39,7 @@ def tiny_config(tmp_path: Path) -> Callable[..., RunConfig]:
 
     def make(**sections: dict[str, Any]) -> RunConfig:
         values: dict[str, dict[str, Any]] = {
-            "model": {
-                "name": "rec",
-                "image_size": 32,
-                "vision": {"frozen": False, "architecture": VISION},
-                "text": {"frozen": False, "architecture": TEXT},
-                "head": HEAD,
-            },
+            "model": TINY | {"text": TINY["text"] | {"architecture": TEXT}, "head": HEAD},
             "data": {
                 "train": {"name": "shapes", "split": "train", "image_size": 64, "size": 20},
                 "eval": {"name": "shapes", "split": "val", "image_size": 64, "size": 5},

@@ -1,4 +1,4 @@
-"""Augmentation: boxes follow the picture, words stay true, and a seed decides everything."""
+"""Augmentation: boxes follow the image, phrases stay true, and the seed determines the result."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ SEEDS = [(0, 0, index) for index in range(60)]
 
 
 def make(boxes: list[list[int]] | None = None) -> Sample:
-    """A noisy picture, 40 high and 60 wide; every box is filled with its own color."""
+    """A noisy image, 40 high and 60 wide; every box is filled with its own color."""
     image = np.random.default_rng(0).integers(100, 140, (40, 60, 3), dtype=np.uint8)
     array = np.array([[5, 10, 15, 30], [40, 4, 58, 20]] if boxes is None else boxes, np.float32).reshape(-1, 4)
-    for number, (left, top, right, bottom) in enumerate(array.astype(int)):
-        image[top:bottom, left:right] = (250, 10, 40 * number)
+    for index, (left, top, right, bottom) in enumerate(array.astype(int)):
+        image[top:bottom, left:right] = (250, 10, 40 * index)
     return Sample(
         "a", image, ("left red box", "box on the right"), array, np.arange(len(array), dtype=np.int64), "color"
     )
 
 
-def marked(sample: Sample, number: int) -> list[float]:
-    """Where the color of a box is in the picture: xyxy."""
-    rows, columns = np.nonzero((sample.image == (250, 10, 40 * number)).all(axis=-1))
+def colored_region(sample: Sample, index: int) -> list[float]:
+    """Return the region (xyxy) that has the color of a box."""
+    rows, columns = np.nonzero((sample.image == (250, 10, 40 * index)).all(axis=-1))
     return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
 
 
@@ -42,19 +42,19 @@ def marked(sample: Sample, number: int) -> list[float]:
         ("righthand cup, leftside", "lefthand cup, rightside"),
         ("far right next to the door", "far left next to the door"),
         ("the one on the right behind him", "the one on the left behind him"),
-        ("right behind him", "right behind him"),  # here it says how near, not where
+        ("right behind him", "right behind him"),  # an adverb, not a side
         ("dog right next to the left cat", "dog right next to the right cat"),
         ("right in front of the sofa", "right in front of the sofa"),
         ("bright upright copyright kite", "bright upright copyright kite"),
         ("red circle above the square", "red circle above the square"),
     ],
 )
-def test_words_in_the_mirror(phrase: str, mirrored: str) -> None:
+def test_swap_sides(phrase: str, mirrored: str) -> None:
     assert swap_sides(phrase) == mirrored
     assert swap_sides(mirrored) == phrase
 
 
-def test_off_by_default() -> None:
+def test_augmentation_is_off_by_default() -> None:
     assert AugmentConfig().build() is None
 
 
@@ -74,14 +74,14 @@ def test_flip_moves_boxes_and_swaps_words() -> None:
     assert twice.phrases == sample.phrases
 
 
-def test_flip_happens_as_often_as_asked() -> None:
+def test_flip_probability() -> None:
     augment = AugmentConfig(flip=0.25).build()
     assert augment is not None
     flips = [augment(make(), (0, 0, index)).phrases[0] == "right red box" for index in range(400)]
     assert 60 < sum(flips) < 140
 
 
-def test_a_crop_keeps_every_box_whole() -> None:
+def test_crop_contains_all_boxes() -> None:
     augment = AugmentConfig(crop=1).build()
     assert augment is not None
     sizes = set()
@@ -94,12 +94,12 @@ def test_a_crop_keeps_every_box_whole() -> None:
         np.testing.assert_allclose(cropped.boxes[:, 2:] - cropped.boxes[:, :2], [[10, 20], [18, 16]], atol=1e-3)
         assert (cropped.boxes >= -1e-3).all()
         assert (cropped.boxes <= np.array([width, height, width, height]) + 1e-3).all()
-        for number, box in enumerate(cropped.boxes):
-            np.testing.assert_allclose(box, marked(cropped, number), atol=1e-3)
+        for index, box in enumerate(cropped.boxes):
+            np.testing.assert_allclose(box, colored_region(cropped, index), atol=1e-3)
     assert len(sizes) > 10, "crops differ"
 
 
-def test_color_leaves_boxes_words_and_hues() -> None:
+def test_color_jitter_keeps_boxes_phrases_and_hues() -> None:
     augment = AugmentConfig(color=0.3).build()
     assert augment is not None
     sample = make()
@@ -123,19 +123,19 @@ def test_color_leaves_boxes_words_and_hues() -> None:
         AugmentConfig(resize=ResizeConfig(crop_sides=(200, 400))),
     ],
 )
-def test_a_seed_decides_everything(config: AugmentConfig) -> None:
+def test_result_depends_on_sample_and_seed_only(config: AugmentConfig) -> None:
     one, other = config.build(), config.build()
     assert one is not None
     assert other is not None
     before = make()
     for seed in SEEDS[:10]:
-        one(make(), (9, 9, 9))  # what came before does not matter
+        one(make(), (9, 9, 9))  # earlier calls do not matter
         np.random.seed(1)  # noqa: NPY002 - nor does the global generator
         a, b = one(before, seed), other(make(), seed)
         np.testing.assert_array_equal(a.image, b.image)
         np.testing.assert_array_equal(a.boxes, b.boxes)
         assert a.phrases == b.phrases
-    np.testing.assert_array_equal(before.image, make().image, "the sample it was given stays as it is")
+    np.testing.assert_array_equal(before.image, make().image, "the given sample is not modified")
     images = {one(make(), seed).image.tobytes() for seed in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), *SEEDS]}
     assert len(images) > 1
 
@@ -149,7 +149,7 @@ def test_a_seed_decides_everything(config: AugmentConfig) -> None:
         AugmentConfig(resize=ResizeConfig(crop=1)),
     ],
 )
-def test_a_picture_without_boxes(config: AugmentConfig) -> None:
+def test_image_without_boxes(config: AugmentConfig) -> None:
     augment = config.build()
     assert augment is not None
     sample = replace(make([]), phrases=("left of nothing",))
@@ -158,7 +158,7 @@ def test_a_picture_without_boxes(config: AugmentConfig) -> None:
     assert changed.phrase_ids.shape == (0,)
 
 
-def test_boxes_up_to_the_very_edge_survive() -> None:
+def test_boxes_at_the_image_border_are_kept() -> None:
     augment = AugmentConfig(flip=0.5, crop=1).build()
     assert augment is not None
     sample = replace(make([[0, 0, 60, 40]]), boxes=np.array([[0, 0, 60, 40], [59.3, 0, 60, 0.4]], np.float32))
@@ -170,18 +170,18 @@ def test_boxes_up_to_the_very_edge_survive() -> None:
 
 
 def crowded() -> Sample:
-    """1000 x 600, a grid of boxes of which some are crowd regions."""
+    """1000 x 600 pixels, a grid of boxes, some of them crowd regions."""
     x, y = (axis.ravel() * 50.0 for axis in np.meshgrid(np.arange(20), np.arange(12)))
     boxes = np.stack([x, y, x + 40.5, y + 30.25], axis=1).astype(np.float32)
-    number = np.arange(len(boxes))
+    index = np.arange(len(boxes))
     rows, columns = np.indices((600, 1000))
     image = np.stack([columns % 256, rows % 256, columns // 256 * 16 + rows // 256], axis=-1).astype(np.uint8)
     areas = np.full(len(boxes), 9.0, np.float32)
-    return Sample("grid", image, ("cell", "odd cell"), boxes, number % 2, crowd=number % 7 == 0, areas=areas)
+    return Sample("grid", image, ("cell", "odd cell"), boxes, index % 2, crowd=index % 7 == 0, areas=areas)
 
 
 def corner(sample: Sample) -> tuple[int, int]:
-    """Where the first pixel of a crop of `crowded` comes from: (left, top)."""
+    """Return the position (left, top) in `crowded` of the first pixel of a crop."""
     red, green, blue = sample.image[0, 0].tolist()
     return red + 256 * (blue // 16), green + 256 * (blue % 16)
 
@@ -190,7 +190,7 @@ def test_published_resize_and_crop() -> None:
     augment = AugmentConfig(resize=ResizeConfig()).build()
     assert augment is not None
     before = crowded()
-    scales, num_cropped, places = set(), 0, set()
+    scales, num_cropped, corners = set(), 0, set()
     for index in range(300):
         sample = augment(before, (0, 0, index))
         scales.add(sample.shortest)
@@ -199,24 +199,24 @@ def test_published_resize_and_crop() -> None:
             np.testing.assert_array_equal(sample.boxes, before.boxes)
             continue
         num_cropped += 1
-        places.add(corner(sample))
-        # 384 to 600 pixels of an image whose shorter side, here of 600, is 400, 500 or 600
+        corners.add(corner(sample))
+        # 384 to 600 pixels after resizing the shorter side from 600 to 400, 500 or 600
         assert 384 <= width <= 900
         assert 384 <= height <= 600
         left, top = corner(sample)
         inside = np.clip(before.boxes - [left, top, left, top], 0, [width, height, width, height])
-        seen = (inside[:, 2:] > inside[:, :2]).all(axis=1)
-        np.testing.assert_allclose(sample.boxes, inside[seen], atol=1e-3)
-        np.testing.assert_array_equal(sample.phrase_ids, before.phrase_ids[seen])
-        np.testing.assert_array_equal(sample.crowd, before.crowd[seen])
-        assert sample.areas is None, "they were of the whole picture"
+        visible = (inside[:, 2:] > inside[:, :2]).all(axis=1)
+        np.testing.assert_allclose(sample.boxes, inside[visible], atol=1e-3)
+        np.testing.assert_array_equal(sample.phrase_ids, before.phrase_ids[visible])
+        np.testing.assert_array_equal(sample.crowd, before.crowd[visible])
+        assert sample.areas is None, "cropping changes areas"
         assert sample.phrases == before.phrases
     assert scales == set(range(480, 801, 32))
     assert 110 < num_cropped < 190
-    assert len(places) > 0.8 * num_cropped
+    assert len(corners) > 0.8 * num_cropped
 
 
-def test_multi_scale_alone_and_small_pictures() -> None:
+def test_resize_without_crop_and_crops_of_small_images() -> None:
     augment = AugmentConfig(resize=ResizeConfig(shortest=[64], crop=0)).build()
     assert augment is not None
     sample = augment(make(), (0, 0, 0))
@@ -224,13 +224,13 @@ def test_multi_scale_alone_and_small_pictures() -> None:
     assert sample.shortest == 64
     always = AugmentConfig(resize=ResizeConfig(crop=1)).build()
     assert always is not None
-    for seed in SEEDS:  # a picture is cropped as if it were enlarged before
+    for seed in SEEDS:  # the crop has the size it would have after enlarging the image
         cropped = always(make(), seed)
         assert cropped.image.shape[0] >= 25
         assert cropped.image.shape[1] >= 25
 
 
-def test_a_crop_may_lose_every_box() -> None:
+def test_crop_may_drop_all_boxes() -> None:
     augment = AugmentConfig(resize=ResizeConfig(crop=1, crop_shortest=[400], crop_sides=(40, 40))).build()
     assert augment is not None
     results = [augment(make([[0, 0, 30, 20]]), seed) for seed in SEEDS]
@@ -241,14 +241,14 @@ def test_a_crop_may_lose_every_box() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"shortest": []}, "at least one length"), ({"crop_sides": (600, 384)}, "has its least first")],
+    [({"shortest": []}, "at least one length"), ({"crop_sides": (600, 384)}, "minimum, maximum")],
 )
-def test_resize_errors(settings: dict[str, object], message: str) -> None:
+def test_invalid_resize_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ResizeConfig(**settings)  # type: ignore[arg-type]
 
 
-def test_mirrored_crowds_and_areas() -> None:
+def test_flip_keeps_crowd_flags() -> None:
     augment = AugmentConfig(flip=1).build()
     assert augment is not None
     flipped = augment(crowded(), (0, 0, 0))

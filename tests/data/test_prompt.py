@@ -1,4 +1,4 @@
-"""Prompts of many phrases: which tokens they have, which of these belong to which phrase, and what cannot be asked."""
+"""Prompts of many phrases: their tokens, the positions of each phrase, and phrases that are rejected."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 def golden(name: str) -> Any:
     if not GOLDEN.exists():
-        pytest.skip("the recorded values of the official implementation are not beside the repository")
+        pytest.skip("values recorded from the official implementation are not available")
     return json.loads((GOLDEN / name).read_text())
 
 
 def golden_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if not path.exists():
-        pytest.skip(f"no {path.name} beside the repository")
+        pytest.skip(f"{path.name} is not available")
     return BertTokenizer(vocab=str(path))
 
 
@@ -59,16 +59,18 @@ def words_of_phrases(tokenizer: PreTrainedTokenizerBase, text: Text, row: int = 
     return [" ".join(tokenizer.convert_ids_to_tokens(text.token_ids[row, m].tolist())) for m in text.phrase_tokens[row]]
 
 
-def test_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokens_and_phrase_positions(tokenizer: PreTrainedTokenizerBase) -> None:
     text = prompts(tokenizer, sample("red circle", "dog"), sample("the big blue square", name="b"))
     assert words(tokenizer, text, 0) in ("[CLS] red circle . dog . [SEP]", "[CLS] dog . red circle . [SEP]")
     assert words(tokenizer, text, 1) == "[CLS] the big blue square . [SEP]"
     assert words_of_phrases(tokenizer, text, 0) == ["red circle", "dog"]
-    assert words_of_phrases(tokenizer, text, 1) == ["the big blue square", ""], "P is that of the other image"
+    assert words_of_phrases(tokenizer, text, 1) == ["the big blue square", ""], (
+        "padded to the number of phrases of the other image"
+    )
     assert text.token_ids.shape == text.mask.shape == (2, 7)
     assert text.phrase_tokens.shape == (2, 2, 7)
     assert text.image_ids.tolist() == [0, 1]
-    assert [part.dtype for part in text] == [torch.int64, torch.bool, torch.bool, torch.int64]
+    assert [tensor.dtype for tensor in text] == [torch.int64, torch.bool, torch.bool, torch.int64]
     assert (text.token_ids[~text.mask] == tokenizer.pad_token_id).all()
 
 
@@ -83,16 +85,16 @@ def test_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
         ("Dog", "DOG", "dog"),
     ],
 )
-def test_every_phrase_keeps_its_own_tokens(tokenizer: PreTrainedTokenizerBase, phrases: tuple[str, ...]) -> None:
+def test_phrases_do_not_share_tokens(tokenizer: PreTrainedTokenizerBase, phrases: tuple[str, ...]) -> None:
     text = prompts(tokenizer, sample(*phrases))
     assert words_of_phrases(tokenizer, text) == [phrase.lower().replace("hot", "h ##o ##t") for phrase in phrases]
     assert text.phrase_tokens.sum(dim=1).max() == 1, "no token belongs to two phrases"
 
 
-def test_the_order_of_asking_makes_no_difference(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_prompt_does_not_depend_on_the_order_of_phrases(tokenizer: PreTrainedTokenizerBase) -> None:
     phrases = ("dog", "red circle", "car", "blue cup")
     first = prompts(tokenizer, sample(*phrases), max_tokens=8)
-    assert len(first.token_ids) == 2, "also when there are several prompts"
+    assert len(first.token_ids) == 2, "the phrases fill several prompts"
     for order in itertools.permutations(range(4)):
         text = prompts(tokenizer, sample(*(phrases[i] for i in order)), max_tokens=8)
         assert torch.equal(text.token_ids, first.token_ids)
@@ -112,7 +114,7 @@ def test_the_order_of_asking_makes_no_difference(tokenizer: PreTrainedTokenizerB
         ("日本", "[UNK] [UNK] .", "[UNK] [UNK]"),
     ],
 )
-def test_full_stops_and_what_looks_like_a_special_token(
+def test_full_stops_and_text_that_looks_like_a_special_token(
     tokenizer: PreTrainedTokenizerBase, phrase: str, prompt: str, tokens: str | None
 ) -> None:
     text = prompts(tokenizer, sample(phrase))
@@ -120,7 +122,7 @@ def test_full_stops_and_what_looks_like_a_special_token(
     assert words_of_phrases(tokenizer, text) == [tokens or prompt.removesuffix(" .")]
 
 
-def test_what_does_not_fit_goes_into_further_prompts(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_phrases_that_do_not_fit_go_into_additional_prompts(tokenizer: PreTrainedTokenizerBase) -> None:
     many = sample("dog", "red circle", "car", "blue cup", "cat")  # 1 + 2 + 1 + 2 + 1 tokens, and 5 full stops
     text = prompts(tokenizer, sample("star"), many, sample("man", name="c"), max_tokens=9)
     assert text.image_ids.tolist() == [0, 1, 1, 2]
@@ -136,7 +138,9 @@ def test_what_does_not_fit_goes_into_further_prompts(tokenizer: PreTrainedTokeni
 def test_one_prompt_prefers_phrases_with_boxes(tokenizer: PreTrainedTokenizerBase) -> None:
     phrases = ("dog", "red circle", "car", "big blue cup", "cat")
     text = prompts(tokenizer, sample(*phrases, boxes_of=(4, 1, 4)), max_tokens=9, one_prompt=True)
-    assert words_of_phrases(tokenizer, text) == ["dog", "red circle", "", "", "cat"], "then the others in their order"
+    assert words_of_phrases(tokenizer, text) == ["dog", "red circle", "", "", "cat"], (
+        "then phrases without boxes in their order"
+    )
     text = prompts(tokenizer, sample(*phrases, boxes_of=(3, 4)), max_tokens=6, one_prompt=True)
     assert words_of_phrases(tokenizer, text) == ["", "", "", "big blue cup", ""], "nothing else fits"
     assert text.image_ids.tolist() == [0]
@@ -149,27 +153,27 @@ def test_one_prompt_prefers_phrases_with_boxes(tokenizer: PreTrainedTokenizerBas
         (("dog", "!?"), r"val/3: the phrase '!\?' has no letter or digit"),
         (("...",), "no letter or digit"),
         (("",), "no letter or digit"),
-        (("dog", "red circle left of blue cup"), r"val/3: a phrase has 6 .* 8 holds 5 .*max_tokens.*'red circle"),
+        (("dog", "red circle left of blue cup"), r"val/3: a phrase has 6 .* 5 fit .* of 8 .*max_tokens.*'red circle"),
     ],
 )
 @pytest.mark.parametrize("one_prompt", [False, True])
-def test_what_cannot_be_asked(
+def test_unusable_phrases_raise(
     tokenizer: PreTrainedTokenizerBase, phrases: tuple[str, ...], message: str, one_prompt: bool
 ) -> None:
     build = Prompts(TextSpec(tokenizer, 8, (".", "?")), one_prompt)
-    for _ in range(2):  # a phrase is not forgiven because it is known
+    for _ in range(2):  # an error is not cached away
         with pytest.raises(DataError, match=message):
             build([sample("cat"), sample(*phrases, name="val/3")])
 
 
-def test_a_phrase_that_the_tokenizer_cannot_read_is_named_once(
+def test_a_phrase_of_unknown_tokens_is_logged_once(
     tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
     build = Prompts(TextSpec(tokenizer, 8, (".", "?")), one_prompt=False)
     for _ in range(2):
         build([sample("dog", "猫", name="val/3")])
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("val/3: the tokenizer knows nothing of the phrase '猫'")
+    assert message.startswith("val/3: all tokens of the phrase '猫' are unknown to the tokenizer")
     assert "set model.text.tokenizer" in message
 
 
@@ -179,7 +183,7 @@ def test_the_longest_phrase_that_fits(tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 @pytest.mark.parametrize("missing", [".", "[SEP]"])
-def test_a_tokenizer_without_the_tokens_of_a_prompt(tmp_path: Path, missing: str) -> None:
+def test_a_tokenizer_without_special_tokens_raises(tmp_path: Path, missing: str) -> None:
     lines = [word for word in VOCABULARY.read_text().split() if word != missing]
     (tmp_path / "vocab.txt").write_text("\n".join(lines))
     tokenizer = BertTokenizer(vocab=str(tmp_path / "vocab.txt"))
@@ -189,16 +193,16 @@ def test_a_tokenizer_without_the_tokens_of_a_prompt(tmp_path: Path, missing: str
         Prompts(TextSpec(tokenizer, 8, (".", "?")), one_prompt=False)
 
 
-def test_a_phrase_is_tokenised_once_and_workers_can_have_it(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_phrase_is_tokenized_once_and_the_cache_can_be_pickled(tokenizer: PreTrainedTokenizerBase) -> None:
     build = Prompts(TextSpec(tokenizer, 64, (".", "?")), one_prompt=False)
     first = build([sample("dog", "cat")])
     copy = pickle.loads(pickle.dumps(build))
-    for each in (build, copy):
-        each.tokenizer = None  # type: ignore[assignment]
-        assert torch.equal(each([sample("dog", "cat", "dog")]).token_ids[:, :3], first.token_ids[:, :3])
+    for cached in (build, copy):
+        cached.tokenizer = None  # type: ignore[assignment]
+        assert torch.equal(cached([sample("dog", "cat", "dog")]).token_ids[:, :3], first.token_ids[:, :3])
 
 
-def test_the_cache_does_not_grow_for_ever(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_bounded(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vg.data.prompt._CACHE_SIZE", 3)
     build = Prompts(TextSpec(tokenizer, 64, (".", "?")), one_prompt=False)
     for count in range(9):
@@ -207,7 +211,7 @@ def test_the_cache_does_not_grow_for_ever(tokenizer: PreTrainedTokenizerBase, mo
     assert len(build._known) <= 3 + 3
 
 
-def test_the_80_classes_of_coco_as_the_official_prompt() -> None:
+def test_80_coco_classes_equal_the_official_prompt() -> None:
     official = golden("coco80_prompt.json")
     tokenizer = golden_tokenizer(DATA / "weights" / "bert-base-uncased-vocab.txt")
     names = list(official["positive_token_indices"])
@@ -216,7 +220,7 @@ def test_the_80_classes_of_coco_as_the_official_prompt() -> None:
     assert_same_phrases(text, names, official["input_ids"], official["positive_token_indices"])
 
 
-def test_the_spans_of_the_official_implementation() -> None:
+def test_phrase_positions_equal_the_official_implementation() -> None:
     tokenizer = golden_tokenizer(GOLDEN / "tokenizer" / "vocab.txt")
     for case in golden("positive_maps.json")["cases"]:
         names = list(case["span_based_map"])
@@ -226,12 +230,12 @@ def test_the_spans_of_the_official_implementation() -> None:
 
 
 def assert_same_phrases(text: Text, names: list[str], token_ids: list[int], spans: dict[str, list[int]]) -> None:
-    """Each phrase has the tokens of the official prompt, whose order is another one."""
+    """Compare the tokens of each phrase with the official prompt, which orders phrases differently."""
     assert sorted(text.token_ids[0].tolist()) == sorted(token_ids)
     for name, tokens in zip(names, text.phrase_tokens[0], strict=True):
-        assert text.token_ids[0, tokens].tolist() == [token_ids[place] for place in spans[name]], name
+        assert text.token_ids[0, tokens].tolist() == [token_ids[position] for position in spans[name]], name
         after = tokens.nonzero().max() + 1
-        assert text.token_ids[0, after] == token_ids[spans[name][-1] + 1], "its full stop follows"
+        assert text.token_ids[0, after] == token_ids[spans[name][-1] + 1], "the full stop follows"
 
 
 @pytest.mark.parametrize(
@@ -245,7 +249,9 @@ def test_a_single_phrase_has_the_official_token_ids(caption: str, row: int) -> N
     text = prompts(tokenizer, sample(caption))
     assert text.token_ids[0].tolist() == (official if official[-2] == 1012 else [*official[:-1], 1012, official[-1]])
     if "phrase_token_masks" in case:
-        closed = max(i for i, token_id in enumerate(official) if token_id in (1012, 1029))  # what follows is no phrase
+        closed = max(
+            i for i, token_id in enumerate(official) if token_id in (1012, 1029)
+        )  # tokens after it are not a phrase
         of_any_phrase = np.any(case["phrase_token_masks"][row], axis=0)[:closed]
         np.testing.assert_array_equal(text.phrase_tokens[0, 0, :closed].numpy(), of_any_phrase)
 
@@ -253,9 +259,9 @@ def test_a_single_phrase_has_the_official_token_ids(caption: str, row: int) -> N
 @pytest.mark.parametrize(
     "phrases", [("a", "b"), ("a cat", "a remote control"), ("it's", "u.s. flag", "t-shirt", "1.5 l")]
 )
-def test_joined_pieces_are_the_tokens_of_the_joined_text(
+def test_concatenated_tokens_equal_the_tokens_of_the_joined_text(
     tokenizer: PreTrainedTokenizerBase, phrases: tuple[str, ...]
 ) -> None:
     text = prompts(tokenizer, sample(*phrases))
-    order = text.phrase_tokens[0].int().argmax(dim=1).argsort().tolist()  # as they are laid out
+    order = text.phrase_tokens[0].int().argmax(dim=1).argsort().tolist()  # phrases by position
     assert text.token_ids[0].tolist() == tokenizer("".join(f"{phrases[i]}. " for i in order))["input_ids"]

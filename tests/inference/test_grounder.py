@@ -1,4 +1,4 @@
-"""Asking a model: pictures in all forms, one phrase or many, crops, the command line and the notebook."""
+"""Inference: all image types, one or more phrases, crops, the command line and the notebook."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of a second, made by the command line as `make demo` does it."""
+    """The folder of a finished short run, trained from the command line as `make demo` does."""
     folder = tmp_path_factory.mktemp("demo")
     tiny = [
         "model.vision.architecture={model_type: dinov3_convnext, hidden_sizes: [16, 32], depths: [1, 1]}",
@@ -60,7 +60,7 @@ def scene() -> np.ndarray:
     return ShapesConfig(split="test").build().load(0, 0).image
 
 
-def test_demo_leaves_what_it_promises(run: Path) -> None:
+def test_demo_writes_metrics_and_figures(run: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
     assert {"miou", "acc@0.5", "acc@0.75", "acc@0.9", "map@50", "map@75", "num_expressions"} <= metrics.keys()
     assert {"attribute/acc@0.5", "superlative/miou", "relation/num_expressions"} <= metrics.keys()
@@ -68,30 +68,30 @@ def test_demo_leaves_what_it_promises(run: Path) -> None:
     assert metrics["data"].startswith("shapes")
     assert metrics["protocol"]
     assert all(not isinstance(value, (dict, list)) for value in metrics.values())
-    for picture in ("predictions.png", "curves.png"):
-        with Image.open(run / picture) as image:
+    for name in ("predictions.png", "curves.png"):
+        with Image.open(run / name) as image:
             assert min(image.size) > 200
 
 
-def test_every_form_of_picture_gives_the_same_pixels(tmp_path: Path) -> None:
+def test_every_image_type_gives_the_same_pixels(tmp_path: Path) -> None:
     pixels = scene()
     Image.fromarray(pixels).save(tmp_path / "scene.png")
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/scene.png"
-        forms = [pixels, Image.fromarray(pixels), tmp_path / "scene.png", str(tmp_path / "scene.png"), url]
-        for form in forms:
-            np.testing.assert_array_equal(to_array(form), pixels)
+        images = [pixels, Image.fromarray(pixels), tmp_path / "scene.png", str(tmp_path / "scene.png"), url]
+        for image in images:
+            np.testing.assert_array_equal(to_array(image), pixels)
         with pytest.raises(DataError, match=r"missing\.png"):
             to_array(url.replace("scene", "missing"))
         server.shutdown()
 
 
-def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     pixels = np.zeros((4, 8, 3), np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     assert to_array(tmp_path / "turned.png").shape == (8, 4, 3)
 
@@ -104,7 +104,7 @@ def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
         (np.zeros((4, 4, 3), np.float32), "float32"),
     ],
 )
-def test_no_picture(image: object, message: str) -> None:
+def test_invalid_images_raise(image: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         to_array(image)
 
@@ -121,7 +121,7 @@ def test_predict_and_crop(grounder: vg.Grounder) -> None:
     assert abs(crop.shape[1] - (right - left)) <= 1.5
 
 
-def test_a_batch_gives_what_single_pictures_give(grounder: vg.Grounder) -> None:
+def test_a_batch_equals_single_images(grounder: vg.Grounder) -> None:
     pixels = scene()
     expressions = ["the red circle", "leftmost star"]
     for single, batched in zip(
@@ -133,17 +133,17 @@ def test_a_batch_gives_what_single_pictures_give(grounder: vg.Grounder) -> None:
 
 
 @pytest.mark.parametrize("phrases", ["  ", "", [], ["red circle", ""]])
-def test_nothing_to_look_for(grounder: vg.Grounder, phrases: str | list[str]) -> None:
-    with pytest.raises(DataError, match="no phrase, or an empty one"):
+def test_empty_phrases_raise(grounder: vg.Grounder, phrases: str | list[str]) -> None:
+    with pytest.raises(DataError, match="no phrase or an empty phrase"):
         grounder.predict(scene(), phrases)
 
 
-def test_a_threshold_leaves_out_lower_scores(grounder: vg.Grounder) -> None:
+def test_boxes_below_the_threshold_are_left_out(grounder: vg.Grounder) -> None:
     everything = grounder.predict(scene(), "red circle")
     assert len(everything.boxes) == 5
     limit = everything.scores[1].item()
     best = grounder.predict(scene(), "red circle", threshold=limit)
-    assert best.scores.tolist() == everything.scores[:2].tolist(), "the threshold itself is high enough"
+    assert best.scores.tolist() == everything.scores[:2].tolist(), "a score equal to the threshold is kept"
     assert best.boxes.tolist() == everything.boxes[:2].tolist()
     assert len(best.phrase_ids) == 2
     assert len(grounder.predict(scene(), "red circle", threshold=1.0).boxes) == 0
@@ -151,12 +151,12 @@ def test_a_threshold_leaves_out_lower_scores(grounder: vg.Grounder) -> None:
         vg.predict_and_crop(scene(), "red circle", grounder, threshold=1.0)
 
 
-class Answer(NamedTuple):
+class Output(NamedTuple):
     batch: Batch
 
 
 class Echo(GroundingModel):
-    """A model of many phrases that answers without looking: one box for each phrase it was asked."""
+    """A model of many phrases that ignores the image and predicts one box per phrase."""
 
     text_spec = TextSpec(
         BertTokenizer(vocab=str(Path(vg.__file__).parent / "models/small_vocabulary.txt")), 8, (".", "?")
@@ -169,35 +169,35 @@ class Echo(GroundingModel):
 
     def load_tokenizer(self, folder: str) -> None: ...
 
-    def forward(self, batch: Batch) -> Answer:
-        return Answer(batch)
+    def forward(self, batch: Batch) -> Output:
+        return Output(batch)
 
-    def loss(self, output: Answer, batch: Batch) -> dict[str, torch.Tensor]:
+    def loss(self, output: Output, batch: Batch) -> dict[str, torch.Tensor]:
         raise NotImplementedError
 
     def batch_weight(self, batch: Batch) -> int:
         raise NotImplementedError
 
-    def predict(self, output: Answer, batch: Batch) -> list[Prediction]:
-        asked = output.batch.text.phrase_tokens.any(dim=2)  # [R, P]
+    def predict(self, output: Output, batch: Batch) -> list[Prediction]:
+        in_prompt = output.batch.text.phrase_tokens.any(dim=2)  # [R, P]
         predictions = []
         for i, target in enumerate(batch.targets):
-            phrase_ids = asked[batch.text.image_ids == i].any(dim=0).nonzero().squeeze(1)
+            phrase_ids = in_prompt[batch.text.image_ids == i].any(dim=0).nonzero().squeeze(1)
             boxes, scores = torch.tensor([[0.0, 0, 4, 4]]).expand(len(phrase_ids), 4), 1 / (1 + phrase_ids.float())
             predictions.append(Prediction(target.id, boxes, scores, phrase_ids, target.phrases))
         return predictions
 
 
-def test_many_phrases_come_back_as_the_caller_spelled_them() -> None:
+def test_phrases_are_returned_verbatim() -> None:
     phrases = ["  Dog.", "red CIRCLE", "dog", "a blue cup", "car?"]
     grounder = vg.Grounder(Echo(), device="cpu")
     prediction = grounder.predict(scene(), phrases)
     assert prediction.phrases == tuple(phrases)
-    assert prediction.phrase_ids.tolist() == [0, 1, 2, 3, 4], "also those of further prompts"
+    assert prediction.phrase_ids.tolist() == [0, 1, 2, 3, 4], "including those of additional prompts"
     assert grounder.predict(scene(), phrases, threshold=0.4).phrase_ids.tolist() == [0, 1]
 
 
-def test_each_image_of_a_batch_has_phrases_of_its_own() -> None:
+def test_each_image_of_a_batch_has_its_own_phrases() -> None:
     pixels = scene()
     first, second = vg.Grounder(Echo(), device="cpu").predict_batch([pixels, pixels[:40]], ["dog", ["car", "red cup"]])
     assert (first.phrases, second.phrases) == (("dog",), ("car", "red cup"))
@@ -206,12 +206,12 @@ def test_each_image_of_a_batch_has_phrases_of_its_own() -> None:
         vg.Grounder(Echo(), device="cpu").predict_batch([pixels, pixels], ["dog"])
 
 
-def test_what_cannot_be_asked_is_named() -> None:
+def test_unusable_phrase_raises() -> None:
     with pytest.raises(DataError, match=r"'\?!' has no letter or digit"):
         vg.Grounder(Echo(), device="cpu").predict(scene(), ["dog", "?!"])
 
 
-def test_one_expression_at_a_time(grounder: vg.Grounder) -> None:
+def test_several_phrases_raise_for_an_expression_model(grounder: vg.Grounder) -> None:
     with pytest.raises(DataError, match="2 phrases, this model takes one expression"):
         grounder.predict(scene(), ["red circle", "blue square"])
 
@@ -223,9 +223,9 @@ def test_load_model(run: Path) -> None:
 
 
 def test_command_line(run: Path, tmp_path: Path) -> None:
-    picture, drawn = tmp_path / "scene.png", tmp_path / "drawn.png"
-    Image.fromarray(scene()).save(picture)
-    assert "left" in vg_command("predict", str(run), str(picture), "red circle", "--output", str(drawn))
+    image, drawn = tmp_path / "scene.png", tmp_path / "drawn.png"
+    Image.fromarray(scene()).save(image)
+    assert "left" in vg_command("predict", str(run), str(image), "red circle", "--output", str(drawn))
     assert drawn.exists()
     out = tmp_path / "evaluation"
     assert "attribute" in vg_command("eval", str(run), "--output", str(out), "data.eval.split=val", "data.eval.size=9")
@@ -253,14 +253,14 @@ def test_command_line(run: Path, tmp_path: Path) -> None:
 def test_command_line_errors(
     arguments: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One message and a failing exit status, no traceback."""
+    """User errors print one message and exit with a failing status, without a traceback."""
     with pytest.raises(SystemExit) as stopped:
         main([argument.format(run=run, empty=tmp_path) for argument in arguments])
     assert stopped.value.code not in (0, None)
     assert message in f"{stopped.value.code} {capsys.readouterr().err}"
 
 
-def test_start_is_fast_because_torch_is_not_imported() -> None:
+def test_command_line_help_does_not_import_torch() -> None:
     code = "import sys, vg; from vg.cli import _parser; _parser().format_help(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "False"

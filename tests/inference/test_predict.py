@@ -1,4 +1,4 @@
-"""`vg predict`: any number of phrases for a model that takes many, one expression for one that does not."""
+"""`vg predict` with several phrases for a detection model and one expression for an expression model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ LINE = r"(.+): left (.+), top (.+), right (.+), bottom (.+), score (.+)"
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image(tmp_path: Path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    return tmp_path / "image.png"
 
 
 @pytest.fixture
@@ -44,46 +44,48 @@ def expression_model(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> P
     return folder
 
 
-def ask(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[list[tuple[str, ...]], str]:
-    """The boxes that were told, and all that was."""
+def predict(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[list[tuple[str, ...]], str]:
+    """Run `vg predict` and return the printed boxes and the complete output."""
     main(["predict", *map(str, arguments), "--device", "cpu"])
     text = capsys.readouterr().out
     return [found.groups() for found in re.finditer(LINE, text)], text
 
 
-def test_all_boxes_of_several_phrases(
-    detector: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_all_boxes_of_several_phrases_are_printed_and_drawn(
+    detector: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn = tmp_path / "drawn.png"
-    everything, _ = ask(capsys, detector, picture, "dog", "red cup", "--threshold", 0, "--output", drawn)
-    assert len(everything) == 40, "each of 20 queries with each of two phrases"
+    everything, _ = predict(capsys, detector, image, "dog", "red cup", "--threshold", 0, "--output", drawn)
+    assert len(everything) == 40, "20 queries for each of two phrases"
     assert {name for name, *_ in everything} == {"dog", "red cup"}
     scores = [float(row[-1]) for row in everything]
     assert scores == sorted(scores, reverse=True)
     limit = sorted(set(scores))[-2] - 0.005
-    some, _ = ask(capsys, detector, picture, "dog", "red cup", "--threshold", limit, "--output", drawn)
+    some, _ = predict(capsys, detector, image, "dog", "red cup", "--threshold", limit, "--output", drawn)
     assert 0 < len(some) < 40
     assert all(float(row[-1]) >= limit - 0.005 for row in some)
     pixels = np.asarray(Image.open(drawn))
     colors = {COLORS[("dog", "red cup").index(name)] for name, *_ in some}
     for color in colors:
-        wanted = [int(color[place : place + 2], 16) for place in (1, 3, 5)]
-        assert (pixels == wanted).all(axis=-1).any(), "a phrase has a color of its own"
+        rgb = [int(color[start : start + 2], 16) for start in (1, 3, 5)]
+        assert (pixels == rgb).all(axis=-1).any(), "every phrase has its own color"
 
 
-def test_nothing_found_is_an_answer(detector: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = picture.with_name("drawn.png")
-    boxes, text = ask(capsys, detector, picture, "dog", "--threshold", 1, "--output", output)
+def test_no_box_above_the_threshold_is_not_an_error(
+    detector: Path, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = image.with_name("drawn.png")
+    boxes, text = predict(capsys, detector, image, "dog", "--threshold", 1, "--output", output)
     assert not boxes
     assert re.search(r"no box scores >= 1.0 \(best: 0\.\d+\); lower --threshold", text)
-    np.testing.assert_array_equal(np.asarray(Image.open(output)), np.asarray(Image.open(picture)))
+    np.testing.assert_array_equal(np.asarray(Image.open(output)), np.asarray(Image.open(image)))
 
 
 def test_one_expression_has_one_box(
-    expression_model: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    expression_model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "drawn.png"
-    boxes, _ = ask(capsys, expression_model, picture, "red circle", "--output", output)
+    boxes, _ = predict(capsys, expression_model, image, "red circle", "--output", output)
     assert [name for name, *_ in boxes] == ["red circle"]
     with pytest.raises(SystemExit, match="this model takes one expression"):
-        ask(capsys, expression_model, picture, "red circle", "blue star", "--output", output)
+        predict(capsys, expression_model, image, "red circle", "blue star", "--output", output)

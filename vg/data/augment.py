@@ -1,4 +1,4 @@
-"""Augmentation that keeps words true: a mirrored picture swaps left and right in its phrases."""
+"""Image augmentation that keeps the phrases true: flipping an image swaps left and right in its phrases."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from vg.types import Sample
 if TYPE_CHECKING:
     import albumentations as A
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no look-up on the network at import
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no network request at import
 
 Share = Annotated[float, Field(ge=0, le=1)]
-MIN_VISIBLE = 0.01  # pixels of width and height that a crop must leave of a box; less has no area to speak of
+MIN_VISIBLE = 0.01  # pixels; a crop drops a box of which less width or height remains
 
 
 @dataclass
 class ResizeConfig(Settings):
-    """Random sizes as the DETR family trains with; the defaults are the published ones. Lengths are in pixels."""
+    """Random resizing and cropping of the DETR family; the defaults are the published ones. Lengths are in pixels."""
 
     shortest: list[PositiveInt] = field(default_factory=lambda: list(range(480, 801, 32)))
-    """One is drawn for each sample as the shorter side of the image in the batch; the model limits the longer one."""
+    """Shorter sides of the resized image, one drawn per sample; the model limits the longer side."""
     crop: Share = 0.5
-    """Probability of a random crop before, which may cut boxes or lose them."""
+    """Probability of a random crop before resizing, which may cut or drop boxes."""
     crop_shortest: list[PositiveInt] = field(default_factory=lambda: [400, 500, 600])
-    """Shorter sides of the image that is cropped, one drawn for each."""
+    """Shorter sides that the image is resized to before cropping, one drawn per sample."""
     crop_sides: tuple[PositiveInt, PositiveInt] = (384, 600)
-    """Least and greatest width and height of the crop; at most those of the image."""
+    """Minimum and maximum of width and height of the crop, limited to the size of the image."""
 
     def __post_init__(self) -> None:
         if not self.shortest or not self.crop_shortest:
             raise ValueError("shortest and crop_shortest need at least one length")
         if self.crop_sides[0] > self.crop_sides[1]:
-            raise ValueError(f"crop_sides {list(self.crop_sides)} has its least first")
+            raise ValueError(f"crop_sides {list(self.crop_sides)} must be (minimum, maximum)")
 
 
 @dataclass
@@ -47,13 +47,13 @@ class AugmentConfig(Settings):
     """Probabilities are per sample; everything is off by default."""
 
     flip: Share = 0.0
-    """Probability of mirroring the picture, with "left" and "right" swapped in the phrases."""
+    """Probability of a horizontal flip, with "left" and "right" swapped in the phrases."""
     color: Share = 0.0
-    """Strength of random brightness, contrast and saturation (0.2 = by up to 20 %); hues stay, for words name them."""
+    """Strength of random brightness, contrast and saturation (0.2 = up to 20 %); hue is kept: phrases name colors."""
     crop: Share = 0.0
-    """Probability of a random crop that keeps every box whole."""
+    """Probability of a random crop that contains all boxes completely."""
     resize: ResizeConfig | None = None
-    """Random sizes for models that take images of any size: {} for the published ones, null for none."""
+    """Random sizes, for models that accept any image size: {} uses the published ones, null disables."""
 
     def build(self) -> Augment | None:
         return Augment(self) if any((self.flip, self.color, self.crop, self.resize)) else None
@@ -61,30 +61,30 @@ class AugmentConfig(Settings):
 
 _ADVERB = r"(?<!the )(?<!on )(?<!far )\bright(?= (?:next to|behind|above|below|beside|under|in front|before|after)\b)"
 _SIDE = r"\b(?P<side>left|right)(?=(?:most|hand|side)?\b)"
-_SIDE_OR_ADVERB = re.compile(f"{_ADVERB}|{_SIDE}", re.IGNORECASE)  # "right behind him" is no side, "on the right" is
+_SIDE_OR_ADVERB = re.compile(f"{_ADVERB}|{_SIDE}", re.IGNORECASE)  # "on the right" is a side, "right behind him" is not
 
 
 def swap_sides(phrase: str) -> str:
-    """The phrase as it reads in the mirror: "man left of the rightmost car" -> "man right of the leftmost car"."""
+    """Swap left and right in a phrase: "man left of the rightmost car" -> "man right of the leftmost car"."""
 
-    def other(match: re.Match[str]) -> str:
+    def opposite(match: re.Match[str]) -> str:
         side = match["side"]
         if side is None:
             return match.group()
         swapped = "right" if side.lower() == "left" else "left"
         return swapped.upper() if side.isupper() else swapped.capitalize() if side[0].isupper() else swapped
 
-    return _SIDE_OR_ADVERB.sub(other, phrase)
+    return _SIDE_OR_ADVERB.sub(opposite, phrase)
 
 
 class Augment:
-    """Sample -> Sample; the same seed gives the same picture."""
+    """Randomly flip, crop and recolor a Sample; the result depends only on the sample and the seed."""
 
     def __init__(self, config: AugmentConfig):
         import albumentations as A
 
         self.config = config
-        self.mirror = _with_boxes(A.HorizontalFlip(p=1))
+        self.flip = _with_boxes(A.HorizontalFlip(p=1))
         self.crop = _with_boxes(A.BBoxSafeRandomCrop(p=1))
         jitter = (1 - config.color, 1 + config.color)
         self.color = A.ColorJitter(jitter, jitter, jitter, hue=(0, 0), p=1)
@@ -95,10 +95,10 @@ class Augment:
         self.crop.set_random_seed(int(random.integers(2**31)))
         self.color.set_random_seed(int(random.integers(2**31)))
         if flip:
-            sample = _moved(self.mirror, sample)
+            sample = _transformed(self.flip, sample)
             sample = replace(sample, phrases=tuple(map(swap_sides, sample.phrases)))
         if crop:
-            sample = _moved(self.crop, sample)
+            sample = _transformed(self.crop, sample)
         if self.config.resize:
             sample = self._resized(sample, self.config.resize, random)
         if self.config.color:
@@ -107,10 +107,10 @@ class Augment:
 
     @staticmethod
     def _resized(sample: Sample, config: ResizeConfig, random: np.random.Generator) -> Sample:
-        """Crop in the pixels of the source, and leave the resizing to the collator.
+        """Crop the original pixels and leave resizing to the collator.
 
-        Published recipes resize, crop and resize again, for the same region and size; one step blurs less, and the
-        collator resizes as it does for evaluation.
+        Published recipes resize, crop and resize again, with the same region and size as result. Resizing once blurs
+        less, and the collator resizes as it does for evaluation.
         """
         import albumentations as A
 
@@ -122,24 +122,24 @@ class Augment:
             crop_width, crop_height = np.clip(sides, 1, (width, height)).tolist()
             left = int(random.integers(width - crop_width + 1))
             top = int(random.integers(height - crop_height + 1))
-            sample = _moved(_with_boxes(A.Crop(left, top, left + crop_width, top + crop_height, p=1)), sample)
+            sample = _transformed(_with_boxes(A.Crop(left, top, left + crop_width, top + crop_height, p=1)), sample)
         return replace(sample, shortest=int(random.choice(config.shortest)))
 
 
 def _with_boxes(transform: A.BasicTransform) -> A.Compose:
-    """A transform that moves boxes as well, and loses those of which nothing is left."""
+    """Make a transform move the boxes too and drop those that are no longer visible."""
     import albumentations as A
 
     boxes = A.BboxParams(
-        format="pascal_voc", label_fields=["numbers"], min_width=MIN_VISIBLE, min_height=MIN_VISIBLE, clip=True
+        format="pascal_voc", label_fields=["indices"], min_width=MIN_VISIBLE, min_height=MIN_VISIBLE, clip=True
     )
     return A.Compose([transform], bbox_params=boxes)
 
 
-def _moved(transform: A.Compose, sample: Sample) -> Sample:
-    """The sample after a geometric transform; annotated areas belong to the old picture and go."""
-    result = transform(image=sample.image, bboxes=sample.boxes, numbers=np.arange(len(sample.boxes)))
-    kept = np.asarray(result["numbers"], dtype=np.int64)  # [N] which of the old boxes are left
+def _transformed(transform: A.Compose, sample: Sample) -> Sample:
+    """Apply a geometric transform; the annotated areas no longer fit and are removed."""
+    result = transform(image=sample.image, bboxes=sample.boxes, indices=np.arange(len(sample.boxes)))
+    kept = np.asarray(result["indices"], dtype=np.int64)  # [N] indices of the boxes that remain
     return replace(
         sample,
         image=result["image"],

@@ -1,8 +1,8 @@
-"""From the phrases of samples to tokens: an expression as it stands, or prompts of many phrases with known tokens.
+"""Tokenize phrases: one expression per sample, or prompts of many phrases with known token positions.
 
-A prompt reads `[CLS] phrase . phrase . [SEP]`. Every phrase is tokenised on its own and the pieces are joined, so that
-nothing has to be searched in a string, where "dog" would be found in "hot dog". For word pieces, which never reach
-across a full stop, this gives the tokens of the joined text.
+A prompt is `[CLS] phrase . phrase . [SEP]`. Each phrase is tokenized separately and the tokens are concatenated, so the
+position of each phrase is known; searching the prompt for it would find "dog" in "hot dog". Word pieces never cross a
+full stop, so the result equals the tokens of the joined text.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from vg.types import PromptTargets, Sample, Target, Text, TextSpec
 
 logger = logging.getLogger(__name__)
 
-_CACHE_SIZE = 100_000  # phrases: more than any list of classes, and some ten megabytes of captions
+_CACHE_SIZE = 100_000  # phrases: more than any list of classes; some ten megabytes
 
 
 class Expressions:
-    """Makes one prompt of the one expression that every sample has."""
+    """Makes one prompt per sample from its only phrase, a referring expression."""
 
     def __init__(self, spec: TextSpec):
         self.spec = spec
 
     def __call__(self, samples: Sequence[Sample]) -> Text:
-        """Raises DataError: not one phrase; BadSampleError: one of more than max_tokens tokens."""
+        """Raise DataError if a sample has not exactly one phrase, BadSampleError if that exceeds max_tokens."""
         for sample in samples:
             if len(sample.phrases) != 1:
                 raise DataError(f"{sample.id} has {len(sample.phrases)} phrases, this model takes one expression")
         return self.text([sample.phrases[0] for sample in samples], [sample.id for sample in samples])
 
     def text(self, expressions: Sequence[str], names: Sequence[str]) -> Text:
-        """One prompt for each expression; raises BadSampleError that calls one by its name: too many tokens."""
+        """Return one prompt per expression; raise BadSampleError with the name of one that has too many tokens."""
         tokens = self.spec.tokenizer(list(expressions), padding=True, return_tensors="pt")
         token_ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()  # [R, T]
         for name, expression, length in zip(names, expressions, mask.sum(dim=1).tolist(), strict=True):
@@ -50,26 +50,25 @@ class Expressions:
 
 
 class Prompt(NamedTuple):
-    """One row of a batch of text."""
+    """One row of a text batch."""
 
     token_ids: list[int]
-    phrase_tokens: dict[int, list[int]]  # a phrase of the sample -> where its tokens are
+    phrase_tokens: dict[int, list[int]]  # index of a phrase of the sample -> positions of its tokens
 
 
 class Prompts:
-    """Makes prompts of many phrases.
+    """Makes prompts of many phrases per sample.
 
-    The tokens of a phrase are its words: neither the "." that closes it nor another delimiter, which stays in the
-    prompt. Phrases are laid out in the order of their token ids, so that predictions do not depend on the order in
-    which one asks.
+    The tokens of a phrase are those of its words: the "." after it and delimiters inside it stay in the prompt but are
+    not among them. Phrases are sorted by token ids, so predictions do not depend on the order of the phrases.
 
     Args:
-        spec: its first delimiter closes a phrase.
-        one_prompt: one prompt for each sample, as training wants it: phrases that have boxes come first, then the
-            others as they fit. Otherwise what one prompt cannot hold goes into further ones.
+        spec: its first delimiter is appended to every phrase.
+        one_prompt: for training: one prompt per sample; phrases without boxes, and then those with boxes, are left out
+            if they do not fit. Otherwise, phrases that do not fit go into additional prompts.
 
     Raises:
-        ConfigError: the tokenizer has no token for that delimiter, or for begin, end or padding.
+        ConfigError: the tokenizer has no token for that delimiter or no begin, end or padding token.
     """
 
     def __init__(self, spec: TextSpec, one_prompt: bool):
@@ -80,8 +79,8 @@ class Prompts:
         self.end = self._token_id(spec.tokenizer.sep_token)
         self.padding = self._token_id(spec.tokenizer.pad_token)
         self.phrase_end = self._token_id(spec.delimiters[0])
-        self.delimiters = set(spec.delimiter_ids)  # models take prompts apart there, within a phrase too
-        self._known: dict[str, list[int]] = {}  # the same names come with every image
+        self.delimiters = set(spec.delimiter_ids)  # models split prompts at these, also inside a phrase
+        self._known: dict[str, list[int]] = {}  # a detection dataset repeats its class names for every image
 
     def _token_id(self, token: str | None) -> int:
         token_id = None if token is None else self.tokenizer.convert_tokens_to_ids(token)
@@ -93,10 +92,10 @@ class Prompts:
         return int(token_id)
 
     def __call__(self, samples: Sequence[Sample]) -> Text:
-        """The prompts of all samples, in their order.
+        """Make the prompts of all samples, in their order.
 
         Raises:
-            BadSampleError: no phrases, or a phrase without any letter or digit, or too long for a prompt.
+            BadSampleError: a sample without phrases, or a phrase without letters and digits or too long for a prompt.
         """
         prompts = [(i, prompt) for i, sample in enumerate(samples) for prompt in self.of_sample(sample)]
         num_tokens = max(len(prompt.token_ids) for _, prompt in prompts)
@@ -106,15 +105,15 @@ class Prompts:
         for row, (_, prompt) in enumerate(prompts):
             token_ids[row, : len(prompt.token_ids)] = prompt.token_ids
             mask[row, : len(prompt.token_ids)] = True
-            for phrase, places in prompt.phrase_tokens.items():
-                phrase_tokens[row, phrase, places] = True
+            for phrase, positions in prompt.phrase_tokens.items():
+                phrase_tokens[row, phrase, positions] = True
         image_ids = np.array([i for i, _ in prompts])
         return Text(*map(torch.from_numpy, (token_ids, mask, phrase_tokens, image_ids)))
 
     def of_sample(self, sample: Sample) -> list[Prompt]:
-        """The prompts of one sample, at least one; raises BadSampleError as above."""
+        """Make the prompts of one sample, at least one; raise BadSampleError as `__call__` does."""
         if not sample.phrases:
-            raise BadSampleError(f"{sample.id} has no phrases: say what to look for")
+            raise BadSampleError(f"{sample.id} has no phrases; give at least one")
         tokens = self._tokenize(sample)
         phrases = self._fitting(tokens, sample.phrase_ids.tolist()) if self.one_prompt else range(len(tokens))
         prompts: list[Prompt] = []
@@ -122,15 +121,15 @@ class Prompts:
             if not prompts or len(prompts[-1].token_ids) + len(tokens[phrase]) + 2 > self.max_tokens:
                 prompts.append(Prompt([self.begin], {}))
             token_ids, phrase_tokens = prompts[-1]
-            places = enumerate(tokens[phrase], start=len(token_ids))
-            phrase_tokens[phrase] = [place for place, token in places if token not in self.delimiters]
+            positions = enumerate(tokens[phrase], start=len(token_ids))
+            phrase_tokens[phrase] = [position for position, token in positions if token not in self.delimiters]
             token_ids += [*tokens[phrase], self.phrase_end]
         for prompt in prompts:
             prompt.token_ids.append(self.end)
         return prompts
 
     def _fitting(self, tokens: list[list[int]], with_boxes: list[int]) -> list[int]:
-        """The phrases that one prompt has room for, those with boxes first."""
+        """Return the indices of the phrases that fit into one prompt, preferring phrases with boxes."""
         room, fitting = self.max_tokens - 2, []
         for phrase in dict.fromkeys([*sorted(with_boxes), *range(len(tokens))]):
             if len(tokens[phrase]) + 1 <= room:
@@ -139,29 +138,29 @@ class Prompts:
         return fitting
 
     def _tokenize(self, sample: Sample) -> list[list[int]]:
-        """The tokens of each phrase without a full stop at its end."""
+        """Return the token ids of each phrase, without full stops at its end."""
         if len(self._known) > _CACHE_SIZE:
             self._known.clear()
         new = [phrase for phrase in dict.fromkeys(sample.phrases) if phrase not in self._known]
         for phrase in new:
             if not any(character.isalnum() for character in phrase):
-                raise BadSampleError(f"{sample.id}: the phrase {phrase!r} has no letter or digit; give it words")
-        if new:  # split_special_tokens: "[SEP]" in a text is a text
+                raise BadSampleError(f"{sample.id}: the phrase {phrase!r} has no letter or digit; use words")
+        if new:  # split_special_tokens: "[SEP]" in a phrase is ordinary text
             encoded = self.tokenizer(new, add_special_tokens=False, split_special_tokens=True, verbose=False)
             for phrase, token_ids in zip(new, encoded["input_ids"], strict=True):
                 while token_ids[-1] == self.phrase_end:
                     token_ids.pop()
                 if set(token_ids) == {self.tokenizer.unk_token_id}:
                     logger.warning(
-                        "%s: the tokenizer knows nothing of the phrase %r, which reads like any other that it "
-                        "does not know; set model.text.tokenizer, or data.*.vocabulary.phrases to words that it knows",
+                        "%s: all tokens of the phrase %r are unknown to the tokenizer, so the model cannot tell it "
+                        "from other unknown phrases; set model.text.tokenizer, or data.*.vocabulary.phrases",
                         sample.id,
                         phrase,
                     )
                 if len(token_ids) + 3 > self.max_tokens:
                     raise BadSampleError(
-                        f"{sample.id}: a phrase has {len(token_ids)} tokens, a prompt of {self.max_tokens} holds "
-                        f"{self.max_tokens - 3} of one (raise model.max_tokens): {phrase[:80]!r}"
+                        f"{sample.id}: a phrase has {len(token_ids)} tokens, at most {self.max_tokens - 3} fit into a "
+                        f"prompt of {self.max_tokens} (raise model.max_tokens): {phrase[:80]!r}"
                     )
                 self._known[phrase] = token_ids
         return [self._known[phrase] for phrase in sample.phrases]

@@ -1,4 +1,4 @@
-"""predict_and_crop: from a picture and an expression to the piece of the picture that shows it."""
+"""predict_and_crop: ground an expression in an image and crop the image to the predicted box."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ def predict_and_crop(
     device: str | None = None,
     threshold: float | None = None,
 ) -> tuple[np.ndarray, tuple[float, float, float, float], np.ndarray]:
-    """Find what the prompt names, and cut it out.
+    """Ground an expression in an image and crop the best box.
 
     Args:
         image: [H, W, 3] uint8 array, PIL image, path or http(s) URL.
         prompt: a referring expression, such as "the man in the red shirt".
-        model: a Grounder, a model, or the folder of a run or checkpoint. For many pictures make a Grounder once.
-        device: where a model that is not yet in a Grounder shall run; by default the fastest there is.
-        threshold: the lowest score that a box may have; by default any.
+        model: a Grounder, a model, or a path for `load_model`. For several images, create a Grounder once.
+        device: device of a model that is not a Grounder; by default the fastest one available.
+        threshold: minimum score of the box; by default any.
 
     Returns:
         crop [h, w, 3] uint8; box (left, top, right, bottom) in pixels; image_with_box [H, W, 3] uint8.
 
     Raises:
-        DataError: no picture, no prompt, or no box that scores high enough.
+        DataError: an unreadable image, an empty prompt, or no box with a sufficient score.
     """
     grounder = model if isinstance(model, Grounder) else Grounder(model, device)
     pixels = to_array(image)
     prediction = grounder.predict(pixels, prompt, threshold)
     if not len(prediction.boxes):
         limit = "the threshold of the model" if threshold is None else f"the threshold {threshold}"
-        raise DataError(f"nothing found for {prompt!r}: no box reaches {limit}; lower it or ask otherwise")
+        raise DataError(f"nothing found for {prompt!r}: no box reaches {limit}; lower it or rephrase the prompt")
     box = prediction.boxes[0].tolist()
     height, width = pixels.shape[:2]
     left, top = min(int(box[0]), width - 1), min(int(box[1]), height - 1)

@@ -1,4 +1,4 @@
-"""Draws what people look at: boxes on a picture, and a grid of answers next to the truth."""
+"""Draws boxes on images and grids of predictions with the ground truth."""
 
 from __future__ import annotations
 
@@ -16,68 +16,68 @@ if TYPE_CHECKING:
 
     from vg.types import Prediction, Sample
 
-COLORS = ("#ffb000", "#00c8ff", "#ff5cae", "#7ee04a", "#b58cff", "#ff7a45")  # apart for color-blind eyes, too
+COLORS = ("#ffb000", "#00c8ff", "#ff5cae", "#7ee04a", "#b58cff", "#ff7a45")  # distinguishable with color blindness
 PREDICTED, TRUE = COLORS[:2]
 HIT, MISS, UNKNOWN = "#1a8f4c", "#d3323f", "#8a929c"
 INK, FAINT_INK, PAPER = "#1c2430", "#66707c", "#ffffff"
-GROUND = "#eef0f3"  # behind pictures that do not fill their place
-HALO = "#000000"  # around colored lines: one of the two is seen on any picture
+BACKGROUND = "#eef0f3"  # around images that do not fill their area
+HALO = "#000000"  # around colored lines, to make them visible on any image
 
 HIT_IOU = 0.5
-CARD_WIDTH, PICTURE_HEIGHT, CAPTION_LINES, TEXT_SIZE = 400, 300, 2, 17  # of the grid, in pixels
+CARD_WIDTH, IMAGE_HEIGHT, CAPTION_LINES, TEXT_SIZE = 400, 300, 2, 17  # of the grid, in pixels
 LINE_HEIGHT, PADDING, GAP, FRAME, DASH = 24, 12, 16, 4, 7
-LEGEND_WIDTH = 560  # pictures of one card are made that wide
+LEGEND_WIDTH = 560  # minimum width of a grid
 
 
 def draw_boxes(
     image: np.ndarray, boxes: ArrayLike, labels: Sequence[str] = (), colors: Sequence[str] = COLORS
 ) -> np.ndarray:
-    """Draw boxes and their labels on a copy of a picture; lines and letters grow with it.
+    """Draw boxes and their labels on a copy of an image; line width and font size scale with it.
 
     Args:
         image: [H, W, 3] uint8, RGB.
-        boxes: [N, 4] xyxy in pixels; what lies outside of the picture is cut off.
-        labels: one for each box, or none at all; too long ones are shortened to the width of the picture.
-        colors: names or hex codes that PIL knows, used in turn.
+        boxes: [N, 4] xyxy in pixels, clipped to the image.
+        labels: one per box, or none; they are shortened to the width of the image.
+        colors: color names or hex codes of PIL, used cyclically.
 
     Returns:
         [H, W, 3] uint8, RGB.
 
     Raises:
-        ValueError: the image or a box is not what it should be, or there are not as many labels as boxes.
+        ValueError: a malformed image or box, or the number of labels differs from that of boxes.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"the image must be [H, W, 3] uint8, got {list(image.shape)} {image.dtype}")
     canvas = Image.fromarray(image)
     rows = np.asarray(boxes, dtype=float).reshape(-1, 4)  # [N, 4]
     if labels and len(labels) != len(rows):
-        raise ValueError(f"{len(labels)} labels for {len(rows)} boxes: give one label for each box, or none")
+        raise ValueError(f"{len(labels)} labels for {len(rows)} boxes: give one label per box, or none")
     width = max(2, round(min(canvas.size) / 180))
     for box, color in zip(rows, cycle(colors), strict=False):
         _outline(canvas, box, color, width)
     font = _font(max(11, round(min(canvas.size) / 28)))
-    for box, color, label in zip(rows, cycle(colors), labels, strict=False):  # over all lines
+    for box, color, label in zip(rows, cycle(colors), labels, strict=False):  # after all outlines, to stay visible
         _label(canvas, box, color, label, font)
     return np.array(canvas)
 
 
 def prediction_grid(items: Sequence[tuple[Sample, Prediction]], columns: int, path: str | Path) -> None:
-    """Write a picture file with one card for each sample: the best predicted boxes, the true ones, and the verdict.
+    """Write an image file with one card per sample: its best predicted boxes, its true boxes and hit or miss.
 
-    As many predicted boxes are shown as there are true ones; a true box is found if one of them, of the same phrase,
-    overlaps it enough.
+    The number of predicted boxes shown equals the number of true boxes; a true box is found if one of them has the same
+    phrase and IoU >= `HIT_IOU`.
 
     Args:
-        items: samples and the answers to them. A sample without a true box is shown with the best predicted one and
-            without a verdict.
-        columns: cards in a row.
-        path: of the file to write; its suffix chooses the format (".png").
+        items: samples and their predictions. A sample without true boxes is shown with the best predicted box and
+            without hit or miss.
+        columns: cards per row.
+        path: file to write; its suffix determines the format (".png").
 
     Raises:
-        ValueError: there is nothing to draw.
+        ValueError: no samples or no columns.
     """
     if not items or columns < 1:
-        raise ValueError("there is nothing to draw: give at least one sample and its prediction, and one column")
+        raise ValueError("nothing to draw: give at least one sample with its prediction and at least one column")
     cards = [_card(sample, prediction) for sample, prediction in items]
     columns = min(columns, len(cards))
     width, height = cards[0].size
@@ -93,30 +93,32 @@ def prediction_grid(items: Sequence[tuple[Sample, Prediction]], columns: int, pa
 
 
 def image_grid(
-    pictures: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[str]]], columns: int, path: str | Path
+    images: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[str]]], columns: int, path: str | Path
 ) -> None:
-    """Write a picture file of annotated pictures, so many in a row; equal names have equal colors.
+    """Write an image file with a grid of annotated images; equal names have equal colors.
 
     Args:
-        pictures: of each a caption, image [H, W, 3] uint8, boxes [N, 4] xyxy in pixels, and their names.
+        images: tuples of caption, image [H, W, 3] uint8, boxes [N, 4] xyxy in pixels, and the names of the boxes.
+        columns: images per row.
+        path: file to write; its suffix determines the format (".png").
     """
     color_of = cycle(COLORS)
-    colors = {name: next(color_of) for name in dict.fromkeys(name for *_, names in pictures for name in names)}
-    columns = min(columns, len(pictures))
-    height = PICTURE_HEIGHT + 2 * LINE_HEIGHT + GAP
-    canvas = Image.new("RGB", (GAP + columns * (CARD_WIDTH + GAP), GAP - (-len(pictures) // columns) * height), PAPER)
-    for index, (caption, image, boxes, names) in enumerate(pictures):
+    colors = {name: next(color_of) for name in dict.fromkeys(name for *_, names in images for name in names)}
+    columns = min(columns, len(images))
+    height = IMAGE_HEIGHT + 2 * LINE_HEIGHT + GAP
+    canvas = Image.new("RGB", (GAP + columns * (CARD_WIDTH + GAP), GAP - (-len(images) // columns) * height), PAPER)
+    for index, (caption, image, boxes, names) in enumerate(images):
         left, top = GAP + index % columns * (CARD_WIDTH + GAP), GAP + index // columns * height
-        small, scale = _fitted(image, CARD_WIDTH)
-        drawn = draw_boxes(np.array(small), scale * boxes, names, [colors[name] for name in names] or COLORS)
+        thumbnail, scale = _thumbnail(image, CARD_WIDTH)
+        drawn = draw_boxes(np.array(thumbnail), scale * boxes, names, [colors[name] for name in names] or COLORS)
         canvas.paste(Image.fromarray(drawn), (left, top))
         text = "\n".join(_wrap(caption, _font(TEXT_SIZE - 3), CARD_WIDTH, lines=2))
-        ImageDraw.Draw(canvas).text((left, top + PICTURE_HEIGHT), text, fill=INK, font=_font(TEXT_SIZE - 3))
+        ImageDraw.Draw(canvas).text((left, top + IMAGE_HEIGHT), text, fill=INK, font=_font(TEXT_SIZE - 3))
     canvas.save(path)
 
 
 def _outline(canvas: Image.Image, box: np.ndarray, color: str, width: int, dash: int = 0) -> None:
-    """Draw the frame of one box, xyxy in pixels, in dashes of this many pixels if any."""
+    """Draw the outline of one box, xyxy in pixels; `dash` is the length of dashes in pixels, 0 for a solid line."""
     if not np.isfinite(box).all() or (box[2:] < box[:2]).any():
         raise ValueError(f"{box.tolist()} is not a box: it must be (left, top, right, bottom) in pixels")
     left, top, right, bottom = (int(side) for side in np.clip(np.round(box), 0, np.array(canvas.size * 2) - 1))
@@ -141,7 +143,7 @@ def _outline(canvas: Image.Image, box: np.ndarray, color: str, width: int, dash:
 
 
 def _label(canvas: Image.Image, box: np.ndarray, color: str, text: str, font: ImageFont.FreeTypeFont) -> None:
-    """Write on a colored ground above the box, or below its upper edge where that would leave the picture."""
+    """Write on a colored background above the box, or inside at its upper edge if there is no room above."""
     width, height = canvas.size
     margin = max(2, round(font.size / 4))
     (text,) = _wrap(text, font, width - 2 * margin, lines=1)
@@ -156,17 +158,17 @@ def _label(canvas: Image.Image, box: np.ndarray, color: str, text: str, font: Im
 
 
 def _card(sample: Sample, prediction: Prediction) -> Image.Image:
-    """One picture with its boxes, what was asked for and the verdict."""
+    """Draw one image with its boxes, its phrases and hit or miss."""
     verdict, color = _verdict(sample, prediction)
     caption = ", ".join(dict.fromkeys(sample.phrases[id] for id in sample.phrase_ids)) or ", ".join(sample.phrases)
-    height = 2 * FRAME + PICTURE_HEIGHT + (CAPTION_LINES + 1) * LINE_HEIGHT + 3 * PADDING
+    height = 2 * FRAME + IMAGE_HEIGHT + (CAPTION_LINES + 1) * LINE_HEIGHT + 3 * PADDING
     card = Image.new("RGB", (CARD_WIDTH, height), PAPER)
-    picture = _picture(sample, prediction)
-    card.paste(GROUND, (0, 0, CARD_WIDTH, FRAME + PICTURE_HEIGHT))
-    card.paste(picture, ((CARD_WIDTH - picture.width) // 2, FRAME + (PICTURE_HEIGHT - picture.height) // 2))
+    image = _annotated(sample, prediction)
+    card.paste(BACKGROUND, (0, 0, CARD_WIDTH, FRAME + IMAGE_HEIGHT))
+    card.paste(image, ((CARD_WIDTH - image.width) // 2, FRAME + (IMAGE_HEIGHT - image.height) // 2))
     draw = ImageDraw.Draw(card)
     draw.rectangle((0, 0, CARD_WIDTH - 1, height - 1), outline=color, width=FRAME)
-    left, top = FRAME + PADDING, FRAME + PICTURE_HEIGHT + PADDING
+    left, top = FRAME + PADDING, FRAME + IMAGE_HEIGHT + PADDING
     for line in _wrap(caption, _font(TEXT_SIZE), CARD_WIDTH - 2 * left, CAPTION_LINES):
         draw.text((left, top), line, fill=INK, font=_font(TEXT_SIZE))
         top += LINE_HEIGHT
@@ -176,7 +178,7 @@ def _card(sample: Sample, prediction: Prediction) -> Image.Image:
 
 
 def _verdict(sample: Sample, prediction: Prediction) -> tuple[str, str]:
-    """What a card says about the boxes on it, and in which color."""
+    """Return the result line of a card and its color."""
     from vg.boxes import iou  # needs torch, which the rest of this file does not
 
     score = f"score {float(prediction.scores[0]):.2f}" if len(prediction.boxes) else "no box predicted"
@@ -184,9 +186,9 @@ def _verdict(sample: Sample, prediction: Prediction) -> tuple[str, str]:
         return score, UNKNOWN
     boxes = prediction.boxes[: len(sample.boxes)]
     overlaps = iou(prediction.boxes.new_tensor(sample.boxes)[:, None], boxes[None]).tolist()  # [N, K]
-    named = [prediction.phrases[id] for id in prediction.phrase_ids[: len(boxes)].tolist()]
+    phrases = [prediction.phrases[id] for id in prediction.phrase_ids[: len(boxes)].tolist()]
     best = [
-        max((overlap for overlap, name in zip(row, named, strict=True) if name == sample.phrases[id]), default=0.0)
+        max((value for value, phrase in zip(row, phrases, strict=True) if phrase == sample.phrases[id]), default=0.0)
         for row, id in zip(overlaps, sample.phrase_ids, strict=True)
     ]
     found = sum(overlap >= HIT_IOU for overlap in best)
@@ -194,26 +196,26 @@ def _verdict(sample: Sample, prediction: Prediction) -> tuple[str, str]:
     return f"{verdict}   {score}", HIT if found == len(best) else MISS
 
 
-def _fitted(image: np.ndarray, width: int) -> tuple[Image.Image, float]:
-    """The picture as large as there is room for it, and by what factor."""
-    picture = Image.fromarray(image)
-    scale = min(width / picture.width, PICTURE_HEIGHT / picture.height)
-    size = (max(1, round(scale * picture.width)), max(1, round(scale * picture.height)))
-    return picture.resize(size, Image.Resampling.LANCZOS), scale
+def _thumbnail(array: np.ndarray, width: int) -> tuple[Image.Image, float]:
+    """Resize an image [H, W, 3] to fit into width x IMAGE_HEIGHT; return it and the scale factor."""
+    image = Image.fromarray(array)
+    scale = min(width / image.width, IMAGE_HEIGHT / image.height)
+    size = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
+    return image.resize(size, Image.Resampling.LANCZOS), scale
 
 
-def _picture(sample: Sample, prediction: Prediction) -> Image.Image:
-    """The picture as large as its place on the card, with the boxes drawn at that size."""
-    picture, scale = _fitted(sample.image, CARD_WIDTH - 2 * FRAME)
+def _annotated(sample: Sample, prediction: Prediction) -> Image.Image:
+    """Resize the image for a card, then draw the boxes, whose lines do not scale."""
+    image, scale = _thumbnail(sample.image, CARD_WIDTH - 2 * FRAME)
     for box in prediction.boxes[: max(1, len(sample.boxes))].tolist():
-        _outline(picture, scale * np.array(box), PREDICTED, width=4)
+        _outline(image, scale * np.array(box), PREDICTED, width=4)
     for box in sample.boxes:
-        _outline(picture, scale * box, TRUE, width=2, dash=DASH)
-    return picture
+        _outline(image, scale * box, TRUE, width=2, dash=DASH)
+    return image
 
 
 def _legend(canvas: Image.Image) -> None:
-    """Explain the colors in one line along the upper edge of the grid."""
+    """Draw the legend in one line at the upper edge of the grid."""
     draw, font, left = ImageDraw.Draw(canvas), _font(TEXT_SIZE - 2), GAP
     entries = {"predicted": PREDICTED, "true": TRUE, f"hit: IoU ≥ {HIT_IOU}": HIT, "miss": MISS}
     for text, color in entries.items():
@@ -229,7 +231,7 @@ def _legend(canvas: Image.Image) -> None:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
-    """Break between words into at most so many lines of this width in pixels; the last ends in ... if text is left."""
+    """Wrap words into lines of at most `width` pixels; text beyond the last line is replaced by an ellipsis."""
     wrapped: list[str] = []
     words = text.split()
     while words and len(wrapped) < lines:
@@ -247,7 +249,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> 
 
 @cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib: the font inside of PIL has nothing but ASCII letters."""
+    """Load DejaVu Sans, which comes with matplotlib; the font of PIL has ASCII letters only."""
     from matplotlib import get_data_path
 
     return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", f"DejaVuSans{'-Bold' * bold}.ttf"), size)

@@ -1,4 +1,4 @@
-"""A trained model, ready to be asked: a picture and phrases in, boxes out."""
+"""Inference with a trained model: image and phrases in, boxes out."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ DOWNLOAD_SECONDS = 30
 
 
 def to_array(image: ImageLike) -> np.ndarray:
-    """Any picture, upright as a viewer shows it -> [H, W, 3] uint8, RGB.
+    """Read an image, rotated as its EXIF orientation says -> [H, W, 3] uint8, RGB.
 
     Raises:
-        DataError: an array of another shape or type, an address that cannot be read, or a damaged file.
+        DataError: an array of another shape or dtype, a path or URL that cannot be read, or a damaged file.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise DataError(f"an image array is [H, W, 3] uint8; got {list(image.shape)} {image.dtype}")
+            raise DataError(f"an image array must be [H, W, 3] uint8; got {list(image.shape)} {image.dtype}")
         return image
     if isinstance(image, Image.Image):
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))
@@ -39,7 +39,7 @@ def to_array(image: ImageLike) -> np.ndarray:
         source = io.BytesIO(_download(str(image))) if str(image).startswith(("http://", "https://")) else image
         with Image.open(source) as opened:
             return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-    except OSError as error:  # no such file, no network, no picture, or a damaged one
+    except OSError as error:  # no such file, no network, not an image, or a damaged one
         raise DataError(f"cannot read the image {image}: {error}") from error
 
 
@@ -49,12 +49,12 @@ def _download(url: str) -> bytes:
 
 
 class Grounder:
-    """Wraps a model for use.
+    """Runs inference: grounds phrases in images.
 
     Args:
-        model: a model, or what load_model takes: the folder of a run or checkpoint, or a published Grounding DINO.
-        device: "cpu", "cuda", "mps", to which the model is moved; by default the fastest there is.
-        tokenizer: see load_model.
+        model: a model, or a path for `load_model`: the folder of a run or checkpoint, or a published Grounding DINO.
+        device: "cpu", "cuda" or "mps"; by default the fastest one available. The model is moved there.
+        tokenizer: see `load_model`.
     """
 
     def __init__(self, model: str | Path | GroundingModel, device: str | None = None, tokenizer: str | None = None):
@@ -64,55 +64,55 @@ class Grounder:
 
     @property
     def takes_many(self) -> bool:
-        """Whether the model takes any number of phrases, each for any number of boxes; else one expression, for one."""
+        """Whether the model takes any number of phrases with any number of boxes, not one expression with one box."""
         return bool(self.model.text_spec.delimiters)
 
     def predict(self, image: ImageLike, phrases: str | Sequence[str], threshold: float | None = None) -> Prediction:
-        """Boxes for one phrase or many, xyxy in pixels of the image, best first.
+        """Predict boxes for one or more phrases, xyxy in pixels of the image, best first.
 
         Args:
             image: [H, W, 3] uint8 array, PIL image, path or http(s) URL.
-            phrases: what to look for; box k of the answer shows ``phrases[phrase_ids[k]]``, spelled as it is here.
-            threshold: boxes that score lower are left out; by default the answer is as long as the model makes it.
+            phrases: one or more phrases to ground; box k of the prediction belongs to ``phrases[phrase_ids[k]]``.
+            threshold: minimum score of a box; by default all boxes of the model are returned.
 
         Raises:
-            DataError: no picture, no phrase, or one that the model cannot be asked (blank, too long).
+            DataError: an unreadable image, no phrase, or a phrase the model cannot process (blank, too long).
         """
         return self.predict_batch([image], [phrases], threshold)[0]
 
     def predict_batch(
         self, images: Sequence[ImageLike], phrases: Sequence[str | Sequence[str]], threshold: float | None = None
     ) -> list[Prediction]:
-        """One prediction for each image, which has a phrase or phrases of its own; all go through the model at once.
+        """Predict for several images in one batch; every image has its own phrase or phrases.
 
         Raises:
-            ValueError: there are not as many entries of phrases as images.
-            DataError: see predict.
+            ValueError: the number of entries in phrases differs from the number of images.
+            DataError: see `predict`.
         """
         if isinstance(phrases, str):
-            raise ValueError("phrases has an entry for each image: [phrases] * len(images) asks all for the same")
+            raise ValueError("phrases needs one entry per image; use [phrases] * len(images) to repeat one")
         if not images:
             return []
-        nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+        no_boxes = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
         samples = [
-            Sample(str(i), to_array(image), (asked,) if isinstance(asked, str) else tuple(asked), *nothing)
-            for i, (image, asked) in enumerate(zip(images, phrases, strict=True))
+            Sample(str(i), to_array(image), (entry,) if isinstance(entry, str) else tuple(entry), *no_boxes)
+            for i, (image, entry) in enumerate(zip(images, phrases, strict=True))
         ]
         return self.predict_samples(samples, threshold)
 
     @torch.no_grad()
     def predict_samples(self, samples: Sequence[Sample], threshold: float | None = None) -> list[Prediction]:
-        """The same for samples of a data set; the results are on the CPU."""
+        """Predict for samples of a dataset in one batch; the predictions are on the CPU."""
         for sample in samples:
             if not sample.phrases or not all(phrase.strip() for phrase in sample.phrases):
-                raise DataError("there is no phrase, or an empty one: say what to look for")
+                raise DataError("no phrase or an empty phrase; give at least one with words")
         batch = self.collate(samples).to(self.model.device)
         predictions = [prediction.to("cpu") for prediction in self.model.predict(self.model(batch), batch)]
         return predictions if threshold is None else [above(prediction, threshold) for prediction in predictions]
 
 
 def above(prediction: Prediction, threshold: float) -> Prediction:
-    """The prediction without boxes that score lower than the threshold."""
+    """Return the prediction without boxes whose score is below the threshold."""
     kept = prediction.scores >= threshold  # [K]
     return replace(
         prediction,
@@ -128,15 +128,16 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load_model(place: str | Path, tokenizer: str | None = None) -> GroundingModel:
-    """A trained model, in evaluation mode on the CPU.
+def load_model(path: str | Path, tokenizer: str | None = None) -> GroundingModel:
+    """Load a trained model in evaluation mode on the CPU.
 
     Args:
-        place: the folder of a run or checkpoint of vg; or a published Grounding DINO: an official or mmdetection
-            .pth, a folder of transformers, or its Hub id.
-        tokenizer: folder, vocab.txt, tokenizer.json or Hub id, for a .pth, which holds none; by default BERT's.
+        path: folder of a run or checkpoint of vg, or a published Grounding DINO: an official or mmdetection .pth, a
+            transformers folder or its Hub id.
+        tokenizer: folder, vocab.txt, tokenizer.json or Hub id for a .pth, which contains no tokenizer; by default that
+            of BERT.
 
     Raises:
-        vg.checkpoint.CheckpointError: not a checkpoint, damaged, or weights that do not fit.
+        CheckpointError: not a checkpoint, damaged, or weights that do not fit the model.
     """
-    return read_model(place)[0] if is_checkpoint(place) else open_model(place, tokenizer)
+    return read_model(path)[0] if is_checkpoint(path) else open_model(path, tokenizer)

@@ -7,6 +7,12 @@ from typing import Any
 
 from vg.settings import Settings
 
+TINY_BERT: dict[str, Any] = {  # text encoder of the `tiny()` presets, for vg's small vocabulary
+    **{"model_type": "bert", "vocab_size": 400, "max_position_embeddings": 64},
+    **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
+    **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+
 
 @dataclass
 class EncoderConfig(Settings):

@@ -1,4 +1,4 @@
-"""Whatever is wrong with RefCOCO data is said with the file, row or key, and with how to mend it."""
+"""Errors in RefCOCO data name the file, row or key and say how to fix it."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def jpeg() -> bytes:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A data set folder with the picture in it."""
+    """A dataset folder with the image."""
     (tmp_path / NAME).write_bytes(jpeg())
     return tmp_path
 
@@ -66,15 +66,15 @@ def build(path: Path | str, split: str = "val", **options) -> Refcoco:
         ({"raw_anns": "[]"}, "raw_anns is not a JSON object"),
         ({"kinds": ["a", "b"]}, "2 kinds for 1 expressions"),
         ({"file_name": "b.jpg"}, r"image b.jpg not found below .*train2014/b.jpg.*image_root"),
-        ({"file_name": None}, "no picture"),
+        ({"file_name": None}, "no image"),
         ({"image": b"GIF89a"}, "cannot be read"),
         ({"image": jpeg()[:-900]}, f"image {NAME} cannot be read .*truncated"),
     ],
 )
-def test_a_bad_row_is_an_error_of_its_sample_only(changes, message, folder, monkeypatch):
+def test_a_bad_row_fails_only_its_own_sample(changes, message, folder, monkeypatch):
     rows = [LINE, LINE | changes]
     file = folder / "mini_val.jsonl"
-    monkeypatch.setattr("vg.data.refcoco.tables._read_json", lambda _: rows)  # JSON cannot carry bytes
+    monkeypatch.setattr("vg.data.refcoco.tables._read_json", lambda _: rows)  # JSON cannot contain bytes
     file.touch()
     source = build(file)
     assert len(source) == 2
@@ -91,7 +91,7 @@ def test_xyxy_boxes_are_checked_against_the_coco_box(bbox, folder):
         samples_of(JXU124 | raw | {"bbox": bbox}, image_root=folder)
 
 
-def test_an_empty_expression_spares_its_siblings(folder):
+def test_an_empty_expression_fails_only_its_own_sample(folder):
     file = write_lines(folder / "val.jsonl", JXU124 | {"captions": ["a", "", "c"]}, JXU124 | {"captions": []})
     source = build(file)
     assert [source.load(index, epoch=0).phrases for index in (0, 2)] == [("a",), ("c",)]
@@ -100,7 +100,7 @@ def test_an_empty_expression_spares_its_siblings(folder):
             source.load(index, epoch=0)
 
 
-def test_a_truncated_file_is_named(folder):
+def test_error_of_a_truncated_image_names_the_file(folder):
     (folder / NAME).write_bytes(jpeg()[:-900])
     with pytest.raises(BadSampleError, match=f"{NAME} cannot be read .*truncated"):
         build(write_lines(folder / "val.jsonl", LINE)).load(0, epoch=0)
@@ -113,27 +113,27 @@ def test_a_truncated_file_is_named(folder):
         ("mini_val.jsonl", json.dumps(LINE) + "\n{", "mini_val.jsonl, line 2: not JSON"),
         ("mini_val.jsonl", "[1]", "expected objects"),
         ("mini_val.json", "{", "mini_val.json, line 1: not JSON"),
-        ("mini_val.jsonl", '{"a": 1, "bbox": 2}', r"\['a', 'bbox'\] are no known RefCOCO schema"),
+        ("mini_val.jsonl", '{"a": 1, "bbox": 2}', r"\['a', 'bbox'\] are not a known RefCOCO schema"),
         ("mini_train.jsonl", json.dumps(LINE), "no split 'val'; it has train"),
         ("refs.jsonl", json.dumps(LINE | {"split": "testA"}), "no split 'val'; it has testA"),
-        ("refs.txt", "", "unknown kind of file"),
+        ("refs.txt", "", "unknown file type"),
         ("val.parquet", "PAR1", "val.parquet .*cannot be read"),
         ("refs(unc).p", "garbage", r"refs\(unc\).p cannot be read"),
     ],
 )
-def test_bad_files(name, content, message, tmp_path, monkeypatch):
+def test_unreadable_files_raise(name, content, message, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         build(tmp_path / name)
 
 
-def test_bad_paths_and_settings(folder, monkeypatch):
+def test_invalid_paths_and_settings_raise(folder, monkeypatch):
     file = write_lines(folder / "val.jsonl", LINE)
     with pytest.raises(DataError, match=r"nothing.jsonl does not exist; path is a Hub id"):
         build(folder / "nothing.jsonl")
     (folder / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no RefCOCO data"):
+    with pytest.raises(DataError, match="contains no RefCOCO data"):
         build(folder / "empty")
     with pytest.raises(DataError, match=r"image_root .*away is not a folder"):
         build(file, image_root=str(folder / "away"))
@@ -145,17 +145,17 @@ def test_bad_paths_and_settings(folder, monkeypatch):
         TypeAdapter(RefcocoConfig).validate_python({"name": "refcoco", "spilt": "val"})
 
 
-def test_files_of_several_data_sets_are_not_merged(folder):
+def test_files_of_several_datasets_are_not_merged(folder):
     write_lines(folder / "refcoco_val.jsonl", LINE)
     write_lines(folder / "refcocog_val.jsonl", LINE)
-    with pytest.raises(DataError, match=r"refcoco_val.jsonl and .*refcocog_val.jsonl do not look like numbered parts"):
+    with pytest.raises(DataError, match=r"refcoco_val.jsonl and .*refcocog_val.jsonl are not numbered shards"):
         build(folder)
     write_lines(folder / "other.jsonl", LINE)
     with pytest.raises(DataError, match=r"other.jsonl: no split in its name"):
         build(folder)
 
 
-def test_the_hub(monkeypatch):
+def test_loading_from_the_hub(monkeypatch):
     table = datasets.Dataset.from_list([JXU124])
 
     def load_dataset(path, revision):
@@ -184,27 +184,27 @@ def write_instances(folder: Path) -> None:
     (folder / "instances.json").write_text(json.dumps(content))
 
 
-def test_the_refer_toolbox(folder):
+def test_errors_of_the_refer_toolbox_format(folder):
     write_refs(folder, "unc")
-    with pytest.raises(DataError, match=r"instances.json is missing.*place it beside refs\(unc\).p"):
+    with pytest.raises(DataError, match=r"instances.json is missing.*put it beside refs\(unc\).p"):
         build(folder)
     (folder / "instances.json").write_text("{}")
-    with pytest.raises(DataError, match=r"instances.json is no COCO annotation file"):
+    with pytest.raises(DataError, match=r"instances.json is not a COCO annotation file"):
         build(folder)
     write_instances(folder)
     assert build(folder).load(0, epoch=0).id == f"{folder.name}-unc/val/5/0"
     write_refs(folder, "google", ann_id=99)
-    with pytest.raises(DataError, match="holds the partitions google, unc; set partition"):
+    with pytest.raises(DataError, match="has the partitions google, unc; set partition"):
         build(folder)
-    with pytest.raises(DataError, match="holds the partitions google, unc; set partition"):
+    with pytest.raises(DataError, match="has the partitions google, unc; set partition"):
         build(folder, partition="umd")
     assert len(build(folder, partition="unc")) == 1
-    with pytest.raises(BadSampleError, match=r"99: bbox is None.*take the instances.json"):
+    with pytest.raises(BadSampleError, match=r"99: bbox is None.*use the instances.json"):
         build(folder, partition="google").load(0, epoch=0)
     with pytest.raises(DataError, match="no split 'testA'; it has val"):
         build(folder, "testA", partition="unc")
     (folder / "refs(unc).p").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(DataError, match="no list of refs"):
+    with pytest.raises(DataError, match="not a list of refs"):
         build(folder, partition="unc")
 
 
@@ -217,10 +217,10 @@ class Malicious:
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_malicious_pickle_is_refused_and_not_run(protocol, tmp_path):
+def test_a_malicious_pickle_is_rejected_without_running_it(protocol, tmp_path):
     file, trace = tmp_path / "refs(unc).p", tmp_path / "trace"
     file.write_bytes(pickle.dumps([{"ref_id": Malicious(trace)}], protocol=protocol))
-    with pytest.raises(DataError, match=r"refs\(unc\).p cannot be read \(it wants to import \w+.system"):
+    with pytest.raises(DataError, match=r"refs\(unc\).p cannot be read \(it imports \w+.system"):
         load_plain_pickle(file)
     assert not trace.exists()
 

@@ -1,4 +1,4 @@
-"""RefCOCO-M, refcoco-benchmark, Ref-L4, reviewed annotations and gRefCOCO in miniature; official names and counts."""
+"""Small versions of RefCOCO-M, refcoco-benchmark, Ref-L4, reviewed RefCOCO and gRefCOCO; official names and counts."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """An image root with the one picture, 80 wide and 60 high."""
-    root = tmp_path / "pictures"
+    """An image root with one image, 80 wide and 60 high."""
+    root = tmp_path / "images"
     (root / "train2014").mkdir(parents=True)
     (root / "train2014" / NAME).write_bytes(jpeg())
     return root
@@ -57,7 +57,7 @@ def to_parquet(rows: list[dict[str, Any]], file: Path) -> Path:
 
 
 def run_length(box: list[float]) -> dict[str, Any]:
-    """The mask of a box xywh in an image of 60 x 80 (height x width)."""
+    """Return the mask of a box (xywh) in an image of 60 x 80 (height x width)."""
     mask = np.zeros((60, 80), np.uint8, order="F")
     left, top, width, height = map(int, box)
     mask[top : top + height, left : left + width] = 1
@@ -67,8 +67,8 @@ def run_length(box: list[float]) -> dict[str, Any]:
 
 def moondream(boxes: list[list[float]]) -> dict[str, Any]:
     samples = [
-        {"id": id, "category": category, "sentences": sentences, "bbox": box, "mask": run_length(outline)}
-        for id, category, sentences, box, outline in zip(
+        {"id": id, "category": category, "sentences": sentences, "bbox": box, "mask": run_length(mask_box)}
+        for id, category, sentences, box, mask_box in zip(
             [7, 8], ["person", "dog"], [["red man", "man on left"], ["dog"]], boxes, [XYWH, OTHER_XYWH], strict=True
         )
     ]
@@ -76,7 +76,7 @@ def moondream(boxes: list[list[float]]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("boxes", [[XYWH, OTHER_XYWH], [XYXY, OTHER_XYXY]], ids=["xywh", "xyxy"])
-def test_refcoco_m_masks_tell_how_its_boxes_are_meant(boxes: list[list[float]], tmp_path: Path) -> None:
+def test_box_format_of_refcoco_m_is_detected_from_its_masks(boxes: list[list[float]], tmp_path: Path) -> None:
     source = build(to_parquet([moondream(boxes)], tmp_path / "mini" / "validation-00000-of-00001.parquet"))
     samples = [source.load(index, epoch=0) for index in range(len(source))]
     assert [sample.phrases[0] for sample in samples] == ["red man", "man on left", "dog"]
@@ -85,30 +85,30 @@ def test_refcoco_m_masks_tell_how_its_boxes_are_meant(boxes: list[list[float]], 
     assert [sample.id.split("/")[-2:] for sample in samples] == [["7", "0"], ["7", "1"], ["8", "0"]]
     assert source.num_refs == 2
     annotations = source.annotations()
-    assert [each.id for each in annotations] == [sample.id for sample in samples]
-    assert [each.person for each in annotations] == [True, True, False]
-    assert [each.picture for each in annotations] == ["coco/716"] * 3
+    assert [annotation.id for annotation in annotations] == [sample.id for sample in samples]
+    assert [annotation.person for annotation in annotations] == [True, True, False]
+    assert [annotation.image_key for annotation in annotations] == ["coco/716"] * 3
     assert source.image_sizes(0).tolist() == [[60, 80]] * 3
 
 
-def test_boxes_in_other_units_than_their_masks_are_caught(tmp_path: Path) -> None:
+def test_boxes_in_other_units_than_their_masks_raise(tmp_path: Path) -> None:
     shares = [[value / 80 for value in box] for box in (XYWH, OTHER_XYWH)]
-    with pytest.raises(DataError, match=r"val \(val\): the boxes fit the outlines .*neither as x, y, width, height"):
+    with pytest.raises(DataError, match=r"val \(val\): the boxes fit the masks .*neither as x, y, width, height"):
         build(to_parquet([moondream(shares)], tmp_path / "mini" / "val.parquet"))
 
 
-def nested(about: str, box: list[float]) -> dict[str, Any]:
+def nested(expression: str, box: list[float]) -> dict[str, Any]:
     """A row of jxu124/refcoco-benchmark."""
     left, top, width, height = XYWH
-    outline = [left, top, left + width, top, left + width, top + height]
-    box_info = {"bbox": box, "segmentation": [outline], "category_id": 1, "id": 5}
-    sentences = [{"sent": about, "raw": about, "sent_id": 1, "tokens": [about]}]
+    polygon = [left, top, left + width, top, left + width, top + height]
+    ann = {"bbox": box, "segmentation": [polygon], "category_id": 1, "id": 5}
+    sentences = [{"sent": expression, "raw": expression, "sent_id": 1, "tokens": [expression]}]
     ref = {"ann_id": 5, "category_id": 1, "sentences": sentences, "split": "val"}
-    picture = {"bytes": jpeg(), "path": None}
-    return {"ref_list": [{"ann_info": box_info, "ref_info": ref}], "image_info": {"file_name": NAME}, "image": picture}
+    image = {"bytes": jpeg(), "path": None}
+    return {"ref_list": [{"ann_info": ann, "ref_info": ref}], "image_info": {"file_name": NAME}, "image": image}
 
 
-def test_one_of_several_data_sets_in_a_download(tmp_path: Path) -> None:
+def test_one_of_several_datasets_in_a_folder(tmp_path: Path) -> None:
     for name in ("mine_unc_val", "mine_plus_unc_val", "mine_unc_testA"):
         to_parquet([nested(name, XYWH)], tmp_path / "data" / f"{name}-00000-of-00001.parquet")
     source = build(tmp_path, dataset="mine_unc")
@@ -117,21 +117,21 @@ def test_one_of_several_data_sets_in_a_download(tmp_path: Path) -> None:
     assert build(tmp_path, "testA", dataset="mine_unc").annotations()[0].expression == "mine_unc_testA"
     with pytest.raises(NoSuchSplitError, match="no split 'testB'; it has testA, val"):
         build(tmp_path, "testB", dataset="mine_unc")
-    with pytest.raises(DataError, match="do not look like numbered parts"):
+    with pytest.raises(DataError, match="are not numbered shards"):
         build(tmp_path)
 
 
-def test_splits_on_the_hub_that_begin_with_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_splits_prefixed_with_a_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     splits = {name: datasets.Dataset.from_list([nested(name, XYWH)]) for name in ("mine_unc_val", "mine_umd_val")}
     monkeypatch.setattr(datasets, "load_dataset", lambda path, revision: datasets.DatasetDict(splits))
     source = build("someone/refs", dataset="mine_umd")
     assert source.annotations()[0].expression == "mine_umd_val"
     assert source.provenance.data == "someone/refs (mine_umd)"
-    with pytest.raises(NoSuchSplitError, match="no data set 'yours'; its splits are mine_unc_val, mine_umd_val"):
+    with pytest.raises(NoSuchSplitError, match="no dataset 'yours'; its splits are mine_unc_val, mine_umd_val"):
         build("someone/refs", dataset="yours")
 
 
-def test_one_of_several_data_sets_in_a_column(tmp_path: Path, images: Path) -> None:
+def test_one_of_several_datasets_in_a_column(tmp_path: Path, images: Path) -> None:
     rows = [
         {"file_name": NAME, "ann_id": 5, "bbox": XYWH, "sent": name, "dataset": name, "split": "val"}
         for name in ("refcoco_unc", "refcocog_umd")
@@ -141,7 +141,7 @@ def test_one_of_several_data_sets_in_a_column(tmp_path: Path, images: Path) -> N
     assert source.load(0, epoch=0).phrases == ("refcocog_umd",)
     assert (source.provenance.partition, source.provenance.official) == ("umd", False)
     assert len(build(tmp_path / "refs.json", image_root=str(images))) == 2
-    with pytest.raises(NoSuchSplitError, match="no data set 'refcoco'; it has refcoco_unc, refcocog_umd"):
+    with pytest.raises(NoSuchSplitError, match="no dataset 'refcoco'; it has refcoco_unc, refcocog_umd"):
         build(tmp_path / "refs.json", dataset="refcoco", image_root=str(images))
 
 
@@ -168,7 +168,8 @@ def review(count: int) -> dict[str, Any]:
 def test_reviewed_annotations(tmp_path: Path, images: Path) -> None:
     (tmp_path / "mini_val_reviewed.json").write_text(json.dumps(review(5)))
     source = build(tmp_path / "mini_val_reviewed.json", image_root=str(images))
-    assert [each.expression for each in source.annotations()] == ["man 1", "man 2", "man 4"], "those of quality 0 go"
+    expressions = [annotation.expression for annotation in source.annotations()]
+    assert expressions == ["man 1", "man 2", "man 4"], "expressions of quality 0 are left out"
     assert source.load(2, epoch=0).boxes.tolist() == [XYXY]
     assert (source.provenance.data, source.provenance.split) == ("mini_reviewed", "val")
     (tmp_path / "refcoco_val_reviewed.json").write_text(json.dumps(review(5)))
@@ -180,15 +181,15 @@ def test_reviewed_annotations(tmp_path: Path, images: Path) -> None:
     coco = review(1)
     del coco["annotations"][0]["caption_quality"]
     (tmp_path / "mini_val_reviewed.json").write_text(json.dumps(coco))
-    with pytest.raises(DataError, match=r"mini_val_reviewed.json has images and annotations, but is no reviewed"):
+    with pytest.raises(DataError, match=r"mini_val_reviewed.json has images and annotations but is not a reviewed"):
         build(tmp_path / "mini_val_reviewed.json", image_root=str(images))
 
 
 def write_grefs(folder: Path, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     refs = [
-        {"ref_id": number, "ann_id": ids, "image_id": 716, "split": "val", "sentences": [{"sent": sent}]} | changes
-        for number, (ids, sent) in enumerate([([5], "man"), ([5, 6], "both"), ([-1], "cat")])
+        {"ref_id": ref_id, "ann_id": ids, "image_id": 716, "split": "val", "sentences": [{"sent": sent}]} | changes
+        for ref_id, (ids, sent) in enumerate([([5], "man"), ([5, 6], "both"), ([-1], "cat")])
     ]
     (folder / "grefs(unc).json").write_text(json.dumps(refs))
     boxes = [{"id": 5, "image_id": 716, "bbox": XYWH}, {"id": 6, "image_id": 716, "bbox": OTHER_XYWH}]
@@ -208,24 +209,24 @@ def test_grefcoco(tmp_path: Path, images: Path) -> None:
         assert METRICS[source.provenance.task].__name__ == "GrecMetric"
         assert source.provenance.data == "grefcoco-unc"
     source = build(write_grefs(folder, ann_id=[5, 99]), image_root=str(images))
-    with pytest.raises(BadSampleError, match=r"a box is None.*take the instances.json"):
+    with pytest.raises(BadSampleError, match=r"a box is None.*use the instances.json"):
         source.load(0, epoch=0)
     (folder / "instances.json").unlink()
-    with pytest.raises(DataError, match=r"instances.json is missing.*place it beside grefs\(unc\).json"):
+    with pytest.raises(DataError, match=r"instances.json is missing.*put it beside grefs\(unc\).json"):
         build(folder, image_root=str(images))
     (folder / "grefs(unc).json").write_text("[")
     with pytest.raises(DataError, match=r"grefs\(unc\).json cannot be read"):
         build(folder, image_root=str(images))
 
 
-def test_things_of_the_same_class(tmp_path: Path, images: Path) -> None:
+def test_number_of_other_objects_of_the_category(tmp_path: Path, images: Path) -> None:
     folder = tmp_path / "mini"
     folder.mkdir()
     ref = {"ref_id": 1, "ann_id": 5, "image_id": 716, "category_id": 1, "split": "val", "sentences": [{"sent": "man"}]}
     (folder / "refs(unc).p").write_bytes(pickle.dumps([ref, ref | {"ann_id": 6, "category_id": 3}]))
-    things = [{"id": id, "image_id": 716, "category_id": category, "bbox": XYWH} for id, category in enumerate([1] * 6)]
-    things += [{"id": 6, "image_id": 716, "category_id": 3, "bbox": XYWH}]
-    instances = {"annotations": things, "images": [{"id": 716, "file_name": NAME}]}
+    anns = [{"id": id, "image_id": 716, "category_id": category, "bbox": XYWH} for id, category in enumerate([1] * 6)]
+    anns += [{"id": 6, "image_id": 716, "category_id": 3, "bbox": XYWH}]
+    instances = {"annotations": anns, "images": [{"id": 716, "file_name": NAME}]}
     (folder / "instances.json").write_text(json.dumps(instances))
     man, car = build(folder, image_root=str(images)).annotations()
     assert (man.person, man.others) == (True, 5)
@@ -234,10 +235,10 @@ def test_things_of_the_same_class(tmp_path: Path, images: Path) -> None:
         {"ann_id": id, "captions": ["a", "b"], "bbox": XYXY, "file_name": NAME, "category_id": 1} for id in "xyz"
     ]
     described = build(to_parquet(captions, tmp_path / "val.parquet"), image_root=str(images)).annotations()
-    assert [each.others for each in described] == [2] * 6
+    assert [annotation.others for annotation in described] == [2] * 6
 
 
-def test_the_splits_of_one_release_share_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_read_once_for_all_splits_unless_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_grefs(tmp_path / "grefcoco")
     build(folder)
     monkeypatch.setattr("vg.data.refcoco.pickles._load_json", lambda file: pytest.fail("read a second time"))
@@ -279,7 +280,7 @@ def test_official_counts() -> None:
         check_counts("refcocog", "val", Counts(5, 5))
 
 
-def test_a_part_of_a_split_under_an_official_name_is_an_error(tmp_path: Path, images: Path) -> None:
+def test_a_subset_of_a_split_under_an_official_name_raises(tmp_path: Path, images: Path) -> None:
     row = {"file_name": NAME, "ann_id": 5, "bbox": XYWH, "sent": "man"}
     (tmp_path / "refcoco_val.jsonl").write_text(json.dumps(row))
     with pytest.raises(DataError, match=r"refcoco \(val\) has 1 expressions of 1 objects, but the official split"):
@@ -288,7 +289,7 @@ def test_a_part_of_a_split_under_an_official_name_is_an_error(tmp_path: Path, im
     assert build(tmp_path / "refcoco_mini_val.jsonl", image_root=str(images)).provenance.official is None
 
 
-@pytest.mark.skipif(not (REAL / "refcoco_annotations").is_dir(), reason="no shared/data beside the repository")
-def test_the_published_annotations_are_official() -> None:
+@pytest.mark.skipif(not (REAL / "refcoco_annotations").is_dir(), reason="the published annotations are not available")
+def test_published_annotations_are_recognized_as_official() -> None:
     source = build(REAL / "refcoco_annotations" / "refcoco_unc_val.jsonl")
     assert (source.provenance.partition, source.provenance.split, source.provenance.official) == ("unc", "val", True)

@@ -1,4 +1,4 @@
-"""Every published form of RefCOCO gives the same samples, and whatever is wrong with one is said by name."""
+"""Every published format of RefCOCO gives the same samples, with the same ids and splits."""
 
 import io
 import json
@@ -41,8 +41,8 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """An image root with the one picture, 80 wide and 60 high."""
-    root = tmp_path / "pictures"
+    """An image root with one image, 80 wide and 60 high."""
+    root = tmp_path / "images"
     (root / "train2014").mkdir(parents=True)
     (root / "train2014" / NAME).write_bytes(jpeg())
     return root
@@ -81,35 +81,35 @@ def write_toolbox(folder: Path, partition: str = "unc", **changes) -> Path:
     return folder
 
 
-def export(form: str, folder: Path) -> Path:
-    """Write the one referent in a published form; the path to give to the configuration."""
+def export(layout: str, folder: Path) -> Path:
+    """Write one object in a published format and return the path for the settings."""
     folder.mkdir()
-    if form == "jxu124 parquet":
+    if layout == "jxu124 parquet":
         datasets.Dataset.from_list([JXU124]).to_parquet(folder / "validation-00000-of-00001.parquet")
-    elif form == "jxu124 column split":
+    elif layout == "jxu124 column split":
         rows = [JXU124 | {"split": "val"}, JXU124 | {"split": "testA"}]
         datasets.Dataset.from_list(rows).to_parquet(folder / "0000.parquet")
-    elif form == "lmms parquet":
+    elif layout == "lmms parquet":
         (folder / "data").mkdir()
         image_dataset([with_pixels(LMMS)]).to_parquet(folder / "data" / "val-00000-of-00001.parquet")
-    elif form == "lmms save_to_disk":
+    elif layout == "lmms save_to_disk":
         datasets.DatasetDict(val=image_dataset([with_pixels(LMMS)])).save_to_disk(folder)
-    elif form == "lmms one split":
+    elif layout == "lmms one split":
         image_dataset([with_pixels(LMMS)]).save_to_disk(folder)
-    elif form == "toolbox":
+    elif layout == "toolbox":
         return write_toolbox(folder)
-    elif form == "toolbox file":
+    elif layout == "toolbox file":
         return write_toolbox(folder) / "refs(unc).p"
-    elif form == "jsonl":
+    elif layout == "jsonl":
         return write_lines(folder / "mini_val.jsonl", LINES)
-    elif form == "json":
+    elif layout == "json":
         rows = [{**line, "image": line["file_name"], "split": "val"} for line in LINES]
         (folder / "refs.json").write_text(json.dumps(rows))
     return folder
 
 
 @pytest.mark.parametrize(
-    "form",
+    "layout",
     [
         "jxu124 parquet",
         "jxu124 column split",
@@ -122,21 +122,21 @@ def export(form: str, folder: Path) -> Path:
         "json",
     ],
 )
-def test_every_published_form_gives_the_same_samples(form, tmp_path, images):
-    source = build(export(form, tmp_path / "mini"), image_root=str(images))
+def test_every_published_format_gives_the_same_samples(layout, tmp_path, images):
+    source = build(export(layout, tmp_path / "mini"), image_root=str(images))
     assert (len(source), source.num_refs) == (2, 1)
     assert source.provenance.split == "val"
-    assert source.provenance.data == ("mini-unc" if "toolbox" in form else "mini")
+    assert source.provenance.data == ("mini-unc" if "toolbox" in layout else "mini")
     first, second = source.load(0, epoch=0), source.load(1, epoch=0)
     assert (first.phrases, second.phrases) == (("red man",), ("man on left",))
-    assert [first.id, second.id] == [f"{source.provenance.data}/val/5/{number}" for number in (0, 1)]
+    assert [first.id, second.id] == [f"{source.provenance.data}/val/5/{index}" for index in (0, 1)]
     assert first.image.shape == (60, 80, 3)
     assert first.image.flags.writeable
     assert first.boxes.tolist() == [XYXY]
     assert first.boxes.dtype == np.float32
 
 
-def test_samples_of_a_drawn_row_is_what_load_gives(tmp_path):
+def test_samples_of_equals_load(tmp_path):
     row = {**LMMS, "image": Image.open(io.BytesIO(jpeg())), "kinds": ["attribute", "relation"], "segmentation": []}
     samples = samples_of(row, dataset="shapes", split="test")
     assert [sample.id for sample in samples] == ["shapes/test/5/0", "shapes/test/5/1"]
@@ -147,14 +147,14 @@ def test_samples_of_a_drawn_row_is_what_load_gives(tmp_path):
     np.testing.assert_array_equal(loaded.image, samples[1].image)
 
 
-def test_an_exif_rotation_is_ignored(tmp_path):
+def test_exif_orientation_is_ignored(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # "turn by 90 degrees"
+    exif[0x0112] = 6  # rotated by 90 degrees
     image_dataset([with_pixels(LMMS, jpeg(exif=exif))]).save_to_disk(tmp_path / "saved")
     assert build(tmp_path / "saved").load(0, epoch=0).image.shape == (60, 80, 3)
 
 
-def test_an_object_named_in_two_rows_has_unique_ids(tmp_path, images):
+def test_an_object_with_expressions_in_two_rows_has_unique_ids(tmp_path, images):
     rows = [LINES[0], {**LINES[0], "ann_id": 6}, LINES[1]]
     source = build(write_lines(tmp_path / "mini_val.jsonl", rows), image_root=str(images))
     ids = [source.load(index, epoch=0).id for index in range(3)]
@@ -162,7 +162,7 @@ def test_an_object_named_in_two_rows_has_unique_ids(tmp_path, images):
     assert source.num_refs == 2
 
 
-def test_worker_processes_read_the_same_samples(tmp_path):
+def test_worker_processes_load_the_same_samples(tmp_path):
     image_dataset([with_pixels({**LMMS, "question_id": str(n)}) for n in range(4)]).save_to_disk(tmp_path / "saved")
     source = build(tmp_path / "saved")
 
@@ -174,7 +174,7 @@ def test_worker_processes_read_the_same_samples(tmp_path):
             return source.load(index, epoch=0).id
 
     loader = DataLoader(Ids(), batch_size=None, num_workers=2, multiprocessing_context="fork")
-    assert list(loader) == [f"saved/val/{n}/{number}" for n in range(4) for number in (0, 1)]
+    assert list(loader) == [f"saved/val/{n}/{index}" for n in range(4) for index in (0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -189,15 +189,15 @@ def test_worker_processes_read_the_same_samples(tmp_path):
         ("mine/a.jpg", "mine/a.jpg"),
     ],
 )
-def test_a_picture_is_found_under_its_other_coco_names(stored, named, tmp_path):
+def test_an_image_is_found_under_its_other_coco_names(stored, named, tmp_path):
     (tmp_path / stored).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / stored).write_bytes(jpeg())
     assert len(samples_of({**LINES[0], "file_name": named}, image_root=tmp_path)) == 1
 
 
 @pytest.mark.parametrize("split", ["validation", "testA", "test", "testB"])
-def test_splits_are_accepted_under_our_name_and_the_publishers(split, tmp_path, images):
-    for published, ann_id in (("validation", 1), ("test", 2), ("testB", 3)):  # jxu124/refcoco: its test is testA
+def test_splits_are_accepted_by_our_name_and_the_published_name(split, tmp_path, images):
+    for published, ann_id in (("validation", 1), ("test", 2), ("testB", 3)):  # test of jxu124/refcoco is testA
         rows = [{**JXU124, "ann_id": ann_id}]
         datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{published}-00000-of-00001.parquet")
     source = build(tmp_path, split, image_root=str(images))
@@ -208,15 +208,15 @@ def test_splits_are_accepted_under_our_name_and_the_publishers(split, tmp_path, 
         build(tmp_path, "dev", image_root=str(images))
 
 
-def test_the_numbered_parts_of_a_split_are_read_in_order(tmp_path, images):
-    for part in (1, 0):
-        rows = [{**JXU124, "ann_id": part}]
-        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"train-0000{part}-of-00002.parquet")
+def test_numbered_shards_of_a_split_are_read_in_order(tmp_path, images):
+    for shard in (1, 0):
+        rows = [{**JXU124, "ann_id": shard}]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"train-0000{shard}-of-00002.parquet")
     source = build(tmp_path, "train", image_root=str(images))
     assert [source.load(index, epoch=0).id.split("/")[-2] for index in range(4)] == ["0", "0", "1", "1"]
 
 
-def test_mixed_splits_of_lmms_lab_are_warned_about(tmp_path):
+def test_mixed_splits_of_lmms_lab_warn(tmp_path):
     (tmp_path / "refcoco_test.json").write_text(json.dumps([{**LMMS, "image": NAME}] * 5000))
     with pytest.warns(UserWarning, match="5,000 other rows: results on it cannot be compared"):
         source = build(tmp_path / "refcoco_test.json", "test")
@@ -236,18 +236,18 @@ def test_importing_needs_neither_torch_nor_datasets():
         ("refcocog_umd_val", 2573, 4896),
     ],
 )
-def test_published_counts(name, num_refs, num_expressions):
+def test_counts_of_published_annotations(name, num_refs, num_expressions):
     file = REAL / "refcoco_annotations" / f"{name}.jsonl"
     if not file.is_file():
-        pytest.skip("the published annotations are not here")
+        pytest.skip("the published annotations are not available")
     source = build(file)
     assert (source.num_refs, len(source)) == (num_refs, num_expressions)
 
 
-def test_real_pictures_load():
+def test_real_images_load():
     folder = REAL / "refcoco_with_images"
     if not folder.is_dir():
-        pytest.skip("the real pictures are not here")
+        pytest.skip("the real images are not available")
     source = build(folder / "refs.json")
     samples = [source.load(index, epoch=0) for index in range(len(source))]
     assert len({sample.id for sample in samples}) == 22

@@ -1,7 +1,7 @@
-"""The drawn data set: every expression names its object and no other, and everything is a function of the seed.
+"""The drawn dataset: every expression refers to exactly one shape, and samples depend on the seed only.
 
-The reader below shares nothing with the code under test: it has its own grammar, and takes what it knows of a scene
-from forms, colors and boxes, with the plain meaning of the words and no margins.
+The parser below is independent of the code under test: it has its own grammar and evaluates expressions on forms,
+colors and boxes without margins.
 """
 
 import math
@@ -19,8 +19,8 @@ from vg.data.synthetic.scenes import FORMS, STYLES, Scene, Shape, draw, random_s
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import DataError
 
-KINDS = ("attribute", "superlative", "relation")
-HARD_KINDS = ("ordinal", "chain")
+TYPES = ("attribute", "superlative", "relation")
+HARD_TYPES = ("ordinal", "chain")
 PLAIN, CROWDED = STYLES["plain"], STYLES["crowded"]
 NOUN = (
     r"(?:the )?(?:(?P<{0}small>small|little) |(?P<{0}big>big|large) )?"
@@ -54,7 +54,7 @@ def side(shape: Shape) -> float:
 def fitting(match: re.Match, prefix: str, scene: Scene) -> list[Shape]:
     small, big, color, form = (match[f"{prefix}{name}"] for name in ("small", "big", "color", "form"))
     style = CROWDED if len(scene.shapes) > PLAIN.counts[1] else PLAIN
-    border = (style.small + style.big) / 2 * scene.size  # in the middle of the sizes nobody should call small or big
+    border = (style.small + style.big) / 2 * scene.size  # in the middle of the ambiguous sizes
     return [
         shape
         for shape in scene.shapes
@@ -66,28 +66,28 @@ def fitting(match: re.Match, prefix: str, scene: Scene) -> list[Shape]:
 
 
 def read(text: str, scene: Scene) -> tuple[str, list[Shape]]:
-    """The kind of an expression and all shapes that satisfy it."""
+    """Return the type of an expression and all shapes that satisfy it."""
     if match := RELATION.fullmatch(text):
-        anchor_kind, (anchor,) = read(match["anchor"], scene)
-        assert anchor_kind in ("attribute", "superlative", "ordinal"), "a relation of a relation can be read two ways"
-        assert anchor_kind == "attribute" or not text.endswith(("left", "right")), "left of what?"
-        kind = "relation" if anchor_kind == "attribute" else "chain"
+        anchor_type, (anchor,) = read(match["anchor"], scene)
+        assert anchor_type in ("attribute", "superlative", "ordinal"), "nested relations are ambiguous"
+        assert anchor_type == "attribute" or not text.endswith(("left", "right")), "left of which shape?"
+        expression_type = "relation" if anchor_type == "attribute" else "chain"
         candidates = [shape for shape in fitting(match, "t_", scene) if shape is not anchor]
-        assert len(candidates) >= 2, "the relation does not matter"
+        assert len(candidates) >= 2, "the phrase alone is unique, without the relation"
         if match["near"]:
             distances = [math.hypot(x(shape) - x(anchor), y(shape) - y(anchor)) for shape in candidates]
-            return kind, [s for s, d in zip(candidates, distances, strict=True) if d == min(distances)]
+            return expression_type, [s for s, d in zip(candidates, distances, strict=True) if d == min(distances)]
         if match["side"]:
             sign = 1 if match["side"] == "right" else -1
-            return kind, [shape for shape in candidates if sign * (x(shape) - x(anchor)) > 0]
+            return expression_type, [shape for shape in candidates if sign * (x(shape) - x(anchor)) > 0]
         sign = 1 if match["below"] else -1
-        return kind, [shape for shape in candidates if sign * (y(shape) - y(anchor)) > 0]
+        return expression_type, [shape for shape in candidates if sign * (y(shape) - y(anchor)) > 0]
     if match := SUPERLATIVE.fullmatch(text):
         noun = re.fullmatch(NOUN.format(""), match["noun"] or match["far_noun"])
         assert noun, text
         candidates = fitting(noun, "", scene)
-        place = {None: 0, "second": 1, "third": 2}[match["ordinal"]]
-        assert len(candidates) >= 2 + place, "the superlative does not matter"
+        rank = {None: 0, "second": 1, "third": 2}[match["ordinal"]]
+        assert len(candidates) >= 2 + rank, "the phrase alone is unique, without the superlative"
         word = match["word"] or {"left": "leftmost", "right": "rightmost"}[match["far"]]
         measure = {
             "leftmost": lambda shape: -x(shape),
@@ -101,8 +101,8 @@ def read(text: str, scene: Scene) -> tuple[str, list[Shape]]:
             "biggest": side,
         }[word]
         values = sorted(map(measure, candidates), reverse=True)
-        kind = "ordinal" if match["ordinal"] else "superlative"
-        return kind, [shape for shape in candidates if measure(shape) == values[place]]
+        expression_type = "ordinal" if match["ordinal"] else "superlative"
+        return expression_type, [shape for shape in candidates if measure(shape) == values[rank]]
     match = re.fullmatch(NOUN.format(""), text)
     assert match, f"not in the grammar: {text}"
     return "attribute", fitting(match, "", scene)
@@ -111,25 +111,25 @@ def read(text: str, scene: Scene) -> tuple[str, list[Shape]]:
 @pytest.fixture(scope="module")
 def described() -> list:
     rng = np.random.default_rng(0)
-    return [(kind, *described_scene(rng, kind)) for kind in KINDS for _ in range(1500)]
+    return [(type_, *described_scene(rng, type_)) for type_ in TYPES for _ in range(1500)]
 
 
-def test_every_expression_names_its_target_and_nothing_else(described):
-    for kind, scene, expression in described:
-        assert expression.kind == kind
-        assert read(expression.text, scene) == (kind, [expression.target]), (expression, scene)
+def test_every_expression_refers_to_its_target_only(described):
+    for expression_type, scene, expression in described:
+        assert expression.type == expression_type
+        assert read(expression.text, scene) == (expression_type, [expression.target]), (expression, scene)
 
 
 @pytest.fixture(scope="module")
 def hard() -> list:
     rng = np.random.default_rng(5)
-    return [(kind, *described_scene(rng, kind, style=CROWDED)) for kind in KINDS + HARD_KINDS for _ in range(400)]
+    return [(type_, *described_scene(rng, type_, style=CROWDED)) for type_ in TYPES + HARD_TYPES for _ in range(400)]
 
 
-def test_expressions_for_crowded_scenes_name_their_target_and_nothing_else(hard):
-    for kind, scene, expression in hard:
-        assert expression.kind == kind
-        assert read(expression.text, scene) == (kind, [expression.target]), (expression, scene)
+def test_every_expression_in_a_crowded_scene_refers_to_its_target_only(hard):
+    for expression_type, scene, expression in hard:
+        assert expression.type == expression_type
+        assert read(expression.text, scene) == (expression_type, [expression.target]), (expression, scene)
 
 
 def test_crowded_scenes_are_hard(hard):
@@ -142,16 +142,16 @@ def test_crowded_scenes_are_hard(hard):
         for _, scene, e in hard
     ]
     assert np.mean(alike) > 4
-    lengths = {kind: np.mean([len(e.text.split()) for k, _, e in hard if k == kind]) for kind in KINDS + HARD_KINDS}
+    lengths = {type_: np.mean([len(e.text.split()) for t, _, e in hard if t == type_]) for type_ in TYPES + HARD_TYPES}
     assert lengths["chain"] > lengths["relation"] + 0.5
 
 
-def test_hard_expressions_are_found_in_plain_scenes_too():
+def test_hard_expressions_exist_in_plain_scenes():
     rng = np.random.default_rng(6)
-    for kind in HARD_KINDS:
+    for expression_type in HARD_TYPES:
         for _ in range(300):
-            scene, expression = described_scene(rng, kind)
-            assert read(expression.text, scene) == (kind, [expression.target]), (expression, scene)
+            scene, expression = described_scene(rng, expression_type)
+            assert read(expression.text, scene) == (expression_type, [expression.target]), (expression, scene)
 
 
 def test_other_shapes_share_color_or_form_with_the_target(described):
@@ -169,9 +169,9 @@ def test_wordings_are_varied(described, hard):
     assert len(VOCABULARY) < 80
     assert min(words.values()) > 20
     assert len({expression.text for _, _, expression in described}) > 2000
-    numbers = Counter(len(scene.shapes) for _, scene, _ in described)
-    assert set(numbers) == {3, 4, 5, 6}
-    assert min(numbers.values()) > 0.1 * len(described)
+    counts = Counter(len(scene.shapes) for _, scene, _ in described)
+    assert set(counts) == {3, 4, 5, 6}
+    assert min(counts.values()) > 0.1 * len(described)
 
 
 @pytest.mark.parametrize("size", [PLAIN.min_side, 128, 256])
@@ -191,18 +191,18 @@ def test_boxes_are_tight(size):
     assert set(forms) == set(FORMS)
 
 
-def test_shapes_keep_apart():
+def test_shapes_do_not_touch():
     rng = np.random.default_rng(2)
     for _ in range(200):
         scene = random_scene(rng)
-        for number, shape in enumerate(scene.shapes):
+        for index, shape in enumerate(scene.shapes):
             assert 0.13 < side(shape) / scene.size < 0.36
-            for other in scene.shapes[:number]:
+            for other in scene.shapes[:index]:
                 (left, top, right, bottom), (a, b, c, d) = shape.box, other.box
                 assert max(left - c, a - right, top - d, b - bottom) >= PLAIN.gap * scene.size
 
 
-def test_drawing_shows_the_shapes():
+def test_draw_paints_the_shapes():
     scene = Scene((Shape("square", "red", "big", (10, 20, 50, 60), (200, 0, 0)),), 64, ((160,),))
     image = draw(scene)
     assert image.shape == (64, 64, 3)
@@ -227,20 +227,20 @@ def test_a_sample_is_a_function_of_seed_split_epoch_and_index(view):
         source = ShapesConfig(split=split, seed=seed, view=view).build()
         return [source.load(index, epoch) for index in range(20)]
 
-    def pictures(samples):
+    def images(samples):
         return {sample.image.tobytes() for sample in samples}
 
     first = samples()
     assert all(map(same, first, samples()))
-    assert len(pictures(first)) == 20
+    assert len(images(first)) == 20
     for other in (samples(epoch=1), samples(seed=1), samples(split="val"), samples(split="test")):
-        assert not pictures(first) & pictures(other)
+        assert not images(first) & images(other)
     for split in ("val", "test"):
         assert all(map(same, samples(split), samples(split, epoch=7)))
 
 
-def test_the_test_split_is_the_same_everywhere():
-    """Golden values: results on this split are compared between machines and over time."""
+def test_test_split_equals_recorded_values():
+    """Results on this split are compared between machines and versions."""
     source = ShapesConfig(split="test").build()
     samples = [source.load(index, 0) for index in (0, 1, 2, 1199)]
     assert [(sample.phrases[0], sample.boxes[0].tolist()) for sample in samples] == [
@@ -251,8 +251,8 @@ def test_the_test_split_is_the_same_everywhere():
     ]
 
 
-def test_the_crowded_test_split_is_the_same_everywhere():
-    source = ShapesConfig(split="test", scenes="crowded", kinds=KINDS + HARD_KINDS).build()
+def test_crowded_test_split_equals_recorded_values():
+    source = ShapesConfig(split="test", scenes="crowded", kinds=TYPES + HARD_TYPES).build()
     samples = [source.load(index, 0) for index in range(5)]
     assert [(sample.phrases[0], sample.boxes[0].tolist()) for sample in samples] == [
         ("the orange circle", [71.0, 7.0, 94.0, 30.0]),
@@ -263,19 +263,19 @@ def test_the_crowded_test_split_is_the_same_everywhere():
     ]
 
 
-def test_splits_and_kinds():
+def test_splits_and_expression_types():
     for split, size in (("train", 16_000), ("val", 300), ("test", 1_200)):
         assert len(ShapesConfig(split=split).build()) == size
     source = ShapesConfig(split="test").build()
     samples = [source.load(index, 0) for index in range(len(source))]
-    assert Counter(sample.expression_type for sample in samples) == dict.fromkeys(KINDS, 400)
+    assert Counter(sample.expression_type for sample in samples) == dict.fromkeys(TYPES, 400)
     assert len({sample.id for sample in samples}) == 1_200
     assert source.provenance.split == "test"
     only = ShapesConfig(size=10, kinds=("relation",)).build()
     assert {only.load(index, 0).expression_type for index in range(10)} == {"relation"}
 
 
-def test_rows_have_the_schema_of_the_hub():
+def test_rows_have_the_schema_of_lmms_lab():
     source = ShapesConfig(split="val", image_size=96).build()
     row = source.row(5)
     left, top, width, height = row["bbox"]
@@ -292,7 +292,7 @@ def test_rows_have_the_schema_of_the_hub():
     assert row["image"].size == (96, 96)
     assert row["image"].mode == "RGB"
     assert len(row["answer"]) == len(row["kinds"]) == 1
-    assert all(isinstance(number, float) for number in row["bbox"])
+    assert all(isinstance(value, float) for value in row["bbox"])
     xs, ys = row["segmentation"][::2], row["segmentation"][1::2]
     assert (min(xs), min(ys), max(xs), max(ys)) == (left, top, left + width, top + height)
     (sample,) = samples_of(row, "shapes", "val")
@@ -300,7 +300,7 @@ def test_rows_have_the_schema_of_the_hub():
     assert sample.boxes.tolist() == [[left, top, left + width, top + height]]
 
 
-def test_detection_view_boxes_everything_that_fits():
+def test_detection_view_has_a_box_for_every_matching_shape():
     source = ShapesConfig(view="detection").build()
     several = 0
     for index in range(300):
@@ -309,8 +309,8 @@ def test_detection_view_boxes_everything_that_fits():
         assert np.array_equal(draw(scene), sample.image)
         assert 1 <= len(set(sample.phrases)) == len(sample.phrases) <= 4
         expected = [
-            (number, shape.box)
-            for number, phrase in enumerate(sample.phrases)
+            (phrase_id, shape.box)
+            for phrase_id, phrase in enumerate(sample.phrases)
             for shape in fitting(re.fullmatch(NOUN.format(""), phrase), "", scene)
         ]
         found = zip(sample.phrase_ids.tolist(), map(tuple, sample.boxes.tolist()), strict=True)
@@ -319,11 +319,11 @@ def test_detection_view_boxes_everything_that_fits():
         several += len(set(map(tuple, sample.boxes.tolist()))) < len(sample.boxes)
         assert sample.boxes.dtype == np.float32
         assert sample.phrase_ids.dtype == np.int64
-    assert several > 30, "a shape may fit two phrases"
+    assert several > 30, "a shape may match two phrases"
 
 
-def test_wrong_settings_say_what_to_change():
-    for settings, named in (
+def test_errors_of_invalid_settings_say_how_to_fix_them():
+    for settings, message in (
         ({"split": "testA"}, "train, val, test"),
         ({"image_size": 20}, "at least"),
         ({"image_size": 64, "scenes": "crowded"}, "at least 80"),
@@ -331,17 +331,17 @@ def test_wrong_settings_say_what_to_change():
         ({"size": 0}, "size"),
         ({"kinds": ("color",)}, "attribute, superlative, relation, ordinal, chain"),
     ):
-        with pytest.raises(DataError, match=named):
+        with pytest.raises(DataError, match=message):
             ShapesConfig(**settings).build()
     with pytest.raises(ValidationError, match="image_sise"):
         TypeAdapter(ShapesConfig).validate_python({"image_sise": 64})
-    with pytest.raises(IndexError, match="there are 300"):
+    with pytest.raises(IndexError, match="has 300 samples"):
         ShapesConfig(split="val").build().load(300, 0)
 
 
-def test_drawing_is_fast_enough_to_draw_every_epoch_anew():
+def test_drawing_is_fast_enough_to_generate_every_epoch():
     source = ShapesConfig().build()
     start = time.process_time()
     for index in range(300):
         source.load(index, 0)
-    assert (time.process_time() - start) / 300 < 0.005  # seconds; about 0.0006 measured, with room for slow machines
+    assert (time.process_time() - start) / 300 < 0.005  # seconds; about 0.0006 measured

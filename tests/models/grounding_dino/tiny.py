@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from tests.conftest import TEXT
 from vg.data.collate import Collator
-from vg.models.grounding_dino.config import BertConfig, GroundingDinoConfig, ImageConfig, SwinConfig
+from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.grounding_dino.model import GroundingDino
 from vg.types import Batch, Sample
 
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
 
 def tiny_config(**settings: object) -> GroundingDinoConfig:
-    values: dict[str, object] = {
-        "backbone": SwinConfig(width=16, depths=[1, 1, 1, 1], heads=[1, 2, 4, 8], window=3, drop_path=0.0),
-        "text": BertConfig(architecture=TEXT | NO_DROPOUT),
-        "image": ImageConfig(shortest=64, longest=120),
-        "width": 64,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "heads": 4,
-        "points": 2,
-        "feedforward": 64,
-        "num_queries": 20,
-        "fusion_drop_path": 0.0,
-    }
-    return GroundingDinoConfig(**values | settings)  # type: ignore[arg-type]
+    return replace(GroundingDinoConfig.tiny(), **settings)  # type: ignore[arg-type]
 
 
 def tiny_model(seed: int = 0, **settings: object) -> GroundingDino:

@@ -15,6 +15,7 @@ from pydantic import NonNegativeFloat
 from vg.data.detection.source import Detection, DetectionTable
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.source import Provenance
+from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
 from vg.settings import Settings
 
@@ -30,6 +31,22 @@ class CocoConfig(Settings):
     """Pixels; boxes with a shorter side are left out. Published training: 1. Evaluation counts every box that has an
     area, as pycocotools does."""
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+
+    @classmethod
+    def miniature(cls, folder: Path) -> CocoConfig:
+        """Write a tiny dataset and return its settings, for tests."""
+        rows = write_scenes(folder, "detection")
+        names = sorted({name for _, name, _ in rows})
+        document = {
+            "images": [{"id": i, "file_name": f"{i}.png", "height": 64, "width": 64} for i in range(4)],
+            "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
+            "annotations": [
+                {"id": i, "image_id": image, "category_id": names.index(name), "bbox": [x1, y1, x2 - x1, y2 - y1]}
+                for i, (image, name, (x1, y1, x2, y2)) in enumerate(rows)
+            ],
+        }
+        (folder / "instances_val.json").write_text(json.dumps(document))
+        return cls(path=str(folder / "instances_val.json"))
 
     def build(self) -> Detection:
         """Read the file.

@@ -16,6 +16,7 @@ from vg.data.detection.source import check_size, detection_sample, usable
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.images import find_image, image_key, image_size, read_image
 from vg.data.source import Provenance
+from vg.data.synthetic.shapes import write_scenes
 from vg.errors import BadSampleError, DataError
 from vg.settings import Settings
 from vg.types import Sample
@@ -30,6 +31,18 @@ class OdvgConfig(Settings):
     label_map: str | None = None  # json file {"0": "person", ...}, for lines with numbered classes
     image_root: str | None = None  # folder of the pictures; by default that of the file
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)  # for lines with numbered classes
+
+    @classmethod
+    def miniature(cls, folder: Path) -> OdvgConfig:
+        """Write a tiny dataset of captions with regions and return its settings, for tests."""
+        rows = write_scenes(folder, "detection")
+        regions = [[{"phrase": name, "bbox": box} for image, name, box in rows if image == i] for i in range(4)]
+        lines = [
+            {"filename": f"{i}.png", "height": 64, "width": 64, "grounding": {"caption": "shapes", "regions": boxes}}
+            for i, boxes in enumerate(regions)
+        ]
+        (folder / "val.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return cls(path=str(folder / "val.jsonl"))
 
     def build(self) -> Odvg:
         return Odvg(self)

@@ -13,6 +13,7 @@ from vg.data.detection.source import Detection, DetectionTable
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.images import list_images
 from vg.data.source import Provenance
+from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
 from vg.settings import Settings
 
@@ -30,6 +31,17 @@ class VocConfig(Settings):
     split: str | None = None  # name of a file in ImageSets/Main; null takes all pictures that have an annotation
     classes: list[str] | None = None  # by default those found in all annotations, in alphabetical order
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+
+    @classmethod
+    def miniature(cls, folder: Path) -> VocConfig:
+        """Write a tiny dataset and return its settings, for tests."""
+        objects = dict.fromkeys(range(4), "")
+        for image, name, (x1, y1, x2, y2) in write_scenes(folder, "detection"):
+            sides = "".join(f"<{k}>{v:g}</{k}>" for k, v in zip(SIDES, (x1 + 1, y1 + 1, x2, y2), strict=True))
+            objects[image] += f"<object><name>{name}</name><bndbox>{sides}</bndbox></object>"
+        for image, text in objects.items():
+            (folder / f"{image}.xml").write_text(f"<annotation>{text}</annotation>")
+        return cls(path=str(folder))
 
     def build(self) -> Detection:
         """Read all annotations.

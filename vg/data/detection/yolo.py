@@ -14,6 +14,7 @@ from vg.data.detection.source import Detection, DetectionTable
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.images import list_images
 from vg.data.source import Provenance
+from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
 from vg.settings import Settings
 
@@ -28,6 +29,19 @@ class YoloConfig(Settings):
     path: str = field(kw_only=True)  # data.yaml, or the folder it is in
     split: str = "train"
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+
+    @classmethod
+    def miniature(cls, folder: Path) -> YoloConfig:
+        """Write a tiny dataset and return its settings, for tests."""
+        rows = write_scenes(folder / "images", "detection")
+        names = sorted({name for _, name, _ in rows})
+        (folder / "labels").mkdir()
+        for image, name, (x1, y1, x2, y2) in rows:
+            values = names.index(name), *(v / 128 for v in (x1 + x2, y1 + y2, 2 * (x2 - x1), 2 * (y2 - y1)))
+            with (folder / "labels" / f"{image}.txt").open("a") as file:
+                print(*values, file=file)
+        (folder / "data.yaml").write_text(yaml.safe_dump({"names": names, "train": "images"}))
+        return cls(path=str(folder))
 
     def build(self) -> Detection:
         """Read all labels of the split; a picture without a label file has no boxes.

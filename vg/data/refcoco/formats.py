@@ -1,4 +1,4 @@
-"""Published forms with several objects in a row, or faulty ones, made flat: boxes are xywh in pixels then."""
+"""Converts published formats with several objects per row, or with reviews, to flat rows with xywh pixel boxes."""
 
 from __future__ import annotations
 
@@ -9,44 +9,44 @@ import numpy as np
 
 from vg.errors import DataError
 
-NESTED = ("samples", "ref_list")  # columns with all objects of a picture: moondream/refcoco-m, jxu124/refcoco-benchmark
-_AGREEMENT = 0.5  # IoU of a box with the box around its own mask
-_CHECKED = 200  # objects of a table whose masks tell how its boxes are meant
+NESTED = ("samples", "ref_list")  # all objects of an image: moondream/refcoco-m, jxu124/refcoco-benchmark
+_MIN_IOU = 0.5  # median IoU of the boxes with the bounding boxes of their masks
+_NUM_CHECKED = 200  # objects of a table whose masks are used to detect its box format
 
 
-def flat_rows(pictures: Iterable[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
-    """The objects of a table with one row per picture, each with `picture`, the number of that row.
+def flat_rows(images: Iterable[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Convert a table with one row per image to one row per object, whose `image_row` is the index of the original row.
 
-    No publisher of such a table says whether its boxes are xywh or xyxy, so the outlines of the objects decide.
+    These tables do not document whether boxes are xywh or xyxy, so the format is detected from the object masks.
 
     Args:
-        pictures: its rows without pixels.
+        images: the rows without pixels.
 
     Raises:
-        DataError: naming `where`, if a row is not of this form or the boxes contradict the outlines in any spelling.
+        DataError: naming `where`, if a row is malformed or the boxes fit the masks in neither format.
     """
     try:
         objects = [
-            _object(item, picture, number)
-            for number, picture in enumerate(pictures)
-            for item in _items(picture["samples"] if "samples" in picture else picture["ref_list"])
+            _object(item, image, index)
+            for index, image in enumerate(images)
+            for item in _items(image["samples"] if "samples" in image else image["ref_list"])
         ]
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{where}: a row is not of the form that its columns announce ({error!r})") from error
-    spelling = _spelling([row for row in objects if row["outline"] is not None][:_CHECKED], where)
+        raise DataError(f"{where}: a row does not have the structure its columns imply ({error!r})") from error
+    box_format = _detect_box_format([row for row in objects if row["mask_box"] is not None][:_NUM_CHECKED], where)
     for row in objects:
-        del row["outline"]
-        row["bbox"] = _to_xywh(row["bbox"], spelling)
+        del row["mask_box"]
+        row["bbox"] = _to_xywh(row["bbox"], box_format)
     return objects
 
 
 def reviewed_rows(document: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """The rows of a review of RefCOCO (Chen et al. 2024, arXiv 2406.16866), one per expression, faulty ones as well.
+    """Convert the reviewed RefCOCO (Chen et al. 2024, arXiv 2406.16866) to one row per expression, faulty or not.
 
-    `quality` is 0 where a person found the expression to fit several things or none, or the box to be wrong.
+    `quality` is 0 if the reviewer found that the expression fits several objects or none, or that the box is wrong.
 
     Raises:
-        DataError: the document is no such review.
+        DataError: the document does not have this format.
     """
     try:
         images = {image["id"]: image for image in document["images"]}
@@ -63,34 +63,34 @@ def reviewed_rows(document: Mapping[str, Any], where: str) -> list[dict[str, Any
         ]
     except (KeyError, TypeError) as error:
         raise DataError(
-            f"{where} has images and annotations, but is no reviewed RefCOCO ({error!r}); "
-            "for detection boxes set name to coco"
+            f"{where} has images and annotations but is not a reviewed RefCOCO ({error!r}); "
+            "for a COCO detection dataset set name to coco"
         ) from error
 
 
 def _items(cell: Any) -> list[dict[str, Any]]:
-    """A list of structs, which older versions of datasets give as a struct of lists."""
+    """Return a list of structs, which old versions of datasets return as a struct of lists."""
     if isinstance(cell, Mapping):
         return [dict(zip(cell, values, strict=True)) for values in zip(*cell.values(), strict=True)]
     return list(cell)
 
 
-def _object(item: Mapping[str, Any], picture: Mapping[str, Any], number: int) -> dict[str, Any]:
+def _object(item: Mapping[str, Any], image: Mapping[str, Any], index: int) -> dict[str, Any]:
     if "ref_info" in item:  # jxu124/refcoco-benchmark
-        about, box = item["ref_info"], item["ann_info"]
-        outline = _around_polygons(box.get("segmentation"))
-        sentences = [sentence["sent"] for sentence in _items(about["sentences"])]
-        name, key, category = picture["image_info"]["file_name"], about["ann_id"], about.get("category_id")
+        ref, ann = item["ref_info"], item["ann_info"]
+        mask_box = _polygons_to_box(ann.get("segmentation"))
+        sentences = [sentence["sent"] for sentence in _items(ref["sentences"])]
+        name, key, category = image["image_info"]["file_name"], ref["ann_id"], ref.get("category_id")
     else:  # moondream/refcoco-m
-        box, sentences, key = item, list(item["sentences"]), item["id"]
-        outline = _around_mask(item.get("mask"))
-        name, category = picture["file_name"], item.get("category")
-    row = {"file_name": name, "ann_id": key, "bbox": list(box["bbox"]), "sent": sentences, "picture": number}
-    return row | {"category_id": category, "outline": outline}
+        ann, sentences, key = item, list(item["sentences"]), item["id"]
+        mask_box = _mask_to_box(item.get("mask"))
+        name, category = image["file_name"], item.get("category")
+    row = {"file_name": name, "ann_id": key, "bbox": list(ann["bbox"]), "sent": sentences, "image_row": index}
+    return row | {"category_id": category, "mask_box": mask_box}
 
 
-def _around_mask(mask: Mapping[str, Any] | None) -> np.ndarray | None:
-    """[4] x, y, width, height of the box around a run-length coded mask."""
+def _mask_to_box(mask: Mapping[str, Any] | None) -> np.ndarray | None:
+    """Return the bounding box [4] (xywh) of a run-length encoded mask."""
     if not mask or not mask.get("counts"):
         return None
     from pycocotools import mask as masks
@@ -98,35 +98,33 @@ def _around_mask(mask: Mapping[str, Any] | None) -> np.ndarray | None:
     return np.array(masks.toBbox({"size": list(mask["size"]), "counts": mask["counts"]}))
 
 
-def _around_polygons(polygons: Sequence[Sequence[float]] | None) -> np.ndarray | None:
-    """The same for polygons, each a list x, y, x, y, ..."""
+def _polygons_to_box(polygons: Sequence[Sequence[float]] | None) -> np.ndarray | None:
+    """Return the bounding box [4] (xywh) of polygons, each a list x, y, x, y, ..."""
     if not polygons:
         return None
     points = np.concatenate([np.asarray(polygon, float).reshape(-1, 2) for polygon in polygons])  # [points, 2]
     return np.array([*points.min(axis=0), *np.ptp(points, axis=0)])
 
 
-def _spelling(objects: Sequence[Mapping[str, Any]], where: str) -> str:
-    """How the boxes must be meant for them to enclose the outlines; xywh, as COCO has it, where there are none."""
+def _detect_box_format(objects: Sequence[Mapping[str, Any]], where: str) -> str:
+    """Return the box format ("xywh" or "xyxy") that fits the masks best; without masks xywh, as in COCO."""
     if not objects:
         return "xywh"
     from pycocotools import mask as masks
 
-    found = {}
-    for spelling in ("xywh", "xyxy"):
-        pairs = [(_to_xywh(row["bbox"], spelling), row["outline"]) for row in objects]
-        found[spelling] = float(
-            np.median([masks.iou(np.array([box]), np.array([outline]), [0])[0, 0] for box, outline in pairs])
-        )
-    best = max(found, key=found.__getitem__)
-    if found[best] < _AGREEMENT:
+    median_iou = {}
+    for box_format in ("xywh", "xyxy"):
+        pairs = [(np.array([_to_xywh(row["bbox"], box_format)]), row["mask_box"][None]) for row in objects]
+        median_iou[box_format] = float(np.median([masks.iou(box, mask_box, [0])[0, 0] for box, mask_box in pairs]))
+    best = max(median_iou, key=median_iou.__getitem__)
+    if median_iou[best] < _MIN_IOU:
         raise DataError(
-            f"{where}: the boxes fit the outlines of their objects neither as x, y, width, height (median IoU "
-            f"{found['xywh']:.2f}) nor as left, top, right, bottom ({found['xyxy']:.2f}); are they in other units?"
+            f"{where}: the boxes fit the masks of their objects neither as x, y, width, height (median IoU "
+            f"{median_iou['xywh']:.2f}) nor as left, top, right, bottom ({median_iou['xyxy']:.2f}); wrong units?"
         )
     return best
 
 
-def _to_xywh(box: Sequence[float], spelling: str) -> list[float]:
+def _to_xywh(box: Sequence[float], box_format: str) -> list[float]:
     left, top, third, fourth = map(float, box)
-    return [left, top, third, fourth] if spelling == "xywh" else [left, top, third - left, fourth - top]
+    return [left, top, third, fourth] if box_format == "xywh" else [left, top, third - left, fourth - top]

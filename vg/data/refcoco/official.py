@@ -1,4 +1,4 @@
-"""What is official about the RefCOCO family: its data sets, who split them, and how large every split is."""
+"""The official datasets of the RefCOCO family: names, split providers and the size of every split."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from vg.errors import DataError
 
 
 class Counts(NamedTuple):
-    """How much there is in one split."""
+    """The size of one split."""
 
     expressions: int
-    objects: int | None = None  # described ones, which RefCOCO calls refs
+    objects: int | None = None  # described objects, which RefCOCO calls refs
 
     def __str__(self) -> str:
-        of = f" of {self.objects:,} objects" if self.objects else ""
-        return f"{self.expressions:,} expressions{of}"
+        objects = f" of {self.objects:,} objects" if self.objects else ""
+        return f"{self.expressions:,} expressions{objects}"
 
 
-# Yu et al. 2016 (arXiv 1608.00272) and Mao et al. 2016 (arXiv 1511.02283), as refs(*).p of the refer toolbox hold them.
+# Yu et al. 2016 (arXiv 1608.00272) and Mao et al. 2016 (arXiv 1511.02283); counts of the refer toolbox's refs(*).p.
 COUNTS: dict[tuple[str, str], dict[str, Counts]] = {
     ("RefCOCO", "unc"): {
         "train": Counts(120624, 42404),
@@ -47,11 +47,11 @@ _NAME = re.compile(rf"({'|'.join(map(re.escape, sorted(_NAMES, reverse=True)))})
 
 
 def identify(name: str) -> list[tuple[str, str]]:
-    """The official data sets, each with its partition, that a name stands for: "jxu124/refcoco" -> RefCOCO of unc.
+    """Return the official (dataset, partition) pairs that a name may mean: "jxu124/refcoco" -> [("RefCOCO", "unc")].
 
-    None for other names; several where a name leaves the partition open.
+    Empty for other names; several pairs if the name does not determine the partition.
     """
-    chosen = re.search(r"\((.+)\)$", name)  # of several data sets in one place
+    chosen = re.search(r"\((.+)\)$", name)  # one of several datasets at one path
     match = _NAME.fullmatch(chosen[1] if chosen else name.split("@")[0].split("/")[-1].lower())
     if not match:
         return []
@@ -59,19 +59,19 @@ def identify(name: str) -> list[tuple[str, str]]:
 
 
 def check_counts(name: str, split: str, found: Counts, strict: bool = True) -> tuple[str | None, bool | None]:
-    """Compare a split under an official name with what was published.
+    """Compare the size of a split that has an official name with the published size.
 
     Args:
-        name: of the data set, see `identify`.
-        split: under our name for it.
-        found: how much it holds.
-        strict: other counts are an error; else they make it a part or a version, which is not the official split.
+        name: dataset name, see `identify`.
+        split: our name of the split.
+        found: its size.
+        strict: raise if the sizes differ; otherwise the split counts as a subset or version of the official one.
 
     Returns:
-        The partition, and whether it is the whole official split; None for what the name does not tell.
+        The partition, and whether this is the complete official split; None where the name does not determine it.
 
     Raises:
-        DataError: an official name, but other counts.
+        DataError: an official name, but a different size.
     """
     known = {partition: COUNTS[data, partition].get(split) for data, partition in identify(name)}
     only = next(iter(known)) if len(known) == 1 else None
@@ -83,6 +83,6 @@ def check_counts(name: str, split: str, found: Counts, strict: bool = True) -> t
         return only, False if published else None
     expected = " or ".join(f"{counts} ({partition})" for partition, counts in published.items())
     raise DataError(
-        f"{name} ({split}) has {found}, but the official split of that name has {expected}: fetch it again if it is "
-        "incomplete; if it is meant to be a part or another version, give a local copy a name of its own (refcoco_mini)"
+        f"{name} ({split}) has {found}, but the official split of that name has {expected}: download it again if it is "
+        "incomplete; for a subset or another version, give a local copy a name of its own (refcoco_mini)"
     )

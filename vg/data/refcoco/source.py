@@ -1,4 +1,4 @@
-"""RefCOCO, RefCOCO+, RefCOCOg and what was made of them: every referring expression is one sample, in any form."""
+"""RefCOCO, RefCOCO+, RefCOCOg and their derivatives in all published formats: one sample per expression."""
 
 from __future__ import annotations
 
@@ -35,48 +35,59 @@ from vg.types import Sample
 
 __all__ = ["Annotation", "Refcoco", "RefcocoConfig", "samples_of"]
 
-PERSON = 1  # COCO's number of that category
-_MIXED = {("val", 8811), ("test", 5000), ("val", 7573)}  # splits of lmms-lab/RefCOCO and RefCOCOg by number of rows
+PERSON = 1  # COCO's category id of persons
+_MIXED = {("val", 8811), ("test", 5000), ("val", 7573)}  # (split, rows) of lmms-lab/RefCOCO and RefCOCOg
 
 
 @dataclass
 class RefcocoConfig(Settings):
-    """RefCOCO, RefCOCO+, RefCOCOg, RefCOCO-M, Ref-L4, a review of these or gRefCOCO, recognised from the columns."""
+    """RefCOCO, RefCOCO+, RefCOCOg, RefCOCO-M, Ref-L4, gRefCOCO or a review; the columns determine the format."""
 
     name: Literal["refcoco"] = "refcoco"
     path: str = "jxu124/refcoco"  # Hub id, local folder (save_to_disk, data files, refer toolbox), or one file
     split: str = "train"  # train, val, testA, testB; RefCOCOg has test instead of the last two
-    image_root: str | None = None  # the folder of COCO's train2014 pictures, for annotations without pixels
-    revision: str | None = None  # of a Hub data set
-    partition: str | None = None  # unc, google or umd, where a refer toolbox folder has several refs(*).p
+    image_root: str | None = None  # folder of COCO's train2014 images, for annotations without pixels
+    revision: str | None = None  # of a Hub dataset
+    partition: str | None = None  # split provider (unc, google, umd), if a refer toolbox folder has several refs(*).p
     dataset: str | None = None
-    """Which one, where a place holds several: so its files or splits begin ("refcoco_unc"), or what its column
-    `dataset` says; jxu124/refcoco-benchmark has refcoco_unc, refcoco_plus_unc, refcocog_umd and others."""
+    """One of several datasets at the path, by the prefix of its files or splits or the value of its column `dataset`:
+    jxu124/refcoco-benchmark has refcoco_unc, refcoco_plus_unc, refcocog_umd and others."""
+
+    @classmethod
+    def miniature(cls, folder: Path) -> RefcocoConfig:
+        """Write a tiny dataset (JSON lines) and return its settings, for tests."""
+        from vg.data.synthetic.shapes import write_scenes  # which imports this module
+
+        rows = [
+            {"file_name": f"{image}.png", "ann_id": image, "sent": phrase, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            for image, phrase, (x1, y1, x2, y2) in write_scenes(folder, "expression")
+        ]
+        (folder / "mini_val.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return cls(path=str(folder), split="val")
 
     def build(self) -> Refcoco:
         return Refcoco(self)
 
 
 class Annotation(NamedTuple):
-    """What is known of one expression without its picture."""
+    """One expression with its annotation, but without its image; None where the data does not say."""
 
     id: str  # of its sample
     expression: str
     boxes: np.ndarray  # [N, 4] xyxy pixels
-    picture: str  # see vg.data.source.HasImageKeys
-    person: bool | None  # whether it names a person
-    others: int | None  # things of the same class in the picture; where only described ones are known, those
+    image_key: str  # see vg.data.source.HasImageKeys
+    person: bool | None  # whether the object is a person
+    others: int | None  # other objects of the same category in the image; if unknown, only those with expressions
 
 
 class Refcoco:
-    """The expressions of one split, in the order of the rows; pictures are read when a sample is loaded.
+    """The expressions of one split in the order of the rows; an image is read when its sample is loaded.
 
-    The id of a sample is `<data set>/<split>/<object>/<number>`: the object is the row's `ann_id` or `question_id`, the
-    number counts its expressions.
+    Sample ids are `<dataset>/<split>/<object>/<index>`: the object is the row's `ann_id` or `question_id`, the index
+    counts its expressions.
 
     Raises:
-        DataError: nothing to read, or an official name with other counts than the official ones; see vg.data.
-            refcoco_official.
+        DataError: nothing to read, or the name is official but the counts are not; see vg.data.refcoco.official.
     """
 
     def __init__(self, config: RefcocoConfig) -> None:
@@ -86,15 +97,15 @@ class Refcoco:
         if mixed:
             warnings.warn(
                 f"{config.path} ({table.split}, {len(table.rows)} rows) mixes the UNC or UMD split with 5,000 other "
-                "rows: results on it cannot be compared with published ones, and its pictures may be in the training "
-                "split. Use testA/testB, or the validation split of jxu124's data sets",
+                "rows: results on it cannot be compared with published ones, and its images may be in the training "
+                "split. Use testA/testB, or the validation split of jxu124's datasets",
                 stacklevel=3,
             )
         self._image_root = Path(config.image_root) if config.image_root is not None else table.folder
         if self._image_root is None and not table.has_pixels:
-            raise DataError(f"{config.path} has no pixels; set image_root to the folder of COCO's train2014 pictures")
+            raise DataError(f"{config.path} has no pixels; set image_root to the folder of COCO's train2014 images")
         if self._image_root is not None and not self._image_root.is_dir():
-            raise DataError(f"image_root {self._image_root} is not a folder; set it to the one that holds the pictures")
+            raise DataError(f"image_root {self._image_root} is not a folder; set it to the folder of the images")
         self._path = config.path
         reviewed = "quality" in table.columns
         if reviewed:
@@ -102,21 +113,21 @@ class Refcoco:
             table = table.where([quality > 0 for quality in table.column("quality")])
         self._table = table.select(COLUMNS)
 
-        seen: Counter[str] = Counter()  # expressions so far of each object
-        rows, places, numbers = [], [], []
+        seen: Counter[str] = Counter()  # expressions of an object so far
+        rows, cell_indices, object_indices = [], [], []
         keys, cells = table.column(self._schema.key), table.column(self._schema.expressions)
         for row, (key, cell) in enumerate(zip(keys, cells, strict=True)):
-            for place in range(len(expressions_of(cell))):
+            for cell_index in range(len(expressions_of(cell))):
                 rows.append(row)
-                places.append(place)
-                numbers.append(seen[str(key)])
+                cell_indices.append(cell_index)
+                object_indices.append(seen[str(key)])
                 seen[str(key)] += 1
         self.num_refs = len(seen)  # described objects
-        self._rows = np.array(rows, np.int32)  # [E] of E expressions: the row it is in,
-        self._places = np.array(places, np.int32)  # [E] its place in that row,
-        self._numbers = np.array(numbers, np.int32)  # [E] and its number among the expressions of the same object
+        self._rows = np.array(rows, np.int32)  # [E] row of an expression,
+        self._cell_indices = np.array(cell_indices, np.int32)  # [E] its index in that row,
+        self._object_indices = np.array(object_indices, np.int32)  # [E] and among all expressions of its object
         name = table.dataset.removesuffix("_reviewed")
-        strict = not (reviewed or mixed or "dataset" in table.columns)  # else it is known to be a version or a part
+        strict = not (reviewed or mixed or "dataset" in table.columns)  # these are known versions or subsets
         partition, official = check_counts(name, table.split, Counts(len(rows), self.num_refs), strict)
         if reviewed or mixed:
             official = False
@@ -124,58 +135,57 @@ class Refcoco:
         self.provenance = Provenance(table.dataset, table.split, task, partition, official)
 
     def __len__(self) -> int:
-        """The number of expressions."""
+        """Return the number of expressions."""
         return len(self._rows)
 
     def load(self, index: int, epoch: int) -> Sample:
-        """The sample of one expression; `epoch` changes nothing.
+        """Read the sample of one expression; `epoch` has no effect.
 
         Raises:
-            BadSampleError: naming the data set, the row, the object and, if it is about the picture, the file.
+            BadSampleError: the message names the dataset, the row, the object and the image file.
         """
-        number = int(self._rows[index])
-        row = self._table.row(number)
+        row_index = int(self._rows[index])
+        row = self._table.row(row_index)
         try:
             referent = referent_of(row, self._schema)
-            id = sample_id(self.provenance.data, self.provenance.split, referent.key, int(self._numbers[index]))
-            return referent.sample(image_of(row, self._image_root), int(self._places[index]), id)
+            id = sample_id(self.provenance.data, self.provenance.split, referent.key, int(self._object_indices[index]))
+            return referent.sample(image_of(row, self._image_root), int(self._cell_indices[index]), id)
         except BadSampleError as error:
             raise BadSampleError(
-                f"{self._path} ({self.provenance.split}), row {number + 1} ({image_name(row)}): {error}"
+                f"{self._path} ({self.provenance.split}), row {row_index + 1} ({image_name(row)}): {error}"
             ) from error
 
     def image_sizes(self, epoch: int) -> np.ndarray:
-        """[expressions, 2] (height, width), from the heads of the pictures; reads every one at the first call."""
+        """Return [expressions, 2] (height, width); the first call reads the header of every image."""
         return self._sizes[self._rows]
 
     def image_keys(self) -> list[str]:
-        light = self._table.select(("image_path", "file_name"))  # without the pixels
-        names = [image_name(light.rows[row]) for row in range(len(light.rows))]
+        table = self._table.select(("image_path", "file_name"))  # without pixels
+        names = [image_name(table.rows[row]) for row in range(len(table.rows))]
         keys = {name: image_key(name, self._image_root) for name in dict.fromkeys(names)}
         return [keys[names[row]] for row in self._rows.tolist()]
 
     def annotations(self) -> list[Annotation]:
-        """All expressions in the order of the samples; reads no picture, and raises BadSampleError for a bad row."""
-        light = self._table.select([column for column in COLUMNS if column != "image"])
-        pictures = self.image_keys()
-        rows = [light.rows[number] for number in range(len(light.rows))]
+        """Return the annotations of all samples without reading images; raise BadSampleError for a bad row."""
+        table = self._table.select([column for column in COLUMNS if column != "image"])
+        keys = self.image_keys()
+        rows = [table.rows[row] for row in range(len(table.rows))]
         referents = [referent_of(row, self._schema) for row in rows]
         objects = {
-            (picture, rows[row].get("category_id"), referents[row].key)
-            for row, picture in zip(self._rows, pictures, strict=True)
+            (key, rows[row].get("category_id"), referents[row].key) for row, key in zip(self._rows, keys, strict=True)
         }
-        described = Counter((picture, category) for picture, category, _ in objects)
+        described = Counter((key, category) for key, category, _ in objects)
         annotations = []
-        for row, place, number, picture in zip(self._rows, self._places, self._numbers, pictures, strict=True):
+        for row, cell, index, key in zip(self._rows, self._cell_indices, self._object_indices, keys, strict=True):
             category, others = rows[row].get("category_id"), rows[row].get("others")
             if others is None and category is not None:
-                others = described[picture, category] - 1
+                others = described[key, category] - 1
             annotations.append(
                 Annotation(
-                    id=sample_id(self.provenance.data, self.provenance.split, referents[row].key, int(number)),
-                    expression=referents[row].expressions[place],
+                    id=sample_id(self.provenance.data, self.provenance.split, referents[row].key, int(index)),
+                    expression=referents[row].expressions[cell],
                     boxes=np.array(referents[row].boxes, np.float32).reshape(-1, 4),
-                    picture=picture,
+                    image_key=key,
                     person=None if category is None else category in (PERSON, "person"),
                     others=others,
                 )
@@ -190,7 +200,6 @@ class Refcoco:
         return digest.hexdigest()
 
     @cached_property
-    def _sizes(self) -> np.ndarray:
-        """[rows, 2] (height, width)"""
+    def _sizes(self) -> np.ndarray:  # [rows, 2] (height, width)
         rows = (self._table.row(row) for row in range(len(self._table.rows)))
         return np.array([image_size_of(row, self._image_root) for row in rows], np.int64).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""Where the rows of a RefCOCO data set come from: the Hub, a local folder or one file, and which split of it."""
+"""Opens the rows of one split of a RefCOCO dataset: from the Hub, a local folder or a file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
 
 from vg.data.refcoco.formats import NESTED, flat_rows, reviewed_rows
 from vg.data.refcoco.pickles import choose_refs_file, is_refs_file, partition_of, read_refs, refs_files
@@ -20,45 +22,45 @@ if TYPE_CHECKING:
 
 _SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test", "testa": "testA", "testb": "testB"}
 _SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json")
-_WANTED = "a Hub id (jxu124/refcoco), a local folder or a file (.jsonl, .json, .parquet, .arrow, .p)"
+_ACCEPTED = "a Hub id (jxu124/refcoco), a local folder or a file (.jsonl, .json, .parquet, .arrow, .p)"
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one split; rows[i] is a dict, and a picture in it is not decoded yet."""
+    """The rows of one split; rows[i] is a dict, its image still encoded."""
 
     rows: Rows
     columns: frozenset[str]
-    dataset: str  # "jxu124/refcoco", "refcoco-unc", "refs (refcoco_unc)": one of several in one place
-    split: str  # under our name for it: train, val, testA, testB, test
-    folder: Path | None  # where a local data set lies; None for the Hub
-    pictures: Dataset | None = None  # with a column `image`, where column `picture` gives its rows
+    dataset: str  # "jxu124/refcoco", "refcoco-unc", or "refs (refcoco_unc)": one of several at a path
+    split: str  # our name: train, val, testA, testB, test
+    folder: Path | None  # of a local dataset; None for the Hub
+    images: Dataset | None = None  # with a column `image`, indexed by the column `image_row` of `rows`
 
-    def row(self, number: int) -> dict[str, Any]:
-        """One row, with its picture if the table has pixels."""
-        row: dict[str, Any] = self.rows[number]
-        if self.pictures is None:
+    def row(self, index: int) -> dict[str, Any]:
+        """Return one row, with its image if the table has pixels."""
+        row: dict[str, Any] = self.rows[index]
+        if self.images is None:
             return row
-        return row | {"image": self.pictures[row["picture"]]["image"]}
+        return row | {"image": self.images[row["image_row"]]["image"]}
 
     @property
     def has_pixels(self) -> bool:
-        return self.pictures is not None or "image" in self.columns
+        return self.images is not None or "image" in self.columns
 
     def column(self, name: str) -> list[Any]:
-        """All cells of one column, no other column read."""
+        """Read all values of one column, and no other column."""
         if isinstance(self.rows, list):
             return [row.get(name) for row in self.rows]
         return self.rows.select_columns([name])[:][name]
 
     def where(self, kept: Sequence[bool]) -> Table:
-        """Some of the rows."""
-        numbers = [number for number, keep in enumerate(kept) if keep]
-        rows = self.rows
-        return replace(self, rows=[rows[each] for each in numbers] if isinstance(rows, list) else rows.select(numbers))
+        """Keep the rows for which `kept` is true."""
+        rows, indices = self.rows, np.flatnonzero(kept).tolist()
+        kept_rows = [rows[index] for index in indices] if isinstance(rows, list) else rows.select(indices)
+        return replace(self, rows=kept_rows)
 
     def select(self, columns: Iterable[str]) -> Table:
-        """The same rows with these columns only, so that reading a row does not parse what nobody asks for."""
+        """Keep only these columns, because unused ones would be parsed with every row."""
         if isinstance(self.rows, list):
             return self
         kept = [name for name in columns if name in self.columns]
@@ -71,35 +73,35 @@ def open_table(
     """Find the rows of a split.
 
     Args:
-        dataset: which one, where a place holds several: so the names of files or splits begin ("refcoco_unc"), or what
-            the column `dataset` says.
+        dataset: one of several datasets at the path, by the prefix of its files or splits ("refcoco_unc") or by the
+            value of the column `dataset`.
 
     Raises:
-        DataError: nothing readable at `path`, no such split (the message lists those there are) or one without rows.
+        DataError: nothing readable at `path`, an empty split, or no such split (the message lists the existing ones).
     """
     local = Path(path)
     if revision is not None and local.exists():
-        raise DataError(f"revision {revision!r} is for Hub data sets, but {path} is local; remove revision")
+        raise DataError(f"revision {revision!r} applies to Hub datasets, but {path} is local; remove revision")
     if partition is not None and not refs_files(local):
-        raise DataError(f"partition {partition!r} is for a folder with refs(*).p, and {path} is none; remove partition")
+        raise DataError(f"partition {partition!r} needs refs(*).p files, but {path} has none; remove partition")
     if local.is_dir():
         return _flat(_open_folder(local, split, partition, dataset))
     if local.is_file():
         return _flat(_open_file(local, split, dataset))
     if local.suffix in (*_SUFFIXES, ".p") or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
-        raise DataError(f"{path} does not exist; path is {_WANTED}")
+        raise DataError(f"{path} does not exist; path is {_ACCEPTED}")
     name = path if revision is None else f"{path}@{revision}"
     return _flat(_pick(_load_hub(path, revision), split, name, None, dataset))
 
 
 def _flat(table: Table) -> Table:
-    """The table with one row per object, if it has one per picture."""
+    """Convert a table with one row per image to one row per object; return other tables unchanged."""
     nested = [column for column in NESTED if column in table.columns]
     if not nested or isinstance(table.rows, list):
         return table
-    about = [*nested, *(name for name in ("file_name", "image_info") if name in table.columns)]
-    rows = flat_rows(table.rows.select_columns(about), f"{table.dataset} ({table.split})")
-    return replace(table, rows=rows, columns=frozenset().union(*rows), pictures=table.rows.select_columns(["image"]))
+    annotations = [*nested, *(name for name in ("file_name", "image_info") if name in table.columns)]
+    rows = flat_rows(table.rows.select_columns(annotations), f"{table.dataset} ({table.split})")
+    return replace(table, rows=rows, columns=frozenset().union(*rows), images=table.rows.select_columns(["image"]))
 
 
 def _open_folder(folder: Path, split: str, partition: str | None, dataset: str | None) -> Table:
@@ -112,7 +114,7 @@ def _open_folder(folder: Path, split: str, partition: str | None, dataset: str |
 
         saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.Dataset) and "split" not in saved.column_names and saved.split in _SPLITS:
-            saved = {str(saved.split): saved}  # what datasets noted when it was loaded
+            saved = {str(saved.split): saved}  # recorded by datasets when it was loaded
         if isinstance(saved, dict):
             return _pick(saved, split, name, folder, dataset)
         return _pick_rows(saved, split, name, folder, dataset)
@@ -123,8 +125,8 @@ def _open_folder(folder: Path, split: str, partition: str | None, dataset: str |
     for files in filter(None, found):
         return _open_files(_labels(files, folder), split, name, folder, dataset)
     raise DataError(
-        f"{folder} holds no RefCOCO data; expected what datasets' save_to_disk writes, refs(*).p with instances.json, "
-        f"or files that end in {', '.join(_SUFFIXES)}"
+        f"{folder} contains no RefCOCO data; expected the output of datasets' save_to_disk, refs(*).p with "
+        f"instances.json, or files that end in {', '.join(_SUFFIXES)}"
     )
 
 
@@ -137,20 +139,20 @@ def _open_file(file: Path, split: str, dataset: str | None) -> Table:
     if is_refs_file(file):
         return _pick_rows(read_refs(file), split, f"{folder.name}-{partition_of(file)}", folder)
     if file.suffix not in _SUFFIXES:
-        raise DataError(f"{file}: unknown kind of file; path is {_WANTED}")
+        raise DataError(f"{file}: unknown file type; path is {_ACCEPTED}")
     name = re.sub(rf"[-_.]({'|'.join(_SPLITS)})(?=$|_reviewed$)", "", file.stem, flags=re.IGNORECASE)
     return _open_files({file: file.name}, split, name, folder, dataset)
 
 
 def _open_files(files: Mapping[Path, str], split: str, name: str, folder: Path, dataset: str | None = None) -> Table:
-    """Files of one kind, each with the part of its path that may name a split ("data/testA-00000-of-00001.parquet")."""
+    """Open files of one type by their labels, the paths that may name a split ("data/testA-00000-of-00001.parquet")."""
     by_split: dict[str, list[Path]] = {}
     for file, label in files.items():
         named = [word for word in re.split(r"[^a-zA-Z]+", label) if word.lower() in _SPLITS]
         by_split.setdefault(named[-1] if named else "", []).append(file)
     nameless = by_split.pop("", [])
     if by_split and nameless:
-        raise DataError(f"{nameless[0]}: no split in its name, unlike other files of {folder}; rename or remove it")
+        raise DataError(f"{nameless[0]}: no split in its name, unlike other files in {folder}; rename or remove it")
     if nameless:
         return _pick_rows(_read_files({file: files[file] for file in nameless}), split, name, folder, dataset)
     published, ours = _choose_split(split, by_split, str(folder))
@@ -159,12 +161,10 @@ def _open_files(files: Mapping[Path, str], split: str, name: str, folder: Path, 
 
 
 def _read_files(labels: Mapping[Path, str]) -> Rows:
-    """All rows of one file, or of the numbered parts of one; each file with its name below the data set's folder."""
+    """Read all rows of a file or of its numbered shards; the labels are their names relative to the dataset folder."""
     files = list(labels)
     if len({re.split(r"\d", label)[0] for label in labels.values()}) > 1:
-        raise DataError(
-            f"{files[0]} and {files[1]} do not look like numbered parts of one data set; set path to one of them"
-        )
+        raise DataError(f"{files[0]} and {files[1]} are not numbered shards of one dataset; set path to one of them")
     suffix = files[0].suffix
     if suffix in (".jsonl", ".json"):
         return [row for file in files for row in _read_json(file)]
@@ -179,7 +179,7 @@ def _read_files(labels: Mapping[Path, str]) -> Rows:
 
 
 def _read_json(file: Path) -> list[dict[str, Any]]:
-    """The objects of a .json file, which is one list of them, or of a .jsonl file with one per line."""
+    """Read the objects of a .json file (one list) or of a .jsonl file (one object per line)."""
     text = file.read_text(encoding="utf-8")
     documents = [text] if file.suffix == ".json" else text.split("\n")
     rows: list[Any] = []
@@ -189,7 +189,7 @@ def _read_json(file: Path) -> list[dict[str, Any]]:
         try:
             value = json.loads(document)
         except ValueError as error:
-            raise DataError(f"{file}, line {line}: not JSON ({error}); mend or remove it") from error
+            raise DataError(f"{file}, line {line}: not JSON ({error}); correct or remove it") from error
         if file.suffix == ".json" and isinstance(value, dict) and {"images", "annotations"} <= value.keys():
             value = reviewed_rows(value, str(file))
         rows += value if file.suffix == ".json" and isinstance(value, list) else [value]
@@ -203,11 +203,11 @@ def _load_hub(path: str, revision: str | None) -> Mapping[str, Dataset]:
 
     try:
         return datasets.load_dataset(path, revision=revision)
-    except Exception as error:  # the Hub's client raises errors of many libraries
+    except Exception as error:  # the Hub client raises exceptions of many libraries
         raise DataError(
             f"{path} could not be loaded from the Hugging Face Hub ({type(error).__name__}: {error}), and there is no "
-            "local folder of that name. Without network: on a machine with one, run "
-            f"`hf download {path} --repo-type dataset --local-dir refcoco`, place the folder here and set path to it"
+            f"local folder with that name. Without network, run `hf download {path} --repo-type dataset "
+            "--local-dir refcoco` on another machine, copy the folder and set path to it"
         ) from error
 
 
@@ -215,14 +215,14 @@ def _pick(tables: Mapping[str, Dataset], split: str, name: str, folder: Path | N
     if dataset is not None and not any("dataset" in table.column_names for table in tables.values()):
         chosen = {key.removeprefix(f"{dataset}_"): key for key in tables if key.startswith(f"{dataset}_")}
         if not chosen:
-            raise NoSuchSplitError(f"{name} has no data set {dataset!r}; its splits are {', '.join(tables)}")
+            raise NoSuchSplitError(f"{name} has no dataset {dataset!r}; its splits are {', '.join(tables)}")
         tables, name, dataset = {split: tables[key] for split, key in chosen.items()}, f"{name} ({dataset})", None
     published, ours = _choose_split(split, tables, name)
     return _of_dataset(_table(tables[published], name, ours, folder), dataset)
 
 
 def _pick_rows(rows: Rows, split: str, name: str, folder: Path, dataset: str | None = None) -> Table:
-    """Rows whose column `split` says what they belong to; without that column, they are the split asked for."""
+    """Pick the rows of a split by the column `split`; without that column all rows are the requested split."""
     table = _of_dataset(_table(rows, name, split, folder), dataset)
     if "split" not in table.columns:
         return replace(table, split=_choose_split(split, [split], name)[1])
@@ -231,13 +231,15 @@ def _pick_rows(rows: Rows, split: str, name: str, folder: Path, dataset: str | N
 
 
 def _of_dataset(table: Table, dataset: str | None) -> Table:
-    """The rows of one data set, by the column `dataset`."""
+    """Pick the rows of one dataset by the column `dataset`."""
     if dataset is None:
         return table
     names = dict.fromkeys(map(str, table.column("dataset"))) if "dataset" in table.columns else {}
     if dataset not in names:
-        there = f"it has {', '.join(names)}" if names else "no file or split begins so, and it has no column `dataset`"
-        raise NoSuchSplitError(f"{table.dataset} has no data set {dataset!r}; {there}")
+        found = (
+            f"it has {', '.join(names)}" if names else "no file or split has this prefix, and no column is `dataset`"
+        )
+        raise NoSuchSplitError(f"{table.dataset} has no dataset {dataset!r}; {found}")
     return replace(_where(table, "dataset", dataset), dataset=f"{table.dataset} ({dataset})")
 
 
@@ -253,20 +255,20 @@ def _table(rows: Rows, name: str, split: str, folder: Path | None) -> Table:
     import datasets
 
     for column, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):  # datasets would decode early, and turn pictures by their EXIF
+        if isinstance(feature, datasets.Image):  # datasets decodes early and applies the EXIF orientation
             rows = rows.cast_column(column, datasets.Image(decode=False))
     return Table(rows, frozenset(rows.column_names), name, split, folder)
 
 
-def _choose_split(wanted: str, published: Collection[str], where: str) -> tuple[str, str]:
-    """(the publisher's name, our name) of a split asked for under either.
+def _choose_split(split: str, published: Collection[str], where: str) -> tuple[str, str]:
+    """Return (published name, our name) of a split that is requested by either name.
 
-    A `test` beside a `testB` is testA: that is how jxu124/refcoco spells it.
+    A `test` next to a `testB` is testA, as in jxu124/refcoco.
     """
     names = {name: _SPLITS.get(name.lower(), name) for name in published}
     if "testB" in names.values() and "testA" not in names.values():
         names = {name: "testA" if ours == "test" else ours for name, ours in names.items()}
     for name, ours in names.items():
-        if wanted in (name, ours):
+        if split in (name, ours):
             return name, ours
-    raise NoSuchSplitError(f"{where} has no split {wanted!r}; it has {', '.join(sorted(names.values()))}")
+    raise NoSuchSplitError(f"{where} has no split {split!r}; it has {', '.join(sorted(names.values()))}")

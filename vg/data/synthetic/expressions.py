@@ -1,7 +1,7 @@
-"""What can be said about a drawn scene: phrases and referring expressions that name exactly one shape beyond doubt.
+"""Phrases and referring expressions for drawn scenes; an expression refers to exactly one shape.
 
-Each kind of expression is found the same way: go through what could be said in random order and take the first that
-is clear. "Clear" leaves margins, so that strict readers and generous ones agree on the answer.
+Every expression type is generated the same way: try candidates in random order and take the first unambiguous one.
+Margins ensure that an expression stays unambiguous under strict and loose readings of its words.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 
 from vg.data.synthetic.scenes import COLORS, FORMS, STYLES, Scene, Shape, Style, pick, random_scene, some
 
-Kind = Literal["attribute", "superlative", "relation", "ordinal", "chain"]
+ExpressionType = Literal["attribute", "superlative", "relation", "ordinal", "chain"]
 
-THINGS = ("thing", "object")  # for a phrase that leaves the form open
+GENERIC_NOUNS = ("thing", "object")  # in phrases without a form
 SIZES = {"small": ("small", "little"), "big": ("big", "large")}
-SUPERLATIVES = {  # {} is the class of which one shape stands out
+SUPERLATIVES = {  # {} is the phrase of the compared shapes
     "left": ("leftmost {}", "{} on the far left"),
     "right": ("rightmost {}", "{} on the far right"),
     "above": ("topmost {}", "highest {}"),
@@ -36,16 +36,16 @@ RELATIONS = {
     "near": ("closest to", "nearest to", "next to"),
 }
 
-POSITION_LEAD = 0.10  # "leftmost": so much of the image side before the runner-up
-SIZE_LEAD = math.log(1.25)  # "largest": 1.25 times the runner-up (per side)
-RELATION_LEAD = 0.12  # "left of": the answer is so far on that side of the anchor ...
-RELATION_REFUSAL = 0.04  # ... and every other candidate so far on the opposite side
-NEAR_RATIO = 1.75  # "closest to": the runner-up is so many times further away
+POSITION_LEAD = 0.10  # "leftmost": minimum distance to the runner-up, as a fraction of the image side
+SIZE_LEAD = math.log(1.25)  # "largest": at least 1.25 times the runner-up (per side)
+RELATION_LEAD = 0.12  # "left of": minimum distance of the target from the anchor on that side ...
+RELATION_REFUSAL = 0.04  # ... and of all other candidates on the opposite side, as fractions of the image side
+NEAR_RATIO = 1.75  # "closest to": the runner-up is at least this many times further away
 
 
 def _words() -> tuple[str, ...]:
     wordings = [*SIZES.values(), *SUPERLATIVES.values(), *RELATIONS.values()]
-    lines = ["the", *COLORS, *FORMS, *THINGS, *ORDINALS, *(line for lines in wordings for line in lines)]
+    lines = ["the", *COLORS, *FORMS, *GENERIC_NOUNS, *ORDINALS, *(line for lines in wordings for line in lines)]
     return tuple(sorted({word for line in lines for word in line.replace("{}", "").split()}))
 
 
@@ -53,138 +53,142 @@ VOCABULARY = _words()
 
 
 class Phrase(NamedTuple):
-    """A noun phrase such as "small red circle"; empty means not said."""
+    """A noun phrase such as "small red circle"; empty attributes are left out."""
 
     size: str = ""
     color: str = ""
     form: str = ""
 
-    def named(self, shapes: tuple[Shape, ...]) -> list[Shape]:
-        """The shapes this phrase names; none where one of them is neither clearly small nor clearly big."""
-        alike = [shape for shape in shapes if self.color in ("", shape.color) and self.form in ("", shape.form)]
+    def matches(self, shapes: tuple[Shape, ...]) -> list[Shape]:
+        """Return the shapes that this phrase describes; none if the size of a candidate is ambiguous."""
+        matching = [shape for shape in shapes if self.color in ("", shape.color) and self.form in ("", shape.form)]
         if not self.size:
-            return alike
-        if not all(shape.size for shape in alike):
+            return matching
+        if not all(shape.size for shape in matching):
             return []
-        return [shape for shape in alike if shape.size == self.size]
+        return [shape for shape in matching if shape.size == self.size]
 
     def text(self, rng: np.random.Generator) -> str:
-        """The phrase in words, without article."""
+        """Return the phrase in words, without article."""
         size = pick(rng, SIZES[self.size]) if self.size else ""
-        return " ".join(filter(None, (size, self.color, self.form or pick(rng, THINGS))))
+        return " ".join(filter(None, (size, self.color, self.form or pick(rng, GENERIC_NOUNS))))
 
 
 class Expression(NamedTuple):
     """A referring expression and the only shape it fits."""
 
     text: str
-    kind: Kind
+    type: ExpressionType
     target: Shape
 
 
-def classes(scene: Scene, at_least: int = 1) -> list[Phrase]:
-    """All phrases of color and form that name at least so many shapes of the scene, "thing" among them."""
+def shared_phrases(scene: Scene, at_least: int = 1) -> list[Phrase]:
+    """Return all phrases of color and form, each optional, that match at least this many shapes of the scene."""
     phrases = {
-        Phrase("", color, form): None  # a dict and not a set: its order is the same in every run
+        Phrase("", color, form): None  # a dict, because the order of a set differs between runs
         for shape in scene.shapes
         for color, form in product(("", shape.color), ("", shape.form))
     }
-    return [phrase for phrase in phrases if len(phrase.named(scene.shapes)) >= at_least]
+    return [phrase for phrase in phrases if len(phrase.matches(scene.shapes)) >= at_least]
 
 
-def names(shape: Shape, scene: Scene) -> list[Phrase]:
-    """All phrases that name this shape of the scene and no other."""
+def unique_phrases(shape: Shape, scene: Scene) -> list[Phrase]:
+    """Return all phrases that match this shape of the scene and no other."""
     phrases = map(Phrase._make, product(*({"": None, word: None} for word in (shape.size, shape.color, shape.form))))
-    return [phrase for phrase in phrases if phrase.named(scene.shapes) == [shape]]
+    return [phrase for phrase in phrases if phrase.matches(scene.shapes) == [shape]]
 
 
 def described_scene(
-    rng: np.random.Generator, kind: Kind, size: int = 128, style: Style = STYLES["plain"]
+    rng: np.random.Generator, expression_type: ExpressionType, size: int = 128, style: Style = STYLES["plain"]
 ) -> tuple[Scene, Expression]:
-    """A random scene with an expression of this kind; most scenes have some, so this rarely draws many."""
+    """Sample a scene and an expression of this type; scenes without one are rejected, which is rare."""
     while True:
         scene = random_scene(rng, size, style)
-        if expression := DESCRIBE[kind](rng, scene):
+        if expression := DESCRIBE[expression_type](rng, scene):
             return scene, expression
 
 
 def by_attribute(rng: np.random.Generator, scene: Scene) -> Expression | None:
-    """For example "the small red circle"."""
+    """Generate an expression such as "the small red circle"."""
     for shape in some(rng, scene.shapes):
-        if phrases := names(shape, scene):
+        if phrases := unique_phrases(shape, scene):
             return Expression(_article(rng) + pick(rng, phrases).text(rng), "attribute", shape)
     return None
 
 
 def by_superlative(rng: np.random.Generator, scene: Scene) -> Expression | None:
-    """For example "leftmost star"; there are at least two stars."""
+    """Generate an expression such as "leftmost star" for a scene with at least two stars."""
     for order in some(rng, tuple(SUPERLATIVES)):
-        for phrase in some(rng, classes(scene, at_least=2)):
-            first, *others = _ordered(order, phrase.named(scene.shapes), scene)
-            if all(_before(order, first, other, scene) for other in others):
+        for phrase in some(rng, shared_phrases(scene, at_least=2)):
+            first, *rest = _ordered(order, phrase.matches(scene.shapes), scene)
+            if all(_before(order, first, shape, scene) for shape in rest):
                 text = pick(rng, SUPERLATIVES[order]).format(phrase.text(rng))
                 return Expression(_article(rng) + text, "superlative", first)
     return None
 
 
 def by_ordinal(rng: np.random.Generator, scene: Scene) -> Expression | None:
-    """For example "second leftmost star"; there are more stars than one has to count."""
+    """Generate an expression such as "second leftmost star" for a scene with at least three stars."""
     for order in some(rng, tuple(SUPERLATIVES)):
-        place = 1 + int(rng.integers(len(ORDINALS)))
-        for phrase in some(rng, classes(scene, at_least=place + 2)):
+        rank = 1 + int(rng.integers(len(ORDINALS)))  # 0 is the first
+        for phrase in some(rng, shared_phrases(scene, at_least=rank + 2)):
             if order in ("smaller", "larger") and not phrase.form:
-                continue  # which of two forms is larger depends on what is meant
-            ordered = _ordered(order, phrase.named(scene.shapes), scene)
-            target = ordered[place]
-            if all(_before(order, shape, target, scene) for shape in ordered[:place]) and all(
-                _before(order, target, shape, scene) for shape in ordered[place + 1 :]
+                continue  # comparing sizes of different forms is ambiguous
+            ordered = _ordered(order, phrase.matches(scene.shapes), scene)
+            target = ordered[rank]
+            if all(_before(order, shape, target, scene) for shape in ordered[:rank]) and all(
+                _before(order, target, shape, scene) for shape in ordered[rank + 1 :]
             ):
                 wordings = [wording for wording in SUPERLATIVES[order] if wording.endswith("{}")]
                 text = pick(rng, wordings).format(phrase.text(rng))
-                return Expression(f"{_article(rng)}{ORDINALS[place - 1]} {text}", "ordinal", target)
+                return Expression(f"{_article(rng)}{ORDINALS[rank - 1]} {text}", "ordinal", target)
     return None
 
 
 def by_relation(rng: np.random.Generator, scene: Scene) -> Expression | None:
-    """For example "circle above the red star"; there are at least two circles, and one red star."""
+    """Generate an expression such as "circle above the red star" for a scene with several circles and one red star."""
 
-    def named(anchor: Shape) -> str | None:
-        phrases = names(anchor, scene)
+    def describe(anchor: Shape) -> str | None:
+        phrases = unique_phrases(anchor, scene)
         return _article(rng) + pick(rng, phrases).text(rng) if phrases else None
 
-    return _by_relation(rng, scene, "relation", scene.shapes, named)
+    return _by_relation(rng, scene, "relation", scene.shapes, describe)
 
 
 def by_chain(rng: np.random.Generator, scene: Scene) -> Expression | None:
-    """For example "circle next to the leftmost star": a relation to a shape that has to be found by another.
+    """Generate an expression such as "circle next to the leftmost star", whose anchor has an expression of its own.
 
-    Its name ends in a noun phrase, so that nothing can be taken for a part of what is said about the circle.
+    The anchor's expression ends with a noun phrase, because "... on the far left" could also refer to the circle.
     """
     for describe in some(rng, (by_superlative, by_ordinal)):
         anchor = describe(rng, scene)
         if anchor and not anchor.text.endswith(("left", "right")):
-            words = {anchor.target: anchor.text}
-            if found := _by_relation(rng, scene, "chain", list(words), words.get):
+            texts = {anchor.target: anchor.text}
+            if found := _by_relation(rng, scene, "chain", list(texts), texts.get):
                 return found
     return None
 
 
 def _by_relation(
-    rng: np.random.Generator, scene: Scene, kind: Kind, anchors: Sequence[Shape], name: Callable[[Shape], str | None]
+    rng: np.random.Generator,
+    scene: Scene,
+    expression_type: ExpressionType,
+    anchors: Sequence[Shape],
+    describe: Callable[[Shape], str | None],
 ) -> Expression | None:
-    """A shape that stands in a relation to one of the anchors, which `name` names if it can."""
+    """Refer to a shape by its relation to an anchor for which `describe` returns an expression."""
     for relation in some(rng, tuple(RELATIONS)):
-        for phrase in some(rng, classes(scene, at_least=2)):
-            candidates = phrase.named(scene.shapes)
+        for phrase in some(rng, shared_phrases(scene, at_least=2)):
+            candidates = phrase.matches(scene.shapes)
             for anchor in some(rng, [shape for shape in anchors if shape not in candidates]):
                 target = _related(relation, candidates, anchor, scene)
-                if target and (anchor_text := name(anchor)):
+                if target and (anchor_text := describe(anchor)):
                     text = f"{phrase.text(rng)} {pick(rng, RELATIONS[relation])} {anchor_text}"
-                    return Expression(_article(rng) + text, kind, target)
+                    return Expression(_article(rng) + text, expression_type, target)
     return None
 
 
-DESCRIBE: dict[Kind, Callable[[np.random.Generator, Scene], Expression | None]] = {
+DESCRIBE: dict[ExpressionType, Callable[[np.random.Generator, Scene], Expression | None]] = {
     "attribute": by_attribute,
     "superlative": by_superlative,
     "relation": by_relation,
@@ -198,18 +202,18 @@ def _article(rng: np.random.Generator) -> str:
 
 
 def _ordered(order: str, shapes: list[Shape], scene: Scene) -> list[Shape]:
-    """The one that is furthest in the order comes first."""
+    """Sort shapes, the most extreme one first."""
     return sorted(shapes, key=lambda shape: _lead(order, shape, shapes[0], scene), reverse=True)
 
 
 def _before(order: str, shape: Shape, other: Shape, scene: Scene) -> bool:
-    """Whether a shape is before another beyond doubt."""
+    """Whether a shape precedes another with a sufficient margin."""
     margin = SIZE_LEAD if order in ("smaller", "larger") else POSITION_LEAD
     return _lead(order, shape, other, scene) >= margin and not _reaches_further(order, other, shape)
 
 
 def _lead(order: str, shape: Shape, other: Shape, scene: Scene) -> float:
-    """How far a shape is before another in an order: share of the image side, or logarithm of the ratio of sides."""
+    """Return how far a shape precedes another: a fraction of the image side, or the log ratio of side lengths."""
     if order in ("smaller", "larger"):
         larger = math.log(shape.area / other.area) / 2
         return larger if order == "larger" else -larger
@@ -219,7 +223,7 @@ def _lead(order: str, shape: Shape, other: Shape, scene: Scene) -> float:
 
 
 def _reaches_further(order: str, shape: Shape, other: Shape) -> bool:
-    """Whether the edge of a shape lies further out than that of another, whatever their centers say."""
+    """Whether the edge of a shape is further out than that of another, although its center may not be."""
     match order:
         case "left":
             return shape.box[0] < other.box[0]
@@ -229,11 +233,11 @@ def _reaches_further(order: str, shape: Shape, other: Shape) -> bool:
             return shape.box[2] > other.box[2]
         case "below":
             return shape.box[3] > other.box[3]
-    return False  # sizes have no second reading
+    return False  # sizes are unambiguous
 
 
 def _related(relation: str, candidates: list[Shape], anchor: Shape, scene: Scene) -> Shape | None:
-    """The one candidate that clearly stands in the relation to the anchor while all others clearly do not."""
+    """Return the only candidate in the relation to the anchor; None if that is ambiguous for any candidate."""
     if relation == "near":
         first, second = sorted(candidates, key=lambda shape: math.dist(shape.center, anchor.center))[:2]
         ratio = math.dist(second.center, anchor.center) / math.dist(first.center, anchor.center)

@@ -1,4 +1,4 @@
-"""Drawn scenes: a few colored shapes on grey ground, arranged at random and drawn in a fraction of a millisecond."""
+"""Random scenes of colored shapes on a gray background, drawn in a fraction of a millisecond."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLORS = {
     "black": (25, 25, 25),
     "white": (250, 250, 250),
 }
-FORMS = {  # width / height; not all are square, so that an exchange of width and height shows
+FORMS = {  # width / height; some are not square, so swapping width and height in code is noticed
     "circle": 1.0,
     "square": 1.0,
     "triangle": 1.15,
@@ -30,7 +30,7 @@ FORMS = {  # width / height; not all are square, so that an exchange of width an
     "diamond": 0.75,
 }
 _OVERSAMPLING = 8
-_PLACES_TRIED = 40
+_NUM_POSITIONS_TRIED = 40
 
 Box = tuple[int, int, int, int]  # xyxy in pixels
 Option = TypeVar("Option")
@@ -38,14 +38,14 @@ Option = TypeVar("Option")
 
 @dataclass(frozen=True)
 class Style:
-    """What scenes are like; lengths are shares of the image side, that of a shape is sqrt(width x height)."""
+    """Parameters of scenes; lengths are fractions of the image side, that of a shape is sqrt(width x height)."""
 
     counts: tuple[int, int]  # of shapes
     scales: tuple[float, float]
-    small: float  # up to here a shape is small ...
-    big: float  # ... and from here on it is big; between the two nobody says so
-    gap: float  # between two shapes
-    min_side: int  # pixels; in smaller images the forms cannot be told apart
+    small: float  # shapes up to this size are small ...
+    big: float  # ... and from this size on big; sizes in between are ambiguous
+    gap: float  # minimum distance of two shapes
+    min_side: int  # of the image in pixels; in smaller ones forms are indistinguishable
 
 
 STYLES = {
@@ -56,45 +56,45 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """One thing in a scene."""
+    """One shape in a scene."""
 
     form: str  # a key of FORMS
     color: str  # a key of COLORS
-    size: str  # "small", "big", or empty where neither is clear
+    size: str  # "small", "big", or empty if ambiguous
     box: Box  # tight around the drawn pixels
     paint: tuple[int, int, int]  # RGB, close to COLORS[color]
 
     @property
     def center(self) -> tuple[float, float]:
-        """x and y in pixels."""
+        """Return x and y in pixels."""
         left, top, right, bottom = self.box
         return (left + right) / 2, (top + bottom) / 2
 
     @property
     def area(self) -> int:
-        """Of the box, in square pixels."""
+        """Return the area of the box in square pixels."""
         left, top, right, bottom = self.box
         return (right - left) * (bottom - top)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Shapes that do not touch each other, in a square image."""
+    """Shapes that do not touch, in a square image."""
 
     shapes: tuple[Shape, ...]
     size: int  # image side in pixels
-    background: tuple[tuple[int, ...], ...]  # coarse square grid of grey levels, blown up smoothly to the whole image
+    background: tuple[tuple[int, ...], ...]  # coarse square grid of gray levels, upsampled to the image
 
 
 def random_scene(rng: np.random.Generator, size: int = 128, style: Style = STYLES["plain"]) -> Scene:
-    """Sample a scene with few colors and few forms, so that a shape rarely differs from all others in everything.
+    """Sample a scene with few colors and forms, so that most shapes share an attribute with another.
 
     Args:
         size: image side in pixels, at least that of the style.
     """
     if size < style.min_side:
         raise ValueError(
-            f"a scene of {size} x {size} pixels is too small to tell shapes apart; take at least {style.min_side}"
+            f"shapes are indistinguishable in a scene of {size} x {size} pixels; use at least {style.min_side}"
         )
     colors = some(rng, tuple(COLORS), int(rng.integers(2, 4)))
     forms = some(rng, tuple(FORMS), int(rng.integers(2, 4)))
@@ -102,9 +102,9 @@ def random_scene(rng: np.random.Generator, size: int = 128, style: Style = STYLE
     smallest, largest = style.scales
     scales = np.exp(rng.uniform(math.log(smallest), math.log(largest), size=rng.integers(fewest, most + 1)))
     shapes: list[Shape] = []
-    for scale in sorted(scales.tolist(), reverse=True):  # big ones first: they need the room
+    for scale in sorted(scales.tolist(), reverse=True):  # large ones first, as they are hardest to place
         form, color = pick(rng, forms), pick(rng, colors)
-        if box := _free_place(rng, scale * size, FORMS[form], size, style.gap * size, shapes):
+        if box := _free_position(rng, scale * size, FORMS[form], size, style.gap * size, shapes):
             paint = np.clip(np.add(COLORS[color], rng.integers(-8, 9, size=3)), 0, 255)
             word = "small" if scale <= style.small else "big" if scale >= style.big else ""
             shapes.append(Shape(form, color, word, box, tuple(paint.tolist())))
@@ -114,21 +114,21 @@ def random_scene(rng: np.random.Generator, size: int = 128, style: Style = STYLE
 
 
 def some(rng: np.random.Generator, options: Sequence[Option], count: int | None = None) -> list[Option]:
-    """`count` different options (all of them by default) in random order."""
+    """Return `count` distinct options (by default all) in random order."""
     return [options[index] for index in rng.permutation(len(options))[:count].tolist()]
 
 
 def pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
-    """One of the options."""
+    """Return one of the options at random."""
     return options[int(rng.random() * len(options))]
 
 
-def _free_place(
+def _free_position(
     rng: np.random.Generator, scale: float, aspect: float, size: int, gap: float, shapes: list[Shape]
 ) -> Box | None:
-    """A box of about scale x scale pixels, stretched to the aspect, clear of all shapes; None without room."""
+    """Find a box of area scale x scale and this aspect ratio with a gap to all shapes; None if there is no room."""
     width, height = round(scale * math.sqrt(aspect)), round(scale / math.sqrt(aspect))
-    for x, y in rng.random((_PLACES_TRIED, 2)).tolist():
+    for x, y in rng.random((_NUM_POSITIONS_TRIED, 2)).tolist():
         left, top = 1 + int(x * (size - width - 1)), 1 + int(y * (size - height - 1))
         right, bottom = left + width, top + height
         if all(
@@ -149,7 +149,7 @@ def _random_background(rng: np.random.Generator) -> tuple[tuple[int, ...], ...]:
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """Paint a scene: [H, W, 3] uint8, RGB, with smooth edges."""
+    """Draw a scene with antialiased edges: [H, W, 3] uint8, RGB."""
     grid = Image.fromarray(np.array(scene.background, dtype=np.uint8))
     image = grid.resize((scene.size, scene.size), Image.Resampling.BICUBIC).convert("RGB")
     for shape in scene.shapes:
@@ -158,9 +158,9 @@ def draw(scene: Scene) -> np.ndarray:
     return np.array(image)
 
 
-@cache  # a few hundred small masks in all, and training draws some ten thousand shapes per epoch
+@cache  # a few hundred small masks; training draws tens of thousands of shapes per epoch
 def _mask(form: str, width: int, height: int) -> Image.Image:
-    """The share of each pixel that a shape of this form covers, 0..255; the form touches all four sides."""
+    """Return the coverage (0..255) of each pixel by a shape that touches all four sides of its box."""
     right, bottom = width * _OVERSAMPLING - 1, height * _OVERSAMPLING - 1
     mask = Image.new("L", (right + 1, bottom + 1))
     if form == "circle":
@@ -171,7 +171,7 @@ def _mask(form: str, width: int, height: int) -> Image.Image:
 
 
 def _outline(form: str) -> list[tuple[float, float]]:
-    """The corners of a form; x and y each run from exactly 0 to exactly 1, y downwards."""
+    """Return the corners of a form; x and y each range from exactly 0 to exactly 1, y points down."""
     if form == "square":
         return [(0, 0), (1, 0), (1, 1), (0, 1)]
     if form == "triangle":
@@ -181,7 +181,7 @@ def _outline(form: str) -> list[tuple[float, float]]:
     if form == "cross":
         a, b = 0.33, 0.67
         return [(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b), (b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a)]
-    radii = (1, 0.45) * 5  # star: tips and notches in turn
+    radii = (1, 0.45) * 5  # star: tips and notches alternate
     points = [
         (radius * math.sin(turn * math.pi / 5), -radius * math.cos(turn * math.pi / 5))
         for turn, radius in enumerate(radii)

@@ -120,7 +120,7 @@ def _choose(judged: Judged) -> list[tuple[str, list[int]]]:
 def _different(judged: Judged, places: Iterable[Any]) -> list[int]:
     chosen: dict[str, int] = {}
     for place in places:
-        chosen.setdefault(judged.part.annotations[place].picture, int(place))
+        chosen.setdefault(judged.part.annotations[place].image_key, int(place))
         if len(chosen) == EXAMPLES:
             break
     return list(chosen.values())

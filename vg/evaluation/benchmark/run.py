@@ -85,7 +85,7 @@ def _judge(model: GroundingModel, part: Part, accelerator: Accelerator, batch_si
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    pictures = [annotation.picture for annotation in part.annotations]
+    pictures = [annotation.image_key for annotation in part.annotations]
     ids, found = evaluation.metric.per_sample()  # [U]
     places = np.searchsorted(ids, [hashed(annotation.id) for annotation in part.annotations])  # [samples]
     values = {name: each[places] for name, each in found.items()}
@@ -140,7 +140,7 @@ def _pooled(judged: Sequence[Judged]) -> list[dict[str, Any]]:
             metric.absorb(each.metric)
         names = [name for name in both[0].values if name in metric.numbers]
         values = {name: np.concatenate([each.values[name] for each in both]) for name in names}
-        pictures = [annotation.picture for each in both for annotation in each.part.annotations]
+        pictures = [annotation.image_key for each in both for annotation in each.part.annotations]
         provenance = both[0].part.source.provenance
         pooled.append(
             {

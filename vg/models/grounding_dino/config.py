@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 from pydantic import BeforeValidator, Field, PositiveInt
 
 from vg.losses.config import LossConfig
-from vg.models.encoder_config import TextEncoderConfig
+from vg.models.encoder_config import TINY_BERT, TextEncoderConfig
 from vg.settings import Settings, by_name
 
 if TYPE_CHECKING:
@@ -232,3 +232,20 @@ class GroundingDinoConfig(Settings):
     def rebuild(self) -> GroundingDino:
         """The network for a checkpoint of vg to be loaded into, which brings all weights."""
         return self.build(pretrained=False)
+
+    @classmethod
+    def tiny(cls) -> GroundingDinoConfig:
+        """Preset that trains from scratch in seconds on one CPU core, for tests."""
+        return cls(
+            backbone=SwinConfig(width=16, depths=[1, 1, 1, 1], heads=[1, 2, 4, 8], window=3, drop_path=0.0),
+            text=BertConfig(architecture=TINY_BERT),
+            image=ImageConfig(shortest=64, longest=120),
+            width=64,
+            encoder_layers=2,
+            decoder_layers=2,
+            heads=4,
+            points=2,
+            feedforward=64,
+            num_queries=20,
+            fusion_drop_path=0.0,
+        )

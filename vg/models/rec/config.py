@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import BeforeValidator, Field
 
-from vg.models.encoder_config import EncoderConfig, TextEncoderConfig
+from vg.models.encoder_config import TINY_BERT, EncoderConfig, TextEncoderConfig
 from vg.settings import Settings, by_name
 
 if TYPE_CHECKING:
@@ -129,3 +129,14 @@ class RecConfig(Settings):
     def rebuild(self) -> RecModel:
         """The network for a checkpoint of vg to be loaded into, which brings all but the frozen encoders."""
         return self.build()
+
+    @classmethod
+    def tiny(cls) -> RecConfig:
+        """Preset that trains from scratch in seconds on one CPU core, for tests."""
+        convnext = {"model_type": "dinov3_convnext", "hidden_sizes": [16, 32], "depths": [1, 1]}
+        return cls(
+            image_size=32,
+            vision=VisionEncoderConfig(architecture=convnext | {"layer_scale_init_value": 1.0}, frozen=False),
+            text=BgeConfig(architecture=TINY_BERT, frozen=False),
+            head=DenseHeadConfig(width=32, layers=1, heads=2, feedforward=64, dropout=0.0),
+        )
