@@ -14,7 +14,7 @@ from safetensors.torch import load, load_file
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
-SHARED = Path(__file__).parents[2] / ".." / "shared" / "data" / "golden_official"
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "golden_official"  # beside the repository
 SEED = 72  # of the recorded weights
 HEADS = [f"{prefix}bbox_embed.{layer}." for prefix in ("transformer.decoder.", "") for layer in range(3)]
 
@@ -24,7 +24,7 @@ def recorded_path(name: str) -> Path:
     for path in (FOLDER / name, SHARED / name):
         if path.exists():
             return path
-    pytest.skip(f"{name} is not among the recorded files of tests/golden, and there is no {SHARED}")
+    pytest.skip(f"{name} is not in tests/golden, and there is no {SHARED}")
 
 
 def recorded_json(name: str) -> Any:
