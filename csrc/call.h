@@ -1,6 +1,6 @@
-// A call of an operator as the kernels see it: sizes, types, strides and pointers, checked.
+// Arguments of an operator call in the form of the kernels: checked sizes, types, strides and pointers.
 //
-// Python has checked the arguments already; what is checked here guards against reading memory that is not ours.
+// Python has checked the arguments already; the checks here prevent out-of-bounds reads.
 #pragma once
 
 #include <algorithm>
@@ -39,10 +39,10 @@ void check_sizes(const Tensor& tensor, const Sizes& sizes, const char* name) {
   const auto found = tensor.sizes();
   STD_TORCH_CHECK(
       found.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), found.begin()), "deform_attn: ", name,
-      " does not have the shape that value and shapes ask for");
+      " does not have the shape that value and shapes require");
 }
 
-// A call as the kernels see it, and the tensors that keep its memory alive.
+// Arguments of the kernels, and the tensors that keep their memory alive.
 struct Call {
   Tensor value;
   std::vector<Tensor> queries;  // plain: locations, weights; fused: reference points, offsets, logits
@@ -53,16 +53,16 @@ struct Call {
   bool fused() const { return queries.size() == 3; }
   int64_t rows() const { return problem.batch * problem.queries; }
 
-  // half_kernels: whether the kernels know float16 values, and weights, offsets and logits in the type of the values.
+  // half_kernels: whether the kernels support float16 values, and weights, offsets and logits in the dtype of value.
   Call(const Tensor& given, const Sizes& shapes, const std::vector<Tensor>& tensors, bool half_kernels)
       : value(given), queries(tensors) {
     sum_type = given.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     query_type = sum_type;
     if (half_kernels) {
       const ScalarType type = given.scalar_type();
-      bool alike = true;
-      for (size_t i = 1; i < queries.size(); ++i) alike = alike && queries[i].scalar_type() == type;
-      if (alike) query_type = type;
+      bool same = true;
+      for (size_t i = 1; i < queries.size(); ++i) same = same && queries[i].scalar_type() == type;
+      if (same) query_type = type;
     } else if (given.scalar_type() == ScalarType::Half) {
       value = as(given, ScalarType::Float);
     }
@@ -134,7 +134,7 @@ Sizes sizes_of(const Tensor& tensor) {
   return Sizes(sizes.begin(), sizes.end());
 }
 
-// Gradients of value and queries in the kernels' types; those that nobody needs stay empty.
+// Gradients of value and queries in the kernels' types; gradients that are not needed stay empty.
 struct Gradients {
   std::vector<Tensor> tensors;
   DeformAttnGradients pointers{};

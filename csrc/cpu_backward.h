@@ -4,12 +4,12 @@ namespace VG_ISA {
 
 // ---- backward: tasks (b, head, level) ---------------------------------------------------------------------------
 //
-// A task alone adds to the gradients of its pixels, one query after the other: no atomics, and the same sums every
-// time. It sums in memory of its own with D * sizeof(A) bytes from pixel to pixel: in grad_value they are H times as
-// far apart, so that a few sets of the L1 cache would hold them all and every fourth pixel would need a page table
-// entry. What it reads lies H times apart too, which the processor does not foresee: prefetches halve the time.
+// Only one task adds to the gradients of a pixel, query after query: no atomics, and the sums are deterministic. A task
+// sums in a buffer of its own, where pixels are D * sizeof(A) bytes apart. In grad_value they are H times as far apart:
+// they would share a few sets of the L1 cache, and every fourth pixel would need another page table entry. The inputs
+// have the same stride, which the hardware prefetcher does not detect: explicit prefetches halve the time.
 
-constexpr int64_t kBlock = 64;  // queries at once: their points stay in the L1 cache
+constexpr int64_t kBlock = 64;  // queries; their points fit into the L1 cache
 
 template <typename A>
 struct Aligned {
@@ -19,7 +19,7 @@ struct Aligned {
   }
 };
 
-// Fetches C numbers into the cache; the address may lie past the end of its array.
+// Prefetches C elements; the address may be past the end of its array.
 template <int C, int kWrite = 0, typename T>
 static inline void prefetch(const T* from) {
   for (int byte = 0; byte < C * int(sizeof(T)); byte += 64) __builtin_prefetch((const char*)from + byte, kWrite);
@@ -33,15 +33,15 @@ static inline void write_channels(const A* sums, int64_t stride, T* to, int64_t 
   }
 }
 
-// What one task reads and adds to.
+// Inputs and outputs of one task.
 template <typename T, typename A>
 struct Slice {
   const T* value;        // first pixel of the level
   int64_t value_stride;  // from pixel to pixel
-  A* grad_value;         // [h * w, D], channels in the order of Channels::load; null where no gradient is wanted
+  A* grad_value;         // [h * w, D], channels in the order of Channels::load; null if not needed
   const T* grad_output;  // of the block's first query
   int64_t grad_output_stride;
-  A* matches;            // [points, 4] grad_output . pixel of each corner, or null where not wanted
+  A* dots;               // [points, 4] grad_output . pixel of each corner, null if not needed
   int64_t channels;
   int64_t points;        // per query
 };
@@ -61,7 +61,7 @@ static inline void visit_corners(const Slice<T, A>& slice, const Points<A>& poin
       const int64_t cell = points.cell[i], row = points.row[i];
       const int64_t cells[4] = {cell, cell + 1, cell + row, cell + row + 1};
       const bool whole = __builtin_expect(inside == 15, 1);
-      if (slice.matches) {
+      if (slice.dots) {
         typename Row::Vector sums[4] = {};
         if (whole) {
           for (int k = 0; k < 4; ++k) sums[k] = grad.products(Row::load(value + cells[k] * stride));
@@ -69,7 +69,7 @@ static inline void visit_corners(const Slice<T, A>& slice, const Points<A>& poin
           for (int k = 0; k < 4; ++k)
             if (inside >> k & 1) sums[k] = grad.products(Row::load(value + cells[k] * stride));
         }
-        add_lane_sums<A, Row::kLanes>(sums, slice.matches + 4 * i);
+        add_lane_sums<A, Row::kLanes>(sums, slice.dots + 4 * i);
       }
       if (slice.grad_value) {
         for (int k = 0; k < 4; ++k) {
@@ -84,13 +84,13 @@ static inline void visit_corners(const Slice<T, A>& slice, const Points<A>& poin
   }
 }
 
-// Gradients of a block's locations and weights from the matches; they take the place of their inputs' copies.
+// Computes gradients of a block's locations and weights from the dot products, in place of the copied inputs.
 template <typename A>
-static void point_gradients(const Points<A>& points, const A* __restrict matches, A* __restrict locations,
+static void point_gradients(const Points<A>& points, const A* __restrict dots, A* __restrict locations,
                             A* __restrict weights, int64_t count) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
-    const A m0 = matches[4 * i], m1 = matches[4 * i + 1], m2 = matches[4 * i + 2], m3 = matches[4 * i + 3];
+    const A m0 = dots[4 * i], m1 = dots[4 * i + 1], m2 = dots[4 * i + 2], m3 = dots[4 * i + 3];
     const A x = points.x[i], y = points.y[i], weight = points.inside[i] ? weights[i] : A(0);
     const A top = m0 + x * (m1 - m0), bottom = m2 + x * (m3 - m2);
     const A left = m0 + y * (m2 - m0), right = m1 + y * (m3 - m1);
@@ -100,14 +100,14 @@ static void point_gradients(const Points<A>& points, const A* __restrict matches
   }
 }
 
-// A block of queries as the task sees it: its level's points only, one query after the other.
+// A block of queries: only the points of the task's level, query after query.
 template <typename A>
 struct Block {
   std::vector<A> memory;
-  A *locations, *weights, *matches;  // [points, 2], [points], [points, 4]; then gradients of the first two
+  A *locations, *weights, *dots;  // [points, 2], [points], [points, 4]; then gradients of the first two
 
   explicit Block(int64_t points) : memory(7 * points) {
-    locations = memory.data(), weights = locations + 2 * points, matches = weights + points;
+    locations = memory.data(), weights = locations + 2 * points, dots = weights + points;
   }
 
   // `first` is the index of the first query's first point in weights, `step` the distance to the next query's.
@@ -137,10 +137,10 @@ static void backward_slice(const DeformAttnProblem& p, const DeformAttnInputs& i
   for (int64_t query = 0; query < p.queries; query += kBlock) {
     const int64_t queries = std::min(kBlock, p.queries - query), count = queries * p.points;
     block.read(inputs, queries, p.points, first, step);
-    place(points, block.locations, count);
+    locate(points, block.locations, count);
     weigh_corners(points, block.weights, count);
-    if (slice.matches) std::fill_n(block.matches, 4 * count, A(0));
-    for (int64_t q = 0; q < queries; ++q) {  // the next block's inputs, and where this one's results go
+    if (slice.dots) std::fill_n(block.dots, 4 * count, A(0));
+    for (int64_t q = 0; q < queries; ++q) {  // prefetch the next block's inputs and this block's outputs
       const int64_t here = first + q * step, next = here + kBlock * step;
       __builtin_prefetch((const A*)inputs.locations + 2 * next);
       __builtin_prefetch((const A*)inputs.weights + next);
@@ -151,8 +151,8 @@ static void backward_slice(const DeformAttnProblem& p, const DeformAttnInputs& i
     for (; c + 32 <= p.channels; c += 32) visit_corners<32>(slice, points, queries, c);
     for (; c + 8 <= p.channels; c += 8) visit_corners<8>(slice, points, queries, c);
     for (; c < p.channels; ++c) visit_corners<1>(slice, points, queries, c);
-    if (slice.matches) {
-      point_gradients(points, block.matches, block.locations, block.weights, count);
+    if (slice.dots) {
+      point_gradients(points, block.dots, block.locations, block.weights, count);
       block.write(gradients, queries, p.points, first, step);
     }
     first += queries * step;
@@ -180,7 +180,7 @@ static void backward(const DeformAttnProblem& p, const DeformAttnInputs& inputs,
     slice.grad_value = gradients.value ? sums.data.get() : nullptr;
     slice.grad_output = (const T*)grad_output + batch * p.queries * width + head * channels;
     slice.grad_output_stride = width;
-    slice.matches = gradients.locations || gradients.weights ? block.matches : nullptr;
+    slice.dots = gradients.locations || gradients.weights ? block.dots : nullptr;
     slice.channels = channels, slice.points = p.points;
     if (slice.grad_value) std::fill_n(slice.grad_value, pixels * channels, A(0));
     const int64_t first = ((batch * p.queries * p.heads + head) * p.levels + level) * p.points;
@@ -197,7 +197,7 @@ static void backward(const DeformAttnProblem& p, const DeformAttnInputs& inputs,
 // ---- backward of the fused form: from gradients of locations and weights to those of its own inputs -------------
 
 // Rows of [B * Q]. `weights` and the gradients of locations and weights are those of the plain form; gradients.offsets
-// may be the memory of grad_locations, and gradients.logits that of grad_weights.
+// may alias grad_locations, and gradients.logits may alias grad_weights.
 template <typename A>
 static void finish(const DeformAttnProblem& p, const DeformAttnInputs& inputs, const void* weights,
                    const void* grad_locations, const void* grad_weights, const DeformAttnGradients& gradients,
@@ -215,7 +215,7 @@ static void finish(const DeformAttnProblem& p, const DeformAttnInputs& inputs, c
         for (int64_t i = 0; i < 2 * points; ++i) {
           A* to = reference + (p.reference_levels == 1 ? 0 : i / 2 / p.points) * p.reference_size + i % 2;
           to[0] += given[i];
-          // A point that samples nothing may have an infinite offset, and 0 times infinity is not 0.
+          // A point that samples nothing may have an infinite offset, and 0 * infinity is NaN.
           if (p.reference_size == 4 && given[i] != 0) to[2] += given[i] * offset[i] * (A(0.5) / A(p.points));
         }
       }

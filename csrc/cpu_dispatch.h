@@ -1,7 +1,7 @@
-// The CPU kernels for three instruction sets, and the choice between them at run time.
+// Compiles the CPU kernels for three instruction sets and selects one at run time.
 //
 // One binary serves every x86-64 machine: the kernels are compiled with AVX-512, with AVX2 and for any processor.
-// Other architectures get the last form only, whose 16-byte vectors are NEON's or the like.
+// Other architectures have only the last variant, with 16-byte vectors (such as NEON).
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-// Kernels for one type of values; cpu_forward.h, cpu_backward.h and cpu_points.h say what each does.
+// Kernels for one type of values; see cpu_forward.h, cpu_backward.h and cpu_points.h.
 struct CpuKernels {
   void (*forward)(const DeformAttnProblem&, const DeformAttnInputs&, void* output, int64_t begin, int64_t end);
   void (*prepare)(const DeformAttnProblem&, const DeformAttnInputs&, void* locations, void* weights, int64_t begin,
@@ -33,7 +33,7 @@ struct CpuKernels {
                  const void* grad_weights, const DeformAttnGradients&, int64_t begin, int64_t end);
 };
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross the border of this file
+#pragma GCC diagnostic ignored "-Wpsabi"  // no function with external linkage takes vectors
 
 #define VG_ISA baseline
 #define VG_VECTOR_BYTES 16

@@ -1,7 +1,7 @@
 // The forward kernel of the CPU; included once per instruction set.
 //
-// T is the type of values, A the accumulate type. Every function takes a range of rows (b, q) or of tasks and leaves
-// threads to the caller; no number depends on how ranges are cut, so 1 thread and 64 give the same bits.
+// T is the type of values, A the accumulate type. Every function takes a range of rows (b, q) or of tasks; the caller
+// starts the threads. Results do not depend on the ranges, so 1 thread and 64 give the same bits.
 
 namespace VG_ISA {
 
@@ -11,7 +11,7 @@ template <typename T, typename A, int C>
 static inline void sample(const T* value, int64_t stride, const Points<A>& points, int64_t first, int64_t count,
                           T* out) {
   typedef Channels<A, C> Row;
-  Row top = Row::zero(), bottom = Row::zero();  // two chains of additions, since one would wait for itself
+  Row top = Row::zero(), bottom = Row::zero();  // two chains of additions hide their latency
   for (int64_t i = first; i < first + count; ++i) {
     const T* upper = value + points.cell[i] * stride;
     const T* lower = upper + points.row[i] * stride;
@@ -21,7 +21,7 @@ static inline void sample(const T* value, int64_t stride, const Points<A>& point
       bottom.add_scaled(points.corner[2][i], Row::load(lower));
       top.add_scaled(points.corner[1][i], Row::load(upper + stride));
       bottom.add_scaled(points.corner[3][i], Row::load(lower + stride));
-    } else if (inside) {  // a corner outside must not be read: weight 0 times infinity is not 0
+    } else if (inside) {  // corners outside must not be read: weight 0 * infinity is NaN
       if (inside & 1) top.add_scaled(points.corner[0][i], Row::load(upper));
       if (inside & 2) top.add_scaled(points.corner[1][i], Row::load(upper + stride));
       if (inside & 4) bottom.add_scaled(points.corner[2][i], Row::load(lower));
@@ -50,7 +50,7 @@ static void forward(const DeformAttnProblem& p, const DeformAttnInputs& inputs, 
       locations = prepared.data(), weights = prepared.data() + 2 * per_query;
       prepare_query(p, inputs, frame, row, prepared.data(), prepared.data() + 2 * per_query);
     }
-    place(points, locations, per_query);
+    locate(points, locations, per_query);
     weigh_corners(points, weights, per_query);
     const T* value = (const T*)inputs.value + row / p.queries * p.value_batch_stride;
     T* out = (T*)output + row * p.heads * p.channels;

@@ -1,4 +1,4 @@
-// All CPU kernels of one instruction set, and the table of them; included once per instruction set.
+// All CPU kernels of one instruction set and their table; included once per instruction set.
 
 #include "cpu_vectors.h"
 

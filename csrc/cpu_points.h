@@ -1,12 +1,12 @@
-// Where the sampled points of a query fall and what they weigh; included once per instruction set.
+// Positions and weights of the sampled points of a query; included once per instruction set.
 //
-// A is the accumulate type (float, or double for double values); offsets, logits, weights, references come in it.
+// A is the accumulate type (float, or double for double values), also of offsets, logits, weights and references.
 
 namespace VG_ISA {
 
-// ---- where the points fall --------------------------------------------------------------------------------------
+// ---- positions and corner weights -------------------------------------------------------------------------------
 
-// A structure of arrays, so that the loops below become vector code.
+// A structure of arrays, so the compiler vectorizes the loops below.
 template <typename A>
 struct Points {
   int64_t count;
@@ -16,8 +16,8 @@ struct Points {
   int32_t *row, *start; // the same width as integer; first token of the level
   A *x, *y;             // position within the cell, 0..1
   A* corner[4];         // weight of each corner: (y0,x0), (y0,x1), (y1,x0), (y1,x1)
-  int32_t* cell;        // token of corner (y0,x0); of no use where that corner is outside
-  int32_t* inside;      // bit k: corner k lies within the level; 0: the point contributes nothing
+  int32_t* cell;        // token of corner (y0,x0); undefined if that corner is outside
+  int32_t* inside;      // bit k: corner k is inside the level; 0: the point contributes nothing
 
   explicit Points(int64_t count) : count(count), reals(8 * count), integers(4 * count) {
     A* real = reals.data();
@@ -35,7 +35,7 @@ struct Points {
 
 // Fills x, y, cell, inside from (x, y) pairs in 0..1. align_corners=False: pixel = location * size - 0.5.
 template <typename A>
-static void place(Points<A>& points, const A* __restrict location, int64_t count) {
+static void locate(Points<A>& points, const A* __restrict location, int64_t count) {
   const A *__restrict width = points.width, *__restrict height = points.height;
   const int32_t *__restrict row = points.row, *__restrict start = points.start;
   A *__restrict fraction_x = points.x, *__restrict fraction_y = points.y;
@@ -43,7 +43,7 @@ static void place(Points<A>& points, const A* __restrict location, int64_t count
 #pragma GCC ivdep  // no two of these arrays overlap; GCC takes __restrict from parameters only
   for (int64_t i = 0; i < count; ++i) {
     A x = location[2 * i] * width[i] - A(0.5), y = location[2 * i + 1] * height[i] - A(0.5);
-    // False for NaN. A point that is out takes a harmless position before its conversion to integer.
+    // False for NaN. Points outside get position 0, because converting them to an integer could overflow.
     const bool near = (x > A(-1)) & (x < width[i]) & (y > A(-1)) & (y < height[i]);
     x = near ? x : A(0), y = near ? y : A(0);
     int32_t x0 = int32_t(x), y0 = int32_t(y);
@@ -73,9 +73,9 @@ static void weigh_corners(Points<A>& points, const A* __restrict weight, int64_t
 
 static inline double exponential(double x) { return std::exp(x); }
 
-// e^x for x <= 0, within 2 units in the last place; NaN stays NaN. Branch-free, so that it becomes vector code.
+// e^x for x <= 0, within 2 units in the last place; NaN stays NaN. Branch-free, so it is vectorized.
 static inline float exponential(float x) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer that stands in the low bits
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const float shifted = x * 1.44269504f + magic;
   const float whole = shifted - magic;
   const float r = (x - whole * 0.693145752f) - whole * 1.42860677e-6f;  // |r| <= ln(2) / 2
@@ -97,7 +97,7 @@ static inline float exponential(float x) {
 template <typename A>
 static inline void softmax(const A* __restrict logits, A* __restrict weights, int64_t count) {
   typedef Native<A> Vector;
-  // What does not fill a vector is done one by one; 16 points fill one or two.
+  // The remainder that does not fill a vector is scalar; 16 points fill one or two vectors.
   const int64_t filled = count / Vector::kLanes * Vector::kLanes;
   A largest = -std::numeric_limits<A>::infinity(), sum = 0;
   if (filled) {
@@ -120,7 +120,7 @@ static inline void softmax(const A* __restrict logits, A* __restrict weights, in
   for (int64_t i = 0; i < count; ++i) weights[i] *= scale;
 }
 
-// The locations of a query are base + offset * scale, with [L * P, 2] numbers each that all heads share.
+// The locations of a query are base + offset * scale; base and scale are [L * P, 2] and equal for all heads.
 template <typename A>
 struct QueryFrame {
   std::vector<A> base, scale;
@@ -133,7 +133,7 @@ struct QueryFrame {
       const A* point = query + (p.reference_levels == 1 ? 0 : l) * p.reference_level_stride;
       const A size[2] = {A(p.level[l].width), A(p.level[l].height)};
       for (int axis = 0; axis < 2; ++axis) {
-        // An empty level has no pixel: any finite number will do, nothing is sampled there.
+        // Nothing is sampled from an empty level, so any finite size works.
         A step = A(1) / (size[axis] > 1 ? size[axis] : A(1));
         if (p.reference_size == 4) step = point[2 + axis] * A(0.5) / A(p.points);
         for (int32_t i = l * p.points; i < (l + 1) * p.points; ++i)

@@ -1,7 +1,7 @@
 // Channels of a pixel in vector registers, and sums over the lanes of a register; included once per instruction set.
 //
-// Vectors are GCC vector types: left to itself GCC unrolls the channel loop completely and then finds only 16-byte
-// vectors in it (2.3 times slower). VG_VECTOR_BYTES is the width of a register.
+// These are GCC vector types because automatic vectorization unrolls the channel loop completely and then finds only
+// 16-byte vectors in it (2.3 times slower). VG_VECTOR_BYTES is the width of a register.
 
 namespace VG_ISA {
 
@@ -36,8 +36,8 @@ struct Channels {
     for (int i = 0; i < kVectors; ++i) *(Unaligned*)(to + i * kLanes) = v[i];
   }
 
-  // Two neighbours share a 32-bit word: a shift gives the first as float, a mask the second, so vectors 2i and 2i + 1
-  // hold even and odd channels. store() undoes this order; sums and products do not see it.
+  // Two neighbors share a 32-bit word: a shift gives the first as float, a mask the second, so vectors 2i and 2i + 1
+  // contain even and odd channels. store() restores the order; sums and products do not depend on it.
   static inline Channels load(const Bfloat16* from) {
     Channels result;
     if constexpr (C == 1) {

@@ -8,13 +8,13 @@ namespace {
 
 // ---- one row ------------------------------------------------------------------------------------------------------
 
-// Where the backward kernel keeps what other kernels, or its own later steps, want; null where nobody does.
+// Intermediate results for later kernels and later steps of the backward kernel; null if not needed.
 template <typename A>
 struct Scratch {
   void* value_sums;
   const Limits* limits;
-  A* locations;  // [B, Q, H, L, P, 2] fused form: gradients of locations, for that of the reference
-  A* weights;    // [B, Q, H, L * P] fused form, sizes unknown to the compiler: gradients of the softmax's results
+  A* locations;  // [B, Q, H, L, P, 2] fused form: gradients of locations, summed for the reference
+  A* weights;    // [B, Q, H, L * P] fused form, sizes unknown at compile time: gradients of the softmax's results
 };
 
 template <typename A>
@@ -22,7 +22,7 @@ struct PointGradient {
   A weight, x, y;  // x, y: per pixel, before the point's weight
 };
 
-// Adds to the gradient of value around the point, and returns this lane's part of the point's own gradients.
+// Adds to the gradient of value around the point and returns this lane's share of the point's own gradients.
 template <typename C, typename Sums>
 VG_DEVICE PointGradient<typename C::Sum> point_backward(
     const DeformAttnProblem& problem, const Point<typename C::Sum>& point, int level, bool all_inside, const Row& row,
@@ -37,7 +37,7 @@ VG_DEVICE PointGradient<typename C::Sum> point_backward(
   const int64_t sums_pixel =
       (row.batch * problem.tokens + problem.level[level].start + point.corner) * sums_token + row.head * channels;
 
-  A matches[4] = {};  // of each corner's pixel with the gradient of the output
+  A dots[4] = {};  // dot product of each corner's pixel and the gradient of the output
   const auto visit_corners = [&](auto all_inside_constant) {
     constexpr bool ALL_INSIDE = decltype(all_inside_constant)::value;
     for (int first = 0; first < channels; first += C::VECTOR * C::GROUP) {
@@ -57,7 +57,7 @@ VG_DEVICE PointGradient<typename C::Sum> point_backward(
         A values[C::VECTOR];
         load(pixel + channel + step * token, values);
         VG_UNROLL
-        for (int c = 0; c < C::VECTOR; ++c) matches[k] += grad[c] * values[c];
+        for (int c = 0; c < C::VECTOR; ++c) dots[k] += grad[c] * values[c];
       }
       if (!needs_value) continue;
       VG_UNROLL
@@ -71,21 +71,21 @@ VG_DEVICE PointGradient<typename C::Sum> point_backward(
       }
     }
   };
-  // Without a branch per corner all loads start at once.
+  // Without a branch per corner all loads start together.
   if (all_inside) {
     visit_corners(std::true_type());
   } else {
     visit_corners(std::false_type());
   }
   return {
-      shares.of[0] * matches[0] + shares.of[1] * matches[1] + shares.of[2] * matches[2] + shares.of[3] * matches[3],
-      (1 - point.down) * (matches[1] - matches[0]) + point.down * (matches[3] - matches[2]),
-      (1 - point.right) * (matches[2] - matches[0]) + point.right * (matches[3] - matches[1])};
+      shares.of[0] * dots[0] + shares.of[1] * dots[1] + shares.of[2] * dots[2] + shares.of[3] * dots[3],
+      (1 - point.down) * (dots[1] - dots[0]) + point.down * (dots[3] - dots[2]),
+      (1 - point.right) * (dots[2] - dots[0]) + point.right * (dots[3] - dots[1])};
 }
 
-// Writes the gradients of this lane's locations, or of its offsets and what that of the reference needs.
+// Writes the gradients of this lane's locations, or of its offsets and the terms of the reference's gradient.
 template <typename C>
-VG_DEVICE void store_place_gradients(
+VG_DEVICE void store_position_gradients(
     const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const DeformAttnGradients& gradients,
     const Scratch<typename C::Sum>& scratch, const Row& row, int index,
     const Point<typename C::Sum> (&points)[C::SLOTS], const PointGradient<typename C::Sum> (&found)[C::SLOTS]) {
@@ -105,7 +105,7 @@ VG_DEVICE void store_place_gradients(
       if (problem.reference_size == 4) {
         const Reference<A> reference = reference_of<A>(problem, inputs, row.batch, row.query, level);
         const A part = A(0.5) / C::points(problem);
-        // A gradient of 0 stays 0 beside a size that is not finite.
+        // A gradient of 0 stays 0 even if the size is not finite.
         of_offsets[2 * i] = x == 0 ? 0 : of_locations[2 * i] * reference.width * part;
         of_offsets[2 * i + 1] = y == 0 ? 0 : of_locations[2 * i + 1] * reference.height * part;
       }
@@ -119,7 +119,7 @@ VG_DEVICE void store_place_gradients(
   }
 }
 
-// Sizes unknown to the compiler: gradients of the softmax's results wait in scratch until their mean is known.
+// Sizes unknown at compile time: gradients of the softmax's results stay in scratch until their mean is known.
 template <typename C>
 VG_DEVICE void softmax_backward(
     const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const DeformAttnGradients& gradients,
@@ -128,11 +128,11 @@ VG_DEVICE void softmax_backward(
   using A = typename C::Sum;
   const int count = C::count(problem);
   for (int index = lane; index < count; index += C::GROUP) {
-    const int64_t place = row.head_row * count + index;
+    const int64_t element = row.head_row * count + index;
     A numbers[1];
-    load_parameters<typename C::Value>(inputs.logits, wide(problem), place, numbers);
-    numbers[0] = exp(numbers[0] - softmax.largest) / softmax.total * (scratch.weights[place] - mean);
-    store_parameters<typename C::Value>(numbers, wide(problem), place, gradients.logits);
+    load_parameters<typename C::Value>(inputs.logits, wide(problem), element, numbers);
+    numbers[0] = exp(numbers[0] - softmax.largest) / softmax.total * (scratch.weights[element] - mean);
+    store_parameters<typename C::Value>(numbers, wide(problem), element, gradients.logits);
   }
 }
 
@@ -152,7 +152,7 @@ VG_DEVICE void backward_row(
   A grad[C::VECTOR] = {};
   if constexpr (C::EXACT) load(grad_output + row.head_row * channels + lane * C::VECTOR, grad);
 
-  A mean = 0;  // of the gradients of the softmax's results, weighted by them
+  A mean = 0;  // of the gradients of the softmax's results, weighted by the results
   for (int batch = 0; batch < count; batch += C::BATCH) {
     const int index = batch + lane * C::SLOTS;
     Point<A> mine[C::SLOTS];
@@ -185,13 +185,13 @@ VG_DEVICE void backward_row(
       for (int i = 0; i < C::SLOTS; ++i) of_weights[i] = mine[i].weight * (of_weights[i] - mean);
     }
     if (!row.real || (!C::EXACT && index >= count)) continue;
-    store_place_gradients<C>(problem, inputs, gradients, scratch, row, index, mine, found);
+    store_position_gradients<C>(problem, inputs, gradients, scratch, row, index, mine, found);
     if (!needs_weights) continue;
-    const int64_t place = row.head_row * count + index;
+    const int64_t element = row.head_row * count + index;
     if constexpr (C::FUSED && !C::EXACT) {
-      store(of_weights, scratch.weights + place);
+      store(of_weights, scratch.weights + element);
     } else {
-      store_parameters<T>(of_weights, wide(problem), place, C::FUSED ? gradients.logits : gradients.weights);
+      store_parameters<T>(of_weights, wide(problem), element, C::FUSED ? gradients.logits : gradients.weights);
     }
   }
   if constexpr (C::FUSED && !C::EXACT) {
@@ -202,8 +202,8 @@ VG_DEVICE void backward_row(
   }
 }
 
-// rows_at_once: that many rows of a batch element have lanes at the same time. Fewer than there are, namely one per
-// head, put all additions to a sum into one order.
+// rows_at_once: rows of a batch element that are processed in parallel. One row per head, instead of all rows, puts the
+// additions to each sum into a fixed order.
 template <typename C, bool FIXED_POINT>
 VG_KERNEL(2) void backward_kernel(
     const VG_PARAMETER DeformAttnProblem problem, const DeformAttnInputs inputs, const typename C::Value* grad_output,
@@ -230,7 +230,7 @@ VG_KERNEL(2) void backward_kernel(
 
 // ---- after all rows -----------------------------------------------------------------------------------------------
 
-// One thread per reference sums, always in the same order, the gradients of all locations that start from it.
+// One thread per reference sums the gradients of all its locations, always in the same order.
 template <typename A, typename T>
 VG_KERNEL(4) void reference_kernel(
     const VG_PARAMETER DeformAttnProblem problem, const DeformAttnInputs inputs, const A* of_locations,
@@ -243,21 +243,21 @@ VG_KERNEL(4) void reference_kernel(
     A sums[4] = {};
     for (int head = 0; head < problem.heads; ++head) {
       for (int p = level * problem.points; p < (level + levels) * problem.points; ++p) {
-        const int64_t place = 2 * ((query * problem.heads + head) * row + p);
-        const A found[2] = {of_locations[place], of_locations[place + 1]};
+        const int64_t element = 2 * ((query * problem.heads + head) * row + p);
+        const A found[2] = {of_locations[element], of_locations[element + 1]};
         A offset[2] = {};
         if (problem.reference_size == 4) {
           A one[1];
           VG_UNROLL
           for (int axis = 0; axis < 2; ++axis) {
-            load_parameters<T>(inputs.offsets, wide(problem), place + axis, one);
+            load_parameters<T>(inputs.offsets, wide(problem), element + axis, one);
             offset[axis] = one[0];
           }
         }
         VG_UNROLL
         for (int axis = 0; axis < 2; ++axis) {
           sums[axis] += found[axis];
-          // A gradient of 0 stays 0 beside an offset that is not finite.
+          // A gradient of 0 stays 0 even if the offset is not finite.
           if (found[axis] != 0) sums[2 + axis] += found[axis] * offset[axis] * (A(0.5) / problem.points);
         }
       }

@@ -1,11 +1,11 @@
-// A warp on the host: each lane is a fiber of its own, and lanes meet where a CUDA warp would exchange values.
+// Emulates a warp on the host: each lane is a fiber, and lanes synchronize where a CUDA warp would exchange values.
 //
-// The kernels run unchanged. A lane runs until it wants a value of another lane, leaves its own in a slot, and the next
-// lane runs; when lane 0 runs again, all have left theirs. Lanes that meet at different places, which is undefined
-// behaviour on a GPU, end the program with a message, so a passing test also says that no exchange diverges.
+// The kernels run unchanged. A lane runs until it needs the value of another lane. It stores its own value in a slot,
+// and the next lane runs; when lane 0 runs again, all slots are filled. If lanes exchange values at different lines of
+// the source, which is undefined behavior on a GPU, the program aborts: a passing test shows that no exchange diverges.
 #pragma once
 
-// With it, longjmp takes a jump to another fiber's stack for an attack.
+// With it, longjmp rejects jumps to the stack of another fiber.
 #undef _FORTIFY_SOURCE
 
 #include <setjmp.h>
@@ -33,17 +33,17 @@ class Warp {
 
   int lane() const { return lane_; }
 
-  // Leaves `mine` for the others; returns what lane `source` left at this meeting. `place` tells meetings apart.
+  // Stores `mine` and returns the value that lane `source` stored in the same exchange, which `line` identifies.
   template <typename T>
-  T exchange(T mine, int source, int place) {
-    leave(&mine, sizeof mine, place);
+  T exchange(T mine, int source, int line) {
+    put(&mine, sizeof mine, line);
     T theirs;
     memcpy(&theirs, slots_[parity_[lane_]][source], sizeof theirs);
     return theirs;
   }
 
-  bool all(bool mine, int place) {
-    leave(&mine, sizeof mine, place);
+  bool all(bool mine, int line) {
+    put(&mine, sizeof mine, line);
     bool all = true;
     for (auto& slot : slots_[parity_[lane_]]) all &= slot[0] != 0;
     return all;
@@ -56,18 +56,18 @@ class Warp {
     bool started = false;
   };
 
-  __attribute__((noinline)) void leave(const void* value, size_t bytes, int place) {
-    // Two sets of slots: a lane may already leave its next value while others still read the last ones.
+  __attribute__((noinline)) void put(const void* value, size_t bytes, int line) {
+    // Two sets of slots: a lane may store its next value while other lanes still read the previous ones.
     parity_[lane_] ^= 1;
     memcpy(slots_[parity_[lane_]][lane_], value, bytes);
-    meet(place);
+    check(line);
     switch_to((lane_ + 1) % kLanes);
   }
 
-  void meet(int place) {
-    if (lane_ == 0) place_ = place;
-    if (place_ == place) return;
-    fprintf(stderr, "emulated warp: lane %d is at place %d while lane 0 is at place %d\n", lane_, place, place_);
+  void check(int line) {
+    if (lane_ == 0) line_ = line;
+    if (line_ == line) return;
+    fprintf(stderr, "emulated warp: lane %d is at line %d while lane 0 is at line %d\n", lane_, line, line_);
     abort();
   }
 
@@ -90,13 +90,13 @@ class Warp {
     setcontext(&start);
   }
 
-  // A fiber outlives the body that it runs, because making one costs more than most bodies do.
+  // Fibers are reused, because creating one takes longer than most bodies run.
   static void live() {
     Warp& warp = *current();
     const int lane = warp.lane_;
     for (;;) {
       warp.body_(warp.data_);
-      warp.meet(-1);
+      warp.check(-1);
       if (_setjmp(warp.fibers_[lane].state) != 0) continue;
       if (lane + 1 < kLanes) warp.resume(lane + 1);
       _longjmp(warp.caller_, 1);
@@ -111,7 +111,7 @@ class Warp {
   Fiber fibers_[kLanes];
   char slots_[2][kLanes][sizeof(double)];
   int parity_[kLanes] = {};
-  int lane_ = 0, place_ = 0;
+  int lane_ = 0, line_ = 0;
   jmp_buf caller_;
   void (*body_)(void*) = nullptr;
   void* data_ = nullptr;
@@ -126,7 +126,7 @@ struct Position {
   int block_x, block_y, blocks_x, blocks_y, thread;
 };
 
-// Of the first lane of the warp that runs.
+// Indices of the first lane of the current warp.
 inline Position& position() {
   static thread_local Position position;
   return position;

@@ -1,6 +1,6 @@
-// What one lane of a warp can do: hear from its group, move 16 bytes at once, add to memory that others add to.
+// Operations of one lane of a warp: exchange values within its group, move 16 bytes at once, add atomically.
 //
-// The same names exist on the GPU and, with VG_EMULATE, on the host, so that kernels are written once.
+// They exist for the GPU and, with VG_EMULATE, for the host, so each kernel is written once.
 #pragma once
 
 #include <math.h>
@@ -20,7 +20,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define VG_DEVICE __device__ __forceinline__
-// blocks: how many a multiprocessor must be able to hold, which bounds the registers
+// blocks: minimum number of resident blocks on a multiprocessor, which limits the registers
 #define VG_KERNEL(blocks) __global__ __launch_bounds__(kThreads, blocks)
 #define VG_PARAMETER __grid_constant__
 #define VG_UNROLL _Pragma("unroll")
@@ -28,10 +28,10 @@
 
 namespace {
 
-constexpr int kThreads = 256;  // of a block
+constexpr int kThreads = 256;  // per block
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// How halves lie in memory; arithmetic is never done on them.
+// Storage of half-precision values; all arithmetic is float32.
 struct Half {
   uint16_t bits;
 };
@@ -39,7 +39,7 @@ struct BFloat {
   uint16_t bits;
 };
 
-// ---- where a lane is, and what it hears from others ---------------------------------------------------------------
+// ---- indices, and exchange between lanes ---------------------------------------------------------------------------
 
 #ifdef VG_EMULATE
 VG_DEVICE int thread_of_block() { return emulation::position().thread + emulation::warp().lane(); }
@@ -58,48 +58,48 @@ VG_DEVICE int blocks_y() { return gridDim.y; }
 VG_DEVICE int64_t thread_of_grid() { return static_cast<int64_t>(block_x()) * kThreads + thread_of_block(); }
 VG_DEVICE int64_t threads_of_grid() { return static_cast<int64_t>(blocks_x()) * kThreads; }
 
-// Value of lane `source` (0 .. GROUP - 1) of the own group of GROUP neighbouring lanes. All lanes of the warp must call
-// it together; so for the next three. `place` is the line of the call, by which the emulation finds lanes that do not.
+// Returns the value of lane `source` (0 .. GROUP - 1) of this lane's group of GROUP neighboring lanes. All lanes of the
+// warp must call this function, and the next three, together; the emulation checks this by the `line` of the call.
 template <int GROUP, typename T>
-VG_DEVICE T from_lane(T mine, int source, int place = __builtin_LINE()) {
+VG_DEVICE T from_lane(T mine, int source, int line = __builtin_LINE()) {
 #ifdef VG_EMULATE
   const int lane = emulation::warp().lane();
-  return emulation::warp().exchange(mine, lane - lane % GROUP + source, place);
+  return emulation::warp().exchange(mine, lane - lane % GROUP + source, line);
 #else
   return __shfl_sync(kWholeWarp, mine, source, GROUP);
 #endif
 }
 
 template <int GROUP, typename T>
-VG_DEVICE T group_sum(T x, int place = __builtin_LINE()) {
+VG_DEVICE T group_sum(T x, int line = __builtin_LINE()) {
   const int lane = thread_of_block() % GROUP;
   VG_UNROLL
-  for (int step = 1; step < GROUP; step *= 2) x += from_lane<GROUP>(x, lane ^ step, place);
+  for (int step = 1; step < GROUP; step *= 2) x += from_lane<GROUP>(x, lane ^ step, line);
   return x;
 }
 
 template <int GROUP, typename T>
-VG_DEVICE T group_max(T x, int place = __builtin_LINE()) {
+VG_DEVICE T group_max(T x, int line = __builtin_LINE()) {
   const int lane = thread_of_block() % GROUP;
   VG_UNROLL
   for (int step = 1; step < GROUP; step *= 2) {
-    const T other = from_lane<GROUP>(x, lane ^ step, place);
+    const T other = from_lane<GROUP>(x, lane ^ step, line);
     x = x < other ? other : x;
   }
   return x;
 }
 
-VG_DEVICE bool all_of_warp(bool mine, int place = __builtin_LINE()) {
+VG_DEVICE bool all_of_warp(bool mine, int line = __builtin_LINE()) {
 #ifdef VG_EMULATE
-  return emulation::warp().all(mine, place);
+  return emulation::warp().all(mine, line);
 #else
   return __all_sync(kWholeWarp, mine);
 #endif
 }
 
-// ---- numbers in memory --------------------------------------------------------------------------------------------
+// ---- loads, stores and conversions --------------------------------------------------------------------------------
 
-// A half that is NaN stays NaN, because rounding up would otherwise carry into the exponent.
+// NaN is a special case because rounding up would carry into the exponent.
 inline uint16_t rounded_to_bfloat(uint32_t bits) {
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
@@ -110,7 +110,7 @@ inline float widened_from_half(uint16_t bits) {
   float x;
   if (exponent == 31) {
     x = fraction ? NAN : INFINITY;
-  } else {  // an exponent of 0 is that of 1, without the leading bit
+  } else {  // subnormal: exponent 0 means 1, without the leading bit
     x = ldexpf(exponent ? fraction + 1024 : fraction, (exponent ? exponent : 1) - 25);
   }
   return bits & 0x8000 ? -x : x;
@@ -123,7 +123,7 @@ inline uint16_t rounded_to_half(float x) {
   if (x >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00);
   int exponent = -14;
   if (x >= ldexpf(1, -14)) exponent = ilogbf(x);
-  // Fractions are multiples of 2^(exponent - 10); one that rounds up to 2048 carries into the exponent as it should.
+  // Fractions are multiples of 2^(exponent - 10); rounding up to 2048 carries into the exponent, which is correct.
   const int fraction = static_cast<int>(rintf(ldexpf(x, 10 - exponent)));
   return static_cast<uint16_t>(sign | (((exponent + 14) << 10) + fraction));
 }
@@ -199,11 +199,11 @@ VG_DEVICE Words<BYTES> load_words(const void* from) {
 #endif
 }
 
-// How many bytes of COUNT numbers move at once.
+// Bytes per load or store of COUNT values.
 template <int COUNT, typename T>
 constexpr int kBytesAtOnce = COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16;
 
-// The numbers in BYTES that were loaded at once.
+// The values in BYTES of one load.
 template <typename T, int BYTES, typename A>
 VG_DEVICE void unpack(const Words<BYTES>& words, A* to) {
   T numbers[BYTES / sizeof(T)];
@@ -212,7 +212,7 @@ VG_DEVICE void unpack(const Words<BYTES>& words, A* to) {
   for (int i = 0; i < BYTES / static_cast<int>(sizeof(T)); ++i) to[i] = widen(numbers[i]);
 }
 
-// Two brain floats in a word of 32 bits take one instruction each; the compiler does not see that by itself.
+// Unpacking two bfloat16 values of a 32-bit word takes one instruction each; the compiler does not find this.
 template <int BYTES>
 VG_DEVICE void unpack_pairs(const Words<BYTES>& words, float* to) {
   uint32_t pairs[BYTES / 4];
@@ -224,7 +224,7 @@ VG_DEVICE void unpack_pairs(const Words<BYTES>& words, float* to) {
   }
 }
 
-// COUNT neighbouring numbers, 16 bytes at once if they are as many; the address must be aligned accordingly.
+// Loads COUNT consecutive values, up to 16 bytes at once; the address must be aligned accordingly.
 template <int COUNT, typename T, typename A>
 VG_DEVICE void load(const T* from, A (&to)[COUNT]) {
   constexpr int bytes = kBytesAtOnce<COUNT, T>, each = bytes / sizeof(T);
@@ -253,7 +253,7 @@ VG_DEVICE void store(const A (&from)[COUNT], T* to) {
   }
 }
 
-// ---- adding to memory that other lanes add to ---------------------------------------------------------------------
+// ---- atomic additions ---------------------------------------------------------------------------------------------
 
 template <typename T>
 VG_DEVICE void add_shared(T* to, T x) {
@@ -264,7 +264,7 @@ VG_DEVICE void add_shared(T* to, T x) {
 #endif
 }
 
-// Four numbers in one transaction where the GPU can (sm_90 and later): a quarter of the instructions.
+// Adds four values in one transaction on sm_90 and later: a quarter of the instructions.
 VG_DEVICE void add_shared_four(float* to, const float* x) {
 #if !defined(VG_EMULATE) && __CUDA_ARCH__ >= 900
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(x[0]),

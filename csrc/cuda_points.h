@@ -1,8 +1,8 @@
-// What the kernels of both passes share: how work is cut, and the points of a row.
+// Shared by the forward and backward kernels: the division of work, and the points of a row.
 //
-// A group of neighbouring lanes makes one row: the D channels of one (batch, query, head). Its lanes share the work
-// twice: each prepares a few of the row's L * P points (location, bounds, weight) and hands them out by shuffles, and
-// each sums its own channels, 16 bytes of them at once. csrc/README.md has the picture and the reasons.
+// A group of neighboring lanes computes one row: the D channels of one (batch, query, head). The lanes divide the work
+// twice: each lane prepares a few of the row's L * P points (location, bounds, weight), which shuffles distribute, and
+// each lane sums its own channels, 16 bytes at a time. csrc/README.md has a diagram and the reasons.
 #pragma once
 
 #include "cuda_lanes.h"
@@ -19,17 +19,17 @@ struct SumOf<double> {
   using type = double;
 };
 
-// How a kernel is cut. LEVELS = POINTS = 0: any number of them, known at run time only, as are the channels.
+// The division of work of a kernel. LEVELS = POINTS = 0: levels, points and channels are known only at run time.
 template <typename T, int VECTOR_, int GROUP_, int LEVELS, int POINTS, bool FUSED_>
 struct Cut {
   using Value = T;
   using Sum = typename SumOf<T>::type;
-  static constexpr int VECTOR = VECTOR_;  // channels that a lane loads at once
-  static constexpr int GROUP = GROUP_;    // lanes of a row
+  static constexpr int VECTOR = VECTOR_;  // channels per load of a lane
+  static constexpr int GROUP = GROUP_;    // lanes per row
   static constexpr bool FUSED = FUSED_;
-  static constexpr bool EXACT = LEVELS > 0;  // sizes are known: D = VECTOR * GROUP, and all points fit into one batch
-  static constexpr int SLOTS = EXACT ? LEVELS * POINTS / GROUP : 1;  // points that a lane prepares at once
-  static constexpr int BATCH = SLOTS * GROUP;                        // ... and the group
+  static constexpr bool EXACT = LEVELS > 0;  // sizes known at compile time: D = VECTOR * GROUP, one batch of points
+  static constexpr int SLOTS = EXACT ? LEVELS * POINTS / GROUP : 1;  // points per lane and batch
+  static constexpr int BATCH = SLOTS * GROUP;                        // points per batch
 
   VG_DEVICE static int points(const DeformAttnProblem& problem) { return EXACT ? POINTS : problem.points; }
   VG_DEVICE static int count(const DeformAttnProblem& problem) {
@@ -40,10 +40,10 @@ struct Cut {
   }
 };
 
-// Which row a lane works for. Lanes beyond the last row keep the others company (shuffles need whole warps) with row 0.
+// The row of a lane. Lanes beyond the last row work on row 0, because shuffles need whole warps.
 struct Row {
   bool real;
-  int64_t batch, query;  // query: counted over all batches, as head_row is
+  int64_t batch, query;  // query: index over all batches, like head_row
   int head;
   int64_t head_row;
 };
@@ -57,7 +57,7 @@ VG_DEVICE Row row_of(const DeformAttnProblem& problem, int64_t batch, int row, b
 
 // ---- parameters: locations or offsets, weights or logits ----------------------------------------------------------
 
-// Reads COUNT numbers that lie in the dtype of value (narrow) or of sums; the branch is the same for all lanes.
+// Reads COUNT values in the dtype of value (narrow) or of sums; all lanes take the same branch.
 template <typename T, int COUNT, typename A>
 VG_DEVICE void load_parameters(const void* from, bool wide, int64_t index, A (&to)[COUNT]) {
   if (wide) {
@@ -113,15 +113,15 @@ VG_DEVICE Softmax<C> softmax_of_row(
 
 template <typename A>
 struct Point {
-  int corner;  // pixel of the level, up and left of the point; may lie outside of it
-  int inside;  // bit k: corner k (0 that pixel, 1 right of it, 2 below it, 3 both) lies in the level
-  A right, down;  // way from that pixel, 0..1
+  int corner;  // pixel of the level above and left of the point; may be outside
+  int inside;  // bit k: corner k (0 that pixel, 1 right of it, 2 below it, 3 both) is inside the level
+  A right, down;  // distance from that pixel, 0..1
   A weight;
 };
 
 constexpr int kAllInside = 15;
 
-// Samples nothing.
+// A point that samples nothing.
 template <typename A>
 VG_DEVICE Point<A> no_point() {
   return {0, 0, 0, 0, 0};
@@ -131,7 +131,7 @@ template <typename A>
 VG_DEVICE Point<A> point_at(A x, A y, A weight, int height, int width) {
   Point<A> point = no_point<A>();
   point.weight = weight;
-  // Every comparison with NaN is false; what passes fits into an int.
+  // Comparisons with NaN are false; coordinates that pass fit into an int.
   if (!(x > -1 && y > -1 && x < width && y < height)) return point;
   const A left = floor(x), top = floor(y);
   const int column = static_cast<int>(left), line = static_cast<int>(top);
@@ -144,7 +144,7 @@ VG_DEVICE Point<A> point_at(A x, A y, A weight, int height, int width) {
   return point;
 }
 
-// The reference of a row and level: a point, or a box with its size.
+// The reference of a row and level: a point or a box.
 template <typename A>
 struct Reference {
   A x, y, width, height;
@@ -171,16 +171,16 @@ VG_DEVICE void prepare(
   for (int i = 0; i < C::SLOTS; ++i) points[i] = no_point<A>();
   if (!row.real || (!C::EXACT && index >= count)) return;
 
-  A places[2 * C::SLOTS], weights[C::SLOTS];
+  A positions[2 * C::SLOTS], weights[C::SLOTS];
   const int64_t start = row.head_row * count + index;
   load_parameters<typename C::Value>(
-      C::FUSED ? inputs.offsets : inputs.locations, !C::FUSED || wide(problem), 2 * start, places);
+      C::FUSED ? inputs.offsets : inputs.locations, !C::FUSED || wide(problem), 2 * start, positions);
   load_parameters<typename C::Value>(C::FUSED ? inputs.logits : inputs.weights, wide(problem), start, weights);
   VG_UNROLL
   for (int i = 0; i < C::SLOTS; ++i) {
     const int level = (index + i) / C::points(problem);
     const A width = problem.level[level].width, height = problem.level[level].height;
-    A x = places[2 * i], y = places[2 * i + 1], weight = weights[i];
+    A x = positions[2 * i], y = positions[2 * i + 1], weight = weights[i];
     if constexpr (C::FUSED) {
       weight = exp(weight - softmax.largest) / softmax.total;
       const Reference<A> reference = reference_of<A>(problem, inputs, row.batch, row.query, level);
@@ -200,8 +200,8 @@ VG_DEVICE void prepare(
   }
 }
 
-// Gives every lane of the group the point of lane `owner`. What lies inside is asked for only where the lanes of the
-// warp, which work for several rows, do not have all of their pixels inside; returns whether they do.
+// Distributes the point of lane `owner` to its group. Returns whether all corners of the points of the warp, which has
+// several rows, are inside; only if not, `inside` is exchanged.
 template <typename C>
 VG_DEVICE bool hand_out(const Point<typename C::Sum>& mine, int lane, int owner, Point<typename C::Sum>* point) {
   point->corner = from_lane<C::GROUP>(mine.corner, owner);
@@ -214,7 +214,7 @@ VG_DEVICE bool hand_out(const Point<typename C::Sum>& mine, int lane, int owner,
   return all_inside;
 }
 
-// How much of each corner's pixel a point takes.
+// Bilinear weights of the four corners.
 template <typename A>
 struct Shares {
   A of[4];

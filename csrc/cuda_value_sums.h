@@ -1,5 +1,5 @@
-// How the gradient of value is summed by lanes that work for many rows at once: in floating point, or, so that every
-// run gives the same bits, in fixed point.
+// Sums of the gradient of value, to which lanes of many rows add: in floating point, or deterministically in fixed
+// point.
 #pragma once
 
 #include "cuda_points.h"
@@ -22,7 +22,7 @@ struct FloatingSums {
   }
 };
 
-// The order of additions does not matter to integers, so their sums have the same bits in every run.
+// Integer sums do not depend on the order of additions, so they are deterministic.
 struct FixedPointSums {
   unsigned long long* sums;  // [B, S, H, D] two's complement multiples of 1 / scale
   double scale;
@@ -36,13 +36,13 @@ struct FixedPointSums {
   }
 };
 
-// The largest magnitudes among the gradients of the output and among the weights, as bits of a float: those of
-// magnitudes are ordered as the magnitudes are, and NaN comes last.
+// The largest magnitudes of the gradients of the output and of the weights, as bits of a float, which have the order of
+// the magnitudes, with NaN last.
 struct Limits {
   uint32_t grad_output, weight;
 };
 
-// The largest power of two for which no sum can leave 62 bits; 0 where there is an infinity or NaN.
+// The largest power of two for which no sum exceeds 62 bits; 0 if there is an infinity or NaN.
 VG_DEVICE double fixed_point_scale(const DeformAttnProblem& problem, const Limits* limits) {
   const double weight = problem.reference_size ? 1.0 : bits_as_float(limits->weight);
   const double bound = weight * bits_as_float(limits->grad_output) * problem.queries * problem.points;
@@ -86,7 +86,7 @@ VG_KERNEL(4) void finish_value_kernel(
   const double scale = FIXED_POINT ? fixed_point_scale(problem, limits) : 1;
   for (int64_t i = thread_of_grid(); i < count; i += threads_of_grid()) {
     if constexpr (FIXED_POINT) {
-      // Infinities and NaN have no fixed point: the gradient says so everywhere, which every check for them will see.
+      // Fixed point cannot represent infinity and NaN: the whole gradient becomes NaN, which every check detects.
       narrow(scale > 0 ? static_cast<A>(static_cast<const long long*>(sums)[i] / scale) : A(NAN), grad_value + i);
     } else {
       narrow(static_cast<const A*>(sums)[i], grad_value + i);

@@ -1,6 +1,6 @@
-// The torch-facing half of deformable attention: kernels for the operators whose schemas Python owns (vg/ops).
+// Torch bindings of deformable attention: registers kernels for the operators whose schemas vg/ops defines in Python.
 //
-// Written against libtorch's stable ABI, so that one binary serves many torch versions and compiles in seconds.
+// They use libtorch's stable ABI, so one binary works with many torch versions and compiles in seconds.
 #include <tuple>
 #include <vector>
 
@@ -12,7 +12,7 @@
 #include "call.h"
 #include "deform_attn.h"
 #if defined(VG_WITH_CUDA) || defined(VG_EMULATE)
-#define VG_LAUNCHERS 1  // kernels are those of deform_attn.cu
+#define VG_LAUNCHERS 1  // use the kernels of deform_attn.cu
 #else
 #include "cpu_dispatch.h"
 #endif
@@ -21,8 +21,8 @@
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
-// The stable ABI does not tell whether torch.use_deterministic_algorithms is on. These two names of libtorch_cpu have
-// been there since torch 1.7; where a future torch lacks them they are null, and then we are deterministic.
+// The stable ABI does not expose torch.use_deterministic_algorithms. libtorch_cpu has had these two symbols since torch
+// 1.7; if a future torch lacks them they are null, and the kernels are always deterministic.
 namespace at {
 class Context {
  public:
@@ -33,7 +33,7 @@ __attribute__((weak)) Context& globalContext();
 
 namespace {
 
-// ---- the kernels of this build: those of the CPU or the launchers of deform_attn.cu -----------------------------
+// ---- the kernels of this build: CPU kernels or the launchers of deform_attn.cu -----------------------------------
 
 #if !defined(VG_LAUNCHERS)
 struct Kernels {
@@ -48,7 +48,7 @@ struct Kernels {
 
   static void backward(const Call& call, const void* grad, const DeformAttnGradients& gradients) {
     if (!call.fused()) return backward_plain(call.problem, call.inputs, grad, gradients);
-    // Softmax and locations are needed by every level's task, so they are computed once, into memory.
+    // Tasks of all levels need softmax and locations, so these are computed once and stored.
     const CpuKernels kernels = cpu_kernels(call.problem.value_dtype);
     const DeformAttnProblem& p = call.problem;
     const Tensor locations = torch::stable::new_empty(call.queries[1], sizes_of(call.queries[1]));

@@ -1,5 +1,5 @@
-// Launches the kernels of multi-scale deformable attention: chooses how they are cut, checks what they assume, and
-// divides scratch memory. With VG_EMULATE the same launchers run the same kernels on the host.
+// Launches the kernels of multi-scale deformable attention: selects the division of work, checks the limits of the
+// kernels and divides scratch memory. With VG_EMULATE the same launchers run the same kernels on the host.
 #include "deform_attn.h"
 
 #include <limits.h>
@@ -10,7 +10,7 @@
 
 namespace {
 
-// Below 0, so that they do not meet those of CUDA.
+// Negative, because CUDA errors are positive.
 enum Failure { kNone = 0, kLevelTooLarge = -1, kTooManyRows = -2, kUnknownDtype = -3 };
 
 template <typename... Parameters, typename... Arguments>
@@ -39,11 +39,11 @@ int zero(void* memory, int64_t bytes, void* stream) {
 
 int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
 
-// Kernels over single numbers loop, so more blocks than fill a GPU several times would only queue.
-int64_t blocks_for_numbers(int64_t count) { return count < (1 << 20) ? blocks_for(count) : (1 << 20) / kThreads; }
+// Element-wise kernels loop, so more blocks than fill a GPU several times bring nothing.
+int64_t blocks_for_elements(int64_t count) { return count < (1 << 20) ? blocks_for(count) : (1 << 20) / kThreads; }
 
-// A batch element per line of blocks; lines beyond what a grid may have are looped over.
-int64_t lines_for(int64_t batch) { return batch < 65535 ? batch : 65535; }
+// The y dimension of the grid is the batch; kernels loop over elements beyond the grid limit.
+int64_t grid_y_for(int64_t batch) { return batch < 65535 ? batch : 65535; }
 
 int64_t rows_of(const DeformAttnProblem& problem) { return problem.batch * problem.queries * problem.heads; }
 
@@ -53,16 +53,16 @@ int64_t values_of(const DeformAttnProblem& problem) {
   return problem.batch * problem.tokens * problem.heads * problem.channels;
 }
 
-// ---- what kernels assume ------------------------------------------------------------------------------------------
+// ---- limits of the kernels ----------------------------------------------------------------------------------------
 
-// Rows of a batch element are counted, and pixels of a level are found, in 32 bits.
+// Row indices of a batch element and pixel offsets of a level are 32-bit.
 int check(const DeformAttnProblem& problem) {
   if (problem.value_dtype < kFloat64 || problem.value_dtype > kBFloat16) return kUnknownDtype;
   if (problem.queries * problem.heads > INT_MAX / 32) return kTooManyRows;
   const int64_t dense = static_cast<int64_t>(problem.heads) * problem.channels;
   const int64_t token = problem.value_token_stride < dense ? dense : problem.value_token_stride;
   for (int level = 0; level < problem.levels; ++level) {
-    // One line and pixel more than there are: a corner up and left of the first pixel is still a number.
+    // One row and pixel more than exist: the offset of a corner above and left of the first pixel must not overflow.
     const int64_t height = problem.level[level].height + 1, width = problem.level[level].width + 2;
     if (height * width * token > INT_MAX) return kLevelTooLarge;
   }
@@ -71,15 +71,15 @@ int check(const DeformAttnProblem& problem) {
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Whether 16 bytes of value, and of what has its layout, can be loaded at once.
+// Whether value and the output can be loaded and stored 16 bytes at a time.
 bool vectors_fit(const DeformAttnProblem& problem, int vector, const DeformAttnInputs& inputs, const void* output) {
   return problem.channels % vector == 0 && problem.value_batch_stride % vector == 0 &&
          problem.value_token_stride % vector == 0 && problem.value_head_stride % vector == 0 && aligned(inputs.value) &&
          aligned(output);
 }
 
-// Whether the kernel for the sizes of most published detectors (4 levels, 4 points, 32 channels) will do. Who asks for
-// determinism does not ask for speed, and can spare others the time to compile one more variant of the largest kernels.
+// Whether the kernel for the sizes of most published detectors (4 levels, 4 points, 32 channels) can be used. It has no
+// deterministic variant: one more variant of the largest kernels would take long to compile, for a mode that is slow.
 bool exact_fits(
     const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const DeformAttnGradients& gradients) {
   return !problem.deterministic && problem.channels == 32 && problem.levels == 4 && problem.points == 4 &&
@@ -88,7 +88,7 @@ bool exact_fits(
          aligned(gradients.logits);
 }
 
-// Calls run(Cut) with the best cut for the problem.
+// Calls run(Cut) with the fastest division of work for the problem.
 template <typename T, bool FUSED, typename Run>
 int with_cut_of(
     const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const void* output,
@@ -122,7 +122,7 @@ int with_cut(
 
 // ---- scratch memory of the backward pass --------------------------------------------------------------------------
 
-// Offsets into the workspace; a part of no bytes is not needed.
+// Offsets into the workspace; a buffer of 0 bytes is not needed.
 struct Workspace {
   int64_t value_sums_bytes, limits, locations, weights, bytes;
   bool fixed_point, needs_locations, needs_weights;
@@ -134,7 +134,7 @@ Workspace plan(const DeformAttnProblem& problem, const DeformAttnGradients& grad
   Workspace workspace{};
   workspace.fixed_point = gradients.value && problem.deterministic && problem.value_dtype != kFloat64;
   workspace.needs_locations = gradients.reference != nullptr;
-  // Where gradients of logits have the dtype of sums, the kernel keeps its notes in their place.
+  // If gradients of logits have the dtype of sums, the kernel stores intermediate results in their memory.
   workspace.needs_weights = gradients.logits && halves && problem.query_dtype == problem.value_dtype;
   const auto reserve = [&](bool wanted, int64_t bytes) {
     const int64_t start = workspace.bytes;
@@ -164,7 +164,7 @@ struct BackwardCall {
   Limits* limits() const { return reinterpret_cast<Limits*>(workspace + plan.limits); }
   void* value_sums() const { return plan.value_sums_bytes ? workspace : gradients.value; }
 
-  // Sums start from 0, and what they will be scaled with is known before the first of them.
+  // Sums start from 0; the fixed-point scale must be known before the first addition.
   template <typename T>
   int prepare() const {
     if (!gradients.value) return kNone;
@@ -174,7 +174,7 @@ struct BackwardCall {
     failure = zero(limits(), sizeof(Limits), stream);
     if (failure) return failure;
     return launch(
-        limits_kernel<T>, blocks_for_numbers(rows_of(problem) * problem.channels), 1, stream, problem, grad_output,
+        limits_kernel<T>, blocks_for_elements(rows_of(problem) * problem.channels), 1, stream, problem, grad_output,
         inputs.weights, limits());
   }
 
@@ -192,12 +192,12 @@ struct BackwardCall {
     if constexpr (sizeof(A) < 8 && !C::EXACT) {
       if (plan.fixed_point) {
         return launch(
-            backward_kernel<C, true>, blocks, lines_for(problem.batch), stream, problem, inputs, grad, gradients,
+            backward_kernel<C, true>, blocks, grid_y_for(problem.batch), stream, problem, inputs, grad, gradients,
             scratch, at_once);
       }
     }
     return launch(
-        backward_kernel<C, false>, blocks, lines_for(problem.batch), stream, problem, inputs, grad, gradients, scratch,
+        backward_kernel<C, false>, blocks, grid_y_for(problem.batch), stream, problem, inputs, grad, gradients, scratch,
         at_once);
   }
 
@@ -207,21 +207,21 @@ struct BackwardCall {
     if (gradients.value && plan.value_sums_bytes) {
       const auto kernel = plan.fixed_point ? finish_value_kernel<T, true> : finish_value_kernel<T, false>;
       const int failure = launch(
-          kernel, blocks_for_numbers(values_of(problem)), 1, stream, problem, static_cast<const void*>(workspace),
+          kernel, blocks_for_elements(values_of(problem)), 1, stream, problem, static_cast<const void*>(workspace),
           limits(), values_of(problem), static_cast<T*>(gradients.value));
       if (failure) return failure;
     }
     if (!gradients.reference) return kNone;
     const int64_t references = problem.batch * problem.queries * problem.reference_levels;
     return launch(
-        reference_kernel<A, T>, blocks_for_numbers(references), 1, stream, problem, inputs,
+        reference_kernel<A, T>, blocks_for_elements(references), 1, stream, problem, inputs,
         reinterpret_cast<const A*>(workspace + plan.locations), static_cast<A*>(gradients.reference));
   }
 };
 
 }  // namespace
 
-// ---- what deform_attn.h promises ----------------------------------------------------------------------------------
+// ---- functions of deform_attn.h -----------------------------------------------------------------------------------
 
 int deform_attn_cuda_forward(
     const DeformAttnProblem* problem, const DeformAttnInputs* inputs, void* output, void* stream) {
@@ -231,7 +231,7 @@ int deform_attn_cuda_forward(
     using C = decltype(cut);
     const int64_t blocks = blocks_for(problem->queries * problem->heads * C::GROUP);
     return launch(
-        forward_kernel<C>, blocks, lines_for(problem->batch), stream, *problem, *inputs,
+        forward_kernel<C>, blocks, grid_y_for(problem->batch), stream, *problem, *inputs,
         static_cast<typename C::Value*>(output));
   });
 }
@@ -259,9 +259,9 @@ int deform_attn_cuda_backward(
 const char* deform_attn_cuda_error(int code) {
   switch (code) {
     case kNone: return "no error";
-    case kLevelTooLarge: return "a level of value spans more than 2^31 numbers in memory";
+    case kLevelTooLarge: return "a level of value spans more than 2^31 elements in memory";
     case kTooManyRows: return "queries times heads is more than 2^26";
-    case kUnknownDtype: return "value has a dtype that the kernels do not know";
+    case kUnknownDtype: return "the kernels do not support the dtype of value";
   }
 #ifdef VG_EMULATE
   return "unknown error";

@@ -1,13 +1,13 @@
-// The plain-C contract between the torch-facing code (deform_attn.cpp) and the CUDA kernels (deform_attn.cu).
+// The C interface between the torch bindings (deform_attn.cpp) and the CUDA kernels (deform_attn.cu).
 //
 // Legend: B batch, S image tokens of all levels, Q queries, H heads, D channels per head, L levels, P points per level.
-// Nothing of torch appears here, so that the .cu file compiles in seconds and also as plain C++ (VG_EMULATE).
+// It does not depend on torch, so the .cu file compiles in seconds, also as C++ (VG_EMULATE).
 //
 // Three libraries are built from these sources:
 //   CPU     g++ deform_attn.cpp
 //   CUDA    g++ -DVG_WITH_CUDA deform_attn.cpp, linked with nvcc's object of deform_attn.cu
 //   emulate g++ -DVG_EMULATE deform_attn.cpp and g++ -x c++ -DVG_EMULATE deform_attn.cu: the launchers below run on
-//           host memory and take the CPU's place in the dispatcher, so its tests also test the CUDA kernels.
+//           host memory and replace the CPU kernels in the dispatcher, so the tests cover the CUDA kernels.
 #pragma once
 
 #include <stdint.h>
@@ -31,15 +31,15 @@ typedef struct {
   int32_t value_dtype;  // of value, output, grad_output and grad_value
   int32_t query_dtype;  // of weights, or of offsets and logits, and of their gradients: accumulate dtype or value_dtype
 
-  // Strides of value in elements; its last dimension is contiguous. Everything else but the reference is contiguous.
+  // Strides of value in elements; its last dimension is contiguous. The other inputs except reference are contiguous.
   int64_t value_batch_stride, value_token_stride, value_head_stride;
 
-  // Fused form only; reference_size = 0 says that locations and weights are given.
+  // Fused form only; reference_size = 0 means the plain form (locations and weights).
   int32_t reference_size;    // 2: (x, y); 4: (center x, center y, width, height)
-  int32_t reference_levels;  // 1 or L, where 1 means that all levels share the point
+  int32_t reference_levels;  // 1 or L, 1 means that all levels share the reference
   int64_t reference_batch_stride, reference_query_stride, reference_level_stride;  // last dimension contiguous
 
-  int32_t deterministic;  // 1: equal inputs give equal bits, whatever the scheduling
+  int32_t deterministic;  // 1: equal inputs give equal bits for every schedule
 } DeformAttnProblem;
 
 // Device pointers; those of the other form are null.
@@ -52,7 +52,7 @@ typedef struct {
   const void* logits;     // fused: [B, Q, H, L * P] query_dtype
 } DeformAttnInputs;
 
-// Where gradients go, contiguous and uninitialised; null where none is wanted. Shapes and dtypes as the inputs'.
+// Outputs of backward, contiguous and uninitialized; null if not needed. Shapes and dtypes are those of the inputs.
 typedef struct {
   void* value;
   void* locations;
@@ -66,17 +66,17 @@ typedef struct {
 extern "C" {
 #endif
 
-// Launchers return 0 or an error code that deform_attn_cuda_error() puts into words. They run on the current device and
-// never synchronise. The stream is a cudaStream_t. Nothing is launched for zero queries or zero batch; grad_value is
+// Launchers return 0 or an error code (see deform_attn_cuda_error()). They run on the current device and
+// never synchronize. The stream is a cudaStream_t. Nothing is launched for zero queries or zero batch; grad_value is
 // then still zeroed. output and grad_output: [B, Q, H * D] value_dtype, contiguous.
 int deform_attn_cuda_forward(
     const DeformAttnProblem* problem, const DeformAttnInputs* inputs, void* output, void* stream);
 
-// Bytes of scratch memory that backward wants (for example sums of grad_value in float32); 0 is fine.
+// Bytes of scratch memory that backward needs (for example float32 sums of grad_value); may be 0.
 int64_t deform_attn_cuda_backward_workspace(const DeformAttnProblem* problem, const DeformAttnGradients* gradients);
 
-// workspace: uninitialised, aligned to 256 bytes, may be null when its size is 0. To ask for its size the caller fills
-// `gradients` as for the call itself.
+// workspace: uninitialized, aligned to 256 bytes, may be null if its size is 0. Its size depends on `gradients`, which
+// must be the same in both calls.
 int deform_attn_cuda_backward(
     const DeformAttnProblem* problem, const DeformAttnInputs* inputs, const void* grad_output,
     const DeformAttnGradients* gradients, void* workspace, void* stream);

@@ -1,54 +1,44 @@
-"""The set loss gives the recorded costs, assignments, terms and gradients of Open-GroundingDino."""
+"""The set loss gives the costs, assignments, terms and gradients recorded from Open-GroundingDino."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.golden.files import recorded_json, recorded_tensors
 from vg.data.prompt import prompt_targets
 from vg.losses.config import LossConfig, MatchingConfig
 from vg.losses.matcher import match, match_costs
 from vg.losses.set_loss import SetLoss
 from vg.types import PromptTargets, Target, Text
 
-RECORDED = Path(__file__).parents[2] / ".." / "shared" / "data" / "golden_official"
 CONFIG = LossConfig(class_weight=2, matching=MatchingConfig(class_cost="mean", class_weight=1))
-PARTS = {
-    "aux0": "_layer0",
-    "aux1": "_layer1",
-    "final": "",
-    "interm": "_encoder",
-}  # their names of outputs: ours of terms
+OUTPUTS = ("aux0", "aux1", "final", "interm")  # as the recording names them
 TERMS = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
 SUFFIXES = {"_layer0": "_0", "_layer1": "_1", "": "", "_encoder": "_interm"}
 
-pytestmark = pytest.mark.skipif(not RECORDED.exists(), reason=f"no recorded values in {RECORDED}")
-
 
 class Recording:
-    """Three prompts, the second without boxes, and the answers of 14 random queries, layer by layer.
+    """Three prompts, the second without boxes, and random outputs of 14 queries for every layer.
 
-    The recorded maps of tokens were found by searching names in the caption: a "dog" of the first image is named by
-    the "dog" of "hot dog". Our prompts know their spans and never do this, so the maps are taken as they are.
-    The reference divides the class terms by the number of matched boxes, and the box terms by that of all boxes; we
-    divide both by the latter. Here they are the same.
+    The reference found the tokens of a class by searching its name in the caption, so the class "dog" of the first
+    image has the token "dog" of "hot dog". Our prompts store the span of each phrase and do not make this mistake;
+    the test therefore takes the recorded token maps. The reference divides the class terms by the number of matched
+    boxes and the box terms by the number of all boxes. We divide both by the latter; the two are equal here.
     """
 
     def __init__(self) -> None:
-        self.values = load_file(RECORDED / "criterion.safetensors")
-        self.notes: dict[str, Any] = json.loads((RECORDED / "criterion.json").read_text())
+        self.values = recorded_tensors("criterion")
+        self.results: dict[str, Any] = recorded_json("criterion.json")
         self.mask = self.values["text_token_mask"]
-        self.logits = torch.stack([self.values[f"{part}.logits"] for part in PARTS]).requires_grad_()
-        self.boxes = torch.stack([self.values[f"{part}.boxes"] for part in PARTS]).requires_grad_()
+        self.logits = torch.stack([self.values[f"{name}.logits"] for name in OUTPUTS]).requires_grad_()
+        self.boxes = torch.stack([self.values[f"{name}.boxes"] for name in OUTPUTS]).requires_grad_()
 
     def targets(self, empty: bool = False) -> PromptTargets:
-        names = self.notes["class_names"]
+        names = self.results["class_names"]
         phrase_tokens = torch.zeros(3, max(map(len, names)), self.mask.shape[1], dtype=torch.bool)
         targets = []
         for row in range(3):
@@ -69,39 +59,39 @@ def recording() -> Recording:
     return Recording()
 
 
-def test_costs_and_assignments(recording: Recording) -> None:
+def test_costs_and_assignments_equal_the_recorded_ones(recording: Recording) -> None:
     targets = recording.targets()
     costs = match_costs(recording.logits, recording.boxes, targets, recording.mask, CONFIG)
-    costs = costs - CONFIG.matching.giou  # ours counts 1 - GIoU, theirs -GIoU
+    costs = costs - CONFIG.matching.giou  # our GIoU cost is 1 - GIoU, theirs is -GIoU
     found = match(recording.logits, recording.boxes, targets, recording.mask, CONFIG)
     assert targets.counts == (6, 0, 3)
-    for layer, part in enumerate(PARTS):
-        for row, (queries, shown) in enumerate(recording.notes["matched_[query,target]_per_image"][part]):
-            expected = recording.values[f"{part}.cost.{row}"]
-            torch.testing.assert_close(costs[layer, row, :, : len(shown)], expected, atol=5e-5, rtol=1e-5)
-            assert found[layer, row, queries].tolist() == shown
-            assert (found[layer, row] >= 0).sum() == len(shown)
+    for layer, name in enumerate(OUTPUTS):
+        for row, (queries, labels) in enumerate(recording.results["matched_[query,target]_per_image"][name]):
+            expected = recording.values[f"{name}.cost.{row}"]
+            torch.testing.assert_close(costs[layer, row, :, : len(labels)], expected, atol=5e-5, rtol=1e-5)
+            assert found[layer, row, queries].tolist() == labels
+            assert (found[layer, row] >= 0).sum() == len(labels)
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["boxes", "no boxes"])
-def test_terms(recording: Recording, empty: bool) -> None:
-    notes = recording.notes["all_images_empty"] if empty else recording.notes
+def test_loss_terms_equal_the_recorded_ones(recording: Recording, empty: bool) -> None:
+    results = recording.results["all_images_empty"] if empty else recording.results
     losses = recording.loss(recording.targets(empty))
     assert len(losses) == 12
     for term, recorded in TERMS.items():
-        for part, suffix in SUFFIXES.items():
-            weight = recording.notes["loss_weights"][recorded + suffix]
-            expected = weight * notes["losses_unweighted"][recorded + suffix]
-            assert losses[term + part].item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
-    assert sum(losses.values()).item() == pytest.approx(notes["weighted_total"], rel=1e-6)
+        for layer, suffix in SUFFIXES.items():
+            weight = recording.results["loss_weights"][recorded + suffix]
+            expected = weight * results["losses_unweighted"][recorded + suffix]
+            assert losses[term + layer].item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    assert sum(losses.values()).item() == pytest.approx(results["weighted_total"], rel=1e-6)
 
 
-def test_gradients(recording: Recording) -> None:
-    """Those of boxes differ a little: the reference adds 1e-6 to the areas that it divides by."""
+def test_gradients_equal_the_recorded_ones(recording: Recording) -> None:
+    """Box gradients differ slightly because the reference adds 1e-6 to the areas that it divides by."""
     torch.stack(list(recording.loss(recording.targets()).values())).sum().backward()
     assert recording.logits.grad is not None
     assert recording.boxes.grad is not None
-    for layer, part in enumerate(PARTS):
+    for layer, name in enumerate(OUTPUTS):
         values = recording.values
-        torch.testing.assert_close(recording.logits.grad[layer], values[f"{part}.grad_logits"], atol=1e-7, rtol=1e-5)
-        torch.testing.assert_close(recording.boxes.grad[layer], values[f"{part}.grad_boxes"], atol=1e-6, rtol=5e-4)
+        torch.testing.assert_close(recording.logits.grad[layer], values[f"{name}.grad_logits"], atol=1e-7, rtol=1e-5)
+        torch.testing.assert_close(recording.boxes.grad[layer], values[f"{name}.grad_boxes"], atol=1e-6, rtol=5e-4)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from tests.golden.files import recorded_tensors
 from tests.ops.cases import (
     DEVICES,
     DTYPES,
@@ -21,8 +20,6 @@ from tests.ops.cases import (
 )
 from vg.ops import deform_attn, deform_attn_fused, reference
 
-GOLDEN = Path(__file__).parents[2] / ".." / "shared" / "data" / "golden_official"
-needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the values recorded from the official code are not here")
 SHAPES: Shapes = ((5, 7), (3, 4), (1, 1))
 
 
@@ -129,11 +126,8 @@ def test_what_a_half_precision_layer_gives(dtype: torch.dtype, device: str) -> N
     assert_near(mixed, expected, dtype)
 
 
-@needs_golden
-def test_official_values(device: str) -> None:
-    from safetensors.torch import load_file
-
-    golden = {name: tensor.to(device) for name, tensor in load_file(GOLDEN / "msda_fp64.safetensors").items()}
+def test_outputs_and_gradients_equal_the_official_code(device: str) -> None:
+    golden = {name: tensor.to(device) for name, tensor in recorded_tensors("msda_fp64").items()}
     shapes = tuple((h, w) for h, w in golden["spatial_shapes_hw"].tolist())
     names = ("value", "sampling_locations", "attention_weights")
     inputs = tuple(golden[x].requires_grad_() for x in ("value", "sampling_locations_xy", "attention_weights"))
@@ -143,13 +137,10 @@ def test_official_values(device: str) -> None:
         torch.testing.assert_close(found, golden[f"grad_{name}"], rtol=1e-12, atol=1e-12)
 
 
-@needs_golden
 @pytest.mark.parametrize("coordinates", [2, 4])
-def test_official_module(coordinates: int, device: str) -> None:
+def test_attention_module_equals_the_official_code(coordinates: int, device: str) -> None:
     """The whole attention module of the official code, its linear layers around our fused form."""
-    from safetensors.torch import load_file
-
-    golden = {name: x.to(device) for name, x in load_file(GOLDEN / "msda_module_fp64.safetensors").items()}
+    golden = {name: x.to(device) for name, x in recorded_tensors("msda_module_fp64").items()}
 
     def project(x: Tensor, name: str, *shape: int) -> Tensor:
         y = linear(x, golden[f"param.{name}.weight"], golden[f"param.{name}.bias"])

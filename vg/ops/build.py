@@ -1,10 +1,10 @@
-"""Compiled kernels: those of the wheel, or built once into the user's cache, or none and a warning that says why.
+"""Find, build and load the compiled kernels; without them the PyTorch reference runs and a warning gives the reason.
 
-Environment:
-    VG_DEFORM_ATTN   auto (default) | reference | cpp | emulate: what runs on CPU tensors. reference holds for CUDA
-                     tensors too; emulate is the CUDA source compiled for the CPU, for tests. What is named must work.
+A library comes from the wheel or is built once into the user's cache. Environment variables:
+    VG_DEFORM_ATTN   auto (default) | reference | cpp | emulate: the implementation for CPU tensors. `reference` applies
+                     to CUDA tensors, too; `emulate` is the CUDA source compiled for the CPU. Only `auto` falls back.
     VG_BUILD         0: compile nothing
-    XDG_CACHE_HOME   where vg/ops/ with the built libraries lies (default ~/.cache)
+    XDG_CACHE_HOME   built libraries are in vg/ops/ of this folder (default ~/.cache)
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from vg.errors import BuildError
 
 SETTINGS = ("auto", "reference", "cpp", "emulate")
 PACKAGE = Path(__file__).parents[1]
-# Not -ffast-math: NaN and infinity have a meaning here. The stable ABI of torch 2.10 lets one library serve later ones.
+# No -ffast-math: results depend on NaN and infinity. Libraries of the stable ABI of torch 2.10 load in later versions.
 FLAGS = ("-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-WHEEL_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))  # of the GPUs for which a wheel is made
+WHEEL_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))  # GPUs that a wheel contains kernels for
 HOST_FLAGS = ("-fPIC", "-fno-math-errno", "-fno-trapping-math")
 
 
@@ -40,13 +40,13 @@ class Backend:
 
 
 def backend_info() -> dict[str, Backend]:
-    """Which implementation runs on the tensors of each kind of device, and why. Builds it if that is due."""
+    """Return which implementation runs on CPU and on CUDA tensors, and why; build and load it if necessary."""
     return {device: backend(device) for device in ("cpu", "cuda")}
 
 
 @functools.cache
 def backend(device: str) -> Backend:
-    """What runs on the tensors of a kind of device ("cpu", "cuda"): finds, builds and loads it at the first call."""
+    """Return the implementation for a device type ("cpu", "cuda"); the first call builds and loads it, or raises."""
     setting = os.environ.get("VG_DEFORM_ATTN", "auto")
     if setting not in SETTINGS:
         raise BuildError(f"VG_DEFORM_ATTN={setting}; it must be one of {', '.join(SETTINGS)}")
@@ -63,19 +63,19 @@ def backend(device: str) -> Backend:
     except BuildError as error:
         if setting != "auto":
             raise
-        if os.environ.get("VG_BUILD") != "0":  # or the user knows
+        if os.environ.get("VG_BUILD") != "0":  # else the user chose it
             warnings.warn(f"deformable attention on {device} runs in PyTorch, which is slow. {error}", stacklevel=2)
         return Backend("reference", str(error))
 
 
 def _load(name: str) -> str:
-    """Load a library into torch; where it came from."""
+    """Load a library into torch and return its origin."""
     prebuilt = prebuilt_path(name)
     if prebuilt.exists():
         try:
             torch.ops.load_library(prebuilt)
             return f"prebuilt: {prebuilt}"
-        except OSError:  # made for a newer system: build one for this
+        except OSError:  # made for a newer system: build one for this system
             pass
     path = library_in_cache(name)
     try:
@@ -86,15 +86,15 @@ def _load(name: str) -> str:
 
 
 def prebuilt_path(name: str) -> Path:
-    """Where the package holds a library that was made with `compile_library` (it need not exist).
+    """Return the path of the library in the package, built with `compile_library` (the file may not exist).
 
-    Its name tells its sources: after a change of the sources it is not found instead of being wrong.
+    Its name contains a hash of the sources, so a library of other sources is never loaded.
     """
     return PACKAGE / "ops" / f"{name}-{_digest(*map(Path.read_bytes, _sources()))}.so"
 
 
 def library_in_cache(name: str) -> Path:
-    """The library in the user's cache, built if it is not there; one process builds, the others wait."""
+    """Return the library in the user's cache; if it is missing, one process builds it while the others wait."""
     command, version = _command(name)
     sources = [path.read_bytes() for path in _sources()]
     key = _digest(*sources, *map(str.encode, (*command, version, torch.__version__)))
@@ -103,36 +103,36 @@ def library_in_cache(name: str) -> Path:
     if path.exists():
         return path
     if os.environ.get("VG_BUILD") == "0":
-        raise BuildError("VG_BUILD=0 forbids to build it, and it was not built before.")
+        raise BuildError("VG_BUILD=0 forbids building the kernels, and no earlier build is in the cache.")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
             if not path.exists():
                 compile_library(name, path)
     except OSError as error:
-        raise BuildError(f"Its cache cannot be written: {error}. Set XDG_CACHE_HOME to another folder.") from error
+        raise BuildError(f"The kernel cache is not writable: {error}. Set XDG_CACHE_HOME to another folder.") from error
     return path
 
 
 def compile_library(name: str, path: Path) -> None:
-    """Compile one of the libraries ("cpp", "cuda", "emulate"); it appears at the path all at once."""
+    """Compile a library ("cpp", "cuda", "emulate") and move it to the path when it is complete."""
     command, _ = _command(name)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise BuildError(f"Its build failed:\n{' '.join(done.args)}\n{done.stdout}{done.stderr}")
+            raise BuildError(f"The build of the kernels failed:\n{' '.join(done.args)}\n{done.stdout}{done.stderr}")
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def _command(name: str) -> tuple[list[str], str]:
-    """The compiler's command line without -o, and the compiler's version."""
+    """Return the compiler's command line without -o, and the compiler's version."""
     sources = _sources()[0].parent
     host, kernels = str(sources / "deform_attn.cpp"), str(sources / "deform_attn.cu")
     torch_folder = Path(torch.__file__).parent
-    # No rpath: torch's libraries are in the process before ours.
+    # No rpath: torch has loaded its libraries before ours.
     torch_flags = [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
     if name == "cuda":
         toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
@@ -153,19 +153,19 @@ def _command(name: str) -> tuple[list[str], str]:
 
 
 def _architectures() -> Iterator[str]:
-    """nvcc's flags for the GPUs of this machine; all that the kernels know where there is none (to make a wheel)."""
+    """Yield nvcc's flags for the GPUs of this machine, or without a GPU those of a wheel."""
     devices = range(torch.cuda.device_count())
     for capability in sorted({torch.cuda.get_device_capability(device) for device in devices}) or WHEEL_CAPABILITIES:
-        number = "".join(map(str, capability))
-        yield f"-gencode=arch=compute_{number},code=[sm_{number},compute_{number}]"
+        version = "".join(map(str, capability))
+        yield f"-gencode=arch=compute_{version},code=[sm_{version},compute_{version}]"
 
 
 def _sources() -> list[Path]:
-    inside = PACKAGE / "csrc"  # in a wheel; in a checkout the folder lies beside the package
-    folder = inside if inside.exists() else PACKAGE.parent / "csrc"
+    in_wheel = PACKAGE / "csrc"
+    folder = in_wheel if in_wheel.exists() else PACKAGE.parent / "csrc"  # a checkout has it beside the package
     sources = sorted(path for path in folder.glob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
     if not sources:
-        raise BuildError(f"Its sources are not in {folder}: install vg again.")
+        raise BuildError(f"The sources of the kernels are missing from {folder}: install vg again.")
     return sources
 
 
@@ -173,16 +173,16 @@ def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
-def _digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+def _digest(*contents: bytes) -> str:
+    return hashlib.sha256(b"\0".join(contents)).hexdigest()[:16]
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     if sys.platform == "win32":
-        raise BuildError("There are no kernels for Windows yet; they run in its Linux (WSL).")
+        raise BuildError("There are no kernels for Windows yet; use Linux in WSL.")
     import fcntl
 
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file, also when the process dies
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, even if the process dies
         yield

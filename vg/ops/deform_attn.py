@@ -1,7 +1,7 @@
 """Multi-scale deformable attention as a PyTorch operator: schemas, registrations and the two public functions.
 
-The schemas belong to Python and their default implementation is vg.ops.reference. The first call on a device loads the
-compiled library for it, if there is one (see vg.ops.build); from then on torch itself calls those kernels.
+The schemas are defined in Python, with vg.ops.reference as the default implementation. The first call on a device loads
+the compiled library for it, if there is one (see vg.ops.build); later calls dispatch to its kernels.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from vg.ops.build import backend
 from vg.ops.reference import Shapes, compute_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-MAX_LEVELS = 16  # kDeformAttnMaxLevels of csrc/deform_attn.h
+MAX_LEVELS = 16  # kDeformAttnMaxLevels in csrc/deform_attn.h
 
 
 # ---- public functions ---------------------------------------------------------------------------------------------
 
 
 def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """Multi-scale deformable attention (Zhu et al. 2021, arXiv 2010.04159): weighted sums of sampled pixels.
+    """Compute multi-scale deformable attention (Zhu et al. 2021, arXiv 2010.04159): weighted sums of sampled pixels.
 
-    A point takes the bilinear mean of the four pixels around it. Pixels outside of a level count as 0, and a location
-    that is infinite or NaN samples nothing and gets a gradient of 0 (`grid_sample` makes it NaN). What is not finite
-    in a pixel that is sampled reaches the output. Twice differentiating is not supported.
+    Sampling is bilinear. Pixels outside of a level count as 0. An infinite or NaN location samples nothing and has a
+    gradient of 0 (`grid_sample` returns NaN). Non-finite values of sampled pixels reach the output. Second derivatives
+    are not supported.
 
     Args:
-        value: [B, S, H, D] float64, float32, float16 or bfloat16: pixels of all levels, row by row, level by level.
+        value: [B, S, H, D] float64, float32, float16 or bfloat16: pixels of all levels, row by row, level after level.
         shapes: (height, width) of each of the L levels in pixels, as integers; their products sum to S. An empty
             level (0, 0) is allowed.
         locations: [B, Q, H, L, P, 2] sampled points (x, y) in 0..1 of the level, from its left (upper) edge to its
-            right (lower) edge: the first pixel's centre is at 0.5 / width. float32, float64 with float64 values;
-            not in half precision, which would keep whole pixels only.
+            right (lower) edge: the first pixel's center is at 0.5 / width. float32, or float64 for float64 values;
+            half precision is not accepted because its resolution is about a pixel.
         weights: [B, Q, H, L, P] attention weights, any floating dtype.
 
     Returns:
-        [B, Q, H * D] in the dtype of value; sums are float32 (float64 for float64 values).
+        [B, Q, H * D] in the dtype of value; accumulated in float32 (float64 for float64 values).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together.
+        ValueError: shapes, dtypes or devices do not match.
     """
     _check_value(value, shapes)
     B, _, H, _ = value.shape
@@ -51,31 +51,31 @@ def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
     L = len(shapes)
     _check("locations", locations, value, (B, Q, H, L, P, 2), "[B, Q, H, L, P, 2]", exact=True)
     _check("weights", weights, value, (B, Q, H, L, P), "[B, Q, H, L, P]")
-    return torch.ops.vg.deform_attn(value, _flat(shapes), locations, *_lifted(value, weights))
+    return torch.ops.vg.deform_attn(value, _flat(shapes), locations, *_promoted(value, weights))
 
 
 def deform_attn_fused(
     value: Tensor, shapes: Shapes, reference_points: Tensor, offsets: Tensor, logits: Tensor
 ) -> Tensor:
-    """`deform_attn` with the softmax of the weights and the sampling locations inside, which saves their memory.
+    """Compute `deform_attn` from logits and offsets; weights and sampling locations take no memory.
 
-    A reference point (x, y) has offsets in pixels of the level: location = point + offset / (width, height).
-    A reference box has them in fractions of its size: location = centre + offset / P * (width, height) / 2.
-    This is what the modules of Deformable DETR and its descendants do before they sample.
+    Offsets from a reference point (x, y) are in pixels of the level: location = point + offset / (width, height).
+    Offsets from a reference box are relative to its size: location = center + offset / P * (width, height) / 2.
+    Deformable DETR and its successors compute both before sampling.
 
     Args:
         value: [B, S, H, D] as in `deform_attn`.
         shapes: (height, width) of each of the L levels in pixels.
-        reference_points: [B, Q, L or 1, 2 or 4] points (x, y) or boxes cxcywh in 0..1, for each level or for all.
-            float32, float64 with float64 values.
+        reference_points: [B, Q, L or 1, 2 or 4] points (x, y) or boxes cxcywh in 0..1, per level or for all levels.
+            float32, or float64 for float64 values.
         offsets: [B, Q, H, L, P, 2] (x, y), any floating dtype.
-        logits: [B, Q, H, L * P], level by level, any floating dtype; softmax goes over all points of all levels.
+        logits: [B, Q, H, L * P], level after level, any floating dtype; the softmax is over all points of all levels.
 
     Returns:
         [B, Q, H * D] in the dtype of value.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together.
+        ValueError: shapes, dtypes or devices do not match.
     """
     _check_value(value, shapes)
     B, _, H, _ = value.shape
@@ -86,9 +86,9 @@ def deform_attn_fused(
     levels, coordinates = reference_points.shape[2:] if reference_points.dim() == 4 else (-1, -1)
     if levels not in (1, L) or coordinates not in (2, 4):
         levels, coordinates = -1, -1
-    form = (B, Q, levels, coordinates)
-    _check("reference_points", reference_points, value, form, "[B, Q, L or 1, 2 or 4]", exact=True)
-    return torch.ops.vg.deform_attn_fused(value, _flat(shapes), reference_points, *_lifted(value, offsets, logits))
+    expected = (B, Q, levels, coordinates)
+    _check("reference_points", reference_points, value, expected, "[B, Q, L or 1, 2 or 4]", exact=True)
+    return torch.ops.vg.deform_attn_fused(value, _flat(shapes), reference_points, *_promoted(value, offsets, logits))
 
 
 def _check_value(value: Tensor, shapes: Shapes) -> None:
@@ -96,7 +96,7 @@ def _check_value(value: Tensor, shapes: Shapes) -> None:
         raise ValueError(f"value is {list(value.shape)}; it must be [B, S, H, D]")
     if value.dtype not in DTYPES:
         raise ValueError(f"value is {value.dtype}; it must be float64, float32, float16 or bfloat16")
-    if not isinstance(shapes, (tuple, list)):  # such as a tensor: reading it would stop the GPU
+    if not isinstance(shapes, (tuple, list)):  # such as a tensor: reading it would synchronize with the GPU
         raise ValueError(f"shapes is a {type(shapes).__name__}; it must be a tuple of (height, width) of each level")
     if len(shapes) > MAX_LEVELS:
         raise ValueError(f"there are {len(shapes)} levels; the kernels take at most {MAX_LEVELS}")
@@ -107,12 +107,12 @@ def _check_value(value: Tensor, shapes: Shapes) -> None:
         raise ValueError(f"value has {value.shape[1]} pixels (S), but the levels {list(shapes)} have {pixels}")
 
 
-def _check(name: str, given: Tensor, value: Tensor, form: tuple[int, ...], words: str, exact: bool = False) -> None:
-    """A ValueError unless the tensor has this shape, lies where value does, and has a dtype it may have."""
-    if given.shape != form:
+def _check(name: str, given: Tensor, value: Tensor, shape: tuple[int, ...], legend: str, exact: bool = False) -> None:
+    """Raise ValueError unless the tensor has this shape (-1 is invalid), the device of value and a supported dtype."""
+    if given.shape != shape:
         raise ValueError(
-            f"{name} is {list(given.shape)}; it must be {words} where value {list(value.shape)} is [B, S, H, D]"
-            + (f", so {list(form)}" if -1 not in form else "")
+            f"{name} is {list(given.shape)}; it must be {legend} where value {list(value.shape)} is [B, S, H, D]"
+            + (f", so {list(shape)}" if -1 not in shape else "")
         )
     if given.device != value.device:
         raise ValueError(f"{name} is on {given.device}, but value is on {value.device}")
@@ -125,10 +125,10 @@ def _check(name: str, given: Tensor, value: Tensor, form: tuple[int, ...], words
         raise ValueError(f"{name} is {given.dtype}; it must be a floating dtype")
 
 
-def _lifted(value: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """The kernels read these all in the dtype of the values, or all in that of the sums."""
-    alike = all(x.dtype == value.dtype for x in tensors)
-    return [x.to(value.dtype if alike else compute_dtype(value)) for x in tensors]
+def _promoted(value: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Convert all tensors to one dtype that the kernels read: the dtype of the values, or that of the sums."""
+    same = all(x.dtype == value.dtype for x in tensors)
+    return [x.to(value.dtype if same else compute_dtype(value)) for x in tensors]
 
 
 def _flat(shapes: Shapes) -> list[int]:
@@ -157,7 +157,7 @@ def _pairs(shapes: Sequence[int]) -> Shapes:
 
 
 def _needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """An operator returns tensors only: a gradient that nobody needs is an empty one."""
+    """Replace gradients that are not needed by empty tensors, because an operator must return tensors."""
     return tuple(g if need else g.new_empty(0) for g, need in zip(gradients, needs, strict=True))
 
 
@@ -199,8 +199,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(name: str) -> Any:
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         value, *tensors = ctx.saved_tensors
-        of_value, _, *of_tensors = ctx.needs_input_grad
-        needs = [of_value, *of_tensors]
+        value_needs, _, *tensors_need = ctx.needs_input_grad
+        needs = [value_needs, *tensors_need]
         backward = getattr(torch.ops.vg, f"{name}_backward")
         found = backward(grad.contiguous(), value, ctx.shapes, *tensors, needs)
         first, *rest = (g if need else None for g, need in zip(found, needs, strict=True))
@@ -214,7 +214,7 @@ def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
 
 
 def _without_autocast(name: str, device: str) -> Any:
-    """Autocast must not round what happens inside to half precision; the caller's dtypes say what is wanted."""
+    """Disable autocast inside of the operator, which would round positions; the dtypes of the inputs decide."""
 
     def run(*inputs: Any) -> Tensor:
         with torch.autocast(device, enabled=False):
@@ -224,14 +224,14 @@ def _without_autocast(name: str, device: str) -> Any:
 
 
 def _default(name: str, function: Any) -> Any:
-    """The reference; but the first call on a device loads its kernels, and then torch has another choice."""
-    asked: set[str] = set()
+    """Return the reference, whose first call on a device loads the kernels; torch dispatches to them from then on."""
+    loaded: set[str] = set()
 
     def run(*inputs: Any) -> Any:
         device = inputs[0].device.type
-        if device not in asked:
+        if device not in loaded:
             chosen = backend(device)
-            asked.add(device)  # only now: where a library is demanded and fails, the next call must fail too
+            loaded.add(device)  # after loading: if a required library fails to load, the next call must fail too
             if chosen.name != "reference":
                 return getattr(torch.ops.vg, name)(*inputs)
         return function(*inputs)

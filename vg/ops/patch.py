@@ -1,10 +1,9 @@
-"""Make the detectors of transformers use our deformable attention."""
+"""Replace deformable attention in the detectors of transformers by the compiled operator."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -16,16 +15,16 @@ FAMILIES = ("grounding_dino", "mm_grounding_dino", "deformable_detr", "rt_detr",
 
 
 def patch_transformers() -> Patch:
-    """Replace the deformable attention of transformers by ours, in models that exist and in those to come.
+    """Replace the deformable attention of transformers by ours, in existing and in future models.
 
-    Grounding DINO, MM Grounding DINO, Deformable DETR, RT-DETR and RT-DETR v2 (unless its config says
+    This affects Grounding DINO, MM Grounding DINO, Deformable DETR, RT-DETR and RT-DETR v2 (unless its config says
     decoder_method="discrete"). Weights, inputs and outputs stay as they are.
 
     Returns:
-        What was replaced: `.restore()` puts it back, and so does the end of a `with patch_transformers():` block.
+        A patch whose `.restore()` undoes the replacement; as a context manager it restores at the end of the block.
 
     Raises:
-        ImportError: transformers is not installed, or too old or new to have these models.
+        ImportError: transformers is not installed, or its version lacks one of these models.
     """
     return Patch()
 
@@ -34,33 +33,31 @@ class Patch:
     """The replaced functions of transformers; see `patch_transformers`."""
 
     def __init__(self) -> None:
-        found = [_target(family) for family in FAMILIES]  # all are there, or nothing is replaced
+        found = [_target(family) for family in FAMILIES]  # all or nothing is replaced
         self._replaced = [(owner, name, getattr(owner, name)) for owner, name in found]
         for owner, name, original in self._replaced:
             setattr(owner, name, _forward if name == "forward" else _v2(original))
 
     def restore(self) -> None:
-        """Put back what was there; a second time does nothing."""
+        """Undo the replacement; further calls do nothing."""
         while self._replaced:
             setattr(*self._replaced.pop())
 
     def __enter__(self) -> Patch:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.restore()
 
 
 def _target(family: str) -> tuple[Any, str]:
-    """The class or module of transformers that holds the function which samples, and the function's name."""
+    """Return the class or module of transformers that contains the sampling function, and the function's name."""
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     name = "multi_scale_deformable_attention_v2" if family == "rt_detr_v2" else "MultiScaleDeformableAttention"
     if not hasattr(module, name):
         import transformers
 
-        raise ImportError(f"{module.__name__} of transformers {transformers.__version__} has no {name}; 5.23 has")
+        raise ImportError(f"{module.__name__} of transformers {transformers.__version__} has no {name}; 5.23 has it")
     return (module, name) if family == "rt_detr_v2" else (getattr(module, name), "forward")
 
 
@@ -74,13 +71,13 @@ def _forward(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """Stands for MultiScaleDeformableAttention.forward; the names of its arguments belong to transformers."""
-    locations = sampling_locations.to(compute_dtype(value))  # a model in half precision has rounded them already
+    """Replace MultiScaleDeformableAttention.forward; transformers passes arguments by these names."""
+    locations = sampling_locations.to(compute_dtype(value))  # a half-precision model has rounded them already
     return deform_attn(value, value_spatial_shapes_list, locations, attention_weights)
 
 
 def _v2(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Stands for multi_scale_deformable_attention_v2, whose levels and points lie in one dimension."""
+    """Replace multi_scale_deformable_attention_v2, which has levels and points in one dimension."""
 
     def function(
         value: Tensor,
@@ -90,7 +87,7 @@ def _v2(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         num_points_list: list[int],
         method: str = "default",
     ) -> Tensor:
-        if method != "default" or len(set(num_points_list)) != 1:  # nearest pixel, or uneven levels: not our op
+        if method != "default" or len(set(num_points_list)) != 1:  # nearest pixel, uneven levels: not supported
             return original(value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, method)
         levels = (len(num_points_list), num_points_list[0])
         locations = sampling_locations.unflatten(3, levels).to(compute_dtype(value))  # [B, Q, H, L, P, 2]

@@ -1,16 +1,16 @@
-"""Every intermediate value of the official implementation, from the pyramid to the boxes, for all weight files."""
+"""The network gives every recorded intermediate value of the official implementation, for every weight file."""
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.models.grounding_dino.golden import FOLDER, INPUTS, golden_case, golden_model, needs_golden
+from tests.golden.files import recorded_json, recorded_tensors
+from tests.models.grounding_dino.golden import DRAWN, INPUTS, golden_case, golden_model
 from vg.models.grounding_dino.attention import inverse_sigmoid
 from vg.models.grounding_dino.image import ImageFeatures, Neck
 from vg.models.grounding_dino.model import GroundingDino
@@ -18,78 +18,80 @@ from vg.models.grounding_dino.queries import box_proposals
 from vg.models.grounding_dino.text import phrase_blocks
 from vg.models.layers import sine_encoding
 
-pytestmark = needs_golden
-FEATURES, LOGITS, BOXES = 5e-5, 2e-4, 1e-5  # largest differences, as the recording suggests
+FEATURES, LOGITS, BOXES = 5e-5, 2e-4, 1e-5  # tolerances that the recording suggests
+FILES = [DRAWN, "official_tiny.pth", "official_tiny_module_prefix.pth", "mmdet_tiny.pth"]
 
 
-@pytest.fixture(scope="module", params=["official_tiny.pth", "official_tiny_module_prefix.pth", "mmdet_tiny.pth"])
-def model(request: pytest.FixtureRequest) -> GroundingDino:
-    return golden_model(request.param)
+@pytest.fixture(scope="module", params=FILES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GroundingDino:
+    return golden_model(tmp_path_factory.mktemp("weights"), request.param)
 
 
-def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
-    assert found.shape == wanted.shape
-    finite = wanted.isfinite()
+def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert found.shape == expected.shape
+    finite = expected.isfinite()
     assert torch.equal(found.isfinite(), finite)
-    assert (found - wanted)[finite].abs().max() <= tolerance
+    assert (found - expected)[finite].abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("name", INPUTS)
 @torch.no_grad()
-def test_every_intermediate(model: GroundingDino, name: str) -> None:
-    batch, wanted, of_image = golden_case(name)
+def test_outputs_of_every_module_equal_the_recorded_ones(model: GroundingDino, name: str) -> None:
+    batch, expected, expected_image = golden_case(name)
 
     image = model.encode_image(batch)
     inside = torch.ones(image.tokens.shape[:2], dtype=torch.bool) if image.mask is None else image.mask
-    close(image.valid_ratios, of_image["valid_ratios"], 0)
-    for level, (of_level, rows) in enumerate(zip(image.shapes, level_slices(image), strict=True)):
-        assert of_level == tuple(of_image["spatial_shapes"][level].tolist())
-        assert torch.equal(~inside[:, rows], of_image[f"level_mask.{level}"].bool().flatten(1))
-        close(image.tokens[:, rows], of_image[f"proj_src.{level}"].flatten(2).mT, FEATURES)
-        real = inside[:, rows].unsqueeze(-1)  # what stands at padding reaches nothing
+    assert_close(image.valid_ratios, expected_image["valid_ratios"], 0)
+    for level, (shape, rows) in enumerate(zip(image.shapes, level_slices(image), strict=True)):
+        assert shape == tuple(expected_image["spatial_shapes"][level].tolist())
+        assert torch.equal(~inside[:, rows], expected_image[f"level_mask.{level}"].bool().flatten(1))
+        assert_close(image.tokens[:, rows], expected_image[f"proj_src.{level}"].flatten(2).mT, FEATURES)
+        real = inside[:, rows].unsqueeze(-1)  # the values at padded pixels are never used
         encoding = image.positions[:, rows] - model.neck.level_encoding[level]
-        close(encoding * real, of_image[f"image_pe.{level}"].flatten(2).mT * real, FEATURES)
+        assert_close(encoding * real, expected_image[f"image_pe.{level}"].flatten(2).mT * real, FEATURES)
 
     text = model.encode_text(batch.text)
-    assert torch.equal(text.blocks, wanted["text_self_attention_mask"].bool())
-    assert torch.equal(phrase_blocks(batch.text.token_ids, (101, 102, 1012, 1029))[1], wanted["position_ids"])
-    close(text.tokens, wanted["text_feat"], FEATURES)
+    assert torch.equal(text.blocks, expected["text_self_attention_mask"].bool())
+    assert torch.equal(phrase_blocks(batch.text.token_ids, (101, 102, 1012, 1029))[1], expected["position_ids"])
+    assert_close(text.tokens, expected["text_feat"], FEATURES)
 
     image, text = model.encoder(image, text)
-    if "encoder_memory" in wanted:
-        close(image.tokens * inside.unsqueeze(-1), wanted["encoder_memory"] * inside.unsqueeze(-1), FEATURES)
-    close(text.tokens, wanted["encoder_memory_text"], FEATURES)
+    if "encoder_memory" in expected:
+        assert_close(image.tokens * inside.unsqueeze(-1), expected["encoder_memory"] * inside.unsqueeze(-1), FEATURES)
+    assert_close(text.tokens, expected["encoder_memory_text"], FEATURES)
 
     queries = model.queries(image, text)
-    close(queries.logits, wanted["interm_pred_logits"], LOGITS)
-    close(queries.boxes, wanted["enc_selected_boxes"], BOXES)
-    close(queries.references.sigmoid(), wanted["reference.0"], BOXES)
-    of_tokens = model.queries.class_head(model.queries.memory_norm(model.queries.memory_projection(image.tokens)), text)
-    chosen = wanted["enc_topk_indices"].unsqueeze(-1)
-    close(of_tokens.take_along_dim(chosen, dim=1), queries.logits, 0)  # the same tokens, in the same order
+    assert_close(queries.logits, expected["interm_pred_logits"], LOGITS)
+    assert_close(queries.boxes, expected["enc_selected_boxes"], BOXES)
+    assert_close(queries.references.sigmoid(), expected["reference.0"], BOXES)
+    token_logits = model.queries.class_head(
+        model.queries.memory_norm(model.queries.memory_projection(image.tokens)), text
+    )
+    selected = expected["enc_topk_indices"].unsqueeze(-1)
+    assert_close(token_logits.take_along_dim(selected, dim=1), queries.logits, 0)  # the same tokens, in the same order
 
-    model.decoder.train()  # which makes it answer after every layer; there is no dropout
+    model.decoder.train()  # returns the outputs of all layers; dropout is 0
     logits, boxes, hidden = model.decoder(queries.content, queries.references, image, text)
     model.decoder.eval()
-    close(logits, wanted["pred_logits"], LOGITS)
-    close(boxes, wanted["pred_boxes"], BOXES)
-    close(hidden, wanted["hs.2"], FEATURES)
+    assert_close(logits, expected["pred_logits"], LOGITS)
+    assert_close(boxes, expected["pred_boxes"], BOXES)
+    assert_close(hidden, expected["hs.2"], FEATURES)
 
-    output = model(batch)  # the whole, which answers after the last layer only
-    close(output.logits, wanted["pred_logits"][-1:], LOGITS)
-    close(output.boxes, wanted["pred_boxes"][-1:], BOXES)
+    output = model(batch)  # the whole network, which returns the outputs of the last layer only
+    assert_close(output.logits, expected["pred_logits"][-1:], LOGITS)
+    assert_close(output.boxes, expected["pred_boxes"][-1:], BOXES)
 
 
 @pytest.mark.parametrize("name", ["a", "c_fixedmask"])
 @torch.no_grad()
-def test_every_step_within_the_layers(name: str) -> None:
-    model = golden_model()
-    batch, wanted, _ = golden_case(name)
+def test_every_step_within_the_layers(name: str, tmp_path: Path) -> None:
+    model = golden_model(tmp_path)
+    batch, expected, _ = golden_case(name)
     found: dict[str, Tensor] = {}
 
-    def record(key: str, part: int | None = None):
+    def record(key: str, index: int | None = None):
         def hook(module: object, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            found[key] = output if part is None else output[part]
+            found[key] = output if index is None else output[index]
 
         return hook
 
@@ -107,17 +109,17 @@ def test_every_step_within_the_layers(name: str) -> None:
     model.decoder.query_position.register_forward_hook(record("dec.2.query_pos"))  # of the last layer
     model(batch)
     text = model.encode_text(batch.text)
-    close(text.positions, wanted["text_pe"], FEATURES)
-    compared = [key for key in found if key in wanted]
+    assert_close(text.positions, expected["text_pe"], FEATURES)
+    compared = [key for key in found if key in expected]
     assert len(compared) > 15
     for key in compared:
-        close(found[key], wanted[key], FEATURES)
+        assert_close(found[key], expected[key], FEATURES)
 
 
-def test_masks_of_odd_captions() -> None:
-    for case in json.loads((FOLDER / "text_masks.json").read_text())["cases"]:
+def test_text_masks_of_unusual_captions() -> None:
+    for case in recorded_json("text_masks.json")["cases"]:
         blocks, positions = phrase_blocks(torch.tensor(case["input_ids"]), (101, 102, 1012, 1029))
-        if "self_attention_mask" not in case:  # no phrase is closed: the official code fails, ours sees single tokens
+        if "self_attention_mask" not in case:  # no closed phrase: the official code raises
             assert torch.equal(blocks[0], torch.eye(blocks.shape[1], dtype=torch.bool))
             continue
         assert blocks.int().tolist() == case["self_attention_mask"]
@@ -125,12 +127,12 @@ def test_masks_of_odd_captions() -> None:
 
 
 def test_encodings_and_proposals_at_full_width() -> None:
-    helpers = load_file(FOLDER / "helpers.safetensors")
-    close(inverse_sigmoid(helpers["inverse_sigmoid_x"], 1e-3), helpers["inverse_sigmoid_y"], 1e-6)
-    places = helpers["text_pe_position_ids"].unsqueeze(-1)
-    close(sine_encoding(places, 256, 10000.0, interleaved=True), helpers["text_pe_d256"], 1e-5)
+    helpers = recorded_tensors("helpers")
+    assert_close(inverse_sigmoid(helpers["inverse_sigmoid_x"], 1e-3), helpers["inverse_sigmoid_y"], 1e-6)
+    positions = helpers["text_pe_position_ids"].unsqueeze(-1)
+    assert_close(sine_encoding(positions, 256, 10000.0, interleaved=True), helpers["text_pe_d256"], 1e-5)
     boxes = helpers["decoder_sine_boxes"][..., (1, 0, 2, 3)]
-    close(sine_encoding(boxes, 512, 10000.0, interleaved=True), helpers["decoder_sine_d256"], 1e-5)
+    assert_close(sine_encoding(boxes, 512, 10000.0, interleaved=True), helpers["decoder_sine_d256"], 1e-5)
 
     shapes = tuple(map(tuple, helpers["proposal_shapes_hw"].tolist()))
     neck = Neck([8], 256, 2, temperature=20.0)
@@ -144,12 +146,12 @@ def test_encodings_and_proposals_at_full_width() -> None:
     ]
     levels = [torch.zeros(len(inside), 256, *shape) for shape in shapes]
     image = neck.place(levels, inside)
-    close(box_proposals(image), helpers["proposal_out_logits"], 1e-5)
+    assert_close(box_proposals(image), helpers["proposal_out_logits"], 1e-5)
 
     mask = ~helpers["image_pe_mask"].bool()  # [B, 5, 7]
     image = neck.place([levels[0], levels[1]], [[(int(m[:, 0].sum()), int(m[0].sum())), (1, 1)] for m in mask])
     found = image.positions[:, :35].mT.unflatten(2, (5, 7)) * mask.unsqueeze(1)
-    close(found, helpers["image_pe_d256"] * mask.unsqueeze(1), 1e-5)
+    assert_close(found, helpers["image_pe_d256"] * mask.unsqueeze(1), 1e-5)
 
 
 def level_slices(image: ImageFeatures) -> list[slice]:
