@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from vg.cache.select import evaluation_source
 from vg.config import DataConfig
 from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
 from vg.data.source import HasCategoryIds, Source, Task
-from vg.distributed import mean_over_processes
+from vg.distributed import mean_over_processes, progress_bar
 from vg.errors import ConfigError
 from vg.metrics import CocoMetric, GrecMetric, RecMetric
 from vg.models.base import GroundingModel
@@ -27,12 +25,6 @@ METRICS: dict[Task, type[RecMetric] | type[GrecMetric] | type[CocoMetric]] = {
     "generalized": GrecMetric,
     "detection": CocoMetric,
 }
-
-
-def progress_bar(accelerator: Accelerator, **options: Any) -> tqdm:
-    """A bar with an ETA on the main process; in a log file a line now and then instead of a moving bar."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(disable=not accelerator.is_main_process, mininterval=interval, dynamic_ncols=True, **options)
 
 
 class EvaluationSet:

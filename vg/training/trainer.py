@@ -21,12 +21,13 @@ from vg.distributed import (
     StopSignal,
     mean_over_processes,
     new_accelerator,
+    progress_bar,
     random_state,
     restore_random_state,
     seed_everything,
 )
 from vg.errors import ConfigError, TrainingError
-from vg.evaluation.evaluator import Evaluator, progress_bar
+from vg.evaluation.evaluator import Evaluator
 from vg.training.data import TrainingData
 from vg.training.interpolation import Interpolation, Sweep
 from vg.training.loss_log import REMEDY, LossLog
