@@ -26,7 +26,7 @@ from vg.distributed import (
     restore_random_state,
     seed_everything,
 )
-from vg.errors import ConfigError, TrainingError
+from vg.errors import TrainingError
 from vg.evaluation.evaluator import Evaluator
 from vg.training.data import TrainingData
 from vg.training.interpolation import Interpolation, Sweep
@@ -79,8 +79,7 @@ class Trainer:
         seed_everything(config.train.seed)
 
         self.unwrapped_model = build_model(config)  # the network itself; self.model may be a wrapper around it
-        self.evaluator = Evaluator(config.data, self.unwrapped_model, self.accelerator)
-        self.best_metric = self.evaluator.resolve_best_metric(config.train.best_metric)
+        self.evaluator = Evaluator(config.data, self.unwrapped_model, self.accelerator, config.train.best_metric)
         self.data = TrainingData(config, self.unwrapped_model, self.accelerator, self.evaluator.sources)
         choose_trained(self.unwrapped_model, config.optim)
         self.model, self.optimizer = self.accelerator.prepare(
@@ -175,27 +174,26 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Judge the weights to be published, and keep them in `best` where they are the best so far."""
-        progress, name = self.progress, self.best_metric
+        progress = self.progress
         with self.state.evaluated_weights():
-            results = self.evaluator.run(self.unwrapped_model)
-            if name not in results:
-                raise ConfigError(f"train.best_metric: {name!r} is none of {', '.join(results)}")
+            result = self.evaluator.run(self.unwrapped_model)
+            score = result.score
             progress.evaluated_step = progress.step
             progress.evaluations_since_best += 1
-            if results[name] > progress.best:
-                progress.best, progress.evaluations_since_best = results[name], 0
-                self.folder.save_best({"step": progress.step, **results}, self.state.export)
-        change = self.evaluator.change(self.folder.history.rows(), results)
+            if score > progress.best:
+                progress.best, progress.evaluations_since_best = score, 0
+                self.folder.save_best({"step": progress.step, **result.flat()}, self.state.export)
+        change = self.evaluator.change_since_first(self.folder.history.rows(), result)
         if change and self.accelerator.is_main_process:
             logger.info("since the first evaluation: %s", change)
-        self._log(results)
+        self._log(result.flat_metrics())
 
     def interpolate(self, weights: Sequence[float]) -> None:
         """Judge mixtures of the weights that training began with and the best ones; keep the best mixture."""
         seed_everything(self.config.train.seed)
         model = build_model(self.config)  # as it was before the first step
         mixtures = Interpolation(model.own_state_dict(), self.folder.best_weights())
-        sweep = Sweep(model.to(self.accelerator.device), mixtures, weights, self.evaluator, self.best_metric)
+        sweep = Sweep(model.to(self.accelerator.device), mixtures, weights, self.evaluator)
         tokenizer = self.unwrapped_model.text_spec.tokenizer
         self.folder.save_interpolated(lambda folder: sweep.write(folder, self.config, tokenizer))
         if self.accelerator.is_main_process:
@@ -261,7 +259,7 @@ class Trainer:
         if evaluation_due:
             self.evaluate()
         if config.patience and self.progress.evaluations_since_best >= config.patience:
-            logger.info("no better %s in %d evaluations: stopped early", self.best_metric, config.patience)
+            logger.info("no better %s in %d evaluations: stopped early", self.evaluator.best_metric, config.patience)
             save_due = finished = True
         if save_due:
             self.save()
@@ -295,9 +293,8 @@ class Trainer:
         logger.warning("%s: training goes on with those of %s", trouble, saved[-1])
 
     def _log(self, values: dict[str, Any]) -> None:
-        numbers = {key: value for key, value in values.items() if not isinstance(value, str)}
-        self.folder.log({"step": self.progress.step, **numbers})
-        self.accelerator.log(numbers, step=self.progress.step)
+        self.folder.log({"step": self.progress.step, **values})
+        self.accelerator.log(values, step=self.progress.step)
 
     def _start_trackers(self) -> None:
         parts = asdict(self.config).items()
