@@ -1,8 +1,9 @@
-"""The RefCOCO benchmark on any number of processes: accelerate launch scripts/benchmark_refcoco.py CHECKPOINT [...].
+"""Run the RefCOCO benchmark on any number of processes.
 
+    accelerate launch scripts/benchmark_refcoco.py CHECKPOINT [...]
     python scripts/benchmark_refcoco.py runs/mine --data DATA --datasets refcoco,refcoco+ --splits val
 
-is `vg eval CHECKPOINT --suite refcoco`, with the same options.
+Same as `vg eval CHECKPOINT --suite refcoco`, with the same options.
 """
 
 import sys

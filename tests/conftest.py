@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from vg.config import RunConfig, parse_config
+from vg.data.source import Provenance
+from vg.evaluation.results import DatasetResult, EvaluationResult
 from vg.models.encoder_config import TINY_BERT
 from vg.models.rec.config import RecConfig
 from vg.training.history import History
@@ -62,7 +64,13 @@ def history(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def scripted(trainer: Trainer, scores: list[float]) -> Trainer:
-    """Evaluations return these numbers, one after the other."""
+    """Make the evaluations of a trainer return these scores, one after another."""
     values = iter(scores)
-    trainer.evaluator.run = lambda model: {"miou": next(values), "data": "script"}  # type: ignore[method-assign]
+    trainer.evaluator.run = lambda model: scripted_result(miou=next(values))  # type: ignore[method-assign]
     return trainer
+
+
+def scripted_result(**metrics: float) -> EvaluationResult:
+    """An evaluation of one dataset; its first metric selects the best checkpoint."""
+    dataset = DatasetResult("", Provenance("script", "val"), "scripted", metrics, {})
+    return EvaluationResult((dataset,), next(iter(metrics)))

@@ -21,7 +21,7 @@ ARROWS = """
 training   -> evaluation cache checkpoint config data distributed models.base
 evaluation -> cache checkpoint config data distributed inference metrics models
 cache      -> config data distributed models.base
-inference  -> checkpoint config data models.base models.grounding_dino.checkpoints
+inference  -> checkpoint config data metrics.result models.base models.grounding_dino.checkpoints
 checkpoint -> config models.base
 config     -> data models training.optim
 data       ->

@@ -37,7 +37,7 @@ def answers(trainer: Trainer, model: Any) -> list[tuple[Any, ...]]:
     """Predictions for the evaluation data."""
     model.eval()
     with torch.no_grad():
-        found = [p for batch in trainer.evaluator.sets[0].loader for p in model.predict(model(batch), batch)]
+        found = [p for batch in trainer.evaluator.datasets[0].loader for p in model.predict(model(batch), batch)]
     return [(p.id, p.boxes.tolist(), p.scores.tolist(), p.phrase_ids.tolist(), p.phrases) for p in found]
 
 

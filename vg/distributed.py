@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -17,6 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from vg.errors import ConfigError
 
@@ -72,6 +74,12 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 def mean_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
     return accelerator.reduce(values, reduction="mean") if accelerator.num_processes > 1 else values
+
+
+def progress_bar(accelerator: Accelerator, **options: Any) -> tqdm:
+    """Return a progress bar of the main process; in a log file it prints a line every 10 seconds at most."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(disable=not accelerator.is_main_process, mininterval=interval, dynamic_ncols=True, **options)
 
 
 class StopSignal:

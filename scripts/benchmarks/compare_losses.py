@@ -135,7 +135,7 @@ def evaluate(model: GroundingDino, config: RunConfig) -> dict[str, float]:
     collate = Collator(model.image_spec, model.text_spec)
     for batch in DataLoader(GroundingDataset(config.data.eval.build()), batch_size=50, collate_fn=collate):
         metric.update(model.predict(model(batch), batch), batch.targets)
-    return metric.compute()
+    return metric.compute().metrics
 
 
 if __name__ == "__main__":

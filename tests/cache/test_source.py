@@ -88,7 +88,7 @@ def test_every_view_has_its_own_words_boxes_and_features(folder: Path) -> None:
 def test_evaluation_sees_pictures_as_they_are(folder: Path) -> None:
     config = cached_config(folder, {"views": ["flip", "crop"]})
     build_cache(config)
-    (evaluated,) = Trainer(config).evaluator.sets
+    (evaluated,) = Trainer(config).evaluator.datasets
     assert evaluated.data.source.folder.key["views"] == ["plain"]
 
 

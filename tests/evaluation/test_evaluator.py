@@ -1,10 +1,11 @@
-"""What judges which data, several sets in one evaluation, and what a run tells about gains and losses."""
+"""Metrics by task, several evaluation datasets in one run, and the reported change since the first evaluation."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +16,15 @@ from torch import Tensor
 from transformers import BertTokenizer
 
 import vg
-from tests.conftest import history
+from tests.conftest import history, scripted_result
 from vg.boxes import to_pixels
 from vg.config import DataConfig, RunConfig, dump_config, load_config, parse_config
 from vg.data.mixture import MixtureConfig
+from vg.data.source import Provenance
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import ConfigError
 from vg.evaluation.evaluator import Evaluator
+from vg.evaluation.results import DatasetResult, EvaluationResult
 from vg.evaluation.table import table
 from vg.metrics import CocoMetric, RecMetric
 from vg.models.base import GroundingModel
@@ -34,12 +37,12 @@ DETECTION = ShapesConfig(split="val", size=5, image_size=64, view="detection")
 RACCOONS = Path(__file__).resolve().parents[3] / "shared" / "data" / "raccoon120"
 
 
-class Nothing(NamedTuple):
+class OracleOutput(NamedTuple):
     zero: Tensor
 
 
 class Oracle(GroundingModel):
-    """Answers what is in the target, a little off, with any number of phrases."""
+    """Predicts the ground-truth boxes, shifted, for any number of phrases."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,9 +61,9 @@ class Oracle(GroundingModel):
     def load_tokenizer(self, folder: str) -> None:
         raise NotImplementedError
 
-    def forward(self, batch: Batch) -> Nothing:
+    def forward(self, batch: Batch) -> OracleOutput:
         assert not self.training
-        return Nothing(self.weight)
+        return OracleOutput(self.weight)
 
     def loss(self, output: Any, batch: Batch) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -81,81 +84,96 @@ class Oracle(GroundingModel):
         ]
 
 
-def evaluator(**sets: Any) -> Evaluator:
-    config = DataConfig(train=EXPRESSIONS, eval=sets.get("only", sets), eval_batch_size=4, workers=0)
-    return Evaluator(config, Oracle(), Accelerator(cpu=True))
+def evaluator(best_metric: str | None = None, **datasets: Any) -> Evaluator:
+    config = DataConfig(train=EXPRESSIONS, eval=datasets.get("only", datasets), eval_batch_size=4, workers=0)
+    return Evaluator(config, Oracle(), Accelerator(cpu=True), best_metric)
 
 
-def test_the_data_decides_what_judges() -> None:
+def shifted_oracle() -> Oracle:
+    model = Oracle()
+    model.shift = 1.0
+    return model
+
+
+def test_the_data_selects_the_metric() -> None:
     both = evaluator(words=EXPRESSIONS, things=DETECTION)
-    assert [type(each.metric) for each in both.sets] == [RecMetric, CocoMetric]
-    assert both.resolve_best_metric(None) == "miou"
-    assert evaluator(only=DETECTION).resolve_best_metric(None) == "ap"
+    assert [type(dataset.metric) for dataset in both.datasets] == [RecMetric, CocoMetric]
+    assert both.best_metric == "miou"
+    assert evaluator(only=DETECTION).best_metric == "ap"
 
 
-def test_a_mixture_is_judged_if_its_parts_ask_for_the_same() -> None:
-    assert len(evaluator(only=MixtureConfig(parts=[DETECTION, DETECTION])).sets[0].data) == 10
+def test_a_mixture_is_evaluated_if_its_datasets_have_one_metric() -> None:
+    assert len(evaluator(only=MixtureConfig(parts=[DETECTION, DETECTION])).datasets[0].data) == 10
     with pytest.raises(ConfigError, match=r"data\.eval\.both: a mixture of detection and expressions"):
         evaluator(both=MixtureConfig(parts=[DETECTION, EXPRESSIONS]))
 
 
-def test_results_of_one_set() -> None:
+def test_result_of_one_dataset() -> None:
     model = Oracle().train()
     results = evaluator(only=DETECTION).run(model)
     assert model.training
-    assert (results["ap"], results["num_images"]) == (pytest.approx(1), 5)
-    assert (results["data"], results["split"]) == ("shapes (detection, seed 0)", "val")
-    assert results["protocol"].startswith("COCO")
-    assert "set" not in results
+    (dataset,) = results.datasets
+    assert (dataset.metrics["ap"], dataset.metrics["num_images"]) == (pytest.approx(1), 5)
+    assert (dataset.provenance.data, dataset.provenance.split) == ("shapes (detection, seed 0)", "val")
+    assert dataset.protocol.startswith("COCO")
+    assert results.score == dataset.metrics["ap"]
+    assert "set" not in results.flat()
 
 
-def test_results_of_several_sets() -> None:
-    model = Oracle()
-    model.shift = 1.0
-    results = evaluator(things=DETECTION, words=EXPRESSIONS).run(model)
-    assert {name: value for name, value in results.items() if name.startswith("words/")} == {
-        f"words/{name}": value for name, value in evaluator(only=EXPRESSIONS).run(model).items()
-    } | {"words/set": "words"}
-    alone = evaluator(only=DETECTION).run(model)
-    assert {name: results[name] for name in alone} == alone
-    assert 0 < results["ap"] < 1
-    json.dumps(results)
+def test_results_of_several_datasets() -> None:
+    results = evaluator(things=DETECTION, words=EXPRESSIONS).run(shifted_oracle())
+    things, words = results.datasets
+    (alone,) = evaluator(only=EXPRESSIONS).run(shifted_oracle()).datasets
+    assert words == replace(alone, name="words")
+    (alone,) = evaluator(only=DETECTION).run(shifted_oracle()).datasets
+    assert things == replace(alone, name="things")
+    assert 0 < things.metrics["ap"] < 1
+    prefixed = {f"words/{key}": value for key, value in words.flat().items()}
+    assert json.loads(json.dumps(results.flat())) == things.flat() | prefixed
 
 
-def test_a_set_called_like_a_category_is_an_error() -> None:
-    named = next(key for key in evaluator(only=DETECTION).run(Oracle()) if key.endswith("/ap")).removesuffix("/ap")
-    with pytest.raises(ConfigError, match=rf"data\.eval\.{named}: .*rename the set"):
-        evaluator(things=DETECTION, **{named: DETECTION}).run(Oracle())
+def test_a_dataset_with_the_name_of_a_class_is_an_error() -> None:
+    name = next(iter(evaluator(only=DETECTION).run(Oracle()).datasets[0].groups))
+    with pytest.raises(ConfigError, match=rf"data\.eval\.{name}: .*rename the dataset"):
+        evaluator(things=DETECTION, **{name: DETECTION}).run(Oracle())
 
 
-def test_the_deciding_number_is_checked_at_the_start(tiny_config: MakeConfig) -> None:
-    both = evaluator(words=EXPRESSIONS, things=DETECTION)
+def test_the_best_metric_is_checked_at_the_start(tiny_config: MakeConfig) -> None:
     for name in ("acc@0.75", "recall@5", "things/ap", "relation/miou", "auc"):
-        assert both.resolve_best_metric(name) == name
+        assert evaluator(name, words=EXPRESSIONS, things=DETECTION).best_metric == name
     for name in ("ap", "iou", "things/app", "num_expressions"):
-        with pytest.raises(ConfigError, match=rf"train\.best_metric: '{name}' is none of miou, acc@0\.5"):
-            both.resolve_best_metric(name)
+        with pytest.raises(ConfigError, match=rf"train\.best_metric: '{name}' is not one of miou, acc@0\.5"):
+            evaluator(name, words=EXPRESSIONS, things=DETECTION)
     with pytest.raises(ConfigError, match=r"train\.best_metric: 'ap'"):
         Trainer(tiny_config(train={"best_metric": "ap"}))
     trainer = Trainer(tiny_config(train={"best_metric": "nothing/miou"}))
-    with pytest.raises(ConfigError, match=r"train\.best_metric: 'nothing/miou' is none of .*relation/miou"):
+    with pytest.raises(ConfigError, match=r"train\.best_metric: 'nothing/miou' is not one of .*relation/miou"):
         trainer.fit()
 
 
-def test_gains_and_losses() -> None:
+def test_change_since_the_first_evaluation() -> None:
     both = evaluator(raccoon=DETECTION, base=EXPRESSIONS)
     rows = [
         {"step": 0, "loss": 1.0},
         {"step": 0, "ap": 0.101, "base/miou": 0.5},
         {"step": 5, "ap": 0.9, "base/miou": 0},
     ]
-    assert both.change(rows, {"ap": 0.513, "base/miou": 0.487}) == "gained 41.2 AP on raccoon, lost 1.3 mIoU on base"
-    assert both.change(rows[:1], {"ap": 0.5, "base/miou": 0.4}) == ""
+    result = result_of(raccoon={"ap": 0.513}, base={"miou": 0.487})
+    assert both.change_since_first(rows, result) == "gained 41.2 AP on raccoon, lost 1.3 mIoU on base"
+    assert both.change_since_first(rows[:1], result_of(raccoon={"ap": 0.5}, base={"miou": 0.4})) == ""
     alone = evaluator(only=EXPRESSIONS)
-    assert alone.change([{"miou": 0.25}], {"miou": 0.25}) == "gained 0.0 mIoU on shapes (expression, seed 0)"
+    expected = "gained 0.0 mIoU on shapes (expression, seed 0)"
+    assert alone.change_since_first([{"miou": 0.25}], scripted_result(miou=0.25)) == expected
 
 
-def test_a_run_that_evaluates_first(tiny_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
+def result_of(**datasets: dict[str, float]) -> EvaluationResult:
+    """A result with these metrics of each dataset."""
+    (scripted,) = scripted_result(miou=0.0).datasets
+    results = tuple(replace(scripted, name=name, metrics=metrics) for name, metrics in datasets.items())
+    return EvaluationResult(results, "ap")
+
+
+def test_run_that_evaluates_before_the_first_step(tiny_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
     new, base = ({"name": "shapes", "split": "val", "image_size": 64, "size": 3, "seed": seed} for seed in (1, 2))
     config = tiny_config(data={"eval": {"new": new, "base": base}}, train={"eval_first": True, "max_steps": 5})
     with caplog.at_level(logging.INFO, "vg.training.trainer"):
@@ -163,18 +181,18 @@ def test_a_run_that_evaluates_first(tiny_config: MakeConfig, caplog: pytest.LogC
     rows = [row for row in history(config) if "miou" in row]
     assert [row["step"] for row in rows] == [0, 5]
     assert all("base/miou" in row for row in rows)
-    said = [record.getMessage() for record in caplog.records if "since the first" in record.getMessage()]
-    assert len(said) == 1, "the first one has nothing to be compared with"
+    messages = [record.getMessage() for record in caplog.records if "since the first" in record.getMessage()]
+    assert len(messages) == 1, "the first evaluation is not compared with anything"
     words = [f"{'lost' if rows[1][key] < rows[0][key] else 'gained'}" for key in ("miou", "base/miou")]
     points = [f"{100 * abs(rows[1][key] - rows[0][key]):.1f}" for key in ("miou", "base/miou")]
     expected = f"{words[0]} {points[0]} mIoU on new, {words[1]} {points[1]} mIoU on base"
-    assert said == [f"since the first evaluation: {expected}"]
+    assert messages == [f"since the first evaluation: {expected}"]
     best = json.loads(Path(config.train.output, "best", "validation.json").read_text())
     assert best["set"] == "new"
     assert best["base/set"] == "base"
 
 
-def test_the_mapping_survives_a_file_and_overrides(tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_named_datasets_are_saved_and_overridden(tiny_config: MakeConfig, tmp_path: Path) -> None:
     one = {"name": "shapes", "split": "val", "size": 3}
     config = tiny_config(data={"eval": {"new": one, "base": one | {"seed": 2}}})
     (tmp_path / "config.yaml").write_text(dump_config(config))
@@ -199,48 +217,56 @@ def test_the_mapping_survives_a_file_and_overrides(tiny_config: MakeConfig, tmp_
         ("shapes", r"data\.eval: Input should be"),
     ],
 )
-def test_mistakes_in_the_mapping(eval_config: Any, message: str) -> None:
+def test_errors_in_named_datasets(eval_config: Any, message: str) -> None:
     values = {"model": {"name": "rec"}, "data": {"train": {"name": "shapes"}, "eval": eval_config}}
     with pytest.raises(ConfigError, match=message):
         parse_config(values)
 
 
-def test_found_boxes_as_rows_of_coco() -> None:
-    with pytest.raises(ConfigError, match="no detection set"):
+def test_detections_need_a_detection_dataset_with_category_ids() -> None:
+    with pytest.raises(ConfigError, match="no detection dataset"):
         evaluator(only=EXPRESSIONS).detections()
-    with pytest.raises(ConfigError, match=r"shapes \(detection, seed 0\) has no numbers of its classes"):
+    with pytest.raises(ConfigError, match=r"shapes \(detection, seed 0\) has no category ids"):
         evaluator(only=DETECTION).detections()
 
 
 @pytest.mark.skipif(not RACCOONS.exists(), reason="no shared/data beside the repository")
-def test_a_coco_file_from_end_to_end() -> None:
+def test_evaluation_of_a_coco_file_end_to_end() -> None:
     source = {"name": "coco", "path": str(RACCOONS / "instances_val.json"), "image_root": str(RACCOONS / "images")}
     model = {"model": {"name": "rec"}, "data": {"train": source, "eval": source, "workers": 0}}
-    judge = Evaluator(parse_config(model).data, Oracle(), Accelerator(cpu=True))
-    results = judge.run(Oracle())
-    assert (results["ap"], results["num_images"]) == (pytest.approx(1), len(judge.sets[0].data))
-    rows = judge.detections()[""]
-    assert len(rows) == results["num_boxes"]
+    coco = Evaluator(parse_config(model).data, Oracle(), Accelerator(cpu=True))
+    metrics = coco.run(Oracle()).datasets[0].metrics
+    assert (metrics["ap"], metrics["num_images"]) == (pytest.approx(1), len(coco.datasets[0].data))
+    rows = coco.detections()[""]
+    assert len(rows) == metrics["num_boxes"]
     truth = json.loads((RACCOONS / "instances_val.json").read_text())
     assert {row["image_id"] for row in rows} == {row["image_id"] for row in truth["annotations"]}
     assert sorted(row["bbox"][0] for row in rows) == pytest.approx(sorted(r["bbox"][0] for r in truth["annotations"]))
 
 
 def test_tables() -> None:
-    model = Oracle()
-    model.shift = 1.0
-    results = evaluator(things=DETECTION, words=EXPRESSIONS).run(model)
-    shown = table({"checkpoint": "runs/x", **results}).split("\n\n")
-    beside, things, words = (part.splitlines() for part in shown)
+    result = evaluator(things=DETECTION, words=EXPRESSIONS).run(shifted_oracle())
+    things_result, words_result = result.datasets
+    ap, miou = things_result.metrics["ap"], words_result.metrics["miou"]
+    beside, things, words = (section.splitlines() for section in table(result).split("\n\n"))
     assert beside[0].split() == ["things", "words"]
-    assert beside[1].split() == ["ap", f"{results['ap']:.4f}", "-"]
-    assert ["miou", "-", f"{results['words/miou']:.4f}"] in [line.split() for line in beside]
-    assert things[0].startswith("things: shapes (detection, seed 0), val (COCO average precision")
+    assert beside[1].split() == ["ap", f"{ap:.4f}", "-"]
+    assert ["miou", "-", f"{miou:.4f}"] in [line.split() for line in beside]
+    assert things[0].startswith("things: shapes (detection, seed 0), val split (COCO average precision")
     assert things[1].split() == ["ap", "ap50", "ap75", "boxes"]
-    assert things[2].split()[:2] == ["all", f"{results['ap']:.4f}"]
+    assert things[2].split()[:2] == ["all", f"{ap:.4f}"]
     columns = [float(line.split()[-4]) for line in things[3:] if ", " not in line]
     assert columns == sorted(columns, reverse=True), "the best category first"
-    assert len(columns) == results["num_categories"]
-    assert f"ar@100 {results['ar@100']:.4f}" in " ".join(things)
+    assert len(columns) == things_result.metrics["num_categories"]
+    assert f"ar@100 {things_result.metrics['ar@100']:.4f}" in " ".join(things)
     assert [line.split()[0] for line in words[2:]] == ["all", "attribute", "relation", "superlative"]
-    assert table({name: value for name, value in results.items() if not name.startswith("words/")}) == "\n".join(things)
+    assert table(EvaluationResult((things_result,), "ap")) == "\n".join(things)
+
+
+def test_table_of_a_class_called_all() -> None:
+    metrics, groups = {"ap": 0.25}, {"all": {"ap": 0.5}}
+    dataset = DatasetResult("", Provenance("data", "val"), "protocol", metrics, groups)
+    assert [line.split() for line in table(EvaluationResult((dataset,), "ap")).splitlines()[2:]] == [
+        ["all", "0.2500"],
+        ["all", "0.5000"],
+    ]

@@ -1,4 +1,4 @@
-"""The curves of a training, as a picture."""
+"""Plots of training curves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vg.metrics.coco import CocoMetric
 from vg.metrics.rec import RecMetric
 
 
-def test_curves_of_a_training(tmp_path: Path) -> None:
+def test_plot_has_a_panel_for_losses_and_one_for_metrics(tmp_path: Path) -> None:
     training = [{"step": step, "loss": 3 / (step + 1), "loss/giou": 1.0, "learning_rate": 1e-4} for step in range(200)]
     evaluation = [{"step": step, "miou": step / 300, "num_expressions": 50, "easy/miou": 1.0} for step in (99, 199)]
     curves([*training, *evaluation], tmp_path / "both.png")
@@ -20,12 +20,12 @@ def test_curves_of_a_training(tmp_path: Path) -> None:
     curves(evaluation, tmp_path / "metrics.png")
     both, loss, metrics = (Image.open(tmp_path / f"{name}.png").size for name in ("both", "loss", "metrics"))
     assert both[1] == 2 * loss[1] == 2 * metrics[1]
-    for nothing in ([], [{"step": 1, "epoch": 1}]):
+    for empty in ([], [{"step": 1, "epoch": 1}]):
         with pytest.raises(ValueError, match="neither losses nor metrics"):
-            curves(nothing, tmp_path / "nothing.png")
+            curves(empty, tmp_path / "empty.png")
 
 
-def test_terms_of_one_kind_are_one_line() -> None:
+def test_components_of_a_loss_term_are_summed() -> None:
     rows = [
         {"step": step, "loss": 10.0 - step, "loss/class": 1.0, "loss/class_layer0": 2.0, "loss/l1_denoising": 0.5}
         for step in (1, 2)
@@ -38,13 +38,13 @@ def test_terms_of_one_kind_are_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "drawn"),
+    ("metric", "plotted"),
     [
         (CocoMetric, ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]),
         (RecMetric, ["miou", "acc@0.5", "acc@0.75", "acc@0.9", "map@50", "map@75"]),
     ],
 )
-def test_every_line_has_a_color_of_its_own(metric: type, drawn: list[str]) -> None:
-    row = {"step": 5, "num_images": 3} | dict.fromkeys(metric.numbers, 0.5)
-    assert list(metrics_of([row])) == drawn
-    assert len(drawn) == len(LINE_COLORS)
+def test_every_plotted_metric_has_its_own_color(metric: type, plotted: list[str]) -> None:
+    row = {"step": 5, "num_images": 3} | dict.fromkeys(metric.metric_names, 0.5)
+    assert list(metrics_of([row])) == plotted
+    assert len(plotted) == len(LINE_COLORS)

@@ -1,4 +1,4 @@
-"""The numbers of COCO: against pycocotools on files, on real detections, and across processes."""
+"""Metric of detection: pycocotools on files as reference, real detections, and several processes."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ MMDETECTION = (
     *("ar@100", "ar@300", "ar@1000", "ar_small@1000", "ar_medium@1000", "ar_large@1000"),
 )
 
-Answers = list[tuple[Prediction, Target]]
+Samples = list[tuple[Prediction, Target]]
 
 
-def pairs(truth: dict[str, Any], found: list[dict[str, Any]]) -> Answers:
-    """A file of annotations and one of results as predictions and targets."""
+def pairs(truth: dict[str, Any], found: list[dict[str, Any]]) -> Samples:
+    """Convert COCO annotations and results to predictions and targets."""
     categories = sorted(truth["categories"], key=lambda category: category["id"])
-    place = {category["id"]: index for index, category in enumerate(categories)}
+    index_of = {category["id"]: index for index, category in enumerate(categories)}
     phrases = tuple(category["name"] for category in categories)
-    answers = []
+    samples = []
     for image in truth["images"]:
         size = (image["height"], image["width"])
         rows = [row for row in truth["annotations"] if row["image_id"] == image["id"]]
@@ -47,14 +47,14 @@ def pairs(truth: dict[str, Any], found: list[dict[str, Any]]) -> Answers:
             size,
             phrases,
             from_pixels(xyxy(rows), size),
-            torch.tensor([place[row["category_id"]] for row in rows], dtype=torch.long),
+            torch.tensor([index_of[row["category_id"]] for row in rows], dtype=torch.long),
             crowd=torch.tensor([bool(row["iscrowd"]) for row in rows], dtype=torch.bool),
             areas=torch.tensor([row["area"] for row in rows], dtype=torch.float32),
         )
         scores = torch.tensor([row["score"] for row in boxes], dtype=torch.float32)
-        phrase_ids = torch.tensor([place[row["category_id"]] for row in boxes], dtype=torch.long)
-        answers.append((Prediction(str(image["id"]), xyxy(boxes), scores, phrase_ids, phrases), target))
-    return answers
+        phrase_ids = torch.tensor([index_of[row["category_id"]] for row in boxes], dtype=torch.long)
+        samples.append((Prediction(str(image["id"]), xyxy(boxes), scores, phrase_ids, phrases), target))
+    return samples
 
 
 def xyxy(rows: list[dict[str, Any]]) -> torch.Tensor:
@@ -62,15 +62,15 @@ def xyxy(rows: list[dict[str, Any]]) -> torch.Tensor:
     return torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=1).float()
 
 
-def judged(answers: Answers, batch_size: int = 7) -> CocoMetric:
+def metric_of(samples: Samples, batch_size: int = 7) -> CocoMetric:
     metric = CocoMetric()
-    for start in range(0, len(answers), batch_size):
-        metric.update(*zip(*answers[start : start + batch_size], strict=True))
+    for start in range(0, len(samples), batch_size):
+        metric.update(*zip(*samples[start : start + batch_size], strict=True))
     return metric
 
 
 def official(truth: dict[str, Any], found: list[dict[str, Any]], limits: list[int], folder: Path) -> dict[str, Any]:
-    """The 12 lines of pycocotools on files, with so many boxes per image; "per class" [categories with boxes]."""
+    """The 12 metrics of pycocotools on files with these box limits, and "per class" the AP of categories with boxes."""
     (folder / "truth.json").write_text(json.dumps(truth))
     (folder / "found.json").write_text(json.dumps(found))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -82,12 +82,12 @@ def official(truth: dict[str, Any], found: list[dict[str, Any]], limits: list[in
         evaluation.summarize()
     precision = evaluation.eval["precision"][:, :, :, 0, limits.index(100)]  # [T, 101, C]
     names = [coco.cats[id]["name"] for id in evaluation.params.catIds]
-    per_class = {name: precision[:, :, place].mean() for place, name in enumerate(names)}
+    per_class = {name: precision[:, :, index].mean() for index, name in enumerate(names)}
     return {"stats": evaluation.stats, "per class": {name: ap for name, ap in per_class.items() if ap > -1}}
 
 
 def scenes(count: int, seed: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Made-up annotations, with crowd regions and a category without any, and results, many of them equal in score."""
+    """Random annotations with crowd regions and a category without boxes, and results, many with equal scores."""
     rng = np.random.default_rng(seed)
     annotations, found = [], []
     for image in range(1, count + 1):
@@ -102,7 +102,7 @@ def scenes(count: int, seed: int = 0) -> tuple[dict[str, Any], list[dict[str, An
                 box = (np.array(row["bbox"]) + rng.normal(0, 6, 4)).round(1)
                 score = float(rng.uniform(0, 1).__round__(1))
                 found.append(row | {"bbox": [*box[:2], *np.abs(box[2:])], "score": score})
-    categories = [{"id": number, "name": name} for number, name in enumerate(("cat", "dog", "hot dog", "kite"), 1)]
+    categories = [{"id": id, "name": name} for id, name in enumerate(("cat", "dog", "hot dog", "kite"), 1)]
     images = [{"id": 7 * image, "width": 640, "height": 512} for image in range(1, count + 1)]
     return {"images": images, "categories": categories, "annotations": annotations}, found
 
@@ -116,20 +116,8 @@ def real(truth: str, found: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 REAL = {
     "val2014": (
         ("cocoapi_results/instances_val2014_100.json", "cocoapi_results/instances_val2014_fakebbox100_results.json"),
-        [
-            0.505,
-            0.697,
-            0.573,
-            0.586,
-            0.519,
-            0.501,
-            0.387,
-            0.594,
-            0.595,
-            0.640,
-            0.566,
-            0.564,
-        ],  # val2014_fake_eval_res.txt
+        # val2014_fake_eval_res.txt
+        [0.505, 0.697, 0.573, 0.586, 0.519, 0.501, 0.387, 0.594, 0.595, 0.640, 0.566, 0.564],
     ),
     "detector": (
         ("coco_permissive/instances_permissive.json", "coco_permissive/detections_FastestDet_permissive.json"),
@@ -138,26 +126,26 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize("name", [*REAL, "made up"])
-def test_numbers_are_those_of_pycocotools_on_json_files(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*REAL, "random"])
+def test_metrics_equal_pycocotools_on_json_files(name: str, tmp_path: Path) -> None:
     files, published = REAL.get(name, (None, None))
     truth, found = real(*files) if files else scenes(40)
-    results = judged(pairs(truth, found)).compute()
+    results, groups = metric_of(pairs(truth, found)).compute()
     expected = official(truth, found, [1, 10, 100], tmp_path)
-    assert [results[number] for number in STANDARD] == pytest.approx(expected["stats"].tolist(), abs=1e-6)
+    assert [results[name] for name in STANDARD] == pytest.approx(expected["stats"].tolist(), abs=1e-6)
     more = official(truth, found, [100, 300, 1000], tmp_path)
-    assert [results[number] for number in MMDETECTION] == pytest.approx(more["stats"].tolist(), abs=1e-6)
-    per_class = {key.removesuffix("/ap"): value for key, value in results.items() if key.endswith("/ap")}
+    assert [results[name] for name in MMDETECTION] == pytest.approx(more["stats"].tolist(), abs=1e-6)
+    per_class = {name: metrics["ap"] for name, metrics in groups.items()}
     assert per_class == pytest.approx(expected["per class"], abs=1e-6)
     assert results["num_categories"] == len(per_class)
     assert results["num_boxes"] == sum(not row["iscrowd"] for row in truth["annotations"])
-    assert set(results) >= set(CocoMetric.numbers)
+    assert set(results) >= set(CocoMetric.metric_names)
     if published:
-        assert [results[number] for number in STANDARD] == pytest.approx(published, abs=6e-4)
+        assert [results[name] for name in STANDARD] == pytest.approx(published, abs=6e-4)
 
 
-def test_boxes_of_the_official_post_processing(tmp_path: Path) -> None:
-    """300 boxes per image, not clipped, category ids with gaps; a part of them, moved, is what was to be found."""
+def test_boxes_of_the_official_postprocessing(tmp_path: Path) -> None:
+    """300 boxes per image, not clipped, category ids with gaps; a third of them, shifted, are the annotations."""
     truth, _ = real(*REAL["val2014"][0])
     golden = load_file(DATA / "golden_official" / "postprocess_coco80.safetensors")
     truth |= {"images": [], "annotations": []}
@@ -165,41 +153,41 @@ def test_boxes_of_the_official_post_processing(tmp_path: Path) -> None:
     for image, (height, width) in enumerate(golden["orig_sizes_hw"].tolist()):
         truth["images"].append({"id": image, "height": height, "width": width})
         boxes, ids = golden["boxes_xyxy_abs"][image], golden["labels"][image].tolist()
-        assert boxes.min() < 0, "some stick out"
+        assert boxes.min() < 0, "some extend beyond the image"
         rows = [[left, top, right - left, bottom - top] for left, top, right, bottom in boxes.double().tolist()]
-        for place, (row, id, score) in enumerate(zip(rows, ids, golden["scores"][image].tolist(), strict=True)):
+        for index, (row, id, score) in enumerate(zip(rows, ids, golden["scores"][image].tolist(), strict=True)):
             found.append({"image_id": image, "category_id": id, "bbox": [round(x, 3) for x in row], "score": score})
-            corners = (boxes[place] + place % 9).minimum(torch.tensor([width, height] * 2)).clamp(min=0).tolist()
+            corners = (boxes[index] + index % 9).minimum(torch.tensor([width, height] * 2)).clamp(min=0).tolist()
             left, top, right, bottom = corners
-            if place % 3 == 0 and left < right and top < bottom:
+            if index % 3 == 0 and left < right and top < bottom:
                 box = [round(x, 3) for x in (left, top, right - left, bottom - top)]
                 row = {"id": len(truth["annotations"]) + 1, "image_id": image, "category_id": id, "iscrowd": 0}
                 truth["annotations"].append(row | {"bbox": box, "area": box[2] * box[3]})
-    metric = judged(pairs(truth, found))
+    metric = metric_of(pairs(truth, found))
     expected = official(truth, found, [1, 10, 100], tmp_path)["stats"].tolist()
-    results = metric.compute()
+    results = metric.compute().metrics
     assert 0.1 < results["ap"] < 0.9
-    assert [results[number] for number in STANDARD] == pytest.approx(expected, abs=1e-6)
+    assert [results[name] for name in STANDARD] == pytest.approx(expected, abs=1e-6)
     rows = metric.detections({category["name"]: category["id"] for category in truth["categories"]})
-    assert [row["category_id"] for row in rows] == golden["labels"].flatten().tolist(), "best first, image after image"
+    assert [row["category_id"] for row in rows] == golden["labels"].flatten().tolist(), "best first, image by image"
     assert [row["bbox"] for row in rows] == [pytest.approx(row["bbox"], abs=2e-3) for row in found]
 
 
-def test_results_as_json_give_pycocotools_the_same_numbers(tmp_path: Path) -> None:
+def test_pycocotools_gets_the_same_metrics_from_our_results_file(tmp_path: Path) -> None:
     truth, found = scenes(30)
-    metric = judged(pairs(truth, found))
+    metric = metric_of(pairs(truth, found))
     rows = metric.detections({"cat": 1, "dog": 2, "hot dog": 3, "kite": 4})
     assert len(rows) == len(found)
     assert rows[0].keys() == {"image_id", "category_id", "bbox", "score"}
     stats = official(truth, rows, [1, 10, 100], tmp_path)["stats"].tolist()
-    results = metric.compute()
-    assert [results[number] for number in STANDARD] == pytest.approx(stats, abs=1e-6)
+    results = metric.compute().metrics
+    assert [results[name] for name in STANDARD] == pytest.approx(stats, abs=1e-6)
     with pytest.raises(ValueError, match="no category id for dog, hot dog; there are ids for cat"):
         metric.detections({"cat": 1})
 
 
 def simple(name: str, true: list[list[float]], found: list[list[float]], **more: Any) -> tuple[Prediction, Target]:
-    """Boxes xyxy in pixels of a picture 100 x 100, all of one phrase, scores 0.9, 0.8, ..."""
+    """A sample with boxes xyxy in pixels of an image of 100 x 100, all of one phrase, scores 0.9, 0.8, ..."""
     ids = torch.zeros(len(true)).long()
     boxes = torch.tensor(found).reshape(-1, 4)
     target = Target(name, (100, 100), ("cup",), from_pixels(torch.tensor(true).reshape(-1, 4), (100, 100)), ids, **more)
@@ -207,110 +195,112 @@ def simple(name: str, true: list[list[float]], found: list[list[float]], **more:
     return Prediction(name, boxes, scores, torch.zeros(len(found)).long(), ("cup",)), target
 
 
-def test_figures_worked_out_by_hand() -> None:
+def test_values_computed_by_hand() -> None:
     box, half = [10.0, 10.0, 60.0, 60.0], [10.0, 10.0, 60.0, 40.0]
-    results = judged([simple("a", [box], [box]), simple("b", [box], [half]), simple("c", [], [])]).compute()
-    # IoU 1 and 0.6; at thresholds up to 0.6 both are found (3 of 10), above one of two with the better score
+    results = metric_of([simple("a", [box], [box]), simple("b", [box], [half]), simple("c", [], [])]).compute().flat()
+    # IoU 1 and 0.6: both match at thresholds up to 0.6 (3 of 10); above, only the one with the higher score matches.
     assert results["ap50"] == pytest.approx(1)
     assert results["ap75"] == pytest.approx(51 / 101)
     assert results["ap"] == pytest.approx((3 + 7 * 51 / 101) / 10)
     assert results["ar@1"] == pytest.approx((3 + 7 / 2) / 10)
     assert results["cup/ap50"] == pytest.approx(1)
     assert (results["num_images"], results["num_boxes"], results["cup/num_boxes"]) == (3, 2, 2)
-    assert results["ap_small"] == -1, "none is small"
+    assert results["ap_small"] == -1, "there is no small object"
 
 
-def test_what_is_found_in_a_crowd_counts_neither_for_nor_against() -> None:
+def test_predictions_in_a_crowd_region_are_ignored() -> None:
     box, crowd, wrong = [0.0, 0.0, 20.0, 20.0], [30.0, 30.0, 100.0, 100.0], [40.0, 40.0, 60.0, 60.0]
     flags = {"crowd": torch.tensor([False, True])}
     found = [wrong, wrong, box]
-    assert judged([simple("a", [box, crowd], found, **flags)]).compute()["ap"] == pytest.approx(1)
-    assert judged([simple("a", [box], found)]).compute()["ap"] == pytest.approx(1 / 3)
+    assert metric_of([simple("a", [box, crowd], found, **flags)]).compute().metrics["ap"] == pytest.approx(1)
+    assert metric_of([simple("a", [box], found)]).compute().metrics["ap"] == pytest.approx(1 / 3)
 
 
-def test_sizes_are_those_of_the_annotations_where_they_are_given() -> None:
+def test_annotated_areas_are_preferred_to_box_areas() -> None:
     box = [0.0, 0.0, 40.0, 40.0]
-    assert judged([simple("a", [box], [box])]).compute()["ap_medium"] == pytest.approx(1)
-    results = judged([simple("a", [box], [box], areas=torch.tensor([900.0]))]).compute()
+    assert metric_of([simple("a", [box], [box])]).compute().metrics["ap_medium"] == pytest.approx(1)
+    results = metric_of([simple("a", [box], [box], areas=torch.tensor([900.0]))]).compute().metrics
     assert (results["ap_small"], results["ap_medium"]) == (pytest.approx(1), -1)
 
 
 def test_predicted_boxes_are_not_clipped() -> None:
     box = [0.0, 0.0, 40.0, 40.0]
-    assert judged([simple("a", [box], [[-8.0, 0.0, 40.0, 40.0]])]).compute()["ap"] == pytest.approx(7 / 10), "40 / 48"
+    assert metric_of([simple("a", [box], [[-8.0, 0.0, 40.0, 40.0]])]).compute().metrics["ap"] == pytest.approx(
+        7 / 10
+    ), "40 / 48"
 
 
-def test_order_batches_and_repeats_change_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    answers = pairs(*scenes(25))
-    results = judged(answers).compute()
-    assert judged([*answers[::-1], *answers[:9]], batch_size=3).compute() == results
+def test_order_batches_and_repeats_do_not_change_the_result(capsys: pytest.CaptureFixture[str]) -> None:
+    samples = pairs(*scenes(25))
+    results = metric_of(samples).compute()
+    assert metric_of([*samples[::-1], *samples[:9]], batch_size=3).compute() == results
     assert capsys.readouterr().out == ""
 
 
-def test_images_may_be_asked_for_phrases_of_their_own() -> None:
-    answers = pairs(*scenes(25))
+def test_images_can_have_different_phrases() -> None:
+    samples = pairs(*scenes(25))
     own = []
-    for prediction, target in answers:
+    for prediction, target in samples:
         named = sorted(set(target.phrase_ids.tolist()))
-        asked, place = tuple(target.phrases[id] for id in named), {id: index for index, id in enumerate(named)}
-        kept = [row for row, id in enumerate(prediction.phrase_ids.tolist()) if id in place]
-        ids = torch.tensor([place[id] for id in prediction.phrase_ids[kept].tolist()]).long()
-        true_ids = torch.tensor([place[id] for id in target.phrase_ids.tolist()]).long()
+        phrases, new_id = tuple(target.phrases[id] for id in named), {id: index for index, id in enumerate(named)}
+        kept = [row for row, id in enumerate(prediction.phrase_ids.tolist()) if id in new_id]
+        ids = torch.tensor([new_id[id] for id in prediction.phrase_ids[kept].tolist()]).long()
+        true_ids = torch.tensor([new_id[id] for id in target.phrase_ids.tolist()]).long()
         own.append(
             (
-                Prediction(prediction.id, prediction.boxes[kept], prediction.scores[kept], ids, asked),
-                Target(target.id, target.size, asked, target.boxes, true_ids, "", target.crowd, target.areas),
+                Prediction(prediction.id, prediction.boxes[kept], prediction.scores[kept], ids, phrases),
+                Target(target.id, target.size, phrases, target.boxes, true_ids, "", target.crowd, target.areas),
             )
         )
-    assert judged(own).compute() == judged(answers).compute(), "no image has a box of a phrase it does not show"
+    assert metric_of(own).compute() == metric_of(samples).compute(), "every box is of a phrase of its image"
 
 
-def test_nothing_predicted_and_nothing_to_find_are_results() -> None:
+def test_no_predictions_and_no_ground_truth() -> None:
     box = [0.0, 0.0, 40.0, 40.0]
-    assert judged([simple("a", [box], [])]).compute()["ap"] == 0
-    results = judged([simple("a", [], [box])]).compute()
+    assert metric_of([simple("a", [box], [])]).compute().metrics["ap"] == 0
+    results = metric_of([simple("a", [], [box])]).compute().metrics
     assert (results["ap"], results["ar@100"], results["num_boxes"], results["num_categories"]) == (-1, -1, 0, 0)
 
 
-def test_reset_forgets() -> None:
-    metric = judged(pairs(*scenes(5)))
+def test_reset_removes_all_samples() -> None:
+    metric = metric_of(pairs(*scenes(5)))
     metric.reset()
-    answers = pairs(*scenes(6, seed=3))
-    metric.update(*zip(*answers, strict=True))
-    assert metric.compute() == judged(answers).compute()
+    samples = pairs(*scenes(6, seed=3))
+    metric.update(*zip(*samples, strict=True))
+    assert metric.compute() == metric_of(samples).compute()
 
 
-def test_bad_input_is_named() -> None:
+def test_errors_name_the_bad_input() -> None:
     metric, (prediction, target) = CocoMetric(), simple("a", [], [])
     with pytest.raises(ValueError, match="same samples"):
         metric.update([prediction], [])
     with pytest.raises(ValueError, match=r"'a' has phrases more than once \(cup\)"):
         metric.update([prediction], [Target("a", (9, 9), ("cup", "cup"), target.boxes, target.phrase_ids)])
     metric.update([], [])
-    with pytest.raises(ValueError, match="saw no image"):
+    with pytest.raises(ValueError, match="got no image"):
         metric.compute()
-    with pytest.raises(ValueError, match="ids of the data unique"):
-        judged([simple("a", [[0.0, 0.0, 40.0, 40.0]], []), simple("a", [[50.0, 50.0, 80.0, 80.0]], [])]).compute()
+    with pytest.raises(ValueError, match="make the ids unique"):
+        metric_of([simple("a", [[0.0, 0.0, 40.0, 40.0]], []), simple("a", [[50.0, 50.0, 80.0, 80.0]], [])]).compute()
 
 
-def judge_in_process(rank: int, shares: list[list[Answers]], folder: str) -> None:
-    """Rank `rank` of two: judges its share of each division, one image per update."""
+def evaluate_in_process(rank: int, shares: list[list[Samples]], folder: str) -> None:
+    """Rank `rank` of two: evaluates its share of each division, one image per update."""
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     results = []
     for division in shares:
-        metric = judged(division[rank], batch_size=1)
+        metric = metric_of(division[rank], batch_size=1)
         rows = metric.detections({"cat": 1, "dog": 2, "hot dog": 3, "kite": 4})
-        results.append([metric.compute(), rows])
+        results.append([metric.compute().flat(), rows])
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
-    answers = pairs(*scenes(11))
-    shares = [[answers[0::2], answers[1::2] + answers[:1]], [answers, []], [[], answers]]
-    torch.multiprocessing.spawn(judge_in_process, args=(shares, str(tmp_path)), nprocs=2)
-    alone = judged(answers)
-    expected = [alone.compute(), alone.detections({"cat": 1, "dog": 2, "hot dog": 3, "kite": 4})]
+    samples = pairs(*scenes(11))
+    shares = [[samples[0::2], samples[1::2] + samples[:1]], [samples, []], [[], samples]]
+    torch.multiprocessing.spawn(evaluate_in_process, args=(shares, str(tmp_path)), nprocs=2)
+    alone = metric_of(samples)
+    expected = [alone.compute().flat(), alone.detections({"cat": 1, "dog": 2, "hot dog": 3, "kite": 4})]
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [expected] * 3

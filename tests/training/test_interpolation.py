@@ -1,4 +1,4 @@
-"""Weights between two checkpoints: the ends are the checkpoints themselves, and the best mixture is kept."""
+"""Weights between two checkpoints: both ends equal the checkpoints, and the best mixture is saved."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import scripted_result
 from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
 from tests.training.test_resume import interrupt, stop_in_step
 from vg.checkpoint import read_model
@@ -18,6 +19,7 @@ from vg.cli import main
 from vg.config import RunConfig
 from vg.errors import CheckpointError, ConfigError
 from vg.evaluation.evaluator import Evaluator
+from vg.evaluation.results import EvaluationResult
 from vg.models.grounding_dino.config import DenoisingConfig
 from vg.training.interpolation import Interpolation
 from vg.training.trainer import Trainer
@@ -27,7 +29,7 @@ MakeConfig = Callable[..., RunConfig]
 
 @pytest.fixture
 def runs(tiny_config: MakeConfig, tmp_path: Path) -> tuple[str, str]:
-    """The folders of a run of one step, and of one of six."""
+    """Folders of a run with one step and of a run with six."""
     folders = []
     for steps in (1, 6):
         config = tiny_config(train={"output": str(tmp_path / f"run_{steps}"), "max_steps": steps, "eval_every": 99})
@@ -37,18 +39,18 @@ def runs(tiny_config: MakeConfig, tmp_path: Path) -> tuple[str, str]:
 
 
 def script(monkeypatch: pytest.MonkeyPatch, *scores: float) -> list[dict[str, torch.Tensor]]:
-    """Evaluations return these numbers one after the other; gives the weights that were judged."""
-    values, judged = iter(scores), []
+    """Make evaluations return these scores, one after another; they append their weights to the returned list."""
+    values, evaluated = iter(scores), []
 
-    def run(self: Any, model: Any) -> dict[str, Any]:
-        judged.append({name: value.clone() for name, value in model.own_state_dict().items()})
-        return {"miou": next(values), "acc@0.5": 0.5, "data": "script"}
+    def run(self: Any, model: Any) -> EvaluationResult:
+        evaluated.append({name: value.clone() for name, value in model.own_state_dict().items()})
+        return scripted_result(**{"miou": next(values), "acc@0.5": 0.5})
 
     monkeypatch.setattr(Evaluator, "run", run)
-    return judged
+    return evaluated
 
 
-def test_mixtures() -> None:
+def test_mixtures_interpolate_floats_and_take_the_rest_from_the_final_checkpoint() -> None:
     initial = {"a": torch.tensor([0.1, 3.0]), "count": torch.tensor(3)}
     final = {"a": torch.tensor([0.7, 1.0]), "count": torch.tensor(5), "labels": torch.tensor([2.0])}
     mixtures = Interpolation(initial, final)
@@ -61,7 +63,7 @@ def test_mixtures() -> None:
         assert mixtures.at(weight)["labels"].equal(final["labels"])
 
 
-def test_checkpoints_of_two_models_are_no_ends() -> None:
+def test_checkpoints_of_different_models_are_rejected() -> None:
     one, other = {"a": torch.zeros(2), "b": torch.zeros(1)}, {"a": torch.zeros(3)}
     with pytest.raises(
         CheckpointError, match=r"(?s)not checkpoints of one model:.*one: b.*shape: a was \(2,\), is \(3"
@@ -69,14 +71,14 @@ def test_checkpoints_of_two_models_are_no_ends() -> None:
         Interpolation(one, other)
 
 
-def test_the_best_mixture_is_written(
+def test_the_best_mixture_is_saved(
     runs: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    judged = script(monkeypatch, 0.3, 0.6, 0.4)
+    evaluated = script(monkeypatch, 0.3, 0.6, 0.4)
     main(["interpolate", *runs, "--output", str(tmp_path / "mix"), "--weights", "0", ".25", "1", "data.eval.size=3"])
     before, after = (load_file(Path(run) / "best" / "model.safetensors") for run in runs)
-    assert all(judged[0][name].equal(value) for name, value in before.items())
-    assert all(judged[2][name].equal(value) for name, value in after.items())
+    assert all(evaluated[0][name].equal(value) for name, value in before.items())
+    assert all(evaluated[2][name].equal(value) for name, value in after.items())
     loaded, config = read_model(tmp_path / "mix")
     assert isinstance(config, RunConfig)
     assert config.data.eval.size == 3  # type: ignore[union-attr]
@@ -97,11 +99,11 @@ def test_the_best_mixture_is_written(
     ]
 
 
-def test_real_evaluations_of_several_sets(
+def test_sweep_over_several_evaluation_datasets(
     runs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sets = "data.eval={new: {name: shapes, split: val, image_size: 64, size: 5}, old: {name: shapes, size: 4}}"
-    main(["interpolate", *runs, sets, "train.best_metric=old/miou", "--output", str(tmp_path / "mix")])
+    datasets = "data.eval={new: {name: shapes, split: val, image_size: 64, size: 5}, old: {name: shapes, size: 4}}"
+    main(["interpolate", *runs, datasets, "train.best_metric=old/miou", "--output", str(tmp_path / "mix")])
     rows = json.loads((tmp_path / "mix" / "interpolation.json").read_text())["results"]
     assert [row["weight"] for row in rows] == [0, 0.25, 0.5, 0.75, 1]
     assert capsys.readouterr().out.splitlines()[0].split() == ["weight", "old/miou", "miou"]
@@ -110,7 +112,7 @@ def test_real_evaluations_of_several_sets(
     assert len({row["miou"] for row in rows}) > 2
 
 
-def test_what_training_added_is_said(
+def test_weights_added_by_training_are_reported(
     tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scenes = {"name": "shapes", "view": "detection", "image_size": 64, "size": 4}
@@ -131,8 +133,8 @@ def test_what_training_added_is_said(
 def test_training_ends_with_a_sweep(
     tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """From the weights before the first step to the best ones, also where the run was stopped in between."""
-    judged = script(monkeypatch, 0.1, 0.2, 0.3, 0.5, 0.4)  # twice while it trains, then three mixtures
+    """The sweep is from the weights before the first step to the best ones, also in a run that was interrupted."""
+    evaluated = script(monkeypatch, 0.1, 0.2, 0.3, 0.5, 0.4)  # two evaluations during training, then three mixtures
     config = tiny_config(train={"max_steps": 4, "eval_first": True, "ema": 0.5, "eval_every": 4})
     config.train.interpolate = [0.0, 0.5, 1.0]
     folder = tmp_path / "run" / "interpolated"
@@ -140,11 +142,11 @@ def test_training_ends_with_a_sweep(
     stop_in_step(trainer, 2, interrupt)
     with pytest.raises(SystemExit):
         trainer.fit()
-    assert not folder.exists(), "not before the end"
+    assert not folder.exists(), "it is written at the end of training"
     caplog.set_level("INFO")
-    assert Trainer(config, resume=True).fit()["miou"] == 0.2, "the results of training itself"
+    assert Trainer(config, resume=True).fit()["miou"] == 0.2, "the best result of training, not of the sweep"
 
-    first, last, *mixtures = judged
+    first, last, *mixtures = evaluated
     for name, value in first.items():
         assert mixtures[0][name].equal(value)
         assert mixtures[2][name].equal(last[name])
@@ -162,11 +164,11 @@ def test_training_ends_with_a_sweep(
         ["1", "0.4000"],
     ]
     Trainer(config, overwrite=True)
-    assert not folder.exists(), "it belonged to the run that is gone"
+    assert not folder.exists(), "it belonged to the overwritten run"
 
 
-def test_a_sweep_after_training_adapters(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    """The initial weights have the names of the plain model, as those of the best checkpoint have."""
+def test_sweep_after_training_with_lora(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    """Initial and best weights both have the names of the model without adapters."""
     pytest.importorskip("peft")
     config = tiny_config(optim={"lora": {"targets": ["text.network"], "train_also": ["head"]}}, train={"max_steps": 2})
     config.train.interpolate = [0.5]
@@ -182,18 +184,18 @@ def test_a_sweep_after_training_adapters(tiny_config: MakeConfig, tmp_path: Path
 
 
 @pytest.mark.parametrize("weights", [[], [1.5], [-0.1]], ids=str)
-def test_what_training_interpolates_are_shares(tiny_config: MakeConfig, weights: list[float]) -> None:
+def test_config_rejects_interpolation_weights_outside_0_to_1(tiny_config: MakeConfig, weights: list[float]) -> None:
     with pytest.raises(ConfigError, match=r"train\.interpolate"):
         tiny_config(train={"interpolate": weights})
 
 
 @pytest.mark.parametrize("weights", [["2"], ["half"], ["a=1"]], ids=" ".join)
-def test_weights_are_shares(weights: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_rejects_weights_outside_0_to_1(weights: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["interpolate", "one", "other", "--output", "mix", "--weights", *weights])
     assert "--weights" in capsys.readouterr().err
 
 
-def test_nothing_is_overwritten(runs: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_folder_is_not_overwritten(runs: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="exists; choose another path, or remove it first"):
         main(["interpolate", *runs, "--output", runs[0]])

@@ -118,7 +118,7 @@ def test_best_holds_the_best_and_not_the_last(tiny_config: MakeConfig) -> None:
 
 
 def test_an_unknown_best_metric_is_named(tiny_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match=r"train\.best_metric: 'iou' is none of .*acc@0\.5"):
+    with pytest.raises(ConfigError, match=r"train\.best_metric: 'iou' is not one of .*acc@0\.5"):
         Trainer(tiny_config(train={"best_metric": "iou"})).fit()
 
 

@@ -22,9 +22,8 @@ from vg.config import RunConfig
 from vg.data.collate import Collator
 from vg.data.prompt import Expressions
 from vg.data.source import Source
-from vg.distributed import new_accelerator
+from vg.distributed import new_accelerator, progress_bar
 from vg.errors import BadSampleError, CacheError, ConfigError
-from vg.evaluation.evaluator import progress_bar
 from vg.files import replacing
 from vg.models.base import EncodableModel
 

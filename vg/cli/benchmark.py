@@ -29,28 +29,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate a checkpoint; writes benchmark.json and benchmark.html and prints the tables.
+    """Evaluate a checkpoint, write benchmark.json and benchmark.html, and print the tables.
 
     Raises:
-        ConfigError, DataError, CheckpointError: see `open_parts` and `open_model`; the data is opened first.
+        ConfigError, DataError, CheckpointError: see `open_splits` and `open_model`; the data is opened first.
     """
     from vg.distributed import new_accelerator
     from vg.evaluation.benchmark.models import open_model
     from vg.evaluation.benchmark.report import report
     from vg.evaluation.benchmark.run import run as run_benchmark
-    from vg.evaluation.benchmark.suite import open_parts
+    from vg.evaluation.benchmark.suite import open_splits
     from vg.evaluation.benchmark.table import text
     from vg.files import write_json
 
     if options.detections:
         raise ConfigError("--detections is for detection datasets, and this benchmark has none; remove it")
     data, images = (None if path is None else Path(path) for path in (options.data, options.images))
-    datasets, splits = ([] if names is None else names.split(",") for names in (options.datasets, options.splits))
-    parts = open_parts(data, images, datasets, splits, options.limit)
+    datasets, names = ([] if value is None else value.split(",") for value in (options.datasets, options.splits))
+    splits = open_splits(data, images, datasets, names, options.limit)
     model = open_model(options.checkpoint, options.overrides, options.tokenizer)
     accelerator = new_accelerator(mixed_precision=options.precision or "no")
     workers = 2 if options.workers is None else options.workers
-    results, judged = run_benchmark(model, parts, accelerator, options.batch_size or 32, workers)
+    results, evaluated = run_benchmark(model, splits, accelerator, options.batch_size or 32, workers)
     software = {name: version(name) for name in ("torch", "transformers")}
     results = {"checkpoint": options.checkpoint, "software": {"vg": __version__, **software}, **results}
     if accelerator.is_main_process:
@@ -58,13 +58,13 @@ def run(options: argparse.Namespace) -> None:
         output = Path(options.output or (path if path.is_dir() else Path("runs", path.stem)))
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "benchmark.json", results)
-        (output / "benchmark.html").write_text(report(results, judged, model), encoding="utf-8")
+        (output / "benchmark.html").write_text(report(results, evaluated, model), encoding="utf-8")
         print(text(results))
         print(f"\nwritten to {output}: benchmark.json, benchmark.html")
 
 
 def refuse_options(options: argparse.Namespace) -> None:
-    """Raises ConfigError for an option that only benchmarks have."""
+    """Raise ConfigError for an option that only benchmarks have."""
     for name in OPTIONS:
         if getattr(options, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')} belongs to a benchmark: add --suite refcoco")

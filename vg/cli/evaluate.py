@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: bool = False) -> None:
-    """Evaluate a checkpoint; writes metrics.json, predictions.png and, if asked for, detections.json to `output`."""
+    """Evaluate a checkpoint; write metrics.json, predictions.png and optionally detections.json to `output`."""
     from vg.cli.models import load_with_data
     from vg.distributed import new_accelerator
     from vg.evaluation.evaluator import Evaluator
@@ -50,30 +50,30 @@ def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: b
     model, config = load_with_data(checkpoint, overrides)
     accelerator = new_accelerator(mixed_precision=config.train.precision)
     evaluator = Evaluator(config.data, model, accelerator)
-    results = {"checkpoint": str(checkpoint), **evaluator.run(model.to(accelerator.device))}
-    detected = evaluator.detections() if detections else {}  # dataset name -> rows
+    result = evaluator.run(model.to(accelerator.device))
+    rows_of = evaluator.detections() if detections else {}  # dataset name -> rows
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "metrics.json", results)
-        for name, rows in detected.items():
+        write_json(output / "metrics.json", {"checkpoint": str(checkpoint), **result.flat()})
+        for name, rows in rows_of.items():
             (output / f"detections{name and '_'}{name}.json").write_text(json.dumps(rows), encoding="utf-8")
-        print(table(results))
-        _draw(model, config, evaluator, output / "predictions.png")
+        print(table(result))
+        _draw(model, config, output / "predictions.png")
         print(f"written to {output}: metrics.json, predictions.png")
 
 
-def _draw(model: GroundingModel, config: RunConfig, evaluator: Any, path: Path) -> None:
-    """A grid of samples, evenly spaced over the data."""
+def _draw(model: GroundingModel, config: RunConfig, path: Path) -> None:
+    """Draw a grid of samples and predictions, evenly spaced over the first evaluation dataset."""
+    from vg.data.collate import Collator
     from vg.data.dataset import GroundingDataset
     from vg.inference.draw import prediction_grid
     from vg.inference.grounder import Grounder
 
-    data = evaluator.sets[0].data
-    if config.data.cache:  # it has no pixels to draw on
-        settings = next(iter(config.data.eval_datasets().values()))
-        data = GroundingDataset(settings.build(), bad_samples=config.data.bad_samples)
-    number = min(NUM_DRAWN, len(data))
-    # Rounded, so that the spacing is not a whole number: expression types may take turns.
-    samples = [data[round(index * (len(data) - 1) / max(1, number - 1))] for index in range(number)]
+    settings = next(iter(config.data.eval_datasets().values()))  # the evaluated dataset may have cached features only
+    texts = Collator(model.image_spec, model.text_spec).texts
+    data = GroundingDataset(settings.build(), bad_samples=config.data.bad_samples, texts=texts)
+    count = min(NUM_DRAWN, len(data))
+    # Rounded, so that the spacing is not constant: consecutive samples may cycle through the expression types.
+    samples: list[Any] = [data[round(index * (len(data) - 1) / max(1, count - 1))] for index in range(count)]
     predictions = Grounder(model, str(model.device)).predict_samples(samples)
     prediction_grid(list(zip(samples, predictions, strict=True)), 6, path)

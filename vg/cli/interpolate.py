@@ -29,7 +29,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 class _Weights(argparse.Action):
-    """Values in 0..1; overrides behind them, which argparse takes for more values, are passed on as overrides."""
+    """Values in 0..1; argparse also collects the overrides after them, which are moved to the overrides."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
         try:
@@ -59,11 +59,10 @@ def run(options: argparse.Namespace) -> None:
     if mixtures.added:
         print(f"{options.initial} has no {', '.join(mixtures.added)}: taken from {options.final}")
     accelerator = new_accelerator(mixed_precision=config.train.precision)
-    evaluator = Evaluator(config.data, model, accelerator)
-    best_metric = evaluator.resolve_best_metric(config.train.best_metric)
-    sweep = Sweep(model.to(accelerator.device), mixtures, options.weights, evaluator, best_metric)
+    evaluator = Evaluator(config.data, model, accelerator, config.train.best_metric)
+    sweep = Sweep(model.to(accelerator.device), mixtures, options.weights, evaluator)
     if accelerator.is_main_process:
         print(sweep)
         with new_checkpoint(output) as partial:
             sweep.write(partial, config, model.text_spec.tokenizer)
-        print(f"{output}: written, weight {sweep.best['weight']:g} between {options.initial} and {options.final}")
+        print(f"{output}: written, weight {sweep.best_weight:g} between {options.initial} and {options.final}")

@@ -1,27 +1,28 @@
-"""Evaluation: every sample once, whatever the number of processes, and a result that says what it was measured on."""
+"""Evaluation: every sample counts once on any number of processes; results name the data they were measured on."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from vg.cache.select import evaluation_source
 from vg.config import DataConfig
 from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
+from vg.data.mixture import Mixture
 from vg.data.source import HasCategoryIds, Source, Task
-from vg.distributed import mean_over_processes
+from vg.distributed import mean_over_processes, progress_bar
 from vg.errors import ConfigError
+from vg.evaluation.results import DatasetResult, EvaluationResult
 from vg.metrics import CocoMetric, GrecMetric, RecMetric
+from vg.metrics.result import flat_key, split_flat_key
 from vg.models.base import GroundingModel
 
-# The data decides and not the model.
+# The data selects the metric, not the model.
 METRICS: dict[Task, type[RecMetric] | type[GrecMetric] | type[CocoMetric]] = {
     "expressions": RecMetric,
     "generalized": GrecMetric,
@@ -29,17 +30,14 @@ METRICS: dict[Task, type[RecMetric] | type[GrecMetric] | type[CocoMetric]] = {
 }
 
 
-def progress_bar(accelerator: Accelerator, **options: Any) -> tqdm:
-    """A bar with an ETA on the main process; in a log file a line now and then instead of a moving bar."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(disable=not accelerator.is_main_process, mininterval=interval, dynamic_ncols=True, **options)
+class DatasetEvaluator:
+    """Evaluate models on one dataset, with the metric of its task.
 
-
-class EvaluationSet:
-    """One data set to judge models on, and the metric that its task asks for.
+    Args:
+        name: key in data.eval, "" for a single dataset without a name.
 
     Raises:
-        ConfigError: a mixture of parts that ask for different metrics.
+        ConfigError: the source is a mixture of datasets with different metrics.
     """
 
     def __init__(self, name: str, source: Source, config: DataConfig, model: GroundingModel, accelerator: Accelerator):
@@ -52,133 +50,129 @@ class EvaluationSet:
             batch_size=config.eval_batch_size,
             num_workers=config.workers,
             collate_fn=collate,
-            generator=torch.Generator(),  # else every pass would draw from the generator that training uses
+            generator=torch.Generator(),  # else every evaluation would advance the generator that training uses
             pin_memory=accelerator.device.type == "cuda",
         )
         self.loader: DataLoader[Any] = accelerator.prepare_data_loader(loader)
-        tasks = {part.provenance.task for part in getattr(source, "parts", [source])}  # a mixture has parts
+        tasks = _tasks(source)
         if len(tasks) > 1:
             raise ConfigError(
-                f"data.eval{'.' * bool(name)}{name}: a mixture of {' and '.join(sorted(tasks))} has no number to say "
-                "how good an answer is; list its parts as sets of their own: {first: {...}, second: {...}}"
+                f"data.eval{'.' * bool(name)}{name}: a mixture of {' and '.join(sorted(tasks))} has no common metric; "
+                "list its datasets separately: {first: {...}, second: {...}}"
             )
         self.metric = METRICS[source.provenance.task]().to(accelerator.device)
 
-    def collect(self, model: GroundingModel) -> None:
-        """Answer every sample and leave the answers with the metric, which forgets former ones."""
+    def predict(self, model: GroundingModel) -> None:
+        """Run inference on all samples and update the (reset) metric."""
         self.metric.reset()
-        title = f"evaluate {self.name}".strip()
-        for batch in progress_bar(self.accelerator, iterable=self.loader, desc=title, leave=False):
+        description = f"evaluate {self.name}".strip()
+        for batch in progress_bar(self.accelerator, iterable=self.loader, desc=description, leave=False):
             with self.accelerator.autocast():
                 output = model(batch)
             self.metric.update(model.predict(output, batch), batch.targets)
 
-    def run(self, model: GroundingModel) -> dict[str, Any]:
-        """Flat results, see `summary`."""
-        self.collect(model)
-        return self.summary()
-
-    def summary(self) -> dict[str, Any]:
-        """The numbers of what was collected, plus `data`, `split`, `protocol`, what else is known of the data (see
-        vg.data.source.Provenance) and, if it has a name, `set`."""
-        results: dict[str, Any] = self.metric.compute()
-        provenance = self.data.source.provenance
-        results |= {"data": provenance.data, "split": provenance.split, "protocol": self.metric.protocol}
-        if provenance.partition is not None:
-            results["partition"] = provenance.partition
-        if provenance.official is not None:
-            results["official"] = "yes" if provenance.official else "no"  # words: what is no text is taken for a number
-        results |= {"set": self.name} if self.name else {}
+    def result(self) -> DatasetResult:
+        """Compute the metrics of the last `predict`; every process must call it."""
+        provenance, computed = self.data.source.provenance, self.metric.compute()
         bad = mean_over_processes(self.accelerator, self.data.bad.float().to(self.accelerator.device))  # [samples]
-        if bad.any():
-            results["num_skipped"] = int(bad.count_nonzero())
-        return results
+        return DatasetResult(self.name, provenance, self.metric.protocol, *computed, int(bad.count_nonzero()))
 
 
 class Evaluator:
-    """The evaluation data of a run, ready to judge a model as often as wanted.
+    """Evaluate models on all evaluation datasets of a run.
 
-    The numbers of the first set stand under their own names, those of others under "<set>/<number>".
+    Args:
+        best_metric: flat key of the metric that selects the best checkpoint; by default the first metric of the first
+            dataset.
+
+    Raises:
+        ConfigError: no dataset has this metric, or see DatasetEvaluator.
     """
 
-    def __init__(self, config: DataConfig, model: GroundingModel, accelerator: Accelerator):
-        self.sets = [
-            EvaluationSet(name, evaluation_source(settings, config, model), config, model, accelerator)
+    def __init__(
+        self, config: DataConfig, model: GroundingModel, accelerator: Accelerator, best_metric: str | None = None
+    ):
+        self.datasets = [
+            DatasetEvaluator(name, evaluation_source(settings, config, model), config, model, accelerator)
             for name, settings in config.eval_datasets().items()
         ]
+        metrics = [dataset.metric for dataset in self.datasets]
+        self.best_metric = best_metric or metrics[0].metric_names[0]
+        prefix, name = split_flat_key(self.best_metric)
+        # A prefix can be a group, and these are not known before the first evaluation.
+        known = dict.fromkeys(name for metric in (metrics if prefix else metrics[:1]) for name in metric.metric_names)
+        if name not in known:
+            raise ConfigError(f"train.best_metric: {best_metric!r} is not one of {', '.join(known)}")
 
     @property
     def sources(self) -> list[Source]:
-        return [each.data.source for each in self.sets]
+        return [dataset.data.source for dataset in self.datasets]
+
+    @property
+    def main_metrics(self) -> list[str]:
+        """Flat key of the first metric of each dataset."""
+        return [
+            flat_key(dataset.name if index else "", dataset.metric.metric_names[0])
+            for index, dataset in enumerate(self.datasets)
+        ]
 
     @torch.no_grad()
-    def run(self, model: GroundingModel) -> dict[str, Any]:
-        """Flat results of all sets, see `EvaluationSet.run`.
+    def run(self, model: GroundingModel) -> EvaluationResult:
+        """Evaluate a model in evaluation mode and restore its mode; every process must call it.
 
         Args:
-            model: the network itself, not a wrapper that synchronises processes.
+            model: the network itself, without a wrapper that synchronizes processes.
 
         Raises:
-            ConfigError: a set has the name of a category or kind of the first one.
+            ConfigError: a dataset has the name of a group (class or expression type) of the first one.
         """
         was_training = model.training
         model.eval()
-        results = self.sets[0].run(model)
-        for other in self.sets[1:]:
-            more = {f"{other.name}/{name}": value for name, value in other.run(model).items()}
-            if results.keys() & more.keys():
-                raise ConfigError(
-                    f"data.eval.{other.name}: {self.sets[0].name} has results of that name; rename the set"
-                )
-            results |= more
+        results = []
+        for dataset in self.datasets:
+            dataset.predict(model)
+            results.append(dataset.result())
         model.train(was_training)
-        return results
+        return EvaluationResult(tuple(results), self.best_metric)
 
-    def resolve_best_metric(self, name: str | None) -> str:
-        """`name`, or by default the first number of the first set's metric; raises ConfigError if none is called so."""
-        numbers = self.sets[0].metric.numbers
-        prefix, _, number = (name or numbers[0]).rpartition("/")
-        if number not in ([known for each in self.sets for known in each.metric.numbers] if prefix else numbers):
-            raise ConfigError(f"train.best_metric: {name!r} is none of {', '.join(numbers)}")
-        return name or numbers[0]
-
-    @property
-    def first_numbers(self) -> list[str]:
-        """The first number of each set, as it is called in the results of `run`."""
-        return [
-            f"{each.name}/{each.metric.numbers[0]}" if place else each.metric.numbers[0]
-            for place, each in enumerate(self.sets)
-        ]
-
-    def change(self, history: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> str:
-        """What was gained or lost since the first evaluation: "gained 41.2 AP on raccoon, lost 1.3 AP on base".
+    def change_since_first(self, history: Sequence[Mapping[str, Any]], result: EvaluationResult) -> str:
+        """Describe the change since the first evaluation: "gained 41.2 AP on raccoon, lost 1.3 AP on base".
 
         Args:
-            history: rows of the history of the run, the oldest first; without an evaluation the answer is empty.
-            results: of the present evaluation.
+            history: rows of history.jsonl, oldest first; "" is returned if no row has an evaluation.
+            result: the current evaluation.
         """
-        changes = []
-        for each, key in zip(self.sets, self.first_numbers, strict=True):
+        changes, metrics = [], result.flat_metrics()
+        for dataset, key in zip(self.datasets, self.main_metrics, strict=True):
             first = next((row[key] for row in history if key in row), None)
-            if first is not None and key in results:
-                points = 100 * (results[key] - first)
-                verb, where = "lost" if points < 0 else "gained", each.name or each.data.source.provenance.data
-                changes.append(f"{verb} {abs(points):.1f} {each.metric.title} on {where}")
+            if first is not None and key in metrics:
+                points = 100 * (metrics[key] - first)
+                verb, name = "lost" if points < 0 else "gained", dataset.name or dataset.data.source.provenance.data
+                changes.append(f"{verb} {abs(points):.1f} {dataset.metric.label} on {name}")
         return ", ".join(changes)
 
     def detections(self) -> dict[str, list[dict[str, Any]]]:
-        """What the last `run` found on each detection set, as rows of COCO's results json; every process must ask.
+        """Return the detections of the last `run` as rows of a COCO results file, by name of the detection dataset.
+
+        Every process must call it.
 
         Raises:
-            ConfigError: there is no detection set, or its classes have no numbers.
+            ConfigError: there is no detection dataset, or the classes of one have no ids.
         """
         rows = {}
-        for each in self.sets:
-            if isinstance(each.metric, CocoMetric):
-                source = each.data.source
+        for dataset in self.datasets:
+            if isinstance(dataset.metric, CocoMetric):
+                source = dataset.data.source
                 if not isinstance(source, HasCategoryIds):
-                    raise ConfigError(f"{source.provenance.data} has no numbers of its classes to write results with")
-                rows[each.name] = each.metric.detections(source.category_ids)
+                    raise ConfigError(f"{source.provenance.data} has no category ids, which COCO results need")
+                rows[dataset.name] = dataset.metric.detections(source.category_ids)
         if not rows:
-            raise ConfigError("data.eval has no detection set, whose boxes could be written as COCO results")
+            raise ConfigError("data.eval has no detection dataset whose boxes could be written as COCO results")
         return rows
+
+
+def _tasks(source: Source) -> set[Task]:
+    """Return the tasks of all datasets of a source."""
+    if isinstance(source, Mixture):
+        return {part.provenance.task for part in getattr(source, "sources", None) or source.parts}
+    return {source.provenance.task}

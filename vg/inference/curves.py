@@ -1,4 +1,4 @@
-"""Draws the curves of a training: its losses and what its evaluations found."""
+"""Plot the curves of a training run: losses and evaluation metrics."""
 
 from __future__ import annotations
 
@@ -10,24 +10,32 @@ from typing import Any
 import numpy as np
 
 from vg.inference.draw import FAINT_INK, INK
+from vg.metrics.result import split_flat_key
 
-LINE_COLORS = ("#1c2430", "#e08a00", "#0f86c9", "#c23d83", "#3d9b35", "#7a52c7")  # draw.COLORS, for white paper
-SECONDARY = ("recall@", "ar@", "ar_")  # metrics that are printed, but not drawn; nor are those with "@1000"
+LINE_COLORS = (
+    "#1c2430",
+    "#e08a00",
+    "#0f86c9",
+    "#c23d83",
+    "#3d9b35",
+    "#7a52c7",
+)  # draw.COLORS, darker for a white background
+SECONDARY = ("recall@", "ar@", "ar_")  # metrics that are printed, but not plotted, like those with "@1000"
 
 Line = list[tuple[float, float]]  # (step, value) of each row
 
 
 def curves(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
-    """Write a picture file with the loss and its terms over the steps, and below it the metrics.
+    """Plot the loss and its terms over the steps, and below them the metrics, into an image file.
 
-    Terms of one kind are drawn as their sum: "class" is that of all layers, of the encoder and of denoising. Of the
-    metrics, the first six say enough.
+    A term is plotted as the sum of its components: "class" is that of all layers, of the encoder and of denoising. Of
+    the metrics, the first six are plotted.
 
     Args:
-        history: rows with a "step", in the order of the steps: of training ("loss" and its terms "loss/<term>") and
-            of evaluation ("miou", "acc@0.5", ...; 0..1). Other numbers of a training row (learning rate), "epoch",
-            counts ("num_...") and numbers of a single kind ("<kind>/miou") are not drawn.
-        path: of the file to write; its suffix chooses the format (".png").
+        history: rows of history.jsonl, in the order of their "step": of training ("loss" and its terms "loss/<term>")
+            and of evaluation ("miou", "acc@0.5", ...; 0..1). Other values of a training row (learning rate), "epoch",
+            counts ("num_...") and metrics of groups and further datasets ("<prefix>/miou") are not plotted.
+        path: of the file to write; its suffix selects the format (".png").
 
     Raises:
         ValueError: the history has neither losses nor metrics.
@@ -37,7 +45,7 @@ def curves(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
     losses, metrics = losses_of(history), metrics_of(history)
     panels = [lines for lines in (losses, metrics) if lines]
     if not panels:
-        raise ValueError('the history has neither losses nor metrics: its rows need a "step" and numbers beside it')
+        raise ValueError('the history has neither losses nor metrics: its rows need a "step" and other values')
 
     figure = Figure(figsize=(9, 3.6 * len(panels)), dpi=150, layout="constrained")
     for axes, lines in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, strict=True):
@@ -53,7 +61,7 @@ def curves(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
 
 
 def losses_of(history: Sequence[Mapping[str, float]]) -> dict[str, Line]:
-    """The loss, and the sum of its terms of each kind: "class" is that of "class", "class_layer0", "class_encoder"."""
+    """Return the loss and the sum of each term: "class" sums "class", "class_layer0" and "class_encoder"."""
     lines: dict[str, Line] = {}
     for row in history:
         if "loss" not in row:
@@ -61,31 +69,32 @@ def losses_of(history: Sequence[Mapping[str, float]]) -> dict[str, Line]:
         sums = {"loss": row["loss"]}
         for name, value in row.items():
             if name.startswith("loss/"):
-                kind = name.removeprefix("loss/").partition("_")[0]
-                sums[kind] = sums.get(kind, 0.0) + value
+                term = name.removeprefix("loss/").partition("_")[0]
+                sums[term] = sums.get(term, 0.0) + value
         for name, value in sums.items():
             lines.setdefault(name, []).append((row["step"], value))
     return lines
 
 
 def metrics_of(history: Sequence[Mapping[str, float]]) -> dict[str, Line]:
-    """As many of the main metrics as there are colors."""
+    """Return the first metrics over all samples of the first dataset, one per color."""
     lines: dict[str, Line] = {}
     for row in history:
         if "loss" in row:
             continue
         for name, value in row.items():
-            counted = name in ("step", "epoch") or name.startswith("num_")
-            if not counted and "/" not in name and not name.startswith(SECONDARY) and not name.endswith("@1000"):
+            prefix, metric = split_flat_key(name)
+            is_count = metric in ("step", "epoch") or metric.startswith("num_")
+            if not (prefix or is_count or metric.startswith(SECONDARY) or metric.endswith("@1000")):
                 lines.setdefault(name, []).append((row["step"], value))
     return dict(list(lines.items())[: len(LINE_COLORS)])
 
 
 def _plot(axes: Any, title: str, lines: Mapping[str, Line], smooth: bool) -> None:
-    """Fill one panel of the curves; the names stand beside it, each with its last value."""
+    """Plot one panel; its legend is on the right and has the last values."""
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
     for (name, points), color in zip(lines.items(), cycle(LINE_COLORS), strict=False):
-        steps, values = np.array(points, dtype=float).T  # [rows] each
+        steps, values = np.array(points, dtype=float).T  # [2, rows]
         label = f"{name}  {values[-1]:.3f}"
         if smooth:
             axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
@@ -101,6 +110,6 @@ def _plot(axes: Any, title: str, lines: Mapping[str, Line], smooth: bool) -> Non
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a window of a fiftieth of all rows, [rows] -> [rows]; at the ends over what there is of it."""
+    """Moving average over a fiftieth of all rows, [rows] -> [rows]; the window is shorter at both ends."""
     window = np.ones(2 * (len(values) // 100) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")

@@ -1,4 +1,4 @@
-"""What the answers of a model are worth."""
+"""Metrics of referring expressions, generalized expressions and detection."""
 
 from vg.metrics.coco import CocoMetric
 from vg.metrics.grec import GrecMetric

@@ -1,4 +1,4 @@
-"""What metrics have in common: rows collected over batches and processes, every sample known by its id."""
+"""Base class of metrics: rows collected over batches and processes, with samples identified by their ids."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
+from vg.metrics.result import MetricResult
 from vg.types import Prediction, Target
 
 
 class CollectingMetric(Metric):
-    """Keeps tensors whose rows are what `compute` works on; before that, the rows of all processes come together.
+    """Keeps tensors of rows; `compute` gets the concatenated rows of all processes.
 
-    A sample is known by its id: seen twice, as distributed evaluation pads its last batch with repeats, it counts
-    once, and neither the order of the samples nor their distribution over processes changes a number.
+    A sample that comes twice counts once: distributed evaluation pads its last batch with repeated samples. Neither the
+    order of the samples nor their distribution over processes changes a result.
     """
 
-    columns: ClassVar[dict[str, Tensor]]  # name -> empty tensor of the right type and shape
-    numbers: ClassVar[tuple[str, ...]]  # what `compute` may return, most telling first
-    title: ClassVar[str]  # how the first of them is written
-    protocol: ClassVar[str]  # what a reader must know to compare the numbers with others
+    columns: ClassVar[dict[str, Tensor]]  # name -> empty tensor with the dtype and shape of the rows
+    metric_names: ClassVar[tuple[str, ...]]  # metrics that `compute` may return, the main one first
+    label: ClassVar[str]  # the main metric as people write it
+    protocol: ClassVar[str]  # how predictions are evaluated, as far as comparisons with other results depend on it
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
@@ -36,27 +37,31 @@ class CollectingMetric(Metric):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all rows."""
         super().reset()
-        self._append(self.columns)  # or a process that saw nothing joins the exchange with the wrong shape and type
+        self._append(self.columns)  # else a process without samples joins the gather with the wrong shape and dtype
+
+    def compute(self) -> MetricResult:
+        """Compute the metrics of all samples of all processes; every process must call it."""
+        raise NotImplementedError
 
     def absorb(self, other: CollectingMetric) -> None:
-        """Add all that another metric of this class has seen, of other samples, in this process."""
+        """Add the rows of another metric of this class, with other samples, in this process."""
         for name in self.columns:
             getattr(self, name).extend(getattr(other, name))
-        self._update_count += other._update_count  # else torchmetrics warns of a metric that saw nothing
+        self._update_count += other._update_count  # else torchmetrics warns of a metric without updates
 
     def per_sample(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """What each of U samples of all processes contributes to the numbers that are means; every process must ask.
+        """Return the contributions of U samples of all processes to metrics that are means; every process must call it.
 
         Returns:
-            [U] int64 `hashed` sample ids, and [U] float64 of each number, NaN where it is not about the sample.
+            [U] int64 `stable_hash` of the sample ids, and name -> [U] float64, NaN where a sample does not count.
         """
         with self.sync_context(dist_sync_fn=self.dist_sync_fn):
             return self._per_sample()
 
     def _per_sample(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        raise NotImplementedError(f"{type(self).__name__} has no numbers of single samples")
+        raise NotImplementedError(f"{type(self).__name__} has no metrics of single samples")
 
     def _append(self, rows: dict[str, Tensor]) -> None:
         for name, tensor in rows.items():
@@ -67,7 +72,7 @@ class CollectingMetric(Metric):
 
 
 def check_pairs(predictions: Sequence[Prediction], targets: Sequence[Target]) -> None:
-    """Raises ValueError where these are not of the same samples in the same order."""
+    """Raise ValueError if predictions and targets are not of the same samples in the same order."""
     if [prediction.id for prediction in predictions] != [target.id for target in targets]:
         raise ValueError(
             "predictions and targets must be of the same samples in the same order, got the ids "
@@ -75,6 +80,6 @@ def check_pairs(predictions: Sequence[Prediction], targets: Sequence[Target]) ->
         )
 
 
-def hashed(text: str) -> int:
-    """63 bits, the non-negative half of int64; the same in every process, unlike `hash`."""
+def stable_hash(text: str) -> int:
+    """Hash to 63 bits, the non-negative half of int64; equal in all processes, unlike `hash`."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

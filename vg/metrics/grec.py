@@ -1,4 +1,4 @@
-"""Judges any number of boxes per expression, none among them: the protocol of generalized REC (gRefCOCO)."""
+"""Metric of generalized expressions, with any number of boxes: the protocol of generalized REC (gRefCOCO)."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ import torch
 from torch import Tensor
 
 from vg.boxes import giou, to_pixels
-from vg.metrics.absent import FALSE_ALARMS, absent_numbers
-from vg.metrics.collected import CollectingMetric, check_pairs, hashed
+from vg.metrics.absent import FALSE_POSITIVE_RATES, absence_metrics
+from vg.metrics.collected import CollectingMetric, check_pairs, stable_hash
+from vg.metrics.result import MetricResult
 from vg.types import Prediction, Target
 
-SCORE_THRESHOLD = 0.7  # boxes that score lower are no answer
+SCORE_THRESHOLD = 0.7  # boxes with lower scores are dropped
 OVERLAP_THRESHOLD = 0.5
 
 
 class GrecMetric(CollectingMetric):
-    """Collects predictions and targets over all batches and processes and computes the numbers of gRefCOCO.
+    """Collects predictions and targets over all batches and processes and computes the metrics of gRefCOCO.
 
-    `compute` returns a flat dict, all but the counts in 0..1 (He et al. 2023, arXiv 2308.16182):
-        f1: share of all expressions that are answered without any fault (F1 = 1): every thing they name is found by a
-            box of its own and no box is left over; where they name nothing, there is no box.
-        n_acc, t_acc: share of the expressions naming nothing that get no box, and of the others that get some.
-        auc, roc@0.01, ...: of the score of the best box, see `vg.metrics.absent.absent_numbers`.
-        num_expressions, num_absent: how many there are, and how many of them name nothing.
+    `compute` returns these metrics, all but the counts in 0..1 (He et al. 2023, arXiv 2308.16182):
+        f1: share of expressions with F1 = 1: every ground-truth box is matched with a predicted box of its own and no
+            predicted box is left over; an absent expression has no predicted box.
+        n_acc, t_acc: share of absent expressions without a box, and of present expressions with at least one box.
+        auc, roc@0.01, ...: of the score of the best box, see `vg.metrics.absent.absence_metrics`.
+        num_expressions, num_absent: number of all expressions, and of absent ones.
     """
 
-    title = "F1 = 1"
+    label = "F1 = 1"
     protocol = (
         f"all boxes that score at least {SCORE_THRESHOLD}, each expression counts, generalized IoU >= "
         f"{OVERLAP_THRESHOLD} in pixels of the original image"
     )
-    numbers = ("f1", "n_acc", "t_acc", "auc", *(f"roc@{share}" for share in FALSE_ALARMS))
+    metric_names = ("f1", "n_acc", "t_acc", "auc", *(f"roc@{rate}" for rate in FALSE_POSITIVE_RATES))
     columns: ClassVar[dict[str, Tensor]] = {  # of E expressions
         "ids": torch.empty(0, dtype=torch.int64),  # [E] hash of the sample id
-        "correct": torch.empty(0, dtype=torch.bool),  # [E] answered without a fault
-        "present": torch.empty(0, dtype=torch.bool),  # [E] whether there is something to find
-        "top_scores": torch.empty(0),  # [E] of the best box, 0 where there is none
+        "correct": torch.empty(0, dtype=torch.bool),  # [E] whether F1 = 1
+        "present": torch.empty(0, dtype=torch.bool),  # [E] whether there is a ground-truth box
+        "top_scores": torch.empty(0),  # [E] of the best box, 0 without a box
     }
 
     ids: list[Tensor]
@@ -60,50 +61,50 @@ class GrecMetric(CollectingMetric):
         check_pairs(predictions, targets)
         if not targets:
             return
-        answered = [each.boxes[each.scores >= SCORE_THRESHOLD].float() for each in predictions]
-        true_boxes = [
-            to_pixels(target.boxes.to(each.device), target.size) for each, target in zip(answered, targets, strict=True)
+        kept = [prediction.boxes[prediction.scores >= SCORE_THRESHOLD].float() for prediction in predictions]
+        correct = [
+            is_correct(boxes, to_pixels(target.boxes.to(boxes.device), target.size))
+            for boxes, target in zip(kept, targets, strict=True)
         ]
+        top_scores = [float(p.scores[0]) if len(p.scores) else 0.0 for p in predictions]
         self._append(
             {
-                "ids": torch.tensor([hashed(target.id) for target in targets]),
-                "correct": torch.tensor([faultless(*pair) for pair in zip(answered, true_boxes, strict=True)]),
+                "ids": torch.tensor([stable_hash(target.id) for target in targets]),
+                "correct": torch.tensor(correct),
                 "present": torch.tensor([len(target.boxes) > 0 for target in targets]),
-                "top_scores": torch.tensor(
-                    [float(each.scores[0]) if len(each.scores) else 0.0 for each in predictions]
-                ),
+                "top_scores": torch.tensor(top_scores),
             }
         )
 
-    def compute(self) -> dict[str, float]:
-        """The numbers described above, over what all processes have seen; ValueError if that is nothing."""
+    def compute(self) -> MetricResult:
+        """Compute the metrics of all samples of all processes; raises ValueError if there are none."""
         ids, values = self._per_sample()
         if not len(ids):
-            raise ValueError("GrecMetric saw no expression: the evaluated data is empty or all of it was skipped")
+            raise ValueError("GrecMetric got no expression: the evaluated data is empty or every sample was skipped")
         absent = np.isnan(values["t_acc"])  # [U]
-        numbers = {"f1": float(values["f1"].mean())}
+        metrics = {"f1": float(values["f1"].mean())}
         if not absent.all():
-            numbers["t_acc"] = float(np.nanmean(values["t_acc"]))
-        numbers |= absent_numbers(values["score"], ~absent, SCORE_THRESHOLD)
-        return numbers | {"num_expressions": len(ids), "num_absent": int(absent.sum())}
+            metrics["t_acc"] = float(np.nanmean(values["t_acc"]))
+        metrics |= absence_metrics(values["score"], ~absent, SCORE_THRESHOLD)
+        return MetricResult(metrics | {"num_expressions": len(ids), "num_absent": int(absent.sum())}, {})
 
     def _per_sample(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        state = self._collected()
-        ids, first = np.unique(state["ids"], return_index=True)  # [U]
-        correct, present, score = (state[name][first] for name in ("correct", "present", "top_scores"))
-        answered = score >= SCORE_THRESHOLD
+        rows = self._collected()
+        ids, first = np.unique(rows["ids"], return_index=True)  # [U]
+        correct, present, score = (rows[name][first] for name in ("correct", "present", "top_scores"))
+        has_box = score >= SCORE_THRESHOLD
         return ids, {
             "f1": correct.astype(np.float64),
-            "n_acc": np.where(present, np.nan, ~answered),
-            "t_acc": np.where(present, answered, np.nan),
+            "n_acc": np.where(present, np.nan, ~has_box),
+            "t_acc": np.where(present, has_box, np.nan),
             "score": score,
         }
 
 
-def faultless(boxes: Tensor, true_boxes: Tensor) -> bool:
-    """Whether boxes [K, 4] and true boxes [N, 4], xyxy pixels, are pairs that overlap enough.
+def is_correct(boxes: Tensor, true_boxes: Tensor) -> bool:
+    """Return whether F1 = 1 for boxes [K, 4] and ground-truth boxes [N, 4], xyxy pixels.
 
-    Pairs are made greedily, the best first, and by GIoU, where the paper speaks of IoU: the published code does so.
+    Pairs are matched greedily by descending GIoU, as in the published code; the paper says IoU.
     """
     if len(boxes) != len(true_boxes):
         return False

@@ -1,4 +1,4 @@
-"""Judges one box per expression: mean IoU, accuracy at IoU thresholds, and average precision through pycocotools."""
+"""Metric of referring expressions, one box each: mean IoU, accuracy at IoU thresholds and average precision."""
 
 from __future__ import annotations
 
@@ -10,55 +10,56 @@ import torch
 from torch import Tensor
 
 from vg.boxes import iou, to_pixels
-from vg.metrics.absent import FALSE_ALARMS, absent_numbers
+from vg.metrics.absent import FALSE_POSITIVE_RATES, absence_metrics
 from vg.metrics.average_precision import Boxes, mean_defined, precision_and_recall
-from vg.metrics.collected import CollectingMetric, check_pairs, hashed
+from vg.metrics.collected import CollectingMetric, check_pairs, stable_hash
+from vg.metrics.result import MetricResult
 from vg.types import Prediction, Target
 
 ACCURACY_THRESHOLDS = (0.5, 0.75, 0.9)
 RECALL_THRESHOLD = 0.5
 RECALL_BOXES = (1, 5, 10)
 AP_THRESHOLDS = (0.5, 0.75)
-KIND_BYTES = 64  # a kind travels between processes as a row of UTF-8 bytes, padded with zeros
+TYPE_BYTES = 64  # processes exchange an expression type as a row of UTF-8 bytes, padded with zeros
 
 
 class RecMetric(CollectingMetric):
-    """Collects predictions and targets over all batches and processes and computes the numbers of REC.
+    """Collects predictions and targets over all batches and processes and computes the metrics of REC.
 
-    `compute` returns a flat dict, all but the counts in 0..1. Of the expressions that name something:
-        miou: mean IoU of the best (first) predicted box and the true box; no predicted box counts as IoU 0.
+    `compute` returns these metrics, all but the counts in 0..1. Of the expressions with an object in the image:
+        miou: mean IoU of the best (first) predicted box and the ground-truth box; 0 without a predicted box.
         acc@0.5, acc@0.75, acc@0.9: share of expressions whose best box has at least that IoU.
-        recall@1, recall@5, recall@10: share of expressions with an IoU of at least 0.5 among so many best boxes.
-        map@50, map@75: COCO average precision of all predicted boxes and their scores at that IoU, where every
-            expression is an image of its own with one object of one category.
-        num_expressions: how many expressions these are about.
-    Where the data has expressions that name nothing in their image (targets without a box):
-        n_acc, t_acc, auc, roc@0.01, ...: see `vg.metrics.absent.absent_numbers`.
-        num_absent: how many name nothing.
-    Samples with a `Target.expression_type` are also reported per kind, as "<kind>/miou" and so on.
+        recall@1, recall@5, recall@10: share of expressions with an IoU of at least 0.5 among that many best boxes.
+        map@50, map@75: COCO average precision of all predicted boxes and their scores at that IoU, with every
+            expression as an image of its own with one object of one category (computed by pycocotools).
+        num_expressions: number of these expressions.
+    If the data has absent expressions (targets without a box):
+        n_acc, t_acc, auc, roc@0.01, ...: see `vg.metrics.absent.absence_metrics`.
+        num_absent: number of absent expressions.
+    Each `Target.expression_type` other than "" is a group with the same metrics.
     """
 
-    title = "mIoU"
+    label = "mIoU"
     protocol = "highest-scored box, each expression counts, IoU in pixels of the original image"
-    numbers = (
+    metric_names = (
         "miou",
         *(f"acc@{threshold}" for threshold in ACCURACY_THRESHOLDS),
-        *(f"recall@{number}" for number in RECALL_BOXES),
+        *(f"recall@{limit}" for limit in RECALL_BOXES),
         *(f"map@{100 * threshold:.0f}" for threshold in AP_THRESHOLDS),
         *("n_acc", "t_acc", "auc"),
-        *(f"roc@{share}" for share in FALSE_ALARMS),
+        *(f"roc@{rate}" for rate in FALSE_POSITIVE_RATES),
     )
-    columns: ClassVar[dict[str, Tensor]] = {  # of E expressions with K predicted boxes altogether
+    columns: ClassVar[dict[str, Tensor]] = {  # of E expressions with K predicted boxes in total
         "ids": torch.empty(0, dtype=torch.int64),  # [E] hash of the sample id
-        "kinds": torch.empty(0, KIND_BYTES, dtype=torch.uint8),  # [E, KIND_BYTES]
-        "true_boxes": torch.empty(0, 4),  # [E, 4] xyxy pixels; NaN where the expression names nothing
-        "counts": torch.empty(0, dtype=torch.int64),  # [E] how many boxes were predicted for each expression
-        "boxes": torch.empty(0, 4),  # [K, 4] xyxy pixels, expression after expression, best box first
+        "types": torch.empty(0, TYPE_BYTES, dtype=torch.uint8),  # [E, TYPE_BYTES] expression types
+        "true_boxes": torch.empty(0, 4),  # [E, 4] xyxy pixels; NaN for an absent expression
+        "counts": torch.empty(0, dtype=torch.int64),  # [E] number of predicted boxes
+        "boxes": torch.empty(0, 4),  # [K, 4] xyxy pixels, expression by expression, best box first
         "scores": torch.empty(0),  # [K]
     }
 
     ids: list[Tensor]
-    kinds: list[Tensor]
+    types: list[Tensor]
     true_boxes: list[Tensor]
     counts: list[Tensor]
     boxes: list[Tensor]
@@ -73,21 +74,21 @@ class RecMetric(CollectingMetric):
 
         Raises:
             ValueError: predictions and targets are not of the same samples, a target has several boxes, or the name
-                of a kind is too long. Nothing of the batch is added then.
+                of an expression type is too long. Nothing of the batch is added then.
         """
         check_pairs(predictions, targets)
         for target in targets:
             if len(target.boxes) > 1:
                 raise ValueError(
-                    f"sample {target.id!r} has {len(target.boxes)} true boxes, but RecMetric judges expressions with "
-                    "at most one: use a data set of referring expressions or the COCO metric"
+                    f"sample {target.id!r} has {len(target.boxes)} ground-truth boxes, but RecMetric evaluates "
+                    "expressions with at most one: use a dataset of referring expressions or the COCO metric"
                 )
         if not targets:
             return
         self._append(
             {
-                "ids": torch.tensor([hashed(target.id) for target in targets]),
-                "kinds": _encode([target.expression_type for target in targets]),
+                "ids": torch.tensor([stable_hash(target.id) for target in targets]),
+                "types": _encode([target.expression_type for target in targets]),
                 "true_boxes": torch.cat([_true_box(target) for target in targets]),
                 "counts": torch.tensor([len(prediction.boxes) for prediction in predictions]),
                 "boxes": torch.cat([prediction.boxes.reshape(-1, 4) for prediction in predictions]),
@@ -95,110 +96,101 @@ class RecMetric(CollectingMetric):
             }
         )
 
-    def compute(self) -> dict[str, float]:
-        """The numbers described above, over what all processes have seen.
+    def compute(self) -> MetricResult:
+        """Compute the metrics of all samples of all processes.
 
         Raises:
-            ValueError: there is nothing to judge, or different samples share an id.
+            ValueError: there are no samples, or different samples share an id.
         """
-        judged = self._judged()
-        results: dict[str, float] = {}
-        for kind in ("", *sorted(set(judged.kinds) - {""})):
-            rows = judged.kinds == kind if kind else np.ones(len(judged.ids), dtype=bool)  # [U] of these expressions
-            numbers = _numbers(rows, judged.true_boxes, judged.owner, judged.boxes, judged.scores)
-            results |= {f"{kind}/{name}" if kind else name: number for name, number in numbers.items()}
-        return results
+        unique = self._unique()
+        everything = _metrics(np.ones(len(unique.ids), dtype=bool), unique)
+        types = sorted(set(unique.types) - {""})
+        return MetricResult(everything, {str(type): _metrics(unique.types == type, unique) for type in types})
 
     def _per_sample(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Also `score`, of the best box, 0 where there is none."""
-        judged = self._judged()
-        present = ~np.isnan(judged.true_boxes[:, 0])  # [U]
-        answered, best = np.unique(judged.owner, return_index=True)
+        """Also return `score`, of the best box, 0 without a box."""
+        unique = self._unique()
+        present = ~np.isnan(unique.true_boxes[:, 0])  # [U]
+        has_box, best = np.unique(unique.owner, return_index=True)
         score = np.zeros(len(present))  # [U]
-        score[answered] = judged.scores[best]
-        overlap = _overlaps(judged.true_boxes, judged.owner, judged.boxes)  # [K]
+        score[has_box] = unique.scores[best]
+        overlap = _overlaps(unique.true_boxes, unique.owner, unique.boxes)  # [K]
         top_iou = np.zeros(len(present))  # [U]
-        top_iou[answered] = overlap[best]
+        top_iou[has_box] = overlap[best]
         values = {"miou": top_iou}
         values |= {f"acc@{threshold}": (top_iou >= threshold).astype(float) for threshold in ACCURACY_THRESHOLDS}
-        rank = np.arange(len(judged.owner)) - best[np.searchsorted(answered, judged.owner)]  # [K]
+        rank = np.arange(len(unique.owner)) - best[np.searchsorted(has_box, unique.owner)]  # [K]
         for limit in RECALL_BOXES:
             values[f"recall@{limit}"] = np.zeros(len(present))
-            values[f"recall@{limit}"][judged.owner[(rank < limit) & (overlap >= RECALL_THRESHOLD)]] = 1
-        return judged.ids, {name: np.where(present, value, np.nan) for name, value in values.items()} | {"score": score}
+            values[f"recall@{limit}"][unique.owner[(rank < limit) & (overlap >= RECALL_THRESHOLD)]] = 1
+        return unique.ids, {name: np.where(present, value, np.nan) for name, value in values.items()} | {"score": score}
 
-    def _judged(self) -> _Judged:
-        state = self._collected()
-        if not len(state["ids"]):
-            raise ValueError("RecMetric saw no expression: the evaluated data is empty or all of it was skipped")
+    def _unique(self) -> _Unique:
+        """Return every expression once; raises ValueError if there are none, or different ones share an id."""
+        rows = self._collected()
+        if not len(rows["ids"]):
+            raise ValueError("RecMetric got no expression: the evaluated data is empty or every sample was skipped")
 
-        ids, first, sample = np.unique(state["ids"], return_index=True, return_inverse=True)  # [U], [E] -> 0..U-1
-        if not np.allclose(state["true_boxes"], state["true_boxes"][first][sample], rtol=0, atol=0.5, equal_nan=True):
-            raise ValueError("samples with the same id have different true boxes: make the ids of the data unique")
+        ids, first, sample = np.unique(rows["ids"], return_index=True, return_inverse=True)  # [U], [E] -> 0..U-1
+        if not np.allclose(rows["true_boxes"], rows["true_boxes"][first][sample], rtol=0, atol=0.5, equal_nan=True):
+            raise ValueError("samples with the same id have different ground-truth boxes: make the ids unique")
         is_first = np.zeros(len(sample), dtype=bool)  # [E]
         is_first[first] = True
-        kept = np.repeat(is_first, state["counts"])  # [K]
-        return _Judged(
+        kept = np.repeat(is_first, rows["counts"])  # [K]
+        return _Unique(
             ids=ids,
-            kinds=_decode(state["kinds"][first]),
-            true_boxes=state["true_boxes"][first].astype(np.float64),
-            owner=np.repeat(sample, state["counts"])[kept],
-            boxes=state["boxes"][kept].astype(np.float64),
-            scores=state["scores"][kept].astype(np.float64),
+            types=_decode(rows["types"][first]),
+            true_boxes=rows["true_boxes"][first].astype(np.float64),
+            owner=np.repeat(sample, rows["counts"])[kept],
+            boxes=rows["boxes"][kept].astype(np.float64),
+            scores=rows["scores"][kept].astype(np.float64),
         )
 
 
-class _Judged(NamedTuple):
-    """All that was seen of U expressions, each once, with K predicted boxes altogether."""
+class _Unique(NamedTuple):
+    """U expressions without repeats, with K predicted boxes in total."""
 
-    ids: np.ndarray  # [U] hashed
-    kinds: np.ndarray  # [U] str
-    true_boxes: np.ndarray  # [U, 4] xyxy pixels, NaN where there is none
-    owner: np.ndarray  # [K] the expression each box was predicted for, 0..U-1
+    ids: np.ndarray  # [U] hashes
+    types: np.ndarray  # [U] str, expression types
+    true_boxes: np.ndarray  # [U, 4] xyxy pixels, NaN for an absent expression
+    owner: np.ndarray  # [K] index of the expression of each box, 0..U-1
     boxes: np.ndarray  # [K, 4] xyxy pixels, best first within an expression
     scores: np.ndarray  # [K]
 
 
 def _overlaps(true_boxes: np.ndarray, owner: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """[K] IoU of each predicted box with the true one, 0 where there is none."""
+    """Return [K] IoU of each predicted box and the ground-truth box of its expression, 0 for absent expressions."""
     overlap = iou(torch.from_numpy(boxes), torch.from_numpy(true_boxes[owner])).numpy()
     return np.nan_to_num(overlap)
 
 
-def _numbers(
-    rows: np.ndarray, true_boxes: np.ndarray, owner: np.ndarray, boxes: np.ndarray, scores: np.ndarray
-) -> dict[str, float]:
-    """The numbers of some of U expressions.
-
-    Args:
-        rows: [U] bool, which ones.
-        true_boxes: [U, 4] xyxy pixels, NaN where there is none.
-        owner: [K] int, the expression that each box was predicted for; `boxes` [K, 4] and `scores` [K] likewise.
-    """
-    chosen = rows[owner]
-    owner, boxes, scores = (np.cumsum(rows) - 1)[owner[chosen]], boxes[chosen], scores[chosen]  # of now M expressions
-    true_boxes = true_boxes[rows]  # [M, 4]
+def _metrics(rows: np.ndarray, unique: _Unique) -> dict[str, float]:
+    """Compute the metrics of the expressions where `rows` [U] is True."""
+    kept = rows[unique.owner]
+    boxes, scores = unique.boxes[kept], unique.scores[kept]
+    owner = (np.cumsum(rows) - 1)[unique.owner[kept]]  # [K] index among the M selected expressions
+    true_boxes = unique.true_boxes[rows]  # [M, 4]
     present = ~np.isnan(true_boxes[:, 0])  # [M]
     top_score = np.zeros(len(present))  # [M]
-    answered, best, inverse = np.unique(owner, return_index=True, return_inverse=True)
-    top_score[answered] = scores[best]
-    absent = absent_numbers(top_score, present)
-    if absent:
-        absent["num_absent"] = int((~present).sum())
+    has_box, best, inverse = np.unique(owner, return_index=True, return_inverse=True)
+    top_score[has_box] = scores[best]
+    absence = absence_metrics(top_score, present)
+    if absence:
+        absence["num_absent"] = int((~present).sum())
         if not present.any():
-            return absent
+            return absence
 
     overlap = _overlaps(true_boxes, owner, boxes)  # [K]
     rank = np.arange(len(owner)) - best[inverse]  # [K] 0 for the best box of an expression
     top_iou = np.zeros(len(present))  # [M]
-    top_iou[answered] = overlap[best]
+    top_iou[has_box] = overlap[best]
     top_iou = top_iou[present]
-    numbers = {"miou": float(top_iou.mean())}
+    metrics = {"miou": float(top_iou.mean())}
     for threshold in ACCURACY_THRESHOLDS:
-        numbers[f"acc@{threshold}"] = float((top_iou >= threshold).mean())
+        metrics[f"acc@{threshold}"] = float((top_iou >= threshold).mean())
     for limit in RECALL_BOXES:
-        found = np.unique(owner[(rank < limit) & (overlap >= RECALL_THRESHOLD)])
-        numbers[f"recall@{limit}"] = len(found) / int(present.sum())
+        matched = np.unique(owner[(rank < limit) & (overlap >= RECALL_THRESHOLD)])
+        metrics[f"recall@{limit}"] = len(matched) / int(present.sum())
     of_present = present[owner]  # [K]
     image = (np.cumsum(present) - 1)[owner[of_present]]
     precision, _ = precision_and_recall(
@@ -210,24 +202,24 @@ def _numbers(
         iou_thresholds=AP_THRESHOLDS,
     )
     for threshold, values in zip(AP_THRESHOLDS, precision, strict=True):
-        numbers[f"map@{100 * threshold:.0f}"] = mean_defined(values)
-    return numbers | {"num_expressions": int(present.sum())} | absent
+        metrics[f"map@{100 * threshold:.0f}"] = mean_defined(values)
+    return metrics | {"num_expressions": int(present.sum())} | absence
 
 
 def _true_box(target: Target) -> Tensor:
-    """[1, 4] xyxy pixels; NaN if there is none."""
+    """Return [1, 4] xyxy pixels, NaN without a box."""
     return to_pixels(target.boxes, target.size) if len(target.boxes) else target.boxes.new_full((1, 4), float("nan"))
 
 
-def _encode(kinds: Sequence[str]) -> Tensor:
-    """E strings -> [E, KIND_BYTES] uint8."""
-    encoded = [kind.encode() for kind in kinds]
-    for kind, name in zip(kinds, encoded, strict=True):
-        if len(name) > KIND_BYTES:
-            raise ValueError(f"the kind {kind!r} has {len(name)} bytes: shorten its name to at most {KIND_BYTES}")
-    return torch.from_numpy(np.array(encoded, dtype=f"S{KIND_BYTES}").view(np.uint8).reshape(len(kinds), KIND_BYTES))
+def _encode(types: Sequence[str]) -> Tensor:
+    """Encode E expression types as [E, TYPE_BYTES] uint8."""
+    encoded = [type.encode() for type in types]
+    for type, name in zip(types, encoded, strict=True):
+        if len(name) > TYPE_BYTES:
+            raise ValueError(f"the expression type {type!r} has {len(name)} bytes: use a name of at most {TYPE_BYTES}")
+    return torch.from_numpy(np.array(encoded, dtype=f"S{TYPE_BYTES}").view(np.uint8).reshape(len(types), TYPE_BYTES))
 
 
-def _decode(kinds: np.ndarray) -> np.ndarray:
-    """[E, KIND_BYTES] uint8 -> [E] str."""
-    return np.char.decode(np.ascontiguousarray(kinds).view(f"S{KIND_BYTES}")[:, 0], "utf-8")
+def _decode(types: np.ndarray) -> np.ndarray:
+    """Decode [E, TYPE_BYTES] uint8 to [E] str."""
+    return np.char.decode(np.ascontiguousarray(types).view(f"S{TYPE_BYTES}")[:, 0], "utf-8")

@@ -1,4 +1,4 @@
-"""The course of a run: one row per log entry in history.jsonl, the same numbers to the trackers."""
+"""The history of a run: history.jsonl has one row per log entry, with the values that the trackers get."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from vg.files import write_bytes
 
 
 class History:
-    """Rows such as {"step": 20, "loss": 1.2, "loss/l1": 0.4, "lr": 1e-4} and {"step": 500, "miou": 0.61}."""
+    """Rows such as {"step": 20, "loss": 1.2, "loss/l1": 0.4, "lr": 1e-4} and {"step": 500, "miou": 0.61}.
+
+    Keys of losses are "loss/<term>", keys of evaluations those of vg.evaluation.results.EvaluationResult.flat_metrics.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -24,9 +27,9 @@ class History:
         if not self.path.exists():
             return []
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be cut short by a crash
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # a crash may truncate the last one
 
     def cut(self, step: int) -> None:
-        """Forget what came after a step: a resumed run tells it anew."""
+        """Remove the rows after a step, because a resumed run logs them again."""
         rows = [row for row in self.rows() if row["step"] <= step]
         write_bytes(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -13,34 +12,35 @@ from vg.checkpoint import write_weights
 from vg.config import CheckpointConfig
 from vg.errors import CheckpointError
 from vg.evaluation.evaluator import Evaluator
+from vg.evaluation.results import EvaluationResult
 from vg.files import write_json
 from vg.models.base import GroundingModel
 
 
 class Interpolation:
-    """Every mixture (1 - weight) x initial + weight x final of two checkpoints of one model.
+    """Mixtures (1 - weight) x initial + weight x final of two checkpoints of one model.
 
     Attributes:
         added: names of the weights that only the final checkpoint has, for example of denoising; all mixtures have
-            them as they are.
+            them unchanged.
 
     Raises:
-        CheckpointError: the initial checkpoint has weights that the final one has not, or of other shapes.
+        CheckpointError: the initial checkpoint has weights that the final one lacks, or of other shapes.
     """
 
     def __init__(self, initial: Mapping[str, Tensor], final: Mapping[str, Tensor]):
-        trouble = [f"only in the initial one: {key}" for key in initial.keys() - final.keys()]
+        differences = [f"only in the initial one: {key}" for key in initial.keys() - final.keys()]
         for key in initial.keys() & final.keys():
             if initial[key].shape != final[key].shape:
-                trouble.append(f"shape: {key} was {tuple(initial[key].shape)}, is {tuple(final[key].shape)}")
-        if trouble:
-            raise CheckpointError("these are not checkpoints of one model:\n  " + "\n  ".join(sorted(trouble)))
+                differences.append(f"shape: {key} was {tuple(initial[key].shape)}, is {tuple(final[key].shape)}")
+        if differences:
+            raise CheckpointError("these are not checkpoints of one model:\n  " + "\n  ".join(sorted(differences)))
         self.added = sorted(final.keys() - initial.keys())
         self.initial = {key: value.cpu().clone() for key, value in initial.items()}
         self.final = {key: value.cpu().clone() for key, value in final.items()}
 
     def at(self, weight: float) -> dict[str, Tensor]:
-        """Weights at 0 (initial) to 1 (final), both as they were; what is no float is that of the final checkpoint."""
+        """Return the weights at 0 (exactly initial) to 1 (exactly final); integer tensors are always the final ones."""
         return {
             key: self.initial[key].lerp(value, weight) if key in self.initial and value.is_floating_point() else value
             for key, value in self.final.items()
@@ -48,44 +48,44 @@ class Interpolation:
 
 
 class Sweep:
-    """The results of several mixtures; its text is a table of them.
+    """Evaluations of several mixtures; its text is a table of them.
 
     Args:
-        model: takes the weights of one mixture after the other.
+        model: gets the weights of one mixture after another.
         weights: of the mixtures, each from 0 to 1.
-        deciding: the number of the results that is highest for the best mixture.
+        evaluator: its `best_metric` selects the best mixture.
 
     Attributes:
-        rows: the results of each mixture, with its `weight`.
-        best: one of them.
+        results: weight and evaluation of each mixture.
+        best: index of the best mixture.
     """
 
-    def __init__(
-        self,
-        model: GroundingModel,
-        mixtures: Interpolation,
-        weights: Sequence[float],
-        evaluator: Evaluator,
-        deciding: str,
-    ):
+    def __init__(self, model: GroundingModel, mixtures: Interpolation, weights: Sequence[float], evaluator: Evaluator):
         self.mixtures = mixtures
-        self.names = list(dict.fromkeys([deciding, *evaluator.first_numbers]))
-        self.rows: list[dict[str, Any]] = []
+        self.columns = list(dict.fromkeys([evaluator.best_metric, *evaluator.main_metrics]))
+        self.results: list[tuple[float, EvaluationResult]] = []
         for weight in weights:
             model.load_own_state_dict(mixtures.at(weight))
-            self.rows.append({"weight": weight, **evaluator.run(model)})
-        self.best = max(self.rows, key=lambda row: row[deciding])
+            self.results.append((weight, evaluator.run(model)))
+        scores = [result.score for _, result in self.results]
+        self.best = scores.index(max(scores))
+
+    @property
+    def best_weight(self) -> float:
+        return self.results[self.best][0]
 
     def write(self, folder: Path, config: CheckpointConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the best mixture into an existing folder as a checkpoint, and beside it interpolation.json."""
-        write_weights(folder, self.mixtures.at(self.best["weight"]), config, tokenizer)
-        write_json(folder / "interpolation.json", {"best": self.best["weight"], "results": self.rows})
+        """Write the best mixture into an existing folder as a checkpoint, with interpolation.json beside it."""
+        write_weights(folder, self.mixtures.at(self.best_weight), config, tokenizer)
+        rows = [{"weight": weight, **result.flat()} for weight, result in self.results]
+        write_json(folder / "interpolation.json", {"best": self.best_weight, "results": rows})
 
     def __str__(self) -> str:
-        """A line for each mixture, with the deciding number and the first one of each set; the best one is marked."""
-        widths = [max(9, len(name)) for name in self.names]
-        lines = [["weight", *(f"{name:>{width}}" for name, width in zip(self.names, widths, strict=True))]]
-        for row in self.rows:
-            cells = [f"{row[name]:>{width}.4f}" for name, width in zip(self.names, widths, strict=True)]
-            lines.append([f"{row['weight']:<6g}", *cells, *(["best"] if row is self.best else [])])
+        """A line per mixture with the best metric and the main metric of each dataset; the best mixture is marked."""
+        widths = [max(9, len(name)) for name in self.columns]
+        lines = [["weight", *(f"{name:>{width}}" for name, width in zip(self.columns, widths, strict=True))]]
+        for index, (weight, result) in enumerate(self.results):
+            metrics = result.flat_metrics()
+            cells = [f"{metrics[name]:>{width}.4f}" for name, width in zip(self.columns, widths, strict=True)]
+            lines.append([f"{weight:<6g}", *cells, *(["best"] if index == self.best else [])])
         return "\n".join("  ".join(line) for line in lines)

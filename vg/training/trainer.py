@@ -21,12 +21,13 @@ from vg.distributed import (
     StopSignal,
     mean_over_processes,
     new_accelerator,
+    progress_bar,
     random_state,
     restore_random_state,
     seed_everything,
 )
-from vg.errors import ConfigError, TrainingError
-from vg.evaluation.evaluator import Evaluator, progress_bar
+from vg.errors import TrainingError
+from vg.evaluation.evaluator import Evaluator
 from vg.training.data import TrainingData
 from vg.training.interpolation import Interpolation, Sweep
 from vg.training.loss_log import REMEDY, LossLog
@@ -79,8 +80,7 @@ class Trainer:
         seed_everything(config.train.seed)
 
         self.unwrapped_model = build_model(config)  # self.model may be wrapped for DDP
-        self.evaluator = Evaluator(config.data, self.unwrapped_model, self.accelerator)
-        self.best_metric = self.evaluator.resolve_best_metric(config.train.best_metric)
+        self.evaluator = Evaluator(config.data, self.unwrapped_model, self.accelerator, config.train.best_metric)
         self.data = TrainingData(config, self.unwrapped_model, self.accelerator, self.evaluator.sources)
         select_trainable(self.unwrapped_model, config.optim)
         self.model, self.optimizer = self.accelerator.prepare(
@@ -172,27 +172,26 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Evaluate the (EMA) weights, log the results, and save the weights to `best` on improvement."""
-        progress, name = self.progress, self.best_metric
+        progress = self.progress
         with self.state.evaluated_weights():
-            results = self.evaluator.run(self.unwrapped_model)
-            if name not in results:
-                raise ConfigError(f"train.best_metric: {name!r} is not a metric; choose one of {', '.join(results)}")
+            result = self.evaluator.run(self.unwrapped_model)
+            score = result.score
             progress.evaluated_step = progress.step
             progress.evaluations_since_best += 1
-            if results[name] > progress.best:
-                progress.best, progress.evaluations_since_best = results[name], 0
-                self.folder.save_best({"step": progress.step, **results}, self.state.export)
-        change = self.evaluator.change(self.folder.history.rows(), results)
+            if score > progress.best:
+                progress.best, progress.evaluations_since_best = score, 0
+                self.folder.save_best({"step": progress.step, **result.flat()}, self.state.export)
+        change = self.evaluator.change_since_first(self.folder.history.rows(), result)
         if change and self.accelerator.is_main_process:
             logger.info("since the first evaluation: %s", change)
-        self._log(results)
+        self._log(result.flat_metrics())
 
     def interpolate(self, weights: Sequence[float]) -> None:
         """Evaluate interpolations between the initial and the best weights, and save the best one."""
         seed_everything(self.config.train.seed)
         model = build_model(self.config)  # with the weights before the first step
         mixtures = Interpolation(model.own_state_dict(), self.folder.best_weights())
-        sweep = Sweep(model.to(self.accelerator.device), mixtures, weights, self.evaluator, self.best_metric)
+        sweep = Sweep(model.to(self.accelerator.device), mixtures, weights, self.evaluator)
         tokenizer = self.unwrapped_model.text_spec.tokenizer
         self.folder.save_interpolated(lambda folder: sweep.write(folder, self.config, tokenizer))
         if self.accelerator.is_main_process:
@@ -269,7 +268,7 @@ class Trainer:
         if evaluation_due:
             self.evaluate()
         if config.patience and self.progress.evaluations_since_best >= config.patience:
-            logger.info("early stopping: no better %s in %d evaluations", self.best_metric, config.patience)
+            logger.info("early stopping: no better %s in %d evaluations", self.evaluator.best_metric, config.patience)
             save_due = finished = True
         if save_due:
             self.save()
@@ -303,9 +302,8 @@ class Trainer:
         logger.warning("%s: restored from %s", problem, saved[-1])
 
     def _log(self, values: dict[str, Any]) -> None:
-        metrics = {key: value for key, value in values.items() if not isinstance(value, str)}
-        self.folder.log({"step": self.progress.step, **metrics})
-        self.accelerator.log(metrics, step=self.progress.step)
+        self.folder.log({"step": self.progress.step, **values})
+        self.accelerator.log(values, step=self.progress.step)
 
     def _start_trackers(self) -> None:
         sections = asdict(self.config).items()

@@ -1,4 +1,4 @@
-"""The benchmark from end to end on real pictures and words: every number is computed a second time, in another way."""
+"""The benchmark end to end on real images and expressions; an independent implementation checks every metric."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from vg.models.rec.config import RecConfig
 from vg.training.trainer import Trainer
 
 REAL = Path(__file__).parents[3] / ".." / "shared" / "data" / "refcoco_with_images"
-needs_pictures = pytest.mark.skipif(not REAL.is_dir(), reason="no shared/data beside the repository")
+needs_images = pytest.mark.skipif(not REAL.is_dir(), reason="no shared/data beside the repository")
 TOP = {"refcoco": "refcoco_unc", "refcoco+": "refcocoplus_unc", "refcocog": "refcocog_umd"}
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny random checkpoint of each family, and the second one as transformers writes it."""
+    """A tiny random checkpoint of each family, and the second one in the format of transformers."""
     folder = tmp_path_factory.mktemp("checkpoints")
     settings = {
         "name": "rec",
@@ -45,58 +45,58 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     rec = TypeAdapter(RecConfig).validate_python(settings)
     grounding_dino = tiny_model()
-    places = {name: folder / name for name in ("rec", "grounding_dino", "transformers")}
-    for place in places.values():
-        place.mkdir()
-    write_model(places["rec"], rec.build(), CheckpointConfig(rec))
-    write_model(places["grounding_dino"], grounding_dino, CheckpointConfig(grounding_dino.config))
-    checkpoint = read_checkpoint(places["grounding_dino"])
+    paths = {name: folder / name for name in ("rec", "grounding_dino", "transformers")}
+    for path in paths.values():
+        path.mkdir()
+    write_model(paths["rec"], rec.build(), CheckpointConfig(rec))
+    write_model(paths["grounding_dino"], grounding_dino, CheckpointConfig(grounding_dino.config))
+    checkpoint = read_checkpoint(paths["grounding_dino"])
     write_checkpoint(
-        checkpoint.weights, checkpoint.config, open_tokenizer(checkpoint), places["transformers"], "transformers"
+        checkpoint.weights, checkpoint.config, open_tokenizer(checkpoint), paths["transformers"], "transformers"
     )
-    return places
+    return paths
 
 
 def benchmark(checkpoint: Path, output: Path, *options: str) -> tuple[dict[str, Any], str]:
-    """Run the command; what it wrote."""
+    """Run the command; return benchmark.json and benchmark.html."""
     main(["eval", str(checkpoint), "--suite", "refcoco", "--workers", "0", "--output", str(output), *options])
     page = (output / "benchmark.html").read_text(encoding="utf-8")
     return json.loads((output / "benchmark.json").read_text()), page
 
 
 def overlap(box: np.ndarray, other: np.ndarray) -> float:
-    """IoU of two xyxy boxes, as pycocotools has it."""
-    return float(masks.iou(*([[*each[:2], *(each[2:] - each[:2])]] for each in (box, other)), [0])[0, 0])
+    """IoU of two xyxy boxes, computed by pycocotools."""
+    return float(masks.iou(*([[*xyxy[:2], *(xyxy[2:] - xyxy[:2])]] for xyxy in (box, other)), [0])[0, 0])
 
 
-def second_opinion(grounder: Grounder, dataset: str) -> dict[str, float]:
-    """The numbers of one data set from single predictions."""
+def expected_metrics(grounder: Grounder, dataset: str) -> dict[str, float]:
+    """The metrics of one dataset, from predictions of single samples."""
     source = RefcocoConfig(path=str(REAL / "refs.json"), split="val", dataset=dataset).build()
     tops, hits, ranked = [], defaultdict(list), defaultdict(list)
     for index in range(len(source)):
         sample = source.load(index, epoch=0)
-        (found,) = grounder.predict_samples([sample])
-        overlaps = [overlap(box, sample.boxes[0]) for box in found.boxes.numpy().astype(float)]
+        (prediction,) = grounder.predict_samples([sample])
+        overlaps = [overlap(box, sample.boxes[0]) for box in prediction.boxes.numpy().astype(float)]
         tops.append(overlaps[0])
         for limit in (1, 5, 10):
             hits[limit].append(max(overlaps[:limit]) >= 0.5)
         for threshold in (0.5, 0.75):
             matched = False
-            for score, each in zip(found.scores[:100].tolist(), overlaps, strict=False):
-                ranked[threshold].append((-score, len(ranked[threshold]), each >= threshold and not matched))
-                matched |= each >= threshold
-    numbers = {"miou": np.mean(tops)}
-    numbers |= {f"acc@{threshold}": np.mean(np.array(tops) >= threshold) for threshold in (0.5, 0.75, 0.9)}
-    numbers |= {f"recall@{limit}": np.mean(each) for limit, each in hits.items()}
+            for score, iou in zip(prediction.scores[:100].tolist(), overlaps, strict=False):
+                ranked[threshold].append((-score, len(ranked[threshold]), iou >= threshold and not matched))
+                matched |= iou >= threshold
+    metrics = {"miou": np.mean(tops)}
+    metrics |= {f"acc@{threshold}": np.mean(np.array(tops) >= threshold) for threshold in (0.5, 0.75, 0.9)}
+    metrics |= {f"recall@{limit}": np.mean(values) for limit, values in hits.items()}
     for threshold, rows in ranked.items():
         true = np.cumsum([row[2] for row in sorted(rows)])
         recall, precision = true / len(tops), true / np.arange(1, len(true) + 1)
         points = [precision[recall >= point - 1e-9].max(initial=0.0) for point in np.linspace(0, 1, 101)]
-        numbers[f"map@{100 * threshold:.0f}"] = np.mean(points)
-    return numbers
+        metrics[f"map@{100 * threshold:.0f}"] = np.mean(points)
+    return metrics
 
 
-@needs_pictures
+@needs_images
 @pytest.mark.parametrize("family", ["rec", "grounding_dino", "transformers"])
 def test_table_json_and_page(
     family: str, checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -104,42 +104,43 @@ def test_table_json_and_page(
     splits = ["--splits", "val"] if family == "rec" else ["--datasets", "refcoco", "--splits", "val"]
     results, page = benchmark(checkpoints[family], tmp_path, "--data", str(REAL), *splits, "--batch-size", "1")
     shown = capsys.readouterr().out
-    assert [part["key"] for part in results["parts"]] == (list(TOP) if family == "rec" else ["refcoco"])
+    assert [split["key"] for split in results["parts"]] == (list(TOP) if family == "rec" else ["refcoco"])
     if family != "transformers":
         grounder = Grounder(checkpoints[family], "cpu")
         if family == "grounding_dino":
             grounder.model.config.predict.score = "max"
-        for part in results["parts"]:
-            expected = second_opinion(grounder, TOP[part["key"]])
-            assert {name: part[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+        for split in results["parts"]:
+            expected = expected_metrics(grounder, TOP[split["key"]])
+            assert {name: split[name] for name in expected} == pytest.approx(expected, abs=1e-6)
         model = grounder.model
         assert results["model"]["parameters"] == sum(weights.numel() for weights in model.parameters())
         trained = sum(weights.numel() for weights in model.parameters() if weights.requires_grad)
         assert results["model"]["trainable_parameters"] == trained
-    for part in results["parts"]:
-        assert (part["partition"], part["split"]) == ("umd" if part["key"] == "refcocog" else "unc", "val")
-        assert part["official"] == "no", "a few of its pictures are not the official split"
-        assert part["expressions_per_second"] * part["seconds"] == pytest.approx(part["num_expressions"])
-        assert part["images_per_second"] * part["seconds"] == pytest.approx(part["num_images"]) == pytest.approx(1)
-        for labels in part["slices"].values():
-            assert sum(each["num_expressions"] for each in labels.values()) == part["num_expressions"]
-            mean = sum(each["num_expressions"] * each["miou"] for each in labels.values()) / part["num_expressions"]
-            assert mean == pytest.approx(part["miou"])
-        assert part["intervals"] == {}, "one picture tells nothing about others"
+    for split in results["parts"]:
+        assert (split["partition"], split["split"]) == ("umd" if split["key"] == "refcocog" else "unc", "val")
+        assert split["official"] == "no", "a subset of a split is not official"
+        assert split["expressions_per_second"] * split["seconds"] == pytest.approx(split["num_expressions"])
+        assert split["images_per_second"] * split["seconds"] == pytest.approx(split["num_images"]) == pytest.approx(1)
+        for labels in split["slices"].values():
+            counts, mious = ([s[name] for s in labels.values()] for name in ("num_expressions", "miou"))
+            assert sum(counts) == split["num_expressions"]
+            mean = np.average(mious, weights=counts)
+            assert mean == pytest.approx(split["miou"])
+        assert split["intervals"] == {}, "one image has no variance between images"
     assert ("best probability over its tokens" in shown) == (family != "rec")
-    assert "* not the whole official split" in shown
+    assert "* not the complete official split" in shown
     assert re.search(r"MaPPER +86\.03", shown)
     assert re.search(rf"this checkpoint +{100 * results['parts'][0]['acc@0.5']:.2f}\*", shown)
     assert f"{results['parts'][0]['miou']:.4f}" in shown
     assert f"{results['parts'][0]['miou']:.4f}" in page
     assert page.count("data:image/jpeg;base64,") >= len(results["parts"])
-    assert not re.search(r"(src|href)=\"(?!data:)", page), "the page needs no other file"
-    for part in results["parts"]:
-        assert part["data"] in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page), "the page is self-contained"
+    for split in results["parts"]:
+        assert split["data"] in page
 
 
 def write_tests(data: Path) -> list[str]:
-    """The real pictures as if they were testA and testB; options that evaluate on them."""
+    """Write the real images as testA and testB; return the options that evaluate on them."""
     rows = json.loads((REAL / "refs.json").read_text())
     data.mkdir()
     (data / "images").symlink_to((REAL / "images").resolve())
@@ -149,7 +150,7 @@ def write_tests(data: Path) -> list[str]:
     return ["--data", str(data), "--datasets", "refcoco", "--splits", "testA,testB"]
 
 
-@needs_pictures
+@needs_images
 def test_testa_and_testb_are_pooled(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     results, page = benchmark(checkpoints["rec"], tmp_path / "out", *write_tests(tmp_path / "data"))
     one, other = results["parts"]
@@ -165,8 +166,8 @@ def test_testa_and_testb_are_pooled(checkpoints: dict[str, Path], tmp_path: Path
     assert "0.2173" in page
 
 
-@needs_pictures
-def test_two_processes_give_the_same_numbers(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+@needs_images
+def test_two_processes_give_the_same_metrics(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     options = [*write_tests(tmp_path / "data"), "--batch-size", "3"]
     alone, _ = benchmark(checkpoints["rec"], tmp_path / "one", *options)
     script = Path(__file__).parents[3] / "scripts" / "benchmark_refcoco.py"
@@ -183,33 +184,33 @@ def test_two_processes_give_the_same_numbers(checkpoints: dict[str, Path], tmp_p
 
 
 def write_grefs(folder: Path) -> None:
-    """gRefCOCO in miniature: one thing, two things, nothing."""
+    """gRefCOCO in miniature: expressions of one object, two objects and no object."""
     folder.mkdir(parents=True)
     image = {"id": 520199, "file_name": "COCO_train2014_000000520199.jpg"}
     boxes = {1: [364.57, 96.53, 155.07, 215.67], 2: [56.45, 111.94, 185.17, 268.9]}
     annotations = [{"id": id, "image_id": 520199, "category_id": 1, "bbox": box} for id, box in boxes.items()]
     (folder / "instances.json").write_text(json.dumps({"images": [image], "annotations": annotations}))
     refs = [
-        {"ref_id": number, "ann_id": ids, "image_id": 520199, "split": "val", "sentences": [{"sent": sent}]}
-        for number, (ids, sent) in enumerate([([1], "pink shirt"), ([1, 2], "both women"), ([-1], "the dog")])
+        {"ref_id": ref_id, "ann_id": ids, "image_id": 520199, "split": "val", "sentences": [{"sent": sent}]}
+        for ref_id, (ids, sent) in enumerate([([1], "pink shirt"), ([1, 2], "both women"), ([-1], "the dog")])
     ]
     (folder / "grefs(unc).json").write_text(json.dumps(refs))
 
 
-@needs_pictures
+@needs_images
 def test_generalized_expressions(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     write_grefs(tmp_path / "grefcoco")
     options = ["--data", str(tmp_path), "--images", str(REAL / "images"), "--datasets", "grefcoco", "--splits", "val"]
     results, page = benchmark(checkpoints["rec"], tmp_path / "out", *options)
-    (part,) = results["parts"]
-    assert (part["num_expressions"], part["num_absent"]) == (3, 1)
-    assert {"f1", "n_acc", "t_acc", "auc"} <= part.keys()
-    assert part["protocol"].startswith("all boxes that score at least 0.7")
-    assert part["slices"]["words"]["1-2"]["num_expressions"] == 3
+    (split,) = results["parts"]
+    assert (split["num_expressions"], split["num_absent"]) == (3, 1)
+    assert {"f1", "n_acc", "t_acc", "auc"} <= split.keys()
+    assert split["protocol"].startswith("all boxes that score at least 0.7")
+    assert split["slices"]["words"]["1-2"]["num_expressions"] == 3
     assert "F1=1" in page
 
 
-@needs_pictures
+@needs_images
 def test_grounding_dino_is_trained_on_generalized_expressions(tmp_path: Path) -> None:
     write_grefs(tmp_path / "grefcoco")
     source = RefcocoConfig(path=str(tmp_path / "grefcoco"), split="val", image_root=str(REAL / "images"))
@@ -226,8 +227,8 @@ def test_grounding_dino_is_trained_on_generalized_expressions(tmp_path: Path) ->
     assert np.isfinite(losses).all()
 
 
-@needs_pictures
-def test_a_limit_is_not_official(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+@needs_images
+def test_limited_splits_are_not_official(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     options = ["--data", str(REAL), "--datasets", "refcoco", "--splits", "val", "--limit", "2"]
     results, _ = benchmark(checkpoints["rec"], tmp_path, *options)
     assert results["parts"][0]["num_expressions"] == 2
@@ -237,10 +238,13 @@ def test_a_limit_is_not_official(checkpoints: dict[str, Path], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--suite", "refcoco", "--datasets", "refcocos"], "'refcocos' is none of refcoco, refcoco\\+, refcocog"),
-        (["--suite", "refcoco", "--splits", "dev"], "'dev' is none of val, testA, testB, test"),
+        (
+            ["--suite", "refcoco", "--datasets", "refcocos"],
+            "--datasets: 'refcocos' is not one of refcoco, refcoco\\+, refcocog",
+        ),
+        (["--suite", "refcoco", "--splits", "dev"], "'dev' is not one of val, testA, testB, test"),
         (["--suite", "refcoco", "--data", "away"], "--data: away is not a folder"),
-        (["--suite", "refcoco", "--limit", "0"], "--limit: 0 expressions"),
+        (["--suite", "refcoco", "--limit", "0"], "--limit: expected at least 1 expression, got 0"),
         (["--suite", "refcoco", "--data", "."], r"(?s)refcoco val is not in .*hf download jxu124/refcoco-benchmark"),
         (["--suite", "refcoco", "--data", ".", "--datasets", "grefcoco"], r"(?s)not all .*grefs\(unc\).json"),
         (
@@ -250,7 +254,7 @@ def test_a_limit_is_not_official(checkpoints: dict[str, Path], tmp_path: Path) -
         (["--data", "."], "--data belongs to a benchmark: add --suite refcoco"),
     ],
 )
-def test_mistakes(
+def test_errors_of_options_and_data(
     options: list[str], message: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -259,10 +263,10 @@ def test_mistakes(
     assert re.search(message, str(stopped.value))
 
 
-@needs_pictures
-def test_mistakes_of_models(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+@needs_images
+def test_errors_of_checkpoints(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     data = ["--suite", "refcoco", "--data", str(REAL), "--datasets", "refcoco", "--splits", "val"]
-    with pytest.raises(SystemExit, match=r"is no checkpoint of vg, so that model\.width=3 cannot be set"):
+    with pytest.raises(SystemExit, match=r"is not a checkpoint of vg, so model\.width=3 cannot be set"):
         main(["eval", str(checkpoints["transformers"]), "model.width=3", *data])
     with pytest.raises(SystemExit, match="holds neither config"):
         main(["eval", str(tmp_path), *data])

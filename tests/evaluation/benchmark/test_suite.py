@@ -1,4 +1,4 @@
-"""Where the benchmark finds its data, which expressions belong to which slice, and how wide its intervals are."""
+"""Locations of the benchmark data, slices of expressions, and confidence intervals."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import pytest
 from PIL import Image
 
 from vg.data.refcoco.source import Annotation
+from vg.data.source import Provenance
 from vg.errors import DataError, NoSuchSplitError
 from vg.evaluation.benchmark import table
 from vg.evaluation.benchmark.bootstrap import intervals
 from vg.evaluation.benchmark.slices import has_attribute, has_location, has_relation, names_person, slices
-from vg.evaluation.benchmark.suite import SETS, open_parts, open_source
+from vg.evaluation.benchmark.suite import DATASETS, open_source, open_splits
+from vg.evaluation.results import DatasetResult, EvaluationResult
 from vg.evaluation.table import table as evaluation_table
 
 datasets = pytest.importorskip("datasets")
@@ -29,7 +31,7 @@ LINE = {"file_name": NAME, "ann_id": 5, "bbox": [10.0, 20.0, 30.0, 15.0], "sent"
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the one picture, 80 wide and 60 high, in train2014; counts are not checked."""
+    """A folder with the one image, 80 x 60 pixels, in train2014; counts are not checked."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("vg.data.refcoco.source.check_counts", lambda *_: ("unc", True))
     folder = tmp_path / "data"
@@ -43,7 +45,7 @@ def jpeg() -> bytes:
     return file.getvalue()
 
 
-def export(form: str, data: Path) -> None:
+def write_data(form: str, data: Path) -> None:
     if form == "toolbox":
         (data / "refcoco").mkdir()
         sentences = [{"sent": "red man"}]
@@ -71,16 +73,16 @@ def export(form: str, data: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["toolbox", "folder", "files", "column", "download"])
-def test_every_way_the_data_may_lie(form: str, data: Path) -> None:
-    export(form, data)
-    (part,) = open_parts(data, sets=["refcoco"], splits=["val"])
-    assert part.title == "RefCOCO val"
-    assert [annotation.expression for annotation in part.annotations] == ["red man"]
-    assert part.source.load(0, epoch=0).boxes.tolist() == [[10, 20, 40, 35]]
-    assert part.annotations[0].id == part.source.load(0, epoch=0).id
+def test_data_in_every_supported_format(form: str, data: Path) -> None:
+    write_data(form, data)
+    (split,) = open_splits(data, datasets=["refcoco"], splits=["val"])
+    assert split.title == "RefCOCO val"
+    assert [annotation.expression for annotation in split.annotations] == ["red man"]
+    assert split.source.load(0, epoch=0).boxes.tolist() == [[10, 20, 40, 35]]
+    assert split.annotations[0].id == split.source.load(0, epoch=0).id
 
 
-def test_a_review_of_one_split(data: Path) -> None:
+def test_reviewed_annotations_of_one_split(data: Path) -> None:
     document = {
         "images": [{"id": id, "file_name": NAME, "caption": sent} for id, sent in enumerate(["red man", "wrong"])],
         "annotations": [
@@ -90,50 +92,49 @@ def test_a_review_of_one_split(data: Path) -> None:
     }
     (data / "refcocos_annotation_reviewed").mkdir()
     (data / "refcocos_annotation_reviewed" / "refcoco+_testA_reviewed.json").write_text(json.dumps(document))
-    (part,) = open_parts(data, sets=["refcoco+-reviewed"], splits=["testA"])
-    assert [annotation.expression for annotation in part.annotations] == ["red man"]
-    assert part.source.provenance.data == "refcoco+_reviewed"
+    (split,) = open_splits(data, datasets=["refcoco+-reviewed"], splits=["testA"])
+    assert [annotation.expression for annotation in split.annotations] == ["red man"]
+    assert split.source.provenance.data == "refcoco+_reviewed"
 
 
-def test_what_is_missing_is_told(data: Path, caplog: pytest.LogCaptureFixture) -> None:
-    export("files", data)
+def test_missing_data_is_reported(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_data("files", data)
     with caplog.at_level(logging.WARNING):
-        parts = open_parts(data)
-    assert [part.name for part in parts] == ["refcoco val", "refcoco+ val"]
+        splits = open_splits(data)
+    assert [split.id for split in splits] == ["refcoco val", "refcoco+ val"]
     assert "left out: refcocog test is not in" in caplog.text
     with pytest.raises(DataError, match=r"(?s)not all .*refcoco testA is not in .*refcoco testB .*hf download"):
-        open_parts(data, sets=["refcoco"])
+        open_splits(data, datasets=["refcoco"])
     with pytest.raises(NoSuchSplitError, match="gref"):
         open_source("grefcoco", "val", None, None)
     (data / "train2014" / NAME).unlink()
     with pytest.raises(DataError, match=f"{NAME} not found .*image_root"):
-        open_parts(data)
+        open_splits(data)
 
 
-def test_a_damaged_file_is_not_taken_for_a_missing_one(data: Path) -> None:
+def test_a_damaged_file_is_not_reported_as_missing(data: Path) -> None:
     (data / "data").mkdir()
-    publish_to = data / "data" / "refcoco_unc_val-00000-of-00001.parquet"
-    publish_to.write_bytes(b"PAR1 and then nothing")
+    (data / "data" / "refcoco_unc_val-00000-of-00001.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(DataError, match=r"refcoco_unc_val-00000-of-00001.parquet .*cannot be read"):
-        open_parts(data, splits=["val"])
+        open_splits(data, splits=["val"])
 
 
 @pytest.mark.skipif(not (REAL / "refcoco_annotations").is_dir(), reason="no shared/data beside the repository")
 def test_published_annotations_are_the_official_splits() -> None:
     folder = REAL / "refcoco_annotations"
-    sizes = {key: open_source(key, "val", folder, None) for key in ("refcoco", "refcoco+", "refcocog")}
-    assert {key: len(source) for key, source in sizes.items()} == {
+    sources = {key: open_source(key, "val", folder, None) for key in ("refcoco", "refcoco+", "refcocog")}
+    assert {key: len(source) for key, source in sources.items()} == {
         "refcoco": 10834,
         "refcoco+": 10758,
         "refcocog": 4896,
     }
-    assert all(source.provenance.official for source in sizes.values())
-    assert [source.provenance.partition for source in sizes.values()] == ["unc", "unc", "umd"]
-    groups = slices(sizes["refcoco+"].annotations())
-    shares = {name: float(groups[name]["yes"].mean()) for name in ("location words", "relations", "person")}
+    assert all(source.provenance.official for source in sources.values())
+    assert [source.provenance.partition for source in sources.values()] == ["unc", "unc", "umd"]
+    masks = slices(sources["refcoco+"].annotations())
+    shares = {name: float(masks[name]["yes"].mean()) for name in ("location words", "relations", "person")}
     assert shares["location words"] < 0.15, "RefCOCO+ forbids them"
-    assert slices(sizes["refcoco"].annotations())["location words"]["yes"].mean() > 0.5
-    assert slices(sizes["refcocog"].annotations())["relations"]["yes"].mean() > 0.1
+    assert slices(sources["refcoco"].annotations())["location words"]["yes"].mean() > 0.5
+    assert slices(sources["refcocog"].annotations())["relations"]["yes"].mean() > 0.1
 
 
 def annotation(expression: str, box: tuple[float, ...] = (0, 0, 10, 10), **known: object) -> Annotation:
@@ -141,7 +142,7 @@ def annotation(expression: str, box: tuple[float, ...] = (0, 0, 10, 10), **known
     return Annotation("id", expression, boxes, "picture", known.get("person"), known.get("others"))  # type: ignore[arg-type]
 
 
-def test_words() -> None:
+def test_words_of_expressions() -> None:
     assert has_location("man on the LEFT")
     assert not has_location("leftover pizza")
     assert has_attribute("the red-haired one")
@@ -160,50 +161,50 @@ def test_slices() -> None:
         annotation("one two three four five", (0, 0, 256, 256)),
         annotation("a b c d e f g h i j", ()),
     ]
-    groups = {
-        about: {label: np.flatnonzero(rows).tolist() for label, rows in labels.items()}
-        for about, labels in slices(annotations).items()
+    found = {
+        attribute: {label: np.flatnonzero(mask).tolist() for label, mask in masks.items()}
+        for attribute, masks in slices(annotations).items()
     }
-    assert groups["words"] == {"1-2": [0], "3-5": [2], "6-9": [1], "10+": [3]}
-    assert groups["box"] == {"small": [0], "medium": [1], "large": [2]}
-    assert groups["others of its class"] == {"0": [0], "3+": [1]}
-    assert groups["person"] == {"yes": [0], "no": [1, 2, 3]}, "an annotated class decides, not the word him"
-    assert groups["relations"] == {"yes": [1], "no": [0, 2, 3]}
+    assert found["words"] == {"1-2": [0], "3-5": [2], "6-9": [1], "10+": [3]}
+    assert found["box"] == {"small": [0], "medium": [1], "large": [2]}
+    assert found["others of its class"] == {"0": [0], "3+": [1]}
+    assert found["person"] == {"yes": [0], "no": [1, 2, 3]}, "the annotated class takes precedence over the word him"
+    assert found["relations"] == {"yes": [1], "no": [0, 2, 3]}
 
 
-def test_intervals_draw_whole_pictures() -> None:
+def test_intervals_resample_whole_images() -> None:
     random = np.random.default_rng(0)
-    per_picture = (random.random(400) < 0.7).astype(float)  # all 5 expressions of a picture fall alike
-    values = np.repeat(per_picture, 5)
+    per_image = (random.random(400) < 0.7).astype(float)  # equal for all 5 expressions of an image
+    values = np.repeat(per_image, 5)
     low, high = intervals({"a": values}, np.repeat(np.arange(400).astype(str), 5).tolist())["a"]
     width = 2 * 1.96 * values.std() / np.sqrt(400)
     assert low < values.mean() < high
     assert high - low == pytest.approx(width, rel=0.15)
-    alone = intervals({"a": values}, [str(place) for place in range(len(values))])["a"]
+    alone = intervals({"a": values}, [str(image) for image in range(len(values))])["a"]
     assert alone[1] - alone[0] == pytest.approx(width / np.sqrt(5), rel=0.15)
     partly = np.where(np.arange(len(values)) % 2, values, np.nan)
     assert intervals({"a": partly}, np.repeat(np.arange(400).astype(str), 5).tolist())["a"] != (low, high)
     assert intervals({"a": np.full(4, np.nan), "b": np.ones(4)}, ["x", "x", "x", "x"]) == {}
 
 
-def test_a_table_says_what_was_measured() -> None:
-    known = {"data": "refcoco-unc", "split": "val", "protocol": "top box", "miou": 0.5, "num_expressions": 3}
-    titles = [
-        evaluation_table(known | more).splitlines()[0]
-        for more in ({}, {"partition": "unc", "official": "yes"}, {"partition": "unc", "official": "no"})
-    ]
+def test_table_title_names_the_evaluated_data() -> None:
+    titles = []
+    for partition, official in ((None, None), ("unc", True), ("unc", False)):
+        provenance = Provenance("refcoco-unc", "val", partition=partition, official=official)
+        dataset = DatasetResult("", provenance, "top box", {"miou": 0.5, "num_expressions": 3}, {})
+        titles.append(evaluation_table(EvaluationResult((dataset,), "miou")).splitlines()[0])
     assert titles == [
-        "refcoco-unc, val (top box)",
-        "refcoco-unc, unc val (top box)",
-        "refcoco-unc, unc val, not the whole official split (top box)",
+        "refcoco-unc, val split (top box)",
+        "refcoco-unc, unc val split (top box)",
+        "refcoco-unc, unc val split, not the complete official one (top box)",
     ]
 
 
-def test_published_numbers_name_splits_that_exist_and_a_source() -> None:
+def test_published_results_have_known_splits_and_a_source() -> None:
     assert len(table.published()["methods"]) >= 10
     for method in table.published()["methods"]:
         assert method["source"]
         for key in method.keys() - {"name", "source", "note"}:
-            assert method[key].keys() <= set(SETS[key].splits), method["name"]
+            assert method[key].keys() <= set(DATASETS[key].splits), method["name"]
             assert all(10 < value < 100 for value in method[key].values()), method["name"]
     assert table.published()["pooled"]["refcoco"] == {"miou": 0.6196, "map@50": 0.5746, "map@75": 0.2173}

@@ -1,1 +1,1 @@
-"""The RefCOCO benchmark: any checkpoint on the official splits, beside published numbers."""
+"""The RefCOCO benchmark: any checkpoint on the official splits, next to published results."""

@@ -1,4 +1,4 @@
-"""Any model that the benchmark can judge: checkpoints of vg, and of Grounding DINO in every published dialect."""
+"""Models for the benchmark: checkpoints of vg, and of Grounding DINO in all published formats."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from vg.models.grounding_dino.model import GroundingDino
 _SCORE = "model.predict.score"
 
 
-def open_model(place: str, overrides: Sequence[str] = (), tokenizer: str | None = None) -> GroundingModel:
-    """The model, in evaluation mode on the CPU; Grounding DINO answers by the protocol of REC, unless told otherwise.
+def open_model(checkpoint: str, overrides: Sequence[str] = (), tokenizer: str | None = None) -> GroundingModel:
+    """Load a model in evaluation mode on the CPU; Grounding DINO scores boxes by the REC protocol by default.
 
     Args:
-        place: folder of a run or checkpoint of vg, .pth, folder of transformers, or Hub id.
+        checkpoint: folder of a run or checkpoint of vg, .pth, folder of transformers, or Hub id.
         overrides: of the configuration, for a checkpoint of vg.
-        tokenizer: see vg.models.grounding_dino.checkpoints.open_tokenizer; a checkpoint of vg has its own.
+        tokenizer: see vg.models.grounding_dino.checkpoints.open_tokenizer; a checkpoint of vg contains its own.
 
     Raises:
-        CheckpointError: not a checkpoint, a damaged one, or its tokenizer cannot be found.
-        ConfigError: overrides that are unknown, or for a checkpoint that has no configuration of vg.
+        CheckpointError: not a checkpoint, a damaged one, or its tokenizer is missing.
+        ConfigError: unknown overrides, or overrides of a checkpoint without a vg configuration.
     """
-    folder = Path(place)
+    folder = Path(checkpoint)
     model: GroundingModel
-    if any((folder / part / CONFIG).exists() for part in ("", "best")):
+    if any((folder / subfolder / CONFIG).exists() for subfolder in ("", "best")):
         model, _ = read_model(folder, overrides)
     elif overrides:
-        raise ConfigError(f"{place} is no checkpoint of vg, so that {', '.join(overrides)} cannot be set")
+        raise ConfigError(f"{checkpoint} is not a checkpoint of vg, so {', '.join(overrides)} cannot be set")
     else:
-        model = _published(place, tokenizer)
-    if isinstance(model, GroundingDino) and not any(each.startswith(f"{_SCORE}=") for each in overrides):
+        model = _read_grounding_dino(checkpoint, tokenizer)
+    if isinstance(model, GroundingDino) and not any(override.startswith(f"{_SCORE}=") for override in overrides):
         model.config.predict.score = "max"
     return model.eval()
 
 
-def _published(place: str, tokenizer: str | None) -> GroundingDino:
-    checkpoint = read_checkpoint(place, bert_settings(tokenizer))
-    open_tokenizer(checkpoint, tokenizer)  # is it the one of this checkpoint?
+def _read_grounding_dino(path: str, tokenizer: str | None) -> GroundingDino:
+    checkpoint = read_checkpoint(path, bert_settings(tokenizer))
+    open_tokenizer(checkpoint, tokenizer)  # raises if it does not fit this checkpoint
     checkpoint.config.text.tokenizer = tokenizer or checkpoint.tokenizer or BertConfig().id
     model = checkpoint.config.build(pretrained=False)
     model.load_own_state_dict(checkpoint.weights)
@@ -50,7 +50,7 @@ def _published(place: str, tokenizer: str | None) -> GroundingDino:
 
 
 def protocol(model: GroundingModel) -> str:
-    """What a model does to answer an expression, as far as results depend on it."""
+    """Describe how a model processes an expression, as far as results depend on it."""
     if not isinstance(model, GroundingDino):
         return "one expression per forward pass"
     over = {"max": "best", "mean": "mean"}[model.config.predict.score]

@@ -1,4 +1,4 @@
-"""The results as one HTML file that needs no other file: tables, slices, and pictures of the worst and best answers."""
+"""Benchmark results as one self-contained HTML file: tables, slices, and images of the worst and best predictions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import numpy as np
 from PIL import Image
 
 from vg.evaluation.benchmark import table
-from vg.evaluation.benchmark.run import Judged
+from vg.evaluation.benchmark.run import EvaluatedSplit
+from vg.evaluation.results import DatasetResult
 from vg.inference.draw import PREDICTED, TRUE, draw_boxes
 from vg.inference.grounder import Grounder
 from vg.models.base import GroundingModel
 from vg.types import Prediction, Sample
 
-EXAMPLES = 6  # of each sort, for each split
-PICTURE_SIDE = 420  # pixels of the longer side
+NUM_EXAMPLES = 6  # worst and best ones of each split
+MAX_SIDE = 420  # pixels
 HIT_IOU = 0.5
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 1280px; margin: 2rem auto; padding: 0 1rem }
@@ -34,28 +35,28 @@ figure { margin: 0; width: 300px } figure img { width: 100% } figcaption { font-
 """
 
 
-def report(results: Mapping[str, Any], judged: Sequence[Judged], model: GroundingModel) -> str:
-    """The page; answers the examples once more to draw them."""
+def report(results: Mapping[str, Any], evaluated: Sequence[EvaluatedSplit], model: GroundingModel) -> str:
+    """Return the HTML page; predicts the example images again to draw them."""
     about = results["model"]
     grounder = Grounder(model, str(model.device))
     head = [
         f"<h1>RefCOCO benchmark: {escape(str(results['checkpoint']))}</h1>",
-        f"<p>{about['parameters']:,} parameters, {about['trainable_parameters']:,} of them trained. "
+        f"<p>{about['parameters']:,} parameters, {about['trainable_parameters']:,} of them trainable. "
         f"{escape(about['answers'])}. {escape(results['device'])}.</p>",
     ]
     body = [
-        *_section("Beside published numbers", table.comparison(results)),
-        *_section("All numbers", table.numbers(results["parts"])),
-        *_section("testA and testB together", table.pooled(results)),
+        *_section("Comparison with published results", table.comparison(results)),
+        *_section("All metrics", table.metrics(results["parts"])),
+        *_section("testA and testB pooled", table.pooled(results)),
         f"<p>{table.remark(results)}</p>",
-        "<p>In brackets: 95 % bootstrap intervals, whole pictures drawn. Images and expressions per second: reading "
-        "included.</p>",
+        "<p>In parentheses: 95 % bootstrap intervals over images. Images and expressions per second include data "
+        "loading.</p>",
         *_sources(),
     ]
-    for each in judged:
-        body += [*_section(each.part.title, table.slices(each.results)), *_provenance(each.results)]
-        for title, places in _choose(each):
-            figures = [_figure(each, place, grounder) for place in places]
+    for split, row in zip(evaluated, results["parts"], strict=True):
+        body += [*_section(split.split.title, table.slices(row)), *_provenance(split.result)]
+        for title, indices in _examples(split):
+            figures = [_figure(split, index, grounder) for index in indices]
             body += [f"<h3>{title}</h3>", '<div class="examples">', *figures, "</div>"] if figures else []
     return "\n".join(
         [
@@ -72,20 +73,20 @@ def _section(title: str, rows: table.Rows) -> list[str]:
     if not rows:
         return []
     lines = [f"<h2>{escape(title)}</h2>", '<div class="scroll"><table>']
-    for number, row in enumerate(rows):
-        tag = "td" if number else "th"
+    for index, row in enumerate(rows):
+        tag = "td" if index else "th"
         ours = ' class="ours"' if row[0] == table.OURS else ""
         lines.append(f"<tr{ours}>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in row)}</tr>")
     return [*lines, "</table></div>"]
 
 
-def _provenance(part: Mapping[str, Any]) -> list[str]:
-    known = {name: part.get(name) for name in ("data", "partition", "split", "official", "protocol")}
-    told = "; ".join(f"{name}: {value}" for name, value in known.items() if value is not None)
+def _provenance(result: DatasetResult) -> list[str]:
+    flat = result.flat()
+    known = [f"{name}: {flat[name]}" for name in ("data", "partition", "split", "official", "protocol") if name in flat]
     return [
-        f"<p>{escape(told)}</p>",
-        f'<p>Drawn: <span class="swatch" style="border-color:{PREDICTED}"></span> predicted, '
-        f'<span class="swatch" style="border-color:{TRUE}"></span> true.</p>',
+        f"<p>{escape('; '.join(known))}</p>",
+        f'<p><span class="swatch" style="border-color:{PREDICTED}"></span> predicted, '
+        f'<span class="swatch" style="border-color:{TRUE}"></span> ground truth</p>',
     ]
 
 
@@ -97,56 +98,55 @@ def _sources() -> list[str]:
         + "</li>"
         for method in methods
     ]
-    return ["<details><summary>Sources of the published numbers</summary><ul>", *items, "</ul></details>"]
+    return ["<details><summary>Sources of the published results</summary><ul>", *items, "</ul></details>"]
 
 
-def _choose(judged: Judged) -> list[tuple[str, list[int]]]:
-    """Title -> places of samples, no picture twice: the most certain wrong answers, and the best right ones."""
-    score = judged.values["score"]
-    if "miou" in judged.values:
-        overlap = judged.values["miou"]  # [samples]
+def _examples(evaluated: EvaluatedSplit) -> list[tuple[str, list[int]]]:
+    """Return title -> sample indices, each image once: misses with the highest scores, and the best hits."""
+    score = evaluated.values["score"]
+    if "miou" in evaluated.values:
+        overlap = evaluated.values["miou"]  # [samples]
         wrong, right, order = overlap < HIT_IOU, overlap >= HIT_IOU, -overlap
-        titles = "Worst: the most certain misses", "Best: the closest boxes"
+        titles = "Worst: misses with the highest scores", "Best: boxes with the highest IoU"
     else:
-        right = judged.values["f1"] == 1
+        right = evaluated.values["f1"] == 1
         wrong, order = ~right, -score
-        titles = "Worst: faults with the highest scores", "Best: without a fault, with the highest scores"
+        titles = "Worst: F1 < 1 with the highest scores", "Best: F1 = 1 with the highest scores"
     return [
-        (titles[0], _different(judged, np.flatnonzero(wrong)[np.argsort(-score[wrong], kind="stable")])),
-        (titles[1], _different(judged, np.flatnonzero(right)[np.argsort(order[right], kind="stable")])),
+        (titles[0], _one_per_image(evaluated, np.flatnonzero(wrong)[np.argsort(-score[wrong], kind="stable")])),
+        (titles[1], _one_per_image(evaluated, np.flatnonzero(right)[np.argsort(order[right], kind="stable")])),
     ]
 
 
-def _different(judged: Judged, places: Iterable[Any]) -> list[int]:
+def _one_per_image(evaluated: EvaluatedSplit, indices: Iterable[Any]) -> list[int]:
     chosen: dict[str, int] = {}
-    for place in places:
-        chosen.setdefault(judged.part.annotations[place].image_key, int(place))
-        if len(chosen) == EXAMPLES:
+    for index in indices:
+        chosen.setdefault(evaluated.split.annotations[index].image_key, int(index))
+        if len(chosen) == NUM_EXAMPLES:
             break
     return list(chosen.values())
 
 
-def _figure(judged: Judged, place: int, grounder: Grounder) -> str:
-    sample = judged.part.source.load(place, epoch=0)
+def _figure(evaluated: EvaluatedSplit, index: int, grounder: Grounder) -> str:
+    sample = evaluated.split.source.load(index, epoch=0)
     (prediction,) = grounder.predict_samples([sample])
-    overlap = judged.values.get("miou")
-    told = f"score {judged.values['score'][place]:.2f}"
-    if overlap is not None and not np.isnan(overlap[place]):
-        told = f"IoU {overlap[place]:.2f}, {told}"
+    overlap = evaluated.values.get("miou")
+    caption = f"score {evaluated.values['score'][index]:.2f}"
+    if overlap is not None and not np.isnan(overlap[index]):
+        caption = f"IoU {overlap[index]:.2f}, {caption}"
     file = io.BytesIO()
-    _drawn(sample, prediction).save(file, "JPEG", quality=80)
+    _draw(sample, prediction).save(file, "JPEG", quality=80)
     code = base64.b64encode(file.getvalue()).decode()
     return (
         f'<figure><img alt="" src="data:image/jpeg;base64,{code}">'
-        f"<figcaption><b>{escape(sample.phrases[0])}</b><br>{told}<br>{escape(sample.id)}</figcaption></figure>"
+        f"<figcaption><b>{escape(sample.phrases[0])}</b><br>{caption}<br>{escape(sample.id)}</figcaption></figure>"
     )
 
 
-def _drawn(sample: Sample, prediction: Prediction) -> Image.Image:
-    """The picture with the true boxes and as many predicted ones, at least one."""
+def _draw(sample: Sample, prediction: Prediction) -> Image.Image:
+    """Draw the ground-truth boxes and the same number of predicted boxes, at least one."""
     boxes = prediction.boxes[: max(1, len(sample.boxes))].numpy()
     colors = [*[TRUE] * len(sample.boxes), *[PREDICTED] * len(boxes)]
-    drawn = draw_boxes(sample.image, np.concatenate((sample.boxes, boxes)), colors=colors)
-    picture = Image.fromarray(drawn)
-    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    return picture
+    image = Image.fromarray(draw_boxes(sample.image, np.concatenate((sample.boxes, boxes)), colors=colors))
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return image

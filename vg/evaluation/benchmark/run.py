@@ -1,4 +1,4 @@
-"""Running the benchmark: every split once, and all that can be said about the answers."""
+"""Run the benchmark: evaluate every split once, with confidence intervals, slices and speed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from vg.data.refcoco.source import RefcocoConfig
 from vg.evaluation.benchmark.bootstrap import intervals
 from vg.evaluation.benchmark.models import protocol
 from vg.evaluation.benchmark.slices import slices
-from vg.evaluation.benchmark.suite import SETS, Part
-from vg.evaluation.evaluator import EvaluationSet
-from vg.metrics.collected import CollectingMetric, hashed
+from vg.evaluation.benchmark.suite import DATASETS, BenchmarkSplit
+from vg.evaluation.evaluator import DatasetEvaluator
+from vg.evaluation.results import DatasetResult
+from vg.metrics.collected import CollectingMetric, stable_hash
 from vg.metrics.rec import RecMetric
 from vg.models.base import GroundingModel
 
@@ -27,39 +28,76 @@ POOLED = ("testA", "testB")
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One split with what each of its expressions contributed."""
+class EvaluatedSplit:
+    """One split with its result and the contribution of each expression."""
 
-    part: Part
+    split: BenchmarkSplit
     metric: CollectingMetric
-    values: dict[str, np.ndarray]  # name -> [samples of the part], NaN where it does not count; also `score`
-    results: dict[str, Any]  # json-able
+    result: DatasetResult
+    values: dict[str, np.ndarray]  # name -> [samples], NaN where a sample does not count; also `score`
+    seconds: float
 
     @property
-    def leading(self) -> tuple[str, ...]:
-        """The numbers that slices are told by."""
-        return ("acc@0.5", "miou") if isinstance(self.metric, RecMetric) else ("f1",)
+    def image_keys(self) -> list[str]:
+        return [annotation.image_key for annotation in self.split.annotations]
+
+    @property
+    def means(self) -> dict[str, np.ndarray]:
+        """The `values` whose mean is a metric."""
+        return {name: column for name, column in self.values.items() if name in self.metric.metric_names}
+
+    def slices(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return attribute -> label -> the main metrics of its expressions, their number and intervals."""
+        names = ("acc@0.5", "miou") if isinstance(self.metric, RecMetric) else ("f1",)
+        keys = np.asarray(self.image_keys)
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for attribute, masks in slices(self.split.annotations).items():
+            for label, rows in masks.items():
+                values = {name: self.values[name][rows] for name in names}
+                known = rows & ~np.isnan(self.values[names[0]])
+                if not known.any():
+                    continue
+                found.setdefault(attribute, {})[label] = {
+                    "num_expressions": int(known.sum()),
+                    **{name: float(np.nanmean(value)) for name, value in values.items()},
+                    "intervals": intervals(values, keys[rows]),
+                }
+        return found
+
+    def row(self) -> dict[str, Any]:
+        """Return the entry of this split in benchmark.json."""
+        keys = self.image_keys
+        return {
+            "key": self.split.dataset,
+            "title": self.split.dataset_title,
+            **self.result.flat(),
+            "intervals": intervals(self.means, keys),
+            "slices": self.slices(),
+            "num_images": len(set(keys)),
+            "seconds": self.seconds,
+            "expressions_per_second": len(keys) / self.seconds,
+            "images_per_second": len(set(keys)) / self.seconds,
+        }
 
 
 @torch.no_grad()
 def run(
-    model: GroundingModel, parts: Sequence[Part], accelerator: Accelerator, batch_size: int, workers: int
-) -> tuple[dict[str, Any], list[Judged]]:
-    """Evaluate a model on all parts.
+    model: GroundingModel, splits: Sequence[BenchmarkSplit], accelerator: Accelerator, batch_size: int, workers: int
+) -> tuple[dict[str, Any], list[EvaluatedSplit]]:
+    """Evaluate a model on all splits.
 
     Returns:
-        results: json-able: `model` and `device`; `parts`, a flat dict for each split of each data set: what it was
-            measured on (see vg.evaluation.evaluator.EvaluationSet), the numbers of its metric, `intervals` (name -> low, high),
-            `slices` (what about -> label -> numbers), `seconds`, `expressions_per_second` and `images_per_second` (all
-            processes together, reading included); `pooled`, the same numbers of testA and testB taken together.
-        what they were computed from.
+        results: the content of benchmark.json: `model` and `device`; `parts`, one flat dict per split with its result
+            (see vg.evaluation.results.DatasetResult.flat), `intervals` (name -> low, high), `slices` (attribute ->
+            label -> metrics), `seconds`, `expressions_per_second` and `images_per_second` (all processes together,
+            data loading included); `pooled`, the same metrics of testA and testB together.
+        evaluated splits, from which the results were computed.
     """
     model = model.to(accelerator.device).eval()
-    for part in parts[:1]:  # kernels are compiled and memory is allocated before anything is timed
-        _evaluation(model, replace(part, source=Subset(part.source, np.zeros(1, int))), accelerator, 1, 0).collect(
-            model
-        )
-    judged = [_judge(model, part, accelerator, batch_size, workers) for part in parts]
+    for split in splits[:1]:  # compiles kernels and allocates memory before anything is timed
+        one = replace(split, source=Subset(split.source, np.zeros(1, int)))
+        _evaluator(model, one, accelerator, 1, 0).predict(model)
+    evaluated = [_evaluate(model, split, accelerator, batch_size, workers) for split in splits]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
     about = {
         "parameters": model.num_parameters(),
@@ -70,89 +108,60 @@ def run(
         "model": about,
         "device": f"{accelerator.num_processes} x {device}, {accelerator.mixed_precision} mixed precision, "
         f"batch size {batch_size}",
-        "parts": [each.results for each in judged],
-        "pooled": _pooled(judged),
+        "parts": [split.row() for split in evaluated],
+        "pooled": _pooled(evaluated),
     }
-    return results, judged
+    return results, evaluated
 
 
-def _judge(model: GroundingModel, part: Part, accelerator: Accelerator, batch_size: int, workers: int) -> Judged:
-    evaluation = _evaluation(model, part, accelerator, batch_size, workers)
+def _evaluate(
+    model: GroundingModel, split: BenchmarkSplit, accelerator: Accelerator, batch_size: int, workers: int
+) -> EvaluatedSplit:
+    evaluator = _evaluator(model, split, accelerator, batch_size, workers)
     accelerator.wait_for_everyone()
     start = time.perf_counter()
-    evaluation.collect(model)
+    evaluator.predict(model)
     accelerator.wait_for_everyone()
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    pictures = [annotation.image_key for annotation in part.annotations]
-    ids, found = evaluation.metric.per_sample()  # [U]
-    places = np.searchsorted(ids, [hashed(annotation.id) for annotation in part.annotations])  # [samples]
-    values = {name: each[places] for name, each in found.items()}
-    numbers = {name: each for name, each in values.items() if name in evaluation.metric.numbers}
-    results = {"key": part.key, "title": SETS[part.key].title, **evaluation.summary()}
-    judged = Judged(part, evaluation.metric, values, results)
-    results |= {
-        "intervals": intervals(numbers, pictures),
-        "slices": _slices(judged, pictures),
-        "num_images": len(set(pictures)),
-        "seconds": seconds,
-        "expressions_per_second": len(pictures) / seconds,
-        "images_per_second": len(set(pictures)) / seconds,
-    }
-    return judged
+    ids, columns = evaluator.metric.per_sample()  # [U]
+    indices = np.searchsorted(ids, [stable_hash(annotation.id) for annotation in split.annotations])  # [samples]
+    values = {name: column[indices] for name, column in columns.items()}
+    return EvaluatedSplit(split, evaluator.metric, evaluator.result(), values, seconds)
 
 
-def _evaluation(
-    model: GroundingModel, part: Part, accelerator: Accelerator, batch_size: int, workers: int
-) -> EvaluationSet:
-    unused = RefcocoConfig()  # the part has its source
+def _evaluator(
+    model: GroundingModel, split: BenchmarkSplit, accelerator: Accelerator, batch_size: int, workers: int
+) -> DatasetEvaluator:
+    unused = RefcocoConfig()  # the split has its own source
     config = DataConfig(train=unused, eval=unused, eval_batch_size=batch_size, workers=workers)
-    return EvaluationSet(part.name, part.source, config, model, accelerator)
+    return DatasetEvaluator(split.id, split.source, config, model, accelerator)
 
 
-def _slices(judged: Judged, pictures: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
-    keys = np.asarray(pictures)
-    told: dict[str, dict[str, dict[str, Any]]] = {}
-    for about, labels in slices(judged.part.annotations).items():
-        for label, rows in labels.items():
-            values = {name: judged.values[name][rows] for name in judged.leading}
-            known = rows & ~np.isnan(judged.values[judged.leading[0]])
-            if not known.any():
-                continue
-            told.setdefault(about, {})[label] = {
-                "num_expressions": int(known.sum()),
-                **{name: float(np.nanmean(value)) for name, value in values.items()},
-                "intervals": intervals(values, keys[rows]),
-            }
-    return told
-
-
-def _pooled(judged: Sequence[Judged]) -> list[dict[str, Any]]:
-    """testA and testB of a data set as one set of expressions."""
-    pooled = []
-    for key in dict.fromkeys(each.part.key for each in judged):
-        both = [each for each in judged if each.part.key == key and each.part.split in POOLED]
+def _pooled(evaluated: Sequence[EvaluatedSplit]) -> list[dict[str, Any]]:
+    """Return the metrics of testA and testB of a dataset together, for each dataset with both."""
+    rows = []
+    for key in dict.fromkeys(split.split.dataset for split in evaluated):
+        both = [split for split in evaluated if split.split.dataset == key and split.split.name in POOLED]
         if len(both) < len(POOLED):
             continue
         metric = type(both[0].metric)().to(both[0].metric.device)
-        for each in both:
-            metric.absorb(each.metric)
-        names = [name for name in both[0].values if name in metric.numbers]
-        values = {name: np.concatenate([each.values[name] for each in both]) for name in names}
-        pictures = [annotation.image_key for each in both for annotation in each.part.annotations]
-        provenance = both[0].part.source.provenance
-        pooled.append(
+        for split in both:
+            metric.absorb(split.metric)
+        values = {name: np.concatenate([split.means[name] for split in both]) for name in both[0].means}
+        provenance = both[0].result.provenance
+        rows.append(
             {
                 "key": key,
-                "title": SETS[key].title,
+                "title": DATASETS[key].title,
                 "split": " + ".join(POOLED),
                 "data": provenance.data,
                 "partition": provenance.partition,
-                "official": "yes" if all(each.part.source.provenance.official for each in both) else "no",
+                "official": "yes" if all(split.result.provenance.official for split in both) else "no",
                 "protocol": metric.protocol,
-                **metric.compute(),
-                "intervals": intervals(values, pictures),
+                **metric.compute().flat(),
+                "intervals": intervals(values, [image for split in both for image in split.image_keys]),
             }
         )
-    return pooled
+    return rows

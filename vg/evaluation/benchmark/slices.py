@@ -1,4 +1,4 @@
-"""Kinds of expressions that results are told for, by what their words say and what is annotated about them."""
+"""Subsets of expressions (slices) by their words and annotations, for separate results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import numpy as np
 
 from vg.data.refcoco.source import Annotation
 
-SMALL, LARGE = 128**2, 256**2  # square pixels, the limits of Ref-L4: by those of COCO all of RefCOCO is large
+SMALL, LARGE = (
+    128**2,
+    256**2,
+)  # square pixels, limits of Ref-L4; with those of COCO nearly all RefCOCO objects are large
 YES_NO = ("yes", "no")
 
 _LOCATIONS = (
@@ -46,7 +49,7 @@ _RELATION = re.compile(rf"\b({_RELATIONS})\s+\w+")
 
 
 def has_relation(text: str) -> bool:
-    """Whether it places the thing by another one; "on the left" names no other thing, "left of the dog" does."""
+    """Return whether a text relates its object to another one: "left of the dog" does, "on the left" does not."""
     return _RELATION.search(text.lower()) is not None
 
 
@@ -74,8 +77,8 @@ def _yes_no(holds: Callable[[Annotation], bool]) -> Callable[[Annotation], str]:
     return lambda annotation: YES_NO[not holds(annotation)]
 
 
-# What it is about -> the labels in order, and which one an expression has; "" for none.
-GROUPS: dict[str, tuple[tuple[str, ...], Callable[[Annotation], str]]] = {
+# Attribute -> its labels in order, and the label of an expression; "" for no label.
+ATTRIBUTES: dict[str, tuple[tuple[str, ...], Callable[[Annotation], str]]] = {
     "words": (("1-2", "3-5", "6-9", "10+"), _length),
     "box": (("small", "medium", "large"), _size),
     "others of its class": (("0", "1", "2", "3+"), _others),
@@ -87,10 +90,10 @@ GROUPS: dict[str, tuple[tuple[str, ...], Callable[[Annotation], str]]] = {
 
 
 def slices(annotations: Sequence[Annotation]) -> dict[str, dict[str, np.ndarray]]:
-    """What it is about -> label -> [expressions] bool, those that have it; labels that none has are left out."""
-    groups = {}
-    for name, (labels, label_of) in GROUPS.items():
-        found = np.array([label_of(annotation) for annotation in annotations])  # [expressions]
-        rows = {label: found == label for label in labels}
-        groups[name] = {label: chosen for label, chosen in rows.items() if chosen.any()}
-    return {name: group for name, group in groups.items() if group}
+    """Return attribute -> label -> [expressions] bool mask, without empty masks."""
+    found = {}
+    for name, (labels, label_of) in ATTRIBUTES.items():
+        values = np.array([label_of(annotation) for annotation in annotations])  # [expressions]
+        masks = {label: values == label for label in labels}
+        found[name] = {label: mask for label, mask in masks.items() if mask.any()}
+    return {name: masks for name, masks in found.items() if masks}

@@ -1,4 +1,4 @@
-"""Which data the benchmark is about, and where each split of it is found."""
+"""Datasets and splits of the benchmark, and where they are found."""
 
 from __future__ import annotations
 
@@ -15,168 +15,171 @@ from vg.errors import ConfigError, DataError, NoSuchSplitError
 
 logger = logging.getLogger(__name__)
 
-HUB = "jxu124/refcoco-benchmark"  # all evaluation splits with their pictures
+HUB = "jxu124/refcoco-benchmark"  # all evaluation splits with their images
 
 
 @dataclass(frozen=True)
-class BenchmarkSet:
-    """A data set and the places it may lie in, below the folder of all data."""
+class BenchmarkDataset:
+    """A dataset and its possible locations below the data folder."""
 
     title: str
     splits: tuple[str, ...]
-    folders: tuple[str, ...] = ()  # of its own, in any form that vg.data.refcoco.source reads
-    datasets: tuple[str, ...] = ()  # its names where one place holds several
-    partition: str | None = None  # the one that benchmarks are about
+    folders: tuple[str, ...] = ()  # with this dataset alone, in any format that vg.data.refcoco.source reads
+    names: tuple[str, ...] = ()  # its names in files and Hub datasets that hold several datasets
+    partition: str | None = None  # the one that published results use
     hub: str | None = None
     files: str | None = None  # of single splits
 
 
 _UNC = ("val", "testA", "testB")
-_REVIEWED = "refcocos_annotation_reviewed/{}_{{split}}_reviewed.json"  # as JierunChen/Ref-L4 holds them
-SETS = {
-    "refcoco": BenchmarkSet("RefCOCO", _UNC, ("refcoco",), ("refcoco_unc",), "unc", HUB),
-    "refcoco+": BenchmarkSet(
+_REVIEWED = "refcocos_annotation_reviewed/{}_{{split}}_reviewed.json"  # as in JierunChen/Ref-L4
+DATASETS = {
+    "refcoco": BenchmarkDataset("RefCOCO", _UNC, ("refcoco",), ("refcoco_unc",), "unc", HUB),
+    "refcoco+": BenchmarkDataset(
         "RefCOCO+", _UNC, ("refcoco+", "refcocoplus"), ("refcoco_plus_unc", "refcocoplus_unc"), "unc", HUB
     ),
-    "refcocog": BenchmarkSet("RefCOCOg", ("val", "test"), ("refcocog",), ("refcocog_umd",), "umd", HUB),
-    "refcoco-m": BenchmarkSet("RefCOCO-M", ("val",), ("refcoco-m",), hub="moondream/refcoco-m"),
-    "ref-l4": BenchmarkSet("Ref-L4", ("val", "test"), ("Ref-L4",), hub="JierunChen/Ref-L4"),
-    "grefcoco": BenchmarkSet("gRefCOCO", _UNC, ("grefcoco",), partition="unc"),
-    "refcoco-reviewed": BenchmarkSet("RefCOCO (reviewed)", _UNC, files=_REVIEWED.format("refcoco")),
-    "refcoco+-reviewed": BenchmarkSet("RefCOCO+ (reviewed)", _UNC, files=_REVIEWED.format("refcoco+")),
-    "refcocog-reviewed": BenchmarkSet("RefCOCOg (reviewed)", ("val", "test"), files=_REVIEWED.format("refcocog")),
+    "refcocog": BenchmarkDataset("RefCOCOg", ("val", "test"), ("refcocog",), ("refcocog_umd",), "umd", HUB),
+    "refcoco-m": BenchmarkDataset("RefCOCO-M", ("val",), ("refcoco-m",), hub="moondream/refcoco-m"),
+    "ref-l4": BenchmarkDataset("Ref-L4", ("val", "test"), ("Ref-L4",), hub="JierunChen/Ref-L4"),
+    "grefcoco": BenchmarkDataset("gRefCOCO", _UNC, ("grefcoco",), partition="unc"),
+    "refcoco-reviewed": BenchmarkDataset("RefCOCO (reviewed)", _UNC, files=_REVIEWED.format("refcoco")),
+    "refcoco+-reviewed": BenchmarkDataset("RefCOCO+ (reviewed)", _UNC, files=_REVIEWED.format("refcoco+")),
+    "refcocog-reviewed": BenchmarkDataset("RefCOCOg (reviewed)", ("val", "test"), files=_REVIEWED.format("refcocog")),
 }
 DEFAULT = ("refcoco", "refcoco+", "refcocog")
 
 
 @dataclass(frozen=True)
-class Part:
-    """One split of one data set, ready to be evaluated."""
+class BenchmarkSplit:
+    """One split of one dataset, ready to be evaluated."""
 
-    key: str  # of SETS
-    split: str
+    dataset: str  # key of DATASETS
+    name: str
     source: Refcoco | Subset
     annotations: list[Annotation]  # [samples]
 
     @property
-    def title(self) -> str:
-        return f"{SETS[self.key].title} {self.split}"
+    def id(self) -> str:
+        return f"{self.dataset} {self.name}"
 
     @property
-    def name(self) -> str:
-        return f"{self.key} {self.split}"
+    def dataset_title(self) -> str:
+        return DATASETS[self.dataset].title
+
+    @property
+    def title(self) -> str:
+        return f"{self.dataset_title} {self.name}"
 
 
-def open_parts(
+def open_splits(
     data: Path | None,
     images: Path | None = None,
-    sets: Sequence[str] = (),
+    datasets: Sequence[str] = (),
     splits: Sequence[str] = (),
     limit: int | None = None,
-) -> list[Part]:
-    """All splits that are asked for.
+) -> list[BenchmarkSplit]:
+    """Open all requested splits.
 
     Args:
-        data: folder with the data sets; by default they come from the Hub, which keeps a copy on this machine.
-        images: folder of COCO's train2014 pictures, for annotations without pixels.
-        sets: keys of SETS; by default the three of the name RefCOCO, of which those that are not there are left out.
-        splits: by default all that are there.
-        limit: only so many expressions of each split, evenly spaced; the results are not official then.
+        data: folder with the datasets; by default they are downloaded from the Hub and cached.
+        images: folder of the COCO train2014 images, for annotations without pixels.
+        datasets: keys of DATASETS; by default RefCOCO, RefCOCO+ and RefCOCOg, as far as they are found.
+        splits: by default all splits.
+        limit: use only this many expressions of each split, evenly spaced; the results are not official then.
 
     Raises:
-        ConfigError: no such data set or split in this benchmark, or no such folder.
-        DataError: one that was asked for is not there, or nothing is; or what is there cannot be read.
+        ConfigError: the benchmark has no such dataset or split, or a folder does not exist.
+        DataError: requested data or all data is missing, or data cannot be read.
     """
     if limit is not None and limit < 1:
-        raise ConfigError(f"--limit: {limit} expressions are none to evaluate")
-    for key in sets:
-        if key not in SETS:
-            raise ConfigError(f"--sets: {key!r} is none of {', '.join(SETS)}")
+        raise ConfigError(f"--limit: expected at least 1 expression, got {limit}")
+    for key in datasets:
+        if key not in DATASETS:
+            raise ConfigError(f"--datasets: {key!r} is not one of {', '.join(DATASETS)}")
     for option, folder in (("--data", data), ("--images", images)):
         if folder is not None and not folder.is_dir():
             raise ConfigError(f"{option}: {folder} is not a folder")
-    keys = sets or DEFAULT
-    known = dict.fromkeys(split for key in keys for split in SETS[key].splits)
+    keys = datasets or DEFAULT
+    known = dict.fromkeys(split for key in keys for split in DATASETS[key].splits)
     for split in splits:
         if split not in known:
-            raise ConfigError(f"--splits: {split!r} is none of {', '.join(known)}")
-    parts, missing = [], []
+            raise ConfigError(f"--splits: {split!r} is not one of {', '.join(known)}")
+    found, missing = [], []
     for key in keys:
-        for split in SETS[key].splits:
+        for split in DATASETS[key].splits:
             if splits and split not in splits:
                 continue
             try:
-                parts.append(_part(key, split, open_source(key, split, data, images), limit))
+                found.append(_limited(key, split, open_source(key, split, data, images), limit))
             except NoSuchSplitError as error:
                 missing.append(str(error))
-    if missing and (sets or not parts):
-        raise DataError("\n  ".join(["not all that was asked for is there:", *missing, _advice(data)]))
+    if missing and (datasets or not found):
+        raise DataError("\n  ".join(["not all requested data was found:", *missing, _advice(data)]))
     for line in missing:
         logger.warning("left out: %s", line)
-    return parts
+    return found
 
 
 def open_source(key: str, split: str, data: Path | None, images: Path | None) -> Refcoco:
-    """One split, wherever it lies; NoSuchSplitError that names the places where it was looked for."""
-    places = _places(SETS[key], split, data, None if images is None else str(images))
-    for config in places:
+    """Open one split at its first location; raise NoSuchSplitError, which names all locations, if it has none."""
+    candidates = _candidates(DATASETS[key], split, data, None if images is None else str(images))
+    for config in candidates:
         try:
             return config.build()
         except NoSuchSplitError as error:
             logger.debug("%s", error)
         except DataError as error:
-            if data is None:  # no network, most likely
+            if data is None:  # most likely there is no network
                 raise DataError(f"{error}\n{_advice(data)}") from error
             raise
-    looked = ", ".join(dict.fromkeys(config.path for config in places)) or "nothing of its name"
-    raise NoSuchSplitError(f"{key} {split} is not in {data or 'the Hub'} ({looked})")
+    paths = ", ".join(dict.fromkeys(config.path for config in candidates)) or "no matching folder or file"
+    raise NoSuchSplitError(f"{key} {split} is not in {data or 'the Hub'} ({paths})")
 
 
-def _places(wanted: BenchmarkSet, split: str, data: Path | None, image_root: str | None) -> list[RefcocoConfig]:
-    """Where to look, the likeliest place first."""
+def _candidates(
+    dataset: BenchmarkDataset, split: str, data: Path | None, image_root: str | None
+) -> list[RefcocoConfig]:
+    """Return the locations where a split may be, the most likely one first."""
     if data is None:
-        dataset = wanted.datasets[0] if wanted.datasets else None
-        hub = RefcocoConfig(path=wanted.hub or "", split=split, dataset=dataset, image_root=image_root)
-        return [hub] if wanted.hub else []
+        name = dataset.names[0] if dataset.names else None
+        hub = RefcocoConfig(path=dataset.hub or "", split=split, dataset=name, image_root=image_root)
+        return [hub] if dataset.hub else []
     if image_root is None and (data / "train2014").is_dir():
         image_root = str(data)
-    places = []
-    for folder in (data / name for name in wanted.folders):
+    found = []
+    for folder in (data / name for name in dataset.folders):
         if folder.is_dir():
-            partition = wanted.partition if list(folder.glob("refs(*).p")) else None
-            places.append(RefcocoConfig(path=str(folder), split=split, image_root=image_root, partition=partition))
-    if wanted.files and (data / wanted.files.format(split=split)).is_file():
-        file = data / wanted.files.format(split=split)
-        places.append(RefcocoConfig(path=str(file), split=split, image_root=image_root))
-    for dataset in wanted.datasets:
-        for name in ("", "data"):
-            if list((data / name).glob(f"{dataset}_*")):
-                places.append(RefcocoConfig(path=str(data / name), split=split, image_root=image_root, dataset=dataset))
-        for file in (data / "refs.json", data / "refs.jsonl"):
-            if file.is_file():
-                places.append(RefcocoConfig(path=str(file), split=split, image_root=image_root, dataset=dataset))
-    return places
+            partition = dataset.partition if list(folder.glob("refs(*).p")) else None
+            found.append(RefcocoConfig(path=str(folder), split=split, image_root=image_root, partition=partition))
+    if dataset.files and (data / dataset.files.format(split=split)).is_file():
+        file = data / dataset.files.format(split=split)
+        found.append(RefcocoConfig(path=str(file), split=split, image_root=image_root))
+    for name in dataset.names:
+        paths = [data / folder for folder in ("", "data") if list((data / folder).glob(f"{name}_*"))]
+        paths += [file for file in (data / "refs.json", data / "refs.jsonl") if file.is_file()]
+        found += [RefcocoConfig(path=str(p), split=split, image_root=image_root, dataset=name) for p in paths]
+    return found
 
 
-def _part(key: str, split: str, source: Refcoco, limit: int | None) -> Part:
-    source.load(0, epoch=0)  # if the pictures are missing, that is better known now
+def _limited(key: str, split: str, source: Refcoco, limit: int | None) -> BenchmarkSplit:
+    source.load(0, epoch=0)  # raises now instead of later if the images are missing
     annotations = source.annotations()
     if limit is None or limit >= len(source):
-        return Part(key, split, source, annotations)
-    chosen = np.linspace(0, len(source) - 1, limit).round().astype(int)
-    part = Subset(source, chosen)
-    part.provenance = replace(source.provenance, official=False)
-    return Part(key, split, part, [annotations[index] for index in chosen])
+        return BenchmarkSplit(key, split, source, annotations)
+    indices = np.linspace(0, len(source) - 1, limit).round().astype(int)
+    subset = Subset(source, indices)
+    subset.provenance = replace(source.provenance, official=False)
+    return BenchmarkSplit(key, split, subset, [annotations[index] for index in indices])
 
 
 def _advice(data: Path | None) -> str:
-    """Which files to place where."""
+    """Describe which files to download or copy."""
     folder = data or Path("DATA")
-    return f"""Place one of these in {folder} and give it as --data:
-    the files of {HUB}, which have the pictures in them:
+    return f"""Put one of these into {folder} and pass it as --data:
+    the files of {HUB}, which include the images:
       hf download {HUB} --repo-type dataset --local-dir {folder}
     folders refcoco, refcoco+ and refcocog, each with refs(unc).p or refs(umd).p and instances.json of the refer
       toolbox, or with the files of jxu124/refcoco, jxu124/refcocoplus and jxu124/refcocog
-    for further sets: folders refcoco-m and Ref-L4 with the files of moondream/refcoco-m and JierunChen/Ref-L4, a
-      folder refcocos_annotation_reviewed out of the latter, a folder grefcoco with grefs(unc).json and instances.json
-  and, for all that comes without pixels, COCO's pictures in {folder / "train2014"}, or anywhere with --images"""
+    for the other datasets: folders refcoco-m and Ref-L4 with the files of moondream/refcoco-m and JierunChen/Ref-L4,
+      the folder refcocos_annotation_reviewed of the latter, a folder grefcoco with grefs(unc).json and instances.json
+  and, for annotations without pixels, the COCO images in {folder / "train2014"}, or in any folder with --images"""

@@ -1,4 +1,4 @@
-"""The results as text, beside what others published."""
+"""Benchmark results as text, next to published ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 from vg.metrics.average_precision import UNDEFINED
 
-COLUMNS = {  # number -> its heading
+COLUMNS = {  # metric -> its heading
     "acc@0.5": "Acc@0.5",
     "acc@0.75": "Acc@0.75",
     "acc@0.9": "Acc@0.9",
@@ -25,87 +25,84 @@ COLUMNS = {  # number -> its heading
     "t_acc": "T-acc",
     "auc": "AUC",
 }
+MAIN = ("acc@0.5", "miou", "f1")
 OURS = "this checkpoint"
+
+Rows = list[list[str]]  # of cells, the header first
+Entry = Mapping[str, Any]  # of `parts` or `pooled` in benchmark.json
 
 
 @cache
 def published() -> Any:
-    """The numbers of others with their sources, see published.yaml."""
+    """Return the published results with their sources, see published.yaml."""
     return yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 
 
-Rows = list[list[str]]
-
-
 def comparison(results: Mapping[str, Any]) -> Rows:
-    """Accuracy in percent of published methods and of ours, where they share a split; the heading comes first."""
-    parts = [part for part in results["parts"] if any(part["key"] in method for method in published()["methods"])]
-    rows = [["Acc@0.5 in %", *(f"{part['title']} {part['split']}" for part in parts)]]
+    """Return the accuracy in percent of published methods and of this checkpoint, on splits that they share."""
+    splits = [entry for entry in results["parts"] if any(entry["key"] in method for method in published()["methods"])]
+    rows = [["Acc@0.5 in %", *(_title(entry) for entry in splits)]]
     for method in published()["methods"]:
-        cells = [method.get(part["key"], {}).get(part["split"]) for part in parts]
+        cells = [method.get(entry["key"], {}).get(entry["split"]) for entry in splits]
         if any(cell is not None for cell in cells):
             rows.append([method["name"], *("-" if cell is None else f"{cell:.2f}" for cell in cells)])
-    ours = [_with_interval(part, "acc@0.5", 100, 2) + (_star(part)) for part in parts]
-    return [*rows, [OURS, *ours]] if parts else []
+    ours = [_with_interval(entry, "acc@0.5", 100, 2) + _star(entry) for entry in splits]
+    return [*rows, [OURS, *ours]] if splits else []
 
 
-def numbers(parts: Sequence[Mapping[str, Any]]) -> Rows:
-    """All numbers, a row for each part of the results, the heading first; the leading ones with their intervals."""
-    names = [name for name in COLUMNS if any(_known(part, name) for part in parts)]
+def metrics(entries: Sequence[Entry]) -> Rows:
+    """Return all metrics, a row per entry; the main ones have their intervals."""
+    names = [name for name in COLUMNS if any(_known(entry, name) for entry in entries)]
     rows = [["", *(COLUMNS[name] for name in names), "expressions", "images/s", "expr./s"]]
-    for part in parts:
-        official = _star(part)
-        cells = [
-            _with_interval(part, name) if name in ("acc@0.5", "miou", "f1") else _cell(part, name) for name in names
-        ]
-        speed = [
-            f"{part[name]:.1f}" if name in part else "" for name in ("images_per_second", "expressions_per_second")
-        ]
-        rows.append([f"{part['title']} {part['split']}{official}", *cells, f"{part['num_expressions']:,}", *speed])
+    for entry in entries:
+        cells = [_with_interval(entry, name) if name in MAIN else _cell(entry, name) for name in names]
+        rates = ("images_per_second", "expressions_per_second")
+        speed = [f"{entry[name]:.1f}" if name in entry else "" for name in rates]
+        rows.append([f"{_title(entry)}{_star(entry)}", *cells, f"{entry['num_expressions']:,}", *speed])
     return rows
 
 
 def pooled(results: Mapping[str, Any]) -> Rows:
-    """testA and testB together, and the reference where it is about the same data."""
+    """Return the metrics of testA and testB together, and those of the reference on the same data."""
     if not results["pooled"]:
         return []
-    rows = numbers(results["pooled"])
+    rows = metrics(results["pooled"])
     reference = published()["pooled"]
-    for part in results["pooled"]:
-        if part["key"] in reference:
+    for entry in results["pooled"]:
+        if entry["key"] in reference:
             known = {"title": reference["name"], "split": "", "official": "yes", "num_expressions": 0}
-            row = numbers([*results["pooled"], known | reference[part["key"]]])[-1]
+            row = metrics([*results["pooled"], known | reference[entry["key"]]])[-1]
             rows.append([cell if cell != "0" else "" for cell in row])
     return rows
 
 
-def slices(part: Mapping[str, Any]) -> Rows:
-    """The slices of one part."""
-    names = [name for name in ("acc@0.5", "miou", "f1") if _known(part, name)]
+def slices(entry: Entry) -> Rows:
+    """Return the main metrics of the slices of one split."""
+    names = [name for name in MAIN if _known(entry, name)]
     rows = [["", *(COLUMNS[name] for name in names), "expressions"]]
-    for about, labels in part["slices"].items():
+    for attribute, labels in entry["slices"].items():
         for label, values in labels.items():
             cells = [_with_interval(values, name) for name in names]
-            rows.append([f"{about}: {label}", *cells, f"{values['num_expressions']:,}"])
+            rows.append([f"{attribute}: {label}", *cells, f"{values['num_expressions']:,}"])
     return rows
 
 
 def remark(results: Mapping[str, Any]) -> str:
-    """What the star means, where there is one."""
-    starred = any(_star(part) for part in [*results["parts"], *results["pooled"]])
-    return "* not the whole official split: do not compare it with published numbers" if starred else ""
+    """Explain the star if an entry has one."""
+    starred = any(_star(entry) for entry in [*results["parts"], *results["pooled"]])
+    return "* not the complete official split: not comparable with published results" if starred else ""
 
 
 def text(results: Mapping[str, Any]) -> str:
-    """All tables for a terminal."""
+    """Return all tables for a terminal."""
     model = results["model"]
     lines = [
         f"{results['checkpoint']}: {model['parameters']:,} parameters, {model['trainable_parameters']:,} of them "
-        f"trained ({model['answers']})",
+        f"trainable ({model['answers']})",
         results["device"],
-        *(f"{part['title']} {part['split']}: {part['data']}, {part['protocol']}" for part in results["parts"]),
+        *(f"{_title(entry)}: {entry['data']}, {entry['protocol']}" for entry in results["parts"]),
     ]
-    tables = [comparison(results), numbers(results["parts"]), pooled(results)]
+    tables = [comparison(results), metrics(results["parts"]), pooled(results)]
     return "\n\n".join(filter(None, ["\n".join(lines), *map(_aligned, tables), remark(results)]))
 
 
@@ -121,20 +118,24 @@ def _aligned(rows: Rows) -> str:
     )
 
 
-def _star(part: Mapping[str, Any]) -> str:
-    return "" if part.get("official") == "yes" else "*"
+def _title(entry: Entry) -> str:
+    return f"{entry['title']} {entry['split']}"
 
 
-def _known(part: Mapping[str, Any], name: str) -> bool:
-    return part.get(name, UNDEFINED) != UNDEFINED
+def _star(entry: Entry) -> str:
+    return "" if entry.get("official") == "yes" else "*"
 
 
-def _cell(part: Mapping[str, Any], name: str, factor: int = 1, digits: int = 4) -> str:
-    return f"{factor * part[name]:.{digits}f}" if _known(part, name) else "-"
+def _known(entry: Entry, name: str) -> bool:
+    return entry.get(name, UNDEFINED) != UNDEFINED
 
 
-def _with_interval(part: Mapping[str, Any], name: str, factor: int = 1, digits: int = 4) -> str:
-    if name not in part.get("intervals", {}):
-        return _cell(part, name, factor, digits)
-    low, high = (f"{factor * bound:.{digits}f}" for bound in part["intervals"][name])
-    return f"{_cell(part, name, factor, digits)} ({low} to {high})"
+def _cell(entry: Entry, name: str, factor: int = 1, digits: int = 4) -> str:
+    return f"{factor * entry[name]:.{digits}f}" if _known(entry, name) else "-"
+
+
+def _with_interval(entry: Entry, name: str, factor: int = 1, digits: int = 4) -> str:
+    if name not in entry.get("intervals", {}):
+        return _cell(entry, name, factor, digits)
+    low, high = (f"{factor * bound:.{digits}f}" for bound in entry["intervals"][name])
+    return f"{_cell(entry, name, factor, digits)} ({low} to {high})"
