@@ -1,4 +1,4 @@
-"""Configuration of a run: dataclasses hold the defaults, YAML files the differences, the command line overrides both."""
+"""Configuration of a run: defaults in dataclasses, differences in YAML, overrides on the command line."""
 
 from __future__ import annotations
 

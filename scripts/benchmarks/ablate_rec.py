@@ -1,6 +1,6 @@
 """What the parts of the rec head are worth: variants trained for the same time on crowded drawn scenes.
 
-    python scripts/benchmarks/ablate_rec.py [--minutes 10] [--threads 1] [--only ROW ...] [--split test] [--json results.json]
+    python scripts/benchmarks/ablate_rec.py [--minutes 10] [--threads 1] [--only ROW ...] [--json FILE]
 
 Every row is configs/rec/crowded_scenes.yaml with the overrides that its command shows. A few steps are timed first, and
 `train.max_steps` is as many as fit the time then; the schedule ends with them. Evaluation comes on top. Another machine

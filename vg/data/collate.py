@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vg import boxes as box_ops
-from vg.cache.source import FeatureSample, collate_features
+from vg.data.features import FeatureSample, collate_features
 from vg.data.prompt import Expressions, Prompts, prompt_targets
 from vg.types import Batch, ImageSpec, Sample, Target, Text, TextSpec
 

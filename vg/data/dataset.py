@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch.utils.data import Dataset
 
-from vg.cache.source import FeatureSample
 from vg.data.augment import Augment
+from vg.data.features import FeatureSample
 from vg.data.source import Source, checked
 from vg.errors import BadSampleError, DataError
 from vg.types import Sample, Text

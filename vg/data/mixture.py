@@ -102,7 +102,7 @@ class Mixture:
         return np.array([sizes[part][place] for part, place in places], np.int64).reshape(-1, 2)
 
     def image_groups(self, epoch: int) -> np.ndarray:
-        """[samples]; see vg.data.source.HasImageGroups. A part that shows its samples several times does so in several groups.
+        """[samples]; see vg.data.source.HasImageGroups. A repeated part has a group per repetition.
 
         Raises:
             DataError: a part does not know which samples show the same picture.
