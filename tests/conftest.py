@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no network, and a configuration that trains in a second."""
+"""Shared by all tests: one thread, no network access, and a configuration that trains in a second."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vg.training.trainer import Trainer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: more threads than cores crawl
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: more threads than cores are slow
 torch.set_num_threads(1)
 
 VISION = {"model_type": "dinov3_convnext", "hidden_sizes": [16, 32], "depths": [1, 1], "layer_scale_init_value": 1.0}
@@ -39,9 +39,9 @@ NO_DROPOUT = {
 
 @pytest.fixture
 def tiny_config(tmp_path: Path) -> Callable[..., RunConfig]:
-    """A function that makes a configuration whose run takes a second.
+    """A function that returns a configuration whose run takes a second.
 
-    Its arguments state what differs, section by section: ``tiny_config(train={"ema": 0.9}, data={"workers": 2})``.
+    Its arguments override values of sections: ``tiny_config(train={"ema": 0.9}, data={"workers": 2})``.
     """
 
     def make(**sections: dict[str, Any]) -> RunConfig:
@@ -75,7 +75,7 @@ def history(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def scripted(trainer: Trainer, scores: list[float]) -> Trainer:
-    """Evaluations return these numbers, one after the other."""
+    """Make the evaluations of a trainer return these scores, one after the other."""
     values = iter(scores)
     trainer.evaluator.run = lambda model: {"miou": next(values), "data": "script"}  # type: ignore[method-assign]
     return trainer

@@ -1,4 +1,4 @@
-"""Configuration of a run: dataclasses hold the defaults, YAML files the differences, the command line overrides both."""
+"""Configuration of a run: dataclasses hold defaults, YAML files state differences, the command line overrides both."""
 
 from __future__ import annotations
 
@@ -154,8 +154,8 @@ Files = Sequence[tuple[Path, Mapping[str, Any]]]  # a YAML file and its values, 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, merge it over its `base`, and apply overrides such as "optim.lr=1e-4" or "model.head=dense".
 
-    `base: other.yaml` (relative to the file; a base may have a base) is merged key by key. Lists, null, `{}`, and mappings
-    that select another `name`, such as another dataset or head, replace the value of the base.
+    `base: other.yaml` (relative to the file; a base may have a base) is merged key by key. Lists, null, `{}` and
+    mappings that select another `name`, such as another dataset or head, replace the value of the base.
 
     Raises:
         ConfigError: a missing file, invalid YAML, a cycle of bases, a wrong type, or an unknown key.

@@ -25,7 +25,7 @@ MakeConfig = Callable[..., RunConfig]
 
 # The first step of AdamW is lr * g / (|g| + eps). At the default eps of 1e-8, entries whose gradient is only rounding
 # error move by up to lr in an arbitrary direction, which can flip a discrete choice of Grounding DINO (top-k queries,
-# matching) in the second step. At 1e-4, with gradients clipped to norm 1, the step is a smooth function of the gradient.
+# matching) in the second step. At 1e-4, for gradients clipped to norm 1, a step is a smooth function of the gradient.
 EPS = 1e-4
 
 SCRIPT = """

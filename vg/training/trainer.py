@@ -226,7 +226,7 @@ class Trainer:
             self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
 
     def _mean_weight(self, weight: float) -> Tensor:
-        """Mean over the processes, because DDP averages gradients; at least 1 in total, so that no step divides by 0."""
+        """Mean over the processes, because DDP averages gradients; at least 1 in total, to avoid a division by 0."""
         # torch.full fills on the device; torch.tensor would copy from the host and wait for the device.
         local = torch.full((), float(weight), device=self.accelerator.device)
         return mean_over_processes(self.accelerator, local).clamp(min=1 / self.accelerator.num_processes)
