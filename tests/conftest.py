@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no network, and a configuration that trains in a second."""
+"""Shared by all tests: one thread, no network access, and a configuration that trains in a second."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vg.training.trainer import Trainer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: more threads than cores crawl
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: more threads than cores are slow
 torch.set_num_threads(1)
 
 TINY = asdict(RecConfig.tiny())
@@ -34,9 +34,9 @@ NO_DROPOUT = {"text": TINY["text"], "head": TINY["head"]}
 
 @pytest.fixture
 def tiny_config(tmp_path: Path) -> Callable[..., RunConfig]:
-    """A function that makes a configuration whose run takes a second.
+    """A function that returns a configuration whose run takes a second.
 
-    Its arguments state what differs, section by section: ``tiny_config(train={"ema": 0.9}, data={"workers": 2})``.
+    Its arguments override values of sections: ``tiny_config(train={"ema": 0.9}, data={"workers": 2})``.
     """
 
     def make(**sections: dict[str, Any]) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back, damage is named, and trouble while saving harms nothing that was there."""
+"""Checkpoints: round trips, error messages for damaged files, and failed writes that leave old files unchanged."""
 
 from __future__ import annotations
 
@@ -26,39 +26,39 @@ MakeConfig = Callable[..., RunConfig]
 
 @pytest.fixture
 def trained(tiny_config: MakeConfig) -> tuple[Trainer, Path]:
-    """A run of one step, and its checkpoint."""
+    """A trainer after a run of one step, and the checkpoint of the run."""
     config = tiny_config(train={"max_steps": 1})
     trainer = Trainer(config)
     trainer.fit()
     return trainer, Path(config.train.output) / "checkpoints" / "step_000001"
 
 
-def answers(trainer: Trainer, model: Any) -> list[tuple[Any, ...]]:
-    """Predictions for the evaluation data."""
+def predictions(trainer: Trainer, model: Any) -> list[tuple[Any, ...]]:
+    """Predictions of a model for the evaluation data of a trainer."""
     model.eval()
     with torch.no_grad():
         found = [p for batch in trainer.evaluator.datasets[0].loader for p in model.predict(model(batch), batch)]
     return [(p.id, p.boxes.tolist(), p.scores.tolist(), p.phrase_ids.tolist(), p.phrases) for p in found]
 
 
-def test_a_loaded_model_predicts_the_same(trained: tuple[Trainer, Path]) -> None:
+def test_a_loaded_model_makes_the_same_predictions(trained: tuple[Trainer, Path]) -> None:
     trainer, folder = trained
     model, config = read_model(folder)
     assert config == trainer.config
     assert not model.training
-    assert answers(trainer, model) == answers(trainer, trainer.unwrapped_model)
+    assert predictions(trainer, model) == predictions(trainer, trainer.unwrapped_model)
     phrases = ["left red circle", "the tiny blue triangle"]
     saved, original = model.text_spec.tokenizer, trainer.unwrapped_model.text_spec.tokenizer
     assert saved(phrases)["input_ids"] == original(phrases)["input_ids"]
 
 
-def test_the_folder_of_a_run_stands_for_its_best_checkpoint(trained: tuple[Trainer, Path]) -> None:
+def test_loading_a_run_folder_loads_its_best_checkpoint(trained: tuple[Trainer, Path]) -> None:
     trainer, folder = trained
     model, _ = read_model(folder.parents[1])
-    assert answers(trainer, model) == answers(trainer, read_model(folder.parents[1] / "best")[0])
+    assert predictions(trainer, model) == predictions(trainer, read_model(folder.parents[1] / "best")[0])
 
 
-def test_overrides_at_loading(trained: tuple[Trainer, Path]) -> None:
+def test_overrides_when_loading(trained: tuple[Trainer, Path]) -> None:
     _, config = read_model(trained[1], ["data.eval.size=3"])
     assert config.data.eval.size == 3  # type: ignore[union-attr]
 
@@ -76,7 +76,9 @@ def garbled(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut_short, emptied, garbled])
-def test_damaged_weights_are_named(trained: tuple[Trainer, Path], damage: Callable[[Path], None]) -> None:
+def test_damaged_weights_raise_an_error_with_their_path(
+    trained: tuple[Trainer, Path], damage: Callable[[Path], None]
+) -> None:
     trainer, folder = trained
     damage(folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"step_000001/model\.safetensors is damaged or was cut short"):
@@ -86,7 +88,9 @@ def test_damaged_weights_are_named(trained: tuple[Trainer, Path], damage: Callab
 
 
 @pytest.mark.parametrize("damage", [cut_short, emptied, garbled])
-def test_a_damaged_training_state_is_named(trained: tuple[Trainer, Path], damage: Callable[[Path], None]) -> None:
+def test_a_damaged_training_state_raises_an_error_with_its_path(
+    trained: tuple[Trainer, Path], damage: Callable[[Path], None]
+) -> None:
     trainer, folder = trained
     damage(folder / "training.pt")
     read_model(folder)
@@ -94,20 +98,20 @@ def test_a_damaged_training_state_is_named(trained: tuple[Trainer, Path], damage
         Trainer(trainer.config, resume=True)
 
 
-class Evil:
+class Malicious:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("evil",)
 
 
-def test_a_training_state_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_a_training_state_cannot_execute_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"progress": Evil()}, tmp_path / "training.pt")
+    torch.save({"progress": Malicious()}, tmp_path / "training.pt")
     with pytest.raises(CheckpointError, match=r"cannot resume from .*training\.pt"):
         read_training_state(tmp_path)
     assert not (tmp_path / "evil").exists()
 
 
-def test_weights_that_do_not_fit_are_all_named(trained: tuple[Trainer, Path]) -> None:
+def test_all_mismatched_weights_are_listed(trained: tuple[Trainer, Path]) -> None:
     trainer, folder = trained
     weights = load_file(folder / "model.safetensors")
     names = sorted(weights)
@@ -118,35 +122,35 @@ def test_weights_that_do_not_fit_are_all_named(trained: tuple[Trainer, Path]) ->
     before = {name: value.clone() for name, value in trainer.unwrapped_model.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
         load_weights(trainer.unwrapped_model, folder)
-    for part in (
+    for line in (
         str(folder / "model.safetensors"),
         f"missing: {names[0]}",
         f"shape: {names[1]} is (1, 2, 3), expected ",
         "unexpected: surplus (7,)",
     ):
-        assert part in str(caught.value)
+        assert line in str(caught.value)
     assert all(value.equal(before[name]) for name, value in trainer.unwrapped_model.state_dict().items()), (
         "nothing was loaded"
     )
 
 
-def test_missing_parts_are_named(trained: tuple[Trainer, Path], tmp_path: Path) -> None:
+def test_missing_files_are_named(trained: tuple[Trainer, Path], tmp_path: Path) -> None:
     _, folder = trained
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"step_000001/model\.safetensors does not exist"):
         read_model(folder)
     shutil.rmtree(folder / "tokenizer")
-    with pytest.raises(CheckpointError, match=r"step_000001 is not a checkpoint of vg: it holds no tokenizer"):
+    with pytest.raises(CheckpointError, match=r"step_000001 is not a checkpoint of vg: tokenizer is missing"):
         read_model(folder)
-    for place in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(CheckpointError, match=r"is not a checkpoint of vg: it holds no config\.yaml"):
-            read_model(place)
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(CheckpointError, match=r"is not a checkpoint of vg: config\.yaml is missing"):
+            read_model(path)
     (folder / "training.pt").unlink()
     with pytest.raises(CheckpointError, match=r"cannot resume from .*training\.pt.*No such file"):
         read_training_state(folder)
 
 
-def test_a_configuration_of_the_checkpoint_that_is_wrong_is_named(trained: tuple[Trainer, Path]) -> None:
+def test_an_invalid_configuration_of_a_checkpoint_is_named(trained: tuple[Trainer, Path]) -> None:
     _, folder = trained
     (folder / "config.yaml").write_text("model: 3")
     with pytest.raises(ConfigError, match=r"step_000001/config\.yaml"):
@@ -158,7 +162,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("victim", ["vg.checkpoint.save_file", "torch.save", "vg.training.run_folder.write_json"])
-def test_a_full_disk_leaves_what_was_there(
+def test_a_full_disk_leaves_earlier_checkpoints_unchanged(
     trained: tuple[Trainer, Path], monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
     trainer, folder = trained
@@ -187,7 +191,7 @@ from vg.config import load_config
 from vg.training.trainer import Trainer
 
 trainer = Trainer(load_config("config.yaml"), resume=True)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond the limit fails with an error, as on a full disk
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing past the limit raises an error, as on a full disk
 for limit in sys.argv[1:]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
     try:
@@ -197,8 +201,8 @@ for limit in sys.argv[1:]:
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs a limit for the size of files")
-def test_a_file_that_really_cannot_grow(trained: tuple[Trainer, Path], tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on file sizes")
+def test_a_real_limit_of_the_file_size(trained: tuple[Trainer, Path], tmp_path: Path) -> None:
     trainer, folder = trained
     before = contents(folder)
     weights = (folder / "model.safetensors").stat().st_size
@@ -219,7 +223,7 @@ def test_a_file_that_really_cannot_grow(trained: tuple[Trainer, Path], tmp_path:
     assert not list(folder.parents[1].rglob("*.partial"))
 
 
-def test_replacing_keeps_the_old_folder_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_the_old_folder_is_kept_until_the_new_one_is_complete(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "step"
 
     def write(text: str, error: BaseException | None = None) -> None:
@@ -230,7 +234,7 @@ def test_replacing_keeps_the_old_folder_until_the_new_one_is_whole(tmp_path: Pat
 
     write("first")
     assert contents(folder) == {"first.txt": b"first"}
-    with pytest.raises(KeyboardInterrupt):  # as good as kill -9: nothing tidies up
+    with pytest.raises(KeyboardInterrupt):  # like kill -9: nothing cleans up
         write("killed", KeyboardInterrupt())
     assert contents(folder) == {"first.txt": b"first"}
     write("second")
@@ -254,7 +258,7 @@ def test_leftovers_of_a_crash_are_no_checkpoints(trained: tuple[Trainer, Path]) 
     assert trainer.folder.checkpoints() == [folder, folder.with_name("step_000002")]
 
 
-def test_the_published_files_are_plain(trained: tuple[Trainer, Path]) -> None:
+def test_files_of_checkpoints(trained: tuple[Trainer, Path]) -> None:
     trainer, folder = trained
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "model.safetensors", "tokenizer", "training.pt"}
     best = folder.parents[1] / "best"

@@ -1,4 +1,4 @@
-"""Real pixels and words: the model learns by heart the RefCOCO expressions that lie beside the repository."""
+"""Real images and expressions: the model overfits the RefCOCO samples in shared/data beside the repository."""
 
 from __future__ import annotations
 

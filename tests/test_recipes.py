@@ -1,4 +1,4 @@
-"""The recipes: those of Grounding DINO can be built and have the numbers that were published with their figures."""
+"""The recipes: models can be built, and settings equal those published with the quoted results."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FINE_TUNED = ["finetune_coco_swin_t", "finetune_coco_swin_b", "finetune_cat", "f
 TRAINED = [*FINE_TUNED, "scratch_coco_r50", "finetune_refcoco_mm_t", "pretrain_odvg_mm_t"]
 RECIPES = [*TRAINED, "finetune_lora", "coco_zeroshot_swin_t"]
 
-# As published: learning rate, that of the backbone, of BERT (0: frozen), epochs, milestones, warm-up steps,
-# images of one process, and of one step
+# As published: learning rates of the model, the backbone and BERT (0: frozen), epochs, milestones, warm-up steps,
+# images per process, images per step
 PUBLISHED = {
     "scratch_coco_r50": (1e-4, 1e-5, 1e-4, 12, [11], 0, 2, 16),
     "finetune_coco_swin_t": (1e-4, 1e-5, 1e-4, 12, [11], 0, 2, 32),
     "finetune_coco_swin_b": (1e-4, 1e-5, 1e-4, 12, [11], 0, 2, 32),
     "finetune_cat": (5e-5, 5e-6, 0, 20, [15], 30, 2, 16),
-    "finetune_own": (5e-5, 5e-6, 0, 20, [15], 30, 4, 16),  # as the one before, on one GPU
+    "finetune_own": (5e-5, 5e-6, 0, 20, [15], 30, 4, 16),  # like finetune_cat, on one GPU
     "finetune_refcoco_mm_t": (2e-4, 2e-5, 2e-4, 5, [3], 0, 4, 32),
     "pretrain_odvg_mm_t": (4e-4, 4e-5, 4e-5, 30, [19, 26], 1000, 4, 128),
 }
@@ -51,8 +51,8 @@ FIGURES = {
     "finetune_refcoco_mm_t": ["89.5 / 91.4 / 86.6", "53.1 / 59.1 / 46.8 before"],
     "pretrain_odvg_mm_t": ["48.5 AP"],
 }
-# Swin-T of transformers has 172,250,626 with a norm of 1,536 that nobody reads; heads of each layer are 5 x 132,612 and
-# 7 factors or biases more, and denoising has a row of 256 for each label.
+# Swin-T of transformers has 172,250,626, including an unused norm of 1,536. Separate heads of the layers add
+# 5 x 132,612 and 7 scales or biases, and denoising adds a row of 256 per label.
 PARAMETERS = {
     "coco_zeroshot_swin_t": 172_250_626 - 1_536,
     "finetune_coco_swin_t": 172_250_626 - 1_536 + 5 * 132_612 + 7 + 80 * 256,
@@ -73,12 +73,12 @@ def model_of(config: RunConfig) -> GroundingDinoConfig:
     return config.model
 
 
-def test_every_file_is_tested() -> None:
+def test_every_recipe_is_listed_here() -> None:
     assert sorted(path.stem for path in FOLDER.glob("*.yaml")) == sorted(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_it_can_be_built_and_every_name_fits(name: str) -> None:
+def test_models_can_be_built_and_every_module_name_matches(name: str) -> None:
     config = recipe(name)
     with torch.device("meta"):
         model = model_of(config).build(pretrained=False)
@@ -96,15 +96,15 @@ def test_it_can_be_built_and_every_name_fits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_numbers_are_those_published(name: str) -> None:
+def test_settings_equal_the_published_ones(name: str) -> None:
     config = recipe(name)
     model, optim, train = model_of(config), config.optim, config.train
     groups = optim.groups
     bert: Any = groups["text.network"].lr if "text.network" in groups else optim.lr
     bert = 0 if "text.network" in optim.freeze else bert
     images = GPUS[name] * config.data.batch_size * train.accumulate
-    numbers = (optim.lr, groups["backbone"].lr, bert, train.epochs, optim.milestones, optim.warmup_steps)
-    assert (*numbers, config.data.batch_size, images) == PUBLISHED[name]
+    settings = (optim.lr, groups["backbone"].lr, bert, train.epochs, optim.milestones, optim.warmup_steps)
+    assert (*settings, config.data.batch_size, images) == PUBLISHED[name]
     assert (optim.weight_decay, optim.decay_vectors, optim.clip_norm, optim.decay) == (1e-4, True, 0.1, 0.1)
     assert optim.schedule == "step"
     assert (model.fusion_dropout, model.fusion_drop_path, model.logit_eps) == (0.1, 0.0, (1e-3, 1e-5))
@@ -144,21 +144,21 @@ def test_backbones(name: str, width: int, depths: list[int], heads: list[int], w
     )
 
 
-def test_adapters_are_a_small_part_of_all() -> None:
-    """Those of rank 16, and heads that are trained as a whole, as in finetune_own otherwise."""
+def test_adapters_are_few_parameters() -> None:
+    """Rank-16 adapters and fully trained heads; all else equals finetune_own."""
     pytest.importorskip("peft")
-    config, whole = recipe("finetune_lora"), recipe("finetune_own")
-    assert config.model == whole.model
-    images = (recipe.data.batch_size * recipe.train.accumulate for recipe in (config, whole))
+    config, full = recipe("finetune_lora"), recipe("finetune_own")
+    assert config.model == full.model
+    images = (recipe.data.batch_size * recipe.train.accumulate for recipe in (config, full))
     assert next(images) == next(images) == 16
     with torch.device("meta"):
         model = model_of(config).build(pretrained=False)
     total = model.num_parameters()
     select_trainable(model, config.optim)
     assert round(100 * model.num_parameters(trainable_only=True) / total) == 5
-    parts = ("backbone", "text.network", "encoder", "decoder.layers")
+    modules = ("backbone", "text.network", "encoder", "decoder.layers")
     adapted = {name for name, weights in model.named_parameters() if ".lora_" in name and weights.requires_grad}
-    assert all(any(name.startswith(f"{part}.") for name in adapted) for part in parts)
+    assert all(any(name.startswith(f"{module}.") for name in adapted) for module in modules)
 
 
 def test_resnet() -> None:
@@ -168,7 +168,7 @@ def test_resnet() -> None:
 
 
 def test_protocols() -> None:
-    """300 pairs by the mean over tokens on COCO; the best by the maximum over tokens for expressions."""
+    """COCO: 300 pairs scored by the mean over tokens; expressions: scored by the maximum over tokens."""
     coco, refcoco = (model_of(recipe(name)).predict for name in ("coco_zeroshot_swin_t", "finetune_refcoco_mm_t"))
     assert (coco.score, coco.top_k, coco.threshold, coco.nms) == ("mean", 300, 0.0, None)
     assert (refcoco.score, refcoco.top_k) == ("max", 30)
@@ -176,27 +176,27 @@ def test_protocols() -> None:
     assert model_of(recipe("coco_zeroshot_swin_t")) == published
 
 
-def test_sampled_negatives_are_those_of_mm_grounding_dino() -> None:
+def test_sampled_negatives_equal_mm_grounding_dino() -> None:
     vocabulary: Any = recipe("pretrain_odvg_mm_t").data.train.vocabulary  # type: ignore[union-attr]
     assert (vocabulary.negatives, vocabulary.full) == (85, 0.5)
     assert (vocabulary.clean, vocabulary.alternatives, vocabulary.lower) == (True, True, True)
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_the_learning_rate_falls_at_the_milestones(name: str) -> None:
+def test_the_learning_rate_decays_at_the_milestones(name: str) -> None:
     optim = recipe(name).optim
     weights = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weights], lr=1.0)
-    steps = 400  # in an epoch
+    steps = 400  # per epoch
     schedule = build_schedule(optimizer, optim, 30 * steps, steps)
     factor = schedule.lr_lambdas[0]
-    for number, milestone in enumerate(optim.milestones):
-        assert factor(milestone * steps - 1) == pytest.approx(0.1**number)
-        assert factor(milestone * steps) == pytest.approx(0.1 ** (number + 1))
+    for index, milestone in enumerate(optim.milestones):
+        assert factor(milestone * steps - 1) == pytest.approx(0.1**index)
+        assert factor(milestone * steps) == pytest.approx(0.1 ** (index + 1))
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_comment_tells_figure_machine_and_source(name: str) -> None:
+def test_comments_state_result_hardware_and_source(name: str) -> None:
     comment = " ".join(
         line.removeprefix("# ") for line in (FOLDER / f"{name}.yaml").read_text().splitlines() if line.startswith("#")
     )
@@ -209,7 +209,7 @@ def test_the_comment_tells_figure_machine_and_source(name: str) -> None:
     assert f"configs/grounding_dino/{name}.yaml" in comment, "the command that runs it"
 
 
-def test_recipes_of_rec() -> None:
+def test_rec_recipes() -> None:
     configs = {path.stem: load_config(path) for path in (FOLDER.parent / "rec").glob("*.yaml")}
     sizes = {name: config.model.image_size for name, config in configs.items() if isinstance(config.model, RecConfig)}
     assert sizes == {
@@ -237,12 +237,12 @@ def test_recipes_of_rec() -> None:
     }
 
 
-def test_adapters_of_the_encoders_are_trained_beside_the_whole_head() -> None:
+def test_encoder_adapters_and_the_head_are_trained() -> None:
     pytest.importorskip("peft")
     sizes = "hidden_size: 384, num_hidden_layers: 2, num_attention_heads: 6, intermediate_size: 1536"
     encoders = [
-        f"model.{part}={{id: null, frozen: false, architecture: {{model_type: {kind}, {sizes}}}}}"
-        for part, kind in (("vision", "dinov3_vit"), ("text", "bert"))
+        f"model.{encoder}={{id: null, frozen: false, architecture: {{model_type: {model_type}, {sizes}}}}}"
+        for encoder, model_type in (("vision", "dinov3_vit"), ("text", "bert"))
     ]
     config = load_config(FOLDER.parent / "rec" / "refcoco_dense_lora.yaml", encoders)
     with torch.device("meta"):

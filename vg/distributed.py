@@ -13,6 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+
+# Its functions hold the process group as a default argument if it is imported after the group was made; the group then
+# outlives shut_down(), and a thread of gloo may abort the process at exit.
+import torch.distributed.nn.functional
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers

@@ -1,4 +1,4 @@
-"""Two processes train as one does with twice the batch, evaluate every sample once, and stop together."""
+"""Two processes train like one with twice the batch size, evaluate every sample once, and stop at the same step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 from tests.conftest import NO_DROPOUT, history
 from vg.config import RunConfig, dump_config
-from vg.distributed import random_state, restore_random_state, seed_everything
+from vg.distributed import StopSignal, random_state, restore_random_state, seed_everything
 from vg.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
@@ -30,7 +30,7 @@ from vg.training.trainer import Trainer
 class Interrupted(Trainer):
     def step(self, batches):
         if self.progress.step == 3 and self.accelerator.process_index == 1:
-            signal.raise_signal(signal.SIGTERM)  # only one process is told
+            signal.raise_signal(signal.SIGTERM)  # only to one process
         return super().step(batches)
 
 assert int(os.environ["WORLD_SIZE"]) == 2
@@ -46,8 +46,8 @@ shut_down()
 
 
 def launch(folder: Path, *arguments: str) -> str:
-    """Run the script in two processes and return what they printed."""
-    result = subprocess.run(  # not `accelerate launch --cpu --num_processes 2`, which quietly starts one process
+    """Run the script in two processes and return their output."""
+    result = subprocess.run(  # not `accelerate launch --cpu --num_processes 2`, which starts only one process
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true"},
@@ -60,7 +60,7 @@ def launch(folder: Path, *arguments: str) -> str:
 
 
 def configured(make: MakeConfig, output: Path, batch_size: int, **data: Any) -> RunConfig:
-    """28 samples: with 8 at a time 3 steps in an epoch, the rest is dropped; 7 to evaluate, divisible by nothing."""
+    """28 training samples: 3 steps of 8 per epoch, the rest is dropped; 7 evaluation samples, not evenly divisible."""
     return make(
         model=NO_DROPOUT,
         data={
@@ -75,16 +75,16 @@ def configured(make: MakeConfig, output: Path, batch_size: int, **data: Any) -> 
 
 
 def test_two_processes_equal_one_with_twice_the_batch(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    """The two are stopped by a signal to one of them, and resumed."""
-    together = configured(tiny_config, tmp_path / "two", batch_size=4)
-    (tmp_path / "config.yaml").write_text(dump_config(together))
+    """The two processes are stopped by a signal to one of them, and resumed."""
+    two_processes = configured(tiny_config, tmp_path / "two", batch_size=4)
+    (tmp_path / "config.yaml").write_text(dump_config(two_processes))
     (tmp_path / "train.py").write_text(SCRIPT)
     assert launch(tmp_path).count("stopped at step 4") == 2
     launch(tmp_path, "--resume")
-    alone = configured(tiny_config, tmp_path / "one", batch_size=8)
-    Trainer(alone).fit()
+    one_process = configured(tiny_config, tmp_path / "one", batch_size=8)
+    Trainer(one_process).fit()
 
-    one, two = history(alone), history(together)
+    one, two = history(one_process), history(two_processes)
     assert [row["step"] for row in one] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert one[-1]["num_expressions"] == 7
     for expected, row in zip(one, two, strict=True):
@@ -95,7 +95,27 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny_config: MakeConfig, t
         assert row["miou"] == pytest.approx(expected["miou"], rel=1e-5)
 
 
-def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+def test_processes_stop_within_the_interval(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    """A signal in step 4 is handled at step 5, because several processes agree every five steps here."""
+    config = configured(tiny_config, tmp_path / "two", batch_size=4)
+    config.train.log_every = 5
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    (tmp_path / "train.py").write_text(SCRIPT)
+    assert launch(tmp_path).count("stopped at step 5") == 2
+
+
+def test_one_process_checks_for_signals_without_a_collective(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tiny_config(train={"log_every": 50}))
+    monkeypatch.setattr(trainer.accelerator, "reduce", None)
+    assert trainer.stop.interval == 1
+    assert not trainer.stop.requested()
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    assert StopSignal(trainer.accelerator, 10).interval == 10
+
+
+def test_random_state_is_restored(tmp_path: Path) -> None:
     def draw() -> list[float]:
         import random
 

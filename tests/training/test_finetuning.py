@@ -1,4 +1,4 @@
-"""What is trained and what stays: frozen modules, and adapters whose checkpoints are read as any other."""
+"""Frozen modules, and adapters whose checkpoints load like any other."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def weights_of(trainer: Trainer) -> dict[str, Tensor]:
 def output_of(model: Any, batch: Batch) -> list[Tensor]:
     model.eval()
     with torch.no_grad():
-        return [part for part in model(batch) if isinstance(part, Tensor)]
+        return [value for value in model(batch) if isinstance(value, Tensor)]
 
 
-def test_frozen_modules_stay_and_cost_nothing(tiny_config: MakeConfig) -> None:
+def test_frozen_modules_do_not_change_and_have_no_optimizer_state(tiny_config: MakeConfig) -> None:
     config = configured(
         tiny_config, "grounding_dino", {"freeze": ["text.network", "backbone"], "weight_decay": 0.5}, max_steps=2
     )
@@ -60,17 +60,17 @@ def test_frozen_modules_stay_and_cost_nothing(tiny_config: MakeConfig) -> None:
     assert changed
     assert not changed & frozen
     assert {name.split(".")[0] for name in changed} >= {"text", "encoder", "decoder", "neck"}
-    optimised = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
+    optimized = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
     assert (
-        optimised
+        optimized
         == trainer.unwrapped_model.num_parameters(trainable_only=True)
         < trainer.unwrapped_model.num_parameters()
     )
-    assert trainer.unwrapped_model.text.network.training, "dropout goes on, as documented"
+    assert trainer.unwrapped_model.text.network.training, "dropout stays active, as documented"
     assert load_file(trainer.folder.path / "best" / "model.safetensors").keys() == before.keys()
 
 
-def test_names_to_freeze_that_fit_nothing_are_named(tiny_config: MakeConfig) -> None:
+def test_unknown_names_to_freeze(tiny_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=r"optim\.freeze\.vison: no trainable parameter there; near names: vision"):
         Trainer(configured(tiny_config, optim={"freeze": ["vison"]}))
     with pytest.raises(ConfigError, match="every parameter is frozen"):
@@ -81,7 +81,7 @@ TARGETS = {"rec": ["text.network", "head.layers"], "grounding_dino": ["attention
 
 
 @pytest.mark.parametrize("family", list(TARGETS))
-def test_every_adapter_learns_and_nothing_else(tiny_config: MakeConfig, family: str) -> None:
+def test_exactly_the_adapters_are_trained(tiny_config: MakeConfig, family: str) -> None:
     config = configured(tiny_config, family, {"lora": {"targets": TARGETS[family], "rank": 2}}, max_steps=3)
     trainer = Trainer(config)
     assert not any("fusion.image" in name and ".lora_" in name for name in weights_of(trainer)), "never called"
@@ -96,7 +96,7 @@ def test_every_adapter_learns_and_nothing_else(tiny_config: MakeConfig, family: 
 
 @pytest.mark.parametrize("ema", [None, 0.5])
 def test_checkpoints_are_merged(tiny_config: MakeConfig, ema: float | None) -> None:
-    """They have the names of the plain model, and answer as the adapted one."""
+    """They have the names of the plain model, and the outputs of the adapted one."""
     lora = {"targets": ["text.network", "query"], "rank": 3, "train_also": ["head.score"]}
     config = configured(tiny_config, optim={"lora": lora}, max_steps=3, ema=ema)
     plain = config.model.build().own_state_dict()
@@ -123,10 +123,10 @@ def test_checkpoints_are_merged(tiny_config: MakeConfig, ema: float | None) -> N
     assert not any(name.endswith("bias") for name in changed - {"head.score.bias"})
 
 
-def test_a_run_with_adapters_resumes_bit_for_bit(tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_resuming_with_adapters_equals_an_uninterrupted_run(tiny_config: MakeConfig, tmp_path: Path) -> None:
     lora = {"targets": ["text.network"], "dropout": 0.3, "train_also": ["head"]}
     runs = []
-    for name in ("straight", "stopped"):
+    for name in ("uninterrupted", "stopped"):
         config = configured(tiny_config, optim={"lora": lora}, output=str(tmp_path / name), accumulate=2)
         runs.append(Path(config.train.output))
         trainer = Trainer(config)
@@ -138,11 +138,13 @@ def test_a_run_with_adapters_resumes_bit_for_bit(tiny_config: MakeConfig, tmp_pa
         trainer.fit()
     assert_same_runs(*runs)
     config.optim.lora = None
-    with pytest.raises(CheckpointError, match=r"(?s)training\.pt does not fit the configuration \(model, optim\.lora"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)training\.pt does not match the configuration \(model, optim\.lora"
+    ):
         Trainer(config, resume=True)
 
 
-def test_a_layer_that_is_adapted_can_be_trained_as_well(tiny_config: MakeConfig) -> None:
+def test_adapted_layers_can_also_be_trained(tiny_config: MakeConfig) -> None:
     trainer = Trainer(configured(tiny_config, optim={"lora": {"targets": ["head.layers"], "train_also": ["head"]}}))
     names = {name for name, p in trainer.unwrapped_model.named_parameters() if p.requires_grad}
     assert any(name.endswith("base_layer.weight") for name in names)
@@ -162,19 +164,19 @@ def test_a_layer_that_is_adapted_can_be_trained_as_well(tiny_config: MakeConfig)
         ({"lora": {"targets": ["text.network"]}, "freeze": ["text"]}, r"text\.network is frozen; .*optim\.freeze"),
     ],
 )
-def test_names_that_cannot_be_adapted(tiny_config: MakeConfig, optim: dict[str, Any], message: str) -> None:
+def test_targets_that_cannot_be_adapted(tiny_config: MakeConfig, optim: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Trainer(configured(tiny_config, optim=optim))
 
 
-def test_settings_that_make_no_sense(tiny_config: MakeConfig) -> None:
+def test_invalid_settings(tiny_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match="name at least one linear layer"):
         configured(tiny_config, optim={"lora": {"targets": []}})
     with pytest.raises(ConfigError, match=r"optim\.lora\.rnak: unknown key; did you mean `rank`"):
         configured(tiny_config, optim={"lora": {"targets": ["query"], "rnak": 3}})
 
 
-def test_without_peft_the_extra_is_named(tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_peft_the_error_names_the_extra(tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"pip install 'visual-grounding\[lora\]'"):
         Trainer(configured(tiny_config, optim={"lora": LoraConfig(targets=["query"])}))

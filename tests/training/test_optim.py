@@ -1,4 +1,4 @@
-"""Parameter groups, the schedule and the moving average of the weights."""
+"""Parameter groups, the learning-rate schedule and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_groups_by_module_name() -> None:
     groups = {"vision": GroupConfig(lr=1e-5), "vision.0": GroupConfig(weight_decay=0.5), "head": GroupConfig(lr=1.0)}
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3, weight_decay=0.1, groups=groups))
     assert settings(model, optimizer) == {
-        "vision.0.weight": (1e-3, 0.5),  # the longest matching name counts, and it says nothing about lr
+        "vision.0.weight": (1e-3, 0.5),  # the longest matching name applies, and it has no lr
         "vision.0.bias": (1e-3, 0.0),
         "vision.1.weight": (1e-5, 0.0),
         "vision.1.bias": (1e-5, 0.0),
-        "vision_projection.weight": (1e-3, 0.1),  # "vision" is a module, not the beginning of a word
+        "vision_projection.weight": (1e-3, 0.1),  # "vision" is a module, not a prefix of its name
         "vision_projection.bias": (1e-3, 0.0),
         "head.weight": (1.0, 0.1),
         "head.bias": (1.0, 0.0),
@@ -43,13 +43,13 @@ def test_groups_by_module_name() -> None:
     assert optimizer.defaults["betas"] == (0.9, 0.999)
 
 
-def test_a_rate_of_zero_is_a_rate() -> None:
+def test_learning_rate_of_zero() -> None:
     model = Network()
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3, groups={"head": GroupConfig(lr=0.0, weight_decay=0.0)}))
     assert settings(model, optimizer)["head.weight"] == (0.0, 0.0)
 
 
-def test_names_that_fit_nothing_are_named() -> None:
+def test_unknown_names_of_groups() -> None:
     model = Network()
     with pytest.raises(ValueError, match=r"optim\.groups\.visoin: no trainable parameter there; near names: vision"):
         build_optimizer(model, OptimConfig(groups={"visoin": GroupConfig(lr=1e-5)}))
@@ -60,7 +60,7 @@ def test_names_that_fit_nothing_are_named() -> None:
         build_optimizer(model, OptimConfig(groups={"vision": GroupConfig(lr=1e-5)}))
 
 
-def test_frozen_parameters_are_left_out() -> None:
+def test_frozen_parameters_are_excluded() -> None:
     model = Network()
     model.vision.requires_grad_(False)
     assert not any(name.startswith("vision.") for name in settings(model, build_optimizer(model, OptimConfig())))
@@ -70,7 +70,7 @@ def test_frozen_parameters_are_left_out() -> None:
 
 
 def rates(config: OptimConfig, num_steps: int, steps_per_epoch: int = 1) -> list[float]:
-    """The learning rate of every step, and the one after the last."""
+    """Learning rate of every step, and the one after the last step."""
     optimizer = build_optimizer(nn.Linear(1, 1), config)
     schedule = build_schedule(optimizer, config, num_steps, steps_per_epoch)
     values = []
@@ -84,7 +84,7 @@ def rates(config: OptimConfig, num_steps: int, steps_per_epoch: int = 1) -> list
 def test_cosine_with_warmup() -> None:
     values = rates(OptimConfig(lr=1.0, warmup_steps=4), 104)
     assert values[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert values[4 + 50] == pytest.approx(0.5), "half way down the cosine"
+    assert values[4 + 50] == pytest.approx(0.5), "halfway down the cosine"
     assert all(later < earlier for earlier, later in pairwise(values[4:]))
     assert 0 < values[103] < 1e-3
     assert values[104] == pytest.approx(0, abs=1e-12)
@@ -95,8 +95,8 @@ def test_constant_schedule_and_a_warmup_longer_than_the_run() -> None:
     assert rates(OptimConfig(lr=1.0, warmup_steps=9), 3) == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
 
-def test_steps_down_after_epochs() -> None:
-    """Four steps to an epoch; published recipes warm up as well."""
+def test_step_decay_at_milestones() -> None:
+    """Four steps per epoch; published recipes combine step decay with warm-up."""
     config = OptimConfig(lr=1.0, warmup_steps=2, schedule="step", milestones=[1, 2.5])
     expected = [1 / 3, 2 / 3, 1, 1, *[0.1] * 6, *[0.01] * 2, 0.01]
     assert rates(config, 12, steps_per_epoch=4) == pytest.approx(expected)
@@ -107,12 +107,12 @@ def test_steps_down_after_epochs() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"schedule": "step"}, "schedule: step needs milestones"),
-        ({"milestones": [3]}, "no other has any"),
-        ({"schedule": "step", "milestones": [3, 2]}, r"milestones \(\[3, 2\]\) must rise"),
+        ({"schedule": "step"}, "are required by schedule: step"),
+        ({"milestones": [3]}, "are required by schedule: step and allowed by no other"),
+        ({"schedule": "step", "milestones": [3, 2]}, r"milestones \(\[3, 2\]\) must be in ascending order"),
     ],
 )
-def test_milestones_belong_to_steps(settings: dict[str, Any], message: str) -> None:
+def test_milestones_require_schedule_step(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimConfig(**settings)
 
@@ -137,7 +137,7 @@ def test_the_schedule_scales_every_group() -> None:
     assert {group["lr"] for group in optimizer.param_groups} == {0.5, 0.05}
 
 
-def test_ema_against_a_loop_written_by_hand() -> None:
+def test_ema_equals_a_plain_loop() -> None:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     model.bias.requires_grad_(False)
@@ -152,7 +152,7 @@ def test_ema_against_a_loop_written_by_hand() -> None:
     torch.testing.assert_close(ema.averages, [expected])
 
 
-def test_ema_is_applied_and_taken_back() -> None:
+def test_ema_weights_are_applied_and_removed() -> None:
     model = Network()
     ema = Ema(model, 0.9)
     own = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -168,16 +168,16 @@ def test_ema_is_applied_and_taken_back() -> None:
         assert parameter.requires_grad
 
 
-def test_ema_goes_on_from_its_state() -> None:
+def test_ema_continues_from_its_state() -> None:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
-    straight = Ema(model, 0.9)
-    straight.update()
+    uninterrupted = Ema(model, 0.9)
+    uninterrupted.update()
     resumed = Ema(nn.Linear(3, 2), 0.9)
-    resumed.parameters = straight.parameters
-    resumed.load_state_dict(straight.state_dict())
-    for ema in (straight, resumed):
+    resumed.parameters = uninterrupted.parameters
+    resumed.load_state_dict(uninterrupted.state_dict())
+    for ema in (uninterrupted, resumed):
         with torch.no_grad():
             model.weight.fill_(2)
         ema.update()
-    assert all(a.equal(b) for a, b in zip(straight.averages, resumed.averages, strict=True))
+    assert all(a.equal(b) for a, b in zip(uninterrupted.averages, resumed.averages, strict=True))

@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed equals the straight run bit for bit, whatever stopped it."""
+"""A run that was interrupted in any way and resumed equals an uninterrupted run bit for bit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vg.types import Batch
 
 MakeConfig = Callable[..., RunConfig]
 
-EVERYTHING: dict[str, Any] = {  # five batches in an epoch, so steps of 2, 2 and 1 batches; dropout is on
+EVERYTHING: dict[str, Any] = {  # five batches per epoch, so steps of 2, 2 and 1 batches; dropout is on
     "data": {"augment": {"flip": 0.5, "color": 0.2, "crop": 0.5}},
     "optim": {"lr": 1e-3, "warmup_steps": 2},
     "train": {"epochs": 2, "accumulate": 2, "ema": 0.9, "log_every": 4},
@@ -36,7 +36,7 @@ EVERYTHING: dict[str, Any] = {  # five batches in an epoch, so steps of 2, 2 and
 
 @pytest.fixture(autouse=True)
 def as_in_a_terminal() -> Iterator[None]:
-    """A program that a shell starts in the background ignores Ctrl-C from birth; these tests are about the others."""
+    """Install the default Ctrl-C handler: a program that a shell starts in the background ignores Ctrl-C."""
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, inherited)
@@ -51,7 +51,7 @@ def configured(make: MakeConfig, output: Path, data: dict[str, Any] | None = Non
 
 
 def start(script: str, config: RunConfig, folder: Path) -> subprocess.Popen[str]:
-    """A process of its own, for which config.yaml and the script are written into the folder that it works in."""
+    """Start a script in its own process, in a folder with the script and config.yaml."""
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "train.py").write_text(script)
     return subprocess.Popen(
@@ -65,7 +65,7 @@ def start(script: str, config: RunConfig, folder: Path) -> subprocess.Popen[str]
 
 
 def stop_in_step(trainer: Trainer, number: int, how: Callable[[], None]) -> None:
-    """Calls `how` in the middle of an optimiser step, before its first batch is through."""
+    """Call `how` at the start of an optimizer step, before its first batch."""
     step = trainer.step
 
     def interrupted(batches: Sequence[Batch]) -> dict[str, Tensor] | None:
@@ -92,15 +92,20 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-def assert_same_runs(straight: Path, resumed: Path) -> None:
-    """Everything but the name of the output folder: weights, averages, optimiser, random numbers, history, best."""
-    assert (resumed / "history.jsonl").read_text() == (straight / "history.jsonl").read_text()
-    last = max(path.name for path in (straight / "checkpoints").iterdir())
+def assert_same_runs(uninterrupted: Path, resumed: Path) -> None:
+    """Compare all but the name of the folder: weights, averages, optimizer, random state, history and best."""
+    assert (resumed / "history.jsonl").read_text() == (uninterrupted / "history.jsonl").read_text()
+    last = max(path.name for path in (uninterrupted / "checkpoints").iterdir())
     for folder in ("best", f"checkpoints/{last}"):
         for name in ("model.safetensors", "validation.json"):
-            if (straight / folder / name).exists():
-                assert (resumed / folder / name).read_bytes() == (straight / folder / name).read_bytes(), (folder, name)
-    states = [torch.load(run / "checkpoints" / last / "training.pt", weights_only=True) for run in (straight, resumed)]
+            if (uninterrupted / folder / name).exists():
+                assert (resumed / folder / name).read_bytes() == (uninterrupted / folder / name).read_bytes(), (
+                    folder,
+                    name,
+                )
+    states = [
+        torch.load(run / "checkpoints" / last / "training.pt", weights_only=True) for run in (uninterrupted, resumed)
+    ]
     assert_same(*states)
 
 
@@ -110,27 +115,29 @@ def interrupt() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stopped_at_any_step(tiny_config: MakeConfig, tmp_path: Path, workers: int) -> None:
-    """Six steps; the epoch ends with step 3, rows are due at 3, 4 and 6."""
+    """Six steps; an epoch ends at step 3, and rows are logged at steps 3, 4 and 6."""
     data = {"workers": workers}
-    straight = tmp_path / "straight"
-    Trainer(configured(tiny_config, straight, data)).fit()
+    uninterrupted = tmp_path / "uninterrupted"
+    Trainer(configured(tiny_config, uninterrupted, data)).fit()
     for number in range(1, 7) if workers == 0 else (2, 3):
         config = configured(tiny_config, tmp_path / f"stopped_{number}", data)
         trainer = Trainer(config)
         stop_in_step(trainer, number, interrupt)
-        with pytest.raises(SystemExit, match=f"stopped at step {number}, saved in .*--resume goes on"):
+        with pytest.raises(SystemExit, match=f"stopped at step {number}, saved in .*with --resume to continue"):
             trainer.fit()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         resumed = Trainer(config, resume=True)
         assert resumed.progress.step == number
         resumed.fit()
-        assert_same_runs(straight, Path(config.train.output))
+        assert_same_runs(uninterrupted, Path(config.train.output))
 
 
-def test_stopped_twice_with_an_own_rhythm_of_evaluating_and_saving(tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_stopped_twice_with_different_intervals_of_evaluation_and_saving(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
     train = {"eval_every": 2, "save_every": 3, "log_every": 5, "accumulate": 1}
-    straight = tmp_path / "straight"
-    Trainer(configured(tiny_config, straight, **train)).fit()
+    uninterrupted = tmp_path / "uninterrupted"
+    Trainer(configured(tiny_config, uninterrupted, **train)).fit()
     config = configured(tiny_config, tmp_path / "stopped", **train)
     for number in (4, 7):
         trainer = Trainer(config, resume=number > 4)
@@ -138,11 +145,11 @@ def test_stopped_twice_with_an_own_rhythm_of_evaluating_and_saving(tiny_config: 
         with pytest.raises(SystemExit):
             trainer.fit()
     Trainer(config, resume=True).fit()
-    assert_same_runs(straight, Path(config.train.output))
+    assert_same_runs(uninterrupted, Path(config.train.output))
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing that the trainer could catch and act upon."""
+    """Simulates kill -9: the trainer cannot catch it."""
 
 
 def kill() -> None:
@@ -150,24 +157,24 @@ def kill() -> None:
 
 
 def test_killed_and_resumed_from_the_last_checkpoint(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    """The rows and the best model that came after the checkpoint are forgotten and made anew."""
+    """The rows and the best model after the checkpoint are discarded and created again."""
     train = {"save_every": 2, "log_every": 1, "eval_every": 1}
-    straight = tmp_path / "straight"
-    Trainer(configured(tiny_config, straight, **train)).fit()
+    uninterrupted = tmp_path / "uninterrupted"
+    Trainer(configured(tiny_config, uninterrupted, **train)).fit()
     config = configured(tiny_config, tmp_path / "killed", **train)
     trainer = Trainer(config)
     stop_in_step(trainer, 6, kill)
     with pytest.raises(Killed):
         trainer.fit()
     with (tmp_path / "killed" / "history.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')  # killed while it wrote a row
+        file.write('{"step": 5, "lo')  # killed while writing a row
     resumed = Trainer(config, resume=True)
     assert resumed.progress.step == 4
     resumed.fit()
-    assert_same_runs(straight, Path(config.train.output))
+    assert_same_runs(uninterrupted, Path(config.train.output))
 
 
-def test_a_finished_run_can_be_resumed_and_made_longer(tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_finished_run_can_be_resumed_and_extended(tiny_config: MakeConfig, tmp_path: Path) -> None:
     config = configured(tiny_config, tmp_path / "run")
     results = Trainer(config).fit()
     before = (tmp_path / "run" / "history.jsonl").read_text()
@@ -179,10 +186,10 @@ def test_a_finished_run_can_be_resumed_and_made_longer(tiny_config: MakeConfig, 
     assert longer.progress.step == 9
 
 
-def test_the_pooled_head_resumes_too(tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_resuming_with_the_pooled_head(tiny_config: MakeConfig, tmp_path: Path) -> None:
     head = PooledHeadConfig(width=32, layers=1, heads=2, feedforward=64, dropout=0.3)
     runs = []
-    for name in ("straight", "stopped"):
+    for name in ("uninterrupted", "stopped"):
         config = configured(tiny_config, tmp_path / name)
         config.model.head = head
         runs.append(Path(config.train.output))
@@ -196,11 +203,11 @@ def test_the_pooled_head_resumes_too(tiny_config: MakeConfig, tmp_path: Path) ->
     assert_same_runs(*runs)
 
 
-def test_a_checkpoint_of_another_configuration_is_named(tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_resuming_with_another_configuration_raises(tiny_config: MakeConfig, tmp_path: Path) -> None:
     config = configured(tiny_config, tmp_path / "run", max_steps=1)
     Trainer(config).fit()
     config.optim.groups = {"head": GroupConfig(lr=1e-5)}
-    with pytest.raises(CheckpointError, match=r"step_000001.training\.pt does not fit the configuration"):
+    with pytest.raises(CheckpointError, match=r"step_000001.training\.pt does not match the configuration"):
         Trainer(config, resume=True)
     config.optim.groups = {}
     config.model.head.width = 64  # type: ignore[union-attr]
@@ -227,8 +234,8 @@ Waiting(load_config("config.yaml")).fit()
 
 
 @pytest.mark.parametrize("to_all", [False, True], ids=["SIGTERM to the process", "Ctrl-C to the whole group"])
-def test_a_real_signal_to_a_real_process(tiny_config: MakeConfig, tmp_path: Path, to_all: bool) -> None:
-    """A terminal sends Ctrl-C to the workers of the loader too; they must not die before their data is used."""
+def test_a_signal_to_a_separate_process(tiny_config: MakeConfig, tmp_path: Path, to_all: bool) -> None:
+    """A terminal sends Ctrl-C to the data-loading workers too; they must not exit before their data is used."""
     config = configured(tiny_config, tmp_path / "stopped", {"workers": 1})
     process = start(WAITING, config, tmp_path)
     deadline = time.monotonic() + 120
@@ -243,11 +250,11 @@ def test_a_real_signal_to_a_real_process(tiny_config: MakeConfig, tmp_path: Path
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1, errors
     assert "stopped at step 4, saved in" in errors
-    assert "the same command with --resume goes on" in errors
+    assert "repeat the command with --resume to continue" in errors
     assert "Traceback" not in errors
     Trainer(config, resume=True).fit()
-    Trainer(configured(tiny_config, tmp_path / "straight", {"workers": 1})).fit()
-    assert_same_runs(tmp_path / "straight", tmp_path / "stopped")
+    Trainer(configured(tiny_config, tmp_path / "uninterrupted", {"workers": 1})).fit()
+    assert_same_runs(tmp_path / "uninterrupted", tmp_path / "stopped")
 
 
 KILLED = """
@@ -271,8 +278,8 @@ Trainer(load_config("config.yaml")).fit()
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 @pytest.mark.parametrize("family", ["rec", "grounding_dino"])
-def test_killed_while_it_wrote_a_checkpoint(tiny_config: MakeConfig, tmp_path: Path, family: str) -> None:
-    """The half of a checkpoint is none: the run goes on from the one before it."""
+def test_killed_while_writing_a_checkpoint(tiny_config: MakeConfig, tmp_path: Path, family: str) -> None:
+    """An incomplete checkpoint is ignored: the run continues from the previous one."""
 
     def make(name: str) -> RunConfig:
         config = configured(tiny_config, tmp_path / name, save_every=2)
@@ -289,26 +296,26 @@ def test_killed_while_it_wrote_a_checkpoint(tiny_config: MakeConfig, tmp_path: P
         "step_000002",
         "step_000004.partial",
     ]
-    Trainer(make("straight")).fit()
+    Trainer(make("uninterrupted")).fit()
     resumed = Trainer(config, resume=True)
     assert resumed.progress.step == 2
     resumed.fit()
-    assert_same_runs(tmp_path / "straight", tmp_path / "killed")
+    assert_same_runs(tmp_path / "uninterrupted", tmp_path / "killed")
     assert not list((tmp_path / "killed").rglob("*.partial"))
 
 
 def test_a_second_signal_interrupts_at_once(tiny_config: MakeConfig) -> None:
     stop = StopSignal(Trainer(tiny_config()).accelerator)
     with stop.listening():
-        assert not stop
+        assert not stop.requested()
         interrupt()
-        assert stop
+        assert stop.requested()
         with pytest.raises(KeyboardInterrupt):
             interrupt()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_folder_that_a_crash_left_under_its_other_name_is_put_back(tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_folders_that_a_crash_left_as_old_are_restored(tiny_config: MakeConfig, tmp_path: Path) -> None:
     config = configured(tiny_config, tmp_path / "run")
     results = Trainer(config).fit()
     for name in ("best", "checkpoints/step_000006"):

@@ -1,4 +1,4 @@
-"""`train.on_nan: skip`: a loss that is no number costs a step, not the run."""
+"""`train.on_nan: skip`: a non-finite loss skips one step and does not end the run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def configured(make: MakeConfig, **train: Any) -> RunConfig:
 
 
 def poison(trainer: Trainer, *steps: int, how: float = float("nan")) -> None:
-    """The loss of these steps is no number."""
+    """Make the loss of these steps non-finite."""
     loss = trainer.unwrapped_model.loss
 
     def poisoned(output: Any, batch: Any) -> dict[str, Tensor]:
@@ -38,8 +38,8 @@ def poison(trainer: Trainer, *steps: int, how: float = float("nan")) -> None:
     trainer.unwrapped_model.loss = poisoned  # type: ignore[method-assign]
 
 
-def watched(trainer: Trainer) -> list[dict[str, Tensor]]:
-    """Weights, averages and moments after every step."""
+def recorded(trainer: Trainer) -> list[dict[str, Tensor]]:
+    """Record weights, averages and optimizer moments after every step."""
     step, seen = trainer.step, []
 
     def remember(batches: Sequence[Batch]) -> dict[str, Tensor] | None:
@@ -47,7 +47,7 @@ def watched(trainer: Trainer) -> list[dict[str, Tensor]]:
         assert trainer.state.ema is not None
         moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
         values = [*trainer.unwrapped_model.state_dict().values(), *trainer.state.ema.averages, *moments]
-        seen.append({str(place): value.clone() for place, value in enumerate(values)})
+        seen.append({str(index): value.clone() for index, value in enumerate(values)})
         return terms
 
     trainer.step = remember  # type: ignore[method-assign]
@@ -55,20 +55,20 @@ def watched(trainer: Trainer) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("how", [float("nan"), float("inf")])
-def test_the_step_is_not_taken_and_the_run_goes_on(
+def test_the_step_is_skipped_and_the_run_continues(
     tiny_config: MakeConfig, caplog: pytest.LogCaptureFixture, how: float
 ) -> None:
     config = configured(tiny_config)
     trainer = Trainer(config)
     poison(trainer, 3, 4, how=how)
-    seen = watched(trainer)
+    seen = recorded(trainer)
     with caplog.at_level(logging.WARNING):
         trainer.fit()
     for before, after in ((1, 2), (1, 3)):
         assert all(seen[after][name].equal(value) for name, value in seen[before].items())
     assert any(not seen[4][name].equal(value) for name, value in seen[3].items())
-    assert "the loss or its gradient is not finite at step 3: the step is not taken (1 so far)" in caplog.text
-    assert "at step 4: the step is not taken (2 so far)" in caplog.text
+    assert "the loss or its gradient is not finite at step 3: step skipped (1 so far)" in caplog.text
+    assert "at step 4: step skipped (2 so far)" in caplog.text
     losses = [row for row in history(config) if "loss" in row]
     assert [row["step"] for row in losses] == [1, 2, *range(5, 16)]
     assert [row.get("skipped") for row in losses] == [None, None, *[2] * 11]
@@ -77,7 +77,7 @@ def test_the_step_is_not_taken_and_the_run_goes_on(
     assert all(weights.isfinite().all() for weights in trainer.unwrapped_model.state_dict().values())
 
 
-def test_a_gradient_that_is_no_number_behind_a_finite_loss(tiny_config: MakeConfig) -> None:
+def test_a_non_finite_gradient_of_a_finite_loss(tiny_config: MakeConfig) -> None:
     for clip_norm in (1.0, None):
         config = configured(tiny_config, max_steps=4)
         config.optim.clip_norm = clip_norm
@@ -89,7 +89,7 @@ def test_a_gradient_that_is_no_number_behind_a_finite_loss(tiny_config: MakeConf
         assert all(weights.isfinite().all() for weights in trainer.unwrapped_model.state_dict().values())
 
 
-def test_ten_in_a_row_stop_the_run(tiny_config: MakeConfig) -> None:
+def test_ten_consecutive_skips_end_the_run(tiny_config: MakeConfig) -> None:
     config = configured(tiny_config, save_every=2, max_steps=15)
     trainer = Trainer(config)
     poison(trainer, *range(6, 99))
@@ -104,7 +104,7 @@ def test_ten_in_a_row_stop_the_run(tiny_config: MakeConfig) -> None:
 
 
 def break_weights(trainer: Trainer, after_step: int) -> None:
-    """A weight becomes infinite in a step that itself was sound."""
+    """Make a weight infinite after a step whose loss and gradients are finite."""
     step = trainer.step
 
     def broken(batches: Sequence[Batch]) -> dict[str, Tensor] | None:
@@ -117,8 +117,8 @@ def break_weights(trainer: Trainer, after_step: int) -> None:
     trainer.step = broken  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("save_every", [3, 5], ids=["seen at the next loss", "seen before it is saved"])
-def test_weights_that_are_no_numbers_come_back_from_the_last_checkpoint(
+@pytest.mark.parametrize("save_every", [3, 5], ids=["detected at the next loss", "detected before saving"])
+def test_non_finite_weights_are_restored_from_the_last_checkpoint(
     tiny_config: MakeConfig, caplog: pytest.LogCaptureFixture, save_every: int
 ) -> None:
     config = configured(tiny_config, save_every=save_every, eval_every=99, keep=9)
@@ -126,7 +126,7 @@ def test_weights_that_are_no_numbers_come_back_from_the_last_checkpoint(
     break_weights(trainer, after_step=10)
     trainer.fit()
     saved = "step_000009" if save_every == 3 else "step_000005"
-    assert f"not finite after step {11 if save_every == 3 else 10}: training goes on with those of" in caplog.text
+    assert f"not finite after step {11 if save_every == 3 else 10}: restored from" in caplog.text
     assert saved in caplog.text
     assert trainer.progress.step == 15
     assert trainer.progress.restored == 1
@@ -136,10 +136,10 @@ def test_weights_that_are_no_numbers_come_back_from_the_last_checkpoint(
         assert all(value.isfinite().all() for value in state["ema"]["averages"])
     rates = [row["lr"] for row in history(config) if "lr" in row]
     assert len(rates) >= 14
-    assert all(later < earlier for earlier, later in pairwise(rates)), "the schedule went on"
+    assert all(later < earlier for earlier, later in pairwise(rates)), "the schedule continued"
 
 
-def test_without_a_checkpoint_nothing_comes_back(tiny_config: MakeConfig) -> None:
+def test_non_finite_weights_without_a_checkpoint_end_the_run(tiny_config: MakeConfig) -> None:
     trainer = Trainer(configured(tiny_config))
     break_weights(trainer, after_step=2)
     with pytest.raises(TrainingError, match=r"the weights head\..* are not finite after step 3"):
@@ -161,20 +161,20 @@ def poisoned(output, batch):
 
 trainer.unwrapped_model.loss = poisoned
 trainer.fit()
-sys.stdout.write(f"skipped {trainer.progress.skipped}\\n")  # at once, for two processes write
+sys.stdout.write(f"skipped {trainer.progress.skipped}\\n")  # one call, because two processes write
 del trainer, loss
 shut_down()
 """
 
 
-def test_processes_agree_to_skip(tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_all_processes_skip_the_same_step(tiny_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump_config(configured(tiny_config, max_steps=4)))
     (tmp_path / "train.py").write_text(SCRIPT)
     assert launch(tmp_path).count("skipped 1") == 2
 
 
-def test_a_scaler_of_gradients_goes_on_after_a_step_that_was_not_taken(tiny_config: MakeConfig) -> None:
-    """As in fp16, which needs a GPU: the scaler is told of the end of every step, and overflows are its own affair."""
+def test_a_gradient_scaler_continues_after_a_skipped_step(tiny_config: MakeConfig) -> None:
+    """As in fp16, which needs a GPU: every step is closed for the scaler, and overflows are not counted as skips."""
     trainer = Trainer(configured(tiny_config, max_steps=6))
     accelerator = trainer.accelerator
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)

@@ -1,4 +1,4 @@
-"""One optimiser step: gradients, rates, averages, precision, and encoders that are frozen."""
+"""One optimizer step: gradients, learning rates, averages, precision and frozen encoders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vg.types import Batch
 MakeConfig = Callable[..., RunConfig]
 
 
-def test_accumulated_batches_equal_the_big_batch(tiny_config: MakeConfig) -> None:
+def test_accumulated_batches_equal_one_large_batch(tiny_config: MakeConfig) -> None:
     """Twelve samples: three steps of four, as one batch each or as two batches of two."""
     data = {"train": {"name": "shapes", "split": "val", "image_size": 64, "size": 12}}
     moments, losses = [], []
@@ -35,7 +35,7 @@ def test_accumulated_batches_equal_the_big_batch(tiny_config: MakeConfig) -> Non
         trainer.fit()
         assert trainer.progress.step == 3
         losses.append([row["loss"] for row in history(config) if "loss" in row])
-        # Means of the gradients: the weights themselves differ where AdamW blows up the rounding of a zero gradient.
+        # Averaged gradients, because AdamW amplifies rounding errors of zero gradients in the weights.
         moments.append([state["exp_avg"] for state in trainer.optimizer.state.values()])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert sum(moment.abs().sum() for moment in moments[0]) > 0.1
@@ -43,8 +43,8 @@ def test_accumulated_batches_equal_the_big_batch(tiny_config: MakeConfig) -> Non
         torch.testing.assert_close(accumulated, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_the_last_batches_of_an_epoch_weigh_as_much_as_a_whole_step(tiny_config: MakeConfig) -> None:
-    """Three batches, two of them to a step: the second step has one batch, which must not count half."""
+def test_an_incomplete_last_step_of_an_epoch_has_a_mean_gradient_too(tiny_config: MakeConfig) -> None:
+    """Three batches, two per step: the gradient of the single batch of the second step must not be halved."""
     data = {"train": {"name": "shapes", "split": "val", "image_size": 64, "size": 6}, "batch_size": 2}
     config = tiny_config(model=NO_DROPOUT, data=data, train={"accumulate": 2, "epochs": 1})
     trainer = scripted(Trainer(config), [0.5])
@@ -76,11 +76,11 @@ def test_the_last_batches_of_an_epoch_weigh_as_much_as_a_whole_step(tiny_config:
         ]
         (sum(losses) / len(losses)).backward()
         expected = [p.grad for p in trainer.unwrapped_model.parameters() if p.grad is not None]
-        for found, wanted in zip(gradients[group], expected, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+        for found, gradient in zip(gradients[group], expected, strict=True):
+            torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_rates_of_groups_reach_the_optimizer(tiny_config: MakeConfig) -> None:
+def test_learning_rates_of_groups_are_used(tiny_config: MakeConfig) -> None:
     config = tiny_config(optim={"lr": 1e-3, "warmup_steps": 1, "groups": {"text": {"lr": 0.0}}}, train={"max_steps": 2})
     trainer = Trainer(config)
     before = {name: value.clone() for name, value in trainer.unwrapped_model.state_dict().items()}
@@ -91,7 +91,7 @@ def test_rates_of_groups_reach_the_optimizer(tiny_config: MakeConfig) -> None:
     assert not any(name.startswith("text.") for name in changed)
 
 
-def test_the_average_is_evaluated_and_published(tiny_config: MakeConfig) -> None:
+def test_the_ema_weights_are_evaluated_and_exported(tiny_config: MakeConfig) -> None:
     config = tiny_config(train={"ema": 0.9, "max_steps": 3})
     trainer = Trainer(config)
     evaluated = {}
@@ -104,8 +104,8 @@ def test_the_average_is_evaluated_and_published(tiny_config: MakeConfig) -> None
     trainer.fit()
     assert trainer.state.ema is not None
     trained = trainer.unwrapped_model.state_dict()
-    published, _ = read_model(config.train.output)
-    for name, value in published.state_dict().items():
+    exported, _ = read_model(config.train.output)
+    for name, value in exported.state_dict().items():
         assert value.equal(evaluated[name])
     assert any(not value.equal(trained[name]) for name, value in evaluated.items())
 
@@ -121,7 +121,7 @@ def test_bf16_trains_and_gives_float32_weights_and_boxes(tiny_config: MakeConfig
 
 @pytest.fixture
 def pretrained(tmp_path: Path) -> dict[str, str]:
-    """Local folders that hold encoders as the Hub does."""
+    """Local folders with encoders in the format of the Hub."""
     folders = {}
     for name, architecture in (("vision", VISION), ("text", TEXT)):
         torch.manual_seed(len(name))
@@ -130,7 +130,7 @@ def pretrained(tmp_path: Path) -> dict[str, str]:
     return folders
 
 
-def test_frozen_encoders_stay_as_they_are(tiny_config: MakeConfig, pretrained: dict[str, str]) -> None:
+def test_frozen_encoders_do_not_change(tiny_config: MakeConfig, pretrained: dict[str, str]) -> None:
     vocabulary = str(Path(__file__).parents[2] / "vg" / "models" / "small_vocabulary.txt")
     encoders = {"vision": {"id": pretrained["vision"]}, "text": {"id": pretrained["text"], "tokenizer": vocabulary}}
     config = tiny_config(
@@ -157,8 +157,8 @@ def test_frozen_encoders_stay_as_they_are(tiny_config: MakeConfig, pretrained: d
         if name in frozen:
             assert parameter.grad is None, name
             assert parameter.equal(frozen[name]), name
-    optimised = {p for group in trainer.optimizer.param_groups for p in group["params"]}
-    assert optimised == set(trainer.unwrapped_model.head.parameters())
+    optimized = {p for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert optimized == set(trainer.unwrapped_model.head.parameters())
     saved = load_file(Path(config.train.output) / "best" / "model.safetensors")
     assert saved
     assert all(name.startswith("head.") for name in saved)

@@ -1,4 +1,4 @@
-"""The training loop: it learns, it keeps what it promises to keep, and trouble is loud."""
+"""The training loop: learning, evaluations, checkpoints and errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def checkpoints(config: RunConfig) -> list[str]:
 
 
 def poison(trainer: Trainer, at_step: int, term: str) -> None:
-    """Makes one loss term NaN at a step."""
+    """Make one loss term NaN at a step."""
     loss = trainer.unwrapped_model.loss
 
     def poisoned(output: Any, batch: Any) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ def poison(trainer: Trainer, at_step: int, term: str) -> None:
     ],
     ids=["dense", "pooled"],
 )
-def test_four_samples_overfit(tiny_config: MakeConfig, head: dict[str, Any], epochs: int) -> None:
+def test_overfit_four_samples(tiny_config: MakeConfig, head: dict[str, Any], epochs: int) -> None:
     four = {"name": "shapes", "split": "val", "image_size": 64, "size": 4}
     config = tiny_config(
         model=NO_DROPOUT | {"head": head},
@@ -61,7 +61,7 @@ def test_four_samples_overfit(tiny_config: MakeConfig, head: dict[str, Any], epo
     assert results["data"] == "shapes (expression, seed 0)"
 
 
-def test_what_a_run_leaves_behind(tiny_config: MakeConfig) -> None:
+def test_files_and_history_of_a_run(tiny_config: MakeConfig) -> None:
     config = tiny_config(train={"trackers": ["tensorboard"]})
     results = Trainer(config).fit()
     folder = Path(config.train.output)
@@ -78,7 +78,7 @@ def test_what_a_run_leaves_behind(tiny_config: MakeConfig) -> None:
     assert max(row["miou"] for row in evaluations) == results["miou"]
 
 
-def test_evaluations_and_checkpoints_come_when_they_are_due(tiny_config: MakeConfig) -> None:
+def test_intervals_of_evaluations_and_checkpoints(tiny_config: MakeConfig) -> None:
     config = tiny_config(train={"eval_every": 3, "save_every": 4, "keep": 9, "max_steps": 8, "log_every": 100})
     trainer = scripted(Trainer(config), [0.1, 0.2, 0.3])
     trainer.fit()
@@ -88,7 +88,7 @@ def test_evaluations_and_checkpoints_come_when_they_are_due(tiny_config: MakeCon
     assert history(config)[-2]["lr"] == pytest.approx(0, abs=1e-12), "the schedule ends with max_steps"
 
 
-def test_the_oldest_checkpoints_go(tiny_config: MakeConfig) -> None:
+def test_the_oldest_checkpoints_are_removed(tiny_config: MakeConfig) -> None:
     config = tiny_config(train={"save_every": 2, "keep": 2})
     trainer = Trainer(config)
     assert trainer.num_steps == 10
@@ -96,7 +96,7 @@ def test_the_oldest_checkpoints_go(tiny_config: MakeConfig) -> None:
     assert checkpoints(config) == ["step_000008", "step_000010"]
 
 
-def test_checkpoints_are_in_the_order_of_their_steps(tiny_config: MakeConfig) -> None:
+def test_checkpoints_are_ordered_by_step(tiny_config: MakeConfig) -> None:
     folder = Trainer(tiny_config()).folder
     for step in (999_999, 1_000_000, 5):
         (folder.path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
@@ -104,7 +104,7 @@ def test_checkpoints_are_in_the_order_of_their_steps(tiny_config: MakeConfig) ->
     assert [path.name for path in folder.checkpoints()] == ["step_000005", "step_999999", "step_1000000"]
 
 
-def test_best_holds_the_best_and_not_the_last(tiny_config: MakeConfig) -> None:
+def test_best_contains_the_best_checkpoint_instead_of_the_last(tiny_config: MakeConfig) -> None:
     config = tiny_config(train={"eval_every": 2, "keep": 9})
     results = scripted(Trainer(config), [0.1, 0.5, 0.5, 0.4, 0.2]).fit()
     assert (results["step"], results["miou"]) == (4, 0.5), "the first of two equals"
@@ -122,7 +122,7 @@ def test_an_unknown_best_metric_is_named(tiny_config: MakeConfig) -> None:
         Trainer(tiny_config(train={"best_metric": "iou"})).fit()
 
 
-def test_patience_ends_a_run_and_a_resumed_one_stays_ended(tiny_config: MakeConfig) -> None:
+def test_early_stopping_persists_when_resumed(tiny_config: MakeConfig) -> None:
     config = tiny_config(train={"eval_every": 1, "patience": 3})
     trainer = scripted(Trainer(config), [0.1, 0.5, 0.4, 0.3, 0.2, 0.9])
     assert trainer.fit()["step"] == 2
@@ -134,29 +134,29 @@ def test_patience_ends_a_run_and_a_resumed_one_stays_ended(tiny_config: MakeConf
     config.train.patience = 4
     resumed = scripted(Trainer(config, resume=True), [0.2])
     assert resumed.fit()["step"] == 2
-    assert resumed.progress.step == 6, "with more patience it goes on"
+    assert resumed.progress.step == 6, "it continues with more patience"
 
 
-def test_a_run_is_never_overwritten_by_accident(tiny_config: MakeConfig) -> None:
+def test_an_existing_run_is_not_overwritten_without_the_flag(tiny_config: MakeConfig) -> None:
     config = tiny_config(train={"max_steps": 1})
     with pytest.raises(CheckpointError, match=r"nothing to resume: no checkpoint in .*checkpoints"):
         Trainer(config, resume=True)
     Trainer(config).fit()
     before = history(config)
-    with pytest.raises(CheckpointError, match=r"\(checkpoints/step_000001\): go on with --resume, .*--overwrite"):
+    with pytest.raises(CheckpointError, match=r"\(checkpoints/step_000001\): continue it with --resume, .*--overwrite"):
         Trainer(config)
     assert history(config) == before
     config.optim.groups = {"nowhere": GroupConfig()}
     with pytest.raises(ValueError, match="nowhere"):
         Trainer(config, overwrite=True)
-    assert history(config) == before, "nothing is removed for a run that cannot begin"
+    assert history(config) == before, "nothing is removed if the new run cannot start"
     config.optim.groups = {}
     Trainer(config, overwrite=True)
     assert history(config) == []
     assert not Path(config.train.output, "checkpoints").exists()
 
 
-def test_a_loss_that_is_no_number_is_named_and_never_saved(tiny_config: MakeConfig) -> None:
+def test_a_non_finite_loss_raises_and_is_never_saved(tiny_config: MakeConfig) -> None:
     config = tiny_config(data={"batch_size": 2}, train={"accumulate": 2, "save_every": 2, "log_every": 3})
     trainer = Trainer(config)
     poison(trainer, 5, "l1")
@@ -170,14 +170,14 @@ def test_a_loss_that_is_no_number_is_named_and_never_saved(tiny_config: MakeConf
     assert resumed.progress.step == resumed.num_steps == 10
 
 
-def test_the_first_bad_step_is_named_not_the_last(tiny_config: MakeConfig) -> None:
+def test_the_first_non_finite_step_is_named(tiny_config: MakeConfig) -> None:
     trainer = Trainer(tiny_config(train={"log_every": 8, "eval_every": 8}))
     poison(trainer, 3, "giou")
     with pytest.raises(TrainingError, match=r"not finite at step 3: .*giou = nan"):
         trainer.fit()
 
 
-def test_a_gradient_that_is_no_number_behind_a_finite_loss_is_never_saved(tiny_config: MakeConfig) -> None:
+def test_non_finite_weights_are_never_saved(tiny_config: MakeConfig) -> None:
     config = tiny_config(train={"save_every": 1})
     trainer = Trainer(config)
     weight = next(trainer.unwrapped_model.head.parameters())
@@ -187,13 +187,13 @@ def test_a_gradient_that_is_no_number_behind_a_finite_loss_is_never_saved(tiny_c
     assert checkpoints(config) == ["step_000001", "step_000002"]
 
 
-def test_what_others_keep_in_the_folder_stays(tiny_config: MakeConfig) -> None:
+def test_foreign_files_in_the_folder_are_kept(tiny_config: MakeConfig) -> None:
     config = tiny_config(train={"max_steps": 1})
     mine = [Path(config.train.output, *parts) for parts in (("logs", "mine"), ("checkpoints", "mine"), ("notes.txt",))]
     for path in mine:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    with pytest.raises(CheckpointError, match=r"a run already \(checkpoints/mine\)"):
+    with pytest.raises(CheckpointError, match=r"already contains a run \(checkpoints/mine\)"):
         Trainer(config)
     mine[1].unlink()
     Trainer(config).fit()
