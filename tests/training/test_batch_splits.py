@@ -31,22 +31,27 @@ EPS = 1e-4
 SCRIPT = """
 import sys, torch
 from vg.config import load_config
+from vg.distributed import shut_down
 from vg.training.trainer import Trainer
 
-trainer = Trainer(load_config(sys.argv[1]), overwrite=True)
-for group in trainer.optimizer.param_groups:
-    group["eps"] = float(sys.argv[3])
-clip, gradients = trainer.accelerator.clip_grad_norm_, []
+def main():
+    trainer = Trainer(load_config(sys.argv[1]), overwrite=True)
+    for group in trainer.optimizer.param_groups:
+        group["eps"] = float(sys.argv[3])
+    clip, gradients = trainer.accelerator.clip_grad_norm_, []
 
-def record(parameters, norm):
-    named = trainer.unwrapped_model.named_parameters()
-    gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
-    return clip(parameters, norm)
+    def record(parameters, norm):
+        named = trainer.unwrapped_model.named_parameters()
+        gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+        return clip(parameters, norm)
 
-trainer.accelerator.clip_grad_norm_ = record
-trainer.fit()
-if trainer.accelerator.is_main_process:
-    torch.save(gradients, sys.argv[2])
+    trainer.accelerator.clip_grad_norm_ = record
+    trainer.fit()
+    if trainer.accelerator.is_main_process:
+        torch.save(gradients, sys.argv[2])
+
+main()
+shut_down()
 """
 
 
