@@ -256,7 +256,10 @@ def test_a_partial_cache_is_not_used(folder: Path, name: str, damage: Any, messa
         ({"data": {"cache": None}}, "data.cache names no folder"),
         ({"model": {"vision": {"id": "v", "frozen": False}}}, "model.vision.frozen is false"),
         ({"model": {"vision": {"architecture": {"model_type": "resnet"}}}}, "model.vision has no id"),
-        ({"data": {"augment": {"flip": 0.5}}}, "augment changes pixels, but a cache holds features; use cache.views instead"),
+        (
+            {"data": {"augment": {"flip": 0.5}}},
+            "augment changes pixels, but a cache holds features; use cache.views instead",
+        ),
     ],
 )
 def test_what_cannot_be_cached_is_told(folder: Path, sections: dict[str, Any], message: str) -> None:
