@@ -264,5 +264,5 @@ def test_mistakes_of_models(checkpoints: dict[str, Path], tmp_path: Path) -> Non
     data = ["--suite", "refcoco", "--data", str(REAL), "--datasets", "refcoco", "--splits", "val"]
     with pytest.raises(SystemExit, match=r"is no checkpoint of vg, so that model\.width=3 cannot be set"):
         main(["eval", str(checkpoints["transformers"]), "model.width=3", *data])
-    with pytest.raises(SystemExit, match="holds neither config"):
+    with pytest.raises(SystemExit, match="contains neither config"):
         main(["eval", str(tmp_path), *data])

@@ -47,16 +47,16 @@ def reading(path: Path | str, bert: Any = BERT) -> str:
 def test_places_that_hold_no_checkpoint(tmp_path: Path) -> None:
     assert reading(tmp_path / "no.pth") == f"{tmp_path}/no.pth does not exist"
     assert "nobody/nothing is neither a file or folder here nor an id on the Hub" in reading("nobody/nothing")
-    assert "holds neither config.json (transformers) nor config.yaml (vg)" in reading(tmp_path)
+    assert "contains neither config.json (transformers) nor config.yaml (vg)" in reading(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "grounding-dino"}))
-    assert reading(tmp_path) == f"{tmp_path}: the folder holds no model.safetensors"
+    assert reading(tmp_path) == f"{tmp_path}: the folder contains no model.safetensors"
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "detr"}))
-    assert "config.json describes another architecture: detr" in reading(tmp_path)
+    assert "config.json is of another architecture: detr" in reading(tmp_path)
     (tmp_path / "config.json").unlink()
     for content in ("model: {name: rec}", "data: 3", "", "model: ["):
         (tmp_path / "config.yaml").write_text(content)
-        assert f"{tmp_path}: config.yaml describes no Grounding DINO" in reading(tmp_path)
+        assert f"{tmp_path}: config.yaml is not that of a Grounding DINO" in reading(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert str(tmp_path) in reading(tmp_path)
 
@@ -73,7 +73,9 @@ def test_files_that_hold_no_checkpoint(tmp_path: Path, official: Path) -> None:
     assert "cut.safetensors: " in reading(tmp_path / "cut.safetensors")
     for content in ([1, 2], {"epoch": 3}, {}, {"model": {}}):
         torch.save(content, tmp_path / "other.pth")
-        assert "no checkpoint: it holds no dictionary of tensors" in reading(tmp_path / "other.pth")
+        assert "not a checkpoint: neither a dictionary of tensors, nor one as `model` or `state_dict`" in reading(
+            tmp_path / "other.pth"
+        )
     torch.save({"backbone.conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}, tmp_path / "other.pth")
     assert "in any known dialect: its 2 tensors are backbone.conv1.weight, fc.bias, ..." in reading(
         tmp_path / "other.pth"
@@ -108,14 +110,14 @@ def test_one_tensor_under_two_names_must_be_one(official: Path) -> None:
 def test_what_cannot_be_told_without(official: Path, tmp_path: Path) -> None:
     stored = torch.load(official, weights_only=True)["model"]
     torch.save({name: tensor for name, tensor in stored.items() if "input_proj.2." not in name}, tmp_path / "odd.pth")
-    assert f"{tmp_path}/odd.pth: stages ([2, 3]) must rise and end with 4" in reading(tmp_path / "odd.pth")
+    assert f"{tmp_path}/odd.pth: stages ([2, 3]) must be ascending and end with 4" in reading(tmp_path / "odd.pth")
     message = reading(official, {})
-    assert "its text encoder has width 32; how many attention heads it has cannot be told" in message
+    assert "the text encoder has width 32, but its number of attention heads cannot be detected" in message
     assert "--tokenizer" in message
     changed(official, lambda tensors: tensors.pop("transformer.tgt_embed.weight"))
-    assert reading(official) == f"{official}: it holds no transformer.tgt_embed.weight"
+    assert reading(official) == f"{official}: the tensor transformer.tgt_embed.weight is missing"
     changed(official, lambda tensors: tensors.pop("backbone.0.patch_embed.proj.weight"))
-    assert "its backbone is neither a Swin transformer nor a ResNet" in reading(official)
+    assert "the backbone is neither a Swin transformer nor a ResNet" in reading(official)
     random_model(encoder_n_points=2).save_pretrained(tmp_path / "hf")
     assert "encoder_n_points and decoder_n_points differ" in reading(tmp_path / "hf")
 
@@ -130,7 +132,7 @@ def test_tensors_of_another_shape(official: Path) -> None:
     def narrow(tensors: dict[str, Tensor]) -> None:
         tensors["input_proj.1.0.weight"] = torch.zeros(64, 7, 1, 1)
 
-    assert "its input projections take [32, 7, 128] channels" in reading(changed(official, narrow))
+    assert "the input projections expect [32, 7, 128] channels" in reading(changed(official, narrow))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_tensors_of_another_shape(official: Path) -> None:
 def test_a_checkpoint_of_another_variant(official: Path, settings: dict[str, Any], difference: str) -> None:
     other = model(**settings)
     before = {name: tensor.clone() for name, tensor in other.own_state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"official\.pth holds another variant of the model") as caught:
+    with pytest.raises(CheckpointError, match=r"official\.pth is another variant of the model") as caught:
         load_into(other, official)
     assert difference in str(caught.value)
     assert all(tensor.equal(before[name]) for name, tensor in other.own_state_dict().items()), "nothing was loaded"
@@ -183,8 +185,12 @@ def test_another_text_encoder(official: Path) -> None:
         (LEARNED, "transformers", "class logits of scale `learned` without a bias"),
         (LEARNED, "official", "class logits of scale `learned` without a bias"),
         (MM, "official", "class logits of scale `width` with a bias"),
-        ({"points": 2}, "official", "place for a number of points"),
-        ({"position_temperature": 10.0}, "mmdet", "place for a number of points or a position temperature"),
+        ({"points": 2}, "official", "model.points other than 4"),
+        (
+            {"position_temperature": 10.0},
+            "mmdet",
+            "model.points other than 4 or model.position_temperature other than 20",
+        ),
         ({"position_temperature": 0.5}, "transformers", "position temperature 0.5"),
     ],
 )
@@ -192,7 +198,7 @@ def test_a_dialect_that_has_no_words_for_a_model(
     tmp_path: Path, settings: dict[str, Any], dialect: Any, reason: str
 ) -> None:
     source = model(**settings)
-    with pytest.raises(CheckpointError, match=f"the {dialect} dialect has no {reason}"):
+    with pytest.raises(CheckpointError, match=f"the {dialect} dialect does not support {reason}"):
         write_checkpoint(source.own_state_dict(), source.config, None, tmp_path / "out", dialect)
     assert not list(tmp_path.iterdir())
 
@@ -200,7 +206,7 @@ def test_a_dialect_that_has_no_words_for_a_model(
 def test_weights_that_are_not_those_of_the_configuration(tmp_path: Path) -> None:
     source = model()
     weights = source.own_state_dict()
-    with pytest.raises(CheckpointError, match=r"no place for extra\.weight"):
+    with pytest.raises(CheckpointError, match=r"does not support extra\.weight"):
         write_checkpoint(weights | {"extra.weight": torch.zeros(1)}, source.config, None, tmp_path / "x", "mmdet")
     rest = {name: tensor for name, tensor in weights.items() if name != "text.projection.bias"}
     with pytest.raises(CheckpointError, match=r"the weights lack text\.projection\.bias"):
@@ -228,10 +234,10 @@ def test_the_verb_ends_in_a_message(official: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "bert" / "vocab.txt").unlink()
     message = converting(official, tmp_path / "out", "--to", "vg", *options)
     assert str(tmp_path / "bert") in message
-    assert "name the folder or Hub id of the BERT that the model was trained with: --tokenizer" in message
+    assert "pass the folder or Hub id of the BERT that the model was trained with: --tokenizer" in message
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(f"word{number}" for number in range(2000)))
     message = converting(official, tmp_path / "out", "--to", "transformers", *options)
-    assert "is not that of this checkpoint, whose text encoder knows 1040" in message
+    assert "does not fit this checkpoint, whose text encoder has 1040" in message
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -248,7 +254,10 @@ def test_a_refused_dialect_leaves_nothing(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "bert")
     options = ("--tokenizer", tmp_path / "bert")
     message = converting(tmp_path / "mm.pth", tmp_path / "out.pth", "--to", "official", *options)
-    assert message == "error: the official dialect has no class logits of scale `width` with a bias (model.classes)"
+    assert (
+        message
+        == "error: the official dialect does not support class logits of scale `width` with a bias (model.classes)"
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"mm.pth", "bert"}
 
 

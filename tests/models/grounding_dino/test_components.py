@@ -11,9 +11,9 @@ from torch import Tensor
 from tests.models.grounding_dino.tiny import tiny_config
 from vg.models.grounding_dino.attention import drop_path, inverse_sigmoid
 from vg.models.grounding_dino.config import ClassHeadConfig
-from vg.models.grounding_dino.encoder import FusionLayer, GatedFusionLayer
-from vg.models.grounding_dino.queries import ClassHead
-from vg.models.grounding_dino.text import TextFeatures
+from vg.models.grounding_dino.feature_enhancer import FusionLayer, GatedFusionLayer
+from vg.models.grounding_dino.query_selection import ClassHead
+from vg.models.grounding_dino.text_encoder import TextFeatures
 
 B, S, T, D = 2, 30, 7, 64
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.models.grounding_dino.tiny import tiny_config
-from vg.models.grounding_dino import encoder
-from vg.models.grounding_dino.encoder import FusionLayer, in_parts
+from vg.models.grounding_dino import feature_enhancer
+from vg.models.grounding_dino.feature_enhancer import FusionLayer, token_chunks
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder, "TOKENS_AT_ONCE", 8)  # of two images together
+    monkeypatch.setattr(feature_enhancer, "CHUNK_TOKENS", 8)  # of two images together
 
 
 def fusion() -> FusionLayer:
@@ -45,7 +45,7 @@ def test_a_softmax_over_parts_is_the_softmax_over_all(padded: bool, size: float)
     image_mask = torch.stack((torch.arange(27) >= 9, torch.arange(27) < 20)) if padded else None
     text_mask = torch.arange(5) < torch.tensor([[5], [3]])
     with torch.no_grad():
-        assert len(in_parts(image)) == 7
+        assert len(token_chunks(image)) == 7
         for_image, for_text = layer.attend(image, text, image_mask, text_mask)
     together_image, together_text = layer.attend(image, text, image_mask, text_mask)  # with gradients: one part
     torch.testing.assert_close(for_image, together_image, atol=1e-5 * size, rtol=1e-5)
@@ -56,9 +56,9 @@ def test_a_softmax_over_parts_is_the_softmax_over_all(padded: bool, size: float)
 
 def test_parts_only_where_nothing_is_kept() -> None:
     x, mask = torch.randn(2, 27, 3), torch.ones(2, 27, dtype=torch.bool)
-    assert len(in_parts(x)) == 1, "gradients need it all"
+    assert len(token_chunks(x)) == 1, "gradients need it all"
     with torch.no_grad():
-        parts = in_parts(x, mask)
+        parts = token_chunks(x, mask)
     assert [part.shape[1] for part, _ in parts] == [4] * 6 + [3]
     assert torch.cat([part for part, _ in parts], dim=1).equal(x)
     assert torch.cat([inside for _, inside in parts], dim=1).equal(mask)
