@@ -1,4 +1,4 @@
-"""Each prompt asks for the boxes whose phrase it holds."""
+"""Prompt targets: every prompt gets the boxes whose phrase it contains."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def target(phrase_ids: list[int], crowd: list[bool] | None = None) -> Target:
 
 
 def text(phrases: list[dict[int, list[int]]], image_ids: list[int], num_tokens: int = 6) -> Text:
-    """One prompt for each dict: phrase -> its tokens."""
+    """One prompt per dict, which maps a phrase to its tokens."""
     phrase_tokens = torch.zeros(len(phrases), 3, num_tokens, dtype=torch.bool)
-    for row, places in enumerate(phrases):
-        for phrase, columns in places.items():
+    for row, tokens in enumerate(phrases):
+        for phrase, columns in tokens.items():
             phrase_tokens[row, phrase, columns] = True
     ones = torch.ones(len(phrases), num_tokens)
     return Text(ones.long(), ones.bool(), phrase_tokens, torch.tensor(image_ids))
 
 
-def test_the_phrases_of_an_image_in_several_prompts() -> None:
-    """Phrase 1 of the second image is in its second prompt, phrase 2 in none."""
+def test_phrases_of_an_image_in_several_prompts() -> None:
+    """Phrase 1 of the second image is in its second prompt, phrase 2 is in neither."""
     prompts = text([{0: [1], 1: [3, 4]}, {0: [2]}, {1: [1, 2]}], [0, 1, 1])
     found = prompt_targets(prompts, [target([1]), target([1, 0, 2, 1, 0])])
     assert found.counts == (1, 2, 2)
@@ -46,7 +46,7 @@ def test_the_phrases_of_an_image_in_several_prompts() -> None:
     assert not found.tokens[~found.mask].any()
 
 
-def test_crowds_are_not_learned() -> None:
+def test_crowd_regions_are_left_out() -> None:
     found = prompt_targets(text([{0: [1]}, {0: [1]}], [0, 1]), [target([0, 0], [True, False]), target([0])])
     assert found.counts == (1, 1)
     torch.testing.assert_close(found.boxes[:, 0, 0], torch.tensor([0.1, 0.0]))

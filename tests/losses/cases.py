@@ -1,4 +1,4 @@
-"""Answers of queries and what they should have been, for the tests of matching and set loss."""
+"""Random predictions and ground truth for the tests of matching and set loss."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Case(NamedTuple):
     mask: Tensor  # [R, T]
 
     def rows(self, rows: list[int]) -> Case:
-        """Some prompts of a batch, or all in another order."""
+        """Select or reorder the prompts of a batch."""
         targets = self.targets.apply(lambda x: x[rows])._replace(counts=tuple(self.targets.counts[r] for r in rows))
         return Case(self.logits[:, rows], self.boxes[:, rows], targets, self.mask[rows])
 
     def cut(self) -> Case:
-        """The same without padding, as far as all rows allow."""
+        """Remove padding that all rows have in common."""
         boxes, tokens = max(self.targets.counts), int(self.mask.sum(dim=1).max())
         targets = PromptTargets(
             self.targets.boxes[:, :boxes],
@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 
 def random_boxes(*shape: int) -> Tensor:
-    """[..., 4] cxcywh inside of 0..1."""
+    """[..., 4] cxcywh inside 0..1."""
     size = torch.rand(*shape, 2) * 0.4 + 0.05
     return torch.cat((size / 2 + torch.rand(*shape, 2) * (1 - size), size), dim=-1)
 
@@ -43,12 +43,12 @@ def random_boxes(*shape: int) -> Tensor:
 def random_case(
     counts: tuple[int, ...] = (3, 0, 5, 1), lengths: tuple[int, ...] = (9, 4, 12, 6), queries: int = 8, layers: int = 3
 ) -> Case:
-    """Prompts with so many boxes and tokens each, padded beyond both, the padding full of rubbish."""
+    """Draw prompts with these numbers of boxes and tokens; the padding of both contains random values."""
     torch.manual_seed(0)
     rows, num_boxes, num_tokens = len(counts), max(counts) + 1, max(lengths) + 2
     mask = torch.arange(num_tokens) < torch.tensor(lengths).unsqueeze(1)  # [R, T]
     tokens = torch.rand(rows, num_boxes, num_tokens) < 0.3
-    tokens[..., 1] = True  # every box has a name
+    tokens[..., 1] = True  # every box has a positive token
     tokens &= mask.unsqueeze(1)
     real = torch.arange(num_boxes) < torch.tensor(counts).unsqueeze(1)  # [R, N]
     tokens &= real.unsqueeze(-1)

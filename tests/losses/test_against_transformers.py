@@ -1,8 +1,8 @@
-"""A batch where every image has a prompt of its own: our targets are right, those of transformers are not.
+"""A batch with a different prompt per image: the targets of vg are correct, those of transformers are not.
 
-transformers (GroundingDinoImageLoss._get_target_classes_one_hot) joins the phrases of all images to one table and looks
-for those of image i behind as many rows as image i has itself, not as all images before it have. This is right for a
-single image, and where all images share one prompt.
+transformers (GroundingDinoImageLoss._get_target_classes_one_hot) concatenates the phrases of all images and computes
+the offset of image i from the number of its own phrases, not from the phrases of all images before it. This is correct
+for a single image, and if all images share one prompt.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ def wrong(error: type[Exception]) -> pytest.MarkDecorator:
     return pytest.mark.xfail(
         strict=True,
         raises=error,
-        reason="transformers takes the tokens of a phrase from the prompt of another image. If this passes, it has "
-        "mended GroundingDinoForObjectDetectionLoss: take the mark away, and correct what we say of it",
+        reason="transformers takes the tokens of a phrase from the prompt of another image. If this passes, "
+        "GroundingDinoForObjectDetectionLoss is fixed: remove this mark and update our statements about it",
     )
 
 
-# Where a later prompt has more phrases than all others together it looks behind the end of its table; else it trains.
-WRONG = {kind: wrong(IndexError if kind == "two images" else AssertionError) for kind in DIFFERENT}
+# If a later prompt has more phrases than all others together, the index is out of range; else training is wrong.
+WRONG = {case: wrong(IndexError if case == "two images" else AssertionError) for case in DIFFERENT}
 
 
 def vg_loss(
     logits: Tensor, boxes: Tensor, targets: PromptTargets, text: Text, encoder: Encoder | None = None
 ) -> Tensor:
-    """With the weights and the matching of transformers, so that nothing but the targets can differ."""
+    """The loss of vg with the weights and matching of transformers, so that only the targets can differ."""
     return torch.stack(list(SetLoss(SETTINGS)(logits, boxes, targets, text.mask, encoder).values())).sum()
 
 
 def batch_of(prompts: list[list[str]]) -> Batch:
-    """Images with two boxes of each phrase, the boxes of the last phrase first."""
+    """Images with two boxes per phrase, those of the last phrase first."""
     torch.manual_seed(len(prompts))
     samples = []
     for number, phrases in enumerate(prompts):
@@ -76,8 +76,8 @@ def batch_of(prompts: list[list[str]]) -> Batch:
     return Collator(FittedImage(32, 32), TextSpec(TOKENIZER, 64, (".", "?")), one_prompt=True)(samples)
 
 
-def answers(batch: Batch, targets: PromptTargets) -> tuple[Tensor, Tensor]:
-    """Logits [1, R, Q, T] of no opinion, and boxes [1, R, Q, 4]: query n shows box n, the others show none."""
+def predictions(batch: Batch, targets: PromptTargets) -> tuple[Tensor, Tensor]:
+    """Zero logits [1, R, Q, T], and boxes [1, R, Q, 4]: query n predicts box n, the rest tiny boxes in a corner."""
     rows, num_tokens = batch.text.mask.shape
     logits = torch.zeros(1, rows, QUERIES, num_tokens).masked_fill(~batch.text.mask.unsqueeze(1), -torch.inf)
     boxes = torch.tensor([0.005, 0.005, 0.01, 0.01]).repeat(1, rows, QUERIES, 1)
@@ -89,32 +89,32 @@ def answers(batch: Batch, targets: PromptTargets) -> tuple[Tensor, Tensor]:
 with_both_losses = pytest.mark.parametrize(
     ("loss", "prompts"),
     [
-        pytest.param(loss, prompts, id=f"{name}, {kind}", marks=marks.get(kind, []))
+        pytest.param(loss, prompts, id=f"{name}, {case}", marks=marks.get(case, []))
         for name, loss, marks in (("vg", vg_loss, {}), ("transformers", transformers_loss, WRONG))
-        for kind, prompts in (SAME | DIFFERENT).items()
+        for case, prompts in (SAME | DIFFERENT).items()
     ],
 )
 
 
 @with_both_losses
-def test_queries_are_taught_the_words_of_their_own_box(loss: Loss, prompts: list[list[str]]) -> None:
+def test_gradients_raise_the_tokens_of_the_matched_phrase(loss: Loss, prompts: list[list[str]]) -> None:
     batch = batch_of(prompts)
     targets = batch.prompt_targets
-    logits, boxes = answers(batch, targets)
+    logits, boxes = predictions(batch, targets)
     loss(logits.requires_grad_(), boxes, targets, batch.text).backward()
     assert logits.grad is not None
-    taught = logits.grad[0] < 0  # [R, Q, T]
+    raised = logits.grad[0] < 0  # [R, Q, T]
     for row, target in enumerate(batch.targets):
-        words = [TOKENIZER.decode(batch.text.token_ids[row][tokens]) for tokens in taught[row]]
+        words = [TOKENIZER.decode(batch.text.token_ids[row][tokens]) for tokens in raised[row]]
         expected = [target.phrases[phrase] for phrase in target.phrase_ids.tolist()]
         assert words == expected + [""] * (QUERIES - len(expected)), f"image {row}"
 
 
 @with_both_losses
-def test_right_answers_cost_nothing(loss: Loss, prompts: list[list[str]]) -> None:
+def test_perfect_predictions_have_no_loss(loss: Loss, prompts: list[list[str]]) -> None:
     batch = batch_of(prompts)
     targets = batch.prompt_targets
-    logits, boxes = answers(batch, targets)
+    logits, boxes = predictions(batch, targets)
     logits -= 20.0
     for row, target in enumerate(batch.targets):
         logits[0, row, : len(target.boxes)][batch.text.phrase_tokens[row, target.phrase_ids]] = 20.0
@@ -122,31 +122,31 @@ def test_right_answers_cost_nothing(loss: Loss, prompts: list[list[str]]) -> Non
 
 
 @with_both_losses
-def test_a_batch_costs_what_its_images_cost(loss: Loss, prompts: list[list[str]]) -> None:
-    """With rubbish for answers of three layers and of the encoder: every loss against itself."""
+def test_the_loss_of_a_batch_equals_that_of_its_images(loss: Loss, prompts: list[list[str]]) -> None:
+    """With random outputs of three layers and the encoder: every loss against itself."""
     batch = batch_of(prompts)
     targets = batch.prompt_targets
-    logits, boxes, encoder = rubbish(batch)
-    together = loss(logits, boxes, targets, batch.text, encoder)
+    logits, boxes, encoder = random_outputs(batch)
+    batched = loss(logits, boxes, targets, batch.text, encoder)
     alone = []
     for row, count in enumerate(targets.counts):
         only = slice(row, row + 1)
         one = targets.apply(lambda x, only=only: x[only])._replace(counts=(count,))
         text = Text(*(part[only] for part in batch.text))
         alone.append(count * loss(logits[:, only], boxes[:, only], one, text, (encoder[0][only], encoder[1][only])))
-    torch.testing.assert_close(together, torch.stack(alone).sum() / sum(targets.counts))
+    torch.testing.assert_close(batched, torch.stack(alone).sum() / sum(targets.counts))
 
 
 @pytest.mark.parametrize("prompts", SAME.values(), ids=SAME)
-def test_both_losses_agree_where_transformers_is_right(prompts: list[list[str]]) -> None:
+def test_both_losses_agree_if_transformers_is_correct(prompts: list[list[str]]) -> None:
     batch = batch_of(prompts)
     targets = batch.prompt_targets
-    logits, boxes, encoder = rubbish(batch)
+    logits, boxes, encoder = random_outputs(batch)
     ours, theirs = (loss(logits, boxes, targets, batch.text, encoder) for loss in (vg_loss, transformers_loss))
     torch.testing.assert_close(ours, theirs)
 
 
-def rubbish(batch: Batch) -> tuple[Tensor, Tensor, Encoder]:
+def random_outputs(batch: Batch) -> tuple[Tensor, Tensor, Encoder]:
     """Random logits [L, R, Q, T] and boxes [L, R, Q, 4] of three layers, and those of the encoder without L."""
     rows, num_tokens = batch.text.mask.shape
     logits = torch.randn(4, rows, QUERIES, num_tokens).masked_fill(~batch.text.mask.unsqueeze(1), -torch.inf)

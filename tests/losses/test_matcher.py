@@ -1,4 +1,4 @@
-"""The cheapest assignment of boxes to queries: by hand, by trying all, batched as one by one, and with broken costs."""
+"""Hungarian matching: costs by hand, exhaustive search, batching, and non-finite costs."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from vg.losses.matcher import _finite, match, match_costs
 
 SUM = LossConfig()
 MEAN = LossConfig(matching=MatchingConfig(class_cost="mean", class_weight=1))
-KINDS = pytest.mark.parametrize("config", [SUM, MEAN], ids=["sum", "mean"])
+BOTH_COSTS = pytest.mark.parametrize("config", [SUM, MEAN], ids=["sum", "mean"])
 
 
 def assert_cheapest(cost: Tensor, assignment: Tensor) -> None:
-    """cost [Q, N], assignment [Q]: no other way to show as many boxes as possible costs less."""
+    """cost [Q, N], assignment [Q]: no other assignment of as many boxes costs less."""
     queries = (assignment >= 0).nonzero().flatten().tolist()
-    shown = assignment[queries].tolist()
-    assert len(set(shown)) == len(shown) == min(cost.shape)
+    matched = assignment[queries].tolist()
+    assert len(set(matched)) == len(matched) == min(cost.shape)
     small = cost if cost.shape[0] >= cost.shape[1] else cost.T  # [many, few]
     cheapest = min(
         small[list(rows), range(small.shape[1])].sum() for rows in permutations(range(len(small)), min(cost.shape))
     )
-    assert cost[queries, shown].sum().item() == pytest.approx(cheapest.item(), rel=1e-5)
+    assert cost[queries, matched].sum().item() == pytest.approx(cheapest.item(), rel=1e-5)
 
 
-def test_class_costs_worked_out_by_hand() -> None:
+def test_class_costs_equal_values_computed_by_hand() -> None:
     case = random_case(counts=(1,), lengths=(3,), queries=1, layers=1)
     case.targets.tokens[:] = False
     case.targets.tokens[0, 0, :2] = True
@@ -39,15 +39,15 @@ def test_class_costs_worked_out_by_hand() -> None:
     p = case.logits[0, 0, 0, :3].sigmoid()
     positive, negative = -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log()
     only = {"l1": 0.0, "giou": 0.0, "class_weight": 1.0}
-    for kind, expected in (
+    for class_cost, expected in (
         ("sum", positive[0] + positive[1] + negative[2]),
         ("mean", (positive[0] - negative[0] + positive[1] - negative[1]) / 2),
     ):
-        config = LossConfig(matching=MatchingConfig(class_cost=kind, **only))  # type: ignore[arg-type]
+        config = LossConfig(matching=MatchingConfig(class_cost=class_cost, **only))  # type: ignore[arg-type]
         torch.testing.assert_close(match_costs(*case, config)[0, 0, 0, 0], expected)
 
 
-@KINDS
+@BOTH_COSTS
 def test_no_assignment_is_cheaper(config: LossConfig) -> None:
     case = random_case(counts=(3, 0, 4, 1), queries=6)
     found, costs = match(*case, config), match_costs(*case, config)
@@ -58,7 +58,7 @@ def test_no_assignment_is_cheaper(config: LossConfig) -> None:
             assert_cheapest(costs[layer, row, :, :count], found[layer, row])
 
 
-@KINDS
+@BOTH_COSTS
 def test_more_boxes_than_queries(config: LossConfig) -> None:
     case = random_case(counts=(6,), lengths=(9,), queries=3)
     found, costs = match(*case, config), match_costs(*case, config)
@@ -67,18 +67,20 @@ def test_more_boxes_than_queries(config: LossConfig) -> None:
         assert_cheapest(costs[layer, 0, :, :6], found[layer, 0])
 
 
-@KINDS
-def test_all_at_once_equals_one_by_one(config: LossConfig) -> None:
-    """Whatever stands in the padding of tokens and boxes."""
+@BOTH_COSTS
+def test_a_batch_equals_single_prompts(config: LossConfig) -> None:
+    """Whatever the padding of tokens and boxes contains."""
     case = random_case()
-    together = match(*case, config)
+    batched = match(*case, config)
     for layer in range(3):
         for row in range(4):
-            alone = case.rows([row]).cut()
-            single = match(alone.logits[layer : layer + 1], alone.boxes[layer : layer + 1], *alone[2:], config)
-            assert torch.equal(single[0, 0], together[layer, row])
+            single_case = case.rows([row]).cut()
+            single = match(
+                single_case.logits[layer : layer + 1], single_case.boxes[layer : layer + 1], *single_case[2:], config
+            )
+            assert torch.equal(single[0, 0], batched[layer, row])
     logits = case.logits.masked_fill(~case.mask.unsqueeze(1), torch.nan)
-    assert torch.equal(match(logits, *case[1:], config), together)
+    assert torch.equal(match(logits, *case[1:], config), batched)
 
 
 def test_no_boxes_at_all() -> None:
@@ -89,13 +91,13 @@ def test_no_boxes_at_all() -> None:
     assert (match(*empty, SUM) == -1).all()
 
 
-@pytest.mark.parametrize("rubbish", [torch.nan, torch.inf, -torch.inf])
-def test_a_cost_that_is_not_finite_is_the_worst(rubbish: float) -> None:
-    """The four good queries show the boxes, as if the others were not there."""
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf])
+def test_non_finite_costs_rank_last(garbage: float) -> None:
+    """The boxes are matched with the four finite queries, as if there were no other queries."""
     case = random_case(counts=(4,), lengths=(9,), queries=8)
     good = [0, 3, 4, 6]
     bad = [1, 2, 5, 7]
-    case.boxes[:, :, bad] = rubbish
+    case.boxes[:, :, bad] = garbage
     case.logits[:, :, good[0], :9] = -30.0  # terrible, but finite
     expected = match(case.logits[:, :, good], case.boxes[:, :, good], *case[2:], SUM)
     found = match(*case, SUM)
@@ -103,11 +105,11 @@ def test_a_cost_that_is_not_finite_is_the_worst(rubbish: float) -> None:
     assert (found[:, :, bad] == -1).all()
 
 
-def test_broken_queries_fill_up_where_there_are_no_others() -> None:
+def test_non_finite_queries_are_matched_if_too_few_are_finite() -> None:
     case = random_case(counts=(4,), lengths=(9,), queries=5)
     case.logits[:, :, 1:4, 0] = torch.nan
     found = match(*case, SUM)
-    assert (found[:, :, [0, 4]] >= 0).all(), "the good ones are used"
+    assert (found[:, :, [0, 4]] >= 0).all(), "finite queries are matched"
     assert ((found >= 0).sum(dim=-1) == 4).all()
     costs = match_costs(*case, SUM)
     for layer in range(3):
@@ -118,11 +120,11 @@ def test_broken_queries_fill_up_where_there_are_no_others() -> None:
     assert ((nothing_left >= 0).sum(dim=-1) == 4).all()
 
 
-def test_no_saving_elsewhere_makes_up_for_a_broken_cost() -> None:
-    """The diagonal would cost nothing but for its last entry, all else that is needed costs 200 together."""
+def test_lower_costs_elsewhere_do_not_justify_a_non_finite_pair() -> None:
+    """The diagonal costs zero except for its non-finite last entry; the best finite assignment costs 200."""
     cost = np.array([[0, 100, 100], [100, 0, 100], [100, 100, np.nan]], dtype=np.float32)
-    queries, shown = linear_sum_assignment(_finite(cost))
-    assert cost[queries, shown].sum() == 200
+    queries, matched = linear_sum_assignment(_finite(cost))
+    assert cost[queries, matched].sum() == 200
 
 
 def test_autocast_changes_nothing_and_no_gradient_is_kept() -> None:

@@ -1,4 +1,4 @@
-"""The set loss: its terms and their names, what it must not depend on, and its one path for denoising queries."""
+"""The set loss: names and weights of its terms, invariances, denoising queries, gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Extras = dict[str, tuple[Tensor, ...]]
 
 
 def extras(case: Case) -> Extras:
-    """What an encoder, four denoising queries per prompt, and vectors of eight dimensions would give."""
+    """Random outputs of the encoder and of four denoising queries per prompt, and vectors with D = 8."""
     torch.manual_seed(1)
     layers, rows, queries, num_tokens = case.logits.shape
     restores = torch.stack(
@@ -47,7 +47,7 @@ def assert_same(losses: dict[LossName, Tensor], expected: dict[LossName, Tensor]
         torch.testing.assert_close(losses[name], value, rtol=1e-5, atol=1e-6, msg=str(name))
 
 
-def test_one_term_per_loss_and_part() -> None:
+def test_one_term_per_loss_layer_and_component() -> None:
     case = random_case()
     outputs = [("", 0), ("", 1), ("", None), ("encoder", None)]
     outputs += [("denoising", 0), ("denoising", 1), ("denoising", None)]
@@ -82,7 +82,7 @@ def test_weights_and_factors() -> None:
         ({"giou": 0.0}, "giou"),
     ],
 )
-def test_zero_switches_off(off: dict[str, float], gone: str) -> None:
+def test_zero_weight_removes_a_term(off: dict[str, float], gone: str) -> None:
     case = random_case()
     values = {field.name: getattr(EVERYTHING, field.name) for field in fields(EVERYTHING)}
     everything = SetLoss(EVERYTHING)(*case, **extras(case))
@@ -91,7 +91,7 @@ def test_zero_switches_off(off: dict[str, float], gone: str) -> None:
     assert_same(losses, {name: value for name, value in everything.items() if gone not in str(name)})
 
 
-def test_perfect_answers_cost_nothing_and_others_are_told_where_to_go() -> None:
+def test_perfect_predictions_have_no_loss_and_errors_have_the_expected_one() -> None:
     case = random_case(layers=1)
     boxes = case.boxes.clone()
     logits = torch.full_like(case.logits, -20.0)
@@ -108,14 +108,14 @@ def test_perfect_answers_cost_nothing_and_others_are_told_where_to_go() -> None:
     torch.testing.assert_close(worse[LossName("l1")], torch.tensor(5 * 0.1 / num_boxes))
 
 
-def test_padding_does_not_count() -> None:
-    case, rubbish = random_case(counts=(3, 1), lengths=(9, 9)), torch.nan
+def test_padding_is_ignored() -> None:
+    case, garbage = random_case(counts=(3, 1), lengths=(9, 9)), torch.nan
     everything = SetLoss(EVERYTHING)(*case, **extras(case))
     extra = extras(case)
     logits, boxes, restores = extra["denoising"]
-    extra["denoising"] = logits.masked_fill(~case.mask.unsqueeze(1), rubbish), boxes, restores
-    extra["encoder"] = extra["encoder"][0].masked_fill(~case.mask.unsqueeze(1), rubbish), extra["encoder"][1]
-    filled = case.logits.masked_fill(~case.mask.unsqueeze(1), rubbish)
+    extra["denoising"] = logits.masked_fill(~case.mask.unsqueeze(1), garbage), boxes, restores
+    extra["encoder"] = extra["encoder"][0].masked_fill(~case.mask.unsqueeze(1), garbage), extra["encoder"][1]
+    filled = case.logits.masked_fill(~case.mask.unsqueeze(1), garbage)
     assert_same(SetLoss(EVERYTHING)(filled, *case[1:], **extra), everything)
 
     cut = {
@@ -126,7 +126,7 @@ def test_padding_does_not_count() -> None:
     assert_same(SetLoss(EVERYTHING)(*case.cut(), **cut), everything)
 
 
-def test_order_does_not_count() -> None:
+def test_order_is_irrelevant() -> None:
     case, order = random_case(), [2, 0, 3, 1]
     expected = SetLoss(EVERYTHING)(*case, **extras(case))
     assert_same(SetLoss(EVERYTHING)(*case.rows(order), **of_rows(extras(case), order)), expected)
@@ -135,15 +135,15 @@ def test_order_does_not_count() -> None:
     assert_same(shuffled, SetLoss(LossConfig())(*case))
 
 
-def test_a_batch_cut_in_parts_is_the_same_batch() -> None:
-    """Each part divides by what it has; the sums of the parts, divided by what all have, are the whole."""
+def test_micro_batches_equal_the_whole_batch() -> None:
+    """Every micro-batch divides by its own boxes; sums of micro-batches over all boxes equal the whole batch."""
     case, extra = random_case(), extras(random_case())
     whole = SetLoss(EVERYTHING)(*case, **extra)
-    parts = [[0], [1], [2, 3]]
-    counts = [sum(case.rows(rows).targets.counts) for rows in parts]
-    restored = [int((of_rows(extra, rows)["denoising"][2] >= 0).sum()) for rows in parts]
+    micro_batches = [[0], [1], [2, 3]]
+    counts = [sum(case.rows(rows).targets.counts) for rows in micro_batches]
+    restored = [int((of_rows(extra, rows)["denoising"][2] >= 0).sum()) for rows in micro_batches]
     assert counts == [3, 0, 6]
-    losses = [SetLoss(EVERYTHING)(*case.rows(rows), **of_rows(extra, rows)) for rows in parts]
+    losses = [SetLoss(EVERYTHING)(*case.rows(rows), **of_rows(extra, rows)) for rows in micro_batches]
     merged = {}
     for name in whole:
         divisors = restored if name.component == "denoising" else counts
@@ -152,8 +152,8 @@ def test_a_batch_cut_in_parts_is_the_same_batch() -> None:
     assert_same(merged, whole)
 
 
-def test_denoising_queries_are_judged_like_others() -> None:
-    """Matched by their own assignment, not the cheapest; the rest are background. Divided by those that restore one."""
+def test_denoising_terms_equal_the_loss_functions() -> None:
+    """Their assignment replaces matching, -1 is background; sums are divided by the number of denoised boxes."""
     case = random_case(counts=(3, 1), lengths=(9, 9), layers=1)
     logits, boxes = torch.randn(1, 2, 4, 11), random_boxes(1, 2, 4)
     restores = torch.tensor([[2, -1, 0, -1], [-1, 0, -1, -1]])
@@ -171,7 +171,7 @@ def test_denoising_queries_are_judged_like_others() -> None:
     torch.testing.assert_close(losses[LossName("giou", "denoising")], 2 * giou / 3)
 
 
-def test_without_any_box_all_terms_are_there_and_have_gradients() -> None:
+def test_without_boxes_all_terms_exist_and_have_gradients() -> None:
     case = random_case(counts=(0, 0), lengths=(5, 7)).cut()
     logits = case.logits.requires_grad_()
     queries = torch.zeros(3, 2, 0, 7, requires_grad=True)
@@ -188,12 +188,12 @@ def test_without_any_box_all_terms_are_there_and_have_gradients() -> None:
 
 
 def test_more_boxes_than_queries_divides_by_the_boxes() -> None:
-    """The reference would divide the class term by the three matched ones."""
+    """Open-GroundingDino would divide the class term by the three matched boxes."""
     case = random_case(counts=(6,), lengths=(5,), queries=3, layers=1)
     case.logits[..., :5] = -20.0
     losses = SetLoss(LossConfig())(*case)
     assert losses[LossName("class")].item() >= 0.25 * 20 * 3 / 6 * 0.99, (
-        "three queries have at least one token each to name"
+        "three queries have at least one positive token each"
     )
     assert losses[LossName("class")].item() <= 0.25 * 20 * 3 * 5 / 6
 
@@ -219,7 +219,7 @@ def test_full_precision_under_autocast() -> None:
     assert all(value.dtype == torch.float32 for value in half.values())
 
 
-def test_recipes_are_settings_of_the_same_code() -> None:
+def test_recipes_differ_by_settings_only() -> None:
     assert LossConfig() == LossConfig(class_weight=1, l1=5, giou=2, matching=MatchingConfig("sum", 2, 5, 2))
     case = random_case()
     other = SetLoss(LossConfig(class_weight=2, matching=MatchingConfig("mean", 1)))(*case)

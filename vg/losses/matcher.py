@@ -1,4 +1,4 @@
-"""Which query shows which box: the cheapest assignment (Hungarian matching, as in DETR) for all layers and prompts."""
+"""Hungarian matching (DETR): the assignment of boxes to queries with the lowest cost, for all layers and prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vg.losses import terms
 from vg.losses.config import LossConfig
 from vg.types import PromptTargets
 
-# Keeps the logarithm of a probability finite, as published; it decides the cost of logits beyond 18.
+# Keep the logarithm of a probability finite. Published values: they determine the cost of logits beyond 18.
 _EPS = {"mean": 1e-8, "sum": 1e-12}
 
 
@@ -20,25 +20,25 @@ def match(logits: Tensor, boxes: Tensor, targets: PromptTargets, mask: Tensor, c
     """Match the queries of every layer and prompt with the boxes of the prompt.
 
     Args:
-        logits: [L, R, Q, T], anything at tokens that are none.
+        logits: [L, R, Q, T]; values at padded tokens are ignored.
         boxes: [L, R, Q, 4] cxcywh 0..1.
         mask: [R, T] bool, True = a real token.
 
     Returns:
-        [L, R, Q] int64: the number of the box that a query shows, -1 for none. If there are more boxes than queries,
-        those that cost least together are shown. A cost that is not finite is worse than every finite one.
+        [L, R, Q] int64, the index of the matched box, -1 for background. If there are more boxes than queries, the
+        subset with the lowest cost is matched. Non-finite costs rank below all finite ones.
     """
     costs = match_costs(logits, boxes, targets, mask, config).cpu().numpy()  # [L, R, Q, N]
     assignment = np.full(costs.shape[:3], -1)
     for row, count in enumerate(targets.counts):
         for layer in range(len(costs)):
-            queries, shown = linear_sum_assignment(_finite(costs[layer, row, :, :count]))
-            assignment[layer, row, queries] = shown
+            queries, matched = linear_sum_assignment(_finite(costs[layer, row, :, :count]))
+            assignment[layer, row, queries] = matched
     return torch.from_numpy(assignment).to(logits.device, non_blocking=True)
 
 
 def match_costs(logits: Tensor, boxes: Tensor, targets: PromptTargets, mask: Tensor, config: LossConfig) -> Tensor:
-    """What it costs each query to show each box: [L, R, Q, N] float32; see `match`."""
+    """Compute the cost of matching every query with every box: [L, R, Q, N] float32; arguments as in `match`."""
     costs = config.matching
     with torch.autocast(logits.device.type, enabled=False):
         class_cost = _class_cost(logits.float(), targets.tokens, mask, config)  # [L, R, Q, N]
@@ -47,24 +47,24 @@ def match_costs(logits: Tensor, boxes: Tensor, targets: PromptTargets, mask: Ten
 
 
 def _class_cost(logits: Tensor, tokens: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
-    """[L, R, Q, T], [R, N, T] bool, [R, T] bool -> [L, R, Q, N], low where the query says what the phrase says."""
-    kind, alpha, gamma = config.matching.class_cost, config.focal_alpha, config.focal_gamma
+    """[L, R, Q, T], [R, N, T] bool, [R, T] bool -> [L, R, Q, N], low if the tokens of the phrase have high logits."""
+    reduction, alpha, gamma = config.matching.class_cost, config.focal_alpha, config.focal_gamma
     probability = logits.masked_fill(~mask.unsqueeze(1), 0.0).sigmoid()  # [L, R, Q, T]
-    positive = -alpha * (1 - probability) ** gamma * (probability + _EPS[kind]).log()
-    negative = -(1 - alpha) * probability**gamma * (1 - probability + _EPS[kind]).log()
+    positive = -alpha * (1 - probability) ** gamma * (probability + _EPS[reduction]).log()
+    negative = -(1 - alpha) * probability**gamma * (1 - probability + _EPS[reduction]).log()
     weights = tokens.to(logits.dtype)
-    if kind == "mean":
+    if reduction == "mean":
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1)
     cost = (positive - negative) @ weights.mT  # [L, R, Q, N]
-    if kind == "sum":  # the tokens that do not name the box count as well: negative * (1 - weights)
+    if reduction == "sum":  # tokens of other phrases count, too: negative * (1 - weights)
         cost = cost + (negative * mask.unsqueeze(1)).sum(dim=-1, keepdim=True)
     return cost
 
 
 def _finite(cost: np.ndarray) -> np.ndarray:
-    """[Q, N], where what is not finite costs more than could be saved by it anywhere else."""
+    """[Q, N] with non-finite costs replaced by a cost that no choice of other pairs can make up for."""
     finite = np.isfinite(cost)
     if finite.all():
         return cost
-    known = cost[finite].astype(np.float64) if finite.any() else np.zeros(1)
-    return np.where(finite, cost, known.max() + (np.ptp(known) + 1) * min(cost.shape))
+    values = cost[finite].astype(np.float64) if finite.any() else np.zeros(1)
+    return np.where(finite, cost, values.max() + (np.ptp(values) + 1) * min(cost.shape))

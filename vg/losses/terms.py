@@ -1,4 +1,4 @@
-"""Loss terms: pure functions from predictions and truth to one number per item."""
+"""Loss terms: pure functions of predictions and ground truth, with one value per element."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def l1(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def giou(predicted: Tensor, target: Tensor) -> Tensor:
-    """1 - generalised IoU (Rezatofighi et al. 2019): [..., 4] cxcywh each -> [...], 0..2."""
+    """1 - generalized IoU (Rezatofighi et al. 2019): [..., 4] cxcywh each -> [...], 0..2."""
     return 1 - box_ops.giou(box_ops.cxcywh_to_xyxy(predicted), box_ops.cxcywh_to_xyxy(target))
 
 
@@ -25,38 +25,38 @@ def diou(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def token_cross_entropy(logits: Tensor, positive: Tensor) -> Tensor:
-    """Cross-entropy between the softmax over all tokens and an equal share for each positive token.
+    """Cross-entropy between the softmax over all tokens and a uniform distribution over the positive tokens.
 
     Args:
         logits: [..., S]
         positive: [..., S] bool.
 
     Returns:
-        [...], zero where no token is positive.
+        [...], zero if no token is positive.
     """
     log_probability = torch.log_softmax(logits.float(), dim=-1)
     return -(log_probability * positive).sum(dim=-1) / positive.sum(dim=-1).clamp(min=1)
 
 
 def focal(logits: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Binary cross-entropy that discounts what is classified well (Lin et al. 2017): [...], [...] bool -> [...]."""
-    margin = torch.where(positive, logits, -logits)  # log-odds of being right
+    """Focal loss (Lin et al. 2017), binary cross-entropy times (1 - p)^gamma: [...], [...] bool -> [...]."""
+    margin = torch.where(positive, logits, -logits)  # log-odds of the true class
     discount = (gamma * F.logsigmoid(-margin)).exp()  # (1 - p)^gamma, with a gradient at p = 1 for every gamma
     return -torch.where(positive, alpha, 1 - alpha) * discount * F.logsigmoid(margin)
 
 
 def alignment(queries: Tensor, text: Tensor, positive: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """Contrast (InfoNCE) of queries with all tokens of their prompt, and of tokens with all queries, as in MDETR.
+    """Contrastive alignment (InfoNCE) of queries with tokens, and of tokens with queries, as in MDETR.
 
     Args:
-        queries: [R, Q, D], of any length: only their direction counts.
-        text: [R, T, D]
-        positive: [R, Q, T] bool, the tokens that name what a query shows.
+        queries: [R, Q, D], normalized here.
+        text: [R, T, D], normalized here.
+        positive: [R, Q, T] bool, the tokens of the phrase that a query is matched with.
         mask: [R, T] bool, True = a real token.
         temperature: cosines are divided by it.
 
     Returns:
-        [R], half the sum over the queries that show something and the tokens that name something.
+        [R], half the sum over matched queries and positive tokens.
     """
     similarity = F.normalize(queries.float(), dim=-1) @ F.normalize(text.float(), dim=-1).mT / temperature  # [R, Q, T]
     similarity = similarity.masked_fill(~mask.unsqueeze(1), torch.finfo(similarity.dtype).min)

@@ -268,5 +268,5 @@ def test_errors_of_checkpoints(checkpoints: dict[str, Path], tmp_path: Path) -> 
     data = ["--suite", "refcoco", "--data", str(REAL), "--datasets", "refcoco", "--splits", "val"]
     with pytest.raises(SystemExit, match=r"is not a checkpoint of vg, so model\.width=3 cannot be set"):
         main(["eval", str(checkpoints["transformers"]), "model.width=3", *data])
-    with pytest.raises(SystemExit, match="holds neither config"):
+    with pytest.raises(SystemExit, match="contains neither config"):
         main(["eval", str(tmp_path), *data])

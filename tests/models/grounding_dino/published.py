@@ -1,4 +1,4 @@
-"""Tiny random models of transformers in the shape of the published ones, and the same input for them and for vg."""
+"""Tiny random transformers models with the architecture of the published ones, and one input for them and vg."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IDS = torch.tensor([[101, 1030, 1012, 1031, 1032, 1012, 102]])  # two phrases
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer whose special tokens have the numbers that published models know."""
+    """Write a tokenizer whose special tokens have the ids of BERT."""
     words = [WORDS.get(number, f"word{number}") for number in range(BERT["vocab_size"])]
     (folder / "vocab.txt").write_text("\n".join(words))
     transformers.BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
@@ -36,7 +36,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def random_model(mm: bool = False, backbone: str = "swin", stages: tuple[int, ...] = (2, 3, 4), **settings: Any) -> Any:
-    """GroundingDino, or MMGroundingDino with a head for each layer; random also where training starts from zeros."""
+    """GroundingDino, or MMGroundingDino with one head per layer; weights initialized to zero are random, too."""
     torch.manual_seed(0)
     names = [f"stage{stage}" for stage in stages]
     if backbone == "swin":
@@ -79,14 +79,14 @@ def pixels() -> Tensor:
 
 
 @torch.no_grad()
-def answer_of_transformers(model: Any) -> tuple[Tensor, Tensor]:
+def output_of_transformers(model: Any) -> tuple[Tensor, Tensor]:
     """Logits [1, Q, T] and boxes [1, Q, 4]."""
     output = model(pixel_values=pixels(), input_ids=IDS, attention_mask=torch.ones_like(IDS))
     return output.logits[..., : IDS.shape[1]], output.pred_boxes
 
 
 @torch.no_grad()
-def answer_of_vg(model: GroundingDino) -> tuple[Tensor, Tensor]:
+def output_of_vg(model: GroundingDino) -> tuple[Tensor, Tensor]:
     """Logits [1, Q, T] and boxes [1, Q, 4]."""
     mask = torch.ones_like(IDS, dtype=torch.bool)
     text = Text(IDS, mask, mask.unsqueeze(1), torch.zeros(1, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""Checkpoints in the dialects of the official code and mmdetection, from one to another, and the verb that does it."""
+"""Checkpoints in the official and mmdetection dialects, conversion between dialects, and `vg convert`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def model(**settings: Any) -> GroundingDino:
 
 
 def written(path: Path, dialect: Any, source: GroundingDino | Checkpoint) -> Checkpoint:
-    """What comes back of a model or checkpoint after it was written in this dialect."""
+    """Write a model or checkpoint in this dialect and read it."""
     weights = source.weights if isinstance(source, Checkpoint) else source.own_state_dict()
     tokenizer = None
     if dialect == "transformers":
@@ -59,7 +59,7 @@ def written(path: Path, dialect: Any, source: GroundingDino | Checkpoint) -> Che
 
 
 @needs_golden
-def test_three_files_of_the_same_weights() -> None:
+def test_three_files_with_equal_weights() -> None:
     bert = json.loads((FOLDER / "config.json").read_text())["bert"]
     official, prefixed, mmdet = (
         read_checkpoint(FOLDER / f"{name}.pth", bert)
@@ -71,7 +71,9 @@ def test_three_files_of_the_same_weights() -> None:
     assert official.config == prefixed.config
     expected = {"logit_eps": (1e-3, 1e-5), "fusion_dropout": 0.1, "fusion_drop_path": 0.0}
     assert mmdet.config == replace(official.config, **expected)
-    assert sum(tensor.numel() for tensor in official.weights.values()) == 1_261_430 - (48 * 48 + 48), "but the pooler"
+    assert sum(tensor.numel() for tensor in official.weights.values()) == 1_261_430 - (48 * 48 + 48), (
+        "without the pooler"
+    )
     config = official.config
     assert config.backbone == SwinConfig(width=16, depths=[2, 2, 2, 2], heads=[1, 2, 4, 8], window=7, drop_path=0.2)
     assert (config.width, config.levels, config.encoder_layers, config.decoder_layers) == (64, 4, 2, 3)
@@ -90,8 +92,8 @@ def test_three_files_of_the_same_weights() -> None:
 
 
 @needs_golden
-def test_written_files_hold_the_recorded_tensors(tmp_path: Path) -> None:
-    """All names and values of the recorded files, but for buffers and the pooler, which nothing reads."""
+def test_written_files_equal_the_recorded_ones(tmp_path: Path) -> None:
+    """All names and values of the recorded files, except for buffers and the unused pooler."""
     bert = json.loads((FOLDER / "config.json").read_text())["bert"]
     checkpoint = read_checkpoint(FOLDER / "official_tiny.pth", bert)
     for dialect, key in (("official", "model"), ("mmdet", "state_dict")):
@@ -124,7 +126,7 @@ CHAINS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize(("settings", "dialects"), CHAINS.values(), ids=CHAINS)
-def test_from_dialect_to_dialect(tmp_path: Path, settings: dict[str, Any], dialects: list[Any]) -> None:
+def test_conversion_between_dialects(tmp_path: Path, settings: dict[str, Any], dialects: list[Any]) -> None:
     source: GroundingDino | Checkpoint = model(**settings)
     weights = source.own_state_dict()  # type: ignore[union-attr]
     for number, dialect in enumerate(dialects):
@@ -142,7 +144,7 @@ def drop_path(config: GroundingDinoConfig) -> dict[str, float]:
     return {"drop_path": config.backbone.drop_path} if isinstance(config.backbone, SwinConfig) else {}
 
 
-def test_mmdetection_orders_the_channels_of_patch_merging_otherwise(tmp_path: Path) -> None:
+def test_mmdetection_interleaves_the_channels_of_patch_merging(tmp_path: Path) -> None:
     source = model()
     written(tmp_path / "mm.pth", "mmdet", source)
     stored = torch.load(tmp_path / "mm.pth", weights_only=True)["state_dict"]
@@ -154,7 +156,7 @@ def test_mmdetection_orders_the_channels_of_patch_merging_otherwise(tmp_path: Pa
         assert of_channel_3.equal(ours[:, block * channels + 3])
 
 
-def test_the_table_of_denoising_labels_is_optional(tmp_path: Path) -> None:
+def test_the_embedding_of_denoising_labels_is_optional(tmp_path: Path) -> None:
     source = model(**MM, denoising=DenoisingConfig(num_labels=5))
     labels = "denoising.labels.weight"
     checkpoint = written(tmp_path / "mm.pth", "mmdet", source)
@@ -167,7 +169,7 @@ def test_the_table_of_denoising_labels_is_optional(tmp_path: Path) -> None:
     other = model(seed=1, **MM, denoising=DenoisingConfig(num_labels=5))
     before = other.own_state_dict()[labels].clone()
     load_into(other, tmp_path / "hf")
-    assert other.own_state_dict()[labels].equal(before), "stays as it was"
+    assert other.own_state_dict()[labels].equal(before), "unchanged"
     load_into(other, tmp_path / "mm.pth")
     assert equal(other.own_state_dict(), source.own_state_dict())
     plain = model(seed=1, **MM)
@@ -175,7 +177,7 @@ def test_the_table_of_denoising_labels_is_optional(tmp_path: Path) -> None:
     assert equal(plain.own_state_dict(), without.weights)
 
 
-def test_official_weights_start_a_model_with_heads_of_its_own(tmp_path: Path) -> None:
+def test_official_weights_load_into_one_head_per_layer(tmp_path: Path) -> None:
     source = model()
     written(tmp_path / "official.pth", "official", source)
     other = model(seed=1, **LEARNED)
@@ -184,7 +186,7 @@ def test_official_weights_start_a_model_with_heads_of_its_own(tmp_path: Path) ->
     for name, tensor in source.own_state_dict().items():
         copies = [name.replace("_heads.0.", f"_heads.{layer}.") for layer in range(2)]
         assert all(own[copy].equal(tensor) for copy in copies)
-    assert own["decoder.class_heads.1.log_scale"].tolist() == [0.0], "a factor of one"
+    assert own["decoder.class_heads.1.log_scale"].tolist() == [0.0], "a scale of one"
     assert own["queries.class_head.log_scale"].tolist() == [0.0]
 
 
@@ -194,8 +196,8 @@ class OfAnotherPackage:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_what_is_pickled_beside_the_weights_is_not_run(tmp_path: Path, zipped: bool) -> None:
-    """Training checkpoints hold logs and arguments of packages that need not be here."""
+def test_pickled_code_does_not_run(tmp_path: Path, zipped: bool) -> None:
+    """Training checkpoints contain logs and arguments of packages that may not be installed."""
     source = model()
     expected = written(tmp_path / "mm.pth", "mmdet", source)
     stored = torch.load(tmp_path / "mm.pth", weights_only=True)
@@ -207,32 +209,32 @@ def test_what_is_pickled_beside_the_weights_is_not_run(tmp_path: Path, zipped: b
     assert equal(read_checkpoint(tmp_path / "training.pth", BERT).weights, expected.weights)
 
 
-def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = model(**MM)
     written(tmp_path / "mm.pth", "mmdet", source)
     (tmp_path / "bert").mkdir()
     write_tokenizer(tmp_path / "bert")
     options = ["--tokenizer", str(tmp_path / "bert")]
     main(["convert", str(tmp_path / "mm.pth"), str(tmp_path / "a" / "vg"), "--to", "vg", *options])
-    said = capsys.readouterr().out
-    assert "mm.pth: Grounding DINO in the mmdet dialect" in said
-    assert f"{sum(tensor.numel() for tensor in source.own_state_dict().values()):,} weights" in said
-    assert f"layers of width {source.config.width}, 4 levels, 20 queries, heads for each layer; logits: dot" in said
-    assert "a/vg: written in the vg format" in said
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["vg"], "nothing partial is left"
+    output = capsys.readouterr().out
+    assert "mm.pth: Grounding DINO in the mmdet dialect" in output
+    assert f"{sum(tensor.numel() for tensor in source.own_state_dict().values()):,} weights" in output
+    assert f"layers of width {source.config.width}, 4 levels, 20 queries, heads for each layer; logits: dot" in output
+    assert "a/vg: written in the vg format" in output
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["vg"], "no partial files"
 
     loaded, config = read_model(tmp_path / "a" / "vg")
     assert equal(loaded.own_state_dict(), source.own_state_dict())
     assert config.model.text.id is None  # no download needed
     assert loaded.text_spec.tokenizer.convert_tokens_to_ids(".") == 1012
-    for place, dialect in (("hf", "transformers"), ("again.pth", "mmdet"), ("vg", "vg")):
-        main(["convert", str(tmp_path / "a" / "vg"), str(tmp_path / place), "--to", dialect])
-        assert equal(read_checkpoint(tmp_path / place, BERT).weights, source.own_state_dict())
+    for name, dialect in (("hf", "transformers"), ("again.pth", "mmdet"), ("vg", "vg")):
+        main(["convert", str(tmp_path / "a" / "vg"), str(tmp_path / name), "--to", dialect])
+        assert equal(read_checkpoint(tmp_path / name, BERT).weights, source.own_state_dict())
     assert (tmp_path / "vg" / "config.yaml").read_text() == (tmp_path / "a" / "vg" / "config.yaml").read_text()
 
 
 def test_the_checkpoint_of_a_run(tmp_path: Path) -> None:
-    """Its text encoder may go by an id; here its sizes come from the weights, so that nothing is downloaded."""
+    """Its config may give the text encoder by id; sizes are detected from the weights, so nothing is downloaded."""
     source = model(denoising=DenoisingConfig(num_labels=5))
     config = replace(source.config, text=BertConfig(frozen=True), weights="elsewhere.pth")
     (tmp_path / "best").mkdir()

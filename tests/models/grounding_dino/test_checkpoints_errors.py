@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be read, loaded or written say why, and name the tensors or settings in question."""
+"""Errors of reading, loading and writing checkpoints name the reason and the tensors or settings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def official(tmp_path: Path) -> Path:
 
 
 def changed(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
-    """The file with other tensors."""
+    """Change the tensors of a file."""
     stored = torch.load(path, weights_only=True)
     change(stored["model"])
     torch.save(stored, path)
@@ -38,42 +38,44 @@ def changed(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
 
 
 def reading(path: Path | str, bert: Any = BERT) -> str:
-    """The message of the error."""
+    """Return the error message of reading a checkpoint."""
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(path, bert)
     return str(caught.value)
 
 
-def test_places_that_hold_no_checkpoint(tmp_path: Path) -> None:
+def test_paths_without_a_checkpoint(tmp_path: Path) -> None:
     assert reading(tmp_path / "no.pth") == f"{tmp_path}/no.pth does not exist"
     assert "nobody/nothing is neither a file or folder here nor an id on the Hub" in reading("nobody/nothing")
-    assert "holds neither config.json (transformers) nor config.yaml (vg)" in reading(tmp_path)
+    assert "contains neither config.json (transformers) nor config.yaml (vg)" in reading(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "grounding-dino"}))
-    assert reading(tmp_path) == f"{tmp_path}: the folder holds no model.safetensors"
+    assert reading(tmp_path) == f"{tmp_path}: the folder contains no model.safetensors"
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "detr"}))
-    assert "config.json describes another architecture: detr" in reading(tmp_path)
+    assert "config.json is of another architecture: detr" in reading(tmp_path)
     (tmp_path / "config.json").unlink()
     for content in ("model: {name: rec}", "data: 3", "", "model: ["):
         (tmp_path / "config.yaml").write_text(content)
-        assert f"{tmp_path}: config.yaml describes no Grounding DINO" in reading(tmp_path)
+        assert f"{tmp_path}: config.yaml is not that of a Grounding DINO" in reading(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert str(tmp_path) in reading(tmp_path)
 
 
-def test_files_that_hold_no_checkpoint(tmp_path: Path, official: Path) -> None:
+def test_files_that_are_not_checkpoints(tmp_path: Path, official: Path) -> None:
     (tmp_path / "notes.pth").write_text("# Notes")
     assert "notes.pth: cannot be loaded" in reading(tmp_path / "notes.pth")
     whole = official.read_bytes()
     official.write_bytes(whole[: len(whole) // 2])
     message = reading(official)
     assert "official.pth: cannot be loaded" in message
-    assert "weights_only=False" in message, "how to keep the weights alone"
+    assert "weights_only=False" in message, "how to extract the weights"
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00")
     assert "cut.safetensors: " in reading(tmp_path / "cut.safetensors")
     for content in ([1, 2], {"epoch": 3}, {}, {"model": {}}):
         torch.save(content, tmp_path / "other.pth")
-        assert "no checkpoint: it holds no dictionary of tensors" in reading(tmp_path / "other.pth")
+        assert "not a checkpoint: neither a dictionary of tensors, nor one as `model` or `state_dict`" in reading(
+            tmp_path / "other.pth"
+        )
     torch.save({"backbone.conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}, tmp_path / "other.pth")
     assert "in any known dialect: its 2 tensors are backbone.conv1.weight, fc.bias, ..." in reading(
         tmp_path / "other.pth"
@@ -97,7 +99,7 @@ def test_missing_and_unknown_tensors_are_all_listed(official: Path) -> None:
     assert message.endswith("and 33 more")
 
 
-def test_one_tensor_under_two_names_must_be_one(official: Path) -> None:
+def test_a_tensor_under_two_names_must_be_equal(official: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         tensors["bbox_embed.1.layers.2.bias"] = torch.ones(4)
 
@@ -105,22 +107,22 @@ def test_one_tensor_under_two_names_must_be_one(official: Path) -> None:
     assert "should be equal: bbox_embed.1.layers.2.bias and transformer.decoder.bbox_embed.1.layers.2.bias" in found
 
 
-def test_what_cannot_be_told_without(official: Path, tmp_path: Path) -> None:
+def test_variants_that_cannot_be_detected(official: Path, tmp_path: Path) -> None:
     stored = torch.load(official, weights_only=True)["model"]
     torch.save({name: tensor for name, tensor in stored.items() if "input_proj.2." not in name}, tmp_path / "odd.pth")
-    assert f"{tmp_path}/odd.pth: stages ([2, 3]) must rise and end with 4" in reading(tmp_path / "odd.pth")
+    assert f"{tmp_path}/odd.pth: stages ([2, 3]) must be ascending and end with 4" in reading(tmp_path / "odd.pth")
     message = reading(official, {})
-    assert "its text encoder has width 32; how many attention heads it has cannot be told" in message
+    assert "the text encoder has width 32, but its number of attention heads cannot be detected" in message
     assert "--tokenizer" in message
     changed(official, lambda tensors: tensors.pop("transformer.tgt_embed.weight"))
-    assert reading(official) == f"{official}: it holds no transformer.tgt_embed.weight"
+    assert reading(official) == f"{official}: the tensor transformer.tgt_embed.weight is missing"
     changed(official, lambda tensors: tensors.pop("backbone.0.patch_embed.proj.weight"))
-    assert "its backbone is neither a Swin transformer nor a ResNet" in reading(official)
+    assert "the backbone is neither a Swin transformer nor a ResNet" in reading(official)
     random_model(encoder_n_points=2).save_pretrained(tmp_path / "hf")
     assert "encoder_n_points and decoder_n_points differ" in reading(tmp_path / "hf")
 
 
-def test_tensors_of_another_shape(official: Path) -> None:
+def test_tensors_with_unexpected_shapes(official: Path) -> None:
     def widen(tensors: dict[str, Tensor]) -> None:
         tensors["transformer.encoder.text_layers.0.linear1.bias"] = torch.zeros(99)
 
@@ -130,7 +132,7 @@ def test_tensors_of_another_shape(official: Path) -> None:
     def narrow(tensors: dict[str, Tensor]) -> None:
         tensors["input_proj.1.0.weight"] = torch.zeros(64, 7, 1, 1)
 
-    assert "its input projections take [32, 7, 128] channels" in reading(changed(official, narrow))
+    assert "the input projections expect [32, 7, 128] channels" in reading(changed(official, narrow))
 
 
 @pytest.mark.parametrize(
@@ -146,13 +148,13 @@ def test_tensors_of_another_shape(official: Path) -> None:
 def test_a_checkpoint_of_another_variant(official: Path, settings: dict[str, Any], difference: str) -> None:
     other = model(**settings)
     before = {name: tensor.clone() for name, tensor in other.own_state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"official\.pth holds another variant of the model") as caught:
+    with pytest.raises(CheckpointError, match=r"official\.pth is another variant of the model") as caught:
         load_into(other, official)
     assert difference in str(caught.value)
     assert all(tensor.equal(before[name]) for name, tensor in other.own_state_dict().items()), "nothing was loaded"
 
 
-def test_all_differences_are_named(official: Path) -> None:
+def test_all_differences_are_listed(official: Path) -> None:
     other = model(num_queries=21, heads=8)
     other.config.backbone = replace(other.config.backbone, window=5)
     with pytest.raises(CheckpointError) as caught:
@@ -160,7 +162,7 @@ def test_all_differences_are_named(official: Path) -> None:
     assert all(part in str(caught.value) for part in ("num_queries: 21", "heads: 8", "backbone.window: 5"))
 
 
-def test_heads_of_each_layer_do_not_become_shared(tmp_path: Path) -> None:
+def test_one_head_per_layer_cannot_become_shared(tmp_path: Path) -> None:
     source = model(shared_heads=False)
     write_checkpoint(source.own_state_dict(), source.config, None, tmp_path / "own.pth", "official")
     with pytest.raises(CheckpointError, match="shared_heads: True in the configuration, False in the checkpoint"):
@@ -183,24 +185,26 @@ def test_another_text_encoder(official: Path) -> None:
         (LEARNED, "transformers", "class logits of scale `learned` without a bias"),
         (LEARNED, "official", "class logits of scale `learned` without a bias"),
         (MM, "official", "class logits of scale `width` with a bias"),
-        ({"points": 2}, "official", "place for a number of points"),
-        ({"position_temperature": 10.0}, "mmdet", "place for a number of points or a position temperature"),
+        ({"points": 2}, "official", "model.points other than 4"),
+        (
+            {"position_temperature": 10.0},
+            "mmdet",
+            "model.points other than 4 or model.position_temperature other than 20",
+        ),
         ({"position_temperature": 0.5}, "transformers", "position temperature 0.5"),
     ],
 )
-def test_a_dialect_that_has_no_words_for_a_model(
-    tmp_path: Path, settings: dict[str, Any], dialect: Any, reason: str
-) -> None:
+def test_unsupported_models_of_a_dialect(tmp_path: Path, settings: dict[str, Any], dialect: Any, reason: str) -> None:
     source = model(**settings)
-    with pytest.raises(CheckpointError, match=f"the {dialect} dialect has no {reason}"):
+    with pytest.raises(CheckpointError, match=f"the {dialect} dialect does not support {reason}"):
         write_checkpoint(source.own_state_dict(), source.config, None, tmp_path / "out", dialect)
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_that_are_not_those_of_the_configuration(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_the_configuration(tmp_path: Path) -> None:
     source = model()
     weights = source.own_state_dict()
-    with pytest.raises(CheckpointError, match=r"no place for extra\.weight"):
+    with pytest.raises(CheckpointError, match=r"does not support extra\.weight"):
         write_checkpoint(weights | {"extra.weight": torch.zeros(1)}, source.config, None, tmp_path / "x", "mmdet")
     rest = {name: tensor for name, tensor in weights.items() if name != "text.projection.bias"}
     with pytest.raises(CheckpointError, match=r"the weights lack text\.projection\.bias"):
@@ -210,13 +214,13 @@ def test_weights_that_are_not_those_of_the_configuration(tmp_path: Path) -> None
 
 
 def converting(*arguments: object) -> str:
-    """The message that the verb ends with."""
+    """Return the message that `vg convert` exits with."""
     with pytest.raises(SystemExit) as caught:
         main(["convert", *map(str, arguments)])
     return str(caught.value.code)
 
 
-def test_the_verb_ends_in_a_message(official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convert_command_exits_with_a_message(official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bert").mkdir()
     write_tokenizer(tmp_path / "bert")
     options = ("--tokenizer", tmp_path / "bert")
@@ -228,10 +232,10 @@ def test_the_verb_ends_in_a_message(official: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "bert" / "vocab.txt").unlink()
     message = converting(official, tmp_path / "out", "--to", "vg", *options)
     assert str(tmp_path / "bert") in message
-    assert "name the folder or Hub id of the BERT that the model was trained with: --tokenizer" in message
+    assert "pass the folder or Hub id of the BERT that the model was trained with: --tokenizer" in message
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(f"word{number}" for number in range(2000)))
     message = converting(official, tmp_path / "out", "--to", "transformers", *options)
-    assert "is not that of this checkpoint, whose text encoder knows 1040" in message
+    assert "does not fit this checkpoint, whose text encoder has 1040" in message
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -241,18 +245,21 @@ def test_the_verb_ends_in_a_message(official: Path, tmp_path: Path, monkeypatch:
     assert not list(tmp_path.rglob("*.partial")) + list(tmp_path.rglob("mm.pth"))
 
 
-def test_a_refused_dialect_leaves_nothing(tmp_path: Path) -> None:
+def test_an_unsupported_dialect_leaves_no_files(tmp_path: Path) -> None:
     source = model(**MM)
     write_checkpoint(source.own_state_dict(), source.config, None, tmp_path / "mm.pth", "mmdet")
     (tmp_path / "bert").mkdir()
     write_tokenizer(tmp_path / "bert")
     options = ("--tokenizer", tmp_path / "bert")
     message = converting(tmp_path / "mm.pth", tmp_path / "out.pth", "--to", "official", *options)
-    assert message == "error: the official dialect has no class logits of scale `width` with a bias (model.classes)"
+    assert (
+        message
+        == "error: the official dialect does not support class logits of scale `width` with a bias (model.classes)"
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"mm.pth", "bert"}
 
 
-def test_a_converted_checkpoint_names_no_data(official: Path, tmp_path: Path) -> None:
+def test_a_converted_checkpoint_has_no_data_config(official: Path, tmp_path: Path) -> None:
     (tmp_path / "bert").mkdir()
     write_tokenizer(tmp_path / "bert")
     main(["convert", str(official), str(tmp_path / "vg"), "--to", "vg", "--tokenizer", str(tmp_path / "bert")])

@@ -1,4 +1,4 @@
-"""Folders of transformers: they give the same weights, and the same answers, in both implementations."""
+"""Folders of transformers: equal weights and equal outputs in both implementations."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, AutoTokenizer
 
 from tests.models.grounding_dino.published import (
-    answer_of_transformers,
-    answer_of_vg,
+    output_of_transformers,
+    output_of_vg,
     random_model,
     write_tokenizer,
 )
@@ -33,7 +33,7 @@ VARIANTS = {
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
 def published(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
-    """A model of transformers, and its folder."""
+    """A transformers model and its folder."""
     model = random_model(**request.param)
     model.save_pretrained(tmp_path / "published")
     write_tokenizer(tmp_path / "published")
@@ -42,11 +42,11 @@ def published(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path
 
 
 def used(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Without what nothing reads."""
+    """Without unused weights."""
     return {name: tensor for name, tensor in tensors.items() if "layernorm." not in name.partition("model.swin.")[2]}
 
 
-def test_the_same_answers_there_and_back(published: tuple[Any, Path], tmp_path: Path) -> None:
+def test_outputs_equal_transformers_in_both_directions(published: tuple[Any, Path], tmp_path: Path) -> None:
     model, folder = published
     checkpoint = read_checkpoint(folder)
     assert (checkpoint.dialect, checkpoint.tokenizer) == ("transformers", str(folder))
@@ -54,8 +54,8 @@ def test_the_same_answers_there_and_back(published: tuple[Any, Path], tmp_path: 
     ours = checkpoint.config.build(pretrained=False).eval()
     ours.load_own_state_dict(checkpoint.weights)
     ours.load_tokenizer(str(folder))
-    logits, boxes = answer_of_transformers(model)
-    our_logits, our_boxes = answer_of_vg(ours)
+    logits, boxes = output_of_transformers(model)
+    our_logits, our_boxes = output_of_vg(ours)
     torch.testing.assert_close(our_boxes, boxes, atol=1e-5, rtol=0)
     torch.testing.assert_close(our_logits, logits, atol=1e-5, rtol=1e-5)
     assert boxes.std(dim=1).max() > 0.1, "the queries differ"
@@ -64,17 +64,17 @@ def test_the_same_answers_there_and_back(published: tuple[Any, Path], tmp_path: 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     write_checkpoint(checkpoint.weights, checkpoint.config, tokenizer, tmp_path / "ours", "transformers")
     before, after = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "ours"))
-    assert used(before).keys() == after.keys(), "the names of files, not those in memory"
+    assert used(before).keys() == after.keys(), "the names in files, not those in memory"
     assert all(tensor.equal(before[name]) and tensor.shape == before[name].shape for name, tensor in after.items())
     again, report = AutoModelForZeroShotObjectDetection.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert type(again) is type(model)
     assert not report["unexpected_keys"]
     assert all("swin.layernorm" in name for name in report["missing_keys"])
-    for one, other in zip(answer_of_transformers(again.eval()), (logits, boxes), strict=True):
+    for one, other in zip(output_of_transformers(again.eval()), (logits, boxes), strict=True):
         assert one.equal(other)
 
 
-def test_the_processor_opens(tmp_path: Path) -> None:
+def test_the_processor_loads(tmp_path: Path) -> None:
     model = random_model()
     model.save_pretrained(tmp_path / "published")
     checkpoint = read_checkpoint(tmp_path / "published")
@@ -89,7 +89,7 @@ def test_the_processor_opens(tmp_path: Path) -> None:
     assert encoded["input_ids"].tolist() == [[101, 1030, 1012, 102]]
 
 
-def test_what_the_folder_says_beside_its_weights(tmp_path: Path) -> None:
+def test_settings_in_config_json(tmp_path: Path) -> None:
     random_model(
         encoder_n_points=2, decoder_n_points=2, max_text_len=40, positional_embedding_temperature=10
     ).save_pretrained(tmp_path)
@@ -104,8 +104,8 @@ def test_what_the_folder_says_beside_its_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mm", [False, True])
-def test_names_in_memory_extras_and_copies_are_understood(tmp_path: Path, mm: bool) -> None:
-    """Some files hold the names of the model in memory, all copies of its heads, and LLMDet's language model."""
+def test_names_in_memory_extra_tensors_and_copies_are_accepted(tmp_path: Path, mm: bool) -> None:
+    """Some files contain the names in memory, all copies of the heads, and LLMDet's language model."""
     model = random_model(mm)
     model.save_pretrained(tmp_path / "published")
     expected = read_checkpoint(tmp_path / "published")
@@ -117,26 +117,28 @@ def test_names_in_memory_extras_and_copies_are_understood(tmp_path: Path, mm: bo
     (tmp_path / "other").mkdir()
     model.config.save_pretrained(tmp_path / "other")
     names = sorted(tensors)
-    for part, some in enumerate((names[::2], names[1::2])):  # and large ones are split
-        save_file({name: tensors[name] for name in some}, tmp_path / "other" / f"model-0000{part}-of-00002.safetensors")
+    for shard, some in enumerate((names[::2], names[1::2])):
+        save_file(
+            {name: tensors[name] for name in some}, tmp_path / "other" / f"model-0000{shard}-of-00002.safetensors"
+        )
     found = read_checkpoint(tmp_path / "other")
     assert found.config == expected.config
     assert found.weights.keys() == expected.weights.keys()
     assert all(found.weights[name].equal(expected.weights[name]) for name in found.weights)
 
 
-def test_resnet_by_its_widths(tmp_path: Path) -> None:
+def test_detect_a_resnet(tmp_path: Path) -> None:
     random_model(backbone="resnet").save_pretrained(tmp_path)
     backbone = read_checkpoint(tmp_path).config.backbone
     assert backbone == ResNetConfig(depths=[1, 2, 1, 1], widths=[16, 32, 48, 64])
 
 
-def test_a_model_that_is_there_takes_a_checkpoint(tmp_path: Path) -> None:
+def test_load_into_an_existing_model(tmp_path: Path) -> None:
     model = random_model(mm=True)
     write_tokenizer(tmp_path)
     model.save_pretrained(tmp_path)
     ours = read_checkpoint(tmp_path).config.build(pretrained=False).eval()
     load_into(ours, tmp_path)
     ours.load_tokenizer(str(tmp_path))
-    for one, other in zip(answer_of_vg(ours), answer_of_transformers(model), strict=True):
+    for one, other in zip(output_of_vg(ours), output_of_transformers(model), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The published variants: their sizes are those of transformers, and each is told from its tensors alone."""
+"""The published variants have as many parameters as in transformers, and are detected from their tensors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def on_meta(config: GroundingDinoConfig) -> Any:
 
 
 def of_transformers(config: GroundingDinoConfig) -> Any:
-    """The same model there, without values."""
+    """The same model in transformers, on the meta device."""
     stages = [f"stage{stage}" for stage in config.backbone.stages]
     if isinstance(config.backbone, SwinConfig):
         own = config.backbone
@@ -85,11 +85,11 @@ COUNTS = {"Swin-T": 172_250_626, "Swin-B": 232_315_264, "MM-T": 172_913_693, "MM
 
 
 @pytest.mark.parametrize(("name", "count"), COUNTS.items(), ids=COUNTS)
-def test_as_many_parameters_as_in_transformers(name: str, count: int | None) -> None:
+def test_number_of_parameters_equals_transformers(name: str, count: int | None) -> None:
     config = config_of(name)
     ours, theirs = on_meta(config), of_transformers(config)
-    # Transformers has a norm behind the last stage of Swin that nothing reads, and calls affine numbers of frozen batch
-    # norms buffers; only we have a table of labels for denoising.
+    # transformers has an unused norm after the last stage of Swin, and the weights of its frozen batch norms are
+    # buffers; only vg has an embedding of denoising labels.
     last_norm = 2 * 8 * config.backbone.width if isinstance(config.backbone, SwinConfig) else 0
     norms = sum(
         p.numel() for module in ours.modules() if isinstance(module, torch.nn.BatchNorm2d) for p in module.parameters()
@@ -101,10 +101,10 @@ def test_as_many_parameters_as_in_transformers(name: str, count: int | None) -> 
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_is_told_from_names_and_shapes(name: str) -> None:
+def test_a_variant_is_detected_from_names_and_shapes(name: str) -> None:
     dialect = VARIANTS[name][0]
     config = config_of(name)
-    weights = {  # without values, but for the heads: equal ones are shared
+    weights = {  # only heads have values: equal heads would count as shared
         key: torch.rand(tensor.shape) if "_heads." in key else tensor
         for key, tensor in on_meta(config).own_state_dict().items()
     }

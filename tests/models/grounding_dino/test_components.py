@@ -1,19 +1,21 @@
-"""Parts of Grounding DINO against their equations, written out plainly."""
+"""Components of Grounding DINO against straightforward implementations of their equations."""
 
 from __future__ import annotations
 
 import math
+from pkgutil import resolve_name
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.models.grounding_dino.tiny import tiny_config
+from vg.models import grounding_dino as package
 from vg.models.grounding_dino.attention import drop_path, inverse_sigmoid
-from vg.models.grounding_dino.config import ClassHeadConfig
-from vg.models.grounding_dino.encoder import FusionLayer, GatedFusionLayer
-from vg.models.grounding_dino.queries import ClassHead
-from vg.models.grounding_dino.text import TextFeatures
+from vg.models.grounding_dino.config import ClassHeadConfig, GroundingDinoConfig
+from vg.models.grounding_dino.feature_enhancer import FusionLayer, GatedFusionLayer
+from vg.models.grounding_dino.query_selection import ClassHead
+from vg.models.grounding_dino.text_encoder import TextFeatures
 
 B, S, T, D = 2, 30, 7, 64
 
@@ -26,17 +28,17 @@ def streams() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.randn(B, S, D), torch.randn(B, T, D), image_mask, text_mask
 
 
-def randomised(layer: torch.nn.Module) -> torch.nn.Module:
+def randomized(layer: torch.nn.Module) -> torch.nn.Module:
     torch.manual_seed(1)
     for weights in layer.parameters():
         torch.nn.init.normal_(weights, std=0.3)
     return layer.eval()
 
 
-def attend_plainly(
+def reference_attention(
     layer: FusionLayer, image: Tensor, text: Tensor, image_mask: Tensor, text_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The attention of the fusion layer with every matrix in its place, as published."""
+    """The attention of the fusion layer with the matrix products in the published order."""
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (layer.heads, -1)).transpose(1, 2)  # [B, heads, S or T, d]
@@ -45,31 +47,31 @@ def attend_plainly(
     scores = query @ key.mT / math.sqrt(query.shape[-1])  # [B, heads, S, T]
     over_text = scores.masked_fill(~text_mask[:, None, None], -torch.inf).softmax(dim=-1)
     over_image = scores.mT.masked_fill(~image_mask[:, None, None], -torch.inf).softmax(dim=-1)
-    for_image = over_text @ heads(layer.text_value(text))
-    for_text = over_image @ heads(layer.image_value(image))
+    to_image = over_text @ heads(layer.text_value(text))
+    to_text = over_image @ heads(layer.image_value(image))
     return (
-        layer.image_output(for_image.transpose(1, 2).flatten(2)),
-        layer.text_output(for_text.transpose(1, 2).flatten(2)),
+        layer.image_output(to_image.transpose(1, 2).flatten(2)),
+        layer.text_output(to_text.transpose(1, 2).flatten(2)),
     )
 
 
-def test_the_order_of_multiplication_does_not_matter() -> None:
-    layer = randomised(FusionLayer(tiny_config())).double()
+def test_folded_fusion_attention_equals_the_published_order() -> None:
+    layer = randomized(FusionLayer(tiny_config())).double()
     image, text, *masks = streams()
     image, text = image.double(), text.double()
     for found, wanted, mask in zip(
-        layer.attend(image, text, *masks), attend_plainly(layer, image, text, *masks), masks, strict=True
+        layer.attend(image, text, *masks), reference_attention(layer, image, text, *masks), masks, strict=True
     ):
-        assert (found - wanted)[mask].abs().max() < 1e-12  # what stands at padding has no meaning
+        assert (found - wanted)[mask].abs().max() < 1e-12  # padding is undefined
         assert found.isfinite().all()
 
 
-def test_gradients_of_the_fusion_are_those_of_the_plain_one() -> None:
-    layer = randomised(FusionLayer(tiny_config())).double()
+def test_gradients_of_folded_fusion_attention_equal_the_published_order() -> None:
+    layer = randomized(FusionLayer(tiny_config())).double()
     image, text, *masks = streams()
     image, text = image.double(), text.double()
     gradients = []
-    for attend in (layer.attend, lambda *inputs: attend_plainly(layer, *inputs)):
+    for attend in (layer.attend, lambda *inputs: reference_attention(layer, *inputs)):
         outputs = attend(image, text, *masks)
         layer.zero_grad()
         sum((x[mask] ** 2).sum() for x, mask in zip(outputs, masks, strict=True)).backward()
@@ -79,7 +81,7 @@ def test_gradients_of_the_fusion_are_those_of_the_plain_one() -> None:
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-9, atol=1e-9), name
 
 
-def test_fusion_starts_from_the_normalised_stream() -> None:
+def test_the_fusion_residual_is_the_normalized_stream() -> None:
     layer = FusionLayer(tiny_config()).eval()
     torch.nn.init.zeros_(layer.image_gate)
     torch.nn.init.zeros_(layer.text_gate)
@@ -90,9 +92,9 @@ def test_fusion_starts_from_the_normalised_stream() -> None:
 
 
 @pytest.mark.parametrize(("logit", "kept"), [(50.0, 1.0), (-50.0, 0.0), (0.0, 0.5)])
-def test_gated_fusion_mixes(logit: float, kept: float) -> None:
+def test_gated_fusion_interpolates(logit: float, kept: float) -> None:
     """alpha * own + (1 - alpha) * attended, with alpha = sigmoid(logit) here."""
-    layer = randomised(GatedFusionLayer(tiny_config()))
+    layer = randomized(GatedFusionLayer(tiny_config()))
     for gate in (layer.image_alpha, layer.text_alpha):
         torch.nn.init.zeros_(gate.weight)
         torch.nn.init.constant_(gate.bias, logit)
@@ -126,7 +128,7 @@ def test_class_heads() -> None:
         assert torch.allclose(found, wanted.masked_fill(padded, -torch.inf), rtol=1e-4, atol=1e-4), name
 
 
-def test_a_cosine_does_not_see_lengths() -> None:
+def test_cosine_similarity_ignores_lengths() -> None:
     image, tokens, _, mask = streams()
     head = ClassHead(ClassHeadConfig(similarity="cosine"), D)
     first, second = head(image, text_features(tokens, mask)), head(3 * image, text_features(5 * tokens, mask))
@@ -134,7 +136,7 @@ def test_a_cosine_does_not_see_lengths() -> None:
     assert first[first.isfinite()].abs().max() <= 1
 
 
-def test_drop_path_keeps_the_mean_and_whole_samples() -> None:
+def test_drop_path_keeps_the_mean_and_drops_whole_samples() -> None:
     torch.manual_seed(0)
     x = drop_path(torch.ones(4000, 3, 2), 0.25, training=True)
     assert x.flatten(1).std(dim=1).max() == 0
@@ -147,3 +149,14 @@ def test_inverse_sigmoid_at_the_border() -> None:
     x = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
     assert inverse_sigmoid(x, 1e-3).tolist() == pytest.approx([math.log(1e-3), math.log(0.3 / 0.7), math.log(1e3)])
     assert inverse_sigmoid(x, 1e-5)[0] == pytest.approx(-11.5129, abs=1e-4)
+
+
+def test_the_table_of_equations_points_to_existing_code_and_settings() -> None:
+    rows = [line.rsplit("|", 3)[1:3] for line in (package.__doc__ or "").splitlines() if line.startswith("| ")]
+    assert len(rows) > 10
+    for code, setting in rows[1:]:  # without the header
+        for name in code.strip().split(", "):
+            resolve_name(name if name.startswith("vg.") else f"{package.__name__}.{name}")
+        value: object = GroundingDinoConfig()
+        for key in setting.strip().partition("=")[0].split(".")[1:]:
+            value = getattr(value, key)

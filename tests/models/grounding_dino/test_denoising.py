@@ -1,4 +1,4 @@
-"""Denoising queries: who restores which box, how noisy they are, who sees whom, and what learns from them."""
+"""Denoising queries: assignment, noise of boxes and labels, attention mask, gradients and loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COUNTS = (2, 0, 3)
 
 
 def targets(counts: tuple[int, ...] = COUNTS) -> PromptTargets:
-    """Boxes well inside of 0..1, whose phrases are 0, 1, 2, ... and 40, 41, ... in the next prompt."""
+    """Boxes well inside 0..1, with phrase ids 0, 1, 2, ..., and 40, 41, ... in the next prompt."""
     torch.manual_seed(0)
     num = max(counts)
     boxes = torch.cat((torch.rand(len(counts), num, 2) * 0.2 + 0.4, torch.rand(len(counts), num, 2) * 0.1 + 0.1), -1)
@@ -30,8 +30,8 @@ def exact(**settings: int) -> Denoising:
     return Denoising(DenoisingConfig(label_noise=0, box_noise=0, **settings), width=8)
 
 
-def test_each_group_has_every_box_once_positive_and_once_negative() -> None:
-    queries = exact(num_queries=7)(targets(), num_queries=5)  # two groups of three boxes are the most below 7
+def test_every_group_has_a_positive_and_a_negative_query_per_box() -> None:
+    queries = exact(num_queries=7)(targets(), num_queries=5)  # at most two groups of three boxes
     assert queries.content.shape == (3, 12, 8)
     assert queries.references.shape == (3, 12, 4)
     assert queries.blocked.shape == (17, 17)
@@ -43,13 +43,13 @@ def test_each_group_has_every_box_once_positive_and_once_negative() -> None:
     ("num_boxes", "num_queries"), [(1, 200), (3, 198), (50, 200), (51, 102), (100, 200), (130, 260)]
 )
 def test_number_of_queries(num_boxes: int, num_queries: int) -> None:
-    """About 100 positive ones, but always all boxes."""
+    """At most 100 positive queries, but at least one per box."""
     denoising = Denoising(DenoisingConfig(), width=8)
     assert denoising(targets((num_boxes,)), 900).content.shape == (1, num_queries, 8)
 
 
-def test_without_noise_the_queries_are_the_truth() -> None:
-    """In both halves: what makes a query negative is its noise. Empty queries are zeros."""
+def test_without_noise_queries_equal_the_ground_truth() -> None:
+    """Negative queries, too: they differ by their noise only. Padded queries are zero."""
     denoising, truth = exact(num_queries=3, num_labels=32), targets()
     queries = denoising(truth, num_queries=5)
     for half in (slice(0, 3), slice(3, 6)):
@@ -63,7 +63,7 @@ def test_without_noise_the_queries_are_the_truth() -> None:
 
 
 def sides_moved(queries: Tensor, truth: PromptTargets) -> tuple[Tensor, Tensor]:
-    """How far the sides of positive and negative queries are off, in widths and heights: [R, groups, N, 4] each."""
+    """Distances of the sides of positive and negative queries in units of the box size: [R, groups, N, 4] each."""
     num = truth.boxes.shape[1]
     boxes = box_ops.cxcywh_to_xyxy(queries.sigmoid()).unflatten(1, (-1, 2, num))  # [R, groups, 2, N, 4]
     moved = boxes - box_ops.cxcywh_to_xyxy(truth.boxes)[:, None, None]
@@ -72,8 +72,8 @@ def sides_moved(queries: Tensor, truth: PromptTargets) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("noise", [0.4, 0.9])
-def test_noise_of_boxes(noise: float) -> None:
-    """Positive sides move by up to half the noise, negative ones by more, up to twice that, in either direction."""
+def test_box_noise(noise: float) -> None:
+    """Sides of positive queries move by up to noise / 2 in both directions, negative ones by noise / 2 to noise."""
     truth = targets((3, 3))
     queries = Denoising(DenoisingConfig(num_queries=3000, box_noise=noise), width=8)(truth, 1)
     positive, negative = sides_moved(queries.references, truth)
@@ -82,7 +82,7 @@ def test_noise_of_boxes(noise: float) -> None:
     assert positive.abs().min() < 0.01 * noise
     assert positive.mean().abs() < 0.01
     upright = (queries.references.sigmoid()[..., 2:] > 0.0011).all(dim=-1).unflatten(1, (-1, 2, 3))[:, :, 1]
-    assert upright.float().mean() > 0.5, "of the others, a side passed the opposite one"
+    assert upright.float().mean() > 0.5, "in the other queries, opposite sides crossed"
     assert negative[upright].abs().min() >= noise / 2 - 1e-4
     assert negative[upright].abs().max() <= noise + 1e-4
     assert negative[upright].abs().max() > 0.98 * noise
@@ -97,8 +97,8 @@ def test_noisy_boxes_stay_in_the_image() -> None:
     assert corners.max() <= 1 + 1e-3
 
 
-def test_noise_of_labels() -> None:
-    """Half of the share is drawn anew, of which one in four happens to be right again."""
+def test_label_noise() -> None:
+    """Half of label_noise is replaced, and one in four of these by the true label."""
     denoising = Denoising(DenoisingConfig(num_queries=20_000, label_noise=0.8, box_noise=0, num_labels=4), width=8)
     content = denoising(targets((1,)), 1).content[0]
     labels = (content.unsqueeze(1) == denoising.labels.weight).all(dim=-1).int().argmax(dim=1)
@@ -106,15 +106,15 @@ def test_noise_of_labels() -> None:
     torch.testing.assert_close(shares, torch.tensor([0.7, 0.1, 0.1, 0.1]), atol=0.01, rtol=0)
 
 
-def test_nobody_sees_the_queries_of_another_group() -> None:
+def test_queries_attend_within_their_group_only() -> None:
     blocked = exact(num_queries=7)(targets(), num_queries=5).blocked
     for query in range(17):
-        for seen in range(17):
-            same_group = seen // 6 == query // 6 and query < 12
-            assert blocked[query, seen] == (seen < 12 and not same_group)
+        for key in range(17):
+            same_group = key // 6 == query // 6 and query < 12
+            assert blocked[query, key] == (key < 12 and not same_group)
 
 
-def test_the_global_generator_decides() -> None:
+def test_noise_comes_from_the_global_generator() -> None:
     denoising, truth = Denoising(DenoisingConfig(), width=8), targets()
 
     def draw(seed: int) -> Tensor:
@@ -127,8 +127,8 @@ def test_the_global_generator_decides() -> None:
 
 
 @pytest.mark.parametrize("counts", [COUNTS, (0, 0)], ids=["boxes", "no boxes"])
-def test_the_table_always_takes_part(counts: tuple[int, ...]) -> None:
-    """Also in a batch without any box: data parallel training waits for the gradient of every weight."""
+def test_the_label_embedding_always_gets_a_gradient(counts: tuple[int, ...]) -> None:
+    """Even in a batch without boxes: DDP waits for the gradient of every weight."""
     denoising = exact(num_queries=3)
     queries = denoising(targets(counts), num_queries=5)
     content = torch.cat((queries.content, torch.ones(len(counts), 5, 8, requires_grad=True)), dim=1)
@@ -145,8 +145,8 @@ def test_the_table_always_takes_part(counts: tuple[int, ...]) -> None:
     assert uses == [0, 1, 80, 81, 82]
 
 
-def test_the_loss_takes_the_assignment_as_it_is() -> None:
-    """Queries without noise that answer what they were told are right but for the negative ones."""
+def test_the_loss_uses_the_assignment_of_the_queries() -> None:
+    """Queries without noise that predict their own box have no loss if the negative ones predict background."""
     truth = targets()
     queries = exact(num_queries=3)(truth, num_queries=5)
     boxes = queries.references.sigmoid().unsqueeze(0)
@@ -156,7 +156,7 @@ def test_the_loss_takes_the_assignment_as_it_is() -> None:
     losses = SetLoss(LossConfig())(*matching, truth, mask, denoising=(logits, boxes, queries.assignment))
     for term in ("class", "l1", "giou"):
         assert losses[LossName(term, "denoising")].item() == pytest.approx(0, abs=1e-5)
-    logits[0, 0, 3] = 20.0  # the negative query of the first box says what it should not
+    logits[0, 0, 3] = 20.0  # the negative query of the first box predicts its phrase
     losses = SetLoss(LossConfig())(*matching, truth, mask, denoising=(logits, boxes, queries.assignment))
     assert losses[LossName("class", "denoising")].item() == pytest.approx(0.75 * 20 * 4 / 5, rel=1e-4)
 
@@ -171,7 +171,7 @@ def test_no_value_is_read_from_the_device() -> None:
     assert counts.shape == (2,)
 
 
-def test_settings() -> None:
+def test_default_settings() -> None:
     config = GroundingDinoConfig()
     assert config.denoising is None
     assert config.loss == LossConfig()

@@ -1,4 +1,4 @@
-"""Grounding DINO as a whole: independence of the batch, of the order of phrases and of padding; variants; training."""
+"""The whole Grounding DINO: results do not depend on batch, phrase order or padding; variants; gradients; caching."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ VARIANTS = {
 
 
 def same(found: Prediction, wanted: Prediction, tolerance: float = 1e-5) -> None:
-    """The same answers for each phrase, whatever the order of those whose scores are all but equal."""
+    """Assert equal boxes and scores for every phrase, in any order among nearly equal scores."""
     assert len(found.boxes) == len(wanted.boxes) > 0
     assert (found.scores - wanted.scores).abs().max() <= tolerance
-    for answers, others in ((found, wanted), (wanted, found)):
-        for box, score, phrase_id in zip(answers.boxes, answers.scores, answers.phrase_ids, strict=True):
-            alike = others.phrase_ids == phrase_id
-            apart = (others.boxes[alike] - box).abs().amax(dim=1) / 100 + (others.scores[alike] - score).abs()
-            assert apart.min() <= 2 * tolerance  # boxes in pixels
+    for one, other in ((found, wanted), (wanted, found)):
+        for box, score, phrase_id in zip(one.boxes, one.scores, one.phrase_ids, strict=True):
+            same_phrase = other.phrase_ids == phrase_id
+            distance = (other.boxes[same_phrase] - box).abs().amax(dim=1) / 100  # boxes in pixels
+            assert (distance + (other.scores[same_phrase] - score).abs()).min() <= 2 * tolerance
 
 
 @torch.no_grad()
-def ask(model: GroundingDino, *samples) -> list[Prediction]:
+def predict(model: GroundingDino, *samples) -> list[Prediction]:
     batch = batch_of(model, *samples)
     return model.predict(model(batch), batch)
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
-def test_a_batch_gives_what_single_images_give(settings: dict) -> None:
+def test_a_batch_equals_single_images(settings: dict) -> None:
     model = tiny_model(**settings)
     samples = [
         sample(["a small thing", "dog"], (64, 96), seed=0),
@@ -63,35 +63,35 @@ def test_a_batch_gives_what_single_images_give(settings: dict) -> None:
         sample(["left"], (64, 64), seed=2),
         sample(["dog"], (64, 96), seed=3),
     ]
-    together = ask(model, *samples)
-    for one, alone in zip(together, (ask(model, x)[0] for x in samples), strict=True):
+    batched = predict(model, *samples)
+    for one, alone in zip(batched, (predict(model, x)[0] for x in samples), strict=True):
         same(one, alone)
 
 
-def test_other_implementations_let_padding_leak() -> None:
-    """The setting that follows them is not without effect: it is needed to reproduce their batches."""
+def test_padding_leaks_with_mix_sizes() -> None:
+    """image.mix_sizes reproduces padded batches of other implementations, so it must have an effect."""
     samples = [sample(["dog"], (64, 96), seed=0), sample(["dog"], (64, 64), seed=1)]
     model = tiny_model(image=ImageConfig(shortest=64, longest=120, mix_sizes=True))
-    assert not torch.allclose(ask(model, *samples)[1].scores, ask(model, samples[1])[0].scores, atol=1e-5)
+    assert not torch.allclose(predict(model, *samples)[1].scores, predict(model, samples[1])[0].scores, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
-def test_every_weight_learns(settings: dict) -> None:
+def test_every_weight_gets_a_gradient(settings: dict) -> None:
     model = tiny_model(**settings, denoising=DenoisingConfig(num_queries=4)).train()
     batch = batch_of(model, sample(["dog", "cat"], boxes=3), sample(["red thing"], (64, 64), seed=1, boxes=1))
     terms = model.loss(model(batch), batch)
     torch.stack(list(terms.values())).sum().backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    # keys of softmax attention: a bias there shifts all logits of a query alike
+    # The bias of a key shifts all attention logits of a query equally, and the softmax ignores it.
     assert [name for name in without if not name.endswith(("key.bias", "k_proj.bias", "text_key.bias"))] == []
 
 
-def test_order_of_phrases_and_chunks() -> None:
-    """Fifteen phrases where one prompt holds three: the same answers in whatever order they are asked for."""
+def test_predictions_do_not_depend_on_the_order_of_phrases() -> None:
+    """Fifteen phrases, of which one prompt can contain three."""
     names = ["dog", "hot dog", "car", "carrot", "Cat", "cat", "red", "blue", "a big red thing", "star", "box", "st. x"]
     names += ["up", "down", "left"]
     model = tiny_model(max_tokens=12, predict=PredictConfig(top_k=1000))
-    forward, backward = ask(model, sample(names))[0], ask(model, sample(names[::-1]))[0]
+    forward, backward = predict(model, sample(names))[0], predict(model, sample(names[::-1]))[0]
     assert batch_of(model, sample(names)).text.token_ids.shape[0] > 3
     assert set(forward.phrase_ids.tolist()) == set(range(len(names)))
     for name in names:
@@ -101,17 +101,17 @@ def test_order_of_phrases_and_chunks() -> None:
     assert torch.equal(forward.boxes[:10], backward.boxes[:10])
 
 
-def test_chunks_of_several_images_give_what_one_image_gives() -> None:
+def test_several_prompts_per_image_in_a_batch_equal_single_images() -> None:
     model = tiny_model(max_tokens=8)
     samples = [sample(["dog", "cat", "red", "blue", "star"]), sample(["up"], (64, 64), seed=1), sample(["dog", "box"])]
-    for one, alone in zip(ask(model, *samples), (ask(model, x)[0] for x in samples), strict=True):
+    for one, alone in zip(predict(model, *samples), (predict(model, x)[0] for x in samples), strict=True):
         same(one, alone)
 
 
-def test_padding_of_text_changes_nothing() -> None:
+def test_text_padding_changes_nothing() -> None:
     model = tiny_model()
-    alone = ask(model, sample(["dog"]))[0]
-    beside = ask(model, sample(["dog"]), sample(["a very long phrase that makes the other row longer"], seed=1))[0]
+    alone = predict(model, sample(["dog"]))[0]
+    beside = predict(model, sample(["dog"]), sample(["a very long phrase that makes the other row longer"], seed=1))[0]
     same(beside, alone)
 
 
@@ -120,51 +120,52 @@ def test_small_images_have_fewer_queries() -> None:
     batch = batch_of(model, sample(["dog"], (8, 11)))
     with torch.no_grad():
         output = model(batch)
-    assert output.boxes.shape[2] == model.queries.content.shape[0] or output.boxes.shape[2] < 20
+    # 8 x 11 pixels are 2 x 3 patches, so the levels have 1 x 2, 1 x 1, 1 x 1 and 1 x 1 tokens.
+    assert output.boxes.shape[2] == output.logits.shape[2] == 5 < model.config.num_queries
     prediction = model.predict(output, batch)[0]
-    assert len(prediction.boxes) == output.boxes.shape[2]
+    assert len(prediction.boxes) == 5
     assert prediction.boxes.isfinite().all()
 
 
-def test_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recent_prompts_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
-    read: list[int] = []
+    encoded: list[int] = []  # prompts per call
     forward = model.text.forward
-    monkeypatch.setattr(model.text, "forward", lambda ids, *rest: read.append(len(ids)) or forward(ids, *rest))
-    first = ask(model, sample(["dog"]), sample(["dog"], seed=1), sample(["cat"], seed=2))
-    assert read == [2]
-    again = ask(model, sample(["dog"]), sample(["dog"], seed=1), sample(["cat"], seed=2))
-    assert read == [2]
+    monkeypatch.setattr(model.text, "forward", lambda ids, *rest: encoded.append(len(ids)) or forward(ids, *rest))
+    first = predict(model, sample(["dog"]), sample(["dog"], seed=1), sample(["cat"], seed=2))
+    assert encoded == [2]
+    again = predict(model, sample(["dog"]), sample(["dog"], seed=1), sample(["cat"], seed=2))
+    assert encoded == [2]
     same(again[0], first[0], 0)
     with torch.no_grad():
         model.text.projection.weight.mul_(2)
-    changed = ask(model, sample(["dog"]))
-    assert read == [2, 1]
+    changed = predict(model, sample(["dog"]))
+    assert encoded == [2, 1]
     assert not torch.equal(changed[0].scores, first[0].scores)
-    with torch.no_grad():  # as a moving average of weights does
+    with torch.no_grad():  # as a moving average (EMA) does
         model.text.projection.weight.data = model.text.projection.weight.data / 2
-    same(ask(model, sample(["dog"]))[0], first[0])
-    assert read == [2, 1, 1]
+    same(predict(model, sample(["dog"]))[0], first[0])
+    assert encoded == [2, 1, 1]
 
 
-def test_prompts_are_forgotten_when_an_optimiser_steps() -> None:
-    """A fused AdamW changes weights without a trace in the tensors; training and judging take turns."""
+def test_training_clears_the_prompt_cache() -> None:
+    """A fused AdamW changes weights without increasing their version; training and evaluation alternate."""
     model = tiny_model()
     optimizer = build_optimizer(model, OptimConfig(lr=0.01))
-    before = ask(model, sample(["dog"]))[0]
+    before = predict(model, sample(["dog"]))[0]
     batch = batch_of(model.train(), sample(["dog"], boxes=2))
     torch.stack(list(model.loss(model(batch), batch).values())).sum().backward()
     optimizer.step()
-    after = ask(model.eval(), sample(["dog"]))[0]
-    untouched = tiny_model()
-    untouched.load_state_dict(model.state_dict())
-    same(after, ask(untouched, sample(["dog"]))[0], 0)
+    after = predict(model.eval(), sample(["dog"]))[0]
+    uncached = tiny_model()
+    uncached.load_state_dict(model.state_dict())
+    same(after, predict(uncached, sample(["dog"]))[0], 0)
     assert not torch.equal(after.scores, before.scores)
 
 
 @torch.no_grad()
-def test_a_small_image_beside_a_large_one() -> None:
-    """It has fewer tokens than there are queries; what fills its row is no query."""
+def test_a_small_image_in_a_batch_with_a_large_one() -> None:
+    """The small image has fewer tokens than there are queries; the rest of its row is padding."""
     model = tiny_model(num_queries=120)
     small, large = sample(["dog"], (64, 64)), sample(["dog", "cat"], (64, 112), seed=1)
     batch = batch_of(model, small, large)
@@ -172,11 +173,11 @@ def test_a_small_image_beside_a_large_one() -> None:
     assert output.logits.shape[2] == 120
     assert int(output.logits[0, 0].isneginf().all(dim=-1).sum()) == 120 - 85  # 8 x 8 + 4 x 4 + 2 x 2 + 1 tokens
     found = model.predict(output, batch)
-    for one, alone in zip(found, (ask(model, x)[0] for x in (small, large)), strict=True):
+    for one, alone in zip(found, (predict(model, x)[0] for x in (small, large)), strict=True):
         same(one, alone)
 
 
-def test_a_small_image_beside_a_large_one_learns() -> None:
+def test_gradients_of_a_small_image_in_a_batch_with_a_large_one_are_finite() -> None:
     model = tiny_model(num_queries=120, denoising=DenoisingConfig(num_queries=4)).train()
     batch = batch_of(model, sample(["dog"], (64, 64), boxes=2), sample(["dog", "cat"], (64, 112), seed=1, boxes=3))
     terms = model.loss(model(batch), batch)
@@ -187,12 +188,12 @@ def test_a_small_image_beside_a_large_one_learns() -> None:
 def test_max_scores_do_not_depend_on_the_batch() -> None:
     model = tiny_model(predict=PredictConfig(score="max"))
     one, two = sample(["a big dog"]), sample(["cat", "red"], seed=1)
-    for found, alone in zip(ask(model, one, two), (ask(model, x)[0] for x in (one, two)), strict=True):
+    for found, alone in zip(predict(model, one, two), (predict(model, x)[0] for x in (one, two)), strict=True):
         same(found, alone)
 
 
-def test_half_precision_sums_of_many_tokens() -> None:
-    """float16 holds no sum over all image tokens of a channel that is large everywhere."""
+def test_half_precision_does_not_overflow_with_many_tokens() -> None:
+    """A sum over all image tokens overflows float16 if a channel is large everywhere."""
     layer = tiny_model().encoder.layers[0].fusion
     image = torch.full((1, 22_000, 64), -1.0)
     image[..., 0] = 60.0
@@ -203,7 +204,7 @@ def test_half_precision_sums_of_many_tokens() -> None:
 def test_models_can_be_copied() -> None:
     model = tiny_model()
     other = copy.deepcopy(model)
-    same(ask(other, sample(["dog"]))[0], ask(model, sample(["dog"]))[0], 0)
+    same(predict(other, sample(["dog"]))[0], predict(model, sample(["dog"]))[0], 0)
     assert other.state_dict().keys() == model.state_dict().keys()
 
 
@@ -237,7 +238,7 @@ def test_bfloat16_stays_close() -> None:
     assert (half.encoder_boxes.sort(dim=1).values - exact.encoder_boxes.sort(dim=1).values).abs().mean() < 0.02
 
 
-def test_scores_by_hand() -> None:
+def test_phrase_scores_equal_values_computed_by_hand() -> None:
     from vg.models.grounding_dino.postprocess import phrase_scores
 
     logits = torch.tensor([[[-1.0, 2.0, 0.5, -torch.inf]]])  # [R, Q, T]
@@ -248,23 +249,22 @@ def test_scores_by_hand() -> None:
     assert torch.allclose(mean, torch.stack(((p[1] + p[2]) / 2, p[2], torch.tensor(-1.0))))
     assert torch.allclose(best, torch.stack((p[1], p[2], torch.tensor(-1.0))))
     everything = torch.tensor([[True, True, True, False]])
-    alone = phrase_scores(
-        logits, tokens[:, 1:2], everything, "max"
-    )  # one phrase: all tokens of the prompt, as RefExpMetric
-    assert torch.allclose(alone, p[1])
+    # A single phrase: all tokens of the prompt, as in mmdetection's RefExpMetric.
+    single = phrase_scores(logits, tokens[:, 1:2], everything, "max")
+    assert torch.allclose(single, p[1])
 
 
 def test_threshold_top_k_and_nms() -> None:
-    plain = ask(tiny_model(), sample(["dog", "cat"]))[0]
+    plain = predict(tiny_model(), sample(["dog", "cat"]))[0]
     assert torch.equal(plain.scores, plain.scores.sort(descending=True).values)
-    best = ask(tiny_model(predict=PredictConfig(top_k=7)), sample(["dog", "cat"]))[0]
+    best = predict(tiny_model(predict=PredictConfig(top_k=7)), sample(["dog", "cat"]))[0]
     assert torch.equal(best.scores, plain.scores[:7])
     limit = float(plain.scores[4])
-    above = ask(tiny_model(predict=PredictConfig(threshold=limit)), sample(["dog", "cat"]))[0]
+    above = predict(tiny_model(predict=PredictConfig(threshold=limit)), sample(["dog", "cat"]))[0]
     assert torch.equal(above.scores, plain.scores[plain.scores >= limit])
     model = tiny_model(predict=PredictConfig(nms=0.3))
     torch.nn.init.constant_(model.decoder.box_heads[0][-1].bias, 2.0)  # large boxes, which overlap
-    fewer = ask(model, sample(["dog", "cat"]))[0]
+    fewer = predict(model, sample(["dog", "cat"]))[0]
     assert 0 < len(fewer.boxes) < len(plain.boxes)
 
 
@@ -272,15 +272,15 @@ def test_threshold_top_k_and_nms() -> None:
 def test_compiles_without_graph_breaks(train: bool) -> None:
     model = tiny_model().train(train)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for phrases in (["dog"], ["a cat", "red thing"], ["dog", "cat", "box"]):  # texts of several lengths
+    for phrases in (["dog"], ["a cat", "red thing"], ["dog", "cat", "box"]):  # prompts of different lengths
         batch = batch_of(model, sample(phrases))
         with torch.set_grad_enabled(train):
             close(compiled(batch).logits, model(batch).logits)
 
 
 @torch.no_grad()
-def test_compiles_for_sizes_that_change() -> None:
-    """Behind the backbone; transformers' Swin can be traced for unknown sizes as well, but that takes minutes."""
+def test_compiles_with_dynamic_sizes() -> None:
+    """All but the backbone: transformers' Swin compiles with dynamic sizes, too, but that takes minutes."""
     model = tiny_model(image=ImageConfig(shortest=140, longest=300))
     compiled = torch.compile(model.ground, fullgraph=True, dynamic=True, backend="eager")
     names = ["a dog", "a big cat", "red thing", "box", "star"]
@@ -295,7 +295,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
     assert torch.allclose(found.nan_to_num(neginf=0), wanted.nan_to_num(neginf=0), atol=1e-4)
 
 
-def test_settings_that_cannot_be() -> None:
+def test_invalid_settings() -> None:
     for settings, message in (
         ({"heads": 3}, "must be even"),
         ({"width": 40}, "multiple of 32"),

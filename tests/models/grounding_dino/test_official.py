@@ -12,10 +12,10 @@ from torch import Tensor
 from tests.golden.files import recorded_json, recorded_tensors
 from tests.models.grounding_dino.golden import DRAWN, INPUTS, golden_case, golden_model
 from vg.models.grounding_dino.attention import inverse_sigmoid
-from vg.models.grounding_dino.image import ImageFeatures, Neck
+from vg.models.grounding_dino.backbone import ImageFeatures, Neck
 from vg.models.grounding_dino.model import GroundingDino
-from vg.models.grounding_dino.queries import box_proposals
-from vg.models.grounding_dino.text import phrase_blocks
+from vg.models.grounding_dino.query_selection import box_proposals
+from vg.models.grounding_dino.text_encoder import sub_sentence_masks
 from vg.models.layers import sine_encoding
 
 FEATURES, LOGITS, BOXES = 5e-5, 2e-4, 1e-5  # tolerances that the recording suggests
@@ -51,8 +51,8 @@ def test_outputs_of_every_module_equal_the_recorded_ones(model: GroundingDino, n
         assert_close(encoding * real, expected_image[f"image_pe.{level}"].flatten(2).mT * real, FEATURES)
 
     text = model.encode_text(batch.text)
-    assert torch.equal(text.blocks, expected["text_self_attention_mask"].bool())
-    assert torch.equal(phrase_blocks(batch.text.token_ids, (101, 102, 1012, 1029))[1], expected["position_ids"])
+    assert torch.equal(text.sub_sentences, expected["text_self_attention_mask"].bool())
+    assert torch.equal(sub_sentence_masks(batch.text.token_ids, (101, 102, 1012, 1029))[1], expected["position_ids"])
     assert_close(text.tokens, expected["text_feat"], FEATURES)
 
     image, text = model.encoder(image, text)
@@ -118,7 +118,7 @@ def test_every_step_within_the_layers(name: str, tmp_path: Path) -> None:
 
 def test_text_masks_of_unusual_captions() -> None:
     for case in recorded_json("text_masks.json")["cases"]:
-        blocks, positions = phrase_blocks(torch.tensor(case["input_ids"]), (101, 102, 1012, 1029))
+        blocks, positions = sub_sentence_masks(torch.tensor(case["input_ids"]), (101, 102, 1012, 1029))
         if "self_attention_mask" not in case:  # no closed phrase: the official code raises
             assert torch.equal(blocks[0], torch.eye(blocks.shape[1], dtype=torch.bool))
             continue
@@ -145,11 +145,11 @@ def test_encodings_and_proposals_at_full_width() -> None:
         [(int((~mask[i])[:, 0].sum()), int((~mask[i])[0].sum())) for mask in padding] for i in range(len(padding[0]))
     ]
     levels = [torch.zeros(len(inside), 256, *shape) for shape in shapes]
-    image = neck.place(levels, inside)
+    image = neck.flatten(levels, inside)
     assert_close(box_proposals(image), helpers["proposal_out_logits"], 1e-5)
 
     mask = ~helpers["image_pe_mask"].bool()  # [B, 5, 7]
-    image = neck.place([levels[0], levels[1]], [[(int(m[:, 0].sum()), int(m[0].sum())), (1, 1)] for m in mask])
+    image = neck.flatten([levels[0], levels[1]], [[(int(m[:, 0].sum()), int(m[0].sum())), (1, 1)] for m in mask])
     found = image.positions[:, :35].mT.unflatten(2, (5, 7)) * mask.unsqueeze(1)
     assert_close(found, helpers["image_pe_d256"] * mask.unsqueeze(1), 1e-5)
 

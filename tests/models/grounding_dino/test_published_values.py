@@ -1,8 +1,8 @@
-"""The numbers that are published for the published checkpoints, on one COCO picture: `pytest -m hub` downloads them.
+"""Published outputs of published checkpoints on one COCO image; `pytest -m hub` downloads the checkpoints.
 
-Without that option a test runs where its environment variable names the checkpoint (a folder of transformers, or an
-official or mmdetection .pth, for which VG_BERT_TOKENIZER names a tokenizer if none lies beside the repository), or
-where an earlier download is in the cache of the Hub.
+Without that option a test runs if its environment variable gives the checkpoint (a transformers folder, or an official
+or mmdetection .pth, with VG_BERT_TOKENIZER as its tokenizer if there is none beside the repository), or if the Hub
+cache contains it.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ MM_GRIT_V3DET = Published("VG_MM_GROUNDING_DINO_TINY_GRIT_V3DET", f"{MM}_grit_v3
 
 
 def load(published: Published, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> GroundingDino:
-    """The model, or a skipped test; what is wrong with a checkpoint that is there is not hidden."""
+    """Load the model, or skip the test if there is no checkpoint; errors of an existing checkpoint are raised."""
     place = os.environ.get(published.variable)
     if place is None:
-        if "hub" in request.config.option.markexpr.split():  # asked for by name: the network may be used
+        if "hub" in request.config.option.markexpr.split():  # requested explicitly: network access is allowed
             monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         try:
             place = str(local_path(published.id))
@@ -75,14 +75,14 @@ def outputs(model: GroundingDino, *phrases: str) -> tuple[Tensor, Tensor]:
     return output.logits[-1, 0], output.boxes[-1, 0]
 
 
-def check_answer(
+def check_predictions(
     model: GroundingDino,
     phrases: tuple[str, ...],
     threshold: float,
     wanted: list[tuple[str, float, list[float]]],
     tolerance: tuple[float, float],
 ) -> None:
-    """(phrase, score, box xyxy in pixels), in any order; tolerances of scores and pixels."""
+    """Compare with (phrase, score, box xyxy in pixels) in any order; tolerance is (scores, pixels)."""
     found = Grounder(model, "cpu").predict(CATS, phrases, threshold)
     assert len(found.boxes) == len(wanted)
     for phrase, score, box in wanted:
@@ -130,10 +130,10 @@ def test_two_phrases(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         ("a remote control", 0.478, [38.57, 70.0, 176.78, 118.18]),
     ]
     model = load(TINY, request, monkeypatch)
-    check_answer(model, ("a cat", "a remote control"), 0.4, wanted, (2e-3, 0.5))
+    check_predictions(model, ("a cat", "a remote control"), 0.4, wanted, (2e-3, 0.5))
 
 
-CATS_AND_REMOTES = {  # scores, and boxes xyxy 0..1, as their converter records them
+CATS_AND_REMOTES = {  # scores, and boxes xyxy 0..1, from the conversion script in transformers
     MM_GOLDG: [
         ("remote", 0.7722, [0.5212, 0.1594, 0.5792, 0.3895]),
         ("cat", 0.7584, [0.5424, 0.0513, 0.9996, 0.7757]),
@@ -158,4 +158,4 @@ def test_cats_and_remotes(
         for phrase, score, box in CATS_AND_REMOTES[published]
     ]
     model = load(published, request, monkeypatch)
-    check_answer(model, ("cat", "remote"), 0.4, wanted, (2e-3, 1.0))
+    check_predictions(model, ("cat", "remote"), 0.4, wanted, (2e-3, 1.0))

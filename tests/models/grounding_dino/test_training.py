@@ -1,4 +1,4 @@
-"""Runs of a tiny Grounding DINO: they resume bit for bit, learn in bfloat16 and with adapters, and learn by heart."""
+"""Training runs of a tiny Grounding DINO: exact resume, bfloat16, adapters, and memorizing four images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MakeConfig = Callable[..., RunConfig]
 
 RECIPE = Path(__file__).parents[3] / "configs" / "grounding_dino" / "finetune_lora.yaml"
 SCENES = {"name": "shapes", "split": "val", "view": "detection", "image_size": 64}
-RANDOM: dict[str, Any] = {  # everything that draws random numbers
+RANDOM: dict[str, Any] = {  # every source of randomness
     "text": BertConfig(architecture=TEXT),  # with dropout
     "dropout": 0.1,
     "fusion_dropout": 0.1,
@@ -30,16 +30,16 @@ RANDOM: dict[str, Any] = {  # everything that draws random numbers
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_stopped_in_the_middle_of_an_epoch(tiny_config: MakeConfig, tmp_path: Path, workers: int) -> None:
-    """Seven batches make steps of 2, 2, 2 and 1; phrases, queries that are denoised and dropout are drawn anew."""
+def test_resume_within_an_epoch_equals_uninterrupted_run(tiny_config: MakeConfig, tmp_path: Path, workers: int) -> None:
+    """Seven batches make steps of 2, 2, 2 and 1; negative phrases, denoising queries and dropout are random."""
     train = write_set(tmp_path / "set", "train", range(1, 15))
-    judged = write_set(tmp_path / "set", "val", range(15, 17))
+    evaluated = write_set(tmp_path / "set", "val", range(15, 17))
 
     def make(name: str) -> RunConfig:
         config = tiny_config(
             data={
                 "train": {"name": "coco", "path": train, "vocabulary": {"negatives": 2}},
-                "eval": {"name": "coco", "path": judged},
+                "eval": {"name": "coco", "path": evaluated},
                 "batch_size": 2,
                 "workers": workers,
                 "augment": {"flip": 0.5, "resize": {"shortest": [48, 64], "crop": 0.5}},
@@ -84,8 +84,8 @@ def test_bfloat16_learns(tiny_config: MakeConfig) -> None:
     assert all(weights.isfinite().all() for weights in trainer.unwrapped_model.parameters())
 
 
-def test_the_recipe_with_adapters_learns(tiny_config: MakeConfig) -> None:
-    """Its names fit a tiny model, gradients pass the checkpoints that save memory, and all that is trained changes."""
+def test_the_lora_recipe_learns(tiny_config: MakeConfig) -> None:
+    """Its module names match, gradients pass gradient checkpointing, and every trainable weight changes."""
     pytest.importorskip("peft")
     recipe = load_config(RECIPE)
     config = tiny_config(
@@ -94,7 +94,7 @@ def test_the_recipe_with_adapters_learns(tiny_config: MakeConfig) -> None:
     )
     config.model = tiny_grounding_dino(
         shared_heads=False,
-        classes=ClassHeadConfig(scale="width", bias=True),  # from random weights the one of the recipe learns slowly
+        classes=ClassHeadConfig(scale="width", bias=True),  # with random weights the head of the recipe learns slowly
         denoising=DenoisingConfig(num_queries=6, num_labels=2),
         gradient_checkpointing=True,
     )
@@ -111,7 +111,7 @@ def test_the_recipe_with_adapters_learns(tiny_config: MakeConfig) -> None:
     assert last < first
 
 
-def test_four_pictures_are_learnt_by_heart(tiny_config: MakeConfig) -> None:
+def test_four_images_are_memorized(tiny_config: MakeConfig) -> None:
     four = SCENES | {"size": 4}
     config = tiny_config(
         data={"train": four, "eval": four, "batch_size": 4},

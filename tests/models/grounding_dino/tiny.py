@@ -1,4 +1,4 @@
-"""A Grounding DINO that is small enough for tests, and batches for it."""
+"""A Grounding DINO small enough for tests, and batches for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tiny_config(**settings: object) -> GroundingDinoConfig:
 
 
 def tiny_model(seed: int = 0, **settings: object) -> GroundingDino:
-    """Random everywhere, also where training starts from zeros: every path has an influence."""
+    """Build a model whose weights are all random, also those initialized to zero, so that every path has an effect."""
     torch.manual_seed(seed)
     model = tiny_config(**settings).build(pretrained=False)
     for name, weights in model.named_parameters():
@@ -32,7 +32,7 @@ def tiny_model(seed: int = 0, **settings: object) -> GroundingDino:
 
 
 def sample(phrases: Sequence[str], size: tuple[int, int] = (64, 96), seed: int = 0, boxes: int = 0) -> Sample:
-    """Noise of (height, width) with some boxes of its phrases."""
+    """Draw a noise image of (height, width) with random boxes and phrase ids."""
     random = np.random.default_rng(seed)
     corners = random.uniform(0, 0.5, (boxes, 2))
     scaled = np.concatenate((corners, corners + random.uniform(0.2, 0.5, (boxes, 2))), axis=1)

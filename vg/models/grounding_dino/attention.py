@@ -1,4 +1,4 @@
-"""The two attentions that every layer of Grounding DINO is built from, and what surrounds them."""
+"""The two kinds of attention that every layer of Grounding DINO is built from, and small functions around them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from vg.models.layers import MLP
 from vg.ops import deform_attn_fused
 
-Shapes = tuple[tuple[int, int], ...]
+Shapes = tuple[tuple[int, int], ...]  # (height, width) in tokens of each level
 
 
 class Attention(nn.Module):
@@ -24,15 +24,15 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
 
     def reset_parameters(self) -> None:
-        """As torch has it, where query, key and value are one matrix of three times the height."""
+        """Initialize like nn.MultiheadAttention, which has one matrix for query, key and value."""
         for projection in (self.query, self.key, self.value, self.output):
             nn.init.xavier_uniform_(projection.weight, gain=1 if projection is self.output else 0.5**0.5)
             nn.init.zeros_(projection.bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, Q, D], [B, K, D], [B, K, D] -> [B, Q, D]; mask: bool, broadcasts to [B, heads, Q, K], True = attends."""
+        """[R, Q, D], [R, K, D], [R, K, D] -> [R, Q, D]; mask: bool, broadcasts to [R, heads, Q, K], True = attends."""
         query, key, value = (
-            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, Q or K, D / heads]
+            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [R, heads, Q or K, D / heads]
             for projection, x in ((self.query, query), (self.key, key), (self.value, value))
         )
         x = F.scaled_dot_product_attention(query, key, value, mask, self.dropout if self.training else 0.0)
@@ -51,7 +51,7 @@ class DeformableAttention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def reset_parameters(self) -> None:
-        """At first, head h looks in the direction 2 pi h / heads, point p lies p + 1 pixels away, all count alike."""
+        """Start with head h sampling in direction 2 pi h / heads, point p at p + 1 pixels, with equal weights."""
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack((angle.cos(), angle.sin()), dim=-1)  # [heads, 2]
         direction = direction / direction.abs().amax(dim=-1, keepdim=True)
@@ -64,33 +64,34 @@ class DeformableAttention(nn.Module):
         nn.init.xavier_uniform_(self.output.weight)
 
     def forward(self, query: Tensor, references: Tensor, memory: Tensor, shapes: Shapes, mask: Tensor | None) -> Tensor:
-        """Look around the references.
+        """Sample the memory around the references.
 
         Args:
-            query: [B, Q, D]
-            references: [B, Q, L or 1, 2 or 4] float32, points or boxes cxcywh in 0..1 of the padded image.
-            memory: [B, S, D] image tokens of all levels.
+            query: [R, Q, D]
+            references: [R, Q, L or 1, 2 or 4] float32, points (x, y) or boxes cxcywh, 0..1 of the padded image; here L
+                counts feature levels.
+            memory: [R, S, D] image tokens of all levels.
             shapes: (height, width) of each level.
-            mask: [B, S] bool, True = a token of the image, False = padding; None where nothing is padded.
+            mask: [R, S] bool, False = padding; None if nothing is padded.
 
         Returns:
-            [B, Q, D]
+            [R, Q, D]
         """
         value = self.value(memory)
         if mask is not None:
             value = value.masked_fill(~mask.unsqueeze(-1), 0.0)  # after the projection: its bias must not leak
         x = deform_attn_fused(
-            value.unflatten(-1, (self.heads, -1)),  # [B, S, heads, D / heads]
+            value.unflatten(-1, (self.heads, -1)),  # [R, S, heads, D / heads]
             shapes,
             references,
             self.offsets(query).unflatten(-1, (self.heads, self.levels, self.points, 2)),
-            self.weights(query).unflatten(-1, (self.heads, -1)),  # [B, Q, heads, L * points]
+            self.weights(query).unflatten(-1, (self.heads, -1)),  # [R, Q, heads, L * points]
         )
         return self.output(x)
 
 
 class FeedForward(MLP):
-    """Linear, ReLU, dropout, linear: [B, S, D] -> [B, S, D]."""
+    """Linear, ReLU, dropout, linear: [R, S, D] -> [R, S, D]."""
 
     def __init__(self, width: int, inner: int, dropout: float = 0.0):
         super().__init__(width, inner, width)
@@ -102,7 +103,7 @@ class FeedForward(MLP):
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth (Huang et al. 2016): with this probability a sample of [B, ...] leaves a branch out."""
+    """Stochastic depth (Huang et al. 2016): zero whole samples of a residual branch [R, ...] with probability rate."""
     if not training or rate == 0:
         return x
     kept = x.new_empty(len(x), *(1 for _ in x.shape[1:])).bernoulli_(1 - rate)
@@ -110,6 +111,6 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
 
 
 def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
-    """The logit of x in 0..1, which are kept eps away from 0 and 1."""
+    """Return the logit of x in 0..1, with x and 1 - x clamped to at least eps."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

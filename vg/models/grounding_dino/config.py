@@ -1,4 +1,4 @@
-"""Settings of Grounding DINO; the defaults are the published Swin-T model (OGC), variants are small differences."""
+"""Settings of Grounding DINO; the defaults are the published Swin-T model (OGC)."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from vg.models.encoder_config import TINY_BERT, TextEncoderConfig
 from vg.settings import Settings, by_name
 
 if TYPE_CHECKING:
-    from vg.models.grounding_dino.image import Backbone
+    from vg.models.grounding_dino.backbone import Backbone
     from vg.models.grounding_dino.model import GroundingDino
 
-Share = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass
 class BackboneConfig(Settings):
-    """Any of these, as transformers has it."""
+    """Settings of every image backbone; the networks are those of transformers."""
 
     id: str | None = None
-    """Hub id or local folder with ImageNet weights to start from; null starts from random ones, or from `weights`."""
+    """Hub id or local folder of ImageNet weights to start from; null: random weights, or those of `weights`."""
     stages: list[PositiveInt] = field(default_factory=lambda: [2, 3, 4])
-    """Which stages (1 to 4) give a level of the feature pyramid each."""
+    """Stages (1 to 4) whose outputs become levels of the feature pyramid; the last one must be 4."""
 
     def __post_init__(self) -> None:
         if self.stages != sorted(set(self.stages)) or self.stages[-1:] != [4]:
-            raise ValueError(f"stages ({self.stages}) must rise and end with 4, or the last ones would be for nothing")
+            raise ValueError(f"stages ({self.stages}) must be ascending and end with 4: later stages would be unused")
 
 
 @dataclass
@@ -41,14 +41,14 @@ class SwinConfig(BackboneConfig):
     depths: list[PositiveInt] = field(default_factory=lambda: [2, 2, 6, 2])
     heads: list[PositiveInt] = field(default_factory=lambda: [3, 6, 12, 24])
     window: PositiveInt = 7
-    drop_path: Share = 0.2
+    drop_path: Probability = 0.2
 
     def build(self, pretrained: bool) -> Backbone:
         from torch import nn
         from transformers import SwinBackbone
         from transformers import SwinConfig as NetworkConfig
 
-        from vg.models.grounding_dino.image import Backbone
+        from vg.models.grounding_dino.backbone import Backbone
 
         settings = NetworkConfig(
             embed_dim=self.width,
@@ -61,9 +61,8 @@ class SwinConfig(BackboneConfig):
         network = (
             SwinBackbone.from_pretrained(self.id, config=settings) if self.id and pretrained else SwinBackbone(settings)
         )
-        for (
-            module
-        ) in network.modules():  # transformers has one more norm behind the last stage, whose output no one reads
+        # transformers has one more norm after the last stage, whose output is not used.
+        for module in network.modules():
             if isinstance(getattr(module, "layernorm", None), nn.LayerNorm):
                 module.layernorm = nn.Identity()
         return Backbone(network, [self.width * 2 ** (stage - 1) for stage in self.stages])
@@ -71,7 +70,7 @@ class SwinConfig(BackboneConfig):
 
 @dataclass
 class ResNetConfig(BackboneConfig):
-    """ResNet (He et al. 2016) with frozen batch norms; stem and first stage are not trained."""
+    """ResNet (He et al. 2016) with frozen batch norms; the stem and the first stage are frozen, too."""
 
     name: Literal["resnet"] = "resnet"
     depths: list[PositiveInt] = field(default_factory=lambda: [3, 4, 6, 3])
@@ -81,7 +80,7 @@ class ResNetConfig(BackboneConfig):
         from transformers import ResNetBackbone
         from transformers import ResNetConfig as NetworkConfig
 
-        from vg.models.grounding_dino.image import Backbone
+        from vg.models.grounding_dino.backbone import Backbone
 
         settings = NetworkConfig(
             depths=self.depths,
@@ -100,6 +99,8 @@ class ResNetConfig(BackboneConfig):
 
 @dataclass
 class BertConfig(TextEncoderConfig):
+    """BERT (Devlin et al. 2019), the text backbone."""
+
     id: str | None = "google-bert/bert-base-uncased"
     frozen: bool = False
 
@@ -109,50 +110,50 @@ class ImageConfig(Settings):
     shortest: PositiveInt = 800
     """Shorter side of the resized image in pixels."""
     longest: PositiveInt = 1333
-    """Limit of the longer side."""
+    """Upper limit of the longer side in pixels."""
     mix_sizes: bool = False
-    """Images of different sizes share one pass of the backbone, as in all other implementations. Their padding leaks
-    into Swin's windows, group norms and query positions, so that results depend on the other images of a batch."""
+    """Run images of different sizes through the backbone in one padded pass, as all other implementations do. Padding
+    then leaks into Swin's windows, group norms and query positions, and results depend on the rest of the batch."""
 
 
 @dataclass
 class ClassHeadConfig(Settings):
-    """How a query is compared with a text token; the result is the logit of "this query shows what the token names"."""
+    """Similarity between a query and a text token, which gives the logit of that token for that query."""
 
     similarity: Literal["dot", "cosine"] = "dot"
     scale: Literal["one", "width", "learned"] = "one"
-    """Factor of the similarity: 1 (official), 1/sqrt(width) (MM-Grounding-DINO) or exp of a learned number, which is
-    the inverse temperature of a cosine and which mmdetection adds when it fine-tunes official weights."""
+    """Factor of the similarity: 1 (official), 1/sqrt(width) (MM-Grounding-DINO), or exp of a learned parameter. The
+    latter is the inverse temperature of a cosine; mmdetection also adds it when it fine-tunes official weights."""
     bias: bool = False
-    """A learned number is added (MM-Grounding-DINO)."""
+    """Add a learned bias (MM-Grounding-DINO)."""
 
 
 @dataclass
 class DenoisingConfig(Settings):
-    """In training, further queries restore boxes from noisy ones (contrastive denoising, DINO, Zhang et al. 2022)."""
+    """Contrastive denoising in training (DINO, Zhang et al. 2022): extra queries reconstruct boxes from noisy ones."""
 
     num_queries: PositiveInt = 100
-    """How many positive queries one prompt has at most, and as many negative ones; never fewer than it has boxes."""
+    """Upper limit of positive queries per prompt, but at least one for each box; there are as many negative ones."""
     label_noise: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Half of this share of the queries is told a random phrase."""
+    """Half of this fraction of the queries gets a random label."""
     box_noise: Annotated[float, Field(ge=0)] = 1.0
-    """Sides move by up to half this share of the width or height, those of negative queries by half to all of it."""
+    """Sides move by up to half this fraction of the box size; those of negative queries by half to all of it."""
     num_labels: PositiveInt = 256
-    """Numbers of phrases that are told apart."""
+    """Size of the label embedding; phrase ids are taken modulo this number."""
 
 
 @dataclass
 class PredictConfig(Settings):
-    """From the logits of all queries to boxes."""
+    """Postprocessing: from the logits and boxes of queries to predictions."""
 
     score: Literal["mean", "max"] = "mean"
-    """Over the probabilities of the tokens of a phrase: mean, as COCO results are computed, or max, as REC results are
-    (there over all tokens of the prompt, if it has one phrase)."""
+    """Score of a phrase: the mean of its token probabilities, as in COCO evaluation, or their max, as in REC
+    evaluation (over all tokens of the prompt if it has a single phrase)."""
     top_k: PositiveInt = 300
-    threshold: Share = 0.0
-    """Boxes that score lower are left out."""
+    threshold: Probability = 0.0
+    """Drop boxes with a lower score."""
     nms: Annotated[float, Field(gt=0, le=1)] | None = None
-    """IoU above which the worse of two boxes of one phrase is left out; null leaves all, as published results do."""
+    """IoU above which the lower-scored of two boxes of a phrase is dropped; null: no NMS, as in published results."""
 
 
 @dataclass
@@ -161,8 +162,8 @@ class GroundingDinoConfig(Settings):
 
     name: Literal["grounding_dino"] = "grounding_dino"
     weights: str | None = None
-    """Checkpoint to start from, in any published dialect: an official or mmdetection .pth, a folder or Hub id of
-    transformers, or a checkpoint of vg."""
+    """Checkpoint to start from, in any dialect: an official or mmdetection .pth, a transformers folder or Hub id, or
+    a checkpoint of vg."""
     backbone: Annotated[
         Union[SwinConfig, ResNetConfig],  # noqa: UP007 - pydantic on Python 3.10
         Field(discriminator="name"),
@@ -171,39 +172,40 @@ class GroundingDinoConfig(Settings):
     text: BertConfig = field(default_factory=BertConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
     max_tokens: PositiveInt = 256
-    """Of one prompt, special tokens included; phrases beyond go into further prompts."""
+    """Upper limit of tokens per prompt, special tokens included; phrases that do not fit go into further prompts."""
 
     width: PositiveInt = 256
+    """Channels of image tokens, text tokens and queries."""
     levels: PositiveInt = 4
-    """Of the feature pyramid; those beyond the stages of the backbone are convolved from its last stage."""
+    """Levels of the feature pyramid; those beyond the stages of the backbone are convolved from its last stage."""
     encoder_layers: PositiveInt = 6
     decoder_layers: PositiveInt = 6
     heads: PositiveInt = 8
-    """Of attention over image tokens and queries; text layers and fusion have half as many."""
+    """Heads of attention over image tokens and queries; text layers and fusion have half as many."""
     points: PositiveInt = 4
-    """Sampled by deformable attention per head and level."""
+    """Sampling points of deformable attention per head and level."""
     feedforward: PositiveInt = 2048
-    """Inner width of the layers; half of it in text layers, and as the width of the fusion attention."""
+    """Inner width of feed-forward networks; text layers and the fusion attention have half of it."""
     num_queries: PositiveInt = 900
     position_temperature: float = 20.0
-    """Of the sine encoding of image positions."""
+    """Temperature of the sine encoding of image positions."""
     logit_eps: tuple[float, float] = (1e-3, 1e-3)
-    """Smallest distance to 0 and 1 in the inverse sigmoid of a box: where the decoder refines it, and where the head
-    predicts it. Official 1e-3, 1e-3; mmdetection 1e-3, 1e-5; transformers 1e-5, 1e-5. It matters at image borders."""
+    """Clamp of the inverse sigmoid of boxes, for refinement between layers and for predictions. Official 1e-3, 1e-3;
+    mmdetection 1e-3, 1e-5; transformers 1e-5, 1e-5. It matters at image borders."""
     shared_heads: bool = True
-    """All decoder layers share their box and class heads (official); false: each has its own (MM-Grounding-DINO)."""
+    """Share the box and class heads between decoder layers (official); false: one per layer (MM-Grounding-DINO)."""
     fusion: Literal["bidirectional", "gated"] = "bidirectional"
-    """What a feature enhancer layer does with what it attended to: add it, or mix it in by a gate."""
+    """How feature enhancer layers combine the modalities: add the attention output, or mix it by a learned gate."""
     classes: ClassHeadConfig = field(default_factory=ClassHeadConfig)
 
-    dropout: Share = 0.0
-    fusion_dropout: Share = 0.0
-    """Of the attention between image and text; mmdetection trains with 0.1, and with drop path 0."""
-    fusion_drop_path: Share = 0.1
+    dropout: Probability = 0.0
+    fusion_dropout: Probability = 0.0
+    """Dropout of the attention between image and text; mmdetection trains with 0.1, and with drop path 0."""
+    fusion_drop_path: Probability = 0.1
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: half of the memory, but more time."""
+    """Recompute activations in the backward pass: half the memory, but slower."""
     denoising: DenoisingConfig | None = None
-    """null trains without; mmdetection always trains with it: `denoising: {}`."""
+    """null: no denoising; mmdetection always trains with it: `denoising: {}`."""
     loss: LossConfig = field(default_factory=LossConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
 
@@ -211,7 +213,7 @@ class GroundingDinoConfig(Settings):
         if self.heads % 2 or self.width % self.heads or self.feedforward % self.heads or self.width % 32:
             raise ValueError(
                 f"heads ({self.heads}) must be even and divide width ({self.width}) and feedforward "
-                f"({self.feedforward}); width must be a multiple of 32, for the group norms"
+                f"({self.feedforward}); width must be a multiple of 32 (group norms)"
             )
         if self.levels < len(self.backbone.stages):
             raise ValueError(
@@ -222,15 +224,14 @@ class GroundingDinoConfig(Settings):
         """Build the network.
 
         Args:
-            pretrained: load `weights`, or else those of backbone and text encoder; False gives random ones (a
-                checkpoint follows, or only shapes matter).
+            pretrained: load `weights`, or else the weights of backbone and text encoder; False: random weights.
         """
         from vg.models.grounding_dino.model import GroundingDino
 
         return GroundingDino(self, pretrained)
 
     def rebuild(self) -> GroundingDino:
-        """The network for a checkpoint of vg to be loaded into, which brings all weights."""
+        """Build the network with random weights, for a checkpoint of vg, which contains all weights."""
         return self.build(pretrained=False)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The cross-modality decoder: queries look at one another, the text and the image, and refine their boxes (3.3)."""
+"""The cross-modality decoder: queries attend to each other, the text and the image, and refine boxes (section 3.3)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vg.models.grounding_dino.attention import Attention, DeformableAttention, FeedForward, inverse_sigmoid
+from vg.models.grounding_dino.backbone import ImageFeatures
 from vg.models.grounding_dino.config import GroundingDinoConfig
-from vg.models.grounding_dino.image import ImageFeatures
-from vg.models.grounding_dino.queries import BoxHead, ClassHead
-from vg.models.grounding_dino.text import TextFeatures
+from vg.models.grounding_dino.query_selection import BoxHead, ClassHead
+from vg.models.grounding_dino.text_encoder import TextFeatures
 from vg.models.layers import MLP, sine_encoding
 
 
 class DecoderLayer(nn.Module):
-    """Three attentions and a feed-forward network, each followed by a norm."""
+    """Self-attention, text and image cross-attention, and a feed-forward network: a post-norm transformer layer.
+
+    The paper has image before text cross-attention; the official code and all checkpoints have text first, as here.
+    """
 
     def __init__(self, config: GroundingDinoConfig):
         super().__init__()
@@ -38,7 +41,7 @@ class DecoderLayer(nn.Module):
         text: TextFeatures,
         mask: Tensor | None,
     ) -> Tensor:
-        """[R, Q, D] -> [R, Q, D]; positions [R, Q, D], references [R, Q, L or 1, 4], mask as in Decoder."""
+        """[R, Q, D] -> [R, Q, D]; positions [R, Q, D], references [R, Q, L or 1, 4] cxcywh, mask [R, heads, Q, Q]."""
         query = x + positions
         x = self.self_norm(x + self._drop(self.self_attention(query, query, x, mask)))
         text_mask = text.mask[:, None, None]  # [R, 1, 1, T]
@@ -51,7 +54,7 @@ class DecoderLayer(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 
-class Decoder(nn.Module):
+class CrossModalityDecoder(nn.Module):
     def __init__(self, config: GroundingDinoConfig):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
@@ -67,21 +70,22 @@ class Decoder(nn.Module):
     def forward(
         self, content: Tensor, references: Tensor, image: ImageFeatures, text: TextFeatures, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Decode.
+        """Decode the queries.
 
         Args:
             content: [R, Q, D]
-            references: [R, Q, 4] boxes before the sigmoid, without gradient.
-            mask: bool, broadcasts to [R, heads, Q, Q], which query (row) may attend to which; None for all to all.
+            references: [R, Q, 4] logits of boxes cxcywh, detached.
+            mask: bool, broadcasts to [R, heads, Q, Q], True = the query of the row may attend to that of the column;
+                None for no restriction.
 
         Returns:
-            logits [L, R, Q, T], boxes [L, R, Q, 4] cxcywh 0..1, and the queries after the last layer [R, Q, D]. In
-            training L are all layers, in evaluation the last one only.
+            logits [L, R, Q, T], boxes [L, R, Q, 4] cxcywh 0..1, and the queries after the last layer [R, Q, D].
+            L are all layers in training, and the last layer in evaluation.
         """
         logits, boxes = [], []
         x, boxes_before = content, references.sigmoid()  # [R, Q, 4]
-        for number, layer in enumerate(self.layers):
-            box_head, class_head = (heads[number % len(heads)] for heads in (self.box_heads, self.class_heads))
+        for index, layer in enumerate(self.layers):
+            box_head, class_head = (heads[index % len(heads)] for heads in (self.box_heads, self.class_heads))
             reference = boxes_before.detach()
             by_level = self._by_level(reference, image)
             positions = self._positions(by_level[:, :, 0] if self.mix_sizes else reference)
@@ -91,18 +95,18 @@ class Decoder(nn.Module):
                 if self.checkpointing and self.training
                 else layer(*inputs)
             )
-            if self.training or number == len(self.layers) - 1:
-                # The head reads the normalised query and adds to the box before, whose gradient it keeps ("look
-                # forward twice", DINO); the refinement for the next layer reads the query as it is.
+            if self.training or index == len(self.layers) - 1:
+                # The prediction reads the normalized query and keeps the gradient of the previous box ("look forward
+                # twice", DINO). The reference of the next layer reads the query without norm (published quirk).
                 queries = self.norm(x)
                 boxes.append((box_head(queries) + inverse_sigmoid(boxes_before, self.predict_eps)).sigmoid())
                 logits.append(class_head(queries, text))
-            if number < len(self.layers) - 1:
+            if index < len(self.layers) - 1:
                 boxes_before = (box_head(x) + inverse_sigmoid(reference, self.refine_eps)).sigmoid()
         return torch.stack(logits), torch.stack(boxes), queries
 
     def _positions(self, reference: Tensor) -> Tensor:
-        """[R, Q, 4] -> [R, Q, D]; the axes are encoded in the order y, x, width, height."""
+        """[R, Q, 4] -> [R, Q, D]; the coordinates are encoded in the order y, x, width, height."""
         order = reference[..., (1, 0, 2, 3)]
         width = self.norm.normalized_shape[0]
         return self.query_position(sine_encoding(order, 2 * width, 10000.0, interleaved=True))

@@ -1,4 +1,4 @@
-"""Contrastive denoising (DINO, Zhang et al. 2022): further queries learn to restore true boxes from noisy ones."""
+"""Contrastive denoising (DINO, Zhang et al. 2022): further queries learn to reconstruct boxes from noisy ones."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ from vg.types import PromptTargets
 
 
 class DenoisingQueries(NamedTuple):
-    """M queries that stand before the Q matching ones."""
+    """M denoising queries, which precede the Q matching queries."""
 
     content: Tensor  # [R, M, D]
-    references: Tensor  # [R, M, 4] logits of boxes cxcywh
-    blocked: Tensor  # [M + Q, M + Q] bool, True = the query of this row may not attend to the one of this column
-    assignment: Tensor  # [R, M] int64, the box that a query is to restore, -1 for none: SetLoss takes it as it is
+    references: Tensor  # [R, M, 4] logits of noisy boxes cxcywh
+    blocked: Tensor  # [M + Q, M + Q] bool, True = the query of the row may not attend to that of the column
+    assignment: Tensor  # [R, M] int64, index of the box that a query reconstructs, -1 for background; for SetLoss
 
 
 class Denoising(nn.Module):
-    """Makes denoising queries as mmdetection does.
+    """Generate denoising queries as mmdetection does.
 
-    In each of several groups every box of a prompt has a positive query, off by less than half its size, and a negative
-    one, off by more, which is to show nothing. Prompts with fewer boxes than others have empty queries instead; these
-    are to show nothing, too. What a query knows of the phrase is its number, which is sometimes wrong.
-
-    Args:
-        width: of the queries.
+    Queries come in groups. In every group, each box of a prompt has a positive query, whose sides are off by up to
+    half the box size, and a negative query, which is off by more and must predict background. Prompts with fewer boxes
+    than others are padded with zero queries, which must predict background, too. The content of a query is an
+    embedding of the phrase id, which is replaced at random in some queries.
     """
 
     def __init__(self, config: DenoisingConfig, width: int):
@@ -39,14 +37,14 @@ class Denoising(nn.Module):
         self.labels = nn.Embedding(config.num_labels, width)
 
     def forward(self, targets: PromptTargets, num_queries: int) -> DenoisingQueries:
-        """Draw queries with torch's global generator; without any box there are none (M = 0).
+        """Draw queries with torch's global generator; M = 0 if the batch has no boxes.
 
         Args:
-            num_queries: Q, how many matching queries follow.
+            num_queries: Q, the number of matching queries.
         """
         num_rows, num_boxes = targets.phrase_ids.shape
         groups = max(1, self.config.num_queries // max(1, num_boxes))
-        # Queries are laid out as [R, groups, positive or negative, N]
+        # M is flattened from [groups, positive or negative, N].
         shape = (num_rows, groups, 2, num_boxes)
         real = targets.mask[:, None, None].expand(shape)
         content = self.labels(self._noisy_labels(targets.phrase_ids[:, None, None].expand(shape)))  # [..., D]
@@ -61,16 +59,16 @@ class Denoising(nn.Module):
         )
 
     def _noisy_labels(self, phrase_ids: Tensor) -> Tensor:
-        """Half of the share `label_noise` becomes another label at random, which may be the true one."""
+        """Replace labels at random with probability label_noise / 2; the new label may be the true one."""
         labels = phrase_ids % self.config.num_labels
-        drawn = torch.randint_like(labels, self.config.num_labels)
-        change = torch.rand(labels.shape, device=labels.device) < self.config.label_noise / 2
-        return torch.where(change, drawn, labels)
+        random = torch.randint_like(labels, self.config.num_labels)
+        replaced = torch.rand(labels.shape, device=labels.device) < self.config.label_noise / 2
+        return torch.where(replaced, random, labels)
 
     def _noisy_boxes(self, boxes: Tensor) -> Tensor:
-        """[R, groups, 2, N, 4] cxcywh -> the same with each side moved, by more than the positive ones where negative.
+        """Move the sides of boxes [R, groups, 2, N, 4] cxcywh, those of negative queries farther.
 
-        The sides of a negative box may pass one another; it then has a negative size, which becomes the smallest one.
+        The sides of a negative box may cross; inverse_sigmoid clamps its negative size to the smallest one.
         """
         amount = torch.rand_like(boxes)
         amount[:, :, 1] += 1
@@ -81,7 +79,7 @@ class Denoising(nn.Module):
 
     @staticmethod
     def _blocked(groups: int, group_size: int, num_queries: int, device: torch.device) -> Tensor:
-        """Nobody sees the queries of a group but the group itself: they know true boxes."""
+        """Hide the queries of a group from all other queries: their boxes reveal the ground truth."""
         group = torch.arange(groups, device=device).repeat_interleave(group_size)  # [M]
         group = torch.cat((group, group.new_full((num_queries,), -1)))  # [M + Q]
         return (group >= 0) & (group != group.unsqueeze(1))

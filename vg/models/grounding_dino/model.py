@@ -1,12 +1,16 @@
-"""Grounding DINO (Liu et al. 2023, arXiv 2303.05499): any number of phrases in, a scored box for all they name.
+"""Grounding DINO (Liu et al. 2023, arXiv 2303.05499): detect the objects that the phrases of a prompt name.
 
-The story, in reading order:
-    image.py    backbone and pyramid: a picture becomes some 20,000 tokens of 4 scales
-    text.py     BERT reads every phrase of the prompt on its own
-    encoder.py  feature enhancer: the two look at each other and at themselves, six times
-    queries.py  language-guided query selection: the 900 image tokens that fit the text best
-    decoder.py  cross-modality decoder: these become boxes, refined six times
-    answer.py   from logits to boxes in pixels, scored per phrase
+The steps of section 3 of the paper, in order:
+    backbone.py          image backbone: multi-scale image features, about 20,000 tokens in 4 levels
+    text_encoder.py      text backbone: BERT with sub-sentence attention masks, so that phrases do not mix
+    feature_enhancer.py  feature enhancer: cross-attention between image and text, then self-attention, six layers
+    query_selection.py   language-guided query selection: the 900 image tokens most similar to the text
+    decoder.py           cross-modality decoder: six layers refine one box per query
+and around them:
+    denoising.py         further queries in training (DINO)
+    postprocess.py       token logits to phrase scores and boxes in pixels
+
+Shapes use the legend of vg/types.py; row r of R is one prompt, which belongs to the image in the same row.
 """
 
 from __future__ import annotations
@@ -23,41 +27,43 @@ from vg.losses.set_loss import SetLoss
 from vg.models.base import GroundingModel
 from vg.models.encoders import enable_checkpointing, load_tokenizer
 from vg.models.grounding_dino.attention import Attention, DeformableAttention
+from vg.models.grounding_dino.backbone import ImageFeatures, Neck, extract_image_features
 from vg.models.grounding_dino.checkpoints.load import load_into
 from vg.models.grounding_dino.config import GroundingDinoConfig
-from vg.models.grounding_dino.decoder import Decoder
+from vg.models.grounding_dino.decoder import CrossModalityDecoder
 from vg.models.grounding_dino.denoising import Denoising
-from vg.models.grounding_dino.encoder import FeatureEnhancer, FusionLayer
-from vg.models.grounding_dino.image import ImageFeatures, Neck, encode_images
-from vg.models.grounding_dino.postprocess import answers
-from vg.models.grounding_dino.queries import BoxHead, QuerySelection
-from vg.models.grounding_dino.text import TextEncoder, TextFeatures
+from vg.models.grounding_dino.feature_enhancer import FeatureEnhancer, FusionLayer
+from vg.models.grounding_dino.postprocess import postprocess
+from vg.models.grounding_dino.query_selection import BoxHead, QuerySelection
+from vg.models.grounding_dino.text_encoder import TextEncoder, TextFeatures
 from vg.types import Batch, FittedImage, ImageSpec, LossName, Prediction, PromptTargets, Text, TextSpec
 
 
 class Output(NamedTuple):
-    logits: Tensor  # [L, R, Q, T] of all decoder layers in training, else of the last; -inf = no such token or query
-    boxes: Tensor  # [L, R, Q, 4] cxcywh 0..1 of the image without padding
-    encoder_logits: Tensor  # [R, Q, T] of the selected image tokens
+    logits: Tensor  # [L, R, Q, T] of all decoder layers in training, else of the last; -inf for padded tokens, queries
+    boxes: Tensor  # [L, R, Q, 4] cxcywh, 0..1 of the image without padding
+    encoder_logits: Tensor  # [R, Q, T] of the image tokens selected as queries
     encoder_boxes: Tensor  # [R, Q, 4]
-    queries: Tensor  # [R, Q, D] after the last layer
+    queries: Tensor  # [R, Q, D] after the last decoder layer
     text: Tensor  # [R, T, D] after the feature enhancer
-    denoising: tuple[Tensor, Tensor, Tensor] | None  # in training: logits, boxes, and which box [R, M] each restores
+    denoising: tuple[Tensor, Tensor, Tensor] | None  # in training: logits, boxes and assignment, see SetLoss
 
 
 class GroundingDino(GroundingModel):
+    """Build with GroundingDinoConfig.build."""
+
     def __init__(self, config: GroundingDinoConfig, pretrained: bool = True):
         super().__init__()
         self.config = config
-        own = pretrained and config.weights is None  # else the checkpoint brings backbone and text encoder
-        self.backbone = config.backbone.build(own)
+        load_backbones = pretrained and config.weights is None  # else the checkpoint has their weights, too
+        self.backbone = config.backbone.build(load_backbones)
         self.neck = Neck(self.backbone.channels, config.width, config.levels, config.position_temperature)
-        self.text = TextEncoder(config.text, config.width, own)
+        self.text = TextEncoder(config.text, config.width, load_backbones)
         self.encoder = FeatureEnhancer(config)
         self.queries = QuerySelection(config)
-        self.decoder = Decoder(config)
+        self.decoder = CrossModalityDecoder(config)
         self.denoising = Denoising(config.denoising, config.width) if config.denoising else None
-        self._initialise()
+        self._initialize()
         if pretrained and config.weights is not None:
             tokenizer = load_into(self, config.weights)
             if tokenizer is not None and config.text.tokenizer is None:
@@ -68,49 +74,55 @@ class GroundingDino(GroundingModel):
             enable_checkpointing(self.text.network)
 
     def forward(self, batch: Batch) -> Output:
+        """Run the network; raises ValueError in training if an image has several prompts."""
         image = self.encode_image(batch)
         text = self.encode_text(batch.text)
         if len(text.tokens) == len(image.tokens):  # one prompt per image
-            teach = self.training and self.denoising is not None
-            return self.ground(image, text, batch.prompt_targets if teach else None)
+            denoise = self.training and self.denoising is not None
+            return self.ground(image, text, batch.prompt_targets if denoise else None)
         if self.training:
             raise ValueError("training takes one prompt per image: make batches with Collator(..., one_prompt=True)")
-        # Prompts of one image share its features; as many at once as there are images, for the memory's sake.
-        groups = torch.arange(len(text.tokens)).split(len(image.tokens))
-        outputs = [self.ground(image.select(batch.text.image_ids[rows]), text.select(rows)) for rows in groups]
-        parts = (
-            torch.cat(part, dim=-3) if isinstance(part[0], Tensor) else None for part in zip(*outputs, strict=True)
-        )
-        return Output(*parts)  # type: ignore[arg-type]
+        # Prompts of one image share its features. As many prompts run at a time as there are images, to save memory.
+        chunks = torch.arange(len(text.tokens)).split(len(image.tokens))
+        outputs = [self.ground(image.select(batch.text.image_ids[rows]), text.select(rows)) for rows in chunks]
+        fields = (torch.cat(x, dim=-3) if isinstance(x[0], Tensor) else None for x in zip(*outputs, strict=True))
+        return Output(*fields)  # type: ignore[arg-type]
 
     def encode_image(self, batch: Batch) -> ImageFeatures:
-        """Section 3.1: the tokens of each image, and where they lie."""
-        return encode_images(self.backbone, self.neck, batch.images, batch.sizes, not self.config.image.mix_sizes)
+        """Extract multi-scale features [B, S, D] with the image backbone (section 3.1)."""
+        return extract_image_features(
+            self.backbone, self.neck, batch.images, batch.sizes, by_size=not self.config.image.mix_sizes
+        )
 
     def encode_text(self, text: Text) -> TextFeatures:
-        """Section 3.4: the tokens of each prompt, phrase by phrase."""
-        fresh = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        return (self.text if fresh else self.text.recall)(text.token_ids, text.mask, self.text_spec.delimiter_ids)
+        """Extract features [R, T, D] with the text backbone, phrase by phrase (sections 3.1 and 3.4)."""
+        uncached = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        encode = self.text if uncached else self.text.cached
+        return encode(text.token_ids, text.mask, self.text_spec.delimiter_ids)
 
     def ground(self, image: ImageFeatures, text: TextFeatures, targets: PromptTargets | None = None) -> Output:
-        """Sections 3.2 and 3.3: prompt r asks about image r; what it should find is only told to denoising queries."""
+        """Run feature enhancer, query selection and decoder (sections 3.1 to 3.3) on R pairs of image and prompt.
+
+        Args:
+            targets: boxes to denoise, in training; the matching queries cannot attend to the denoising queries.
+        """
         image, text = self.encoder(image, text)
         queries = self.queries(image, text)
         content, references, denoising = queries.content, queries.references, None
-        mask = None if queries.real is None else queries.real[:, None, None]  # [R, 1, 1, Q]
+        mask = None if queries.mask is None else queries.mask[:, None, None]  # [R, 1, 1, Q]
         if self.denoising is not None and targets is not None:
             noisy = self.denoising(targets, content.shape[1])
             content, references = torch.cat((noisy.content, content), 1), torch.cat((noisy.references, references), 1)
-            number = noisy.content.shape[1]
-            mask = ~noisy.blocked if mask is None else ~noisy.blocked & F.pad(mask, (number, 0), value=True)
-        logits, boxes, last = self.decoder(content, references, image, text, mask)
+            count = noisy.content.shape[1]  # M
+            mask = ~noisy.blocked if mask is None else ~noisy.blocked & F.pad(mask, (count, 0), value=True)
+        logits, boxes, last = self.decoder(content, references, image, text, mask)  # Q, or M + Q queries
         if self.denoising is not None and targets is not None:
-            denoising = logits[:, :, :number], boxes[:, :, :number], noisy.assignment
-            logits, boxes, last = logits[:, :, number:], boxes[:, :, number:], last[:, number:]
+            denoising = logits[:, :, :count], boxes[:, :, :count], noisy.assignment
+            logits, boxes, last = logits[:, :, count:], boxes[:, :, count:], last[:, count:]
         encoder_logits = queries.logits
-        if queries.real is not None:
-            absent = ~queries.real.unsqueeze(-1)  # [R, Q, 1]
-            logits, encoder_logits = (x.masked_fill(absent, -torch.inf) for x in (logits, encoder_logits))
+        if queries.mask is not None:
+            padding = ~queries.mask.unsqueeze(-1)  # [R, Q, 1]
+            logits, encoder_logits = (x.masked_fill(padding, -torch.inf) for x in (logits, encoder_logits))
         return Output(logits, boxes, encoder_logits, queries.boxes, last, text.tokens, denoising)
 
     def loss(self, output: Output, batch: Batch) -> dict[LossName, Tensor]:
@@ -125,10 +137,11 @@ class GroundingDino(GroundingModel):
         )
 
     def batch_weight(self, batch: Batch) -> int:
+        """Return the number of boxes, which the loss is divided by."""
         return sum(batch.prompt_targets.counts)
 
     def predict(self, output: Output, batch: Batch) -> list[Prediction]:
-        return answers(output.logits[-1], output.boxes[-1], batch, self.config.predict)
+        return postprocess(output.logits[-1], output.boxes[-1], batch, self.config.predict)
 
     @property
     def image_spec(self) -> ImageSpec:
@@ -147,8 +160,8 @@ class GroundingDino(GroundingModel):
     def _text_spec(self, tokenizer: PreTrainedTokenizerBase) -> TextSpec:
         return TextSpec(tokenizer, self.config.max_tokens, delimiters=(".", "?"))
 
-    def _initialise(self) -> None:
-        """Random weights as the official implementation has them (backbone and BERT keep their own)."""
+    def _initialize(self) -> None:
+        """Draw random weights as the official implementation does; backbones initialize themselves."""
         for part in (self.encoder, self.queries, self.decoder):
             for weights in part.parameters():
                 if weights.dim() > 1:

@@ -1,4 +1,4 @@
-"""From the logits of queries and tokens to boxes in pixels, scored per phrase."""
+"""Postprocessing: from token logits and boxes of queries to phrase scores and boxes in pixels."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from vg.models.grounding_dino.config import PredictConfig
 from vg.types import Batch, Prediction
 
 
-def phrase_scores(logits: Tensor, phrase_tokens: Tensor, everything: Tensor, score: str) -> Tensor:
-    """How well each query fits each phrase.
+def phrase_scores(logits: Tensor, phrase_tokens: Tensor, extra_tokens: Tensor, score: str) -> Tensor:
+    """Compute the score of every query for every phrase.
 
     Args:
         logits: [R, Q, T]
         phrase_tokens: [R, P, T] bool
-        everything: [R, T] bool, the tokens that count for a phrase which its image is asked for alone.
-        score: "mean" over the probabilities of the tokens of a phrase, as the official COCO evaluation has it; "max"
-            over them, or for a lone phrase over all tokens of its prompt, as mmdetection's REC evaluation has it.
+        extra_tokens: [R, T] bool, tokens that "max" also takes for every phrase.
+        score: "mean" of the token probabilities of a phrase, as in the official COCO evaluation, or "max", as in
+            mmdetection's REC evaluation.
 
     Returns:
         [R, Q, P] in 0..1, and -1 for phrases that are not in the prompt.
@@ -26,35 +26,39 @@ def phrase_scores(logits: Tensor, phrase_tokens: Tensor, everything: Tensor, sco
     present = phrase_tokens.any(dim=-1).unsqueeze(1)  # [R, 1, P]
     probability = logits.sigmoid()
     if score == "mean":
-        share = phrase_tokens / phrase_tokens.sum(dim=-1, keepdim=True).clamp(min=1)  # [R, P, T]
-        scores = probability @ share.to(probability.dtype).mT
+        weights = phrase_tokens / phrase_tokens.sum(dim=-1, keepdim=True).clamp(min=1)  # [R, P, T]
+        scores = probability @ weights.to(probability.dtype).mT
     else:
-        tokens_of = (phrase_tokens | everything.unsqueeze(1)).unbind(dim=1)
-        best = [probability.masked_fill(~tokens.unsqueeze(1), 0).amax(dim=-1) for tokens in tokens_of]
-        scores = torch.stack(best, dim=-1)
+        tokens_by_phrase = (phrase_tokens | extra_tokens.unsqueeze(1)).unbind(dim=1)  # P times [R, T]
+        highest = [probability.masked_fill(~tokens.unsqueeze(1), 0).amax(dim=-1) for tokens in tokens_by_phrase]
+        scores = torch.stack(highest, dim=-1)
     return scores.masked_fill(~present, -1.0)
 
 
-def answers(logits: Tensor, boxes: Tensor, batch: Batch, config: PredictConfig) -> list[Prediction]:
-    """The best pairs of box and phrase for each image: logits [R, Q, T], boxes [R, Q, 4] cxcywh 0..1.
+def postprocess(logits: Tensor, boxes: Tensor, batch: Batch, config: PredictConfig) -> list[Prediction]:
+    """Select the top-k pairs of query and phrase of every image, over all its prompts.
 
-    A query may answer several phrases (as the COCO protocol counts); all prompts of an image compete. Boxes are clipped
-    to the image, as mmdetection does; the official COCO evaluation does not.
+    As in the COCO protocol, a query may be predicted for several phrases. Boxes are clipped to the image, as in
+    mmdetection; the official COCO evaluation does not clip. The "max" score of an image with a single phrase is taken
+    over all tokens of its prompt, [CLS], [SEP] and "." included (published rule of REC).
+
+    Args:
+        logits: [R, Q, T]
+        boxes: [R, Q, 4] cxcywh, 0..1 of the image without padding.
     """
     text = batch.text
     image_ids = text.image_ids.tolist()
-    alone = torch.tensor([len(batch.targets[image].phrases) == 1 for image in image_ids], device=text.mask.device)
-    everything = text.mask & alone.unsqueeze(1)
-    scores = phrase_scores(logits, text.phrase_tokens, everything, config.score)  # [R, Q, P]
+    single = torch.tensor([len(batch.targets[image].phrases) == 1 for image in image_ids], device=text.mask.device)
+    scores = phrase_scores(logits, text.phrase_tokens, text.mask & single.unsqueeze(1), config.score)  # [R, Q, P]
     predictions = []
-    for index, target in enumerate(batch.targets):
-        rows = [row for row, image in enumerate(image_ids) if image == index]
-        own = scores[rows].flatten()  # [rows * Q * P]
-        best = own.topk(min(config.top_k, len(own)))
-        kept = (best.values >= config.threshold) & (best.values > 0)  # neither absent phrases nor absent queries
-        values, places = best.values[kept], best.indices[kept]
-        phrase_ids = places % scores.shape[2]
-        pixels = box_ops.to_pixels(boxes[rows].flatten(0, 1)[places // scores.shape[2]], target.size)
+    for image_id, target in enumerate(batch.targets):
+        rows = [row for row, other in enumerate(image_ids) if other == image_id]
+        candidates = scores[rows].flatten()  # [rows * Q * P]
+        top = candidates.topk(min(config.top_k, len(candidates)))
+        kept = (top.values >= config.threshold) & (top.values > 0)  # neither absent phrases nor padded queries
+        values, indices = top.values[kept], top.indices[kept]
+        phrase_ids = indices % scores.shape[2]
+        pixels = box_ops.to_pixels(boxes[rows].flatten(0, 1)[indices // scores.shape[2]], target.size)
         if config.nms is not None:
             kept = box_ops.nms(pixels, values, config.nms, phrase_ids)
             pixels, values, phrase_ids = pixels[kept], values[kept], phrase_ids[kept]

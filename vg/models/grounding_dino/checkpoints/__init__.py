@@ -1,7 +1,7 @@
-"""Checkpoints of Grounding DINO in the dialects they are published in: official, transformers, mmdetection and vg.
+"""Checkpoints of Grounding DINO in four dialects (formats): official, transformers, mmdetection and vg.
 
-table.py holds every name, layout.py the few tensors that are also laid out differently. Reading recognises dialect and
-variant from the tensors themselves and fails unless each of them is accounted for.
+table.py lists every name, layout.py converts the few tensors whose layout differs, too. Reading detects dialect and
+variant from the tensors, and raises if a tensor is missing or unknown.
 """
 
 from vg.models.grounding_dino.checkpoints.load import load_into, open_model

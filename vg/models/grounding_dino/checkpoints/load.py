@@ -1,4 +1,4 @@
-"""From a checkpoint of any dialect to a model: a new one, or one that is there already."""
+"""Load a checkpoint of any dialect into a new model or an existing one."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def open_model(path: str | Path, tokenizer: str | None = None) -> GroundingDino:
-    """The model of a checkpoint of any dialect, in evaluation mode on the CPU.
+    """Build the model of a checkpoint of any dialect, in evaluation mode on the CPU.
 
     Args:
-        tokenizer: folder, vocab.txt, tokenizer.json or Hub id, for a .pth, which holds none; by default BERT's.
+        tokenizer: folder, vocab.txt, tokenizer.json or Hub id, for a .pth, which contains none; default: BERT's.
 
     Raises:
         CheckpointError: see read_checkpoint and open_tokenizer.
@@ -36,33 +36,33 @@ def open_model(path: str | Path, tokenizer: str | None = None) -> GroundingDino:
 
 
 def load_into(model: GroundingDino, path: str | Path) -> str | None:
-    """Load a checkpoint of any dialect into a model that was configured for it.
+    """Load a checkpoint of any dialect into a model of the same configuration.
 
-    Two differences are bridged, as mmdetection fine-tunes official weights: heads that are shared in the checkpoint
-    become one copy per decoder layer, and a learned factor of the logits starts at 1. The table of denoising labels
-    may be absent on either side.
+    Two differences are allowed, as mmdetection allows them to fine-tune official weights: heads that are shared in the
+    checkpoint are copied to every decoder layer, and a learned scale of the logits starts at 1. The embedding of
+    denoising labels may be missing on either side.
 
     Returns:
-        The folder with its tokenizer, if it has one.
+        The folder of its tokenizer, or None.
 
     Raises:
-        CheckpointError: see read_checkpoint; or the checkpoint is of another variant (every difference is named).
+        CheckpointError: see read_checkpoint; or the checkpoint is of another variant (all differences are listed).
     """
-    want = model.config
+    wanted = model.config
     checkpoint = read_checkpoint(path, model.text.network.config.to_dict())
-    have, weights = checkpoint.config, dict(checkpoint.weights)
-    trouble = [
+    found, weights = checkpoint.config, dict(checkpoint.weights)
+    differences = [
         f"{name}: {ours} in the configuration, {theirs} in the checkpoint"
-        for name, (ours, theirs) in _differences(want, have).items()
+        for name, (ours, theirs) in _differences(wanted, found).items()
     ]
-    if trouble:
-        raise CheckpointError(f"{path} holds another variant of the model:\n  " + "\n  ".join(trouble))
-    if have.shared_heads and not want.shared_heads:
+    if differences:
+        raise CheckpointError(f"{path} is another variant of the model:\n  " + "\n  ".join(differences))
+    if found.shared_heads and not wanted.shared_heads:
         for name in [name for name in weights if "_heads.0." in name]:
-            for layer in range(1, want.decoder_layers):
+            for layer in range(1, wanted.decoder_layers):
                 weights[name.replace("_heads.0.", f"_heads.{layer}.")] = weights[name]
     own = model.own_state_dict()
-    if want.classes.scale != have.classes.scale:
+    if wanted.classes.scale != found.classes.scale:
         weights |= {name: torch.zeros(1) for name in own if name.endswith(".log_scale")}
     labels = weights.pop(LABELS, None)
     if LABELS in own:
@@ -74,19 +74,19 @@ def load_into(model: GroundingDino, path: str | Path) -> str | None:
     return checkpoint.tokenizer
 
 
-def _differences(want: GroundingDinoConfig, have: GroundingDinoConfig) -> dict[str, tuple[Any, Any]]:
-    """Settings that decide about names, shapes or the meaning of weights, where they differ."""
+def _differences(wanted: GroundingDinoConfig, found: GroundingDinoConfig) -> dict[str, tuple[Any, Any]]:
+    """Compare the settings that determine names, shapes or the meaning of weights."""
     names = ["width", "levels", "encoder_layers", "decoder_layers", "heads", "points", "feedforward", "num_queries"]
     names += ["fusion", "classes", "shared_heads", "position_temperature"]
-    pairs = {name: (getattr(want, name), getattr(have, name)) for name in names}
-    for field in fields(want.backbone):
+    pairs = {name: (getattr(wanted, name), getattr(found, name)) for name in names}
+    for field in fields(wanted.backbone):
         if field.name not in ("id", "drop_path"):
             pairs[f"backbone.{field.name}"] = (
-                getattr(want.backbone, field.name),
-                getattr(have.backbone, field.name, None),
+                getattr(wanted.backbone, field.name),
+                getattr(found.backbone, field.name, None),
             )
-    if have.shared_heads:
+    if found.shared_heads:
         del pairs["shared_heads"]
-    if want.classes.scale == "learned" and have.classes.scale == "one" and want.classes.similarity == "dot":
-        pairs["classes"] = (want.classes.bias, have.classes.bias)
+    if wanted.classes.scale == "learned" and found.classes.scale == "one" and wanted.classes.similarity == "dot":
+        pairs["classes"] = (wanted.classes.bias, found.classes.bias)
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

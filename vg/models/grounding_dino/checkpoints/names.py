@@ -1,4 +1,4 @@
-"""The names of all weights of one variant in a dialect: the rows of the table, repeated for its layers."""
+"""The names of all weights of a variant in a dialect: the rows of the table, repeated for its layers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Loop = list[dict[str, int]]
 
 
 def tensor_names(config: GroundingDinoConfig, dialect: Foreign) -> dict[tuple[str, ...], list[str]]:
-    """The names of every weight of a variant.
+    """Map the names of all weights of a variant to their names in a dialect.
 
     Returns:
-        names in vg -> all names that the same tensor has in the dialect, the most usual first; none, if the dialect
-        has no such weight. Several names of vg are the parts of one tensor of the dialect, from top to bottom.
+        names in vg -> all names of the same tensor in the dialect, the most common first; empty if the dialect has no
+        such weight. Several names in vg are row blocks of one tensor of the dialect, from top to bottom.
     """
     found: dict[tuple[str, ...], list[str]] = {}
-    numbers_of = repeats(config)
+    repetitions = repeats(config)
     for section in TABLE:
         for own, theirs in _rows(section, dialect):
-            for numbers in numbers_of[section.each]:
+            for numbers in repetitions[section.loop]:
                 names = found.setdefault(tuple(name.format(**numbers) for name in own), [])
                 if theirs is not None:
                     names.append(theirs.format(**numbers))
@@ -30,7 +30,7 @@ def tensor_names(config: GroundingDinoConfig, dialect: Foreign) -> dict[tuple[st
 
 
 def patterns(dialect: Dialect) -> dict[str, str]:
-    """Name in vg -> name in the dialect, with numbers as {stage}; of merged tensors under that of the first part."""
+    """Map names in vg to names in the dialect, with placeholders like {stage}; merged tensors by their first name."""
     if dialect == "vg":
         return {name: name for section in TABLE for own, _ in _rows(section, "official") for name in own}
     rows = [row for section in reversed(TABLE) for row in _rows(section, dialect)]
@@ -38,7 +38,7 @@ def patterns(dialect: Dialect) -> dict[str, str]:
 
 
 def _rows(section: Section, dialect: Foreign) -> Iterator[tuple[tuple[str, ...], str | None]]:
-    """(names in vg, name in the dialect or None), with numbers as {stage}."""
+    """Yield (names in vg, name in the dialect or None), with placeholders such as {stage}."""
     for row in section.rows.strip().splitlines():
         vg, *others = row.split()
         word = dict(zip(("official", "transformers", "mmdet"), others or 3 * ["="], strict=True))[dialect]
@@ -62,7 +62,7 @@ def _alternatives(word: str) -> list[str]:
 
 
 def repeats(config: GroundingDinoConfig) -> dict[str, Loop]:
-    """For each kind of section, the numbers to fill in, once per repetition."""
+    """Return, for every loop of the table, the values of its placeholders, one dict per repetition."""
     backbone = config.backbone
     swin = isinstance(backbone, SwinConfig)
     stages = [{"stage": stage, "number": stage + 1} for stage in range(len(backbone.depths))]

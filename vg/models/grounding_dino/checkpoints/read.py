@@ -1,4 +1,4 @@
-"""Reading a checkpoint of any dialect into the names of vg."""
+"""Read a checkpoint of any dialect and translate its names into those of vg."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vg.errors import CheckpointError
+from vg.models.grounding_dino.backbone import name_in_file
 from vg.models.grounding_dino.checkpoints.files import load_tensors, local_path
 from vg.models.grounding_dino.checkpoints.layout import from_file
 from vg.models.grounding_dino.checkpoints.names import tensor_names
 from vg.models.grounding_dino.checkpoints.table import IGNORABLE, Dialect, Foreign
 from vg.models.grounding_dino.checkpoints.variant import NamedAsInVg, detect_text, detect_variant
 from vg.models.grounding_dino.config import GroundingDinoConfig, SwinConfig
-from vg.models.grounding_dino.image import NAMES_IN_FILES
 
-SHOWN = 20  # names in one message
+SHOWN = 20  # names per message
 NETWORK = "model.backbone.conv_encoder.model."  # of the backbone, in transformers
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint of any dialect holds."""
+    """The contents of a checkpoint of any dialect."""
 
     dialect: Dialect
-    config: GroundingDinoConfig  # without `weights`; `config.build(pretrained=False)` takes the weights
-    weights: dict[str, Tensor]  # by the names of vg
-    tokenizer: str | None  # folder that holds it, if there is one
+    config: GroundingDinoConfig  # with `weights` unset; build the model with `config.build(pretrained=False)`
+    weights: dict[str, Tensor]  # by their names in vg
+    tokenizer: str | None  # its folder, if there is one
 
     def __str__(self) -> str:
         config, weights = self.config, sum(tensor.numel() for tensor in self.weights.values())
@@ -54,40 +54,45 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path, bert: Mapping[str, Any] | None = None) -> Checkpoint:
-    """Read a published checkpoint: what dialect and which variant it is, is told from its tensors.
+    """Read a checkpoint; its dialect and variant are detected from its tensors.
 
     Args:
-        path: an official or mmdetection .pth, a folder or Hub id of transformers, or a checkpoint or run of vg.
+        path: an official or mmdetection .pth, a transformers folder or Hub id, or a checkpoint or run of vg.
         bert: config.json of the text encoder; needed only where its width is not 64 per attention head.
 
     Raises:
-        CheckpointError: no checkpoint of Grounding DINO, or one with tensors that are missing, unknown or misshapen;
-            the message lists them all.
+        CheckpointError: not a checkpoint of Grounding DINO, or tensors are missing, unknown or have another shape
+            (the message lists them).
     """
-    place = local_path(path)
+    local = local_path(path)
     try:
-        if place.is_dir() and not (place / "config.json").exists():
-            checkpoint = _read_vg(place, bert or {})
+        if local.is_dir() and not (local / "config.json").exists():
+            checkpoint = _read_vg(local, bert or {})
         else:
-            checkpoint = _read_foreign(place, bert or {})
+            checkpoint = _read_foreign(local, bert or {})
         _check(checkpoint)
-    except (CheckpointError, OSError, SafetensorError, ValueError) as error:  # the last: config.json, or odd sizes
+    except (
+        CheckpointError,
+        OSError,
+        SafetensorError,
+        ValueError,
+    ) as error:  # ValueError: bad config.json
         raise CheckpointError(f"{path}: {error}") from error
     return checkpoint
 
 
 def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
     if (folder / "best" / "config.yaml").exists():
-        folder = folder / "best"  # the folder of a run stands for its best checkpoint
+        folder = folder / "best"  # of a run, read the best checkpoint
     if not (folder / "config.yaml").exists():
         raise CheckpointError(
-            "not a checkpoint: the folder holds neither config.json (transformers) nor config.yaml (vg)"
+            "not a checkpoint: the folder contains neither config.json (transformers) nor config.yaml (vg)"
         )
     try:
         values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         config = TypeAdapter(GroundingDinoConfig).validate_python(values["model"] | {"weights": None})
     except (yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
-        raise CheckpointError(f"config.yaml describes no Grounding DINO: {error}") from error
+        raise CheckpointError(f"config.yaml is not that of a Grounding DINO: {error}") from error
     weights = load_file(folder / "model.safetensors")
     if config.text.architecture is None:
         sizes = detect_text(NamedAsInVg(weights, "vg"), bert)
@@ -95,9 +100,9 @@ def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint("vg", config, weights, str(folder / "tokenizer"))
 
 
-def _read_foreign(place: Path, bert: Mapping[str, Any]) -> Checkpoint:
-    settings = json.loads((place / "config.json").read_text(encoding="utf-8")) if place.is_dir() else {}
-    tensors = load_tensors(place)
+def _read_foreign(path: Path, bert: Mapping[str, Any]) -> Checkpoint:
+    settings = json.loads((path / "config.json").read_text(encoding="utf-8")) if path.is_dir() else {}
+    tensors = load_tensors(path)
     if any(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     dialect = _dialect(tensors, settings)
@@ -117,34 +122,29 @@ def _read_foreign(place: Path, bert: Mapping[str, Any]) -> Checkpoint:
         weights.update(from_file(own, tensors[stored[0]], dialect))
     unknown = [key for key in tensors.keys() - used if not re.fullmatch(IGNORABLE[dialect], key)]
     if missing or unknown or contradicting:
-        parts = {"missing": missing, "unknown": unknown, "should be equal": contradicting}
-        raise CheckpointError(f"the {dialect} checkpoint is incomplete or of another architecture" + _listing(parts))
-    return Checkpoint(dialect, config, weights, str(place) if place.is_dir() else None)
+        problems = {"missing": missing, "unknown": unknown, "should be equal": contradicting}
+        raise CheckpointError(f"the {dialect} checkpoint is incomplete or of another architecture" + _listing(problems))
+    return Checkpoint(dialect, config, weights, str(path) if path.is_dir() else None)
 
 
 def _dialect(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Foreign:
     if settings and settings.get("model_type") not in ("grounding-dino", "mm-grounding-dino"):
-        raise CheckpointError(f"config.json describes another architecture: {settings.get('model_type')}")
+        raise CheckpointError(f"config.json is of another architecture: {settings.get('model_type')}")
     for dialect in ("official", "transformers", "mmdet"):
         found = NamedAsInVg(tensors, dialect)
         if found.has("neck.level_encoding") and found.has("text.projection.weight"):
             return dialect
     names = ", ".join(list(tensors)[:3])
-    raise CheckpointError(f"no Grounding DINO in any known dialect: its {len(tensors)} tensors are {names}, ...")
+    raise CheckpointError(f"not a Grounding DINO in any known dialect: its {len(tensors)} tensors are {names}, ...")
 
 
 def _name_in_file(key: str) -> str:
-    """transformers calls parts of a loaded backbone otherwise than in its files; some files hold those names."""
-    if not key.startswith(NETWORK):
-        return key
-    name = key.removeprefix(NETWORK)
-    for in_memory, in_file in NAMES_IN_FILES:
-        name = name.replace(in_memory, in_file)
-    return NETWORK + name
+    """Translate backbone names of transformers in memory, which some files contain, into the names in its files."""
+    return NETWORK + name_in_file(key.removeprefix(NETWORK)) if key.startswith(NETWORK) else key
 
 
 def _check(checkpoint: Checkpoint) -> None:
-    """Every weight must fit the model of this configuration."""
+    """Raise CheckpointError unless the weights fit the model of this configuration."""
     with torch.device("meta"):
         model = checkpoint.config.build(pretrained=False)
     try:
@@ -153,7 +153,7 @@ def _check(checkpoint: Checkpoint) -> None:
         raise CheckpointError(str(error)) from error
 
 
-def _listing(parts: Mapping[str, list[str]]) -> str:
-    lines = [f"{what}: {name}" for what, names in parts.items() for name in sorted(names)]
+def _listing(problems: Mapping[str, list[str]]) -> str:
+    lines = [f"{problem}: {name}" for problem, names in problems.items() for name in sorted(names)]
     rest = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return ":\n  " + "\n  ".join(lines[:SHOWN] + rest)

@@ -1,4 +1,4 @@
-"""What each weight of vg is called in the published checkpoints: one table for both directions."""
+"""The name of every weight of vg in the published checkpoints: one table for both directions."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ Foreign = Literal["official", "transformers", "mmdet"]
 
 
 class Section(NamedTuple):
-    """Rows that share a prefix and are repeated for each of something (see `repeats` in names.py).
+    """Rows that share a prefix and are repeated in a loop, such as over layers (see `repeats` in names.py).
 
-    A row reads: vg, official, transformers, mmdetection; one word stands for all four. `=` is the word of vg, `-` says
-    that the dialect has no such weight, `*` is weight and bias, `+` also the statistics of a batch norm; `a|b|c` are
-    the rows of one tensor where the other side has a single word.
+    The columns of a row are vg, official, transformers, mmdetection; a single column is valid for all four. `=` repeats
+    the column of vg, `-` means that the dialect has no such weight, `*` stands for weight and bias, `+` also for the
+    statistics of a batch norm. `a|b|c` are row blocks of one tensor if the other side has a single name.
     """
 
-    each: str
+    loop: str
     vg: str
     official: str
     transformers: str
@@ -48,7 +48,7 @@ TABLE = (
             "bbox_head.cls_branches.{decoder_layers}.", "bias  -  bias  bias"),
     Section("class scale", "queries.class_head.", "", "", "bbox_head.cls_branches.{decoder_layers}.",
             "log_scale  -  -  log_scale"),
-    # A head that all decoder layers share has one name in vg, but one for each layer elsewhere.
+    # A head shared by all decoder layers has one name in vg, but one name per layer elsewhere.
     Section("box head", "decoder.box_heads.{head}.", "bbox_embed.{layer}.layers.",
             "bbox_embed.{layer}.layers.", "bbox_head.reg_branches.{layer}.", """
         0.*  0.*  0.*  0.*
@@ -212,7 +212,7 @@ TABLE = (
 
 IGNORABLE = {
     "official": r".*\.relative_position_index|bert\.pooler\..*|bert\.embeddings\.position_ids|label_enc\.weight",
-    # The last five come with LLMDet (Fu et al. 2025), which trains beside a language model and works without it.
+    # The last line is of LLMDet (Fu et al. 2025), whose language model is used in training only.
     "transformers": r".*\.relative_position_index|.*\.num_batches_tracked|.*text_backbone\.pooler\..*"
     r"|.*\.position_ids|model\.backbone\.conv_encoder\.model\.(swin\.)?layernorm\..*"
     r"|(lmm|connector|region_connector|image_seperate|ref_point_head)[._].*",
@@ -220,4 +220,4 @@ IGNORABLE = {
     r"|dn_query_generator\.label_embedding\.weight"
     r"|(lmm|connector|region_connector|image_seperate|ref_point_head)[._].*",
 }
-"""What checkpoints hold beside the table: buffers that are computed, parts that nothing reads (full names)."""
+"""Tensors to ignore, as regular expressions of full names: computed buffers and unused modules."""

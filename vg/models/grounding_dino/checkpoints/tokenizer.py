@@ -1,4 +1,4 @@
-"""The vocabulary that belongs to a checkpoint, which a .pth does not hold."""
+"""The tokenizer of a checkpoint; a .pth contains none."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from vg.models.grounding_dino.checkpoints.read import Checkpoint
 from vg.models.grounding_dino.config import BertConfig
 
 
-def open_tokenizer(checkpoint: Checkpoint, place: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer at `place` (folder, vocab.txt, tokenizer.json or Hub id), or else the checkpoint's, or BERT's.
+def open_tokenizer(checkpoint: Checkpoint, path: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer at `path` (folder, vocab.txt, tokenizer.json or Hub id), else the checkpoint's, else BERT's.
 
     Raises:
-        CheckpointError: there is none, or it is not that of the checkpoint's text encoder.
+        CheckpointError: it cannot be loaded, or does not fit the text encoder of the checkpoint.
     """
-    place = place or checkpoint.tokenizer or str(BertConfig().id)
-    advice = "name the folder or Hub id of the BERT that the model was trained with: --tokenizer"
+    path = path or checkpoint.tokenizer or str(BertConfig().id)
+    advice = "pass the folder or Hub id of the BERT that the model was trained with: --tokenizer"
     try:
-        tokenizer = load_tokenizer(replace(checkpoint.config.text, tokenizer=place))
-    except Exception as error:  # no such file, no network, no vocabulary in it: each has a class of its own
-        raise CheckpointError(f"no tokenizer can be loaded from {place}; {advice}\n({error})") from error
+        tokenizer = load_tokenizer(replace(checkpoint.config.text, tokenizer=path))
+    except Exception as error:  # no such file, no network, no vocabulary in it: each has its own exception class
+        raise CheckpointError(f"cannot load a tokenizer from {path}; {advice}\n({error})") from error
     rows = (checkpoint.config.text.architecture or {})["vocab_size"]
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) > rows or not {"[CLS]", "[SEP]", "."} <= vocabulary.keys():
         raise CheckpointError(
-            f"the tokenizer of {place} has {len(vocabulary)} words and is not that of this checkpoint, whose text "
-            f"encoder knows {rows}; {advice}"
+            f"the tokenizer of {path} has {len(vocabulary)} tokens and does not fit this checkpoint, whose text "
+            f"encoder has {rows}; {advice}"
         )
     return tokenizer
 
 
-def bert_settings(place: str | None) -> dict[str, Any]:
-    """The configuration of BERT that lies beside its tokenizer, if there is one."""
-    path = Path(place or "") / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if place and path.exists() else {}
+def bert_settings(path: str | None) -> dict[str, Any]:
+    """Read the config.json of BERT in the folder of its tokenizer; empty if there is none."""
+    file = Path(path or "") / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if path and file.exists() else {}

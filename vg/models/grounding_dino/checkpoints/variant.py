@@ -1,4 +1,4 @@
-"""Which model a checkpoint holds, told from the names and shapes of its tensors."""
+"""Detect the model variant of a checkpoint from the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LABELS = "denoising.labels.weight"
 
 
 class NamedAsInVg:
-    """The tensors of a file by the names that they have in vg; of merged tensors by the name of their first part."""
+    """The tensors of a file by their names in vg; merged tensors by the name of their first row block."""
 
     def __init__(self, tensors: Mapping[str, Tensor], dialect: Dialect):
         self.tensors = tensors
@@ -44,11 +44,11 @@ class NamedAsInVg:
 
     def shape(self, name: str, **numbers: int) -> tuple[int, ...]:
         if not self.has(name, **numbers):
-            raise CheckpointError(f"it holds no {self.patterns[name].format(**numbers)}")
+            raise CheckpointError(f"the tensor {self.patterns[name].format(**numbers)} is missing")
         return tuple(self.tensors[self.patterns[name].format(**numbers)].shape)
 
     def count(self, name: str, counter: str, **numbers: int) -> int:
-        """One more than the highest number in the place of the counter; gaps are for the caller to find."""
+        """Return one more than the highest value of the placeholder `counter`; gaps are not detected."""
         prefix = self.patterns[name].partition(f"{{{counter}}}")[0].format(**numbers)
         rests = [key.removeprefix(prefix).partition(".")[0] for key in self.tensors if key.startswith(prefix)]
         return 1 + max(map(int, filter(str.isdigit, rests)), default=-1)
@@ -57,14 +57,14 @@ class NamedAsInVg:
 def detect_variant(
     tensors: Mapping[str, Tensor], dialect: Foreign, settings: Mapping[str, Any], bert: Mapping[str, Any]
 ) -> GroundingDinoConfig:
-    """The configuration of a published checkpoint, with the rates of dropout it was trained with.
+    """Detect the configuration of a published checkpoint, with the dropout rates it was trained with.
 
     Args:
-        settings: config.json of a folder of transformers, or nothing.
-        bert: config.json of its text encoder, or nothing: the number of heads is not to be seen in weights.
+        settings: config.json of a transformers folder, or empty.
+        bert: config.json of its text encoder, or empty; weights do not reveal the number of heads.
 
     Raises:
-        CheckpointError: a tensor without which the variant cannot be told is missing.
+        CheckpointError: a tensor needed to detect the variant is missing.
     """
     found = NamedAsInVg(tensors, dialect)
     levels, width = found.shape("neck.level_encoding")
@@ -74,9 +74,9 @@ def detect_variant(
         raise CheckpointError("config.json: encoder_n_points and decoder_n_points differ, which vg does not support")
     offsets = found.shape("encoder.layers.{layer}.image.attention.offsets.weight", layer=0)[0]
     classes = _classes(found, layers)
-    of_mmdetection = dialect == "mmdet" or classes.bias
+    from_mmdetection = dialect == "mmdet" or classes.bias
     config = GroundingDinoConfig(
-        backbone=_backbone(found, levels, of_mmdetection),
+        backbone=_backbone(found, levels, from_mmdetection),
         text=detect_text(found, settings.get("text_config", bert)),
         max_tokens=settings.get("max_text_len", 256),
         width=width,
@@ -91,8 +91,8 @@ def detect_variant(
         logit_eps=LOGIT_EPS[dialect],
         shared_heads=False,
         classes=classes,
-        fusion_dropout=0.1 if of_mmdetection else 0.0,
-        fusion_drop_path=0.0 if of_mmdetection else 0.1,
+        fusion_dropout=0.1 if from_mmdetection else 0.0,
+        fusion_drop_path=0.0 if from_mmdetection else 0.1,
         denoising=DenoisingConfig(num_labels=found.shape(LABELS)[0]) if found.has(LABELS) else None,
     )
     config.shared_heads = _heads_are_equal(tensors, config, dialect)
@@ -107,7 +107,7 @@ def _classes(found: NamedAsInVg, decoder_layers: int) -> ClassHeadConfig:
 
 
 def _heads_are_equal(tensors: Mapping[str, Tensor], config: GroundingDinoConfig, dialect: Foreign) -> bool:
-    """Whether the heads of the further decoder layers are absent or copies of that of the first."""
+    """Whether the heads of later decoder layers are missing or equal to those of the first layer."""
     names = {own[0]: files for own, files in tensor_names(config, dialect).items()}
 
     def stored(own: str) -> Tensor | None:
@@ -123,8 +123,8 @@ def _heads_are_equal(tensors: Mapping[str, Tensor], config: GroundingDinoConfig,
     return True
 
 
-def _backbone(found: NamedAsInVg, levels: int, of_mmdetection: bool) -> SwinConfig | ResNetConfig:
-    channels = []  # of the stages that a 1x1 convolution projects; 3x3 ones make further levels
+def _backbone(found: NamedAsInVg, levels: int, from_mmdetection: bool) -> SwinConfig | ResNetConfig:
+    channels = []  # of the stages: these are projected by 1x1 convolutions, extra levels by 3x3 convolutions
     for level in range(levels):
         if found.has("neck.projections.{level}.0.weight", level=level):
             _, inputs, kernel, _ = found.shape("neck.projections.{level}.0.weight", level=level)
@@ -135,7 +135,7 @@ def _backbone(found: NamedAsInVg, levels: int, of_mmdetection: bool) -> SwinConf
         heads = []
         while depth := found.count(SWIN_BLOCK + "layernorm_before.weight", "block", stage=len(depths)):
             table = SWIN_BLOCK + "attention.self.relative_position_bias_table"
-            places, heads_of_stage = found.shape(table, stage=len(depths), block=0)
+            offsets, heads_of_stage = found.shape(table, stage=len(depths), block=0)
             depths.append(depth)
             heads.append(heads_of_stage)
         return SwinConfig(
@@ -143,11 +143,11 @@ def _backbone(found: NamedAsInVg, levels: int, of_mmdetection: bool) -> SwinConf
             width=width,
             depths=depths,
             heads=heads,
-            window=(math.isqrt(places) + 1) // 2,
-            drop_path=0.3 if of_mmdetection and width == 128 else 0.2,
+            window=(math.isqrt(offsets) + 1) // 2,
+            drop_path=0.3 if from_mmdetection and width == 128 else 0.2,
         )
     if not found.has("backbone.network.embedder.embedder.convolution.weight"):
-        raise CheckpointError("its backbone is neither a Swin transformer nor a ResNet")
+        raise CheckpointError("the backbone is neither a Swin transformer nor a ResNet")
     widths = []
     while depth := found.count(
         RESNET_BLOCK + "0.convolution.weight", "block", stage=len(depths), number=len(depths) + 1
@@ -160,17 +160,17 @@ def _backbone(found: NamedAsInVg, levels: int, of_mmdetection: bool) -> SwinConf
 
 def _stages(channels: list[int], widths: list[int]) -> list[int]:
     if not set(channels) <= set(widths):
-        raise CheckpointError(f"its input projections take {channels} channels, its backbone gives {widths}")
+        raise CheckpointError(f"the input projections expect {channels} channels, the backbone has {widths}")
     return [widths.index(inputs) + 1 for inputs in channels]
 
 
 def detect_text(found: NamedAsInVg, bert: Mapping[str, Any]) -> BertConfig:
-    """The text encoder by its sizes, so that building it needs no download."""
+    """Detect the sizes of the text encoder, so that building it needs no download."""
     vocabulary, width = found.shape("text.network.embeddings.word_embeddings.weight")
     if "num_attention_heads" not in bert and width % HEAD_WIDTH:
         raise CheckpointError(
-            f"its text encoder has width {width}; how many attention heads it has cannot be told from its weights. "
-            "Name the folder of its tokenizer with a config.json of BERT in it (`vg convert`: --tokenizer)"
+            f"the text encoder has width {width}, but its number of attention heads cannot be detected. "
+            "Pass the folder of its tokenizer with BERT's config.json (`vg convert`: --tokenizer)"
         )
     layer = "text.network.encoder.layer.{layer}.intermediate.dense.weight"
     sizes = {

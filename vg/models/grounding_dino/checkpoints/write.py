@@ -1,4 +1,4 @@
-"""Writing weights of vg in the dialects of other implementations."""
+"""Write weights of vg in the dialects of other implementations."""
 
 from __future__ import annotations
 
@@ -25,47 +25,47 @@ def write_checkpoint(
     out: Path,
     dialect: Foreign,
 ) -> None:
-    """Write what `read_checkpoint` and the implementation in question can open.
+    """Write a checkpoint that the other implementation, and `read_checkpoint`, can load.
 
     Args:
-        weights: by the names of vg.
-        config: as `read_checkpoint` gives it, with the sizes of the text encoder.
-        tokenizer: for the transformers dialect; the others keep none.
+        weights: by their names in vg.
+        config: as from `read_checkpoint`, with the sizes of the text encoder.
+        tokenizer: for the transformers dialect; the other dialects contain none.
         out: an existing empty folder for transformers, else the .pth to write (see `vg.checkpoint.replacing`).
 
     Raises:
-        CheckpointError: the dialect cannot express this model, or the weights are not those of `config`.
+        CheckpointError: the dialect does not support this model, or the weights do not fit `config`.
     """
-    reason = _why_not(config, dialect)
-    if reason:
-        raise CheckpointError(f"the {dialect} dialect has no {reason}")
+    unsupported = _unsupported(config, dialect)
+    if unsupported:
+        raise CheckpointError(f"the {dialect} dialect does not support {unsupported}")
     tensors: dict[str, Tensor] = {}
-    left = set(weights) - {LABELS}  # which is for training alone, and optional everywhere
+    left = set(weights) - {LABELS}  # needed in training only, and optional everywhere
     for own, names in tensor_names(config, dialect).items():
         if own == (LABELS,) and LABELS not in weights:
             continue
         if not left.issuperset(own) and own != (LABELS,):
             absent = ", ".join(name for name in own if name not in weights)
-            raise CheckpointError(f"the weights lack {absent}; was it frozen, and so not saved with the checkpoint?")
+            raise CheckpointError(f"the weights lack {absent}; frozen encoders are not saved with a checkpoint")
         left -= set(own)
         tensor = to_file(own, [weights[name].detach().cpu() for name in own], dialect)
-        # transformers ties the copies of shared heads itself; elsewhere a file holds each name.
+        # transformers ties shared heads when it loads them; files of the other dialects contain every name.
         tensors |= dict.fromkeys(names[:1] if dialect == "transformers" else names, tensor)
     if left:
-        raise CheckpointError(f"the {dialect} dialect has no place for {', '.join(sorted(left))}")
+        raise CheckpointError(f"the {dialect} dialect does not support {', '.join(sorted(left))}")
     if dialect == "official":
         torch.save({"model": tensors}, out)
     elif dialect == "mmdet":
         torch.save({"state_dict": tensors, "meta": {}}, out)
     else:
         if tokenizer is None:
-            raise CheckpointError("a folder of transformers needs a tokenizer")
+            raise CheckpointError("a transformers folder needs a tokenizer")
         save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
         _write_settings(config, next(iter(tensors.values())).dtype, tokenizer, out)
 
 
-def _why_not(config: GroundingDinoConfig, dialect: Foreign) -> str | None:
-    """What of a model a dialect has no words for."""
+def _unsupported(config: GroundingDinoConfig, dialect: Foreign) -> str | None:
+    """Return the first feature of a model that the dialect does not support, or None."""
     classes = config.classes
     if config.fusion != "bidirectional":
         return f"{config.fusion} fusion (model.fusion)"
@@ -77,16 +77,16 @@ def _why_not(config: GroundingDinoConfig, dialect: Foreign) -> str | None:
         bias = "with a bias" if classes.bias else "without a bias"
         return f"class logits of scale `{classes.scale}` {bias} (model.classes)"
     if dialect == "transformers" and config.position_temperature != int(config.position_temperature):
-        return f"position temperature {config.position_temperature} (model.position_temperature), but whole numbers"
+        return f"position temperature {config.position_temperature} (model.position_temperature): it must be an integer"
     if dialect != "transformers" and (config.points, config.position_temperature) != (4, 20):
-        return "place for a number of points or a position temperature, which are always 4 and 20 (model.points)"
+        return "model.points other than 4 or model.position_temperature other than 20"
     return None
 
 
 def _write_settings(
     config: GroundingDinoConfig, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, out: Path
 ) -> None:
-    """config.json, and the files of the processor and the tokenizer."""
+    """Write config.json, and the files of the processor and the tokenizer."""
     import transformers
 
     stages = {"depths": config.backbone.depths, "out_features": [f"stage{stage}" for stage in config.backbone.stages]}

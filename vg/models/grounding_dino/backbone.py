@@ -1,4 +1,4 @@
-"""The image side: a backbone of transformers, its feature pyramid, and where each image token lies."""
+"""The image backbone: a transformers network, the neck that projects its stages, and positions of image tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from vg.models.grounding_dino.attention import Shapes
 from vg.models.layers import sine_encoding
 
-# transformers renames the parts of a loaded Swin now and then; checkpoints keep the names that its files have.
+# transformers renames submodules of a loaded Swin between versions; our checkpoints use the names in its files.
 NAMES_IN_FILES = (
     ("swin.", ""),
     ("attention.q_proj.", "attention.self.query."),
@@ -28,40 +28,40 @@ Sizes = tuple[tuple[int, int], ...]
 
 
 class ImageFeatures(NamedTuple):
-    """Image tokens of all levels: level by level, row by row."""
+    """Image tokens of all levels, level by level and row by row; L counts feature levels."""
 
     tokens: Tensor  # [B, S, D]
-    positions: Tensor  # [B, S, D] encoding of place and level, to be added to queries
-    centers: Tensor  # [B, S, 2] (x, y) of the token in 0..1 of the image without its padding
-    sizes: Tensor  # [B, L, 2] (width, height) of the image without its padding, in tokens of the level
-    mask: Tensor | None  # [B, S] bool, False = padding; None where nothing is padded
+    positions: Tensor  # [B, S, D] encoding of position and level, added to queries
+    centers: Tensor  # [B, S, 2] (x, y) of the token, 0..1 of the image without padding
+    sizes: Tensor  # [B, L, 2] (width, height) of the image without padding, in tokens of the level
+    mask: Tensor | None  # [B, S] bool, False = padding; None if nothing is padded
     shapes: Shapes  # (height, width) of each level
 
     def select(self, image_ids: Tensor) -> ImageFeatures:
-        """The features of these images, [R] int64, one row for each."""
+        """Return the features of the images image_ids [R] int64, one row per prompt."""
         tokens, positions, centers, sizes = (x[image_ids] for x in self[:4])
         mask = None if self.mask is None else self.mask[image_ids]
         return ImageFeatures(tokens, positions, centers, sizes, mask, self.shapes)
 
     @property
     def valid_ratios(self) -> Tensor:
-        """[B, L, 2] share (x, y) of each level that is not padding."""
+        """[B, L, 2] fraction (x, y) of each level that is not padding."""
         height_width = self.sizes.new_tensor(self.shapes)  # [L, 2]
         return self.sizes / height_width.flip(-1)
 
 
 class Backbone(nn.Module):
-    """Images -> one feature map per chosen stage, [B, C, h, w] each."""
+    """Images [B, 3, H, W] -> the feature map [B, C, h, w] of every selected stage; batch norms are frozen."""
 
     def __init__(self, network: PreTrainedModel, channels: list[int]):
         super().__init__()
         self.network = network
         self.channels = channels
         self.batch_norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-        for norm in self.batch_norms:  # statistics of ImageNet stay: batches of detection are too small for others
+        for norm in self.batch_norms:  # detection batches are too small to estimate statistics
             norm.num_batches_tracked = None
             norm.requires_grad_(False)
-        _keep_names_of_files(network)
+        _use_file_names(network)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         return self.network(images).feature_maps
@@ -73,36 +73,39 @@ class Backbone(nn.Module):
         return self
 
 
-def _keep_names_of_files(network: nn.Module) -> None:
-    """Make the state dict of a network of transformers speak the names of its files, in both directions."""
-    own = [name for name, _ in (*network.named_parameters(), *network.named_buffers())]
-    names = {name: _name_in_files(name) for name in own}
-    in_memory = {in_file: name for name, in_file in names.items()}
+def _use_file_names(network: nn.Module) -> None:
+    """Save and load the state dict of a transformers network under the names in its files."""
+    in_memory = [name for name, _ in (*network.named_parameters(), *network.named_buffers())]
+    names = {name: name_in_file(name) for name in in_memory}
     network.register_state_dict_post_hook(partial(_rename, names))
-    network.register_load_state_dict_pre_hook(partial(_rename, in_memory))
+    network.register_load_state_dict_pre_hook(partial(_rename, {new: old for old, new in names.items()}))
 
 
 def _rename(names: dict[str, str], module: nn.Module, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    for name, other in names.items():
-        if prefix + name in weights:
-            weights[prefix + other] = weights.pop(prefix + name)
+    for old, new in names.items():
+        if prefix + old in weights:
+            weights[prefix + new] = weights.pop(prefix + old)
 
 
-def _name_in_files(name: str) -> str:
-    for own, in_file in NAMES_IN_FILES:
-        name = name.replace(own, in_file)
+def name_in_file(name: str) -> str:
+    """Translate the name of a backbone weight in memory into its name in files."""
+    for in_memory, in_file in NAMES_IN_FILES:
+        name = name.replace(in_memory, in_file)
     return name
 
 
 class Neck(nn.Module):
-    """Backbone maps -> levels of one width: 1x1 convolutions, and for further levels 3x3 ones with stride 2."""
+    """Project the feature maps of the backbone to D channels, and append coarser levels to the pyramid.
+
+    Stages are projected by 1x1 convolutions; further levels come from 3x3 convolutions with stride 2.
+    """
 
     def __init__(self, channels: list[int], width: int, levels: int, temperature: float):
         super().__init__()
         self.temperature = temperature
-        further = [channels[-1], *(width for _ in range(levels))][: levels - len(channels)]
+        extra = [channels[-1], *(width for _ in range(levels))][: levels - len(channels)]
         convolutions = [nn.Conv2d(inputs, width, 1) for inputs in channels]
-        convolutions += [nn.Conv2d(inputs, width, 3, stride=2, padding=1) for inputs in further]
+        convolutions += [nn.Conv2d(inputs, width, 3, stride=2, padding=1) for inputs in extra]
         self.projections = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, width)) for conv in convolutions)
         self.level_encoding = nn.Parameter(torch.randn(levels, width))
         for conv in convolutions:
@@ -112,23 +115,28 @@ class Neck(nn.Module):
     def forward(self, maps: tuple[Tensor, ...]) -> list[Tensor]:
         """[B, C, h, w] of each stage -> [B, D, h, w] of each level."""
         levels = [projection(x) for projection, x in zip(self.projections, maps, strict=False)]
-        x = maps[-1]  # the first further level starts from the backbone's map itself, not from its projection
+        x = maps[-1]  # the first extra level reads the feature map of the backbone, not its projection
         for projection in self.projections[len(maps) :]:
             x = projection(x)
             levels.append(x)
         return levels
 
-    def place(self, levels: list[Tensor], inside: list[list[tuple[int, int]]]) -> ImageFeatures:
-        """[B, D, h, w] of each level, and how many (rows, columns) of it each image fills -> tokens in a row."""
+    def flatten(self, levels: list[Tensor], valid: list[list[tuple[int, int]]]) -> ImageFeatures:
+        """Flatten the levels into one sequence of tokens, with positions, centers and padding mask.
+
+        Args:
+            levels: [B, D, h, w] each.
+            valid: (rows, columns) without padding, for each image and level.
+        """
         shapes = tuple((x.shape[-2], x.shape[-1]) for x in levels)
-        sizes = torch.tensor(inside, device=levels[0].device, dtype=torch.float32).flip(-1)  # [B, L, 2] as (x, y)
-        padded = any(tuple(image) != shapes for image in inside)
+        sizes = torch.tensor(valid, device=levels[0].device, dtype=torch.float32).flip(-1)  # [B, L, 2] as (x, y)
+        padded = any(tuple(image) != shapes for image in valid)
         positions, centers, masks = [], [], []
         for level, (rows, columns) in enumerate(shapes):
             x = torch.arange(columns, device=sizes.device).expand(len(sizes), -1)  # [B, columns]
             y = torch.arange(rows, device=sizes.device).expand(len(sizes), -1)  # [B, rows]
             width, height = sizes[:, level].unsqueeze(-1).unbind(dim=1)  # [B, 1] each
-            # Sine encodings of the two axes (DETR): the last row and column of the image are at 1.
+            # Sine encodings of both axes (DETR); the last row and column of the image without padding are at 1.
             half = self.level_encoding.shape[1] // 2
             of_y = sine_encoding(((y + 1) / (height + 1e-6)).unsqueeze(-1), half, self.temperature, interleaved=True)
             of_x = sine_encoding(((x + 1) / (width + 1e-6)).unsqueeze(-1), half, self.temperature, interleaved=True)
@@ -151,33 +159,35 @@ class Neck(nn.Module):
         )
 
 
-def encode_images(backbone: Backbone, neck: Neck, images: Tensor, sizes: Sizes, apart: bool) -> ImageFeatures:
-    """Backbone and neck.
+def extract_image_features(
+    backbone: Backbone, neck: Neck, images: Tensor, sizes: Sizes, by_size: bool
+) -> ImageFeatures:
+    """Run backbone and neck.
 
     Args:
-        images: [B, 3, H, W] normalised, zeros where padded.
-        sizes: (height, width) of each image without its padding.
-        apart: images of different sizes do not share a pass, so that no padding leaks into windows and group norms and
-            an image gives what it gives alone; else one pass for all, as other implementations do.
+        images: [B, 3, H, W] normalized, zeros where padded.
+        sizes: (height, width) of each image without padding.
+        by_size: run one pass per image size, so that padding does not leak into windows and group norms and the
+            features of an image do not depend on its batch; False runs one pass, as other implementations do.
     """
     height, width = images.shape[-2:]
-    if not apart or all(size == (height, width) for size in sizes):
+    if not by_size or all(size == (height, width) for size in sizes):
         levels = neck(backbone(images))
         shapes = [(x.shape[-2], x.shape[-1]) for x in levels]
-        # Nearest pixels decide which tokens are padding, as F.interpolate of a mask would have it.
-        inside = [[(-(-h * rows // height), -(-w * columns // width)) for rows, columns in shapes] for h, w in sizes]
-        return neck.place(levels, inside)
+        # Round up, as nearest-neighbor interpolation of a padding mask (F.interpolate) does.
+        valid = [[(-(-h * rows // height), -(-w * columns // width)) for rows, columns in shapes] for h, w in sizes]
+        return neck.flatten(levels, valid)
 
-    found: list[list[Tensor]] = [[] for _ in sizes]  # the levels of each image, [D, h, w] each
+    maps: list[list[Tensor]] = [[] for _ in sizes]  # [D, h, w] of each image and level
     for size in dict.fromkeys(sizes):
-        members = [index for index, other in enumerate(sizes) if other == size]
-        for x in neck(backbone(images[members, :, : size[0], : size[1]])):
-            for index, level in zip(members, x, strict=True):
-                found[index].append(level)
-    inside = [[(x.shape[-2], x.shape[-1]) for x in levels] for levels in found]
-    shapes = [(max(h for h, _ in level), max(w for _, w in level)) for level in zip(*inside, strict=True)]
+        image_ids = [image_id for image_id, other in enumerate(sizes) if other == size]
+        for x in neck(backbone(images[image_ids, :, : size[0], : size[1]])):
+            for image_id, level in zip(image_ids, x, strict=True):
+                maps[image_id].append(level)
+    valid = [[(x.shape[-2], x.shape[-1]) for x in levels] for levels in maps]
+    shapes = [(max(h for h, _ in level), max(w for _, w in level)) for level in zip(*valid, strict=True)]
     levels = [
-        torch.stack([F.pad(x, (0, columns - x.shape[-1], 0, rows - x.shape[-2])) for x in images_of_level])
-        for images_of_level, (rows, columns) in zip(zip(*found, strict=True), shapes, strict=True)
+        torch.stack([F.pad(x, (0, columns - x.shape[-1], 0, rows - x.shape[-2])) for x in level])
+        for level, (rows, columns) in zip(zip(*maps, strict=True), shapes, strict=True)
     ]
-    return neck.place(levels, inside)
+    return neck.flatten(levels, valid)

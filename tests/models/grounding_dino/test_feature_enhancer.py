@@ -1,0 +1,64 @@
+"""The feature enhancer processes image tokens in chunks on a CPU, with equal results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.models.grounding_dino.tiny import tiny_config
+from vg.models.grounding_dino import feature_enhancer
+from vg.models.grounding_dino.feature_enhancer import FusionLayer, token_chunks
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_enhancer, "CHUNK_TOKENS", 8)  # of two images together
+
+
+def fusion() -> FusionLayer:
+    torch.manual_seed(0)
+    layer = FusionLayer(tiny_config(width=32)).eval()
+    for weights in layer.parameters():
+        nn.init.xavier_uniform_(weights) if weights.dim() > 1 else nn.init.uniform_(weights, -0.3, 0.3)
+    return layer
+
+
+def reference_softmax(layer: FusionLayer, image: Tensor, text: Tensor, image_mask: Tensor | None) -> Tensor:
+    """Image-to-text attention [R, T, D] with one softmax over all image tokens."""
+    query, key, value = (
+        projection(x).unflatten(-1, (layer.heads, -1)).transpose(1, 2)  # [R, heads, S or T, d]
+        for projection, x in ((layer.text_key, text), (layer.image_query, image), (layer.image_value, image))
+    )
+    scores = query @ key.mT * query.shape[-1] ** -0.5  # [R, heads, T, S]
+    if image_mask is not None:
+        scores = scores.masked_fill(~image_mask[:, None, None], -torch.inf)
+    return layer.text_output((scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("size", [1.0, 300.0])
+def test_a_chunked_softmax_equals_the_softmax_over_all_tokens(padded: bool, size: float) -> None:
+    """Also if one image starts with padding, and if scores differ by more than exp can represent."""
+    layer = fusion()
+    image, text = size * torch.randn(2, 27, 32), torch.randn(2, 5, 32)
+    image_mask = torch.stack((torch.arange(27) >= 9, torch.arange(27) < 20)) if padded else None
+    text_mask = torch.arange(5) < torch.tensor([[5], [3]])
+    with torch.no_grad():
+        assert len(token_chunks(image)) == 7
+        to_image, to_text = layer.attend(image, text, image_mask, text_mask)
+    whole_image, whole_text = layer.attend(image, text, image_mask, text_mask)  # with gradients: one chunk
+    torch.testing.assert_close(to_image, whole_image, atol=1e-5 * size, rtol=1e-5)
+    torch.testing.assert_close(to_text, whole_text, atol=1e-5 * size, rtol=1e-5)
+    wanted = reference_softmax(layer, image, text, image_mask)
+    torch.testing.assert_close(to_text, wanted, atol=2e-5 * size, rtol=1e-4)
+
+
+def test_chunks_only_without_gradients() -> None:
+    x, mask = torch.randn(2, 27, 3), torch.ones(2, 27, dtype=torch.bool)
+    assert len(token_chunks(x)) == 1, "gradients need all activations"
+    with torch.no_grad():
+        chunks = token_chunks(x, mask)
+    assert [chunk.shape[1] for chunk, _ in chunks] == [4] * 6 + [3]
+    assert torch.cat([chunk for chunk, _ in chunks], dim=1).equal(x)
+    assert torch.cat([inside for _, inside in chunks], dim=1).equal(mask)

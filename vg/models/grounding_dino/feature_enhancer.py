@@ -1,0 +1,209 @@
+"""The feature enhancer: cross-attention between image and text, then self-attention in both (section 3.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from vg.models.grounding_dino.attention import Attention, DeformableAttention, FeedForward, drop_path
+from vg.models.grounding_dino.backbone import ImageFeatures
+from vg.models.grounding_dino.config import GroundingDinoConfig
+from vg.models.grounding_dino.text_encoder import TextFeatures
+
+CHUNK_TOKENS = 1024  # of all prompts together
+
+
+def token_chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Split tensors [R, S, ...] along S for inference on a CPU, where the activations of a chunk fit into its cache."""
+    if tensors[0].device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return [tensors]
+    size = max(1, CHUNK_TOKENS // len(tensors[0]))
+    return list(zip(*(x.split(size, dim=1) for x in tensors), strict=True))
+
+
+class FoldedLinear(nn.Linear):
+    """Linear whose weight is folded into another matmul; it is never called, so forward hooks and LoRA do not apply."""
+
+
+class FusionLayer(nn.Module):
+    """Bi-directional cross-attention: one similarity matrix, softmax over rows for the image, columns for the text.
+
+    The published module projects all image tokens three times (query, value, output) to `feedforward / 2` channels.
+    Image tokens are many and text tokens few, so we multiply these matrices with the text first: X Wq K' = X (Wq K'),
+    P (X Wv) = (P X) Wv, and P (V Wo) is P times one [T, D] matrix per head. Weights are the same, and results differ
+    by rounding only (and by the bias of the image values, which dropout of P does not scale here).
+    """
+
+    def __init__(self, config: GroundingDinoConfig):
+        super().__init__()
+        width, inner = config.width, config.feedforward // 2
+        self.heads = config.heads // 2
+        self.dropout = config.fusion_dropout
+        self.drop_path = config.fusion_drop_path
+        self.image_norm = nn.LayerNorm(width)
+        self.text_norm = nn.LayerNorm(width)
+        self.image_query, self.text_key = FoldedLinear(width, inner), nn.Linear(width, inner)
+        self.image_value, self.text_value = FoldedLinear(width, inner), nn.Linear(width, inner)
+        self.image_output, self.text_output = FoldedLinear(inner, width), nn.Linear(inner, width)
+        self.image_gate = nn.Parameter(torch.full((width,), 1e-4))
+        self.text_gate = nn.Parameter(torch.full((width,), 1e-4))
+
+    def reset_parameters(self) -> None:
+        for projection in self.children():
+            if isinstance(projection, nn.Linear):
+                nn.init.zeros_(projection.bias)
+
+    def forward(
+        self, image: Tensor, text: Tensor, image_mask: Tensor | None, text_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[R, S, D], [R, T, D], masks [R, S] and [R, T] bool (False = padding) -> updated [R, S, D], [R, T, D].
+
+        Published quirk, which all checkpoints are trained with: the residual is the normalized stream, not the input.
+        """
+        image, text = self.image_norm(image), self.text_norm(text)
+        to_image, to_text = self.attend(image, text, image_mask, text_mask)
+        return self.update_image(image, to_image), self.update_text(text, to_text)
+
+    def update_image(self, image: Tensor, attended: Tensor) -> Tensor:
+        return image + drop_path(self.image_gate * attended, self.drop_path, self.training)
+
+    def update_text(self, text: Tensor, attended: Tensor) -> Tensor:
+        return text + drop_path(self.text_gate * attended, self.drop_path, self.training)
+
+    def attend(
+        self, image: Tensor, text: Tensor, image_mask: Tensor | None, text_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compute text-to-image attention [R, S, D] and image-to-text attention [R, T, D]."""
+
+        def by_head(x: Tensor, dim: int = -1) -> Tensor:  # inner channels -> heads, channels d of a head
+            return x.unflatten(dim, (self.heads, -1))
+
+        key, value = by_head(self.text_key(text)), by_head(self.text_value(text))  # [R, T, heads, d]
+        key = key * key.shape[-1] ** -0.5
+        folded_query = torch.einsum("rthd,hdc->rhtc", key, by_head(self.image_query.weight, 0)).flatten(1, 2)
+        offset = torch.einsum("rthd,hd->rht", key, by_head(self.image_query.bias, 0)).flatten(1).unsqueeze(1)
+        folded_output = torch.einsum("rthd,chd->rhtc", value, by_head(self.image_output.weight)).flatten(1, 2)
+        lowest = torch.finfo(offset.dtype).min / 2
+        text_bias = torch.zeros_like(text_mask, dtype=offset.dtype).masked_fill(~text_mask, lowest)[:, None, None]
+
+        # The softmax over image tokens is accumulated chunk by chunk relative to the running maximum (flash attention).
+        highest = offset.new_full(offset.shape, -torch.inf, dtype=torch.float32)  # [R, 1, heads * T]
+        total = torch.zeros_like(highest)
+        attended = torch.zeros_like(folded_query, dtype=torch.float32)  # [R, heads * T, D]
+        to_image = []
+        for tokens, *masks in token_chunks(image) if image_mask is None else token_chunks(image, image_mask):
+            scores = torch.baddbmm(offset, tokens, folded_query.mT)  # [R, chunk of S, heads * T]
+            if scores.dtype == torch.float16:
+                scores = scores.clamp(-50000, 50000)  # infinity minus infinity would be NaN
+            over_text = (by_head(scores) + text_bias).softmax(dim=-1)  # [R, chunk of S, heads, T]
+            over_text = F.dropout(over_text, self.dropout, self.training).flatten(2)
+            to_image.append(torch.baddbmm(self.image_output.bias, over_text, folded_output))  # [R, chunk of S, D]
+
+            for mask in masks:
+                scores = scores.masked_fill(~mask.unsqueeze(-1), lowest)
+            before, highest = highest, torch.maximum(highest, scores.detach().amax(dim=1, keepdim=True))
+            rescale, weights = (before - highest).exp(), (scores - highest).exp()
+            total = total * rescale + weights.sum(dim=1, keepdim=True)
+            chunk_total = weights.sum(dim=1, keepdim=True).clamp(min=1e-30)
+            # Sums over thousands of tokens overflow half precision, so it is used for means only.
+            means = F.dropout(weights / chunk_total, self.dropout, self.training).to(tokens.dtype).mT @ tokens
+            attended = attended * rescale.mT + chunk_total.mT * means
+        attended = by_head((attended / total.mT).to(image.dtype), 1)  # [R, heads, T, D]
+        attended = torch.einsum("rhtc,hdc->rthd", attended, by_head(self.image_value.weight, 0)).flatten(2)
+        return torch.cat(to_image, dim=1), self.text_output(attended + self.image_value.bias)
+
+
+class GatedFusionLayer(FusionLayer):
+    """The same attention, mixed by a learned gate per channel: alpha * own + (1 - alpha) * attended. Not published."""
+
+    def __init__(self, config: GroundingDinoConfig):
+        super().__init__(config)
+        del self.image_gate, self.text_gate
+        self.image_alpha = nn.Linear(2 * config.width, config.width)
+        self.text_alpha = nn.Linear(2 * config.width, config.width)
+
+    def update_image(self, image: Tensor, attended: Tensor) -> Tensor:
+        alpha = self.image_alpha(torch.cat((image, attended), dim=-1)).sigmoid()
+        return alpha * image + (1 - alpha) * attended
+
+    def update_text(self, text: Tensor, attended: Tensor) -> Tensor:
+        alpha = self.text_alpha(torch.cat((text, attended), dim=-1)).sigmoid()
+        return alpha * text + (1 - alpha) * attended
+
+
+class TextEnhancerLayer(nn.Module):
+    """Self-attention of text tokens within their phrase: a post-norm transformer layer."""
+
+    def __init__(self, config: GroundingDinoConfig):
+        super().__init__()
+        self.attention = Attention(config.width, config.heads // 2)
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.feedforward = FeedForward(config.width, config.feedforward // 2)
+        self.feedforward_norm = nn.LayerNorm(config.width)
+
+    def forward(self, x: Tensor, text: TextFeatures) -> Tensor:
+        """[R, T, D] -> [R, T, D].
+
+        The official code and mmdetection mix up the masks of rows with different captions; here a row keeps its own.
+        """
+        query = x + text.positions
+        x = self.attention_norm(x + self.attention(query, query, x, text.sub_sentences.unsqueeze(1)))
+        return self.feedforward_norm(x + self.feedforward(x))
+
+
+class ImageEnhancerLayer(nn.Module):
+    """Deformable self-attention of image tokens over all levels: a post-norm transformer layer."""
+
+    def __init__(self, config: GroundingDinoConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.attention = DeformableAttention(config.width, config.heads, config.levels, config.points)
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.feedforward = FeedForward(config.width, config.feedforward, config.dropout)
+        self.feedforward_norm = nn.LayerNorm(config.width)
+
+    def forward(self, x: Tensor, image: ImageFeatures, references: Tensor) -> Tensor:
+        """[R, S, D] -> [R, S, D]; references: [R, S, L or 1, 2] token centers in 0..1 of each padded level."""
+        attended = self.attention(x + image.positions, references, x, image.shapes, image.mask)
+        return torch.cat([self._residual(*chunk) for chunk in token_chunks(x, attended)], dim=1)
+
+    def _residual(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = self.attention_norm(x + F.dropout(attended, self.dropout, self.training))
+        return self.feedforward_norm(x + F.dropout(self.feedforward(x), self.dropout, self.training))
+
+
+class FeatureEnhancerLayer(nn.Module):
+    def __init__(self, config: GroundingDinoConfig):
+        super().__init__()
+        self.fusion = (FusionLayer if config.fusion == "bidirectional" else GatedFusionLayer)(config)
+        self.text = TextEnhancerLayer(config)
+        self.image = ImageEnhancerLayer(config)
+
+    def forward(
+        self, image_tokens: Tensor, text_tokens: Tensor, image: ImageFeatures, text: TextFeatures, references: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        image_tokens, text_tokens = self.fusion(image_tokens, text_tokens, image.mask, text.mask)
+        return self.image(image_tokens, image, references), self.text(text_tokens, text)
+
+
+class FeatureEnhancer(nn.Module):
+    def __init__(self, config: GroundingDinoConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(FeatureEnhancerLayer(config) for _ in range(config.encoder_layers))
+        self.checkpointing = config.gradient_checkpointing
+
+    def forward(self, image: ImageFeatures, text: TextFeatures) -> tuple[ImageFeatures, TextFeatures]:
+        """Return the same features with enhanced tokens."""
+        references = image.centers.unsqueeze(2)  # [R, S, 1, 2]
+        if image.mask is not None:
+            references = references * image.valid_ratios.unsqueeze(1)  # [R, S, L, 2]
+        image_tokens, text_tokens = image.tokens, text.tokens
+        for layer in self.layers:
+            inputs = (image_tokens, text_tokens, image, text, references)
+            if self.checkpointing and self.training:
+                image_tokens, text_tokens = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                image_tokens, text_tokens = layer(*inputs)
+        return image._replace(tokens=image_tokens), text._replace(tokens=text_tokens)
