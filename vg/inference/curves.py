@@ -12,14 +12,8 @@ import numpy as np
 from vg.inference.draw import FAINT_INK, INK
 from vg.metrics.result import split_flat_key
 
-LINE_COLORS = (
-    "#1c2430",
-    "#e08a00",
-    "#0f86c9",
-    "#c23d83",
-    "#3d9b35",
-    "#7a52c7",
-)  # draw.COLORS, darker for a white background
+# draw.COLORS, darker for a white background
+LINE_COLORS = ("#1c2430", "#e08a00", "#0f86c9", "#c23d83", "#3d9b35", "#7a52c7")
 SECONDARY = ("recall@", "ar@", "ar_")  # metrics that are printed, but not plotted, like those with "@1000"
 
 Line = list[tuple[float, float]]  # (step, value) of each row

@@ -9,10 +9,7 @@ import numpy as np
 
 from vg.data.refcoco.source import Annotation
 
-SMALL, LARGE = (
-    128**2,
-    256**2,
-)  # square pixels, limits of Ref-L4; with those of COCO nearly all RefCOCO objects are large
+SMALL, LARGE = 128**2, 256**2  # square pixels, limits of Ref-L4; with those of COCO all of RefCOCO is large
 YES_NO = ("yes", "no")
 
 _LOCATIONS = (
