@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -17,6 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from vg.errors import ConfigError
 
@@ -68,6 +70,12 @@ def restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def progress_bar(accelerator: Accelerator, **options: Any) -> tqdm:
+    """A bar with an ETA on the main process; in a log file a line now and then instead of a moving bar."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(disable=not accelerator.is_main_process, mininterval=interval, dynamic_ncols=True, **options)
 
 
 def mean_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModel
+from vg.cache.select import build_model, training_order, training_source
 
 from vg.cache.build import build_cache
-from vg.cache.select import build_model, training_order, training_source
 from vg.config import RunConfig, parse_config
 from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModel
+from vg.cache.select import build_model, training_source
 
 from tests.cache.feature_data import cached_config, write_encoders, write_expressions
 from tests.conftest import HEAD, history
 from vg.cache import source as cache_source
 from vg.cache.build import build_cache
-from vg.cache.select import build_model, training_source
 from vg.checkpoint import read_model
 from vg.cli import main
 from vg.config import RunConfig, dump_config

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vg.cache.select import build_model, training_order, training_source
 
 from tests.cache.feature_data import cached_config, write_encoders, write_expressions
 from vg.cache import source as cache_source
 from vg.cache.build import build_cache
-from vg.cache.select import build_model, training_order, training_source
 from vg.cache.source import CachedSource, FeatureSample
 from vg.cache.views import Pictures, image_indices
 from vg.config import RunConfig, dump_config, parse_config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vg.cli import benchmark
 from vg.cli.arguments import Verbs, add_overrides
@@ -58,20 +58,18 @@ def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: b
         for name, rows in detected.items():
             (output / f"detections{name and '_'}{name}.json").write_text(json.dumps(rows), encoding="utf-8")
         print(table(results))
-        _draw(model, config, evaluator, output / "predictions.png")
+        _draw(model, config, output / "predictions.png")
         print(f"written to {output}: metrics.json, predictions.png")
 
 
-def _draw(model: GroundingModel, config: RunConfig, evaluator: Any, path: Path) -> None:
+def _draw(model: GroundingModel, config: RunConfig, path: Path) -> None:
     """A grid of samples, evenly spaced over the data."""
     from vg.data.dataset import GroundingDataset
     from vg.inference.draw import prediction_grid
     from vg.inference.grounder import Grounder
 
-    data = evaluator.sets[0].data
-    if config.data.cache:  # it has no pixels to draw on
-        settings = next(iter(config.data.eval_datasets().values()))
-        data = GroundingDataset(settings.build(), bad_samples=config.data.bad_samples)
+    settings = next(iter(config.data.eval_datasets().values()))
+    data = GroundingDataset(settings.build(), bad_samples=config.data.bad_samples)
     number = min(NUM_DRAWN, len(data))
     # Rounded, so that the spacing is not a whole number: expression types may take turns.
     samples = [data[round(index * (len(data) - 1) / max(1, number - 1))] for index in range(number)]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from vg.cache.select import evaluation_source
+from vg.cache.datasets import RunDataset, evaluation_dataset
 from vg.config import DataConfig
-from vg.data.collate import Collator
-from vg.data.dataset import GroundingDataset
+from vg.data.mixture import sources_of
 from vg.data.source import HasCategoryIds, Source, Task
-from vg.distributed import mean_over_processes
+from vg.distributed import mean_over_processes, progress_bar
 from vg.errors import ConfigError
 from vg.metrics import CocoMetric, GrecMetric, RecMetric
 from vg.models.base import GroundingModel
@@ -29,12 +26,6 @@ METRICS: dict[Task, type[RecMetric] | type[GrecMetric] | type[CocoMetric]] = {
 }
 
 
-def progress_bar(accelerator: Accelerator, **options: Any) -> tqdm:
-    """A bar with an ETA on the main process; in a log file a line now and then instead of a moving bar."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(disable=not accelerator.is_main_process, mininterval=interval, dynamic_ncols=True, **options)
-
-
 class EvaluationSet:
     """One data set to judge models on, and the metric that its task asks for.
 
@@ -42,27 +33,26 @@ class EvaluationSet:
         ConfigError: a mixture of parts that ask for different metrics.
     """
 
-    def __init__(self, name: str, source: Source, config: DataConfig, model: GroundingModel, accelerator: Accelerator):
+    def __init__(self, name: str, data: RunDataset, config: DataConfig, accelerator: Accelerator):
         self.name = name
         self.accelerator = accelerator
-        collate = Collator(model.image_spec, model.text_spec)
-        self.data = GroundingDataset(source, bad_samples=config.bad_samples, texts=collate.texts)
-        loader = DataLoader(
+        self.data = data
+        loader: DataLoader[Any] = DataLoader(
             self.data,
             batch_size=config.eval_batch_size,
             num_workers=config.workers,
-            collate_fn=collate,
+            collate_fn=data.collate,
             generator=torch.Generator(),  # else every pass would draw from the generator that training uses
             pin_memory=accelerator.device.type == "cuda",
         )
         self.loader: DataLoader[Any] = accelerator.prepare_data_loader(loader)
-        tasks = {part.provenance.task for part in getattr(source, "parts", [source])}  # a mixture has parts
+        tasks = {source.provenance.task for source in sources_of(data.source)}
         if len(tasks) > 1:
             raise ConfigError(
                 f"data.eval{'.' * bool(name)}{name}: a mixture of {' and '.join(sorted(tasks))} has no number to say "
                 "how good an answer is; list its parts as sets of their own: {first: {...}, second: {...}}"
             )
-        self.metric = METRICS[source.provenance.task]().to(accelerator.device)
+        self.metric = METRICS[data.source.provenance.task]().to(accelerator.device)
 
     def collect(self, model: GroundingModel) -> None:
         """Answer every sample and leave the answers with the metric, which forgets former ones."""
@@ -103,7 +93,7 @@ class Evaluator:
 
     def __init__(self, config: DataConfig, model: GroundingModel, accelerator: Accelerator):
         self.sets = [
-            EvaluationSet(name, evaluation_source(settings, config, model), config, model, accelerator)
+            EvaluationSet(name, evaluation_dataset(settings, config, model), config, accelerator)
             for name, settings in config.eval_datasets().items()
         ]
 

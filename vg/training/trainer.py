@@ -15,18 +15,18 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from vg.cache.select import build_model
 from vg.config import RunConfig
 from vg.distributed import (
     StopSignal,
     mean_over_processes,
     new_accelerator,
+    progress_bar,
     random_state,
     restore_random_state,
     seed_everything,
 )
 from vg.errors import ConfigError, TrainingError
-from vg.evaluation.evaluator import Evaluator, progress_bar
+from vg.evaluation.evaluator import Evaluator
 from vg.training.data import TrainingData
 from vg.training.interpolation import Interpolation, Sweep
 from vg.training.loss_log import REMEDY, LossLog
@@ -77,7 +77,7 @@ class Trainer:
         self.folder.claim(resume, overwrite)
         seed_everything(config.train.seed)
 
-        self.unwrapped_model = build_model(config)  # the network itself; self.model may be a wrapper around it
+        self.unwrapped_model = config.model.build()  # the network itself; self.model may be a wrapper around it
         self.evaluator = Evaluator(config.data, self.unwrapped_model, self.accelerator)
         self.best_metric = self.evaluator.resolve_best_metric(config.train.best_metric)
         self.data = TrainingData(config, self.unwrapped_model, self.accelerator, self.evaluator.sources)
@@ -192,7 +192,7 @@ class Trainer:
     def interpolate(self, weights: Sequence[float]) -> None:
         """Judge mixtures of the weights that training began with and the best ones; keep the best mixture."""
         seed_everything(self.config.train.seed)
-        model = build_model(self.config)  # as it was before the first step
+        model = self.config.model.build()  # as it was before the first step
         mixtures = Interpolation(model.own_state_dict(), self.folder.best_weights())
         sweep = Sweep(model.to(self.accelerator.device), mixtures, weights, self.evaluator, self.best_metric)
         tokenizer = self.unwrapped_model.text_spec.tokenizer

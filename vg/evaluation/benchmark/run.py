@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator
 
 from vg.config import DataConfig
+from vg.data.collate import Collator
+from vg.data.dataset import GroundingDataset
 from vg.data.overlap import Subset
 from vg.data.refcoco.source import RefcocoConfig
 from vg.evaluation.benchmark.bootstrap import intervals
@@ -108,7 +110,8 @@ def _evaluation(
 ) -> EvaluationSet:
     unused = RefcocoConfig()  # the part has its source
     config = DataConfig(train=unused, eval=unused, eval_batch_size=batch_size, workers=workers)
-    return EvaluationSet(part.name, part.source, config, model, accelerator)
+    data = GroundingDataset(part.source, collate=Collator(model.image_spec, model.text_spec))
+    return EvaluationSet(part.name, data, config, accelerator)
 
 
 def _slices(judged: Judged, pictures: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, PositiveInt
 
 from vg.losses.config import LossConfig
 from vg.models.encoder_config import TextEncoderConfig
+from vg.models.settings import ModelSettings
 from vg.settings import Settings, by_name
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class PredictConfig(Settings):
 
 
 @dataclass
-class GroundingDinoConfig(Settings):
+class GroundingDinoConfig(ModelSettings):
     """Grounding DINO (Liu et al. 2023, arXiv 2303.05499) and MM-Grounding-DINO (Zhao et al. 2024, arXiv 2401.02361)."""
 
     name: Literal["grounding_dino"] = "grounding_dino"
@@ -228,7 +229,3 @@ class GroundingDinoConfig(Settings):
         from vg.models.grounding_dino.model import GroundingDino
 
         return GroundingDino(self, pretrained)
-
-    def rebuild(self) -> GroundingDino:
-        """The network for a checkpoint of vg to be loaded into, which brings all weights."""
-        return self.build(pretrained=False)
