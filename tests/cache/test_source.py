@@ -17,7 +17,7 @@ from tests.cache.feature_data import cached_config, write_encoders, write_expres
 from vg.cache import format as cache_format
 from vg.cache.build import build_cache
 from vg.cache.datasets import RunDataset, training_dataset
-from vg.cache.format import image_indices
+from vg.cache.format import cache_folder, image_indices
 from vg.cache.source import CachedSource, collate_encoded
 from vg.cache.views import ImageViews
 from vg.config import RunConfig, dump_config, parse_config
@@ -279,3 +279,20 @@ def test_two_processes_write_what_one_writes(folder: Path) -> None:
         ours = np.load(folder / "other" / file.relative_to(folder / "cache"))
         np.testing.assert_allclose(ours, np.load(file), rtol=2e-3, atol=1e-4)
     assert len(source_of(other)) == 15
+
+
+def test_the_key_of_a_cache_does_not_change_with_the_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches that exist are found by this digest; a renamed setting or entry would make all of them stale."""
+    for name, value in (("pictures", 256), ("expressions", 4096)):
+        monkeypatch.setitem(cache_format.FORMAT, name, value)
+    monkeypatch.chdir(folder)
+    config = cached_config(Path(), {"views": ["plain", "flip"]})
+    model = config.model.build()
+    key = {"vision": {"id": "v", "revision": "None", "weights": "1"}, "text": {"id": "t", "tokenizer": "2"}}
+    monkeypatch.setattr(type(model), "feature_key", lambda self: key)
+    cache = config.data.cache
+    assert cache is not None
+    source: Any = config.data.train.build()
+    source.image_keys = lambda: ["image"] * 15  # those of files are absolute paths
+    found = cache_folder(config.data.train, source, cache, cache.views, model)  # type: ignore[arg-type]
+    assert found.path == Path("cache/data_train-f24c306449bbd1f5")

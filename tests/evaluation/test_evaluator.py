@@ -94,9 +94,9 @@ def test_the_data_decides_what_judges() -> None:
 
 
 def test_a_mixture_is_judged_if_its_parts_ask_for_the_same() -> None:
-    assert len(evaluator(only=MixtureConfig(parts=[DETECTION, DETECTION])).sets[0].data) == 10
+    assert len(evaluator(only=MixtureConfig(datasets=[DETECTION, DETECTION])).sets[0].data) == 10
     with pytest.raises(ConfigError, match=r"data\.eval\.both: a mixture of detection and expressions"):
-        evaluator(both=MixtureConfig(parts=[DETECTION, EXPRESSIONS]))
+        evaluator(both=MixtureConfig(datasets=[DETECTION, EXPRESSIONS]))
 
 
 def test_results_of_one_set() -> None:

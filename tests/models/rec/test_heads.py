@@ -126,9 +126,8 @@ def test_rank_is_sorted_and_inside_bounds() -> None:
 
 def test_an_inverted_box_becomes_empty() -> None:
     """An untrained head predicts such boxes; valid boxes are unchanged."""
-    inverted = torch.tensor(
-        [[0.5, 0.4, -0.2, 0.3], [0.5, 0.4, 0.2, -0.3], [0.5, 0.4, -0.2, -0.3], [0.5, 0.4, 0.2, 0.3]]
-    )
+    signs = torch.tensor([[1, 1, -1, 1], [1, 1, 1, -1], [1, 1, -1, -1], [1, 1, 1, 1]])
+    inverted = signs * torch.tensor([0.5, 0.4, 0.2, 0.3])
     boxes, _ = build(HEADS["pooled"]).rank(PooledOutput(inverted))
     assert boxes[3, 0].equal(inverted[3])
     corners = box_ops.to_pixels(boxes[:, 0], (60, 80))  # [4, 4]
