@@ -230,7 +230,7 @@ def test_rec_recipes() -> None:
     joint = configs["refcoco_joint"].data
     assert joint.drop_overlap
     assert isinstance(joint.train, MixtureConfig)
-    assert [part.split for part in joint.train.parts] == ["train"] * 3  # type: ignore[union-attr]
+    assert [part.split for part in joint.train.datasets] == ["train"] * 3  # type: ignore[union-attr]
     assert {(part.path, part.split) for part in joint.eval_datasets().values()} == {  # type: ignore[union-attr]
         *((f"jxu124/{name}", split) for name in ("refcoco", "refcocoplus") for split in ("val", "testA", "testB")),
         *(("jxu124/refcocog", split) for split in ("val", "test")),

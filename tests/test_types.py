@@ -1,4 +1,4 @@
-"""The sizes that images are brought to, by the rounding of the DETR family, worked out by hand."""
+"""Sizes of resized images with the rounding of the DETR family, computed by hand."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from vg.types import FittedImage, ImageSpec, StretchedImage
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        ((480, 640), (800, 1066)),  # 1066.67 is cut
+        ((480, 640), (800, 1066)),  # 1066.67 is truncated
         ((640, 480), (1066, 800)),
-        ((800, 1066), (800, 1066)),  # a second time changes nothing
+        ((800, 1066), (800, 1066)),  # resizing again changes nothing
         ((500, 500), (800, 800)),
         ((1200, 800), (1200, 800)),
         ((427, 640), (800, 1199)),  # 1199.06
         ((360, 640), (750, 1333)),  # 800 x 1422 is too long: 1333 * 360 / 640 = 749.8 is rounded
         ((640, 360), (1333, 750)),
-        ((100, 1000), (133, 1330)),  # 133.3 is rounded, and its tenfold stays below the limit
+        ((100, 1000), (133, 1330)),  # 133.3 is rounded, and ten times it is within the limit
         ((3000, 4000), (800, 1066)),  # large images shrink by the same rule
         ((3, 4), (800, 1066)),
     ],
 )
-def test_fitted_images_keep_their_shape(size: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_fitted_images_keep_their_aspect_ratio(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert FittedImage(800, 1333).resized(*size) == expected
 
 
-def test_rounding_may_lead_past_the_limit() -> None:
+def test_rounding_may_exceed_the_limit() -> None:
     """The shorter side is rounded before the longer one is computed from it, as published models were trained."""
     assert FittedImage(800, 1333).resized(55, 640) == (115, 1338)  # 114.55 is rounded up
     assert FittedImage(800, 1333).resized(640, 59) == (1334, 123)
 
 
-def test_stretched_images_do_not() -> None:
+def test_stretched_images_do_not_keep_their_aspect_ratio() -> None:
     assert StretchedImage(224, 192).resized(480, 640) == (224, 192)
 
 
-def test_every_rule_has_a_normalisation_that_can_be_changed() -> None:
+def test_every_image_spec_has_a_configurable_normalization() -> None:
     assert FittedImage(800, 1333).mean == StretchedImage(1, 1).mean == (0.485, 0.456, 0.406)
     assert FittedImage(800, 1333, std=(1.0, 1.0, 1.0)).std == (1.0, 1.0, 1.0)
     with pytest.raises(TypeError, match="abstract"):

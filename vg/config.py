@@ -29,6 +29,8 @@ from vg.training.optim import OptimConfig
 
 RENAMED = {  # former path of a key (* matches any names) -> its name now: old run folders and YAML files still load
     "data.similar_shapes": "group_by_aspect_ratio",
+    "data.cache.together": "expressions_per_image",
+    "data.*.parts": "datasets",  # of a mixture
 }
 
 EvalConfig = Annotated[
@@ -48,8 +50,8 @@ class CacheConfig(Settings):
     views: list[Literal["plain", "flip", "crop", "flip_crop"]] = field(default_factory=lambda: ["plain"])
     """What is kept of each training picture, one of which is drawn for each epoch: as it is, mirrored with "left" and
     "right" swapped in the words, cropped without loss of a box, or both; every entry costs the same space on disk."""
-    together: PositiveInt = 1
-    """Expressions of one picture that stand together in a batch, where they share what a head computes of it alone."""
+    expressions_per_image: PositiveInt = 1
+    """Largest number of expressions of one image that are batched together, so that the head can share its keys."""
 
     def __post_init__(self) -> None:
         if not self.views:

@@ -1,4 +1,4 @@
-"""The values that cross a folder border: one sample on its way from a file to a number.
+"""The values that pass between folders: a sample on its way from a file to a metric.
 
 Shape legend used in the whole project: B batch, R prompts, Q queries, T text tokens, P phrases, N boxes, L layers,
 S image tokens of all levels, D channels, K predicted boxes of one image, H and W pixels.
@@ -16,38 +16,69 @@ if TYPE_CHECKING:  # keeps `import vg` and the configuration free of torch
     import numpy as np
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with the phrases that name things in it and the boxes of these things.
+    """One image with phrases and the boxes of the objects that they name.
 
     A referring expression is a sample with one phrase and one box; a detection image has many of both.
     """
 
-    id: str  # unique within its data set, the same in every run: results are keyed by it
+    id: str  # unique within its dataset and the same in every run: results are keyed by it
     image: np.ndarray  # [H, W, 3] uint8, RGB
     phrases: tuple[str, ...]  # P phrases
     boxes: np.ndarray  # [N, 4] float32, xyxy in pixels
-    phrase_ids: np.ndarray  # [N] int64: boxes[n] shows phrases[phrase_ids[n]]
-    expression_type: str = ""  # "relation": results are also reported for each type; empty for none
-    crowd: np.ndarray | None = None  # [N] bool: a region of many things that nobody counted; None where no box is one
-    areas: np.ndarray | None = None  # [N] float32, square pixels of the things without their surroundings, if known
-    shortest: int | None = None  # shorter side in pixels that augmentation wants the image brought to, if any
-
-
-class Text(NamedTuple):
-    """The tokenised prompts of a batch: one for each image, or several where one cannot hold all its phrases."""
-
-    token_ids: Tensor  # [R, T] int64
-    mask: Tensor  # [R, T] bool, True = a real token
-    phrase_tokens: Tensor  # [R, P, T] bool, the tokens of each phrase of the image; none where another prompt has it
-    image_ids: Tensor  # [R] int64, which image of the batch a prompt asks about: 0, 1, 1, 2, ...
+    phrase_ids: np.ndarray  # [N] int64: boxes[n] belongs to phrases[phrase_ids[n]]
+    expression_type: str = ""  # such as "relation": metrics are also reported per type; empty if there are no types
+    crowd: np.ndarray | None = None  # [N] bool, crowd regions (COCO `iscrowd`); None if there are none
+    areas: np.ndarray | None = None  # [N] float32, segmentation areas in square pixels, if known
+    shortest: int | None = None  # shorter side in pixels that augmentation chose for resizing, if it did
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a model should have answered for one sample."""
+class EncodedSample:
+    """One expression with the features of frozen encoders; the arrays are memory-mapped files."""
+
+    id: str
+    image_key: tuple[str, int]  # cache folder, and index of image and view in it: equal for samples of one image
+    image: np.ndarray  # [S, D] float16
+    grid: tuple[int, int]  # rows and columns of the last tokens
+    text: np.ndarray  # [T, D] float16
+    size: tuple[int, int]  # (height, width) of the view in pixels
+    phrase: str
+    box: np.ndarray  # [4] float32, xyxy in pixels of the view
+    expression_type: str
+
+
+class Movable(ABC):
+    """A value that holds tensors, which move to a device together."""
+
+    @abstractmethod
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Return a copy in which the function has been applied to every tensor."""
+
+    def to(self, device: object, non_blocking: bool = False) -> Self:
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))  # type: ignore[call-overload]
+
+    def pin_memory(self) -> Self:
+        """Return a copy in page-locked memory; a DataLoader with pin_memory=True calls this."""
+        return self.map(lambda tensor: tensor.pin_memory())
+
+
+class Text(NamedTuple):
+    """Tokenized prompts of a batch: one per image, or several where one cannot hold all phrases of an image."""
+
+    token_ids: Tensor  # [R, T] int64
+    mask: Tensor  # [R, T] bool, False = padding
+    phrase_tokens: Tensor  # [R, P, T] bool, tokens of each phrase of the image; all False if in another prompt
+    image_ids: Tensor  # [R] int64, index of the image that a prompt belongs to: 0, 1, 1, 2, ...
+
+
+@dataclass(frozen=True)
+class Target(Movable):
+    """Ground truth of one sample."""
 
     id: str
     size: tuple[int, int]  # (height, width) of the original image in pixels
@@ -58,12 +89,9 @@ class Target:
     crowd: Tensor | None = None  # [N] bool, as in Sample
     areas: Tensor | None = None  # [N] float32
 
-    def to(self, device: object, non_blocking: bool = False) -> Target:
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
-
-        crowd, areas = (None if part is None else move(part) for part in (self.crowd, self.areas))
-        return replace(self, boxes=move(self.boxes), phrase_ids=move(self.phrase_ids), crowd=crowd, areas=areas)
+    def map(self, function: Callable[[Tensor], Tensor]) -> Target:
+        crowd, areas = (None if values is None else function(values) for values in (self.crowd, self.areas))
+        return replace(self, boxes=function(self.boxes), phrase_ids=function(self.phrase_ids), crowd=crowd, areas=areas)
 
 
 class PromptTargets(NamedTuple):
@@ -75,7 +103,7 @@ class PromptTargets(NamedTuple):
     mask: Tensor  # [R, N] bool, True = a box; False = padding, which comes last and has no meaning
     counts: tuple[int, ...]  # [R] boxes of each prompt; integers on the host, so that a GPU need not be waited for
 
-    def apply(self, function: Callable[[Tensor], Tensor]) -> PromptTargets:
+    def map(self, function: Callable[[Tensor], Tensor]) -> PromptTargets:
         boxes, tokens, phrase_ids, mask = map(function, self[:4])
         return PromptTargets(boxes, tokens, phrase_ids, mask, self.counts)
 
@@ -101,58 +129,52 @@ class LossName(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What the encoders of a model made of pictures and expressions; what is read from a cache has half precision."""
+    """Output of a model's encoders and all that its head needs; float16 where it is read from a cache."""
 
-    image: Tensor  # [B, S, D] the tokens of each picture, those of the grid last
+    image: Tensor  # [B, S, D of the image encoder] tokens, those of the grid last
     grid: tuple[int, int]  # rows, columns
-    text: Tensor  # [R, T, D]
+    text: Tensor  # [R, T, D of the text encoder]
+    text_mask: Tensor  # [R, T] bool, False = padding
+    image_ids: Tensor  # [R] int64, index of the image that an expression refers to
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What a model sees, and what it should have answered.
+class Batch(Movable):
+    """Input of a model and the ground truth."""
 
-    Several samples may share a picture: then there are fewer pictures than targets, one prompt for each target, and
-    text.image_ids says which picture a prompt asks about.
-    """
-
-    images: Tensor  # [B, 3, H, W] float32, normalised; zeros right of and below an image that is smaller than H x W
-    sizes: tuple[tuple[int, int], ...]  # B times (height, width) without that padding; not where boxes are measured in
+    images: Tensor  # [B, 3, H, W] float32, normalized; zeros right of and below an image smaller than H x W
+    sizes: tuple[tuple[int, int], ...]  # B times (height, width) without padding; boxes are relative to Target.size
     text: Text
     targets: list[Target]
     prompt_targets: PromptTargets  # the boxes of `targets` by prompt, see vg.data.prompt.prompt_targets
-    features: Features | None = None  # in place of pixels and token ids, which then hold nothing
 
-    def to(self, device: object, non_blocking: bool = False) -> Batch:
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
-
-        features = self.features
-        return Batch(
-            images=move(self.images),
-            sizes=self.sizes,
-            text=Text(*map(move, self.text)),
-            targets=[target.to(device, non_blocking) for target in self.targets],
-            prompt_targets=self.prompt_targets.apply(move),
-            features=features and Features(move(features.image), features.grid, move(features.text)),
-        )
-
-    def pin_memory(self) -> Batch:
-        """The same with images, text and prompt targets in page-locked memory, for DataLoader(pin_memory=True)."""
-        return replace(
-            self,
-            images=self.images.pin_memory(),
-            text=Text(*(x.pin_memory() for x in self.text)),
-            prompt_targets=self.prompt_targets.apply(lambda x: x.pin_memory()),
-        )
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        text, targets = Text(*map(function, self.text)), [target.map(function) for target in self.targets]
+        return Batch(function(self.images), self.sizes, text, targets, self.prompt_targets.map(function))
 
     def __len__(self) -> int:
         return len(self.targets)
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """The answer for one sample, best box first."""
+class EncodedBatch(Movable):
+    """A batch whose images and expressions are encoded already; expressions (R) may share images (B <= R)."""
+
+    features: Features
+    targets: list[Target]  # R, one per expression
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> EncodedBatch:
+        image, grid, *text = self.features
+        features = Features(function(image), grid, *map(function, text))
+        return EncodedBatch(features, [target.map(function) for target in self.targets])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True)
+class Prediction(Movable):
+    """Predicted boxes of one sample, best first."""
 
     id: str
     boxes: Tensor  # [K, 4] float32, xyxy in pixels of the original image
@@ -160,32 +182,30 @@ class Prediction:
     phrase_ids: Tensor  # [K] int64
     phrases: tuple[str, ...]
 
-    def to(self, device: object) -> Prediction:
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device)  # type: ignore[call-overload]
-
-        return replace(self, boxes=move(self.boxes), scores=move(self.scores), phrase_ids=move(self.phrase_ids))
+    def map(self, function: Callable[[Tensor], Tensor]) -> Prediction:
+        boxes, scores, phrase_ids = map(function, (self.boxes, self.scores, self.phrase_ids))
+        return replace(self, boxes=boxes, scores=scores, phrase_ids=phrase_ids)
 
 
 @dataclass(frozen=True)
 class ImageSpec(ABC):
-    """The pixels a model wants: resized by its own rule, scaled to 0..1, then normalised per channel."""
+    """How a model needs its images: resized by a rule of the subclass, scaled to 0..1, then normalized per channel."""
 
     mean: tuple[float, float, float] = field(default=(0.485, 0.456, 0.406), kw_only=True)  # ImageNet
     std: tuple[float, float, float] = field(default=(0.229, 0.224, 0.225), kw_only=True)
 
     @abstractmethod
     def resized(self, height: int, width: int, shortest: int | None = None) -> tuple[int, int]:
-        """(height, width) in pixels that an image of this size is brought to.
+        """Return (height, width) in pixels to which an image of this size is resized.
 
         Args:
-            shortest: shorter side to aim at (see Sample.shortest), where the model leaves a choice.
+            shortest: shorter side to resize to (see Sample.shortest), if the rule leaves a choice.
         """
 
 
 @dataclass(frozen=True)
 class StretchedImage(ImageSpec):
-    """Every image becomes height x width."""
+    """Every image is resized to height x width."""
 
     height: int
     width: int
@@ -196,13 +216,13 @@ class StretchedImage(ImageSpec):
 
 @dataclass(frozen=True)
 class FittedImage(ImageSpec):
-    """The image keeps its shape: the shorter side becomes `shortest`, but the longer one at most `longest` pixels."""
+    """Resize at constant aspect ratio: the shorter side to `shortest`, the longer one to at most `longest` pixels."""
 
     shortest: int
     longest: int
 
     def resized(self, height: int, width: int, shortest: int | None = None) -> tuple[int, int]:
-        """As the DETR family rounds: 480 x 640 -> 800 x 1066, for the longer side is cut, not rounded."""
+        """Round as the DETR family: 480 x 640 -> 800 x 1066, because the longer side is truncated, not rounded."""
         short, long = min(height, width), max(height, width)
         side = shortest or self.shortest
         if long / short * side > self.longest:
@@ -213,17 +233,16 @@ class FittedImage(ImageSpec):
 
 @dataclass(frozen=True)
 class TextSpec:
-    """The tokens a model wants."""
+    """How a model needs its text."""
 
     tokenizer: PreTrainedTokenizerBase
-    max_tokens: int  # of one prompt
-    # Tokens at which the model takes a prompt of many phrases apart, the first of which closes a phrase of ours;
-    # none: a prompt is one expression as it stands.
+    max_tokens: int  # of one prompt, special tokens included
+    # Phrase separators; the first is appended to every phrase. Empty: a prompt is one expression, unchanged.
     delimiters: tuple[str, ...] = ()
 
     @cached_property
     def delimiter_ids(self) -> tuple[int, ...]:
-        """Of begin, end, and those delimiters that the vocabulary has (all unknown words share an id)."""
+        """Token ids of [CLS], [SEP] and those delimiters that are in the vocabulary (unknown words share an id)."""
         ids = self.tokenizer.convert_tokens_to_ids(list(self.delimiters))
-        known = (number for number in ids if number != self.tokenizer.unk_token_id)
+        known = (token_id for token_id in ids if token_id != self.tokenizer.unk_token_id)
         return (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, *known)

@@ -24,13 +24,12 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModel
 
 from vg.cache.build import build_cache
-from vg.cache.select import build_model, training_order, training_source
+from vg.cache.datasets import training_dataset
 from vg.config import RunConfig, parse_config
-from vg.data.collate import Collator
-from vg.data.dataset import GroundingDataset
 from vg.models.encoders import SMALL_VOCABULARY
+from vg.training.data import training_sampler
 from vg.training.optim import build_optimizer
-from vg.types import Batch
+from vg.types import Batch, EncodedBatch
 
 ENCODERS = {
     "vision": {
@@ -91,25 +90,24 @@ class Way:
     def __init__(self, config: RunConfig, options: argparse.Namespace):
         self.device = torch.device(options.device)
         self.precision = options.precision
-        self.model = build_model(config).to(self.device).train()
+        self.model = config.model.build().to(self.device).train()
         self.optimizer = build_optimizer(self.model, config.optim)
-        source = training_source(config, self.model)
-        self.data = GroundingDataset(source)
-        self.order = training_order(config, source)
+        self.data = training_dataset(config, self.model, evaluations=[])
+        self.order = training_sampler(config, self.data.source)
         self.loader = DataLoader(
             self.data,
             config.data.batch_size,
             sampler=self.order,
             num_workers=config.data.workers,
             drop_last=True,
-            collate_fn=Collator(self.model.image_spec, self.model.text_spec),
+            collate_fn=self.data.collate,
             persistent_workers=config.data.workers > 0,
         )
         self.batches = self._forever()
         self.rates: list[float] = []  # expressions per second of each step
         self.reading: list[float] = []  # share of each step until its batch is there
 
-    def _forever(self) -> Iterator[Batch]:
+    def _forever(self) -> Iterator[Batch | EncodedBatch]:
         epoch = 0
         while True:
             self.order.begin_epoch(epoch)
@@ -159,7 +157,9 @@ def main() -> None:
         ways = {
             "encoders in every step": configured(folder, "train", None, options),
             "cache": configured(folder, "train", cache, options),
-            "cache, expressions share pictures": configured(folder, "val", cache | {"together": 7}, options),
+            "cache, expressions share pictures": configured(
+                folder, "val", cache | {"expressions_per_image": 7}, options
+            ),
         }
         start = time.perf_counter()
         for config in list(ways.values())[1:]:

@@ -1,4 +1,4 @@
-"""A small RefCOCO with pictures, and frozen encoders in local folders: what the tests of the feature cache run on."""
+"""A small RefCOCO with images, and frozen encoders in local folders, for the tests of the feature cache."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ VISION = {
     "num_register_tokens": 4,
 }
 SENTENCES = ("left circle", "the red star", "big square on the right")
-NUM_PICTURES = {"train": 5, "val": 2}
+NUM_IMAGES = {"train": 5, "val": 2}
 
 
 def write_expressions(folder: Path) -> None:
-    """Three expressions with boxes for each of some random pictures of different sizes, in json lines."""
+    """Write random images of different sizes, each with three expressions and boxes, as JSON lines."""
     folder = folder / "data"
     folder.mkdir()
     random = np.random.default_rng(0)
-    for split, number in NUM_PICTURES.items():
+    for split, num_images in NUM_IMAGES.items():
         rows = []
-        for picture in range(number):
-            name, size = f"{split}{picture}.png", (60 + 8 * picture, 80)
+        for image in range(num_images):
+            name, size = f"{split}{image}.png", (60 + 8 * image, 80)
             pixels = random.integers(0, 255, (4, 5, 3), dtype=np.uint8)
             Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC).save(folder / name)
             rows += [
                 {
-                    "sent": sentence if picture else f"{sentence} again",
-                    "ann_id": 10 * picture + place,
-                    "bbox": [10 + 5 * place, 12, 20, 30],
+                    "sent": sentence if image else f"{sentence} again",
+                    "ann_id": 10 * image + n,
+                    "bbox": [10 + 5 * n, 12, 20, 30],
                     "image_path": name,
                 }
-                for place, sentence in enumerate(SENTENCES)
+                for n, sentence in enumerate(SENTENCES)
             ]
-        rows = rows[::2] + rows[1::2]  # those of one picture do not stand side by side
+        rows = rows[::2] + rows[1::2]  # samples of one image are not adjacent
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
@@ -59,7 +59,11 @@ def write_encoders(folder: Path, seed: int = 0) -> None:
 
 
 def cached_config(folder: Path, cache: dict[str, Any] | None, **sections: dict[str, Any]) -> RunConfig:
-    """A run on these; `cache` is what differs from the defaults of data.cache, None for none."""
+    """Return a run on these data and encoders.
+
+    Args:
+        cache: differences from the defaults of data.cache; None for a run without a cache.
+    """
     source = {"name": "refcoco", "path": str(folder / "data")}
     values: dict[str, dict[str, Any]] = {
         "model": {

@@ -1,4 +1,4 @@
-"""The feature cache: built once, resumed after a kill, equal to features on the fly, and never used when stale."""
+"""The feature cache is built once, resumed after a kill, equal to live features, and never used when stale."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from transformers import AutoModel
 
 from tests.cache.feature_data import cached_config, write_encoders, write_expressions
 from tests.conftest import HEAD, history
-from vg.cache import source as cache_source
+from vg.cache import format as cache_format
 from vg.cache.build import build_cache
-from vg.cache.select import build_model, training_source
+from vg.cache.datasets import RunDataset, training_dataset
 from vg.checkpoint import read_model
 from vg.cli import main
 from vg.config import RunConfig, dump_config
@@ -30,20 +30,21 @@ from vg.data.refcoco import source as refcoco
 from vg.errors import CacheError, ConfigError
 from vg.models.rec.model import RecModel
 from vg.training.trainer import Trainer
+from vg.types import EncodedBatch
 
 KILLED = """
 import os, signal
 from vg.cache.build import build_cache
 from vg.config import load_config
-from vg.cache import source as cache_source
+from vg.cache import format as cache_format
 from vg.models.rec.model import RecModel
 
-cache_source.FORMAT |= {"pictures": 2, "expressions": 4}
+cache_format.FORMAT |= {"pictures": 2, "expressions": 4}
 encode, calls = RecModel.encode_images, []
 
 def killed(self, images):
     calls.append(len(images))
-    if sum(calls[2:]) > 2:  # two black pictures tell the sizes of both sets; then comes the second part
+    if sum(calls[2:]) > 2:  # two black images measure the sizes of both datasets; then the second shard follows
         os.kill(os.getpid(), signal.SIGKILL)
     return encode(self, images)
 
@@ -54,28 +55,28 @@ build_cache(load_config("config.yaml"))
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Data and encoders; parts of two pictures and of four expressions."""
+    """Data and encoders; shards of two images and of four expressions."""
     write_expressions(tmp_path)
     write_encoders(tmp_path)
-    monkeypatch.setitem(cache_source.FORMAT, "pictures", 2)
-    monkeypatch.setitem(cache_source.FORMAT, "expressions", 4)
+    monkeypatch.setitem(cache_format.FORMAT, "pictures", 2)
+    monkeypatch.setitem(cache_format.FORMAT, "expressions", 4)
     return tmp_path
 
 
-def forbid_encoders_and_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def forbid_encoders_and_images(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: Any, **__: Any) -> None:
-        raise AssertionError("a picture is read or an encoder loaded")
+        raise AssertionError("an image is read or an encoder loaded")
 
     monkeypatch.setattr(refcoco, "image_of", forbidden)
     monkeypatch.setattr(AutoModel, "from_pretrained", forbidden)
     monkeypatch.setattr(AutoModel, "from_config", forbidden)
 
 
-def cached_data(config: RunConfig) -> GroundingDataset:
-    return GroundingDataset(training_source(config, build_model(config)))
+def cached_data(config: RunConfig) -> RunDataset:
+    return training_dataset(config, config.model.build(), evaluations=[])
 
 
-def test_a_batch_is_that_of_features_on_the_fly_to_half_precision(folder: Path) -> None:
+def test_cached_features_equal_live_ones_to_half_precision(folder: Path) -> None:
     config = cached_config(folder, {})
     build_cache(config)
     model = config.model.build().eval()
@@ -83,7 +84,9 @@ def test_a_batch_is_that_of_features_on_the_fly_to_half_precision(folder: Path) 
     pixels = GroundingDataset(config.data.train.build())
     cached = cached_data(config)
     assert len(cached) == len(pixels) == 15
-    live, stored = (collate([data[index] for index in range(len(data))]) for data in (pixels, cached))
+    live = collate([pixels[index] for index in range(15)])
+    stored = cached.collate([cached[index] for index in range(15)])
+    assert isinstance(stored, EncodedBatch)
     for one, other in zip(live.targets, stored.targets, strict=True):
         assert (one.id, one.size, one.phrases, one.expression_type) == (
             other.id,
@@ -93,27 +96,29 @@ def test_a_batch_is_that_of_features_on_the_fly_to_half_precision(folder: Path) 
         )
         assert one.boxes.equal(other.boxes)
         assert one.phrase_ids.equal(other.phrase_ids)
-    assert stored.features is not None
-    assert stored.features.image.shape == (5, 1 + 4 + 2 * 2, 32)  # pictures, not expressions
-    assert live.text.mask.equal(stored.text.mask)
-    image, grid = model.encode_images(live.images)
-    assert grid == stored.features.grid
+    features = model.encode(live)
+    assert stored.features.image.shape == (5, 1 + 4 + 2 * 2, 32)  # images, not expressions
+    assert live.text.mask.equal(features.text_mask)
+    assert features.text_mask.equal(stored.features.text_mask)
+    assert features.grid == stored.features.grid
     half = {"rtol": 2**-10, "atol": 1e-4}
-    torch.testing.assert_close(stored.features.image.float()[stored.text.image_ids], image, **half)
-    words = model.encode_text(live.text)
-    torch.testing.assert_close(stored.features.text.float()[live.text.mask], words[live.text.mask], **half)
+    image = stored.features.image.float()[stored.features.image_ids]
+    torch.testing.assert_close(image, features.image, **half)
+    mask = live.text.mask
+    torch.testing.assert_close(stored.features.text.float()[mask], features.text[mask], **half)
     with torch.no_grad():
         outputs = [model(batch) for batch in (live, stored)]
+        assert model.decode(features).boxes.equal(outputs[0].boxes)
     torch.testing.assert_close(outputs[1].boxes, outputs[0].boxes, rtol=0, atol=2e-3)
 
 
-def test_training_reads_no_picture_and_loads_no_encoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_training_reads_no_image_and_loads_no_encoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     live = cached_config(folder, None, train={"output": str(folder / "live")})
     Trainer(live).fit()
     config = cached_config(folder, {})
     build_cache(config)
     with monkeypatch.context() as context:
-        forbid_encoders_and_pictures(context)
+        forbid_encoders_and_images(context)
         Trainer(config).fit()
         resumed = cached_config(folder, {}, train={"epochs": 3})
         assert Trainer(resumed, resume=True).fit()["miou"] >= 0
@@ -127,28 +132,28 @@ def test_training_reads_no_picture_and_loads_no_encoder(folder: Path, monkeypatc
         assert model.vision.network.state_dict()[name].equal(value)
 
 
-def test_evaluation_reads_the_cache_or_the_pictures(folder: Path) -> None:
+def test_evaluation_reads_the_cache_or_the_images(folder: Path) -> None:
     config = cached_config(folder, {}, model={"head": HEAD})
     build_cache(config)
     Trainer(config).fit()
-    numbers = []
+    metrics = []
     for override in ("data.workers=0", "data.cache=null"):
         main(["eval", str(folder / "run"), override, "--output", str(folder / "out")])
-        numbers.append(json.loads((folder / "out" / "metrics.json").read_text()))
-    assert numbers[0]["miou"] == pytest.approx(numbers[1]["miou"], abs=5e-3)
-    assert numbers[0]["num_expressions"] == numbers[1]["num_expressions"] == 6
-    with pytest.raises(SystemExit, match=r"holds no features of .* \(train\).*vg cache CONFIG"):
+        metrics.append(json.loads((folder / "out" / "metrics.json").read_text()))
+    assert metrics[0]["miou"] == pytest.approx(metrics[1]["miou"], abs=5e-3)
+    assert metrics[0]["num_expressions"] == metrics[1]["num_expressions"] == 6
+    with pytest.raises(SystemExit, match=r"contains no features of .* \(train\).*vg cache CONFIG"):
         main(["eval", str(folder / "run"), "data.eval.split=train", f"data.cache.folder={folder}/other"])
 
 
-def test_a_killed_build_goes_on_where_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_build_continues_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = cached_config(folder, {}, data={"eval_batch_size": 1})
     config.data.eval_batch_size = 1
     (folder / "config.yaml").write_text(dump_config(config))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run([sys.executable, "-c", KILLED], cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == -signal.SIGKILL, result.stderr
-    with pytest.raises(CacheError, match="is not finished, 1 of 3 parts of pictures are there"):
+    with pytest.raises(CacheError, match="is incomplete: 1 of 3 image shards are written"):
         cached_data(config)
 
     written = sorted((folder / "cache").rglob("*.npy"))
@@ -157,13 +162,13 @@ def test_a_killed_build_goes_on_where_it_was(folder: Path, monkeypatch: pytest.M
     encode, encoded = RecModel.encode_images, []
 
     def counting(self: RecModel, images: torch.Tensor) -> Any:
-        encoded.append(len(images) if images.any() else 0)  # black ones only tell sizes
+        encoded.append(len(images) if images.any() else 0)  # black ones only measure sizes
         return encode(self, images)
 
     monkeypatch.setattr(RecModel, "encode_images", counting)
     build_cache(config)
     assert written[0].stat().st_mtime_ns == before
-    assert sum(encoded) == 3 + 2  # of five training pictures two were done; two are for evaluation
+    assert sum(encoded) == 3 + 2  # two of five training images were done; two are for evaluation
     encoded.clear()
     build_cache(config)
     assert sum(encoded) == 0
@@ -187,7 +192,7 @@ def other_annotation(folder: Path) -> None:
 
 
 def other_format(folder: Path) -> None:
-    cache_source.FORMAT["version"] += 1
+    cache_format.FORMAT["version"] += 1
 
 
 @pytest.mark.parametrize(
@@ -201,11 +206,11 @@ def other_format(folder: Path) -> None:
         (None, {"data": {"cache": {"views": ["plain", "flip"]}}}, r"views is \['plain', 'flip'\], the cache has"),
     ],
 )
-def test_a_stale_cache_is_not_used(
+def test_a_stale_cache_is_rejected(
     folder: Path, monkeypatch: pytest.MonkeyPatch, change: Any, sections: dict[str, Any], message: str
 ) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setitem(cache_source.FORMAT, "version", 1)
+    monkeypatch.setitem(cache_format.FORMAT, "version", 1)
     build_cache(cached_config(folder, {}))
     if change:
         change(folder)
@@ -233,15 +238,15 @@ def shorten(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("index.npz", remove, "is not finished, 3 of 3 parts"),
+        ("index.npz", remove, "is incomplete: 3 of 3 image shards"),
         ("index.npz", cut, "index.npz cannot be read"),
         ("pictures/00001.npy", remove, "00001.npy cannot be read"),
         ("pictures/00001.npy", cut, "00001.npy cannot be read"),
-        ("pictures/00002.npy", shorten, "00002.npy has 0 rows, 1 belong there"),
-        ("words/00000.npy", shorten, "00000.npy has .* rows, .* belong there"),
+        ("pictures/00002.npy", shorten, "00002.npy has 0 rows, expected 1;"),
+        ("words/00000.npy", shorten, "00000.npy has .* rows, expected .*;"),
     ],
 )
-def test_a_partial_cache_is_not_used(folder: Path, name: str, damage: Any, message: str) -> None:
+def test_a_damaged_cache_is_rejected(folder: Path, name: str, damage: Any, message: str) -> None:
     config = cached_config(folder, {})
     build_cache(config)
     cached_data(config)
@@ -253,8 +258,8 @@ def test_a_partial_cache_is_not_used(folder: Path, name: str, damage: Any, messa
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"data": {"cache": None}}, "data.cache names no folder"),
-        ({"model": {"vision": {"id": "v", "frozen": False}}}, "model.vision.frozen is false"),
+        ({"data": {"cache": None}}, "data.cache is not set"),
+        ({"model": {"vision": {"id": "vision", "frozen": False}}}, "model.vision.frozen is false"),
         ({"model": {"vision": {"architecture": {"model_type": "resnet"}}}}, "model.vision has no id"),
         (
             {"data": {"augment": {"flip": 0.5}}},
@@ -262,7 +267,10 @@ def test_a_partial_cache_is_not_used(folder: Path, name: str, damage: Any, messa
         ),
     ],
 )
-def test_what_cannot_be_cached_is_told(folder: Path, sections: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_cached_is_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(folder)
     if "data" in sections and "cache" not in sections["data"]:
         sections["data"]["cache"] = {"folder": str(folder / "cache")}
 
@@ -274,18 +282,18 @@ def test_what_cannot_be_cached_is_told(folder: Path, sections: dict[str, Any], m
         run()
 
 
-def test_the_size_is_told_before_anything_is_written(
+def test_the_required_space_is_printed_before_anything_is_written(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     config = cached_config(folder, {})
     with monkeypatch.context() as context:
         context.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
-        with pytest.raises(CacheError, match=r"the features take .* MB, the disk of .* has 0.00 MB; make room"):
+        with pytest.raises(CacheError, match=r"the features need .* MB, the disk of .* has 0.00 MB left; free"):
             build_cache(config)
     assert not list((folder / "cache").iterdir())
     (folder / "config.yaml").write_text(dump_config(config))
     main(["cache", str(folder / "config.yaml"), "data.workers=0"])
     lines = capsys.readouterr().out.splitlines()
-    assert "5 pictures (plain), 15 expressions" in lines[0]
+    assert "5 images (plain), 15 expressions" in lines[0]
     written = sum(file.stat().st_size for file in (folder / "cache").glob("*train*/pictures/*.npy"))
-    assert 5 * 9 * 32 * 2 <= written <= 5 * 9 * 32 * 2 + 3 * 128  # with the heads of three files
+    assert 5 * 9 * 32 * 2 <= written <= 5 * 9 * 32 * 2 + 3 * 128  # with the headers of three files

@@ -1,4 +1,4 @@
-"""What a cache keeps of a picture and how samples come out of it: views, groups, bad samples, mixtures, processes."""
+"""Samples from a feature cache: views, groups by image, bad samples, mixtures, several processes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ import pytest
 import torch
 
 from tests.cache.feature_data import cached_config, write_encoders, write_expressions
-from vg.cache import source as cache_source
+from vg.cache import format as cache_format
 from vg.cache.build import build_cache
-from vg.cache.select import build_model, training_order, training_source
-from vg.cache.source import CachedSource, FeatureSample
-from vg.cache.views import Pictures, image_indices
+from vg.cache.datasets import RunDataset, training_dataset
+from vg.cache.format import cache_folder, image_indices
+from vg.cache.source import CachedSource, collate_encoded
+from vg.cache.views import ImageViews
 from vg.config import RunConfig, dump_config, parse_config
 from vg.data.augment import swap_sides
 from vg.data.collate import Collator
-from vg.data.dataset import GroundingDataset
 from vg.data.samplers import ImageGroupedSampler
 from vg.errors import BadSampleError, CacheError, DataError
+from vg.training.data import training_sampler
 from vg.training.trainer import Trainer
+from vg.types import EncodedSample
 
 BUILD = (
     "from vg.cache.build import build_cache; from vg.config import load_config; build_cache(load_config('config.yaml'))"
@@ -36,37 +38,41 @@ BUILD = (
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_expressions(tmp_path)
     write_encoders(tmp_path)
-    monkeypatch.setitem(cache_source.FORMAT, "pictures", 2)
-    monkeypatch.setitem(cache_source.FORMAT, "expressions", 4)
+    monkeypatch.setitem(cache_format.FORMAT, "pictures", 2)
+    monkeypatch.setitem(cache_format.FORMAT, "expressions", 4)
     return tmp_path
 
 
+def cached_data(config: RunConfig) -> RunDataset:
+    return training_dataset(config, config.model.build(), evaluations=[])
+
+
 def source_of(config: RunConfig) -> Any:
-    return training_source(config, build_model(config))
+    return cached_data(config).source
 
 
-def by_view(source: CachedSource, index: int) -> dict[int, FeatureSample]:
-    """The views of one sample, each from the first epoch that shows it."""
+def by_view(source: CachedSource, index: int) -> dict[int, EncodedSample]:
+    """Return view -> sample, from the first epoch with that view."""
     samples = [source.load(index, epoch) for epoch in range(40)]
-    return {sample.picture[1] % source.folder.num_views: sample for sample in reversed(samples)}
+    return {sample.image_key[1] % source.folder.num_views: sample for sample in reversed(samples)}
 
 
-def test_every_view_has_its_own_words_boxes_and_features(folder: Path) -> None:
+def test_every_view_has_its_own_expression_box_and_features(folder: Path) -> None:
     views = ["plain", "flip", "crop", "flip_crop"]
     config = cached_config(folder, {"views": views})
     build_cache(config)
     source, pixels = source_of(config), config.data.train.build()
     model = config.model.build().eval()
-    pictures = Pictures(pixels, views, Collator(model.image_spec, model.text_spec), skip=False)
+    image_views = ImageViews(pixels, views, Collator(model.image_spec, model.text_spec), skip=False)
     cropped = 0
     for index in range(len(source)):
         plain, flip, crop, both = (by_view(source, index)[view] for view in range(4))
         sample = pixels.load(index, 0)
         height, width = sample.image.shape[:2]
         left, top, right, bottom = sample.boxes[0].tolist()
-        assert (plain.expression, plain.size) == (sample.phrases[0], (height, width))
+        assert (plain.phrase, plain.size) == (sample.phrases[0], (height, width))
         assert plain.box.tolist() == [left, top, right, bottom]
-        assert flip.expression == both.expression == swap_sides(plain.expression)
+        assert flip.phrase == both.phrase == swap_sides(plain.phrase)
         np.testing.assert_allclose(flip.box, [width - right, top, width - left, bottom], atol=1e-3)
         cropped += crop.size != plain.size
         for view in (crop, both):
@@ -74,67 +80,65 @@ def test_every_view_has_its_own_words_boxes_and_features(folder: Path) -> None:
             np.testing.assert_allclose(view.box[2:] - view.box[:2], [right - left, bottom - top], atol=1e-3)
             assert (view.box >= 0).all()
             assert (view.box[2:] <= view.size[::-1]).all()
-        _, images = pictures[int(image_indices(pixels)[index])]  # [V, 3, H, W]
+        _, images = image_views[int(image_indices(pixels)[index])]  # [V, 3, H, W]
         with torch.no_grad():
             tokens, _ = model.encode_images(images)
-            words = model.encode_text(pictures.collate.texts.text([flip.expression], ["flip"]))[0]
+            words = model.encode_text(image_views.collate.texts.text([flip.phrase], ["flip"]))[0]
         for view, wanted in zip((plain, flip, crop, both), tokens, strict=True):
             np.testing.assert_allclose(view.image, wanted, rtol=2**-10, atol=1e-4)
-        np.testing.assert_allclose(flip.words, words, rtol=2**-10, atol=1e-4)
+        np.testing.assert_allclose(flip.text, words, rtol=2**-10, atol=1e-4)
     assert cropped > len(source) / 2
-    assert {sample.expression for sample in by_view(source, 0).values()} == {"left circle again", "right circle again"}
+    assert {sample.phrase for sample in by_view(source, 0).values()} == {"left circle again", "right circle again"}
 
 
-def test_evaluation_sees_pictures_as_they_are(folder: Path) -> None:
+def test_evaluation_reads_plain_views(folder: Path) -> None:
     config = cached_config(folder, {"views": ["flip", "crop"]})
     build_cache(config)
     (evaluated,) = Trainer(config).evaluator.datasets
     assert evaluated.data.source.folder.key["views"] == ["plain"]
 
 
-def test_samples_of_a_picture_see_the_same_view_and_epochs_others(folder: Path) -> None:
+def test_samples_of_an_image_share_a_view_that_varies_with_the_epoch(folder: Path) -> None:
     config = cached_config(folder, {"views": ["plain", "flip"]})
     build_cache(config)
     source = source_of(config)
     shown = []
     for epoch in range(8):
         samples = [source.load(index, epoch) for index in range(len(source))]
-        assert len({sample.picture for sample in samples}) == 5
-        shown.append(tuple(sample.picture[1] % 2 for sample in samples))
+        assert len({sample.image_key for sample in samples}) == 5
+        shown.append(tuple(sample.image_key[1] % 2 for sample in samples))
         sizes = source.image_sizes(epoch)
         assert [tuple(size) for size in sizes.tolist()] == [sample.size for sample in samples]
     assert len(set(shown)) > 4
     other = cached_config(folder, {"views": ["plain", "flip"]}, train={"seed": 1})
-    assert [source_of(other).load(0, epoch).picture for epoch in range(8)] != [
-        source.load(0, epoch).picture for epoch in range(8)
+    assert [source_of(other).load(0, epoch).image_key for epoch in range(8)] != [
+        source.load(0, epoch).image_key for epoch in range(8)
     ]
 
 
-def test_batches_share_pictures_and_shared_or_not_the_loss_is_the_same(folder: Path) -> None:
-    config = cached_config(folder, {"together": 3}, data={"batch_size": 6})
+def test_sharing_images_in_a_batch_does_not_change_the_gradients(folder: Path) -> None:
+    config = cached_config(folder, {"expressions_per_image": 3}, data={"batch_size": 6})
     assert config.data.cache is not None
     build_cache(config)
-    model, source = build_model(config), source_of(config)
-    collate = Collator(model.image_spec, model.text_spec)
-    order = list(training_order(config, source))
+    model, source = config.model.build(), source_of(config)
+    order = list(training_sampler(config, source))
     assert sorted(order) == list(range(15))
-    batch = collate([source.load(index, 0) for index in order[:6]])
-    assert batch.features is not None
+    batch = collate_encoded([source.load(index, 0) for index in order[:6]])
     assert len(batch.features.image) == 2
     assert len(batch) == len(batch.features.text) == 6
 
     def gradients(batches: list[Any]) -> dict[str, torch.Tensor]:
         model.zero_grad()
-        for each in batches:
-            (sum(model.loss(model(each), each).values()) * len(each) / 6).backward()
+        for item in batches:
+            (sum(model.loss(model(item), item).values()) * len(item) / 6).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
-    single = [collate([source.load(index, 0)]) for index in order[:6]]
+    single = [collate_encoded([source.load(index, 0)]) for index in order[:6]]
     torch.testing.assert_close(gradients([batch]), gradients(single), rtol=1e-3, atol=1e-6)
 
 
-class HasImageGroups:
-    """Seven samples of a first picture, one of a second, four of a third."""
+class GroupedByImage:
+    """Seven samples of a first image, one of a second, four of a third."""
 
     provenance = None
 
@@ -145,21 +149,21 @@ class HasImageGroups:
         return np.array([0, 0, 2, 0, 1, 2, 0, 0, 2, 0, 0, 2])
 
 
-def test_groups_of_a_picture_stand_together() -> None:
-    sampler = ImageGroupedSampler(HasImageGroups(), seed=3, most=4)
-    pictures = HasImageGroups().image_groups(0)
+def test_samples_of_an_image_are_grouped() -> None:
+    sampler = ImageGroupedSampler(GroupedByImage(), seed=3, group_size=4)
+    images = GroupedByImage().image_groups(0)
     orders = []
     for epoch in range(6):
         sampler.begin_epoch(epoch)
         order = list(sampler)
         assert sorted(order) == list(range(12))
         assert order == list(sampler)
-        shown = pictures[order]
-        assert 3 <= np.count_nonzero(np.diff(shown)) + 1 <= 4  # 7 = 4 + 3, 1, 4; the two may be neighbours
+        shown = images[order]
+        assert 3 <= np.count_nonzero(np.diff(shown)) + 1 <= 4  # 7 = 4 + 3, 1, 4; the two may be neighbors
         orders.append(tuple(order))
     assert len(set(orders)) == 6
-    with pytest.raises(DataError, match="does not know which samples show the same picture"):
-        ImageGroupedSampler(cached_config_source(), seed=0, most=2)
+    with pytest.raises(DataError, match=r"does not group its samples by image, as data\.cache\.expressions_per_image"):
+        ImageGroupedSampler(cached_config_source(), seed=0, group_size=2)
 
 
 def cached_config_source() -> Any:
@@ -167,22 +171,24 @@ def cached_config_source() -> Any:
     return parse_config(values).data.train.build()
 
 
-def test_bad_samples_are_noted(folder: Path) -> None:
-    (folder / "data" / "train3.png").write_bytes(b"no picture")
+def test_bad_samples_are_recorded(folder: Path) -> None:
+    (folder / "data" / "train3.png").write_bytes(b"not an image")
     config = cached_config(folder, {})
     with pytest.raises(BadSampleError, match=r"train3\.png cannot be read"):
         build_cache(config)
     config = cached_config(folder, {}, data={"bad_samples": "skip", "workers": 1})
     build_cache(config)
-    data = GroundingDataset(source_of(config), bad_samples="skip")
+    data = cached_data(config)
     ids = {data[index].id for index in range(len(data))}
     assert len(ids) == 12
     assert data.bad.sum() == 3
-    with pytest.raises(BadSampleError, match=r"could not be used when its features were made.*data\.bad_samples=skip"):
-        [GroundingDataset(source_of(config))[index] for index in range(15)]
+    config.data.bad_samples = "error"
+    data = cached_data(config)
+    with pytest.raises(BadSampleError, match=r"unusable when the cache was written; fix it.*data\.bad_samples=skip"):
+        [data[index] for index in range(15)]
 
 
-def test_an_expression_that_is_too_long_is_noted_before_anything_is_encoded(folder: Path) -> None:
+def test_too_long_an_expression_is_found_before_anything_is_encoded(folder: Path) -> None:
     config = cached_config(folder, {})
     lengths = [len(config.data.train.build().load(index, 0).phrases[0]) for index in range(15)]
     assert max(lengths) > min(lengths)
@@ -191,38 +197,38 @@ def test_an_expression_that_is_too_long_is_noted_before_anything_is_encoded(fold
         build_cache(config)
     config.data.bad_samples = "skip"
     build_cache(config)
-    data = GroundingDataset(source_of(config), bad_samples="skip")
+    data = cached_data(config)
     ids = {data[index].id for index in range(len(data))}
     assert len(ids) + data.bad.sum() == 15
     assert 0 < data.bad.sum() < 15
 
 
-def test_a_mixture_reads_a_cache_of_each_part(folder: Path) -> None:
-    parts = [{"name": "refcoco", "path": str(folder / "data"), "split": split} for split in ("train", "val")]
-    mixture = {"name": "mixture", "parts": parts, "weights": [1, 2]}
-    config = cached_config(folder, {"together": 3}, data={"train": mixture})
+def test_a_mixture_reads_a_cache_of_each_dataset(folder: Path) -> None:
+    datasets = [{"name": "refcoco", "path": str(folder / "data"), "split": split} for split in ("train", "val")]
+    mixture = {"name": "mixture", "datasets": datasets, "weights": [1, 2]}
+    config = cached_config(folder, {"expressions_per_image": 3}, data={"train": mixture})
     build_cache(config)
-    assert len(list((folder / "cache").iterdir())) == 2  # the evaluation reads that of the second part
+    assert len(list((folder / "cache").iterdir())) == 2  # the evaluation reads that of the second dataset
     source = source_of(config)
     assert len(source) == 15 + 12
-    order = list(training_order(config, source))
-    pictures = source.image_groups(0)[order]
-    assert np.count_nonzero(np.diff(pictures)) + 1 == 5 + 2 * 2
+    order = list(training_sampler(config, source))
+    images = source.image_groups(0)[order]
+    assert np.count_nonzero(np.diff(images)) + 1 == 5 + 2 * 2
     assert source.load(order[0], 0).id.startswith("data/")
     Trainer(config).fit()
 
 
-def test_what_has_not_one_box_is_an_error(folder: Path) -> None:
+def test_a_sample_without_exactly_one_box_is_an_error(folder: Path) -> None:
     scenes = {"name": "shapes", "split": "val", "size": 3, "view": "detection"}
-    with pytest.raises(DataError, match=r"has \d phrases and \d+ boxes; a cache of features is for models"):
+    with pytest.raises(DataError, match=r"has \d phrases and \d+ boxes; a feature cache is for models"):
         build_cache(cached_config(folder, {}, data={"train": scenes}))
 
 
-def test_pictures_that_change_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_that_change_cause_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     scenes = {"name": "shapes", "split": "train", "size": 3}
     config = cached_config(folder, {}, data={"train": scenes})
     build_cache(config)
-    assert "shows new pictures in every epoch; the cache keeps those of the first one" in caplog.text
+    assert "has new images in every epoch; the cache keeps those of the first" in caplog.text
     assert source_of(config).load(0, 1).id == "shapes/train/000000/0"
     caplog.clear()
     build_cache(cached_config(folder, {"folder": str(folder / "other")}))
@@ -236,16 +242,16 @@ def test_features_beyond_half_precision_are_an_error(folder: Path, monkeypatch: 
     monkeypatch.setattr(
         RecModel, "encode_images", lambda self, images: (encode(self, images)[0] * 1e6, encode(self, images)[1])
     )
-    with pytest.raises(CacheError, match="which half precision does not hold"):
+    with pytest.raises(CacheError, match="which exceeds the range of float16"):
         build_cache(cached_config(folder, {}))
 
 
-def test_a_worker_that_is_not_forked_opens_the_files_itself(folder: Path) -> None:
+def test_a_spawned_worker_opens_the_files_itself(folder: Path) -> None:
     config = cached_config(folder, {})
     build_cache(config)
     source = source_of(config)
     copy = pickle.loads(pickle.dumps(source))
-    assert not copy._parts
+    assert not copy._arrays
     np.testing.assert_array_equal(copy.load(4, 0).image, source.load(4, 0).image)
 
 
@@ -255,7 +261,7 @@ def test_two_processes_write_what_one_writes(folder: Path) -> None:
     other = cached_config(folder, {"folder": str(folder / "other")})
     (folder / "config.yaml").write_text(dump_config(other))
     (folder / "build.py").write_text(
-        f"from vg.cache import source\nsource.FORMAT.update({cache_source.FORMAT})\n{BUILD}"
+        f"from vg.cache import format\nformat.FORMAT.update({cache_format.FORMAT})\n{BUILD}"
     )
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "build.py"],
@@ -268,8 +274,25 @@ def test_two_processes_write_what_one_writes(folder: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("to be written") == 1
     files = sorted((folder / "cache").rglob("*.npy"))
-    assert len(files) == (3 + 2) + (1 + 2)  # pictures and words of each
+    assert len(files) == (3 + 2) + (1 + 2)  # images and expressions of both datasets
     for file in files:
         ours = np.load(folder / "other" / file.relative_to(folder / "cache"))
         np.testing.assert_allclose(ours, np.load(file), rtol=2e-3, atol=1e-4)
     assert len(source_of(other)) == 15
+
+
+def test_the_key_of_a_cache_does_not_change_with_the_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches that exist are found by this digest; a renamed setting or entry would make all of them stale."""
+    for name, value in (("pictures", 256), ("expressions", 4096)):
+        monkeypatch.setitem(cache_format.FORMAT, name, value)
+    monkeypatch.chdir(folder)
+    config = cached_config(Path(), {"views": ["plain", "flip"]})
+    model = config.model.build()
+    key = {"vision": {"id": "v", "revision": "None", "weights": "1"}, "text": {"id": "t", "tokenizer": "2"}}
+    monkeypatch.setattr(type(model), "feature_key", lambda self: key)
+    cache = config.data.cache
+    assert cache is not None
+    source: Any = config.data.train.build()
+    source.image_keys = lambda: ["image"] * 15  # those of files are absolute paths
+    found = cache_folder(config.data.train, source, cache, cache.views, model)  # type: ignore[arg-type]
+    assert found.path == Path("cache/data_train-f24c306449bbd1f5")

@@ -1,4 +1,4 @@
-"""Batches: shapes, pixels, boxes in the spelling of the models, tokens, and errors that name the sample."""
+"""Batches: shapes, pixels, boxes as cxcywh, tokens, and errors that name the sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import BertTokenizer
 import vg
 from vg.data.collate import Collator
 from vg.errors import DataError
-from vg.types import FittedImage, Sample, StretchedImage, TextSpec
+from vg.types import EncodedBatch, Features, FittedImage, Sample, StretchedImage, Target, TextSpec
 
 CATS = Path(__file__).parents[2] / ".." / "shared" / "data" / "hf_coco_sample"
 SPEC = StretchedImage(height=16, width=24)
@@ -58,7 +58,7 @@ def test_shapes_types_and_boxes(text: TextSpec) -> None:
         assert target.phrase_ids.tolist() == [0]
 
 
-def test_pixels_are_resized_by_pil_and_normalised(text: TextSpec) -> None:
+def test_pixels_are_resized_by_pil_and_normalized(text: TextSpec) -> None:
     sample = make()
     pixels = Collator(SPEC, text)([sample]).images[0]
     resized = Image.fromarray(sample.image).resize((24, 16), Image.Resampling.BILINEAR)
@@ -66,7 +66,7 @@ def test_pixels_are_resized_by_pil_and_normalised(text: TextSpec) -> None:
     np.testing.assert_allclose(pixels.numpy(), expected.transpose(2, 0, 1), atol=1e-5)
 
 
-def test_a_picture_of_the_right_size_is_not_touched_and_not_shared(text: TextSpec) -> None:
+def test_an_image_of_the_right_size_is_copied_unchanged(text: TextSpec) -> None:
     sample = make(height=16, width=24)
     sample.image.setflags(write=False)
     spec = replace(SPEC, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
@@ -81,14 +81,14 @@ def test_black_and_white(text: TextSpec) -> None:
     assert white == pytest.approx((1 - 0.485) / 0.229, abs=1e-5)
 
 
-def test_an_expression_that_is_too_long_is_named(text: TextSpec) -> None:
+def test_too_long_an_expression_is_named(text: TextSpec) -> None:
     long = make("train/7", phrase="red circle left of the big blue square")
     with pytest.raises(DataError, match=r"train/7: the expression has 10 tokens, the model takes 6 .*max_tokens.*'red"):
         Collator(SPEC, text)([make(), long])
 
 
 @pytest.mark.parametrize("phrases", [("red circle", "blue square"), ()])
-def test_one_expression_for_each_picture(text: TextSpec, phrases: tuple[str, ...]) -> None:
+def test_a_sample_must_have_one_expression(text: TextSpec, phrases: tuple[str, ...]) -> None:
     with pytest.raises(DataError, match=rf"b has {len(phrases)} phrases, this model takes one expression"):
         Collator(SPEC, text)([make(), replace(make("b"), phrases=phrases)])
 
@@ -100,19 +100,19 @@ def test_smaller_images_are_padded_right_and_below(text: TextSpec) -> None:
     assert batch.sizes == ((20, 40), (40, 20), (20, 20))
     for sample, image, (height, width), target in zip(samples, batch.images, batch.sizes, batch.targets, strict=True):
         alone = Collator(FittedImage(20, 100), text)([sample]).images[0]
-        assert torch.equal(image[:, :height, :width], alone), "normalised as if it were alone"
+        assert torch.equal(image[:, :height, :width], alone), "normalized as in a batch of its own"
         assert alone.count_nonzero() == alone.numel()
-        assert image.count_nonzero() == alone.numel(), "the rest is zero after normalisation"
+        assert image.count_nonzero() == alone.numel(), "padding is zero after normalization"
         torch.testing.assert_close(target.boxes, torch.tensor([[0.125, 0.75, 0.25, 0.5]]))
         assert target.size == sample.image.shape[:2]
 
 
-@pytest.mark.skipif(not CATS.exists(), reason="the picture of the cats is not beside the repository")
-def test_the_cats_as_the_official_preprocessing_has_them(text: TextSpec) -> None:
-    """And a padded companion; boxes stay relative to the image, where transformers divides by the padded size."""
-    with Image.open(CATS / "000000039769.png") as picture:
-        picture = picture.convert("RGB")
-        pixels, square = np.array(picture), np.array(picture.resize((800, 800)))
+@pytest.mark.skipif(not CATS.exists(), reason="no shared/data beside the repository")
+def test_preprocessing_of_the_cats_image_equals_the_official_one(text: TextSpec) -> None:
+    """With a second, padded image; boxes are relative to the image, while transformers divides by the padded size."""
+    with Image.open(CATS / "000000039769.png") as image:
+        image = image.convert("RGB")
+        pixels, square = np.array(image), np.array(image.resize((800, 800)))
     annotations = json.loads((CATS / "coco_annotations.json").read_text())["annotations"]
     left_top, size = np.split(np.array([annotation["bbox"] for annotation in annotations], np.float32), 2, axis=1)
     boxes = np.concatenate((left_top, left_top + size), axis=1)  # [N, 4] xyxy
@@ -136,7 +136,7 @@ def test_the_cats_as_the_official_preprocessing_has_them(text: TextSpec) -> None
 
 
 def many(name: str = "many") -> Sample:
-    """Three phrases; two boxes show the second, one shows the first and one the third."""
+    """Return a sample with three phrases; two boxes belong to the second, one to the first and one to the third."""
     boxes = np.array([[0, 0, 8, 8], [0, 0, 16, 16], [0, 0, 32, 32], [0, 0, 48, 48]], np.float32)
     return replace(
         make(name),
@@ -149,7 +149,7 @@ def many(name: str = "many") -> Sample:
 
 
 def test_many_phrases(text: TextSpec) -> None:
-    """What one prompt cannot hold goes into further ones, and nothing is lost."""
+    """Phrases that do not fit into one prompt go into further ones, and none is lost."""
     batch = Collator(SPEC, replace(text, delimiters=(".", "?")))([many(), make()])
     assert batch.text.image_ids.tolist() == [0, 0, 0, 1], "of six tokens each"
     assert batch.text.phrase_tokens[:3].sum(dim=(0, 2)).tolist() == [2, 1, 3]
@@ -161,23 +161,23 @@ def test_many_phrases(text: TextSpec) -> None:
     assert batch.targets[1].crowd is batch.targets[1].areas is None
 
 
-def test_one_prompt_leaves_out_boxes_and_says_so_once(text: TextSpec, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_prompt_drops_boxes_and_warns_once(text: TextSpec, caplog: pytest.LogCaptureFixture) -> None:
     collate = Collator(SPEC, replace(text, delimiters=(".", "?"), max_tokens=7), one_prompt=True)
     with caplog.at_level(logging.WARNING):
         collate([make(), make("b", phrase="dog")])
-        assert not caplog.records, "all found a place"
+        assert not caplog.records, "all phrases fit"
         batch = collate([make(), many("train/7")])
         collate([many()])
     assert batch.text.image_ids.tolist() == [0, 1]
     target = batch.targets[1]
-    assert target.phrases == many().phrases, "they keep their numbers"
+    assert target.phrases == many().phrases, "they keep their ids"
     assert target.phrase_ids.tolist() == [0, 1, 1]
     torch.testing.assert_close(target.boxes[:, 2] * 64, torch.tensor([8.0, 16.0, 32.0]))
     assert target.crowd is not None
     assert target.areas is not None
     assert (target.crowd.tolist(), target.areas.tolist()) == ([True, False, True], [0, 1, 2])
     (record,) = caplog.records
-    assert "train/7: 1 of 4 boxes are left out" in record.getMessage()
+    assert "train/7: dropped 1 of 4 boxes" in record.getMessage()
     assert "max_tokens" in record.getMessage()
 
 
@@ -194,3 +194,25 @@ def test_a_batch_moves_as_a_whole(text: TextSpec) -> None:
     tensors = [moved.images, *moved.text, moved.targets[0].boxes, moved.targets[0].phrase_ids]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.targets[0].id == "a"
+
+
+def test_an_encoded_batch_moves_as_a_whole() -> None:
+    image, text = torch.zeros(1, 9, 8, dtype=torch.half), torch.zeros(2, 5, 4, dtype=torch.half)
+    features = Features(image, (2, 2), text, torch.ones(2, 5, dtype=torch.bool), torch.zeros(2, dtype=torch.long))
+    target = Target("a", (48, 64), ("x",), torch.zeros(1, 4), torch.zeros(1, dtype=torch.long))
+    batch = EncodedBatch(features, [target, replace(target, crowd=torch.zeros(1, dtype=torch.bool))])
+    assert len(batch) == 2
+    moved = batch.to("meta")
+    assert moved.features.grid == (2, 2)
+    tensors = [value for value in moved.features if isinstance(value, torch.Tensor)]
+    tensors += [moved.targets[0].boxes, moved.targets[0].phrase_ids, moved.targets[1].crowd]
+    assert len(tensors) == 7
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA has page-locked memory")
+def test_an_encoded_batch_is_pinned_as_a_whole() -> None:
+    image, text = torch.zeros(1, 9, 8, dtype=torch.half), torch.zeros(2, 5, 4, dtype=torch.half)
+    features = Features(image, (2, 2), text, torch.ones(2, 5, dtype=torch.bool), torch.zeros(2, dtype=torch.long))
+    pinned = EncodedBatch(features, []).pin_memory()
+    assert all(value.is_pinned() for value in pinned.features if isinstance(value, torch.Tensor))

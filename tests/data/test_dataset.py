@@ -1,4 +1,4 @@
-"""From a source to samples: what is random depends on (seed, epoch, index) alone, and bad samples are dealt with."""
+"""From a source to samples: randomness depends on (seed, epoch, index) only, and bad samples are handled."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from vg.types import Sample, StretchedImage, TextSpec
 
 
 @dataclass
-class Numbers:
-    """Samples that show their index, some of which cannot be used."""
+class Indices:
+    """Samples whose pixels and ids are their index; some are unusable."""
 
     length: int
     bad: frozenset[int] = frozenset()
     epochs: list[int] = field(default_factory=list)
-    provenance: Provenance = Provenance("numbers", "test")  # noqa: RUF009 - frozen
+    provenance: Provenance = Provenance("indices", "test")  # noqa: RUF009 - frozen
 
     def __len__(self) -> int:
         return self.length
@@ -40,29 +40,29 @@ class Numbers:
         self.epochs.append(epoch)
         right = 0 if index in self.bad else 8
         return Sample(
-            id=f"numbers/{index}",
+            id=f"indices/{index}",
             image=np.full((10, 10, 3), index, np.uint8),
-            phrases=(f"number {index}",),
+            phrases=(f"index {index}",),
             boxes=np.array([[0, 0, right, 8]], np.float32),
             phrase_ids=np.zeros(1, np.int64),
         )
 
 
 def ids(samples: Sequence[Sample]) -> list[int]:
-    return [int(sample.id.removeprefix("numbers/")) for sample in samples]
+    return [int(sample.id.removeprefix("indices/")) for sample in samples]
 
 
 def test_a_bad_sample_is_an_error_that_names_it() -> None:
-    data = GroundingDataset(Numbers(5, frozenset({2})))
+    data = GroundingDataset(Indices(5, frozenset({2})))
     assert ids([data[1], data[3]]) == [1, 3]
-    with pytest.raises(BadSampleError, match=r"sample numbers/2: box .* has no area"):
+    with pytest.raises(BadSampleError, match=r"sample indices/2: box .* has no area"):
         data[2]
-    with pytest.raises(BadSampleError, match="numbers/2"):
+    with pytest.raises(BadSampleError, match="indices/2"):
         list(DataLoader(data, batch_size=None, num_workers=1))
 
 
 def test_bad_samples_are_skipped_counted_and_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
-    source = Numbers(5, frozenset({2, 3, 4}))
+    source = Indices(5, frozenset({2, 3, 4}))
     data = GroundingDataset(source, bad_samples="skip")
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -70,51 +70,51 @@ def test_bad_samples_are_skipped_counted_and_warned_about_once(caplog: pytest.Lo
     assert data.bad.tolist() == [False, False, True, True, True]
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 3
-    assert "skipped a bad sample: sample numbers/2: box [0.0, 0.0, 0.0, 8.0]" in messages[0]
+    assert "skipped a bad sample: sample indices/2: box [0.0, 0.0, 0.0, 8.0]" in messages[0]
     assert len(source.epochs) == 3 + 3 * 5, "a bad sample is not read again"
 
 
-def test_workers_tell_the_main_process_about_bad_samples() -> None:
-    data = GroundingDataset(Numbers(9, frozenset({1, 7, 8})), bad_samples="skip")
+def test_workers_share_bad_samples_with_the_main_process() -> None:
+    data = GroundingDataset(Indices(9, frozenset({1, 7, 8})), bad_samples="skip")
     found = list(DataLoader(data, batch_size=None, num_workers=2))
     assert ids(found) == [0, 2, 2, 3, 4, 5, 6, 0, 0]
     assert data.bad.nonzero().flatten().tolist() == [1, 7, 8]
 
 
 @pytest.mark.parametrize("delimiters", [(), (".",)], ids=["one expression", "many phrases"])
-def test_phrases_that_no_prompt_can_hold_are_skipped_as_well(delimiters: tuple[str, ...]) -> None:
-    class Worded(Numbers):
-        """A sample that has too many words in the second epoch."""
+def test_phrases_that_fit_into_no_prompt_are_skipped(delimiters: tuple[str, ...]) -> None:
+    class Worded(Indices):
+        """Samples of which one has too many words in the second epoch."""
 
         def load(self, index: int, epoch: int) -> Sample:
             phrase = "red thing " * 20 if (index, epoch) == (1, 1) else "red thing"
             return replace(super().load(index, epoch), phrases=(phrase,))
 
     tokenizer = load_tokenizer(TextEncoderConfig(architecture={"model_type": "bert"}))
-    texts = Collator(StretchedImage(8, 8), TextSpec(tokenizer, 16, delimiters)).texts
-    data = GroundingDataset(Worded(3), bad_samples="skip", texts=texts)
+    collate = Collator(StretchedImage(8, 8), TextSpec(tokenizer, 16, delimiters))
+    data = GroundingDataset(Worded(3), bad_samples="skip", collate=collate)
     for epoch, expected in enumerate(([0, 1, 2], [0, 2, 2], [0, 1, 2], [0, 1, 2])):
         data.begin_epoch(epoch)
-        assert ids([data[index] for index in range(3)]) == expected, "as a run that is resumed here has it"
+        assert ids([data[index] for index in range(3)]) == expected, "also in a run that is resumed here"
     assert data.bad.tolist() == [False, True, False]
-    with pytest.raises(BadSampleError, match=r"numbers/1.*tokens"):
-        texts([Worded(3).load(1, 1)])
+    with pytest.raises(BadSampleError, match=r"indices/1.*tokens"):
+        collate.texts([Worded(3).load(1, 1)])
 
 
-def test_nothing_usable_is_an_error() -> None:
-    data = GroundingDataset(Numbers(3, frozenset({0, 1, 2})), bad_samples="skip")
+def test_only_bad_samples_are_an_error() -> None:
+    data = GroundingDataset(Indices(3, frozenset({0, 1, 2})), bad_samples="skip")
     with pytest.raises(DataError, match="every sample is bad; the warnings above name the reasons"):
         data[1]
-    with pytest.raises(DataError, match="holds no samples"):
-        GroundingDataset(Numbers(0))
+    with pytest.raises(DataError, match="has no samples"):
+        GroundingDataset(Indices(0))
 
 
 def test_the_same_sample_whatever_the_number_of_workers() -> None:
     augment = AugmentConfig(flip=0.5, color=0.3, crop=0.5).build()
     data = GroundingDataset(ShapesConfig(size=12, image_size=64).build(), augment, seed=3)
 
-    def epoch(number: int, workers: int) -> list[Sample]:
-        data.begin_epoch(number)
+    def load_epoch(epoch: int, workers: int) -> list[Sample]:
+        data.begin_epoch(epoch)
         return list(DataLoader(data, batch_size=None, num_workers=workers))
 
     def same(a: list[Sample], b: list[Sample]) -> list[bool]:
@@ -123,11 +123,11 @@ def test_the_same_sample_whatever_the_number_of_workers() -> None:
             for x, y in zip(a, b, strict=True)
         ]
 
-    first = epoch(0, workers=0)
-    assert all(same(first, epoch(0, workers=2)))
-    assert all(same(first, epoch(0, workers=1)))
-    assert not any(same(first, epoch(1, workers=0)))
-    assert all(same(first, epoch(0, workers=0)))
+    first = load_epoch(0, workers=0)
+    assert all(same(first, load_epoch(0, workers=2)))
+    assert all(same(first, load_epoch(0, workers=1)))
+    assert not any(same(first, load_epoch(1, workers=0)))
+    assert all(same(first, load_epoch(0, workers=0)))
 
 
 def test_the_augmentation_changes_with_seed_epoch_and_index() -> None:
@@ -141,8 +141,8 @@ def test_the_augmentation_changes_with_seed_epoch_and_index() -> None:
     assert images(0, 1) == drawn[4:8]
 
 
-class Fixed(Numbers):
-    """The same picture at every index."""
+class Fixed(Indices):
+    """The same image at every index."""
 
     def __init__(self) -> None:
         super().__init__(4)
@@ -151,7 +151,7 @@ class Fixed(Numbers):
         return super().load(100, epoch)
 
 
-def test_workers_that_stay_alive_hear_of_the_next_epoch() -> None:
+def test_persistent_workers_get_the_next_epoch() -> None:
     source = ShapesConfig(size=6, image_size=64).build()
     data = GroundingDataset(source)
     loader = DataLoader(data, batch_size=None, num_workers=2, persistent_workers=True)
@@ -168,7 +168,7 @@ def test_epoch_sampler() -> None:
         sampler.begin_epoch(epoch)
         orders.append(list(sampler))
         assert sorted(orders[-1]) == list(range(50))
-        torch.rand(3)  # other random numbers do not matter
+        torch.rand(3)  # the global generator has no effect
         assert list(sampler) == orders[-1]
     assert len({tuple(order) for order in orders}) == 3
     other = EpochSampler(50, seed=2)
@@ -176,8 +176,8 @@ def test_epoch_sampler() -> None:
     assert len(other) == 50
 
 
-class Shaped(Numbers):
-    """Pictures of three shapes, in no order."""
+class Shaped(Indices):
+    """Images of three shapes in random order."""
 
     def __init__(self, length: int) -> None:
         super().__init__(length)
@@ -188,9 +188,9 @@ class Shaped(Numbers):
         return self.shapes
 
 
-def test_similar_shapes_come_together() -> None:
+def test_similar_aspect_ratios_are_grouped() -> None:
     source = Shaped(1000)
-    sampler = AspectRatioGroupedSampler(source, seed=1, group=8)
+    sampler = AspectRatioGroupedSampler(source, seed=1, group_size=8)
     orders = []
     for epoch in range(3):
         sampler.begin_epoch(epoch)
@@ -198,17 +198,17 @@ def test_similar_shapes_come_together() -> None:
         assert list(sampler) == order
         assert sorted(order) == list(range(1000))
         aspects = (source.shapes[order, 1] / source.shapes[order, 0]).reshape(-1, 8)
-        assert (aspects != aspects[:, :1]).any(axis=1).sum() <= 2 * 2, "in a stretch of 64 groups, 2 have two shapes"
+        assert (aspects != aspects[:, :1]).any(axis=1).sum() <= 2 * 2, "in a chunk of 64 groups, 2 have two shapes"
         assert len({tuple(row) for row in aspects[:10].tolist()}) > 1, "groups are shuffled"
         orders.append(order)
     assert orders[0] != orders[1]
-    other = AspectRatioGroupedSampler(source, seed=2, group=8)
+    other = AspectRatioGroupedSampler(source, seed=2, group_size=8)
     assert list(other) != orders[0]
 
 
-def test_what_fills_no_group_comes_last_and_is_a_fair_sample() -> None:
+def test_the_incomplete_group_is_last_and_unbiased() -> None:
     source = Shaped(67)
-    sampler = AspectRatioGroupedSampler(source, seed=0, group=8)
+    sampler = AspectRatioGroupedSampler(source, seed=0, group_size=8)
     rest = set()
     for epoch in range(60):
         sampler.begin_epoch(epoch)
@@ -216,18 +216,18 @@ def test_what_fills_no_group_comes_last_and_is_a_fair_sample() -> None:
         assert len(sampler) == len(order) == 67
         rest.update(order[64:])
     assert len(rest) > 50
-    assert sorted(AspectRatioGroupedSampler(Shaped(3), seed=0, group=8)) == [0, 1, 2], "fewer than a group"
+    assert sorted(AspectRatioGroupedSampler(Shaped(3), seed=0, group_size=8)) == [0, 1, 2], "fewer than a group"
 
 
-def test_shapes_must_be_known() -> None:
-    with pytest.raises(DataError, match="numbers does not know how large its pictures are"):
-        AspectRatioGroupedSampler(Numbers(5), seed=0, group=2)
+def test_aspect_ratio_grouping_needs_image_sizes() -> None:
+    with pytest.raises(DataError, match="indices provides no image sizes"):
+        AspectRatioGroupedSampler(Indices(5), seed=0, group_size=2)
 
 
 def test_batches_of_all_processes_have_one_shape() -> None:
-    """Accelerate deals whole batches to the processes in turn, so those of one step follow each other."""
+    """Accelerate distributes whole batches to the processes in turn, so those of one step are adjacent."""
     source = Shaped(640)
-    batches = BatchSampler(AspectRatioGroupedSampler(source, seed=0, group=2 * 4), batch_size=4, drop_last=True)
+    batches = BatchSampler(AspectRatioGroupedSampler(source, seed=0, group_size=2 * 4), batch_size=4, drop_last=True)
     shards = [list(BatchSamplerShard(batches, num_processes=2, process_index=process)) for process in range(2)]
     mixed = [
         len({tuple(source.shapes[index]) for index in one + other}) > 1 for one, other in zip(*shards, strict=True)

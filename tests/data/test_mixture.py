@@ -1,4 +1,4 @@
-"""Several data sets as one, and pictures that training shares with evaluation."""
+"""Mixtures of datasets, and images that training shares with evaluation."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from vg.errors import BadSampleError, ConfigError, DataError
 from vg.types import Sample
 
 
-class Numbers:
-    """Samples that tell which they are and for which epoch they were loaded."""
+class Indices:
+    """Samples whose ids are their index and the epoch for which they were loaded."""
 
     def __init__(self, name: str, length: int, keys: list[str] | None = None):
         self.provenance = Provenance(name, "train")
         self.length = length
-        self.keys = keys if keys is not None else [f"{name}{number}" for number in range(length)]
+        self.keys = keys if keys is not None else [f"{name}{index}" for index in range(length)]
 
     def __len__(self) -> int:
         return self.length
 
     def load(self, index: int, epoch: int) -> Sample:
         if index == 99:
-            raise BadSampleError("number 99 is bad")
+            raise BadSampleError("sample 99 is bad")
         return Sample(
             f"{index}@{epoch}",
             np.zeros((4, 4, 3), np.uint8),
@@ -57,14 +57,14 @@ def ids(mixture: Mixture, epoch: int) -> list[str]:
 
 
 def test_every_sample_once_by_default():
-    mixture = Mixture([Numbers("a", 3), Numbers("b", 2)])
-    expected = [f"a/train/{number}@5" for number in range(3)] + ["b/train/0@5", "b/train/1@5"]
+    mixture = Mixture([Indices("a", 3), Indices("b", 2)])
+    expected = [f"a/train/{index}@5" for index in range(3)] + ["b/train/0@5", "b/train/1@5"]
     assert ids(mixture, 5) == expected
     assert mixture.provenance.data == "a (train) + b (train)"
 
 
-def test_weights_are_samples_per_epoch():
-    mixture = Mixture([Numbers("a", 10), Numbers("b", 4), Numbers("c", 4)], [0.3, 2, 1.5])
+def test_weights_are_passes_per_epoch():
+    mixture = Mixture([Indices("a", 10), Indices("b", 4), Indices("c", 4)], [0.3, 2, 1.5])
     assert len(mixture) == 3 + 8 + 6
     assert mixture.provenance.data == "a (train) x 0.3 + b (train) x 2 + c (train) x 1.5"
     seen: Counter[str] = Counter()
@@ -74,46 +74,46 @@ def test_weights_are_samples_per_epoch():
         assert set(Counter(name for name in names if name[0] == "b").values()) == {2}
         assert set(Counter(name for name in names if name[0] == "c").values()) <= {1, 2, 3}
         seen.update(names)
-    assert {seen[f"a/train/{number}"] for number in range(10)} == {3}, "all equally often in the long run"
-    assert {seen[f"c/train/{number}"] for number in range(4)} == {15}
+    assert {seen[f"a/train/{index}"] for index in range(10)} == {3}, "all equally often in the long run"
+    assert {seen[f"c/train/{index}"] for index in range(4)} == {15}
 
 
-def test_a_repeated_sample_is_drawn_anew():
-    mixture = Mixture([Numbers("b", 2)], [2])
-    times = [[id.split("@")[1] for id in ids(mixture, epoch)] for epoch in range(2)]
-    assert times == [["0", "0", "1", "1"], ["2", "2", "3", "3"]]
+def test_a_repeated_sample_is_loaded_for_another_epoch():
+    mixture = Mixture([Indices("b", 2)], [2])
+    epochs = [[id.split("@")[1] for id in ids(mixture, epoch)] for epoch in range(2)]
+    assert epochs == [["0", "0", "1", "1"], ["2", "2", "3", "3"]]
     scenes = Mixture([ShapesConfig(size=2, image_size=64).build()], [2])
     assert len({scenes.load(index, epoch).image.tobytes() for index in range(4) for epoch in range(2)}) == 8
 
 
-def test_an_epoch_depends_on_its_number_only():
-    parts = [Numbers("a", 10), Numbers("b", 4)]
-    mixture = Mixture(parts, [0.35, 1])
+def test_an_epoch_depends_on_its_index_only():
+    sources = [Indices("a", 10), Indices("b", 4)]
+    mixture = Mixture(sources, [0.35, 1])
     straight = [ids(mixture, epoch) for epoch in range(6)]
-    assert ids(Mixture(parts, [0.35, 1]), 4) == straight[4]
+    assert ids(Mixture(sources, [0.35, 1]), 4) == straight[4]
     assert ids(mixture, 0) == straight[0]
-    assert ids(Mixture(parts, [0.35, 1], seed=1), 0) != straight[0]
+    assert ids(Mixture(sources, [0.35, 1], seed=1), 0) != straight[0]
 
 
-def test_sizes_follow_the_samples():
-    mixture = Mixture([Numbers("a", 10), Numbers("b", 4)], [0.5, 2])
+def test_image_sizes_follow_the_samples():
+    mixture = Mixture([Indices("a", 10), Indices("b", 4)], [0.5, 2])
     assert isinstance(mixture, HasImageSizes)
     for epoch in (0, 3):
-        numbers = [int(id.split("/")[2].split("@")[0]) for id in ids(mixture, epoch)]
-        assert mixture.image_sizes(epoch)[:, 0].tolist() == numbers
-    with pytest.raises(DataError, match=r"shapes .* does not know how large"):
-        Mixture([Numbers("a", 2), ShapesConfig(size=2).build()]).image_sizes(0)
+        indices = [int(id.split("/")[2].split("@")[0]) for id in ids(mixture, epoch)]
+        assert mixture.image_sizes(epoch)[:, 0].tolist() == indices
+    with pytest.raises(DataError, match=r"shapes .* provides no image sizes"):
+        Mixture([Indices("a", 2), ShapesConfig(size=2).build()]).image_sizes(0)
 
 
 def test_errors():
-    with pytest.raises(DataError, match="without parts"):
+    with pytest.raises(DataError, match="without datasets"):
         Mixture([])
-    with pytest.raises(DataError, match="a mixture of 1 parts has 2 weights"):
-        Mixture([Numbers("a", 2)], [1, 2])
-    with pytest.raises(BadSampleError, match=r"a \(train\): number 99 is bad"):
-        Mixture([Numbers("a", 100)]).load(99, 0)
+    with pytest.raises(DataError, match="a mixture of 1 datasets has 2 weights"):
+        Mixture([Indices("a", 2)], [1, 2])
+    with pytest.raises(BadSampleError, match=r"a \(train\): sample 99 is bad"):
+        Mixture([Indices("a", 100)]).load(99, 0)
     with pytest.raises(IndexError, match="no item 2"):
-        Mixture([Numbers("a", 2)]).load(2, 0)
+        Mixture([Indices("a", 2)]).load(2, 0)
 
 
 def test_in_a_configuration(tmp_path: Path):
@@ -121,34 +121,34 @@ def test_in_a_configuration(tmp_path: Path):
     values = {
         "model": {"name": "rec"},
         "data": {
-            "train": {"name": "mixture", "parts": [coco, {"name": "shapes", "size": 4}], "weights": [2, 0.5]},
+            "train": {"name": "mixture", "datasets": [coco, {"name": "shapes", "size": 4}], "weights": [2, 0.5]},
             "eval": {"name": "shapes"},
         },
     }
     train = parse_config(values).data.train
     assert isinstance(train, MixtureConfig)
-    assert train.parts[0] == CocoConfig(path=coco["path"], vocabulary=VocabularyConfig(negatives=85))
+    assert train.datasets[0] == CocoConfig(path=coco["path"], vocabulary=VocabularyConfig(negatives=85))
     samples = [checked(train.build().load(index, 0)) for index in range(8)]
     assert len({sample.id for sample in samples}) == 5
-    values["data"]["train"]["parts"][0] = {"name": "coco", "pth": "x"}
-    with pytest.raises(ConfigError, match=r"data\.train\.parts\.0.*pth"):
+    values["data"]["train"]["datasets"][0] = {"name": "coco", "pth": "x"}
+    with pytest.raises(ConfigError, match=r"data\.train\.datasets\.0.*pth"):
         parse_config(values)
-    values["data"]["train"]["parts"] = [values["data"]["train"]]
-    with pytest.raises(ConfigError, match=r"data\.train\.parts\.0.*'mixture'"):
+    values["data"]["train"]["datasets"] = [values["data"]["train"]]
+    with pytest.raises(ConfigError, match=r"data\.train\.datasets\.0.*'mixture'"):
         parse_config(values)
 
 
-def test_overlap_is_told_and_left_out_if_asked():
-    train = Numbers("a", 6, ["p", "p", "q", "r", "s", "p"])
-    evaluations = [Numbers("v", 3, ["p", "p", "z"]), Numbers("w", 1, ["s"]), ShapesConfig(split="val").build()]
+def test_overlap_causes_a_warning_and_can_be_dropped():
+    train = Indices("a", 6, ["p", "p", "q", "r", "s", "p"])
+    evaluations = [Indices("v", 3, ["p", "p", "z"]), Indices("w", 1, ["s"]), ShapesConfig(split="val").build()]
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         assert without_overlap(train, evaluations, drop=False) is train
-    first, second = (str(one.message) for one in seen)
-    assert "3 of 6 training samples of a (train) show 1 of the 2 pictures that v (train) is evaluated on" in first
-    assert "data.drop_overlap=true leaves them out" in first
-    assert "1 of 6 training samples of a (train) show 1 of the 1 pictures that w" in second
-    with pytest.warns(UserWarning, match="they are left out of training"):
+    first, second = (str(warning.message) for warning in seen)
+    assert "3 of 6 training samples of a (train) have 1 of the 2 images that v (train) is evaluated on" in first
+    assert "data.drop_overlap=true drops them" in first
+    assert "1 of 6 training samples of a (train) have 1 of the 1 images that w" in second
+    with pytest.warns(UserWarning, match="they are dropped from training"):
         kept = without_overlap(train, evaluations, drop=True)
     assert isinstance(kept, Subset)
     assert [kept.load(index, 1).id for index in range(len(kept))] == ["2@1", "3@1"]
@@ -156,12 +156,12 @@ def test_overlap_is_told_and_left_out_if_asked():
     assert kept.provenance == train.provenance
 
 
-def test_overlap_of_mixtures_and_without_any():
-    parts = [Numbers("a", 4, ["p", "q", "r", "s"]), Numbers("b", 2, ["q", "t"])]
-    evaluation = Mixture([Numbers("v", 2, ["p", "q"])])
+def test_overlap_of_mixtures_and_no_overlap():
+    sources = [Indices("a", 4, ["p", "q", "r", "s"]), Indices("b", 2, ["q", "t"])]
+    evaluation = Mixture([Indices("v", 2, ["p", "q"])])
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        kept = without_overlap(Mixture(parts, [1, 2], seed=3), [evaluation], drop=True)
+        kept = without_overlap(Mixture(sources, [1, 2], seed=3), [evaluation], drop=True)
     assert ["samples of a" in str(seen[0].message), "samples of b" in str(seen[1].message)] == [True, True]
     assert isinstance(kept, Mixture)
     assert (kept.weights, kept.seed) == ([1, 2], 3)
@@ -170,23 +170,23 @@ def test_overlap_of_mixtures_and_without_any():
         warnings.simplefilter("error")
         shapes = ShapesConfig().build()
         assert without_overlap(shapes, [evaluation], drop=True) is shapes
-        assert without_overlap(parts[0], [Numbers("v", 1, ["z"])], drop=True) is parts[0]
+        assert without_overlap(sources[0], [Indices("v", 1, ["z"])], drop=True) is sources[0]
     with (
-        pytest.warns(UserWarning, match="left out"),
-        pytest.raises(DataError, match=r"a \(train\): every picture is also in the evaluation data"),
+        pytest.warns(UserWarning, match="dropped"),
+        pytest.raises(DataError, match=r"a \(train\): every image is also in the evaluation data"),
     ):
-        without_overlap(parts[0], [parts[0]], drop=True)
+        without_overlap(sources[0], [sources[0]], drop=True)
 
 
-def test_refcoco_and_coco_are_matched_by_the_number_of_the_picture(tmp_path: Path):
+def test_refcoco_and_coco_are_matched_by_the_id_of_the_image(tmp_path: Path):
     rows = [
         {"ann_id": 1, "sent": "a cat", "bbox": [1, 1, 9, 9], "file_name": "COCO_train2014_000000000025.jpg"},
         {"ann_id": 2, "sent": "a dog", "bbox": [1, 1, 9, 9], "file_name": "COCO_train2014_000000000139_7.jpg"},
         {"ann_id": 2, "sent": "the dog", "bbox": [1, 1, 9, 9], "file_name": "COCO_train2014_000000000139_7.jpg"},
     ]
     (tmp_path / "refs.json").write_text(json.dumps(rows))
-    for number in (25, 139):
-        write_picture(tmp_path / "train2014" / f"COCO_train2014_{number:012d}.jpg")
+    for image_id in (25, 139):
+        write_picture(tmp_path / "train2014" / f"COCO_train2014_{image_id:012d}.jpg")
     refcoco = RefcocoConfig(path=str(tmp_path / "refs.json"), image_root=str(tmp_path)).build()
     assert refcoco.image_keys() == ["coco/25", "coco/139", "coco/139"]
     assert refcoco.image_sizes(0).tolist() == [[40, 60]] * 3
@@ -194,19 +194,19 @@ def test_refcoco_and_coco_are_matched_by_the_number_of_the_picture(tmp_path: Pat
     document = json.loads(write_coco(tmp_path / "coco").read_text())
     document["images"][2]["file_name"] = "000000000139.jpg"
     coco = CocoConfig(path=str(write_coco(tmp_path / "coco", document))).build()
-    with pytest.warns(UserWarning, match="2 of 3 training samples .* show 1 of the 3 pictures that coco"):
+    with pytest.warns(UserWarning, match="2 of 3 training samples .* have 1 of the 3 images that coco"):
         kept = without_overlap(refcoco, [coco], drop=True)
     assert [sample.phrases for sample in (kept.load(0, 0),)] == [("a cat",)]
 
 
 @pytest.mark.skipif(not (REAL / "refcoco_annotations").exists(), reason="no shared/data beside the repository")
 def test_the_real_overlap_of_refcoco_and_refcocog(tmp_path: Path):
-    """634 of the 1,300 pictures of RefCOCOg's validation split (UMD) are in the training split of RefCOCO."""
+    """634 of the 1,300 images of RefCOCOg's validation split (UMD) are in the training split of RefCOCO."""
     folder = REAL / "refcoco_annotations"
     val = RefcocoConfig(path=str(folder / "refcocog_umd_val.jsonl"), split="val", image_root=str(tmp_path)).build()
-    numbers = (folder / "refcoco_unc_train_image_ids.txt").read_text().split()
-    train = Numbers("refcoco", len(numbers), [f"coco/{int(number)}" for number in numbers])
+    image_ids = (folder / "refcoco_unc_train_image_ids.txt").read_text().split()
+    train = Indices("refcoco", len(image_ids), [f"coco/{int(image_id)}" for image_id in image_ids])
     assert len(set(val.image_keys())) == 1300
-    with pytest.warns(UserWarning, match="show 634 of the 1300 pictures"):
+    with pytest.warns(UserWarning, match="have 634 of the 1300 images"):
         kept = without_overlap(train, [val], drop=True)
-    assert len(kept) == len(numbers) - 634
+    assert len(kept) == len(image_ids) - 634

@@ -1,4 +1,4 @@
-"""What every finished sample promises."""
+"""Validation of samples."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from vg.types import Sample
 
 def make(box=(10, 20, 50, 40), **changes) -> Sample:
     sample = Sample(
-        id="drawn/val/7",
+        id="made/val/7",
         image=np.zeros((60, 80, 3), np.uint8),
         phrases=("red circle",),
         boxes=np.array([box], np.float32),
@@ -21,7 +21,7 @@ def make(box=(10, 20, 50, 40), **changes) -> Sample:
     return replace(sample, **changes)
 
 
-def test_a_good_sample_stays_as_it_is():
+def test_a_valid_sample_is_unchanged():
     sample = make()
     np.testing.assert_array_equal(checked(sample).boxes, sample.boxes)
     assert checked(make(boxes=np.zeros((0, 4), np.float32), phrase_ids=np.zeros(0, np.int64))).boxes.shape == (0, 4)
@@ -45,8 +45,8 @@ def test_a_box_is_clipped_by_up_to_one_pixel():
         ((30, 20, 30 + 70, 20 + 55), "was xyxy read as xywh"),
     ],
 )
-def test_bad_boxes(box, message):
-    with pytest.raises(BadSampleError, match=f"drawn/val/7.*{message}"):
+def test_invalid_boxes(box, message):
+    with pytest.raises(BadSampleError, match=f"made/val/7.*{message}"):
         checked(make(box))
 
 
@@ -62,13 +62,13 @@ def test_bad_boxes(box, message):
         ({"boxes": np.zeros(4, np.float32)}, "boxes are"),
         ({"phrase_ids": np.zeros(2, np.int64)}, "one for each of the 1 boxes"),
         ({"phrase_ids": np.zeros(1, np.int32)}, "phrase_ids are int32"),
-        ({"phrase_ids": np.array([1])}, "point beyond 1 phrases"),
-        ({"phrase_ids": np.array([-1])}, "point beyond 1 phrases"),
+        ({"phrase_ids": np.array([1])}, "exceed the 1 phrases"),
+        ({"phrase_ids": np.array([-1])}, "exceed the 1 phrases"),
         ({"crowd": np.zeros(2, bool)}, "crowd is bool .*one for each of the 1 boxes"),
         ({"crowd": np.zeros(1, np.int64)}, "crowd is int64 .*expected bool"),
         ({"areas": np.zeros(1)}, "areas is float64 .*expected float32"),
     ],
 )
-def test_other_broken_promises(changes, message):
+def test_other_invalid_fields(changes, message):
     with pytest.raises(BadSampleError, match=message):
         checked(make(**changes))

@@ -103,9 +103,9 @@ def test_the_data_selects_the_metric() -> None:
 
 
 def test_a_mixture_is_evaluated_if_its_datasets_have_one_metric() -> None:
-    assert len(evaluator(only=MixtureConfig(parts=[DETECTION, DETECTION])).datasets[0].data) == 10
+    assert len(evaluator(only=MixtureConfig(datasets=[DETECTION, DETECTION])).datasets[0].data) == 10
     with pytest.raises(ConfigError, match=r"data\.eval\.both: a mixture of detection and expressions"):
-        evaluator(both=MixtureConfig(parts=[DETECTION, EXPRESSIONS]))
+        evaluator(both=MixtureConfig(datasets=[DETECTION, EXPRESSIONS]))
 
 
 def test_result_of_one_dataset() -> None:

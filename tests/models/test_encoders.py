@@ -1,4 +1,4 @@
-"""Tokenizers of text encoders: every place they may come from, and a clear message where there is none."""
+"""Tokenizers of text encoders: every possible location, and an error if there is none."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from vg.models.encoders import SMALL_VOCABULARY, load_tokenizer
 ARCHITECTURE = {"model_type": "bert"}
 
 
-def test_tokenizers_from_everywhere(tmp_path: Path) -> None:
+def test_tokenizers_from_all_locations(tmp_path: Path) -> None:
     small = load_tokenizer(TextEncoderConfig(architecture=ARCHITECTURE))
     small.save_pretrained(str(tmp_path))
-    for place in (str(SMALL_VOCABULARY), str(tmp_path), str(tmp_path / "tokenizer.json")):
-        tokenizer = load_tokenizer(TextEncoderConfig(architecture=ARCHITECTURE, tokenizer=place))
+    for location in (str(SMALL_VOCABULARY), str(tmp_path), str(tmp_path / "tokenizer.json")):
+        tokenizer = load_tokenizer(TextEncoderConfig(architecture=ARCHITECTURE, tokenizer=location))
         assert tokenizer("the red star")["input_ids"] == small("the red star")["input_ids"]
 
 
-@pytest.mark.parametrize("place", ["nowhere", "nowhere/vocab.txt", "nowhere/tokenizer.json"])
-def test_no_tokenizer_there(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("location", ["nowhere", "nowhere/vocab.txt", "nowhere/tokenizer.json"])
+def test_a_missing_tokenizer_is_an_error(tmp_path: Path, location: str) -> None:
     with pytest.raises(ConfigError, match=r"nowhere.*model\.text\.tokenizer"):
-        load_tokenizer(TextEncoderConfig(architecture=ARCHITECTURE, tokenizer=str(tmp_path / place)))
+        load_tokenizer(TextEncoderConfig(architecture=ARCHITECTURE, tokenizer=str(tmp_path / location)))
     (tmp_path / "nowhere").mkdir()
     with pytest.raises(ConfigError, match="nowhere"):  # a folder without a vocabulary
         load_tokenizer(TextEncoderConfig(architecture=ARCHITECTURE, tokenizer=str(tmp_path / "nowhere")))

@@ -1,4 +1,4 @@
-"""The pictures of a source one by one, each with all that is said about it, in the views that a cache keeps of it."""
+"""The images of a source in the views that a cache stores, with the annotations of all their samples."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vg.cache.format import image_indices
 from vg.data.augment import AugmentConfig
 from vg.data.collate import Collator
-from vg.data.source import HasImageKeys, Source, checked
+from vg.data.source import Source, checked
 from vg.errors import BadSampleError, DataError
 from vg.types import Sample
 
@@ -23,40 +24,32 @@ VIEWS = {
     "flip_crop": AugmentConfig(flip=1, crop=1),
 }
 
-Record = dict[str, Any]  # what `describe` gives: values that JSON knows, for a file beside the features
+Record = dict[str, Any]  # annotations of an image as JSON values: samples, bad, ids, kinds, views
 
 
-def image_indices(source: Source) -> np.ndarray:
-    """[samples] int: pictures are counted in the order in which they come first."""
-    if not isinstance(source, HasImageKeys):
-        return np.arange(len(source))
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(key, len(numbers)) for key in source.image_keys()], np.int64)
-
-
-class Pictures(Dataset[tuple[Record, Tensor]]):
-    """Picture number -> what is said about it, and its views [V, 3, H, W] as the model takes them.
+class ImageViews(Dataset[tuple[Record, Tensor]]):
+    """Image index -> its record, and its views [V, 3, H, W] as model input.
 
     Args:
-        views: names of VIEWS; crops differ by picture and by place in this list.
-        skip: bad samples are noted in the record instead of raising BadSampleError.
+        views: names in VIEWS; crops are a function of the image and the position in this list.
+        skip: list bad samples in the record instead of raising BadSampleError.
     """
 
-    def __init__(self, source: Source, views: Sequence[str], collate: Collator, skip: bool):
+    def __init__(self, source: Source[Sample], views: Sequence[str], collate: Collator, skip: bool):
         self.source = source
         self.views = [VIEWS[view].build() for view in views]
         self.collate = collate
         self.skip = skip
-        numbers = image_indices(source)  # [samples]
-        order = np.argsort(numbers, kind="stable")
-        self.samples = np.split(order, np.cumsum(np.bincount(numbers))[:-1])  # of each picture, the indices
+        images = image_indices(source)  # [samples]
+        order = np.argsort(images, kind="stable")
+        self.samples = np.split(order, np.cumsum(np.bincount(images))[:-1])  # per image: indices of its samples
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, number: int) -> tuple[Record, Tensor]:
+    def __getitem__(self, image: int) -> tuple[Record, Tensor]:
         indices, samples, bad = [], [], []
-        for index in self.samples[number].tolist():
+        for index in self.samples[image].tolist():
             try:
                 samples.append(self._load(index))
                 indices.append(index)
@@ -64,43 +57,43 @@ class Pictures(Dataset[tuple[Record, Tensor]]):
                 if not self.skip:
                     raise
                 bad.append(index)
+        merged = _merged(samples)
+        views = [
+            augment(merged, (0, position, image)) if augment and samples else merged
+            for position, augment in enumerate(self.views)
+        ]
         record = {
             "samples": indices,
             "bad": bad,
             "ids": [sample.id for sample in samples],
             "kinds": [sample.expression_type for sample in samples],
+            "views": [
+                {"size": view.image.shape[:2], "boxes": view.boxes.tolist(), "phrases": view.phrases} for view in views
+            ],
         }
-        picture = _together(samples)
-        views = [
-            augment(picture, (0, place, number)) if augment and samples else picture
-            for place, augment in enumerate(self.views)
-        ]
-        record["views"] = [
-            {"size": view.image.shape[:2], "boxes": view.boxes.tolist(), "phrases": view.phrases} for view in views
-        ]
         return record, self.collate.images(views)[0]
 
     def _load(self, index: int) -> Sample:
         sample = checked(self.source.load(index, 0))
         if len(sample.phrases) != 1 or len(sample.boxes) != 1:
             raise DataError(
-                f"{sample.id} has {len(sample.phrases)} phrases and {len(sample.boxes)} boxes; a cache of features is "
-                "for models that find one box for one expression"
+                f"{sample.id} has {len(sample.phrases)} phrases and {len(sample.boxes)} boxes; a feature cache is for "
+                "models that predict one box for one expression"
             )
-        self.collate.texts([sample])  # else a text that is too long would be found after all pictures are encoded
+        self.collate.texts([sample])  # otherwise too long a text would only be found after all images are encoded
         return sample
 
 
-def _together(samples: Sequence[Sample]) -> Sample:
-    """The samples of one picture as one, box n and phrase n being those of sample n; a black dot if there are none."""
+def _merged(samples: Sequence[Sample]) -> Sample:
+    """Merge the samples of an image: box n and phrase n are those of sample n; a black pixel if there are none."""
     if not samples:
         return Sample("", np.zeros((1, 1, 3), np.uint8), (), np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
     first = samples[0]
     for other in samples:
         if other.image.shape != first.image.shape:
             raise DataError(
-                f"{first.id} and {other.id} show the same picture in two sizes, {first.image.shape[:2]} and "
-                f"{other.image.shape[:2]}; give them file names of their own"
+                f"{first.id} and {other.id} have the same image key but sizes {first.image.shape[:2]} and "
+                f"{other.image.shape[:2]}; give their images different file names"
             )
     return replace(
         first,

@@ -1,4 +1,4 @@
-"""`vg cache`: encode a dataset once with the frozen encoders of a model."""
+"""`vg cache`: encode the data of a run once with the frozen encoders of its model."""
 
 from __future__ import annotations
 

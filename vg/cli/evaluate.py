@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vg.cli import benchmark
 from vg.cli.arguments import Verbs, add_overrides
@@ -69,11 +69,11 @@ def _draw(model: GroundingModel, config: RunConfig, path: Path) -> None:
     from vg.inference.draw import prediction_grid
     from vg.inference.grounder import Grounder
 
-    settings = next(iter(config.data.eval_datasets().values()))  # the evaluated dataset may have cached features only
-    texts = Collator(model.image_spec, model.text_spec).texts
-    data = GroundingDataset(settings.build(), bad_samples=config.data.bad_samples, texts=texts)
+    settings = next(iter(config.data.eval_datasets().values()))
+    collate = Collator(model.image_spec, model.text_spec)
+    data = GroundingDataset(settings.build(), bad_samples=config.data.bad_samples, collate=collate)
     count = min(NUM_DRAWN, len(data))
     # Rounded, so that the spacing is not constant: consecutive samples may cycle through the expression types.
-    samples: list[Any] = [data[round(index * (len(data) - 1) / max(1, count - 1))] for index in range(count)]
+    samples = [data[round(index * (len(data) - 1) / max(1, count - 1))] for index in range(count)]
     predictions = Grounder(model, str(model.device)).predict_samples(samples)
     prediction_grid(list(zip(samples, predictions, strict=True)), 6, path)

@@ -20,7 +20,7 @@ def load(path: Path, overrides: list[str]) -> tuple[GroundingModel, CheckpointCo
     if path.suffix not in (".yaml", ".yml"):
         return read_model(path, overrides)
     config = load_config(path, overrides)
-    if getattr(config.model, "weights", None) is None:
+    if config.model.weights is None:
         raise ConfigError(f"{path}: model.weights is not set; train first, then give the folder of the run")
     return config.model.build().eval(), config
 

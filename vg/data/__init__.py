@@ -1,4 +1,4 @@
-"""The datasets; adding one is adding its settings to this union (selected by `name`)."""
+"""The datasets; to add one, add its settings to this union (`name` selects it)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of training samples: a function of (seed, epoch) alone, so that a resumed run repeats it."""
+"""The order of training samples: a function of (seed, epoch) only, so a resumed run repeats it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from vg.errors import DataError
 
 
 class EpochSampler(Sampler[int]):
-    """A new order of all indices for every epoch, a function of (seed, epoch) alone."""
+    """A new permutation of all indices in every epoch."""
 
     def __init__(self, length: int, seed: int):
         self.length = length
         self.seed = seed
         self.epoch = 0
 
-    def begin_epoch(self, epoch: int) -> None:  # not `set_epoch`: Accelerate would call that with a count of its own
+    def begin_epoch(self, epoch: int) -> None:  # not `set_epoch`: Accelerate would call it with its own counter
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -32,68 +32,64 @@ class EpochSampler(Sampler[int]):
 
 
 class ImageGroupedSampler(EpochSampler):
-    """As above, but samples of one picture stand together in groups of at most `most`, so that a batch can share it.
-
-    Args:
-        source: a vg.data.source.HasImageGroups.
+    """Samples of the same image in groups of at most `group_size`, so that a batch can share it; groups are shuffled.
 
     Raises:
-        DataError: the source does not know which samples show the same picture.
+        DataError: the source does not implement vg.data.source.HasImageGroups.
     """
 
-    def __init__(self, source: Source, seed: int, most: int):
+    def __init__(self, source: Source, seed: int, group_size: int):
         if not isinstance(source, HasImageGroups):
-            raise DataError(f"{source.provenance.data} does not know which samples show the same picture")
+            raise DataError(
+                f"{source.provenance.data} does not group its samples by image, as "
+                "data.cache.expressions_per_image above 1 needs"
+            )
         super().__init__(len(source), seed)
         self.source = source
-        self.most = most
+        self.group_size = group_size
 
     def __iter__(self) -> Iterator[int]:
         order = np.array(list(super().__iter__()), np.int64)  # [samples]
-        pictures = self.source.image_groups(self.epoch)[order]
-        order = order[np.argsort(pictures, kind="stable")]  # picture by picture, in random order within each
-        _, first, counts = np.unique(np.sort(pictures), return_index=True, return_counts=True)
-        place = np.arange(len(order)) - np.repeat(first, counts)  # [samples] among those of the same picture
-        groups = np.cumsum(place % self.most == 0) - 1  # [samples]
+        images = self.source.image_groups(self.epoch)[order]
+        order = order[np.argsort(images, kind="stable")]  # sorted by image, in random order within each
+        _, first, counts = np.unique(np.sort(images), return_index=True, return_counts=True)
+        index_in_image = np.arange(len(order)) - np.repeat(first, counts)  # [samples]
+        groups = np.cumsum(index_in_image % self.group_size == 0) - 1  # [samples]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         rank = torch.randperm(int(groups[-1]) + 1, generator=generator).numpy()  # [groups]
         return iter(order[np.argsort(rank[groups], kind="stable")].tolist())
 
 
 class AspectRatioGroupedSampler(EpochSampler):
-    """As above, and every `group` indices in a row have pictures of similar aspect, so that a batch needs less padding.
+    """Groups of `group_size` consecutive samples whose images have similar aspect ratios, so batches need less padding.
 
-    An order is cut into stretches, each is sorted by aspect and cut into groups, and the groups are shuffled. What does
-    not fill a group comes last and is drawn before anything is sorted: left out (`drop_last`), it is a fair sample.
+    A permutation is cut into chunks, each chunk is sorted by aspect ratio and cut into groups, and the groups are
+    shuffled. The incomplete last group is split off before sorting: dropping it (`drop_last`) does not bias the data.
 
     Args:
-        group: samples of one step of all processes: batch size x processes.
+        group_size: samples of one step of all processes: batch size x processes.
 
     Raises:
-        DataError: the source does not know the sizes of its pictures.
+        DataError: the source does not implement vg.data.source.HasImageSizes.
     """
 
-    STRETCH = 64  # groups that are sorted together: more are more alike, fewer mix better
+    CHUNK = 64  # groups that are sorted together: larger chunks are more uniform, smaller ones mix better
 
-    def __init__(self, source: Source, seed: int, group: int):
+    def __init__(self, source: Source, seed: int, group_size: int):
         if not isinstance(source, HasImageSizes):
-            raise DataError(
-                f"{source.provenance.data} does not know how large its pictures are, so they stay ungrouped"
-            )
+            raise DataError(f"{source.provenance.data} provides no image sizes, which data.group_by_aspect_ratio needs")
         super().__init__(len(source), seed)
         self.source = source
-        self.group = group
+        self.group_size = group_size
 
     def __iter__(self) -> Iterator[int]:
         order = torch.tensor(list(super().__iter__()), dtype=torch.long)  # [samples]
         sizes = torch.as_tensor(self.source.image_sizes(self.epoch))  # [samples, 2]
         aspects = sizes[:, 1] / sizes[:, 0]
-        filled = self.length - self.length % self.group
-        stretches = order[:filled].split(self.STRETCH * self.group)
-        ordered = [stretch[aspects[stretch].argsort(stable=True)] for stretch in stretches]
-        groups = (
-            torch.cat(ordered).view(-1, self.group) if ordered else order[:0].view(-1, self.group)
-        )  # [groups, group]
+        grouped = self.length - self.length % self.group_size
+        chunks = order[:grouped].split(self.CHUNK * self.group_size)
+        sorted_chunks = [chunk[aspects[chunk].argsort(stable=True)] for chunk in chunks]
+        groups = torch.cat([*sorted_chunks, order[:0]]).view(-1, self.group_size)  # [groups, group_size]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         groups = groups[torch.randperm(len(groups), generator=generator)]
-        return iter([*groups.flatten().tolist(), *order[filled:].tolist()])
+        return iter([*groups.flatten().tolist(), *order[grouped:].tolist()])

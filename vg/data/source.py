@@ -1,102 +1,111 @@
-"""What every data set of vg is: a sequence of samples that knows where it comes from."""
+"""The interface of all datasets: a sequence of samples with provenance, and what some sources offer beyond it.
+
+A source implements `provenance`, `__len__` and `load`. Each of the protocols below is optional, and enables a feature:
+
+    protocol          enables                                               without it
+    HasImageSizes     data.group_by_aspect_ratio                              error
+    HasImageGroups    data.cache.expressions_per_image above 1              error
+    HasImageKeys      finding images shared by training and evaluation      overlap is not detected
+    HasFingerprint    detecting edited annotations under a feature cache    such a cache is used unnoticed
+    HasCategoryIds    vg eval --detections                                  error
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from vg.errors import BadSampleError
-from vg.types import Sample
+from vg.types import EncodedSample, Sample
 
 Task = Literal["expressions", "generalized", "detection"]
-OVERHANG = 1.0  # pixels: annotators round, so a box may stick out of the image by this much and is clipped
+OVERHANG = 1.0  # pixels by which a box may exceed the image, because annotators round; it is clipped
+
+Loaded = TypeVar("Loaded", Sample, EncodedSample)
+Loaded_co = TypeVar("Loaded_co", covariant=True)
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Which data a result was measured on; every evaluation carries it."""
+    """The data on which a result was measured; every evaluation carries it."""
 
     data: str  # "refcoco (unc)"
     split: str  # "val"
-    # Decides which metric judges: at most one box per expression, any number of them, or boxes of many phrases.
+    # Selects the metric: at most one box per expression, any number of boxes, or boxes of many phrases.
     task: Task = "expressions"
-    partition: str | None = None  # who drew the line between the splits of a RefCOCO: "unc", "umd" or "google"
-    official: bool | None = None  # whether it is that split in full, by its published counts; None where none are known
+    partition: str | None = None  # split provider of a RefCOCO dataset: "unc", "umd" or "google"
+    official: bool | None = None  # whether its counts are the published ones of that split; None if none are published
 
 
-class Source(Protocol):
-    """A data set: rows in, samples out. Fresh scenes or other randomness may depend on `epoch` and `index` only."""
+class Source(Protocol[Loaded_co]):
+    """A dataset of Sample, or of EncodedSample if it is a feature cache; randomness depends on (epoch, index) only."""
 
     provenance: Provenance
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int, epoch: int) -> Any:
-        """Read one Sample, or a FeatureSample (vg.cache.source) where the source is a cache.
-
-        Raises:
-            BadSampleError: that is impossible; the message names the item.
-        """
+    def load(self, index: int, epoch: int) -> Loaded_co:
+        """Load one sample; raises BadSampleError naming it if that is impossible."""
         ...
 
 
 @runtime_checkable
 class HasImageSizes(Protocol):
-    """A source that knows how large its pictures are without decoding them."""
+    """A source with image sizes that are available without decoding the images."""
 
     def image_sizes(self, epoch: int) -> np.ndarray:
-        """[samples, 2] int: (height, width) in pixels of the picture that `load(index, epoch)` reads."""
+        """Return the (height, width) in pixels of the image that `load(index, epoch)` returns: [samples, 2] int."""
         ...
 
 
 @runtime_checkable
 class HasImageKeys(Protocol):
-    """A source that can tell which of its pictures are also in another one."""
+    """A source whose images can be identified in other sources."""
 
     def image_keys(self) -> list[str]:
-        """What picture each sample shows; two samples with the same key, of any sources, show the same one."""
+        """Return a key of the image of each sample; equal keys, in any source, mean the same image."""
         ...
 
 
 @runtime_checkable
 class HasFingerprint(Protocol):
-    """A source that can tell whether its annotations are the ones they were."""
+    """A source with a content hash of its annotations."""
 
     def fingerprint(self) -> str:
-        """A digest of all annotations; no picture is read for it."""
+        """Return a digest of all annotations, without reading images."""
         ...
 
 
 @runtime_checkable
 class HasImageGroups(Protocol):
-    """A source that knows which samples show the same picture, and shows it to all of them alike in an epoch."""
+    """A source that groups samples by image; in one epoch all samples of a group have exactly the same image."""
 
     def image_groups(self, epoch: int) -> np.ndarray:
-        """[samples] int: the number of the picture that `load(index, epoch)` shows."""
+        """Return an id of the image that `load(index, epoch)` returns: [samples] int."""
         ...
 
 
 @runtime_checkable
 class HasCategoryIds(Protocol):
-    """A source whose classes have numbers, which files of results name them by."""
+    """A source whose classes have ids for result files."""
 
     @property
     def category_ids(self) -> dict[str, int]:
-        """Phrase -> number of the class."""
+        """Phrase -> category id."""
         ...
 
 
 def checked(sample: Sample) -> Sample:
-    """Check what every finished sample promises; every data set passes its samples through here.
+    """Validate a sample of any source.
 
     Returns:
-        The sample, its boxes (xyxy pixels) clipped to the image where they stick out by at most `OVERHANG`.
+        The sample, its boxes (xyxy in pixels) clipped to the image where they exceed it by at most `OVERHANG`.
 
     Raises:
         BadSampleError: image not [H, W, 3] uint8; no phrase or a blank one; boxes not [N, 4] float32, not finite,
-            without area or outside the image; phrase_ids not [N] int64 or without a phrase; crowd not [N] bool or areas
+            without area or outside the image; phrase_ids not [N] int64 or out of range; crowd not [N] bool or areas
             not [N] float32 where they are given.
     """
     image, boxes, phrase_ids = sample.image, sample.boxes, sample.phrase_ids
@@ -113,28 +122,28 @@ def checked(sample: Sample) -> Sample:
             f"{len(boxes)} boxes"
         )
     if ((phrase_ids < 0) | (phrase_ids >= len(sample.phrases))).any():
-        raise BadSampleError(f"{where}: phrase_ids {phrase_ids.tolist()} point beyond {len(sample.phrases)} phrases")
-    for name, values, kind in (("crowd", sample.crowd, np.bool_), ("areas", sample.areas, np.float32)):
-        if values is not None and (values.dtype != kind or values.shape != boxes.shape[:1]):
+        raise BadSampleError(f"{where}: phrase_ids {phrase_ids.tolist()} exceed the {len(sample.phrases)} phrases")
+    for name, values, dtype in (("crowd", sample.crowd, np.bool_), ("areas", sample.areas, np.float32)):
+        if values is not None and (values.dtype != dtype or values.shape != boxes.shape[:1]):
             raise BadSampleError(
-                f"{where}: {name} is {values.dtype} {list(values.shape)}, expected {np.dtype(kind)}, one for each of "
+                f"{where}: {name} is {values.dtype} {list(values.shape)}, expected {np.dtype(dtype)}, one for each of "
                 f"the {len(boxes)} boxes"
             )
     height, width = image.shape[:2]
     clipped = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))  # [N, 4]
     for box, inside in zip(boxes, clipped, strict=True):
-        trouble = _box_trouble(box, inside)
-        if trouble:
+        problem = _box_problem(box, inside)
+        if problem:
             hint = _format_hint(box.tolist(), width, height)
             raise BadSampleError(
-                f"{where}: box {box.tolist()} (left, top, right, bottom) {trouble} in an image {width} wide and "
+                f"{where}: box {box.tolist()} (left, top, right, bottom) {problem} in an image {width} wide and "
                 f"{height} high; {hint}"
             )
     return replace(sample, boxes=clipped)
 
 
-def _box_trouble(box: np.ndarray, inside: np.ndarray) -> str:
-    """What is wrong with one box [4], given the same box clipped to the image; empty if nothing is."""
+def _box_problem(box: np.ndarray, inside: np.ndarray) -> str:
+    """Describe the problem of one box [4], given also clipped to the image; empty if there is none."""
     if not np.isfinite(box).all():
         return "is not finite"
     if box[2] <= box[0] or box[3] <= box[1]:
@@ -147,10 +156,10 @@ def _box_trouble(box: np.ndarray, inside: np.ndarray) -> str:
 
 
 def _format_hint(box: list[float], width: int, height: int) -> str:
-    """How to mend a box that cannot be right: by far the most frequent cause is a mix-up of xywh and xyxy."""
+    """Suggest a fix for an impossible box; by far the most frequent cause is confusion of xywh and xyxy."""
     left, top, right, bottom = box
     if right > 0 and bottom > 0 and left + right <= width and top + bottom <= height:
         return "it would fit as x, y, width, height: was xywh read as xyxy?"
     if left < right - left <= width and top < bottom - top <= height:
         return "its width and height would fit as right and bottom edge: was xyxy read as xywh?"
-    return "correct the annotation, or check that this is the picture it was made for"
+    return "correct the annotation, or check that it belongs to this image"

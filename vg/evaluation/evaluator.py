@@ -9,11 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from vg.cache.select import evaluation_source
+from vg.cache.datasets import RunDataset, evaluation_dataset
 from vg.config import DataConfig
-from vg.data.collate import Collator
-from vg.data.dataset import GroundingDataset
-from vg.data.mixture import Mixture
+from vg.data.mixture import sources_of
 from vg.data.source import HasCategoryIds, Source, Task
 from vg.distributed import mean_over_processes, progress_bar
 from vg.errors import ConfigError
@@ -35,32 +33,32 @@ class DatasetEvaluator:
 
     Args:
         name: key in data.eval, "" for a single dataset without a name.
+        data: its samples, and how they become batches.
 
     Raises:
         ConfigError: the source is a mixture of datasets with different metrics.
     """
 
-    def __init__(self, name: str, source: Source, config: DataConfig, model: GroundingModel, accelerator: Accelerator):
+    def __init__(self, name: str, data: RunDataset, config: DataConfig, accelerator: Accelerator):
         self.name = name
         self.accelerator = accelerator
-        collate = Collator(model.image_spec, model.text_spec)
-        self.data = GroundingDataset(source, bad_samples=config.bad_samples, texts=collate.texts)
-        loader = DataLoader(
+        self.data = data
+        loader: DataLoader[Any] = DataLoader(
             self.data,
             batch_size=config.eval_batch_size,
             num_workers=config.workers,
-            collate_fn=collate,
+            collate_fn=data.collate,
             generator=torch.Generator(),  # else every evaluation would advance the generator that training uses
             pin_memory=accelerator.device.type == "cuda",
         )
         self.loader: DataLoader[Any] = accelerator.prepare_data_loader(loader)
-        tasks = _tasks(source)
+        tasks = {source.provenance.task for source in sources_of(data.source)}
         if len(tasks) > 1:
             raise ConfigError(
                 f"data.eval{'.' * bool(name)}{name}: a mixture of {' and '.join(sorted(tasks))} has no common metric; "
                 "list its datasets separately: {first: {...}, second: {...}}"
             )
-        self.metric = METRICS[source.provenance.task]().to(accelerator.device)
+        self.metric = METRICS[data.source.provenance.task]().to(accelerator.device)
 
     def predict(self, model: GroundingModel) -> None:
         """Run inference on all samples and update the (reset) metric."""
@@ -93,7 +91,7 @@ class Evaluator:
         self, config: DataConfig, model: GroundingModel, accelerator: Accelerator, best_metric: str | None = None
     ):
         self.datasets = [
-            DatasetEvaluator(name, evaluation_source(settings, config, model), config, model, accelerator)
+            DatasetEvaluator(name, evaluation_dataset(settings, config, model), config, accelerator)
             for name, settings in config.eval_datasets().items()
         ]
         metrics = [dataset.metric for dataset in self.datasets]
@@ -169,10 +167,3 @@ class Evaluator:
         if not rows:
             raise ConfigError("data.eval has no detection dataset whose boxes could be written as COCO results")
         return rows
-
-
-def _tasks(source: Source) -> set[Task]:
-    """Return the tasks of all datasets of a source."""
-    if isinstance(source, Mixture):
-        return {part.provenance.task for part in getattr(source, "sources", None) or source.parts}
-    return {source.provenance.task}

@@ -1,4 +1,4 @@
-"""The model families; adding one is adding its configuration to this union (told apart by `name`)."""
+"""The model families; to add one, add its settings to this union (`name` selects it)."""
 
 from __future__ import annotations
 

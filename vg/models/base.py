@@ -1,62 +1,79 @@
-"""What the trainer, the evaluation and the checkpoints know about a model - and all they know."""
+"""Base classes of the models: all that the trainer, the evaluation and the checkpoints use of a network."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vg.types import Batch, ImageSpec, LossName, Prediction, Text, TextSpec
+from vg.types import Batch, EncodedBatch, Features, ImageSpec, LossName, Prediction, Text, TextSpec
 
 
 class GroundingModel(nn.Module, ABC):
-    """A network that describes its input, answers a batch, and knows how to be wrong about it.
+    """A network that specifies its input, computes its loss and turns its output into boxes.
 
-    ``forward`` returns a NamedTuple: under mixed precision Accelerate brings these back to float32, and leaves other
-    containers alone. ``loss`` and ``predict`` use no parameters, so that they are right outside of DDP's wrapper.
+    Example::
+
+        collate = Collator(model.image_spec, model.text_spec)
+        batch = collate(samples)  # images [B, 3, H, W], text [R, T], B targets
+        output = model(batch)  # NamedTuple of the family
+        loss = sum(model.loss(output, batch).values())  # scalar
+        predictions = model.predict(output, batch)  # B predictions, boxes [K, 4] xyxy in pixels
+
+    ``forward`` returns a NamedTuple: under mixed precision Accelerate converts its tensors back to float32, which it
+    does not do for dataclasses. ``loss`` and ``predict`` use no parameters, so they may be called outside of DDP.
     """
 
-    external: tuple[str, ...] = ()  # submodules whose weights live under an id of their own and are never saved
+    external: tuple[str, ...] = ()  # submodules whose pretrained weights are loaded from their ids and never saved
 
     @property
     @abstractmethod
-    def image_spec(self) -> ImageSpec: ...
+    def image_spec(self) -> ImageSpec:
+        """Resizing and normalization of the images: what the collator does to make `Batch.images` [B, 3, H, W]."""
 
     @property
     @abstractmethod
-    def text_spec(self) -> TextSpec: ...
+    def text_spec(self) -> TextSpec:
+        """Tokenizer, token limit and phrase separators: how the collator makes `Batch.text`, [R, T] tokens.
+
+        Without separators a sample is one expression (R = B); with them, a prompt lists any number of phrases.
+        """
 
     @abstractmethod
     def load_tokenizer(self, folder: str) -> None:
-        """Take the tokenizer that was saved with a checkpoint, in place of the configured one."""
+        """Use the tokenizer that was saved with a checkpoint instead of the configured one."""
 
     @abstractmethod
-    def forward(self, batch: Batch) -> Any: ...
+    def forward(self, batch: Batch) -> Any:
+        """Run the network; returns a NamedTuple of tensors, whose boxes are cxcywh in 0..1 of the image."""
 
     @abstractmethod
     def loss(self, output: Any, batch: Batch) -> dict[LossName, Tensor]:
-        """Weighted terms, whose sum is the loss: scalars, each a sum over the batch by its weight (at least 1)."""
+        """Return the weighted loss terms; the loss is their sum.
+
+        Each term is a scalar: the sum over the batch / max(1, batch_weight(batch)).
+        """
 
     @abstractmethod
     def batch_weight(self, batch: Batch) -> int:
-        """What the loss is a mean over: how many samples, or boxes, there are in the batch.
+        """Return the number of samples, or boxes, over which the loss of this batch is a mean.
 
-        The trainer needs it to make one mean of many batches and processes.
+        The trainer needs it to average over gradient accumulation steps and processes.
         """
 
     @abstractmethod
     def predict(self, output: Any, batch: Batch) -> list[Prediction]:
-        """Boxes in pixels of the original images, best first."""
+        """Return one prediction per target: boxes [K, 4] xyxy in pixels of the original image, best first."""
 
     def own_state_dict(self) -> dict[str, Tensor]:
-        """All weights but those of the external submodules."""
+        """Return all weights except those of the external submodules."""
         return {key: value for key, value in self.state_dict().items() if not self._is_external(key)}
 
     def load_own_state_dict(self, weights: Mapping[str, Tensor]) -> None:
-        """Load what own_state_dict gave; raises ValueError that lists every missing, unexpected or misshapen weight."""
+        """Load the weights of own_state_dict; raises ValueError listing all missing, unexpected or misshaped ones."""
         own = self.own_state_dict()
         trouble = [f"missing: {key} {tuple(own[key].shape)}" for key in own.keys() - weights.keys()]
         trouble += [f"unexpected: {key} {tuple(weights[key].shape)}" for key in weights.keys() - own.keys()]
@@ -79,25 +96,48 @@ class GroundingModel(nn.Module, ABC):
 
 
 class EncodableModel(GroundingModel):
-    """A model whose encoders, where they are frozen, can be run once for all: `forward` takes `batch.features`, too."""
+    """A model in two steps, encoders and head: `model(batch)` equals `model.decode(model.encode(batch))`.
+
+    The output of frozen encoders never changes, so it can be computed once and cached. An EncodedBatch contains it, and
+    every method accepts one instead of a Batch.
+    """
 
     @abstractmethod
     def feature_key(self) -> dict[str, Any]:
-        """What features depend on besides the data, for JSON; raises ConfigError where an encoder is not frozen."""
+        """Return what the features depend on besides the data, as JSON values.
+
+        Raises:
+            ConfigError: an encoder is trained or has random weights, so its features cannot be cached.
+        """
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """[B, 3, H, W] -> tokens [B, S, D] and the grid (rows, columns) of the last of them."""
+        """Encode images [B, 3, H, W]: tokens [B, S, D], and the grid (rows, columns) of the last of them."""
 
     @abstractmethod
     def encode_text(self, text: Text) -> Tensor:
-        """Tokens [R, T, D]"""
+        """Encode prompts: tokens [R, T, D]."""
 
+    def encode(self, batch: Batch) -> Features:
+        """Run both encoders."""
+        image, grid = self.encode_images(batch.images)
+        return Features(image, grid, self.encode_text(batch.text), batch.text.mask, batch.text.image_ids)
 
-@runtime_checkable
-class EncodableModelConfig(Protocol):
-    """Settings of such a model."""
+    @abstractmethod
+    def decode(self, features: Features) -> Any:
+        """Run the head; returns the output of the model."""
 
-    def build_without_encoders(self) -> EncodableModel:
-        """The network for batches that have features; raises ConfigError where an encoder is not frozen."""
-        ...
+    def forward(self, batch: Batch | EncodedBatch) -> Any:
+        if isinstance(batch, Batch):
+            return self.decode(self.encode(batch))
+        features = batch.features  # float16
+        return self.decode(features._replace(image=features.image.float(), text=features.text.float()))
+
+    @abstractmethod
+    def loss(self, output: Any, batch: Batch | EncodedBatch) -> dict[LossName, Tensor]: ...
+
+    @abstractmethod
+    def batch_weight(self, batch: Batch | EncodedBatch) -> int: ...
+
+    @abstractmethod
+    def predict(self, output: Any, batch: Batch | EncodedBatch) -> list[Prediction]: ...

@@ -1,4 +1,4 @@
-"""Settings of encoders that come from transformers; every family uses them."""
+"""Settings of encoders from transformers, shared by all families."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ TINY_BERT: dict[str, Any] = {  # text encoder of the `tiny()` presets, for vg's 
 
 @dataclass
 class EncoderConfig(Settings):
-    """Where an encoder comes from: a Hub id or a local folder, or (with ``architecture``) small and from scratch."""
+    """Source of an encoder: a Hub id or a local folder, or (with ``architecture``) random weights."""
 
     id: str | None = None
+    """Hub id or local folder of a pretrained model."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     architecture: dict[str, Any] | None = None
-    """Arguments of the transformers configuration, `model_type` among them: random weights instead of those of `id`."""
+    """Arguments of the transformers configuration including `model_type`: random weights instead of those of `id`."""
     frozen: bool = True
-    """Frozen encoders run in evaluation mode without gradients; with an `id` they are not saved with the checkpoint."""
+    """Frozen encoders run in evaluation mode without gradients; in rec, one with an `id` is not saved with checkpoints
+    and loads its weights when it is first used."""
 
     def __post_init__(self) -> None:
         if self.architecture is None:

@@ -1,4 +1,4 @@
-"""Encoders of transformers: any model, frozen or trained, pretrained or small and from scratch; and tokenizers."""
+"""Encoders from transformers, frozen or trained, pretrained or from scratch, and their tokenizers."""
 
 from __future__ import annotations
 
@@ -27,87 +27,125 @@ SMALL_VOCABULARY = Path(__file__).parent / "small_vocabulary.txt"
 
 
 class Encoder(nn.Module):
-    """A transformers model that stays as it is while it is frozen: no gradients, always in evaluation mode.
+    """A transformers model; while it is frozen it computes no gradients and stays in evaluation mode.
 
     Args:
-        pretrained: load the weights of `config.id`, if there is one; else they are random.
+        pretrained: load the weights of `config.id`, if there is one; otherwise they are random.
+        lazy: load them when `network` is first used, so that a model that reads cached features never does.
         options: for the constructor of the network, such as add_pooling_layer=False.
+
+    Raises:
+        ConfigError: the id does not exist or cannot be accessed.
     """
 
-    def __init__(self, config: EncoderConfig, pretrained: bool, **options: Any):
+    network: PreTrainedModel
+
+    def __init__(self, config: EncoderConfig, pretrained: bool, lazy: bool = False, **options: Any):
         super().__init__()
-        if config.architecture is None and pretrained:
-            self.network = AutoModel.from_pretrained(config.id, revision=config.revision, **options)
-        else:
-            self.network = AutoModel.from_config(network_config(config), **options)
-        for name, parameter in self.network.named_parameters():
-            if (
-                "pooler." in name or "mask_token" in name
-            ):  # no gradient reaches these; several processes would wait for it
-                parameter.requires_grad_(False)
+        self.config = config
+        self.options = options
         self.frozen = config.frozen
+        self.network_config = network_config(config)
+        if lazy:  # the buffer moves with the model: it has the device and dtype that the network gets
+            self.register_buffer("placement", torch.empty(0), persistent=False)
+        else:
+            self.network = self._build(pretrained)
         if self.frozen:
-            self.requires_grad_(False)
             self.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "network" and not self.is_loaded:
+            # Inference tensors could not be used in training, and a resumed run must draw the same random numbers.
+            with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+                self.network = self._build(pretrained=True).to(self.placement)
+        return super().__getattr__(name)
+
+    @property
+    def is_loaded(self) -> bool:
+        return "network" in self._modules
+
+    def _build(self, pretrained: bool) -> PreTrainedModel:
+        config = self.config
+        if config.architecture is None and pretrained:
+            network = AutoModel.from_pretrained(config.id, revision=config.revision, **self.options)
+        else:
+            network = AutoModel.from_config(self.network_config, **self.options)
+        for name, parameter in network.named_parameters():
+            # These get no gradient, so in distributed training the other processes would wait for it.
+            if self.frozen or "pooler." in name or "mask_token" in name:
+                parameter.requires_grad_(False)
+        return network.eval() if self.frozen else network
 
     def train(self, mode: bool = True) -> Encoder:
         return super().train(mode and not self.frozen)
 
     @property
     def width(self) -> int:
-        """D of the tokens."""
-        return token_width(self.network.config)
+        """Channels D of the tokens."""
+        config = self.network_config
+        return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
+
+    def num_unloaded_parameters(self) -> int:
+        """Count the parameters that `parameters()` lacks because the network is not loaded yet."""
+        if self.is_loaded:
+            return 0
+        with torch.device("meta"):
+            network = AutoModel.from_config(self.network_config, **self.options)
+        return sum(parameter.numel() for parameter in network.parameters())
 
     def run(self, **inputs: Any) -> Tensor:
+        """Return the last hidden state for keyword arguments of the network."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.network(**inputs).last_hidden_state
 
 
 def enable_checkpointing(network: PreTrainedModel) -> None:
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of storing them."""
     renamed = getattr(network, "activation_checkpointing_enable", None)  # in transformers 5.23
     (renamed or network.gradient_checkpointing_enable)()
 
 
 def network_config(config: EncoderConfig) -> PretrainedConfig:
-    """The settings of the network itself, without its weights."""
+    """Return the transformers configuration of an encoder; raises ConfigError if its id cannot be read."""
     if config.architecture is not None:
         return AutoConfig.for_model(**config.architecture)
-    return AutoConfig.from_pretrained(config.id, revision=config.revision)
-
-
-def token_width(config: PretrainedConfig) -> int:
-    """D of the tokens that such a network gives."""
-    return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
+    try:
+        return AutoConfig.from_pretrained(config.id, revision=config.revision)
+    except (OSError, ValueError) as error:  # no such id, no access, no network; not a configuration of transformers
+        raise ConfigError(f"the encoder {config.id} cannot be loaded: check its id and access\n({error})") from error
 
 
 def weights_key(name: str, config: EncoderConfig) -> dict[str, str]:
-    """What tells the weights of a frozen encoder from all others, without loading them.
+    """Return JSON values that identify the weights of a frozen encoder, without loading them.
 
     Args:
-        name: what errors call it, such as model.vision.
+        name: path of the setting for errors, such as model.vision.
 
     Raises:
         ConfigError: the encoder is trained, or its weights are random.
     """
     if not config.frozen:
-        raise ConfigError(f"{name}.frozen is false: only what frozen encoders say can be cached; set data.cache=null")
+        raise ConfigError(f"{name}.frozen is false, but only frozen encoders can be cached; set data.cache=null")
     if config.id is None:
-        raise ConfigError(f"{name} has no id: its random weights are others in every run; set data.cache=null")
+        raise ConfigError(f"{name} has no id: its random weights differ in every run; set data.cache=null")
     return {"id": config.id, "revision": str(config.revision), "weights": _files_key(config.id, config.revision)}
 
 
 def tokenizer_key(config: TextEncoderConfig) -> str:
-    """The same for the tokenizer of a text encoder."""
-    place = config.tokenizer or config.id or str(SMALL_VOCABULARY)
-    return _files_key(place, config.revision if place == config.id else None)
+    """Return a string that identifies the tokenizer of a text encoder."""
+    location = _tokenizer_location(config)
+    return _files_key(location, config.revision if location == config.id else None)
 
 
-def _files_key(place: str, revision: str | None) -> str:
-    """A digest of a file or of a folder's files; for a Hub id the commit, which stands for its files."""
-    path = Path(place)
+def _tokenizer_location(config: TextEncoderConfig) -> str:
+    return config.tokenizer or config.id or str(SMALL_VOCABULARY)
+
+
+def _files_key(location: str, revision: str | None) -> str:
+    """Return a digest of a file or of the files of a folder; for a Hub id its commit, which determines the files."""
+    path = Path(location)
     if not path.exists():
-        return Path(hf_hub_download(place, "config.json", revision=revision)).parent.name
+        return Path(hf_hub_download(location, "config.json", revision=revision)).parent.name
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.suffix in (".safetensors", ".bin", ".json", ".txt", ".model"):
@@ -119,22 +157,22 @@ def _files_key(place: str, revision: str | None) -> str:
 
 
 def load_tokenizer(config: TextEncoderConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a text encoder: the one named, that of the encoder's id, or the small built-in vocabulary.
+    """Load the tokenizer of a text encoder: the configured one, that of its id, or the small built-in vocabulary.
 
     Raises:
-        ConfigError: there is none at that place.
+        ConfigError: there is no tokenizer at that location.
     """
-    place = config.tokenizer or config.id or str(SMALL_VOCABULARY)
+    location = _tokenizer_location(config)
     try:
-        if place.endswith(".json"):
+        if location.endswith(".json"):
             return PreTrainedTokenizerFast(
-                tokenizer_file=place, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+                tokenizer_file=location, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
             )
-        if place.endswith(".txt"):
-            return BertTokenizer(vocab=place)
-        return AutoTokenizer.from_pretrained(place, revision=config.revision if place == config.id else None)
-    except Exception as error:  # no such file or id, no network, no vocabulary in it: each has a class of its own
+        if location.endswith(".txt"):
+            return BertTokenizer(vocab=location)
+        return AutoTokenizer.from_pretrained(location, revision=config.revision if location == config.id else None)
+    except Exception as error:  # missing file or id, no network, no vocabulary: each has its own exception class
         raise ConfigError(
-            f"no tokenizer can be loaded from {place}: set model.text.tokenizer to a folder with one, a vocab.txt, "
+            f"no tokenizer can be loaded from {location}: set model.text.tokenizer to a folder with one, a vocab.txt, "
             f"a tokenizer.json or a Hub id\n({error})"
         ) from error

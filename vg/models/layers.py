@@ -1,4 +1,4 @@
-"""Layers that more than one model uses."""
+"""Layers that several models use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MLP(nn.Sequential):
 
 
 def token_centers(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
-    """Centres of the cells of a (rows, columns) grid over the image, row by row: [S, 2] as (x, y) in 0..1."""
+    """Return the centers of the cells of a (rows, columns) grid in row-major order: [S, 2] as (x, y) in 0..1."""
     rows, columns = grid
     y = (torch.arange(rows, device=device) + 0.5) / rows
     x = (torch.arange(columns, device=device) + 0.5) / columns
@@ -29,12 +29,12 @@ def token_centers(grid: tuple[int, int], device: torch.device | None = None) -> 
 
 
 def sine_encoding(positions: Tensor, dim: int, temperature: float = 20.0, interleaved: bool = False) -> Tensor:
-    """Sine encoding of coordinates (Vaswani et al. 2017), as DETR uses it in two dimensions: one turn from 0 to 1.
+    """Sine encoding of coordinates (Vaswani et al. 2017) in any dimension (DETR: two); one period from 0 to 1.
 
     Args:
         positions: [..., C] coordinates, any C that divides dim.
         dim: size of the encoding; each coordinate gets dim / C channels.
-        interleaved: sines and cosines of a coordinate take turns, as in the DETR family; else they come in halves.
+        interleaved: sines and cosines of a coordinate alternate, as in the DETR family; otherwise all sines come first.
 
     Returns:
         [..., dim] float32 (float64 for float64 positions)
@@ -49,15 +49,15 @@ def sine_encoding(positions: Tensor, dim: int, temperature: float = 20.0, interl
 
 
 def rotary_encoding(positions: Tensor, head_width: int, temperature: float = 100.0) -> Tensor:
-    """Rotary encoding of points in the plane (Su et al. 2021; half of the channels per axis, as DINOv3 has it).
+    """Rotary encoding of 2D positions (Su et al. 2021; half of the channels per axis, as in DINOv3).
 
     Args:
-        positions: [S, 2] as (x, y) in 0..1; the fastest channels turn twice on the way through the image.
+        positions: [S, 2] as (x, y) in 0..1; the highest frequency has two periods per image side.
         head_width: channels of one attention head, divisible by 4.
 
     Returns:
-        [S, head_width / 2] complex numbers of length 1: to multiply a query and a key by those of their places makes
-        their product depend on how far, and in which direction, one lies from the other.
+        [S, head_width / 2] complex values of magnitude 1. With query and key multiplied by those of their positions,
+        their dot product depends on the relative position only.
     """
     steps = torch.arange(head_width // 4, device=positions.device, dtype=torch.float32)
     frequency = 4 * math.pi * temperature ** (-4 * steps / head_width)
@@ -65,53 +65,53 @@ def rotary_encoding(positions: Tensor, head_width: int, temperature: float = 100
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def place_in_group(groups: Tensor) -> Tensor:
-    """How many entries of the same group come before each: [R] int64, for groups [R] int64 in any order."""
+def index_in_group(groups: Tensor) -> Tensor:
+    """Return for each entry how many earlier ones have the same group: [R] int64, for groups [R] int64 in any order."""
     same = groups.unsqueeze(0) == groups.unsqueeze(1)  # [R, R]
     return same.tril(diagonal=-1).sum(dim=1)
 
 
 class SharedMemoryDecoderLayer(nn.TransformerDecoderLayer):
-    """nn.TransformerDecoderLayer (post-norm, ReLU) where several rows may ask the same memory.
+    """nn.TransformerDecoderLayer (post-norm, ReLU) in which several rows may attend to the same memory.
 
-    Its keys and values are projected once for all of them: their queries stand in one row, for queries of one row do
-    not see each other.
+    Its keys and values are projected once: the queries of all these rows are concatenated into one, which changes
+    nothing because queries do not see each other in cross-attention.
     """
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, memory: Tensor, padding: Tensor, place: tuple[Tensor, Tensor] | None
+        self, x: Tensor, memory: Tensor, padding: Tensor, rows: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """One layer.
+        """Apply the layer.
 
         Args:
             x: [R, T, D]
             memory: [B, S, D]
-            padding: [R, T] bool, True = no token.
-            place: [R] which memory a row asks, and [R] its place among the rows that ask the same; None where row r
-                asks memory r.
+            padding: [R, T] bool, True = padding.
+            rows: [R] index of the memory of each row, and [R] index among the rows with the same memory; None if row r
+                has memory r.
 
         Returns:
             [R, T, D]
         """
         attended = self.self_attn(x, x, x, key_padding_mask=padding, need_weights=False)[0]
         x = self.norm1(x + self.dropout1(attended))
-        if place is None:
+        if rows is None:
             attended = self.multihead_attn(x, memory, memory, need_weights=False)[0]
         else:
-            most = int(place[1].max()) + 1
+            most = int(rows[1].max()) + 1
             queries = x.new_zeros(len(memory), most, *x.shape[1:])  # [B, most, T, D]
-            queries = queries.index_put(place, x).flatten(1, 2)  # [B, most x T, D]
+            queries = queries.index_put(rows, x).flatten(1, 2)  # [B, most x T, D]
             attended = self.multihead_attn(queries, memory, memory, need_weights=False)[0]
-            attended = attended.unflatten(1, (most, -1))[place]  # [R, T, D]
+            attended = attended.unflatten(1, (most, -1))[rows]  # [R, T, D]
         x = self.norm2(x + self.dropout2(attended))
         return self.norm3(x + self.dropout3(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
 
 class RotaryTransformerLayer(nn.Module):
-    """A transformer encoder layer (pre-norm) whose attention sees where tokens lie relative to each other.
+    """Transformer encoder layer (pre-norm) with rotary position encoding in its attention.
 
     Args:
-        width: channels of a token, D; a multiple of 4 for each head.
+        width: channels D of a token, a multiple of 4 x heads.
     """
 
     def __init__(self, width: int, heads: int, feedforward: int, dropout: float = 0.0):
@@ -126,12 +126,12 @@ class RotaryTransformerLayer(nn.Module):
         self.feedforward = MLP(width, feedforward, width, activation=nn.GELU)
 
     def forward(self, x: Tensor, rotation: Tensor, mask: Tensor) -> Tensor:
-        """One layer.
+        """Apply the layer.
 
         Args:
             x: [B, S, D]
-            rotation: [S, D / heads / 2] complex, see rotary_encoding; 1 for a token that has no place.
-            mask: [B, S] bool, True = a token that others may attend to.
+            rotation: [S, D / heads / 2] complex, see rotary_encoding; 1 for a token without position.
+            mask: [B, S] bool, False = padding, which no token attends to.
 
         Returns:
             [B, S, D]
@@ -141,10 +141,11 @@ class RotaryTransformerLayer(nn.Module):
 
     def _attend(self, x: Tensor, rotation: Tensor, mask: Tensor) -> Tensor:
         value = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, S, D / heads]
-        query_key = (
-            self.query_key(x).float().unflatten(-1, (2 * self.heads, -1, 2))
-        )  # [B, S, 2 heads, D / heads / 2, 2]
-        rotated = torch.view_as_real(torch.view_as_complex(query_key) * rotation.unsqueeze(1))  # one pass, not six
+        # [B, S, 2 heads, D / heads / 2, 2]
+        query_key = self.query_key(x).float().unflatten(-1, (2 * self.heads, -1, 2))
+        rotated = torch.view_as_real(
+            torch.view_as_complex(query_key) * rotation.unsqueeze(1)
+        )  # one pass over memory, not six
         query, key = rotated.flatten(-2).to(value.dtype).transpose(1, 2).chunk(2, dim=1)  # [B, heads, S, D / heads]
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(query, key, value, mask[:, None, None], dropout)

@@ -1,4 +1,4 @@
-"""What training reads: the batches of every optimiser step, the same in every run of the same configuration."""
+"""Training batches: those of every optimizer step, the same in every run of a configuration."""
 
 from __future__ import annotations
 
@@ -11,51 +11,41 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from vg.cache.select import training_order, training_source
+from vg.cache.datasets import training_dataset
 from vg.config import RunConfig
-from vg.data.collate import Collator
-from vg.data.dataset import GroundingDataset
-from vg.data.overlap import without_overlap
-from vg.data.samplers import AspectRatioGroupedSampler
+from vg.data.samplers import AspectRatioGroupedSampler, EpochSampler, ImageGroupedSampler
 from vg.data.source import Source
 from vg.models.base import GroundingModel
-from vg.types import Batch
 
 
 class TrainingData:
-    """The training samples of a run, epoch by epoch, as each process gets them.
+    """The training batches of a run, epoch by epoch, for each process.
 
     Args:
-        evaluations: what the run is evaluated on; pictures that are there as well are told, or left out if asked.
+        evaluations: evaluation sources of the run; images shared with them cause a warning or are dropped.
 
     Raises:
-        DataError: nothing is left, or the pictures cannot be grouped by shape (`data.group_by_aspect_ratio`).
+        ConfigError, CacheError: see vg.cache.datasets.training_dataset.
+        DataError: no training sample is left, or the source cannot group its samples as configured.
     """
 
     def __init__(
         self, config: RunConfig, model: GroundingModel, accelerator: Accelerator, evaluations: Sequence[Source]
     ):
-        data, seed = config.data, config.train.seed
-        source = without_overlap(training_source(config, model), evaluations, data.drop_overlap)
-        samples_at_once = data.batch_size * accelerator.num_processes
+        data = config.data
         self.accelerator = accelerator
         self.accumulate = config.train.accumulate
-        collate = Collator(model.image_spec, model.text_spec, one_prompt=True)
-        self.data = GroundingDataset(source, data.augment.build(), seed, data.bad_samples, collate.texts)
-        self.sampler = (
-            AspectRatioGroupedSampler(source, seed, samples_at_once)
-            if data.group_by_aspect_ratio
-            else training_order(config, source)
-        )
+        self.data = training_dataset(config, model, evaluations)
+        self.sampler = training_sampler(config, self.data.source, accelerator.num_processes)
         loader: DataLoader[Any] = DataLoader(
             self.data,
             batch_size=data.batch_size,
             sampler=self.sampler,
             num_workers=data.workers,
-            collate_fn=collate,
-            drop_last=len(self.data) >= samples_at_once,
+            collate_fn=self.data.collate,
+            drop_last=len(self.data) >= data.batch_size * accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # else a resumed run would draw once more from the generator of dropout
+            generator=torch.Generator(),  # otherwise a resumed run would draw once more from the global generator
             persistent_workers=data.workers > 0,
         )
         self.loader: DataLoader[Any] = accelerator.prepare_data_loader(loader)
@@ -64,14 +54,26 @@ class TrainingData:
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.loader) / self.accumulate)
 
-    def steps(self, epoch: int, done: int) -> Iterator[list[Batch]]:
-        """What is left of an epoch: the batches of each optimiser step, in the last one perhaps fewer.
+    def steps(self, epoch: int, done: int) -> Iterator[list[Any]]:
+        """Yield the batches (Batch or EncodedBatch) of each remaining optimizer step of an epoch.
+
+        The last step may have fewer batches.
 
         Args:
-            done: batches of this epoch, in each process, that were used before.
+            done: batches of this epoch, per process, that were used before.
         """
         self.data.begin_epoch(epoch)
         self.sampler.begin_epoch(epoch)
         batches = iter(self.accelerator.skip_first_batches(self.loader, done) if done else self.loader)
         while step := list(islice(batches, self.accumulate)):
             yield step
+
+
+def training_sampler(config: RunConfig, source: Source, num_processes: int = 1) -> EpochSampler:
+    """Return the order of the training samples; raises DataError if the source cannot group its samples that way."""
+    data, seed = config.data, config.train.seed
+    if data.group_by_aspect_ratio:
+        return AspectRatioGroupedSampler(source, seed, data.batch_size * num_processes)
+    if data.cache and data.cache.expressions_per_image > 1:
+        return ImageGroupedSampler(source, seed, data.cache.expressions_per_image)
+    return EpochSampler(len(source), seed)

@@ -15,7 +15,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from vg.cache.select import build_model
 from vg.config import RunConfig
 from vg.distributed import (
     StopSignal,
@@ -79,7 +78,7 @@ class Trainer:
         self.folder.claim(resume, overwrite)
         seed_everything(config.train.seed)
 
-        self.unwrapped_model = build_model(config)  # self.model may be wrapped for DDP
+        self.unwrapped_model = config.model.build()  # self.model may be wrapped for DDP
         self.evaluator = Evaluator(config.data, self.unwrapped_model, self.accelerator, config.train.best_metric)
         self.data = TrainingData(config, self.unwrapped_model, self.accelerator, self.evaluator.sources)
         select_trainable(self.unwrapped_model, config.optim)
@@ -189,7 +188,7 @@ class Trainer:
     def interpolate(self, weights: Sequence[float]) -> None:
         """Evaluate interpolations between the initial and the best weights, and save the best one."""
         seed_everything(self.config.train.seed)
-        model = build_model(self.config)  # with the weights before the first step
+        model = self.config.model.build()  # with the weights before the first step
         mixtures = Interpolation(model.own_state_dict(), self.folder.best_weights())
         sweep = Sweep(model.to(self.accelerator.device), mixtures, weights, self.evaluator)
         tokenizer = self.unwrapped_model.text_spec.tokenizer

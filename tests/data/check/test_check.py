@@ -219,7 +219,7 @@ def test_classes_that_only_the_evaluation_has(tmp_path: Path) -> None:
     assert (finding.severity, finding.examples) == ("warning", ["Dogs (spelled 'dog' in training)"])
     more = sound()
     more["categories"][0]["name"] = "Dogs"
-    mixture = MixtureConfig(parts=[write(tmp_path / "a", sound()), write(tmp_path / "c", more)])
+    mixture = MixtureConfig(datasets=[write(tmp_path / "a", sound()), write(tmp_path / "c", more)])
     known = check(mixture, val=write(tmp_path / "b", other))
     assert not [each for each in known.findings if "no box of" in each.what], "one part of a mixture is enough"
     for category, name in zip(other["categories"], ("car", "bus"), strict=True):

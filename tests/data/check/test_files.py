@@ -126,9 +126,9 @@ def test_yolo_folders(tmp_path: Path) -> None:
 
 
 def test_other_sources_and_parts_of_a_mixture(tmp_path: Path) -> None:
-    mixture = MixtureConfig(parts=[ShapesConfig(size=5), write(tmp_path, sound())])
+    mixture = MixtureConfig(datasets=[ShapesConfig(size=5), write(tmp_path, sound())])
     diagnosis = diagnose({"train": mixture, "val": ShapesConfig(split="val", size=50)}, 256, quick=4)
-    assert [each.reading.set for each in diagnosis.sets] == ["train.parts.0", "train.parts.1", "val"]
+    assert [each.reading.set for each in diagnosis.sets] == ["train.datasets.0", "train.datasets.1", "val"]
     assert [len(each.reading.pictures) for each in diagnosis.sets] == [4, 12, 4]
     assert not errors(diagnosis)
     assert len(diagnosis.pictures(6)) == 6

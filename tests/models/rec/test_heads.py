@@ -1,4 +1,4 @@
-"""The two heads of the rec family: shapes, gradients, padding, positive tokens, losses and the order of the answers."""
+"""The two heads of the rec family: shapes, gradients, padding, positive tokens, losses and ranking of the boxes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build(config: HeadConfig) -> PooledHead | DenseHead:
 
 
 def tokens(samples: int = 4, words: int = 6) -> tuple[Tensor, tuple[int, int], Tensor, Tensor]:
-    """What a head sees; the first sample has all the words, each further one a word less."""
+    """Return the input of a head; the first sample has all words, every further one a word less."""
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(samples, PREFIX + GRID[0] * GRID[1], VISION_WIDTH, generator=generator)
     text = torch.randn(samples, words, TEXT_WIDTH, generator=generator)
@@ -58,7 +58,7 @@ def test_shapes(config: HeadConfig) -> None:
 
 
 @heads
-def test_every_parameter_learns(config: HeadConfig) -> None:
+def test_every_parameter_has_a_gradient(config: HeadConfig) -> None:
     head = build(config)
     losses = head.loss(head(*tokens()), some_boxes())
     assert set(losses) == {"diou", "l1", "giou"} | ({"token"} if config.name == "dense" else set())
@@ -67,7 +67,7 @@ def test_every_parameter_learns(config: HeadConfig) -> None:
 
 
 @heads
-def test_padding_of_the_text_changes_nothing(config: HeadConfig) -> None:
+def test_text_padding_has_no_effect(config: HeadConfig) -> None:
     head = build(config).eval()
     image, grid, text, mask = tokens()
     noise = torch.full((4, 3, TEXT_WIDTH), 9.0)
@@ -80,13 +80,13 @@ def test_padding_of_the_text_changes_nothing(config: HeadConfig) -> None:
 
 @heads
 def test_loss_is_the_mean_over_samples(config: HeadConfig) -> None:
-    """So that two processes with half of the batch each learn what one process learns from all of it."""
+    """Two processes with half of the batch each compute the gradient of one process with the whole batch."""
     head = build(config)
     target = some_boxes()
     image, grid, text, mask = tokens()
     whole = head.loss(head(image, grid, text, mask), target)
     halves = [
-        head.loss(head(image[part], grid, text[part], mask[part]), target[part]) for part in (slice(2), slice(2, 4))
+        head.loss(head(image[rows], grid, text[rows], mask[rows]), target[rows]) for rows in (slice(2), slice(2, 4))
     ]
     for name, value in whole.items():
         torch.testing.assert_close((halves[0][name] + halves[1][name]) / 2, value)
@@ -100,11 +100,11 @@ def test_switched_off_terms_are_absent() -> None:
 @pytest.mark.parametrize(
     ("box", "expected"),
     [
-        ((0.5, 0.5, 1.0, 1.0), list(range(12))),  # the whole picture
-        ((0.25, 1 / 3, 0.3, 0.4), [0, 1, 4, 5]),  # four centres inside
+        ((0.5, 0.5, 1.0, 1.0), list(range(12))),  # the whole image
+        ((0.25, 1 / 3, 0.3, 0.4), [0, 1, 4, 5]),  # four centers inside
         ((0.25, 0.5, 0.5, 0.1), [4, 5]),  # a flat one
-        ((0.63, 0.52, 0.01, 0.01), [6]),  # around a centre or nearly so
-        ((0.98, 0.98, 0.02, 0.02), [11]),  # between centres: the nearest one
+        ((0.63, 0.52, 0.01, 0.01), [6]),  # around a center or nearly so
+        ((0.98, 0.98, 0.02, 0.02), [11]),  # between centers: the nearest one
         ((0.0, 0.0, 1e-6, 1e-6), [0]),
     ],
 )
@@ -124,19 +124,20 @@ def test_rank_is_sorted_and_inside_bounds() -> None:
     assert (corners[..., 2:] > corners[..., :2]).all()
 
 
-def test_a_box_with_crossed_sides_is_an_empty_one() -> None:
-    """As a head predicts that has not learned yet; boxes as they should be stay as they are."""
-    crossed = torch.tensor([[0.5, 0.4, -0.2, 0.3], [0.5, 0.4, 0.2, -0.3], [0.5, 0.4, -0.2, -0.3], [0.5, 0.4, 0.2, 0.3]])
-    boxes, _ = build(HEADS["pooled"]).rank(PooledOutput(crossed))
-    assert boxes[3, 0].equal(crossed[3])
+def test_an_inverted_box_becomes_empty() -> None:
+    """An untrained head predicts such boxes; valid boxes are unchanged."""
+    signs = torch.tensor([[1, 1, -1, 1], [1, 1, 1, -1], [1, 1, -1, -1], [1, 1, 1, 1]])
+    inverted = signs * torch.tensor([0.5, 0.4, 0.2, 0.3])
+    boxes, _ = build(HEADS["pooled"]).rank(PooledOutput(inverted))
+    assert boxes[3, 0].equal(inverted[3])
     corners = box_ops.to_pixels(boxes[:, 0], (60, 80))  # [4, 4]
     assert (corners[:, 2:] >= corners[:, :2]).all()
     assert box_ops.area(corners).tolist()[:3] == [0, 0, 0]
     torch.testing.assert_close(corners[0], torch.tensor([40.0, 15.0, 40.0, 33.0]))
 
 
-def test_rank_scores_are_what_the_tokens_agree_on() -> None:
-    """Two objects: four tokens propose the left one, two the right one; then one token that is alone."""
+def test_rank_scores_are_expected_ious() -> None:
+    """Two objects: four tokens predict the left one, two the right one; one token predicts a third box."""
     left, right, alone = [0.2, 0.5, 0.3, 0.8], [0.7, 0.5, 0.2, 0.4], [0.5, 0.95, 0.05, 0.05]
     probability = torch.tensor([[0.15, 0.15, 0.15, 0.15, 0.18, 0.18, 0.04]])
     proposals = torch.tensor([[left] * 4 + [right] * 2 + [alone]])
@@ -146,7 +147,7 @@ def test_rank_scores_are_what_the_tokens_agree_on() -> None:
     torch.testing.assert_close(scores, torch.tensor([[0.60, 0.36, 0.04, 0.0]]))
 
 
-def test_rank_score_is_one_where_the_model_is_sure() -> None:
+def test_rank_score_is_one_if_one_token_has_all_weight() -> None:
     logits = torch.zeros(1, 12)
     logits[0, 3] = 50.0
     output = DenseOutput(logits, some_boxes(12).unsqueeze(0), token_centers(GRID))
@@ -155,7 +156,7 @@ def test_rank_score_is_one_where_the_model_is_sure() -> None:
     torch.testing.assert_close(scores[0, 0], torch.tensor(1.0))
 
 
-def test_a_token_starts_from_its_own_place() -> None:
+def test_box_centers_are_relative_to_their_token() -> None:
     head = build(HEADS["dense"])
     torch.nn.init.zeros_(head.box[-1].weight)
     torch.nn.init.zeros_(head.box[-1].bias)
@@ -163,15 +164,15 @@ def test_a_token_starts_from_its_own_place() -> None:
     torch.testing.assert_close(output.boxes[0, :, :2], token_centers(GRID))
 
 
-def test_rotary_encoding_knows_relative_places_only() -> None:
+def test_rotary_encoding_depends_on_relative_positions_only() -> None:
     head_width = 16
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.view_as_complex(torch.randn(head_width // 2, 2, generator=generator)) for _ in range(2))
-    places = torch.tensor([[0.1, 0.2], [0.4, 0.3], [0.5, 0.6], [0.8, 0.7]])  # 0 -> 1 equals 2 -> 3
-    rotation = rotary_encoding(places, head_width)
+    positions = torch.tensor([[0.1, 0.2], [0.4, 0.3], [0.5, 0.6], [0.8, 0.7]])  # 0 -> 1 equals 2 -> 3
+    rotation = rotary_encoding(positions, head_width)
     products = [(query * rotation[a] * (key * rotation[b]).conj()).real.sum() for a, b in ((0, 1), (2, 3), (1, 0))]
     torch.testing.assert_close(products[0], products[1])
-    assert not torch.isclose(products[0], products[2])  # the way back is another way
+    assert not torch.isclose(products[0], products[2])  # the opposite direction differs
 
 
 @heads
@@ -183,6 +184,8 @@ def test_mixed_precision(config: HeadConfig) -> None:
     torch.testing.assert_close(output.boxes.float(), exact.boxes, atol=0.03, rtol=0.1)
 
 
-def test_width_must_suit_the_heads() -> None:
+def test_width_must_be_divisible_by_heads() -> None:
     with pytest.raises(ValueError, match=r"width \(36\) must be a multiple of 4 x heads \(2\)"):
         DenseHeadConfig(width=36, heads=2)
+    with pytest.raises(ValueError, match=r"width \(36\) must be a multiple of heads \(8\)"):
+        PooledHeadConfig(width=36, heads=8)

@@ -1,4 +1,4 @@
-"""The rec family: the published sizes, encoders from ids, folders and settings, frozen and trained."""
+"""The rec family: published sizes, settings, encoders from ids, folders and architectures, frozen and trained."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModel, BertTokenizer
 
 from tests.conftest import TEXT
-from vg.config import load_config
+from vg.config import load_config, parse_config
 from vg.data.collate import Collator
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import ConfigError
@@ -21,7 +21,7 @@ from vg.models.rec.encoders import VisionEncoder
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
 
-PUBLISHED = {  # the architecture behind each id that our configurations name
+PUBLISHED = {  # architectures of the ids in our configurations
     "facebook/dinov3-vitb16-pretrain-lvd1689m": {
         "model_type": "dinov3_vit",
         "hidden_size": 768,
@@ -109,7 +109,7 @@ def test_every_configuration_builds(path: Path, ids_without_network: None) -> No
 
 @pytest.mark.parametrize("head", HEADS)
 def test_family_contract(head: str) -> None:
-    """A finite loss, a gradient for every trainable parameter, and predictions inside the picture, best first."""
+    """A finite loss, a gradient for every trainable parameter, and predictions inside the image, best first."""
     torch.manual_seed(0)
     model = tiny(head).build()
     batch = batch_for(model)
@@ -133,7 +133,7 @@ def test_family_contract(head: str) -> None:
     [(TINY_VISION, 5), (TINY_CONVNEXT, 1), (TINY_RESNET, 0)],
     ids=["vit", "convnext", "resnet"],
 )
-def test_vision_encoders_give_a_grid(architecture: dict, prefix: int) -> None:
+def test_vision_encoders_return_a_grid(architecture: dict, prefix: int) -> None:
     encoder = VisionEncoder(VisionEncoderConfig(architecture=architecture), pretrained=True)
     tokens, grid = encoder(torch.zeros(2, 3, 64, 96))
     stride = 16 if architecture is TINY_VISION else 8
@@ -141,7 +141,7 @@ def test_vision_encoders_give_a_grid(architecture: dict, prefix: int) -> None:
     assert tokens.shape == (2, prefix + grid[0] * grid[1], 32)
 
 
-def test_frozen_encoder_stays_as_it_is() -> None:
+def test_a_frozen_encoder_is_not_trained() -> None:
     config = tiny()
     config.vision.frozen = True
     model = config.build().train()
@@ -151,7 +151,7 @@ def test_frozen_encoder_stays_as_it_is() -> None:
     batch = batch_for(model)
     sum(model.loss(model(batch), batch).values()).backward()
     assert all(p.grad is None and not p.requires_grad for p in model.vision.parameters())
-    assert any(key.startswith("vision.") for key in model.own_state_dict())  # random: it has to be saved
+    assert any(key.startswith("vision.") for key in model.own_state_dict())  # random weights must be saved
 
 
 def pretrained_folders(path: Path) -> tuple[str, str]:
@@ -163,7 +163,7 @@ def pretrained_folders(path: Path) -> tuple[str, str]:
 
 
 def test_encoders_from_folders(tmp_path: Path) -> None:
-    """The path that Hub ids take: weights and tokenizer are read, and frozen ones are not saved again."""
+    """As Hub ids: weights and tokenizer are read, and weights of frozen encoders are not saved."""
     vision, text = pretrained_folders(tmp_path)
     config = RecConfig(
         image_size=64, vision=VisionEncoderConfig(id=vision), text=BgeConfig(id=text), head=HEADS["dense"]
@@ -180,6 +180,46 @@ def test_encoders_from_folders(tmp_path: Path) -> None:
         assert torch.equal(mine, other)
 
 
+def pretrained_config(folder: Path) -> RecConfig:
+    vision, text = pretrained_folders(folder)
+    return RecConfig(image_size=64, vision=VisionEncoderConfig(id=vision), text=BgeConfig(id=text), head=HEADS["dense"])
+
+
+def test_frozen_pretrained_encoders_are_loaded_at_first_use(tmp_path: Path) -> None:
+    model = pretrained_config(tmp_path).build().train()
+    assert [encoder.is_loaded for encoder in (model.vision, model.text)] == [False, False]
+    assert all(name.startswith("head.") for name, _ in model.named_parameters())
+    sizes = model.num_parameters(), model.num_parameters(trainable_only=True)
+    batch = batch_for(model)
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        model.encode(batch)
+    assert torch.get_rng_state().equal(state), "a resumed run loads them at another step"
+    assert [encoder.is_loaded for encoder in (model.vision, model.text)] == [True, True]
+    assert (model.num_parameters(), model.num_parameters(trainable_only=True)) == sizes
+    encoder_weights = [*model.vision.parameters(), *model.text.parameters()]
+    assert not any(p.is_inference() or p.requires_grad for p in encoder_weights)
+    assert not any(encoder.network.training for encoder in (model.vision, model.text))
+    assert sizes[0] == sizes[1] + sum(p.numel() for p in encoder_weights)
+    sum(model.loss(model(batch), batch).values()).backward()
+    assert all(p.grad is not None for p in model.head.parameters())
+
+
+def test_encoders_are_loaded_to_the_device_and_dtype_of_the_model(tmp_path: Path) -> None:
+    model = pretrained_config(tmp_path).build().to(torch.float64)
+    assert model.vision.network.state_dict()["norm.weight"].dtype == torch.float64
+    assert model.state_dict().keys() > model.own_state_dict().keys()
+    moved = pretrained_config(tmp_path).build().to("meta")
+    assert moved.vision.network.device.type == "meta"
+
+
+def test_a_missing_encoder_is_an_error_at_construction(tmp_path: Path) -> None:
+    config = pretrained_config(tmp_path)
+    config.vision.id = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"the encoder .*nowhere cannot be loaded: check its id and access"):
+        config.build()
+
+
 def test_a_trained_encoder_is_saved(tmp_path: Path) -> None:
     vision, text = pretrained_folders(tmp_path)
     config = RecConfig(
@@ -191,7 +231,7 @@ def test_a_trained_encoder_is_saved(tmp_path: Path) -> None:
     assert any(key.startswith("vision.") for key in config.build().own_state_dict())
 
 
-def test_weights_that_do_not_fit_are_all_named() -> None:
+def test_all_weights_that_do_not_fit_are_listed() -> None:
     model = tiny().build()
     weights = model.own_state_dict()
     weights["extra"] = torch.zeros(3)
@@ -211,30 +251,75 @@ def test_weights_that_do_not_fit_are_all_named() -> None:
         ({"architecture": {"hidden_size": 8}}, "model_type"),
     ],
 )
-def test_encoder_settings_that_contradict(settings: dict, message: str) -> None:
+def test_contradictory_encoder_settings(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VisionEncoderConfig(**settings)
 
 
-def test_an_expression_without_a_box_teaches_nothing() -> None:
-    """As gRefCOCO has them."""
+def test_an_expression_without_a_box_is_an_error() -> None:
+    """gRefCOCO has such expressions."""
     model = RecConfig(
         vision=VisionEncoderConfig(architecture=TINY_VISION), text=BgeConfig(architecture=TEXT), image_size=32
     ).build()
     samples = [ShapesConfig(split="val").build().load(index, 0) for index in range(2)]
     batch = Collator(model.image_spec, model.text_spec)(samples)
     batch.targets[1] = replace(batch.targets[1], boxes=torch.zeros(0, 4), phrase_ids=torch.zeros(0, dtype=torch.long))
-    with pytest.raises(ConfigError, match="shapes/val/000001/0 has 0 boxes, rec learns from expressions with one"):
+    with pytest.raises(ConfigError, match="shapes/val/000001/0 has 0 boxes, but rec trains on expressions with one"):
         model.loss(model(batch), batch)
 
 
 def test_a_prediction_does_not_depend_on_its_batch() -> None:
     torch.manual_seed(0)
     model = tiny().build().eval()
-    together = batch_for(model, 6)
+    batch = batch_for(model, 6)
     source = ShapesConfig(split="test", image_size=64).build()
     alone = Collator(model.image_spec, model.text_spec)([source.load(3, 0)])
-    first = model.predict(model(together), together)[3]
+    first = model.predict(model(batch), batch)[3]
     second = model.predict(model(alone), alone)[0]
     np.testing.assert_allclose(first.boxes.detach(), second.boxes.detach(), atol=1e-3)
     np.testing.assert_allclose(first.scores.detach(), second.scores.detach(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("image_size=0", r"model\.image_size: .*greater than 0"),
+        ("image_size=-224", r"model\.image_size: .*greater than 0"),
+        ("max_tokens=0", r"model\.max_tokens: .*greater than 0"),
+        ("head.width=0", r"model\.head\.width: .*greater than 0"),
+        ("head.layers=-1", r"model\.head\.layers: .*greater than 0"),
+        ("head.heads=0", r"model\.head\.heads: .*greater than 0"),
+        ("head.feedforward=0", r"model\.head\.feedforward: .*greater than 0"),
+        ("head.dropout=-0.1", r"model\.head\.dropout: .*greater than or equal to 0"),
+        ("head.dropout=1", r"model\.head\.dropout: .*less than 1"),
+        ("head.loss.diou=-1", r"model\.head\.loss\.diou: .*greater than or equal to 0"),
+        ("head.loss.l1=.inf", r"model\.head\.loss\.l1: .*finite"),
+        ("head.loss.giou=.nan", r"model\.head\.loss\.giou: "),
+    ],
+)
+@pytest.mark.parametrize("head", HEADS)
+def test_impossible_settings_are_refused_by_name(tmp_path: Path, head: str, override: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {{name: rec, head: {head}}}\ndata: {{train: {{name: shapes}}, eval: {{name: shapes}}}}\n")
+    load_config(path)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, [f"model.{override}"])
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({"name": "dense", "num_boxes": 0}, r"model\.head\.num_boxes: .*greater than 0"),
+        ({"name": "dense", "loss": {"token": -1}}, r"model\.head\.loss\.token: .*greater than or equal to 0"),
+        (
+            {"name": "dense", "loss": {"token": 0, "l1": 0, "giou": 0}},
+            r"model\.head\.loss: .*every loss weight is zero",
+        ),
+        ({"name": "pooled", "loss": {"diou": 0}}, r"model\.head\.loss: .*every loss weight is zero; give one of diou"),
+        ({"name": "pooled", "width": 36, "heads": 8}, r"model\.head.*: .*width \(36\) must be a multiple of heads"),
+    ],
+)
+def test_impossible_heads_are_refused_by_name(head: dict, message: str) -> None:
+    data = {"train": {"name": "shapes"}, "eval": {"name": "shapes"}}
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"model": {"name": "rec", "head": head}, "data": data})

@@ -117,8 +117,8 @@ def diagnose(
 def _flat(sets: Mapping[str, SourceConfig]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, config in sets.items():
-        parts = config.parts if isinstance(config, MixtureConfig) else None
-        flat |= {name: config} if parts is None else {f"{name}.parts.{i}": part for i, part in enumerate(parts)}
+        parts = config.datasets if isinstance(config, MixtureConfig) else None
+        flat |= {name: config} if parts is None else {f"{name}.datasets.{i}": part for i, part in enumerate(parts)}
     return flat
 
 

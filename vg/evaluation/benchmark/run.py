@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator
 
 from vg.config import DataConfig
+from vg.data.collate import Collator
+from vg.data.dataset import GroundingDataset
 from vg.data.overlap import Subset
 from vg.data.refcoco.source import RefcocoConfig
 from vg.evaluation.benchmark.bootstrap import intervals
@@ -136,7 +138,8 @@ def _evaluator(
 ) -> DatasetEvaluator:
     unused = RefcocoConfig()  # the split has its own source
     config = DataConfig(train=unused, eval=unused, eval_batch_size=batch_size, workers=workers)
-    return DatasetEvaluator(split.id, split.source, config, model, accelerator)
+    data = GroundingDataset(split.source, collate=Collator(model.image_spec, model.text_spec))
+    return DatasetEvaluator(split.id, data, config, accelerator)
 
 
 def _pooled(evaluated: Sequence[EvaluatedSplit]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, PositiveInt
 
 from vg.losses.config import LossConfig
 from vg.models.encoder_config import TINY_BERT, TextEncoderConfig
+from vg.models.settings import ModelSettings
 from vg.settings import Settings, by_name
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ class PredictConfig(Settings):
 
 
 @dataclass
-class GroundingDinoConfig(Settings):
+class GroundingDinoConfig(ModelSettings):
     """Grounding DINO (Liu et al. 2023, arXiv 2303.05499) and MM-Grounding-DINO (Zhao et al. 2024, arXiv 2401.02361)."""
 
     name: Literal["grounding_dino"] = "grounding_dino"
@@ -229,10 +230,6 @@ class GroundingDinoConfig(Settings):
         from vg.models.grounding_dino.model import GroundingDino
 
         return GroundingDino(self, pretrained)
-
-    def rebuild(self) -> GroundingDino:
-        """Build the network with random weights, for a checkpoint of vg, which contains all weights."""
-        return self.build(pretrained=False)
 
     @classmethod
     def tiny(cls) -> GroundingDinoConfig:

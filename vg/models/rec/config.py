@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PositiveInt
 
+from vg.losses.config import Weight
 from vg.models.encoder_config import TINY_BERT, EncoderConfig, TextEncoderConfig
+from vg.models.settings import ModelSettings
 from vg.settings import Settings, by_name
 
 if TYPE_CHECKING:
     from vg.models.rec.heads import DenseHead, PooledHead
     from vg.models.rec.model import RecModel
+
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass
@@ -26,36 +31,50 @@ class BgeConfig(TextEncoderConfig):
 
 
 @dataclass
-class PooledLossConfig(Settings):
-    """Weights of the loss terms; zero switches a term off. The published model was trained with DIoU alone."""
+class BoxLossConfig(Settings):
+    """Base class: at least one term of the loss must have a weight."""
 
-    diou: float = 1.0
-    l1: float = 0.0
-    giou: float = 0.0
+    def __post_init__(self) -> None:
+        weights = asdict(self)
+        if not any(weights.values()):
+            raise ValueError(f"every loss weight is zero; give one of {', '.join(weights)} a positive weight")
 
 
 @dataclass
-class DenseLossConfig(Settings):
-    """Weights of the loss terms; zero switches a term off."""
+class PooledLossConfig(BoxLossConfig):
+    """Weights of the loss terms; zero disables a term. The published model was trained with DIoU alone."""
 
-    token: float = 1.0
-    """Cross-entropy between the scores of the image tokens and the tokens inside the true box."""
-    diou: float = 0.0
-    l1: float = 5.0
-    giou: float = 2.0
+    diou: Weight = 1.0
+    l1: Weight = 0.0
+    giou: Weight = 0.0
+
+
+@dataclass
+class DenseLossConfig(BoxLossConfig):
+    """Weights of the loss terms; zero disables a term."""
+
+    token: Weight = 1.0
+    """Cross-entropy between the scores of the image tokens and the tokens inside the ground-truth box."""
+    diou: Weight = 0.0
+    l1: Weight = 5.0
+    giou: Weight = 2.0
 
 
 @dataclass
 class PooledHeadConfig(Settings):
-    """The published head: text tokens query the image, their mean regresses one box."""
+    """The published head: text tokens query the image, and their mean regresses one box."""
 
     name: Literal["pooled"] = "pooled"
-    width: int = 512
-    layers: int = 6
-    heads: int = 8
-    feedforward: int = 2048
-    dropout: float = 0.1
+    width: PositiveInt = 512
+    layers: PositiveInt = 6
+    heads: PositiveInt = 8
+    feedforward: PositiveInt = 2048
+    dropout: Dropout = 0.1
     loss: PooledLossConfig = field(default_factory=PooledLossConfig)
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
 
     def build(self, vision_width: int, text_width: int) -> PooledHead:
         from vg.models.rec.heads import PooledHead
@@ -65,16 +84,16 @@ class PooledHeadConfig(Settings):
 
 @dataclass
 class DenseHeadConfig(Settings):
-    """Our head: image and text tokens attend to one another, every image token scores itself and proposes a box."""
+    """vg's own head: image and text tokens attend to one another, every image token predicts a score and a box."""
 
     name: Literal["dense"] = "dense"
-    width: int = 256
-    layers: int = 4
-    heads: int = 8
-    feedforward: int = 1024
-    dropout: float = 0.1
-    num_boxes: int = 5
-    """How many boxes `predict` returns, best first."""
+    width: PositiveInt = 256
+    layers: PositiveInt = 4
+    heads: PositiveInt = 8
+    feedforward: PositiveInt = 1024
+    dropout: Dropout = 0.1
+    num_boxes: PositiveInt = 5
+    """Number of boxes that `predict` returns, best first."""
     loss: DenseLossConfig = field(default_factory=DenseLossConfig)
 
     def __post_init__(self) -> None:
@@ -97,38 +116,27 @@ HeadConfig = Annotated[
 
 
 @dataclass
-class RecConfig(Settings):
-    """Referring expression comprehension: one expression, one box."""
+class RecConfig(ModelSettings):
+    """Referring expression comprehension: one box for one expression."""
 
     name: Literal["rec"] = "rec"
-    image_size: int = 224
-    """Side of the square that images are stretched to, in pixels."""
-    max_tokens: int = 64
-    """Longest expression in tokens, the two special ones included; a longer one is an error."""
+    image_size: PositiveInt = 224
+    """Side of the square to which images are stretched, in pixels."""
+    max_tokens: PositiveInt = 64
+    """Longest expression in tokens, special tokens included; a longer one is an error."""
     vision: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
     text: BgeConfig = field(default_factory=BgeConfig)
     head: HeadConfig = field(default_factory=PooledHeadConfig)
 
-    def build(self, pretrained: bool = True) -> RecModel:
-        """Build the network.
+    @property
+    def frozen_encoders(self) -> Mapping[str, EncoderConfig]:
+        encoders: dict[str, EncoderConfig] = {"vision": self.vision, "text": self.text}
+        return {name: encoder for name, encoder in encoders.items() if encoder.frozen and encoder.id}
 
-        Args:
-            pretrained: load the weights of encoders that have an id; False gives random ones (a checkpoint follows,
-                or only shapes matter).
-        """
+    def build(self, pretrained: bool = True) -> RecModel:
         from vg.models.rec.model import RecModel
 
         return RecModel(self, pretrained)
-
-    def build_without_encoders(self) -> RecModel:
-        """The network for features that the frozen encoders made before; raises ConfigError where one is not frozen."""
-        from vg.models.rec.model import RecModel
-
-        return RecModel(self, encoders=False)
-
-    def rebuild(self) -> RecModel:
-        """The network for a checkpoint of vg to be loaded into, which brings all but the frozen encoders."""
-        return self.build()
 
     @classmethod
     def tiny(cls) -> RecConfig:

@@ -1,4 +1,4 @@
-"""Referring expression comprehension: vision encoder + text encoder + head = one box for one expression."""
+"""Referring expression comprehension: image encoder + text encoder + head = one box for one expression."""
 
 from __future__ import annotations
 
@@ -12,27 +12,23 @@ from transformers import AutoTokenizer
 from vg import boxes as box_ops
 from vg.errors import ConfigError
 from vg.models.base import EncodableModel
-from vg.models.encoders import load_tokenizer, network_config, token_width, tokenizer_key, weights_key
+from vg.models.encoders import load_tokenizer, tokenizer_key, weights_key
 from vg.models.rec.config import RecConfig
 from vg.models.rec.encoders import TextEncoder, VisionEncoder
 from vg.models.rec.heads import DenseOutput, PooledOutput
-from vg.types import Batch, ImageSpec, LossName, Prediction, StretchedImage, Text, TextSpec
+from vg.types import Batch, EncodedBatch, Features, ImageSpec, LossName, Prediction, StretchedImage, Text, TextSpec
 
 
 class RecModel(EncodableModel):
-    """See RecConfig.build and RecConfig.build_without_encoders."""
+    """See RecConfig.build; frozen pretrained encoders are loaded at first use."""
 
-    def __init__(self, config: RecConfig, pretrained: bool = True, encoders: bool = True):
+    def __init__(self, config: RecConfig, pretrained: bool = True):
         super().__init__()
         self.config = config
-        if encoders:
-            self.vision = VisionEncoder(config.vision, pretrained)
-            self.text = TextEncoder(config.text, pretrained)
-        else:
-            self.feature_key()  # says what is not frozen
-        self.head = config.head.build(*(token_width(network_config(each)) for each in (config.vision, config.text)))
-        own = {"vision": config.vision, "text": config.text}
-        self.external = tuple(name for name, encoder in own.items() if encoder.frozen and encoder.id)
+        self.external = tuple(config.frozen_encoders)
+        self.vision = VisionEncoder(config.vision, pretrained, lazy=pretrained and "vision" in self.external)
+        self.text = TextEncoder(config.text, pretrained, lazy=pretrained and "text" in self.external)
+        self.head = config.head.build(self.vision.width, self.text.width)
 
     @property
     def image_spec(self) -> ImageSpec:
@@ -45,13 +41,9 @@ class RecModel(EncodableModel):
     def load_tokenizer(self, folder: str) -> None:
         self.text_spec = TextSpec(AutoTokenizer.from_pretrained(folder), self.config.max_tokens)
 
-    def forward(self, batch: Batch) -> PooledOutput | DenseOutput:
-        if batch.features is None:
-            image, grid = self.vision(batch.images)  # [B, S, D] with the tokens that are not of the grid
-            text = self.text(batch.text)  # [R, T, D]
-        else:
-            image, grid, text = batch.features.image.float(), batch.features.grid, batch.features.text.float()
-        return self.head(image, grid, text, batch.text.mask, batch.text.image_ids if len(image) < len(text) else None)
+    def num_parameters(self, trainable_only: bool = False) -> int:
+        unloaded = 0 if trainable_only else sum(x.num_unloaded_parameters() for x in (self.vision, self.text))
+        return super().num_parameters(trainable_only) + unloaded
 
     def feature_key(self) -> dict[str, Any]:
         return {
@@ -65,21 +57,25 @@ class RecModel(EncodableModel):
     def encode_text(self, text: Text) -> Tensor:
         return self.text(text)
 
-    def loss(self, output: PooledOutput | DenseOutput, batch: Batch) -> dict[LossName, Tensor]:
-        """Raises ConfigError that names the sample: it does not have exactly one box (`data.bad_samples` or not)."""
+    def decode(self, features: Features) -> PooledOutput | DenseOutput:
+        image, grid, text, mask, image_ids = features
+        return self.head(image, grid, text, mask, image_ids if len(image) < len(text) else None)
+
+    def loss(self, output: PooledOutput | DenseOutput, batch: Batch | EncodedBatch) -> dict[LossName, Tensor]:
+        """Return the loss terms of the head; raises ConfigError naming a sample that does not have exactly one box."""
         for target in batch.targets:
             if len(target.boxes) != 1:
                 raise ConfigError(
-                    f"{target.id} has {len(target.boxes)} boxes, rec learns from expressions with one: train "
+                    f"{target.id} has {len(target.boxes)} boxes, but rec trains on expressions with one: train "
                     "model.name=grounding_dino on such data"
                 )
         losses = self.head.loss(output, torch.cat([target.boxes for target in batch.targets]))  # type: ignore[arg-type]
         return {LossName(term): value for term, value in losses.items()}
 
-    def batch_weight(self, batch: Batch) -> int:
+    def batch_weight(self, batch: Batch | EncodedBatch) -> int:
         return len(batch)
 
-    def predict(self, output: PooledOutput | DenseOutput, batch: Batch) -> list[Prediction]:
+    def predict(self, output: PooledOutput | DenseOutput, batch: Batch | EncodedBatch) -> list[Prediction]:
         boxes, scores = self.head.rank(output)  # type: ignore[arg-type]  # [R, K, 4], [R, K]
         return [
             Prediction(

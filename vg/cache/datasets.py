@@ -1,0 +1,70 @@
+"""The datasets of a run: read from images, or from cached features if `data.cache` is set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from vg.cache.format import cache_folder
+from vg.cache.source import CachedSource, collate_encoded
+from vg.config import CacheConfig, DataConfig, RunConfig
+from vg.data.collate import Collator
+from vg.data.dataset import GroundingDataset, SourceDataset
+from vg.data.mixture import Mixture, MixtureConfig, SourceConfig
+from vg.data.overlap import without_overlap
+from vg.data.source import Source
+from vg.errors import ConfigError
+from vg.models.base import EncodableModel, GroundingModel
+from vg.types import EncodedSample, Sample
+
+RunDataset: TypeAlias = SourceDataset[Sample] | SourceDataset[EncodedSample]
+
+
+def training_dataset(config: RunConfig, model: GroundingModel, evaluations: Sequence[Source]) -> RunDataset:
+    """Return the training samples; its `collate` makes batches for the model.
+
+    Args:
+        evaluations: evaluation sources; images shared with them cause a warning or are dropped (`data.drop_overlap`).
+
+    Raises:
+        ConfigError: features of this model cannot be cached.
+        CacheError: a cache is missing, stale, incomplete or damaged.
+        DataError: no training sample is left.
+    """
+    data, seed = config.data, config.train.seed
+    if data.cache:
+        cached = without_overlap(
+            cached_source(data.train, data.cache, data.cache.views, model, seed), evaluations, data.drop_overlap
+        )
+        return SourceDataset(cached, collate_encoded, data.bad_samples)
+    source = without_overlap(data.train.build(), evaluations, data.drop_overlap)
+    collate = Collator(model.image_spec, model.text_spec, one_prompt=True)
+    return GroundingDataset(source, data.augment.build(), seed, data.bad_samples, collate)
+
+
+def evaluation_dataset(settings: SourceConfig, data: DataConfig, model: GroundingModel) -> RunDataset:
+    """Return the samples of an evaluation dataset, without augmentation; raises as training_dataset."""
+    if data.cache:
+        return SourceDataset(
+            cached_source(settings, data.cache, ["plain"], model, seed=0), collate_encoded, data.bad_samples
+        )
+    collate = Collator(model.image_spec, model.text_spec)
+    return GroundingDataset(settings.build(), bad_samples=data.bad_samples, collate=collate)
+
+
+def cached_source(
+    settings: SourceConfig, cache: CacheConfig, views: Sequence[str], model: GroundingModel, seed: int
+) -> Source[EncodedSample]:
+    """Open the cache of a dataset, or those of a mixture; raises as training_dataset."""
+    if isinstance(settings, MixtureConfig):
+        cached = [cached_source(dataset, cache, views, model, seed) for dataset in settings.datasets]
+        return Mixture(cached, settings.weights, settings.seed)
+    source = settings.build()
+    return CachedSource(source, cache_folder(settings, source, cache, views, encodable(model)), seed)
+
+
+def encodable(model: GroundingModel) -> EncodableModel:
+    """Return the model; raises ConfigError if it has no encoders whose features could be cached."""
+    if not isinstance(model, EncodableModel):
+        raise ConfigError(f"data.cache: {type(model).__name__} has no features that can be cached; set data.cache=null")
+    return model
