@@ -326,6 +326,18 @@ def test_former_names_of_keys_are_accepted(tmp_path: Path, minimal: Path) -> Non
     assert not load_config(own).data.group_by_aspect_ratio
 
 
+def test_former_names_within_mixtures_and_caches() -> None:
+    mixture = {"name": "mixture", "parts": [{"name": "shapes", "size": 3}, {"name": "shapes"}]}
+    cache = {"folder": "features", "together": 4}
+    for evaluation in (mixture, {"first": mixture}):
+        old = MINIMAL | {"data": {"train": mixture, "eval": evaluation, "cache": cache}}
+        config = parse_config(old)
+        datasets = [ShapesConfig(size=3), ShapesConfig()]
+        assert config.data.train.datasets == datasets
+        assert [dataset.datasets for dataset in config.data.eval_datasets().values()] == [datasets]
+        assert config.data.cache.expressions_per_image == 4
+
+
 @pytest.mark.parametrize("module", ["vg", "vg.config", "vg.data", "vg.models"])
 def test_torch_is_not_imported(module: str) -> None:
     script = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
