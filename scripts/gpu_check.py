@@ -1,10 +1,10 @@
-"""What only a GPU can tell: builds the kernels, tests and measures them, and writes one JSON and one table.
+"""Check the project on a GPU: build the kernels, test and measure them, and write the results as JSON and a table.
 
     PYTHONPATH=. python scripts/gpu_check.py [--output gpu_check.json] [--only SECTION ...]
 
-It takes less than 10 minutes and needs torch, pytest, the CUDA toolkit (nvcc) and g++; for Grounding DINO also
-transformers, pydantic, accelerate and scipy, but nothing of what only data needs. To add a section, write a function
-that returns what it found and raises when something is wrong, and put it into SECTIONS.
+It takes less than 10 minutes and needs torch, pytest, the CUDA toolkit (nvcc) and g++; the Grounding DINO sections also
+need transformers, pydantic, accelerate and scipy, but none of the packages for data. To add a section, write a function
+that returns its results and raises an error if a check fails, and add it to SECTIONS.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from torch import Tensor
 from vg.ops import backend_info, deform_attn, deform_attn_fused, reference
 
 ROOT = Path(__file__).parents[1]
-Found = dict[str, Any]
+Results = dict[str, Any]
 DEVICE = "cuda"
-ENCODER = ((100, 167), (50, 84), (25, 42), (13, 21))  # levels of an 800 x 1333 image, each pixel of which is a query
-# Of the largest entry; halves round their inputs and outputs, and sums are in float32 either way.
+ENCODER = ((100, 167), (50, 84), (25, 42), (13, 21))  # levels of an 800 x 1333 image; each pixel is a query
+# Relative to the largest entry. Half precision rounds inputs and outputs; sums are float32 for all dtypes.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
-def machine() -> Found:
+def machine() -> Results:
     properties = torch.cuda.get_device_properties(0)
     return {
         "gpu": properties.name,
@@ -50,8 +50,8 @@ def machine() -> Found:
     }
 
 
-def build() -> Found:
-    """Both libraries, as on the first use; not counted where a wheel brings them."""
+def build() -> Results:
+    """Build both libraries, as on first use, and measure the time."""
     start = time.perf_counter()
     info = backend_info()
     seconds = time.perf_counter() - start
@@ -61,15 +61,15 @@ def build() -> Found:
     return {"seconds": round(seconds, 1), **names}
 
 
-def op_tests() -> Found:
-    """The tests of the operator; those with a device run on the CPU and on the GPU."""
-    # The tests' shared settings belong to training, and need packages that this check promises to do without.
+def op_tests() -> Results:
+    """Run the tests of the operator; tests with a device run on the CPU and on the GPU."""
+    # No conftest: it imports the trainer, which needs packages that this check must work without.
     command = (sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-rs", "tests/ops")
     return {"summary": _run(*command, seconds=240).strip().splitlines()[-1]}
 
 
-def real_sizes() -> Found:
-    """Largest errors of outputs and gradients at the encoder's size; the tests have small levels and few queries."""
+def real_sizes() -> Results:
+    """Measure the largest errors of outputs and gradients at the encoder's size; the tests use smaller inputs."""
     worst: dict[str, float] = {}
     for dtype, tolerance in TOLERANCE.items():
         for name, op, forward, backward in (
@@ -81,21 +81,20 @@ def real_sizes() -> Found:
             weight = torch.randn_like(output)  # [B, S, H * D]
             found = [output, *torch.autograd.grad(output, (value, *rest), weight)]
             exact, *exact_rest = (x.detach().float() for x in (value, *rest))
-            wanted = [
-                forward(exact, ENCODER, *exact_rest),
-                *backward(weight.float(), exact, ENCODER, *exact_rest),
-            ]
-            for place, x, y in zip(("output", "of value", "of 2nd", "of 3rd", "of 4th"), found, wanted, strict=False):
+            expected = [forward(exact, ENCODER, *exact_rest)]
+            expected += backward(weight.float(), exact, ENCODER, *exact_rest)
+            tensors = ("output", "of value", "of 2nd", "of 3rd", "of 4th")
+            for tensor, x, y in zip(tensors, found, expected, strict=False):
                 error = ((x.float() - y).abs().max() / y.abs().max()).item()
-                key = f"{name} {str(dtype).removeprefix('torch.')} {place}"
+                key = f"{name} {str(dtype).removeprefix('torch.')} {tensor}"
                 worst[key] = float(f"{error:.1e}")
-                if not error < tolerance:  # NaN is wrong too
+                if not error < tolerance:  # also raises for NaN
                     raise AssertionError(f"{key}: error {error:.1e} of the largest entry, allowed {tolerance:.1e}")
     return worst
 
 
-def determinism() -> Found:
-    """Gradients of five runs have the same bits when PyTorch is asked for determinism; what that costs."""
+def determinism() -> Results:
+    """Check that gradients are bit-equal in deterministic mode, and measure its cost."""
     inputs = _encoder_inputs(torch.float32, fused=True)
     weight = torch.randn(1, inputs[0].shape[1], 256, device=DEVICE)
 
@@ -103,15 +102,15 @@ def determinism() -> Found:
         return torch.autograd.grad(deform_attn_fused(inputs[0], ENCODER, *inputs[1:]), inputs, weight)
 
     seconds = {}
-    for wanted in (False, True):
-        torch.use_deterministic_algorithms(wanted)
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
         try:
             runs = [gradients() for _ in range(5)]
             torch.cuda.synchronize()
             start = time.perf_counter()
             runs += [gradients() for _ in range(5)]
             torch.cuda.synchronize()
-            seconds[wanted] = (time.perf_counter() - start) / 5
+            seconds[deterministic] = (time.perf_counter() - start) / 5
         finally:
             torch.use_deterministic_algorithms(False)
     different = sum(not torch.equal(x, y) for run in runs[1:] for x, y in zip(runs[0], run, strict=True))
@@ -120,8 +119,8 @@ def determinism() -> Found:
     return {"runs": len(runs), "times_slower": round(seconds[True] / seconds[False], 1)}
 
 
-def op_benchmark() -> Found:
-    """Our kernels beside all others that are importable."""
+def op_benchmark() -> Results:
+    """Measure our kernels and every other implementation that is installed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "benchmark.json"
         script = ROOT / "scripts" / "benchmarks" / "deform_attn.py"
@@ -130,8 +129,8 @@ def op_benchmark() -> Found:
         return {"measured": json.loads(path.read_text())}
 
 
-def grounding_dino() -> Found:
-    """A small model gives on the GPU what it gives on the CPU; the published size beside that of transformers."""
+def grounding_dino() -> Results:
+    """Compare a small model on CPU and GPU, and the full-size model with that of transformers."""
     with tempfile.TemporaryDirectory() as folder:
         found = grounding_dino_parity()
         path = Path(folder) / "benchmark.json"
@@ -141,8 +140,8 @@ def grounding_dino() -> Found:
         return found | {"measured": json.loads(path.read_text())}
 
 
-def grounding_dino_training() -> Found:
-    """A training step of the published size in bfloat16 beside that of transformers; a hope, not a condition: twice."""
+def grounding_dino_training() -> Results:
+    """Measure a full-size bfloat16 training step of vg and transformers; the goal, which is not checked, is 2x."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "benchmark.json"
         script = ROOT / "scripts" / "benchmarks" / "training_step.py"
@@ -156,10 +155,10 @@ def grounding_dino_training() -> Found:
 
 
 @torch.no_grad()
-def grounding_dino_parity() -> Found:
-    """Largest differences of two images of different sizes and two prompts, relative to the largest number.
+def grounding_dino_parity() -> Results:
+    """Return the largest differences between CPU and GPU, relative to the largest entry, for two images and prompts.
 
-    The decoder starts from the CPU's queries, for which of two that fit all but equally well comes first may differ.
+    The decoder starts from the CPU's queries, because the order of two almost equal scores may differ.
     """
     from vg.models.grounding_dino.config import BertConfig, GroundingDinoConfig, SwinConfig
     from vg.types import Batch, PromptTargets, Text
@@ -170,7 +169,7 @@ def grounding_dino_parity() -> Found:
     swin = SwinConfig(width=16, depths=[1, 1, 2, 1], heads=[1, 2, 4, 8])
     config = GroundingDinoConfig(backbone=swin, text=BertConfig(architecture=bert), width=64, feedforward=128)
     model = config.build(pretrained=False).eval()
-    for weights in model.parameters():  # those that training starts from zeros
+    for weights in model.parameters():  # weights that are initialized to zero
         if not weights.any():
             torch.nn.init.uniform_(weights, -0.1, 0.1)
     ids = torch.tensor([[101, 1035, 1036, 1012, 1037, 1012, 102], [101, 1038, 1012, 102, 0, 0, 0]])
@@ -179,35 +178,36 @@ def grounding_dino_parity() -> Found:
     images[1, :, :, 320:] = 0
     batch = Batch(images, ((320, 416), (320, 320)), text, [], PromptTargets.without_boxes(text))
 
-    def run(batch: Batch, chosen: Tensor | None = None) -> dict[str, Tensor]:
-        read = model.text(batch.text.token_ids, batch.text.mask, (101, 102, 1012, 1029))
-        image, encoded = model.encoder(model.encode_image(batch), read)
+    def run(batch: Batch, references: Tensor | None = None) -> dict[str, Tensor]:
+        text_features = model.text(batch.text.token_ids, batch.text.mask, (101, 102, 1012, 1029))
+        image, encoded = model.encoder(model.encode_image(batch), text_features)
         queries = model.queries(image, encoded)
-        references = queries.references if chosen is None else chosen
+        if references is None:
+            references = queries.references
         logits, boxes, _ = model.decoder(queries.content, references, image, encoded)
         outputs = {"image tokens": image.tokens[image.mask], "text tokens": encoded.tokens[text.mask]}
         outputs |= {"logits": logits.nan_to_num(neginf=0), "boxes": boxes, "references": references}
         return {name: x.float().cpu() for name, x in outputs.items()}
 
-    wanted = run(batch)
-    references = wanted.pop("references").to(DEVICE)
+    expected = run(batch)
+    references = expected.pop("references").to(DEVICE)
     model, batch, text = model.to(DEVICE), batch.to(DEVICE), Text(*(x.to(DEVICE) for x in text))
     torch.backends.cudnn.allow_tf32 = False
     found = run(batch, references)
     torch.backends.cudnn.allow_tf32 = True
-    errors = {f"error of {name}": float((found[name] - x).abs().max() / x.abs().max()) for name, x in wanted.items()}
+    errors = {f"error of {name}": float((found[name] - x).abs().max() / x.abs().max()) for name, x in expected.items()}
     with torch.autocast(DEVICE, torch.bfloat16):
         half = run(batch, references)
-    half.pop("references")  # an image token at the border proposes no finite box
+    half.pop("references")  # boxes proposed by image tokens at the border are infinite
     if wrong := [name for name, error in errors.items() if not error < 1e-4]:
         raise AssertionError(f"CPU and GPU differ: {', '.join(f'{name} {errors[name]:.1e}' for name in wrong)}")
     if wrong := [name for name, x in half.items() if not x.isfinite().all()]:
-        raise AssertionError(f"not finite in bfloat16: {', '.join(wrong)}")
-    off = float((half["boxes"] - wanted["boxes"]).abs().mean())
+        raise AssertionError(f"non-finite in bfloat16: {', '.join(wrong)}")
+    off = float((half["boxes"] - expected["boxes"]).abs().mean())
     return {name: float(f"{error:.1e}") for name, error in errors.items()} | {"bfloat16 boxes off by": round(off, 4)}
 
 
-SECTIONS: dict[str, Callable[[], Found]] = {
+SECTIONS: dict[str, Callable[[], Results]] = {
     "machine": machine,
     "build": build,
     "op_tests": op_tests,
@@ -219,13 +219,13 @@ SECTIONS: dict[str, Callable[[], Found]] = {
 }
 
 
-# ---- helpers ------------------------------------------------------------------------------------------------------
+# ---- inputs, processes and output ---------------------------------------------------------------------------------
 
 
 def _encoder_inputs(dtype: torch.dtype, fused: bool) -> list[Tensor]:
-    """One encoder layer's inputs: each pixel of each level looks around itself, 2 pixels far on average.
+    """Return the inputs of one encoder layer: offsets of every pixel are normal with a deviation of 2 pixels.
 
-    Points keep away from the edges of cells, where gradients jump, so that rounding cannot put them on another side.
+    Points keep a distance from the edges of cells, where gradients are discontinuous, so rounding cannot cross an edge.
     """
     generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -252,7 +252,7 @@ def _encoder_inputs(dtype: torch.dtype, fused: bool) -> list[Tensor]:
 
 
 def _run(*command: str, seconds: float) -> str:
-    """The output of a command that must succeed within that time."""
+    """Return the output of a command, which must succeed within this time."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
@@ -262,19 +262,19 @@ def _run(*command: str, seconds: float) -> str:
     return done.stdout
 
 
-def check(name: str) -> Found:
+def check(name: str) -> Results:
     start = time.perf_counter()
     try:
         result = {"passed": True, **SECTIONS[name]()}
-    except Exception as error:  # one section's failure must not hide what the others find
+    except Exception as error:  # the other sections must still run
         traceback.print_exc()
         result = {"passed": False, "error": f"{type(error).__name__}: {error}"}
     return {**result, "section_seconds": round(time.perf_counter() - start, 1)}
 
 
-def run_sections(names: list[str], output: Path) -> dict[str, Found]:
-    """Writes both files after each section, so that a run which is cut short leaves what it had found."""
-    found: dict[str, Found] = {}
+def run_sections(names: list[str], output: Path) -> dict[str, Results]:
+    """Run the sections and write both files after each one, so an interrupted run keeps its results."""
+    found: dict[str, Results] = {}
     for name in names:
         print(f"== {name}", flush=True)
         found[name] = check(name)
@@ -283,7 +283,7 @@ def run_sections(names: list[str], output: Path) -> dict[str, Found]:
     return found
 
 
-def table_of(found: dict[str, Found]) -> str:
+def table_of(found: dict[str, Results]) -> str:
     lines = ["| section | passed | seconds | found |", "|---|---|---|---|"]
     for name, result in found.items():
         shown = {k: v for k, v in result.items() if k not in ("passed", "section_seconds", "measured")}
@@ -295,13 +295,14 @@ def table_of(found: dict[str, Found]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("gpu_check.json"), help="the JSON; the table is its .md")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
+    path, names = Path("gpu_check.json"), list(SECTIONS)
+    parser.add_argument("--output", type=Path, default=path, help="JSON file; the table is .md (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="SECTION", help=", ".join(names))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("torch sees no CUDA GPU: this check is for a machine that has one")
+        sys.exit("torch finds no CUDA GPU: run this check on a machine with a GPU")
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["XDG_CACHE_HOME"] = cache  # nothing was built before
+        os.environ["XDG_CACHE_HOME"] = cache  # empty, so the kernels are built
         found = run_sections(arguments.only, arguments.output)
     print(table_of(found))
     sys.exit(not all(result["passed"] for result in found.values()))

@@ -1,13 +1,13 @@
-"""What the parts of the rec head are worth: variants trained for the same time on crowded drawn scenes.
+"""Compare variants of the rec head, each trained for the same time on crowded drawn scenes.
 
-    python scripts/benchmarks/ablate_rec.py [--minutes 10] [--threads 1] [--only ROW ...] [--json FILE]
+    python scripts/benchmarks/ablate_rec.py [--minutes 10] [--threads 1] [--only ROW ...] [--split test]
 
-Every row is configs/rec/crowded_scenes.yaml with the overrides that its command shows. A few steps are timed first, and
-`train.max_steps` is as many as fit the time then; the schedule ends with them. Evaluation comes on top. Another machine
-makes other numbers of steps: a row is repeated by its command (to the last digit on a like processor).
+Every row is configs/rec/crowded_scenes.yaml with overrides, and the script prints its `vg train` command. A few steps
+are timed first to choose `train.max_steps` for the given time, which excludes evaluation. Other machines take other
+numbers of steps; the printed command repeats a row exactly on the same type of processor.
 
-Prints mIoU, Acc@0.5, that of each kind of expression, and mAP@50 beside the square of the accuracy, which is about what
-a head reaches with one box and scores that say nothing.
+Prints mIoU, Acc@0.5, Acc@0.5 of each expression type, and mAP@50 beside the squared accuracy, which is about the mAP of
+a head with one box and uninformative scores.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ROWS = {
     "dense, 96 px": ["model.image_size=96"],
 }
 TIMED = 25  # steps
-KINDS = ("attribute", "superlative", "relation", "ordinal", "chain")
+EXPRESSION_TYPES = ("attribute", "superlative", "relation", "ordinal", "chain")
 
 
 def steps_within(minutes: float, overrides: list[str]) -> int:
@@ -51,37 +51,37 @@ def steps_within(minutes: float, overrides: list[str]) -> int:
 
 
 def train(name: str, overrides: list[str], minutes: float, split: str) -> dict[str, Any]:
-    """One row; the overrides in it repeat the run."""
+    """Train and evaluate one row; it contains the overrides that repeat the run."""
     steps = steps_within(minutes, overrides)
     overrides = [*overrides, "train.epochs=1000", f"train.max_steps={steps}", f"train.eval_every={steps}"]
     overrides.append(f"data.eval.split={split}")
     command = shlex.join(["vg", "train", str(CONFIG.relative_to(CONFIG.parents[2])), *overrides])
     print(f"{name}: OMP_NUM_THREADS={torch.get_num_threads()} {command}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        numbers = Trainer(load_config(CONFIG, [*overrides, f"train.output={folder}"])).fit()
-    row = {"row": name, "overrides": overrides, "steps": steps, **numbers}
+        metrics = Trainer(load_config(CONFIG, [*overrides, f"train.output={folder}"])).fit()
+    row = {"row": name, "overrides": overrides, "steps": steps, **metrics}
     print(line(row), flush=True)
     return row
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table, in percent."""
+    """Format a row of the table, in percent."""
     accuracy = row["acc@0.5"]
-    values = [accuracy, *(row[f"{kind}/acc@0.5"] for kind in KINDS), row["miou"], row["map@50"], accuracy**2]
+    values = [accuracy, *(row[f"{name}/acc@0.5"] for name in EXPRESSION_TYPES), row["miou"], row["map@50"], accuracy**2]
     return f"| {row['row']} | {row['steps']} | " + " | ".join(f"{100 * value:.1f}" for value in values) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0, help="of training, for each row (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="one or more rows")
-    parser.add_argument("--split", default="test", help="of the scenes (default: %(default)s); choose settings on val")
-    parser.add_argument("--json", type=Path, help="where results go")
+    parser.add_argument("--minutes", type=float, default=10.0, help="training time per row (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="(default: all)")
+    parser.add_argument("--split", default="test", help="evaluation split (default: %(default)s); tune settings on val")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [train(name, ROWS[name], options.minutes, options.split) for name in options.only]
-    columns = ["head", "steps", "Acc@0.5", *KINDS, "mIoU", "mAP@50", "Acc@0.5 squared"]
+    columns = ["head", "steps", "Acc@0.5", *EXPRESSION_TYPES, "mIoU", "mAP@50", "Acc@0.5 squared"]
     print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     print("\n".join(map(line, rows)))
     if options.json:

@@ -1,23 +1,23 @@
-"""What the loss makes of the same Grounding DINO: ours, with and without denoising, and that of transformers.
+"""Train the same Grounding DINO with different losses: ours, with and without denoising, and that of transformers.
 
-    python scripts/benchmarks/compare_losses.py [--steps N] [--seed N] [--threads N] [--only RUN ...]
+    PYTHONPATH=. python scripts/benchmarks/compare_losses.py [--steps N] [--seed N] [--threads N] [--only RUN ...]
 
-Trains the model of the demo on drawn scenes, every image with its own prompt of 2 to 4 phrases. All runs start from the
-same weights and see the same batches in the same order, with the same optimiser and schedule. They differ in:
+Trains the model of the demo on drawn scenes; every image has its own prompt of 2 to 4 phrases. All runs start from the
+same weights and use the same batches in the same order, the same optimizer and schedule. They differ in the loss:
 
     denoising     our loss with mmdetection's weights, and denoising queries
     ours          the same without denoising
-    settings      ours with the settings of transformers: class weight 2 instead of 1 in the loss, and in the matching
-                  the mean over the tokens of the phrase x 1 instead of the sum over those of the prompt x 2
-    transformers  the code of transformers: the same as `settings` but for the tokens that it takes for the phrases
+    settings      our loss with the settings of transformers: class weight 2 instead of 1; as class cost of the matching
+                  1 x the mean over the tokens of the phrase instead of 2 x the sum over the tokens of the prompt
+    transformers  the code of transformers: equal to `settings` except for the tokens that it assigns to the phrases
                   of a batch (see tests/losses/test_against_transformers.py)
 
-`transformers` has it better here than when transformers trains. The model is ours: the box heads of all decoder layers
-are trained through the next one. The losses of all decoder layers count (`auxiliary_loss`, off by default there). The
-encoder loss is defined as there, but on what the encoder proposed, and so it trains the encoder's heads; there it is
-about the learned queries and detached boxes, and those heads have no gradient at all. There is no dropout (0.1 there).
+`transformers` has advantages here over training in transformers. The model is ours: the box heads of all decoder layers
+get gradients through the next layer. The losses of all decoder layers are used (`auxiliary_loss`, off by default in
+transformers). The encoder loss is computed from the encoder's proposals and trains its heads; transformers computes it
+from learned queries and detached boxes, so those heads have no gradient. There is no dropout (0.1 in transformers).
 
-Prints the AP50 on the val scenes as training goes on, and a table of all runs.
+Prints AP50 on the val scenes during training, and a table of all runs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from vg.training.optim import build_optimizer, build_schedule
 from vg.types import Batch
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo_grounding_dino.yaml"
-DENOISING = "model.denoising={num_queries: 30, num_labels: 16}"  # built by all runs, so that they draw the same weights
+DENOISING = "model.denoising={num_queries: 30, num_labels: 16}"  # in all runs, so their initial weights are equal
 
 
 class Run(NamedTuple):
@@ -63,11 +63,11 @@ RUNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1200, help="of each run (default: %(default)s)")
-    parser.add_argument("--points", type=int, default=6, help="evaluations of each run (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help="one or more runs")
+    parser.add_argument("--steps", type=int, default=1200, help="training steps per run (default: %(default)s)")
+    parser.add_argument("--points", type=int, default=6, help="evaluations per run (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help="(default: all)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config = load_config(DEMO, [DENOISING, f"train.max_steps={options.steps}", f"train.seed={options.seed}"])
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def train(name: str, config: RunConfig, every: int) -> dict[int, float]:
-    """AP50 after every so many steps."""
+    """Train one run and return AP50 after every `every` steps."""
     run = RUNS[name]
     torch.manual_seed(config.train.seed)
     model = config.model.build()
@@ -94,30 +94,31 @@ def train(name: str, config: RunConfig, every: int) -> dict[int, float]:
     for step, batch in enumerate(islice(batches(model, config), config.train.max_steps), start=1):
         model.train()
         output = model(batch)
-        loss = torch.stack(list(model.loss(output, batch).values())).sum() if run.loss else theirs(output, batch)
+        terms = model.loss(output, batch).values() if run.loss else [loss_of_transformers(output, batch)]
+        loss = torch.stack(list(terms)).sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
         optimizer.step()
         schedule.step()
         if step % every == 0:
-            numbers = evaluate(model, config)
-            curve[step] = numbers["ap50"]
+            metrics = evaluate(model, config)
+            curve[step] = metrics["ap50"]
             print(
-                f"{name:12} step {step:5}  loss {loss.item():6.2f}  AP50 {numbers['ap50']:.3f}  AP {numbers['ap']:.3f}"
+                f"{name:12} step {step:5}  loss {loss.item():6.2f}  AP50 {metrics['ap50']:.3f}  AP {metrics['ap']:.3f}"
                 f"  {time.perf_counter() - started:4.0f} s",
                 flush=True,
             )
     return curve
 
 
-def theirs(output: Output, batch: Batch) -> Tensor:
+def loss_of_transformers(output: Output, batch: Batch) -> Tensor:
     encoder = output.encoder_logits, output.encoder_boxes
     return transformers_loss(output.logits, output.boxes, batch.prompt_targets, batch.text, encoder=encoder)
 
 
 def batches(model: GroundingDino, config: RunConfig) -> Iterator[Batch]:
-    """Epoch after epoch without end."""
+    """Yield batches, epoch after epoch, without end."""
     data = GroundingDataset(config.data.train.build(), seed=config.train.seed)
     sampler = EpochSampler(len(data), config.train.seed)
     collate = Collator(model.image_spec, model.text_spec, one_prompt=True)

@@ -1,10 +1,11 @@
-"""Times deformable attention: our kernels and reference beside every other implementation that is installed.
+"""Measure deformable attention: our kernels, the reference and every other implementation that is installed.
 
-    python scripts/benchmarks/deform_attn.py [--device cpu] [--threads 2] [--json results.json] [--only encoder ...]
+    PYTHONPATH=. python scripts/benchmarks/deform_attn.py [--device cpu] [--threads 2] [--only encoder ...]
 
-Contenders take turns in one process and medians are compared, so that what else the machine does hits all alike;
-one call that is not counted goes before each. First each is compared with the reference in double precision.
-"core" starts from locations and weights, "module" from what the projections give: offsets, logits, reference points.
+Every contender is first compared with the reference in double precision. The contenders then run in turn in one
+process, so other load affects all of them, with a warm-up call before each measured call; medians are reported.
+"core" starts from locations and weights, "module" from the outputs of the projections: offsets, logits and reference
+points.
 """
 
 from __future__ import annotations
@@ -35,11 +36,15 @@ LEVELS = {
     "640x640": ((80, 80), (40, 40), (20, 20), (10, 10)),
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-TOLERANCE = {torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # of ours, relative to the largest number
+TOLERANCE = {
+    torch.float32: 3e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 3e-2,
+}  # of our kernels, relative to largest entry
 MIN_ROUNDS = 3
 
 
-# ---- work ---------------------------------------------------------------------------------------------------------
+# ---- inputs -------------------------------------------------------------------------------------------------------
 
 
 def cases(device: str, batch: int, dtypes: list[str]) -> Iterator[Case]:
@@ -52,7 +57,7 @@ def cases(device: str, batch: int, dtypes: list[str]) -> Iterator[Case]:
             def normal(*sizes: int, generator: torch.Generator = generator) -> Tensor:
                 return torch.randn(*sizes, generator=generator).to(device)
 
-            # Encoder: each pixel looks 2 pixels around itself. Decoder: boxes anywhere.
+            # Encoder: normal offsets of 2 pixels around every pixel. Decoder: random boxes.
             points = grid(shapes).expand(batch, -1, -1)
             if role == "decoder":
                 points = torch.rand(batch, queries, 4, generator=generator) * 0.5 + torch.tensor([0.25, 0.25, 0, 0])
@@ -71,7 +76,7 @@ def cases(device: str, batch: int, dtypes: list[str]) -> Iterator[Case]:
 
 
 def grid(shapes: tuple[tuple[int, int], ...]) -> Tensor:
-    """Centres (x, y) of all pixels of all levels, [1, S, 2]."""
+    """Return the centers (x, y) of all pixels of all levels, [1, S, 2]."""
     levels = [
         torch.cartesian_prod((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width).flip(-1)
         for height, width in shapes
@@ -83,7 +88,7 @@ def grid(shapes: tuple[tuple[int, int], ...]) -> Tensor:
 
 
 def error_of(case: Case, contender: Contender) -> float:
-    """Largest deviation from the reference in double precision, relative to its largest number."""
+    """Return the largest difference from the reference in double precision, relative to its largest entry."""
     exact = replace(case, points=case.points.double())
     doubles = exact.prepared(*(x.double() for x in case.inputs))
     expected = reference.forward(doubles[0], case.shapes, *doubles[1:])
@@ -105,7 +110,7 @@ def call(case: Case, contender: Contender, backward: bool) -> Callable[[], objec
 
 
 class Clock:
-    """Milliseconds and bytes of a call on a device."""
+    """Measures milliseconds and bytes of a call on a device."""
 
     def __init__(self, device: str, cpu_time: bool) -> None:
         self.cuda = device == "cuda"
@@ -113,7 +118,7 @@ class Clock:
         self.l2 = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if self.cuda else None
 
     def milliseconds(self, run: Callable[[], object], cold: bool = False) -> float:
-        """cold (CUDA): with none of the inputs in the L2 cache, as in a network; else straight after such a call."""
+        """Measure a call after a warm-up call; `cold` (CUDA) clears the L2 cache first, as other layers would."""
         run()
         if self.l2 is None:
             start = self.now()
@@ -129,7 +134,7 @@ class Clock:
         return before.elapsed_time(after)
 
     def peak_bytes(self, run: Callable[[], object]) -> int | None:
-        """Most memory in use during the call above what was in use before it."""
+        """Return the peak memory during the call above the memory before it."""
         gc.collect()
         if self.cuda:
             torch.cuda.synchronize()
@@ -138,8 +143,8 @@ class Clock:
             run()
             return torch.cuda.max_memory_allocated() - before
         try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that is free but kept would hide what the call takes
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that is kept would hide allocations
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             before = _status("VmRSS")
             run()
             return _status("VmHWM") - before
@@ -162,10 +167,10 @@ def measure(
             row["error"] = error_of(case, contender)
             runs[name] = call(case, contender, backward)
             row["peak_bytes"] = clock.peak_bytes(runs[name])
-        except Exception as error:  # a contender that cannot do this case must not end the others' race; ours must work
+        except Exception as error:  # other contenders may fail, ours may not
             if contender is ours:
                 raise
-            print(f"{case.name}: {name} cannot: {str(error).splitlines()[0][:100]}")
+            print(f"{case.name}: {name} fails: {str(error).splitlines()[0][:100]}")
             runs.pop(name, None)
             continue
         if contender is ours and row["error"] > (limit := TOLERANCE[case.inputs[0].dtype]):
@@ -195,7 +200,7 @@ def machine(device: str) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "threads": torch.get_num_threads(),
-        "load": [round(x, 1) for x in os.getloadavg()],  # more than the cores: others were at work
+        "load": [round(x, 1) for x in os.getloadavg()],  # more than the number of cores: the machine was busy
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }
@@ -216,14 +221,14 @@ def print_table(rows: list[dict[str, Any]], baseline: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--batch", type=int, default=1, help="batch size (default: %(default)s)")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["float32", "bfloat16"])
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose names hold all these words")
-    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="contenders to leave out")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each case, after its first three rounds")
-    parser.add_argument("--cpu-time", action="store_true", help="count CPU time: for a busy machine and one thread")
-    parser.add_argument("--json", type=Path, help="where results go")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose names contain all words")
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="skip these contenders")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per case, after its first 3 rounds")
+    parser.add_argument("--cpu-time", action="store_true", help="measure CPU time: for a busy machine and one thread")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -232,7 +237,7 @@ def main() -> None:
     print("  ".join(f"{key} {value}" for key, value in about.items()))
     everyone = {name: run for name, run in contenders(options.device).items() if name not in options.without}
     baseline = "official" if "official" in everyone else "transformers"
-    print(f"ratios: times as fast as {baseline}; memory: the most in use above what was in use before")
+    print(f"ratios: speed relative to {baseline}; memory: peak during the call above the memory before it")
     clock, results = Clock(options.device, options.cpu_time), []
     for case in cases(options.device, options.batch, options.dtypes):
         if not all(word in case.name.split() for word in options.only):

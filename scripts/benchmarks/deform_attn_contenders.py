@@ -1,4 +1,4 @@
-"""Who takes part in deform_attn.py: every implementation of deformable attention that is installed."""
+"""The contenders of deform_attn.py: every implementation of deformable attention that is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vg.ops import backend_info, deform_attn, deform_attn_fused, reference
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of one layer; `inputs` are (value, locations, weights), or (value, offsets, logits) of the module."""
+    """Inputs of one layer; `inputs` are (value, locations, weights), or (value, offsets, logits) for the module."""
 
     name: str
     shapes: tuple[tuple[int, int], ...]
@@ -25,7 +25,7 @@ class Case:
     module: bool
 
     def prepared(self, value: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a kernel without the preparation is given: value, locations, weights."""
+        """Return value, locations and weights, for kernels that do not compute them."""
         if not self.module:
             return value, *rest
         offsets, logits = rest
@@ -37,7 +37,7 @@ Contender = Callable[..., Tensor]
 
 
 class Explicit(torch.autograd.Function):
-    """A forward and a backward function as one differentiable function."""
+    """A differentiable function made of a forward and a backward function."""
 
     @staticmethod
     def forward(ctx: Any, forward: Callable[..., Tensor], backward: Callable[..., Any], *inputs: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def plain_pytorch(case: Case, *inputs: Tensor) -> Tensor:
 
 
 def tables(case: Case) -> tuple[Tensor, Tensor]:
-    """Shapes [L, 2] and first tokens [L] as tensors, which the others want."""
+    """Return shapes [L, 2] and first tokens [L] as tensors, which the other implementations need."""
     shapes = torch.tensor(case.shapes, device=case.grad.device)
     ends = shapes.prod(1).cumsum(0)
     return shapes, torch.cat((ends.new_zeros(1), ends[:-1]))
@@ -79,7 +79,7 @@ def transformers_module() -> Contender:
 
     def run(case: Case, *inputs: Tensor) -> Tensor:
         value, *rest = case.prepared(*inputs)
-        locations, weights = (x.to(value.dtype) for x in rest)  # all of one dtype, as in a model of that dtype
+        locations, weights = (x.to(value.dtype) for x in rest)  # the same dtype for all, as in a model of that dtype
         shapes, starts = tables(case)
         return module(value, shapes, list(case.shapes), starts, locations, weights, 64)
 
@@ -87,7 +87,7 @@ def transformers_module() -> Contender:
 
 
 def official(package: str) -> Contender:
-    """The CUDA kernel of Deformable DETR, of which Grounding DINO has a copy."""
+    """Return the CUDA kernel of Deformable DETR, which Grounding DINO has a copy of."""
     kernel = importlib.import_module(package)
 
     def run(case: Case, *inputs: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def official(package: str) -> Contender:
 
 
 def msda_triton() -> Contender:
-    # Not the package's public function, which hides that the kernel failed and runs grid_sample instead.
+    # Not the package's public function, which falls back to grid_sample silently if the kernel fails.
     kernel = importlib.import_module("msda_triton.frontend").triton_multiscale_deformable_attention
 
     def run(case: Case, *inputs: Tensor) -> Tensor:
@@ -116,12 +116,12 @@ def msda_triton() -> Contender:
 
 
 def flash_deform_attn() -> Contender:
-    """DCNv4's; its softmax is inside, so it starts from logits and can only be timed as a module."""
+    """Return the operator of DCNv4, which includes the softmax and can therefore be measured only as a module."""
     function = importlib.import_module("DCNv4.functions").FlashDeformAttnFunction
 
     def run(case: Case, value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
         if not case.module:
-            raise ValueError("takes logits only")
+            raise ValueError("needs logits")
         locations = reference.sampling_locations(case.shapes, case.points, offsets).flatten(-3).half()
         packed = torch.cat((locations, logits.half()), -1)
         return function.apply(value.half(), *tables(case), packed, 64, offsets.shape[4]).to(value.dtype)
@@ -144,9 +144,9 @@ def contenders(device: str) -> dict[str, Contender]:
     }
     for name, make in others.items():
         if device == "cpu" and name != "transformers":
-            continue  # the others are for CUDA only
+            continue  # the other packages have CUDA kernels only
         try:
             found[name] = make()
         except (ImportError, AttributeError) as error:
-            print(f"without {name}: {error}")
+            print(f"{name} is not installed: {error}")
     return found

@@ -1,12 +1,12 @@
-"""Times a whole Grounding DINO: that of transformers beside that of vg, with the same random weights.
+"""Measure the forward pass of Grounding DINO in vg and in transformers, with the same random weights.
 
-    python scripts/benchmarks/grounding_dino.py [--threads 2] [--images 1 4] [--phrases 1 20 80] [--json results.json]
+    PYTHONPATH=. python scripts/benchmarks/grounding_dino.py [--threads 2] [--images 1 4] [--phrases 1 20 80]
 
-Full size (Swin-T, BERT), forward pass, no network and no vocabulary needed: prompts are made of numbers and as long as
-those of COCO (80 phrases: 195 tokens). First the outputs are compared, for each number of images and phrases. Then the
-contenders take turns in one process and medians are compared, one call that is not counted goes before. transformers
-stays as it comes; bfloat16 is autocast for both. vg remembers prompts: "vg, new prompt" is told another one on every
-call and for every image, "vg, same prompt" always the same. On a CPU, memory is measured in a process for each.
+Full size (Swin-T, BERT); nothing is downloaded. Prompts are made of token ids and are as long as those of COCO (80
+phrases: 195 tokens). The outputs are compared first, for every number of images and phrases. The contenders then run in
+turn in one process, after one warm-up call each, and medians are reported. transformers is used unmodified; bfloat16 is
+autocast for both. vg caches encoded prompts: "vg, new prompt" gets another prompt in every call and for every image,
+"vg, same prompt" always the same one. On a CPU, memory is measured in a separate process per contender.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from vg.ops import backend_info
 from vg.types import Batch, PromptTargets, Text
 
 TRANSFORMERS, NEW, SAME = "transformers", "vg, new prompt", "vg, same prompt"
-TOLERANCE = 1e-4  # of boxes in 0..1; of other outputs relative to the largest number
+TOLERANCE = 1e-4  # absolute for boxes in 0..1; relative to the largest entry for other outputs
 SPECIAL = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?"}
 FIRST_WORD = 2000
-WARM_UP_SIZE = (320, 320)  # of an image before memory is measured: what is loaded at the first call does not count
+WARM_UP_SIZE = (320, 320)  # of the call before memory is measured, which excludes what the first call loads
 
 Forward = Callable[[Tensor, Tensor], Any]  # images [B, 3, H, W], token ids [B, T]
 
@@ -62,34 +62,34 @@ class Case:
 
 
 def model_of_transformers(config: GroundingDinoConfig) -> GroundingDinoForObjectDetection:
-    """Random also where training starts from zeros, or half of the model would make no difference.
+    """Build the model of transformers with random weights, also those that are initialized to zero.
 
-    Boxes move little from layer to layer: in noise, what lies under a box changes from pixel to pixel, so that large
-    moves would let an error of rounding grow twofold in each layer.
+    Otherwise half of the model would not affect the outputs. Box updates are small because the images are noise: with
+    large updates the features at a box would change so much that rounding errors double in each layer.
     """
     torch.manual_seed(0)
     model = GroundingDinoForObjectDetection(config)
     for name, weights in model.named_parameters():
         if weights.dim() > 1:
             nn.init.xavier_uniform_(weights, 0.1 if "bbox_embed.0.layers.2" in name else 1.0)
-        elif not (weights == 1).all():  # else the factor of a norm
+        elif not (weights == 1).all():  # 1 is the gain of a norm
             nn.init.uniform_(weights, -0.1, 0.1)
     return model.eval()
 
 
 def model_of_vg(theirs: GroundingDinoForObjectDetection) -> GroundingDino:
-    """The same weights, by way of the files that transformers writes."""
+    """Load the checkpoint that transformers writes into the model of vg."""
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         checkpoint = read_checkpoint(folder)
         vocabulary = Path(folder) / "vocab.txt"
-        words = (SPECIAL.get(number, f"word{number}") for number in range(theirs.config.text_config.vocab_size))
+        words = (SPECIAL.get(token_id, f"word{token_id}") for token_id in range(theirs.config.text_config.vocab_size))
         vocabulary.write_text("\n".join(words))
         text = replace(checkpoint.config.text, tokenizer=str(vocabulary))
         model = replace(checkpoint.config, text=text).build(pretrained=False)
         model.load_own_state_dict(checkpoint.weights)
-        assert model.text_spec.delimiter_ids == (101, 102, 1012, 1029)  # read while the file is there
+        assert model.text_spec.delimiter_ids == (101, 102, 1012, 1029)  # reads the vocabulary before it is deleted
     return model.eval()
 
 
@@ -109,24 +109,27 @@ def batch_of(images: Tensor, ids: Tensor) -> Batch:
     return Batch(images, sizes, text, [], PromptTargets.without_boxes(text))
 
 
-# ---- work ---------------------------------------------------------------------------------------------------------
+# ---- inputs -------------------------------------------------------------------------------------------------------
 
 
 def pixels(case: Case) -> Tensor:
     return torch.randn(case.images, 3, *case.size, generator=torch.Generator().manual_seed(1)).to(case.device)
 
 
-def prompts(case: Case, number: int = 0) -> Tensor:
-    """[B, T] token ids, other words for each image and number; 33 of 80 phrases have two words, so that T is 195."""
-    words = (2 if 33 * place % 80 < 33 else 1 for place in range(case.phrases))
-    phrases = [token for count in words for token in (*[FIRST_WORD] * count, 1012)]
+def prompts(case: Case, call_index: int = 0) -> Tensor:
+    """Return token ids [B, T], with different words for each image and call.
+
+    33 of 80 phrases have two words, so 80 phrases have 195 tokens.
+    """
+    word_counts = (2 if 33 * phrase % 80 < 33 else 1 for phrase in range(case.phrases))
+    phrases = [token for count in word_counts for token in (*[FIRST_WORD] * count, 1012)]
     ids = torch.tensor([101, *phrases, 102], device=case.device)
-    shifts = number * case.images + torch.arange(case.images, device=case.device)  # [B]
+    shifts = call_index * case.images + torch.arange(case.images, device=case.device)  # [B]
     return ids + (ids == FIRST_WORD) * shifts.unsqueeze(-1) % 1000
 
 
 def call(case: Case, contender: str, forward: Forward) -> Callable[[], Any]:
-    """A call of the contender; the words of its prompts are others than at the last call, if that is what it shows."""
+    """Return a function that calls the contender, with new prompts in every call unless it is SAME."""
     images, calls = pixels(case), 0
     forward = torch.compile(forward, dynamic=False) if case.compiled else forward
 
@@ -145,47 +148,47 @@ def call(case: Case, contender: str, forward: Forward) -> Callable[[], Any]:
 
 @torch.no_grad()
 def differences(case: Case, theirs: GroundingDinoForObjectDetection, ours: GroundingDino) -> dict[str, float]:
-    """Largest differences of the outputs in float32, from the same images and prompts.
+    """Return the largest differences of the float32 outputs for the same images and prompts.
 
-    Which image tokens become queries, and in which order, may differ where two fit all but equally well. So their
-    scores are compared rank by rank, and our decoder starts from the queries that transformers has chosen.
+    The selected image tokens and their order may differ if two scores are almost equal. The scores are therefore
+    compared rank by rank, and our decoder starts from the queries that transformers selected.
 
     Raises:
         SystemExit: a difference is above TOLERANCE.
     """
     images, ids = pixels(case), prompts(case)
     torch.backends.cudnn.allow_tf32 = False
-    wanted = theirs(images, ids, attention_mask=torch.ones_like(ids))
+    expected = theirs(images, ids, attention_mask=torch.ones_like(ids))
     batch = batch_of(images, ids)
     image, text = ours.encoder(ours.encode_image(batch), ours.encode_text(batch.text))
     queries = ours.queries(image, text)
-    references = wanted.init_reference_points.logit()  # [B, Q, 4]
+    references = expected.init_reference_points.logit()  # [B, Q, 4]
     logits, boxes, _ = ours.decoder(queries.content, references, image, text)
     torch.backends.cudnn.allow_tf32 = True
 
     count, length = references.shape[1], ids.shape[1]
-    fit = wanted.enc_outputs_class.amax(dim=-1).topk(count, dim=1).values  # [B, Q]
-    same = (queries.boxes - wanted.init_reference_points).abs().amax(dim=-1) < TOLERANCE  # [B, Q]
+    top_scores = expected.enc_outputs_class.amax(dim=-1).topk(count, dim=1).values  # [B, Q]
+    same = (queries.boxes - expected.init_reference_points).abs().amax(dim=-1) < TOLERANCE  # [B, Q]
     found = {
-        "image tokens": relative(image.tokens, wanted.encoder_last_hidden_state_vision),
-        "text tokens": relative(text.tokens, wanted.encoder_last_hidden_state_text),
-        "scores of queries": relative(queries.logits.amax(dim=-1), fit),
-        "logits": relative(logits[-1], wanted.logits[..., :length]),
-        "boxes": float((boxes[-1] - wanted.pred_boxes).abs().max()),
+        "image tokens": relative(image.tokens, expected.encoder_last_hidden_state_vision),
+        "text tokens": relative(text.tokens, expected.encoder_last_hidden_state_text),
+        "scores of queries": relative(queries.logits.amax(dim=-1), top_scores),
+        "logits": relative(logits[-1], expected.logits[..., :length]),
+        "boxes": float((boxes[-1] - expected.pred_boxes).abs().max()),
     }
-    text_of = ", ".join(f"{name} {difference:.0e}" for name, difference in found.items())
-    print(f"{case.images} images, {case.phrases} phrases, {length} tokens: largest differences: {text_of}", flush=True)
-    if not all(difference < TOLERANCE for difference in found.values()):  # NaN is wrong too
+    summary = ", ".join(f"{name} {difference:.0e}" for name, difference in found.items())
+    print(f"{case.images} images, {case.phrases} phrases, {length} tokens: largest differences: {summary}", flush=True)
+    if not all(difference < TOLERANCE for difference in found.values()):  # also stops for NaN
         raise SystemExit(f"the outputs differ by more than {TOLERANCE}")
     return found | {"same query at the same rank": float(same.float().mean())}
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def peak_bytes_alone(config: GroundingDinoConfig, case: Case, contender: str, threads: int) -> int | None:
-    """Most memory in use during a forward pass above what was in use before, in a process with just this model."""
+    """Return the peak memory of a forward pass above the memory before it, in a process with only this model."""
     torch.set_num_threads(threads)
     theirs = model_of_transformers(config)
     alone = forwards(theirs, None) if contender == TRANSFORMERS else forwards(None, model_of_vg(theirs))
@@ -222,10 +225,10 @@ def measure(
             seconds(case, runs[name])
             if memory and name != SAME:
                 peaks[name] = peak_bytes(config, case, name, runs[name])
-        except Exception as error:  # what transformers cannot do must not end the others' race; ours must work
+        except Exception as error:  # transformers may fail, vg may not
             if name != TRANSFORMERS:
                 raise
-            print(f"{case}: {name} cannot: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}")
+            print(f"{case}: {name} fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}")
             del runs[name]
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -246,28 +249,44 @@ def print_table(case: Case, rows: list[dict[str, Any]]) -> None:
         print(f"{case!s:48} {row['contender']:16} {row['seconds'] * 1e3:9.1f} ms {ratio:6} {peak}", flush=True)
 
 
-def main(config: GroundingDinoConfig | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+# ---- options and models of both benchmarks of Grounding DINO ------------------------------------------------------
+
+
+def parser_of(description: str | None, size: tuple[int, int]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, nargs="+", default=[1, 4], help="in a batch")
-    parser.add_argument("--phrases", type=int, nargs="+", default=[1, 20, 80], help="in a prompt; 80 are at most")
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--size", type=int, nargs=2, default=(800, 1066), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--compile", action="store_true", help="with torch.compile as well, which takes minutes")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured calls per contender (default: %(default)s)")
+    height_width = f"image size in pixels (default: {size[0]} {size[1]})"
+    parser.add_argument("--size", type=int, nargs=2, default=size, metavar=("HEIGHT", "WIDTH"), help=height_width)
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
-    parser.add_argument("--json", type=Path, help="where results go")
-    options = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    return parser
+
+
+def set_up(
+    options: argparse.Namespace, config: GroundingDinoConfig
+) -> tuple[dict[str, Any], GroundingDinoForObjectDetection, GroundingDino]:
+    """Return a description of the machine, and both models on the device."""
     if options.threads:
         torch.set_num_threads(options.threads)
-
     about = machine(options.device) | {"operator": backend_info()[options.device].name}
     print("  ".join(f"{key} {value}" for key, value in about.items()))
-    config = config or GroundingDinoConfig()
     theirs = model_of_transformers(config)
     ours = model_of_vg(theirs).to(options.device)
-    contenders = forwards(theirs.to(options.device), ours)
+    return about, theirs.to(options.device), ours
+
+
+def main(config: GroundingDinoConfig | None = None) -> None:
+    parser = parser_of(__doc__, size=(800, 1066))
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 4], help="batch sizes (default: 1 4)")
+    parser.add_argument("--phrases", type=int, nargs="+", default=[1, 20, 80], help="phrases per prompt, at most 80")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile, which takes minutes")
+    options = parser.parse_args()
+    config = config or GroundingDinoConfig()
+    about, theirs, ours = set_up(options, config)
+    contenders = forwards(theirs, ours)
     results, compared = [], []
     for images, phrases in product(options.images, options.phrases):
         plain = Case(images, phrases, size=tuple(options.size), device=options.device)
@@ -278,7 +297,7 @@ def main(config: GroundingDinoConfig | None = None) -> None:
             rows = measure(config, case, contenders, options.rounds, not options.no_memory)
             print_table(case, rows)
             results += rows
-            if options.json:  # after each case: a run that is cut short leaves what it had found
+            if options.json:  # after each case, so an interrupted run keeps its results
                 found = {"machine": about, "differences": compared, "results": results}
                 options.json.write_text(json.dumps(found, indent=1) + "\n")
 

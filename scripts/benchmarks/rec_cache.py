@@ -1,10 +1,9 @@
-"""What the feature cache saves: training from it against encoders that run in every step, in expressions per second.
+"""Measure training with the feature cache and with encoders in every step, in expressions per second.
 
-    python scripts/benchmarks/rec_cache.py [--rounds 5] [--threads 1] [--device cuda --precision bf16]
+    PYTHONPATH=. python scripts/benchmarks/rec_cache.py [--rounds 5] [--threads 1] [--device cuda --precision bf16]
 
-DINOv3 ViT-B/16, BGE-small and the published head at their full sizes with random weights, on random pictures with
-seven expressions each. All ways run in turn in one process, one step of every way in each round; medians are printed,
-those of the ratios too.
+DINOv3 ViT-B/16, BGE-small and the published head at full size with random weights, on random images with seven
+expressions each. All variants run in turn in one process, one step per round. Prints medians of the rates and ratios.
 """
 
 from __future__ import annotations
@@ -51,18 +50,18 @@ ENCODERS = {
 EXPRESSIONS = ("left circle", "the red star", "big square", "ring near the star", "small blue one", "top", "blue thing")
 
 
-def write_data(folder: Path, split: str, num_pictures: int, num_expressions: int) -> None:
-    """Pictures of COCO's size with so many expressions each, as json lines."""
+def write_data(folder: Path, split: str, num_images: int, num_expressions: int) -> None:
+    """Write images of COCO's size and an annotation file (JSON lines) with `num_expressions` per image."""
     random = np.random.default_rng(0)
     rows = []
-    for picture in range(num_pictures):
+    for image in range(num_images):
         pixels = random.integers(0, 255, (15, 20, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((640, 480)).save(folder / f"{split}{picture}.jpg")
-        for place in range(num_expressions):
-            box = [40 * place, 100, 200, 150]
-            key = picture * num_expressions + place
-            row = {"sent": EXPRESSIONS[(picture + place) % len(EXPRESSIONS)], "ann_id": key, "bbox": box}
-            rows.append(row | {"image_path": f"{split}{picture}.jpg"})
+        Image.fromarray(pixels).resize((640, 480)).save(folder / f"{split}{image}.jpg")
+        for index in range(num_expressions):
+            box = [40 * index, 100, 200, 150]
+            key = image * num_expressions + index
+            row = {"sent": EXPRESSIONS[(image + index) % len(EXPRESSIONS)], "ann_id": key, "bbox": box}
+            rows.append(row | {"image_path": f"{split}{image}.jpg"})
     (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
@@ -84,8 +83,8 @@ def configured(folder: Path, split: str, cache: dict[str, object] | None, option
     )
 
 
-class Way:
-    """One way of training, step by step."""
+class Variant:
+    """A model, its data and its optimizer, trained one step at a time."""
 
     def __init__(self, config: RunConfig, options: argparse.Namespace):
         self.device = torch.device(options.device)
@@ -105,7 +104,7 @@ class Way:
         )
         self.batches = self._forever()
         self.rates: list[float] = []  # expressions per second of each step
-        self.reading: list[float] = []  # share of each step until its batch is there
+        self.reading: list[float] = []  # share of each step spent waiting for its batch
 
     def _forever(self) -> Iterator[Batch | EncodedBatch]:
         epoch = 0
@@ -114,7 +113,7 @@ class Way:
             yield from self.loader
             epoch += 1
 
-    def step(self, counts: bool) -> None:
+    def step(self, measured: bool) -> None:
         start = time.perf_counter()
         batch = next(self.batches)
         read = time.perf_counter()
@@ -126,22 +125,22 @@ class Way:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        loss.item()  # a GPU has finished then
+        loss.item()  # waits until the GPU has finished
         end = time.perf_counter()
-        if counts:
+        if measured:
             self.rates.append(len(batch) / (end - start))
             self.reading.append((read - start) / (end - start))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=32, help="expressions (default: %(default)s)")
-    parser.add_argument("--head", default="pooled")
-    parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read (default: %(default)s)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="expressions per batch (default: %(default)s)")
+    parser.add_argument("--head", default="pooled", help="pooled or dense (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="bf16 is autocast")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -149,34 +148,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "data").mkdir()
-        write_data(folder / "data", "train", 2 * options.batch_size, 1)  # no batch has a picture twice
+        write_data(folder / "data", "train", 2 * options.batch_size, 1)  # no batch contains an image twice
         write_data(folder / "data", "val", max(1, options.batch_size // 2), len(EXPRESSIONS))
         for encoder, settings in ENCODERS.items():
             AutoModel.from_config(AutoConfig.for_model(**settings)).save_pretrained(folder / encoder)
         cache = {"folder": str(folder / "cache")}
-        ways = {
+        configs = {
             "encoders in every step": configured(folder, "train", None, options),
             "cache": configured(folder, "train", cache, options),
-            "cache, expressions share pictures": configured(
-                folder, "val", cache | {"expressions_per_image": 7}, options
-            ),
+            "cache, expressions share images": configured(folder, "val", cache | {"expressions_per_image": 7}, options),
         }
         start = time.perf_counter()
-        for config in list(ways.values())[1:]:
+        for config in list(configs.values())[1:]:
             build_cache(config)
-        print(f"the caches were written in {time.perf_counter() - start:.0f} s", flush=True)
-        running = {title: Way(config, options) for title, config in ways.items()}
-        for number in range(-1, options.rounds):  # the first one warms up
-            for way in running.values():
-                way.step(counts=number >= 0)
+        print(f"the caches were built in {time.perf_counter() - start:.0f} s", flush=True)
+        running = {title: Variant(config, options) for title, config in configs.items()}
+        for round_index in range(-1, options.rounds):  # the first round warms up
+            for variant in running.values():
+                variant.step(measured=round_index >= 0)
 
     first = next(iter(running.values())).rates
-    for title, way in running.items():
-        ratio = statistics.median(mine / theirs for mine, theirs in zip(way.rates, first, strict=True))
-        rates = f"{statistics.median(way.rates):8.1f} expressions/s ({min(way.rates):.1f} to {max(way.rates):.1f})"
-        print(
-            f"{title:34} {rates}, {ratio:5.1f}x, waits for its batch {statistics.median(way.reading):.1%} of the time"
-        )
+    for title, variant in running.items():
+        ratio = statistics.median(rate / base for rate, base in zip(variant.rates, first, strict=True))
+        rate, waiting = statistics.median(variant.rates), statistics.median(variant.reading)
+        rates = f"{rate:8.1f} expressions/s ({min(variant.rates):.1f} to {max(variant.rates):.1f})"
+        print(f"{title:34} {rates}, {ratio:5.1f}x, waiting for batches {waiting:.1%} of the time")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The loss that transformers trains Grounding DINO with, called on what a model of vg answers."""
+"""The loss of Grounding DINO in transformers, computed from the outputs of a model of vg."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from transformers.models.grounding_dino.modeling_grounding_dino import build_lab
 from vg.losses.config import LossConfig, MatchingConfig
 from vg.types import PromptTargets, Text
 
-# What transformers weighs and matches by, as settings of our loss.
+# The loss weights and matching costs of transformers, as settings of our loss.
 SETTINGS = LossConfig(class_weight=2.0, matching=MatchingConfig(class_cost="mean", class_weight=1.0))
 
 
 def transformers_loss(
     logits: Tensor, boxes: Tensor, targets: PromptTargets, text: Text, encoder: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Its code and its default settings, but `auxiliary_loss`, which is off there and which every published model had.
+    """Compute the loss of transformers with its default settings, except `auxiliary_loss`.
+
+    That one is off by default in transformers, but all published models were trained with it.
 
     Args:
-        logits: [L, R, Q, T], -inf at tokens that are none.
+        logits: [L, R, Q, T], -inf at padding.
         boxes: [L, R, Q, 4] cxcywh 0..1.
         text: one prompt per image.
-        encoder: logits [R, Q, T] and boxes [R, Q, 4] that the encoder proposed.
+        encoder: logits [R, Q, T] and boxes [R, Q, 4] proposed by the encoder.
 
     Returns:
         The weighted sum of all terms.
     """
     words = text.phrase_tokens.any(dim=1)  # [R, T]
-    # A number of transformers for every phrase, in the order of the prompt. Of token ids it only asks which of them
-    # are delimiters, and 0 is one.
+    # transformers assigns a label to every phrase in the order of the prompt. It uses token ids only to find
+    # delimiters, and 0 is one of them.
     label_maps = build_label_maps(logits[-1], words.int())  # R times [phrases, T]
     labels = [
         {"class_labels": (named[:count].float() @ label_map.T.float()).argmax(dim=1), "boxes": truth[:count]}

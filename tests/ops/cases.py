@@ -1,4 +1,4 @@
-"""Inputs of deformable attention and a second opinion on its outputs, shared by the tests of vg.ops."""
+"""Inputs of deformable attention and an independent implementation, shared by the tests of vg.ops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vg.ops import reference
 Shapes = tuple[tuple[int, int], ...]
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-# Of the largest entry. Sums are in float32 at least, so half precision rounds inputs and outputs only.
+# Relative to the largest entry. Sums are at least float32, so half precision rounds only inputs and outputs.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
@@ -41,9 +41,9 @@ def plain(
     device: str = "cpu",
     seed: int = 0,
 ) -> Plain:
-    """Points lie in the level and up to one pixel around it, at least 0.05 pixels from a cell's edge.
+    """Return inputs with points inside the level and up to one pixel around it, at least 0.05 pixels from cell edges.
 
-    On such an edge gradients jump, and the second opinion may stand on its other side.
+    Gradients are discontinuous at these edges, and rounding may put the two implementations on different sides.
     """
     generator = torch.Generator().manual_seed(seed)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -66,7 +66,7 @@ def plain(
 def fused(
     shapes: Shapes = ((5, 7), (3, 4), (1, 1)), coordinates: int = 2, shared: bool = False, **sizes: object
 ) -> Fused:
-    """As `plain`, with offsets that lead to such locations."""
+    """Return inputs of the fused form with the locations of `plain`."""
     value, locations, _ = plain(shapes, **sizes)  # type: ignore[arg-type]
     B, Q, H, L, P, _ = locations.shape
     generator = torch.Generator().manual_seed(1)
@@ -79,7 +79,7 @@ def fused(
 
 
 def by_grid_sample(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """The same from torch's own sampling, in float64: [B, Q, H * D]. Not for empty levels and infinite locations."""
+    """Compute the output [B, Q, H * D] with torch's sampling, in float64, without empty levels, NaN and infinity."""
     value, locations, weights = value.double(), locations.double(), weights.double()
     B, _, H, D = value.shape
     output = 0
@@ -92,13 +92,13 @@ def by_grid_sample(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
 
 
 def gradients(output: Tensor, inputs: tuple[Tensor, ...], retain_graph: bool = True) -> tuple[Tensor, ...]:
-    """Gradients for a gradient of the output that differs everywhere."""
+    """Return gradients of the inputs for an output gradient without equal entries."""
     weight = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=output.device).view(output.shape)
     return torch.autograd.grad(output, inputs, weight.to(output.dtype), retain_graph)
 
 
 def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype, times: float = 1) -> None:
-    """Equal up to (so many times) the tolerance of the dtype, relative to the largest entry."""
+    """Check equality up to `times` the tolerance of the dtype, relative to the largest entry."""
     assert found.shape == expected.shape
     scale = expected.abs().max().item() if expected.numel() else 1.0
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""The tests of the operator pass on every implementation; this process ran them on one, here are the others."""
+"""The tests of the operator pass with every implementation, not only the one of this process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILES = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("deform_a
 
 
 @pytest.mark.parametrize("backend", ["reference", "emulate"])
-def test_all_tests_pass_on(backend: str) -> None:
+def test_operator_tests_pass_with(backend: str) -> None:
     if backend == "emulate" and not shutil.which("g++"):
         pytest.skip("needs g++")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "not error", *FILES]

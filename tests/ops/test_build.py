@@ -1,4 +1,4 @@
-"""Compiled kernels are found, built once, or done without - and it is always said which and why."""
+"""Compiled kernels are found, built once or replaced by the reference, with the reason reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    """An empty cache, no choice made yet; afterwards the choice is made anew."""
+    """An empty kernel cache; the implementation is selected again inside and after the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("VG_DEFORM_ATTN", raising=False)
     monkeypatch.delenv("VG_BUILD", raising=False)
@@ -33,7 +33,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.Mo
 
 
 def compiler(folder: Path, script: str) -> str:
-    """A PATH with nothing but a g++ that runs this script, $out being the file to write."""
+    """Return a PATH whose only program is a g++ that runs this script; $out is the output file."""
     folder.mkdir()
     find_output = 'for word; do if [ "$before" = -o ]; then out=$word; fi; before=$word; done\n'
     (folder / "g++").write_text(f"#!/bin/sh\nPATH=/usr/bin:/bin\n{find_output}{script}\n")
@@ -42,21 +42,21 @@ def compiler(folder: Path, script: str) -> str:
 
 
 def run(code: str, **environment: object) -> str:
-    """What a new process prints."""
+    """Run code in a new process and return its output."""
     variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), **{k: str(v) for k, v in environment.items()}}
     command = [sys.executable, "-c", code]
-    # From "/": Python would look for the package in the current folder first.
+    # In "/", because Python searches the current folder for packages first.
     return subprocess.run(command, env=variables, cwd="/", capture_output=True, text=True, check=True).stdout
 
 
 BACKEND = "from vg.ops import backend_info; b = backend_info()['cpu']; print(b.name, b.reason, sep='|')"
 
 
-# ---- what is there ------------------------------------------------------------------------------------------------
+# ---- compiled kernels ---------------------------------------------------------------------------------------------
 
 
 @needs_compiler
-def test_the_compiled_kernels_run_where_there_is_a_compiler() -> None:
+def test_compiled_kernels_run_if_there_is_a_compiler() -> None:
     name = backend_info()["cpu"].name
     assert name == {"auto": "cpp"}.get(setting := os.environ.get("VG_DEFORM_ATTN", "auto"), setting)
     if name != "reference":
@@ -65,7 +65,7 @@ def test_the_compiled_kernels_run_where_there_is_a_compiler() -> None:
 
 
 @needs_compiler
-def test_a_cached_library_loads_in_no_time() -> None:
+def test_a_cached_library_loads_fast() -> None:
     build.library_in_cache("cpp")
     code = "import time, torch; start = time.perf_counter(); import vg.ops; vg.ops.backend_info(); "
     code += "print(time.perf_counter() - start)"
@@ -86,7 +86,7 @@ print(before, has())"""
     assert run(code, VG_DEFORM_ATTN="cpp") == "False True\n"
 
 
-def test_a_demanded_library_that_fails_fails_every_call(tmp_path: Path) -> None:
+def test_a_required_library_that_fails_to_load_fails_every_call(tmp_path: Path) -> None:
     code = """
 import torch, vg.ops
 for _ in range(2):
@@ -102,14 +102,16 @@ def test_import_builds_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_line_says_what_runs(capsys: pytest.CaptureFixture[str], fresh: pytest.MonkeyPatch) -> None:
+def test_the_command_line_prints_the_implementation(
+    capsys: pytest.CaptureFixture[str], fresh: pytest.MonkeyPatch
+) -> None:
     fresh.setenv("VG_DEFORM_ATTN", "reference")
     main(["ops"])
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"deform_attn on {device}: reference (VG_DEFORM_ATTN=reference)" for device in ("cpu", "cuda")]
 
 
-# ---- one build for all --------------------------------------------------------------------------------------------
+# ---- builds and prebuilt libraries --------------------------------------------------------------------------------
 
 
 @needs_compiler
@@ -128,8 +130,8 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_a_wheel_brings_its_library(tmp_path: Path) -> None:
-    """The package as a wheel lays it out; the library is taken if it was made from the sources beside it."""
+def test_a_prebuilt_library_is_loaded_if_its_sources_match(tmp_path: Path) -> None:
+    """In a package laid out like a wheel, the library is loaded only if it was built from the sources beside it."""
     package = tmp_path / "vg"
     shutil.copytree(REPOSITORY / "vg" / "ops", package / "ops", ignore=shutil.ignore_patterns("*.so"))
     shutil.copytree(REPOSITORY / "csrc", package / "csrc")
@@ -150,7 +152,7 @@ def test_a_wheel_brings_its_library(tmp_path: Path) -> None:
 # ---- no library ---------------------------------------------------------------------------------------------------
 
 
-def test_a_failed_build_shows_the_compilers_words_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failed_build_warns_once_with_the_compiler_output(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fresh.setenv("PATH", compiler(tmp_path / "bin", "echo 'error: no such luck' >&2; exit 1"))
     with pytest.warns(UserWarning, match="(?s)slow.*deform_attn.cpp.*error: no such luck"):
         assert backend_info()["cpu"].name == "reference"
@@ -161,7 +163,7 @@ def test_a_failed_build_shows_the_compilers_words_once(fresh: pytest.MonkeyPatch
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
-def test_what_is_named_must_work(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_named_implementation_that_fails_is_an_error(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fresh.setenv("PATH", compiler(tmp_path / "bin", "echo 'error: no such luck' >&2; exit 1"))
     for name in ("cpp", "emulate"):
         fresh.setenv("VG_DEFORM_ATTN", name)
@@ -174,26 +176,26 @@ def test_what_is_named_must_work(fresh: pytest.MonkeyPatch, tmp_path: Path) -> N
         backend_info()
 
 
-def test_a_library_that_does_not_load_is_named(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_library_that_does_not_load_is_named_in_the_warning(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fresh.setenv("PATH", compiler(tmp_path / "bin", "echo nonsense > $out"))
     with pytest.warns(UserWarning, match=r"cpp-\w+\.so does not load"):
         assert backend_info()["cpu"].name == "reference"
 
 
-def test_no_compiler(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_the_reference_runs(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fresh.setenv("PATH", str(tmp_path))
     with pytest.warns(UserWarning, match=r"g\+\+ was not found: install it"):
         assert backend_info()["cpu"].name == "reference"
 
 
-def test_a_cache_that_cannot_be_written(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_reported(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "cache").touch()
     fresh.setenv("PATH", compiler(tmp_path / "bin", "exit 1"))
     with pytest.warns(UserWarning, match="Set XDG_CACHE_HOME to another folder"):
         assert backend_info()["cpu"].name == "reference"
 
 
-def test_building_can_be_forbidden(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_vg_build_0_disables_building(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fresh.setenv("VG_BUILD", "0")
     fresh.setenv("PATH", compiler(tmp_path / "bin", "exit 1"))
     with warnings.catch_warnings():
@@ -214,7 +216,7 @@ def test_other_devices_run_the_reference() -> None:
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 def test_the_cuda_library_compiles(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """For Hopper, without a GPU; where torch is a CPU build its CUDA half cannot be linked, all else is as ever."""
+    """For sm_90, without a GPU; a CPU build of torch has no libtorch_cuda, which is then not linked."""
     fresh.setattr(build, "WHEEL_CAPABILITIES", ((9, 0),))
     command, version = build._command("cuda")
     if not torch.version.cuda:

@@ -1,4 +1,4 @@
-"""Deformable attention, whichever implementation runs, against grid_sample, numerical gradients and its promises."""
+"""The selected implementation of deformable attention against grid_sample, numerical gradients and recorded values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize(
     ("shapes", "sizes"),
     [
-        (((9, 11), (5, 6), (3, 3), (2, 2)), {"B": 2, "Q": 37, "H": 8, "D": 32, "P": 4}),  # as Grounding DINO
+        (((9, 11), (5, 6), (3, 3), (2, 2)), {"B": 2, "Q": 37, "H": 8, "D": 32, "P": 4}),  # as in Grounding DINO
         (SHAPES, {"B": 3, "Q": 7, "H": 3, "D": 30, "P": 1}),
         (((1, 9), (9, 1), (1, 1), (2, 1), (1, 2)), {"B": 1, "Q": 11, "H": 2, "D": 16, "P": 8}),
         (((6, 5),), {"B": 2, "Q": 13, "H": 1, "D": 64, "P": 3}),
@@ -50,21 +50,21 @@ def test_equals_grid_sample(shapes: Shapes, sizes: dict[str, int], dtype: torch.
     expected = by_grid_sample(value, shapes, locations, weights)
     assert output.dtype == dtype
     assert_near(output, expected, dtype)
-    for found, wanted in zip(gradients(output, inputs), gradients(expected, inputs), strict=True):
-        assert found.dtype == wanted.dtype
-        assert_near(found, wanted, dtype)
+    for found, target in zip(gradients(output, inputs), gradients(expected, inputs), strict=True):
+        assert found.dtype == target.dtype
+        assert_near(found, target, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_coordinates_are_exact_on_large_maps(dtype: torch.dtype, device: str) -> None:
-    """In bfloat16 a coordinate above 128 would be a whole pixel; float32 has 2e-5 of a pixel there."""
+    """Above 128, bfloat16 coordinates would be whole pixels; float32 has a resolution of 2e-5 pixels."""
     times = 10 if dtype == torch.float32 else 1
     shapes = ((3, 301), (257, 2))
     inputs = plain(shapes, B=1, Q=50, H=1, D=32, P=4, dtype=dtype, device=device)
     output, expected = deform_attn(inputs[0], shapes, *inputs[1:]), by_grid_sample(inputs[0], shapes, *inputs[1:])
     assert_near(output, expected, dtype, times)
-    for found, wanted in zip(gradients(output, inputs), gradients(expected, inputs), strict=True):
-        assert_near(found, wanted, dtype, times)
+    for found, target in zip(gradients(output, inputs), gradients(expected, inputs), strict=True):
+        assert_near(found, target, dtype, times)
 
 
 @pytest.mark.parametrize("D", [1, 3, 8, 30, 32, 64])
@@ -87,7 +87,9 @@ def test_numerical_gradients_fused(D: int, P: int, coordinates: int, shared: boo
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("coordinates", [2, 4])
-def test_fused_equals_its_parts(coordinates: int, shared: bool, dtype: torch.dtype, device: str) -> None:
+def test_fused_equals_softmax_locations_and_sampling(
+    coordinates: int, shared: bool, dtype: torch.dtype, device: str
+) -> None:
     shapes = ((9, 11), (5, 6), (3, 3), (2, 2))
     inputs = fused(shapes, coordinates, shared, Q=11, H=8, D=32, dtype=dtype, device=device)
     value, points, offsets, logits = inputs
@@ -100,29 +102,29 @@ def test_fused_equals_its_parts(coordinates: int, shared: bool, dtype: torch.dty
     output, expected = deform_attn_fused(value, shapes, *inputs[1:]), by_grid_sample(value, shapes, location, weights)
     assert output.dtype == dtype
     assert_near(output, expected, dtype)
-    for found, wanted in zip(gradients(output, inputs), gradients(expected, inputs), strict=True):
-        assert found.dtype == wanted.dtype
-        assert_near(found, wanted, dtype)
+    for found, target in zip(gradients(output, inputs), gradients(expected, inputs), strict=True):
+        assert found.dtype == target.dtype
+        assert_near(found, target, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_what_a_half_precision_layer_gives(dtype: torch.dtype, device: str) -> None:
-    """Offsets, logits and weights in half precision: the same as after a cast, and gradients come in their dtype."""
+def test_half_precision_offsets_logits_and_weights(dtype: torch.dtype, device: str) -> None:
+    """They give the same results as after a cast to float32, and their gradients have their dtype."""
     value, points, offsets, logits = fused(SHAPES, dtype=dtype, device=device)
     half = [x.detach().to(dtype).requires_grad_() for x in (offsets, logits)]
     full = [x.detach().float().requires_grad_() for x in half]
     output, expected = (deform_attn_fused(value, SHAPES, points, *x) for x in (half, full))
     assert_near(output, expected, dtype)
-    for found, wanted in zip(gradients(output, tuple(half)), gradients(expected, tuple(full)), strict=True):
+    for found, target in zip(gradients(output, tuple(half)), gradients(expected, tuple(full)), strict=True):
         assert found.dtype == dtype
-        assert_near(found, wanted, dtype)
+        assert_near(found, target, dtype)
 
     value, locations, weights = plain(SHAPES, dtype=dtype, device=device)
     half_weights = weights.detach().to(dtype).requires_grad_()
     output = deform_attn(value, SHAPES, locations, half_weights)
     assert_near(output, deform_attn(value, SHAPES, locations, half_weights.float()), dtype)
     assert gradients(output, (half_weights,))[0].dtype == dtype
-    mixed = deform_attn_fused(value, SHAPES, points, half[0], full[1])  # lifted to float32 both
+    mixed = deform_attn_fused(value, SHAPES, points, half[0], full[1])  # both are converted to float32
     assert_near(mixed, expected, dtype)
 
 
@@ -139,7 +141,7 @@ def test_outputs_and_gradients_equal_the_official_code(device: str) -> None:
 
 @pytest.mark.parametrize("coordinates", [2, 4])
 def test_attention_module_equals_the_official_code(coordinates: int, device: str) -> None:
-    """The whole attention module of the official code, its linear layers around our fused form."""
+    """The linear layers of the official attention module around our fused form."""
     golden = {name: x.to(device) for name, x in recorded_tensors("msda_module_fp64").items()}
 
     def project(x: Tensor, name: str, *shape: int) -> Tensor:
@@ -158,11 +160,11 @@ def test_attention_module_equals_the_official_code(coordinates: int, device: str
     torch.testing.assert_close(project(output, "output_proj"), expected, rtol=1e-12, atol=1e-12)
 
 
-# ---- layouts, gradients that are not wanted, bits -----------------------------------------------------------------
+# ---- layouts, selected gradients, determinism ---------------------------------------------------------------------
 
 
-def _sparse(x: Tensor, dim: int) -> Tensor:
-    """Equal entries, every second one in memory along a dimension."""
+def _strided(x: Tensor, dim: int) -> Tensor:
+    """Return a tensor equal to x with twice its stride along a dimension, and NaN between its entries."""
     return (
         torch.stack((x, torch.full_like(x, float("nan"))), dim=dim + 1)
         .flatten(dim, dim + 1)
@@ -174,66 +176,67 @@ def _sparse(x: Tensor, dim: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("D", [30, 32])
-def test_any_layout(D: int, dtype: torch.dtype, device: str) -> None:
+def test_results_do_not_depend_on_the_memory_layout(D: int, dtype: torch.dtype, device: str) -> None:
     inputs = plain(SHAPES, Q=7, D=D, dtype=dtype, device=device)
     value, locations, weights = (x.detach() for x in inputs)
     expected = deform_attn(inputs[0], SHAPES, *inputs[1:])
-    wanted = gradients(expected, inputs)
+    expected_grads = gradients(expected, inputs)
     by_head = value.transpose(1, 2).contiguous().transpose(1, 2)
     layouts = [
         (by_head, locations, weights),
         (value.flip(0).flip(0).transpose(2, 3).contiguous().transpose(2, 3), locations, weights),
-        (_sparse(value, 3), _sparse(locations, 5), _sparse(weights, 4)),
-        (_sparse(value, 1), _sparse(locations, 1), _sparse(weights, 2)),
+        (_strided(value, 3), _strided(locations, 5), _strided(weights, 4)),
+        (_strided(value, 1), _strided(locations, 1), _strided(weights, 2)),
         (value, locations.transpose(1, 2).contiguous().transpose(1, 2), weights.mT.contiguous().mT),
     ]
     for layout in layouts:
         layout = tuple(x.requires_grad_() for x in layout)
         output = deform_attn(layout[0], SHAPES, *layout[1:])
         assert torch.equal(output, expected)
-        for found, grad in zip(gradients(output, layout), wanted, strict=True):
+        for found, grad in zip(gradients(output, layout), expected_grads, strict=True):
             assert_near(found, grad, dtype)
 
     weight = torch.randn(expected.shape, device=device).to(dtype)
-    wanted = torch.autograd.grad(expected, inputs, weight, retain_graph=True)
-    strange = weight.transpose(0, 2).contiguous().transpose(0, 2)
-    for found, grad in zip(torch.autograd.grad(expected, inputs, strange, retain_graph=True), wanted, strict=True):
+    expected_grads = torch.autograd.grad(expected, inputs, weight, retain_graph=True)
+    transposed = weight.transpose(0, 2).contiguous().transpose(0, 2)
+    found_grads = torch.autograd.grad(expected, inputs, transposed, retain_graph=True)
+    for found, grad in zip(found_grads, expected_grads, strict=True):
         assert_near(found, grad, dtype)
-    wanted = torch.autograd.grad(expected, inputs, torch.ones_like(expected), retain_graph=True)
+    expected_grads = torch.autograd.grad(expected, inputs, torch.ones_like(expected), retain_graph=True)
     one = torch.ones((), dtype=dtype, device=device).expand_as(expected)
-    for found, grad in zip(torch.autograd.grad(expected, inputs, one), wanted, strict=True):
+    for found, grad in zip(torch.autograd.grad(expected, inputs, one), expected_grads, strict=True):
         assert_near(found, grad, dtype)
 
 
 @pytest.mark.parametrize("coordinates", [2, 4])
 def test_expanded_reference_points(coordinates: int, device: str) -> None:
-    """One point for all levels as it comes from `expand`: its gradient is the sum over levels."""
+    """The gradient of one point that `expand` repeats for all levels is the sum over levels."""
     value, points, offsets, logits = fused(SHAPES, coordinates, shared=True, D=32, dtype=torch.float32, device=device)
     inputs = (value, points, offsets, logits)
     expected = deform_attn_fused(value, SHAPES, points, offsets, logits)
     output = deform_attn_fused(value, SHAPES, points.expand(-1, -1, 3, -1), offsets, logits)
     assert_near(output, expected, torch.float32)
-    for found, wanted in zip(gradients(output, inputs), gradients(expected, inputs), strict=True):
-        assert_near(found, wanted, torch.float32)
+    for found, target in zip(gradients(output, inputs), gradients(expected, inputs), strict=True):
+        assert_near(found, target, torch.float32)
     sliced = torch.cat((points, points), -1).detach()[..., :coordinates].requires_grad_()
     assert torch.equal(deform_attn_fused(value, SHAPES, sliced, offsets, logits), expected)
 
 
 @pytest.mark.parametrize("D", [3, 32])
-def test_only_wanted_gradients_are_made(D: int, device: str) -> None:
+def test_every_subset_of_gradients(D: int, device: str) -> None:
     for make, call in ((plain, deform_attn), (fused, deform_attn_fused)):
         inputs = make(SHAPES, D=D, dtype=torch.float32, device=device)
-        all_of_them = gradients(call(inputs[0], SHAPES, *inputs[1:]), inputs)
-        for wanted in range(1, 2 ** len(inputs)):
-            needs = [bool(wanted >> index & 1) for index in range(len(inputs))]
+        all_gradients = gradients(call(inputs[0], SHAPES, *inputs[1:]), inputs)
+        for subset in range(1, 2 ** len(inputs)):
+            needs = [bool(subset >> index & 1) for index in range(len(inputs))]
             some = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
             found = gradients(call(some[0], SHAPES, *some[1:]), tuple(x for x in some if x.requires_grad))
-            expected = [grad for grad, need in zip(all_of_them, needs, strict=True) if need]
+            expected = [grad for grad, need in zip(all_gradients, needs, strict=True) if need]
             for one, other in zip(found, expected, strict=True):
                 assert_near(one, other, torch.float32)
 
 
-def test_unwanted_gradients_are_empty(device: str) -> None:
+def test_gradients_that_are_not_needed_are_empty(device: str) -> None:
     value, locations, weights = (x.detach() for x in plain(SHAPES, dtype=torch.float32, device=device))
     grad = torch.ones(2, 5, 16, device=device)
     sizes = [size for shape in SHAPES for size in shape]
@@ -242,7 +245,7 @@ def test_unwanted_gradients_are_empty(device: str) -> None:
     assert [tuple(x.shape) for x in found] == [(0,), tuple(locations.shape), (0,)]
 
 
-def test_same_bits_every_time(device: str) -> None:
+def test_deterministic_mode_is_bit_equal_for_any_number_of_threads(device: str) -> None:
     sizes = {"B": 2, "Q": 150, "H": 4, "D": 32, "dtype": torch.float32, "device": device}
     shapes = ((12, 14), (6, 7))
     runs = []

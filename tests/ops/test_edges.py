@@ -1,4 +1,4 @@
-"""Deformable attention where numbers are far, infinite or missing, whichever implementation runs."""
+"""Deformable attention with far, infinite and NaN inputs and empty tensors, for the selected implementation."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("far", [1e4, -1e4, 1e9, -1e9, 1e20, float("inf"), float("-inf"), float("nan")])
 def test_far_and_infinite_locations_sample_nothing(far: float, dtype: torch.dtype, device: str) -> None:
     value, locations, weights = plain(SHAPES, D=32, dtype=dtype, device=device)
-    chosen = torch.zeros(weights.shape, dtype=torch.bool, device=device)
-    chosen[:, ::2, :, :, 1] = True
+    moved_points = torch.zeros(weights.shape, dtype=torch.bool, device=device)
+    moved_points[:, ::2, :, :, 1] = True
     moved = locations.detach().clone()
-    moved[..., 0][chosen] = far  # the other coordinate stays inside
+    moved[..., 0][moved_points] = far  # y stays inside
     moved.requires_grad_()
     output = deform_attn(value, SHAPES, moved, weights)
-    expected = deform_attn(value, SHAPES, locations, weights.detach().masked_fill(chosen, 0))
+    expected = deform_attn(value, SHAPES, locations, weights.detach().masked_fill(moved_points, 0))
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-6 if dtype != torch.bfloat16 else 0.02)
     for grad in (found := gradients(output, (value, moved, weights))):
         assert grad.isfinite().all()
-    assert (found[1][chosen] == 0).all()
-    assert (found[2][chosen] == 0).all()
+    assert (found[1][moved_points] == 0).all()
+    assert (found[2][moved_points] == 0).all()
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e30])
@@ -45,20 +45,20 @@ def test_infinite_offsets_and_boxes_have_no_gradient(coordinates: int, bad: floa
     inputs = tuple(x.requires_grad_() for x in (value, points, offsets, logits))
     output = deform_attn_fused(value, SHAPES, points, offsets, logits)
     assert output.isfinite().all()
-    _, of_points, of_offsets, of_logits = found = gradients(output, inputs)
+    _, grad_points, grad_offsets, grad_logits = found = gradients(output, inputs)
     assert all(grad.isfinite().all() for grad in found)
-    assert (of_offsets[:, 0, :, :, 1] == 0).all()
-    assert (of_points[:, 1, 0] == 0).all()
-    assert (of_logits != 0).any()
+    assert (grad_offsets[:, 0, :, :, 1] == 0).all()
+    assert (grad_points[:, 1, 0] == 0).all()
+    assert (grad_logits != 0).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pixel", [(0, 0), (0, 6), (4, 0), (4, 6), (2, 0), (0, 3), (2, 3)])
-def test_an_infinite_pixel_stays_where_it_is(pixel: tuple[int, int], dtype: torch.dtype, device: str) -> None:
-    """A kernel that clamps coordinates and multiplies by 0 would make NaN of it at every border."""
+def test_an_infinite_pixel_affects_only_its_neighbors(pixel: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    """A kernel that clamps coordinates and multiplies by 0 would return NaN at every border."""
     height, width = 5, 7
     y, x = torch.meshgrid(torch.arange(-1, height), torch.arange(-1, width), indexing="ij")
-    cells = torch.stack((x, y), -1).flatten(0, 1) + 0.4  # [Q, 2]: one query in each cell, also around the level
+    cells = torch.stack((x, y), -1).flatten(0, 1) + 0.4  # [Q, 2]: one query per cell, also around the level
     locations = ((cells + 0.5) / torch.tensor([width, height]))[None, :, None, None, None].to(device)
     weights = torch.ones(locations.shape[:-1], device=device)
     value = torch.ones(1, height * width, 1, 32, dtype=dtype, device=device)
@@ -68,10 +68,10 @@ def test_an_infinite_pixel_stays_where_it_is(pixel: tuple[int, int], dtype: torc
     output = deform_attn(value, ((height, width),), locations, weights)
     assert (output[:, touches] == float("inf")).all()
     assert output[:, ~touches].isfinite().all()
-    of_value, of_locations, of_weights = gradients(output, inputs)
-    assert of_value.isfinite().all()
-    assert of_locations[:, ~touches].isfinite().all()
-    assert of_weights[:, ~touches].isfinite().all()
+    grad_value, grad_locations, grad_weights = gradients(output, inputs)
+    assert grad_value.isfinite().all()
+    assert grad_locations[:, ~touches].isfinite().all()
+    assert grad_weights[:, ~touches].isfinite().all()
 
 
 def test_nan_in_a_sampled_pixel_reaches_the_output(device: str) -> None:
@@ -92,20 +92,20 @@ def test_all_points_outside_give_zero(dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("place", [0, 1, 3])
-def test_an_empty_level_adds_nothing(place: int, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize("position", [0, 1, 3])
+def test_an_empty_level_adds_nothing(position: int, dtype: torch.dtype, device: str) -> None:
     value, locations, weights = plain(SHAPES, D=32, dtype=dtype, device=device)
-    shapes = (*SHAPES[:place], (0, 0), *SHAPES[place:])
+    shapes = (*SHAPES[:position], (0, 0), *SHAPES[position:])
 
     def widen(x: Tensor) -> Tensor:
-        return torch.cat((x[:, :, :, :place], torch.full_like(x[:, :, :, :1], 0.5), x[:, :, :, place:]), 3)
+        return torch.cat((x[:, :, :, :position], torch.full_like(x[:, :, :, :1], 0.5), x[:, :, :, position:]), 3)
 
     wide = (value, widen(locations.detach()).requires_grad_(), widen(weights.detach()).requires_grad_())
     output = deform_attn(wide[0], shapes, *wide[1:])
     assert_near(output, deform_attn(value, SHAPES, locations, weights), dtype)
     for grad in gradients(output, wide)[1:]:
-        assert (grad[:, :, :, place] == 0).all()
-        assert (grad[:, :, :, (place + 1) % 4] != 0).any()
+        assert (grad[:, :, :, position] == 0).all()
+        assert (grad[:, :, :, (position + 1) % 4] != 0).any()
 
     for coordinates in (2, 4):
         inputs = fused(shapes, coordinates, D=32, dtype=dtype, device=device)
@@ -114,7 +114,7 @@ def test_an_empty_level_adds_nothing(place: int, dtype: torch.dtype, device: str
 
 
 @pytest.mark.parametrize("sizes", [{"Q": 0}, {"B": 0}, {"Q": 0, "B": 0}], ids=str)
-def test_nothing_to_do(sizes: dict[str, int], device: str) -> None:
+def test_empty_batches_and_queries(sizes: dict[str, int], device: str) -> None:
     for dtype in DTYPES:
         inputs = plain(SHAPES, dtype=dtype, device=device, **sizes)
         output = deform_attn(inputs[0], SHAPES, *inputs[1:])
@@ -125,7 +125,7 @@ def test_nothing_to_do(sizes: dict[str, int], device: str) -> None:
         assert all((grad == 0).all() for grad in gradients(output, inputs))
 
 
-def test_no_pixels_at_all(device: str) -> None:
+def test_without_pixels_the_output_is_zero(device: str) -> None:
     inputs = plain(((0, 0), (0, 3)), D=32, dtype=torch.float32, device=device)
     output = deform_attn(inputs[0], ((0, 0), (0, 3)), *inputs[1:])
     assert output.shape == (2, 5, 64)

@@ -1,4 +1,4 @@
-"""Sizes and memory layouts for which the kernels have code of their own, with every dtype, against the reference."""
+"""Sizes and memory layouts with separate code in the kernels, for every dtype, against the reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vg.ops import deform_attn, deform_attn_fused, reference
 from vg.ops.reference import compute_dtype
 
 FOUR = ((6, 9), (4, 5), (0, 0), (1, 3))
-# What is special: levels, channels D, points P, and by how many numbers value misses an aligned address.
+# Levels, channels D, points P, and the offset of value from an aligned address in elements.
 LAYOUTS = {
     "published": (FOUR, 32, 4, 0),
     "published, not aligned": (FOUR, 32, 4, 1),
@@ -23,25 +23,25 @@ LAYOUTS = {
 }
 
 
-def at_odd_address(x: Tensor, numbers: int) -> Tensor:
-    """Equal to x, that many numbers behind an aligned address, between NaN that nobody may read."""
-    memory = x.new_full((x.numel() + numbers + 64,), float("nan"))
-    memory[numbers : numbers + x.numel()] = x.flatten()
-    return memory[numbers : numbers + x.numel()].view(x.shape)
+def at_offset(x: Tensor, elements: int) -> Tensor:
+    """Return a copy of x at an offset from an aligned address, surrounded by NaN, which must not be read."""
+    memory = x.new_full((x.numel() + elements + 64,), float("nan"))
+    memory[elements : elements + x.numel()] = x.flatten()
+    return memory[elements : elements + x.numel()].view(x.shape)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", ["plain", "fused", "fused in the dtype of value", "fused, deterministic"])
-def test_each_layout_equals_the_reference(form: str, layout: str, dtype: torch.dtype, device: str) -> None:
-    shapes, D, P, numbers = LAYOUTS[layout]
+def test_every_layout_equals_the_reference(form: str, layout: str, dtype: torch.dtype, device: str) -> None:
+    shapes, D, P, elements = LAYOUTS[layout]
     make = plain if form == "plain" else fused
-    # 3 heads of 7 queries leave a warp of the GPU half empty.
+    # 3 heads of 7 queries fill half of a warp.
     value, positions, *rest = (x.detach() for x in make(shapes, B=2, Q=7, H=3, D=D, P=P, dtype=dtype, device=device))
     if form.endswith("value"):
         rest = [x.to(dtype) for x in rest]
-    inputs = tuple(x.requires_grad_() for x in (at_odd_address(value, numbers), positions, *rest))
+    inputs = tuple(x.requires_grad_() for x in (at_offset(value, elements), positions, *rest))
     exact = [x.detach().to(compute_dtype(value)) for x in inputs]
 
     op = deform_attn if form == "plain" else deform_attn_fused

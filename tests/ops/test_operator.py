@@ -1,4 +1,4 @@
-"""Deformable attention as an operator of torch: traced, compiled, autocast, replicated, and its errors."""
+"""Deformable attention as an operator of torch: tracing, compilation, autocast, DDP and errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype: torch.dtype, device: str) -> None:
     value, *rest = plain(SHAPES, D=32, dtype=dtype, device=device)
-    deform_attn(value, SHAPES, *rest)  # so that the kernels are loaded
+    deform_attn(value, SHAPES, *rest)  # loads the kernels
     _opcheck("deform_attn", value, rest, [True, False, True])
 
 
@@ -50,7 +50,7 @@ def _opcheck(name: str, value: Tensor, rest: list[Tensor], needs: list[bool]) ->
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("form", ["plain", "fused"])
-def test_compiles_without_a_break(form: str, dynamic: bool, device: str) -> None:
+def test_compiles_without_graph_breaks(form: str, dynamic: bool, device: str) -> None:
     torch._dynamo.reset()
     make, call = (plain, deform_attn) if form == "plain" else (fused, deform_attn_fused)
 
@@ -65,7 +65,7 @@ def test_compiles_without_a_break(form: str, dynamic: bool, device: str) -> None
         assert_near(found, expected, torch.float32)
         for one, other in zip(gradients(found, inputs, False), gradients(expected, inputs), strict=True):
             assert_near(one, other, torch.float32)
-    assert counter.frame_count == (1 if dynamic else 2)  # another resolution compiles again only if static
+    assert counter.frame_count == (1 if dynamic else 2)  # a new resolution recompiles only if static
 
 
 def test_sizes_beyond_32_bits_are_traced() -> None:
@@ -96,7 +96,7 @@ def test_cuda_graph() -> None:
 
 
 class Layer(nn.Module):
-    """As in a model: everything comes from linear layers."""
+    """A layer as in a model, with all inputs from linear layers."""
 
     def __init__(self, dim: int = 32):
         super().__init__()
@@ -111,7 +111,7 @@ class Layer(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype: torch.dtype, device: str) -> None:
-    """The layers run in half precision; what happens inside of the operator is as without autocast."""
+    """The layers run in half precision; the operator computes as it does without autocast."""
     torch.manual_seed(0)
     layer = Layer().to(device)
     tokens, queries = torch.randn(2, 48, 32, device=device), torch.randn(2, 5, 32, device=device)
@@ -138,7 +138,7 @@ def test_locations_keep_float32_under_autocast(device: str) -> None:
     assert torch.equal(output, deform_attn(value, shapes, locations, weights))
 
 
-def test_replicas(tmp_path: Path) -> None:
+def test_ddp_gives_equal_gradients(tmp_path: Path) -> None:
     if not torch.distributed.is_available():
         pytest.skip("torch was built without distributed")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)

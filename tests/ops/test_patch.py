@@ -1,4 +1,4 @@
-"""The detectors of transformers give the same with our operator inside, and get their own back afterwards."""
+"""The detectors of transformers have equal outputs with our operator, and their own operator after `restore`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The values that our operator was given."""
+    """The shapes of the values of all calls of our operator."""
     seen: list[torch.Size] = []
     original = patch.deform_attn
 
@@ -95,10 +95,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_outputs_and_gradients_stay(name: str, calls: list[torch.Size]) -> None:
+def test_patched_models_have_equal_outputs_and_gradients(name: str, calls: list[torch.Size]) -> None:
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
-    for parameter in model.parameters():  # also what starts at zero, such as offsets
+    for parameter in model.parameters():  # also those initialized to zero, such as offsets
         nn.init.normal_(parameter, std=0.05) if parameter.dim() > 1 else None
     model.eval()
     inputs = {"pixel_values": torch.randn(1, 3, 64, 96), **inputs}
@@ -134,7 +134,7 @@ def test_half_precision_models(calls: list[torch.Size]) -> None:
     assert output.pred_boxes.isfinite().all()
 
 
-def test_plain_call_and_restore() -> None:
+def test_patch_by_call_and_as_context_manager_restores() -> None:
     def functions() -> list[Any]:
         modules = [importlib.import_module(f"transformers.models.{x}.modeling_{x}") for x in patch.FAMILIES]
         return [m.MultiScaleDeformableAttention.forward for m in modules[:-1]] + [
@@ -144,7 +144,7 @@ def test_plain_call_and_restore() -> None:
     before = functions()
     done = patch_transformers()
     assert all(one is not other for one, other in zip(functions(), before, strict=True))
-    with pytest.raises(KeyError), patch_transformers():  # patching twice, with an error inside, unwinds too
+    with pytest.raises(KeyError), patch_transformers():  # patched twice, and an exception inside
         raise KeyError
     assert all(one is not other for one, other in zip(functions(), before, strict=True))
     done.restore()
@@ -152,7 +152,7 @@ def test_plain_call_and_restore() -> None:
     assert functions() == before
 
 
-def test_a_transformers_without_the_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_function_of_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.rt_detr import modeling_rt_detr
 
     monkeypatch.delattr(modeling_rt_detr, "MultiScaleDeformableAttention")

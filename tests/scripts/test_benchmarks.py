@@ -1,4 +1,4 @@
-"""The scripts that measure models, at a tiny size: what they compare, what they refuse, what they need."""
+"""The benchmark scripts at a tiny size: their comparisons, errors, outputs and requirements."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def models(benchmark: ModuleType, config: transformers.GroundingDinoConfig) -> t
     return theirs, benchmark.model_of_vg(theirs)
 
 
-def test_prompts_are_as_long_as_those_of_coco(benchmark: ModuleType) -> None:
+def test_prompts_have_the_length_of_coco_prompts(benchmark: ModuleType) -> None:
     def shape(images: int, phrases: int) -> tuple[int, ...]:
         return tuple(benchmark.prompts(benchmark.Case(images, phrases)).shape)
 
     assert shape(1, 80) == (1, 195)
     assert shape(4, 1) == (4, 5)
     case = benchmark.Case(2, 20)
-    rows = [tuple(row) for number in range(3) for row in benchmark.prompts(case, number).tolist()]
-    assert len(set(rows)) == 6, "each image and each call has words of its own"
+    rows = [tuple(row) for index in range(3) for row in benchmark.prompts(case, index).tolist()]
+    assert len(set(rows)) == 6, "every image and every call has different words"
     assert {row.count(1012) for row in rows} == {20}
     assert {(row[0], row[-1]) for row in rows} == {(101, 102)}
 
 
-def test_the_outputs_are_compared(benchmark: ModuleType, models: tuple[Any, Any]) -> None:
+def test_outputs_are_compared_and_differences_are_an_error(benchmark: ModuleType, models: tuple[Any, Any]) -> None:
     theirs, ours = models
     case = benchmark.Case(2, 3, size=(96, 128))
     found = benchmark.differences(case, theirs, ours)
@@ -68,24 +68,24 @@ def test_the_outputs_are_compared(benchmark: ModuleType, models: tuple[Any, Any]
     benchmark.differences(case, theirs, ours)
 
 
-def test_a_new_prompt_is_read_and_the_same_one_is_not(benchmark: ModuleType, models: tuple[Any, Any]) -> None:
+def test_new_prompts_are_encoded_and_equal_prompts_are_cached(benchmark: ModuleType, models: tuple[Any, Any]) -> None:
     theirs, ours = models
-    read: list[int] = []
-    handle = ours.text.network.register_forward_hook(lambda *_: read.append(1))
+    encoded: list[int] = []
+    handle = ours.text.network.register_forward_hook(lambda *_: encoded.append(1))
     case = benchmark.Case(1, 2, size=(96, 128))
     forwards = benchmark.forwards(theirs, ours)
     runs = {name: benchmark.call(case, name, forwards[name]) for name in forwards}
     counts = {}
     for name, run in runs.items():
-        read.clear()
+        encoded.clear()
         for _ in range(3):
             run()
-        counts[name] = len(read)
+        counts[name] = len(encoded)
     handle.remove()
     assert counts == {"transformers": 0, "vg, new prompt": 3, "vg, same prompt": 1}
 
 
-def test_table_and_json(
+def test_table_and_json_have_a_row_per_case_and_contender(
     benchmark: ModuleType,
     config: transformers.GroundingDinoConfig,
     tmp_path: Path,
@@ -109,7 +109,7 @@ def test_table_and_json(
     assert [row["images"] for row in found["differences"]] == [1, 2]
 
 
-def test_theirs_may_fail_ours_may_not(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_transformers_may_fail_and_vg_may_not(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("no such kernel\nand more")
 
@@ -119,21 +119,21 @@ def test_theirs_may_fail_ours_may_not(benchmark: ModuleType, capsys: pytest.Capt
     rows = benchmark.measure(None, case, {"transformers": broken, "vg, new prompt": fine}, 1, memory=False)
     assert [row["contender"] for row in rows] == ["vg, new prompt"]
     benchmark.print_table(case, rows)
-    assert "transformers cannot: RuntimeError: no such kernel\n" in capsys.readouterr().out
+    assert "transformers fails: RuntimeError: no such kernel\n" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="no such kernel"):
         benchmark.measure(None, case, {"transformers": fine, "vg, new prompt": broken}, 1, memory=False)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a call")
-def test_memory_is_measured_in_a_process_of_its_own(
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of a call needs Linux")
+def test_memory_is_measured_in_a_separate_process(
     benchmark: ModuleType, config: transformers.GroundingDinoConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark, "forwards", None)  # of no use here: the other process has its own
+    monkeypatch.setattr(benchmark, "forwards", None)  # the other process does not use this one
     peak = benchmark.peak_bytes(config, benchmark.Case(1, 2, size=(640, 640)), "vg, new prompt", None)
     assert peak > 2**20
 
 
-def test_training_steps(
+def test_training_step_benchmark_reports_all_contenders(
     benchmark: ModuleType,
     config: transformers.GroundingDinoConfig,
     tmp_path: Path,
@@ -153,7 +153,7 @@ def test_training_steps(
     assert capsys.readouterr().out.count("samples/s") == 3
 
 
-def test_training_steps_are_the_same_and_train(
+def test_training_steps_have_equal_losses_and_update_weights(
     benchmark: ModuleType, config: transformers.GroundingDinoConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from scripts.benchmarks import training_step as training
@@ -163,7 +163,7 @@ def test_training_steps_are_the_same_and_train(
     case = benchmark.Case(2, 3, size=(96, 128))
     everyone = training.contenders(theirs, ours)
     assert training.losses(case, theirs, ours).keys() == {"class", "l1", "giou"}
-    monkeypatch.setattr(ours.config, "loss", LossConfig())  # which weighs classes by 1, not by 2
+    monkeypatch.setattr(ours.config, "loss", LossConfig())  # class weight 1 instead of 2
     with pytest.raises(SystemExit, match="the class loss is"):
         training.losses(case, theirs, ours)
 
@@ -179,7 +179,7 @@ def test_training_steps_are_the_same_and_train(
     assert (plain, checkpointing) == (False, True)
 
 
-def test_every_row_of_the_ablation_is_a_different_head_and_its_command_repeats_it(
+def test_ablation_rows_differ_and_their_commands_repeat_them(
     benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from scripts.benchmarks import ablate_rec
@@ -202,12 +202,12 @@ def test_every_row_of_the_ablation_is_a_different_head_and_its_command_repeats_i
     repeated = load_config(small, row["overrides"])
     assert repeated.model.head.name == "pooled"  # type: ignore[union-attr]
     assert repeated.train.max_steps == row["steps"] == row["step"]
-    said = capsys.readouterr().out
-    assert f"OMP_NUM_THREADS={torch.get_num_threads()} vg train configs/rec/small.yaml" in said
-    assert f"| {pooled} | {row['steps']} | {100 * row['acc@0.5']:.1f} |" in said
+    output = capsys.readouterr().out
+    assert f"OMP_NUM_THREADS={torch.get_num_threads()} vg train configs/rec/small.yaml" in output
+    assert f"| {pooled} | {row['steps']} | {100 * row['acc@0.5']:.1f} |" in output
 
 
-WITHOUT_DATA = """
+WITHOUT_DATA_PACKAGES = """
 import sys
 sys.modules |= dict.fromkeys(("datasets", "albumentations", "pycocotools"))  # importing one is an error
 from scripts.benchmarks import grounding_dino
@@ -220,8 +220,8 @@ assert not [name for name in sys.modules if name.startswith("vg.data")]
 """
 
 
-def test_a_machine_without_the_packages_of_data_will_do() -> None:
+def test_gpu_check_needs_no_data_packages() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_DATA], cwd=SCRIPTS.parent, capture_output=True, text=True, check=False
+        [sys.executable, "-c", WITHOUT_DATA_PACKAGES], cwd=SCRIPTS.parent, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
