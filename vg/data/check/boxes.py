@@ -20,7 +20,7 @@ def check_boxes(dataset: CheckedDataset) -> None:
     """Report issues of the boxes, and set `dataset.xyxy` from the format that fits."""
     annotations, issues = dataset.annotations, dataset.issues
     dataset.xyxy = xyxy = dataset.to_pixels(annotations.box_format)
-    known = (dataset.limits > 0).all(axis=1)
+    known = np.asarray((dataset.limits > 0).all(axis=1))
 
     def report(severity: Severity, what: str, fix: str, affected: np.ndarray) -> None:
         issues.add_rows(severity, what, fix, affected, annotations.describe, annotations.image_indices)

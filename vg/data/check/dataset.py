@@ -124,7 +124,8 @@ def _read_samples(source: Source, dataset: CheckedDataset, limit: int | None) ->
     dataset.title = f"{source.provenance.data} ({source.provenance.split})"
     keys = source.image_keys() if isinstance(source, HasImageKeys) else None
     names: dict[str, int] = {}
-    indices, ids, sizes, boxes, labels, image_indices = [], [], [], [], [], []
+    ids: list[str] = []
+    indices, sizes, boxes, labels, image_indices = [], [], [], [], []
     for index in tqdm(spread(len(source), limit), desc=f"{dataset.name}: samples", unit=" samples", mininterval=1):
         try:
             sample = checked(source.load(index, 0))

@@ -123,9 +123,8 @@ def _check_lengths(
     """Report prompts with too many tokens; a prompt is [CLS] phrase . phrase . [SEP]."""
     annotations, num_classes = dataset.annotations, len(class_phrases)
     count = count_tokens or count_words
-    tokens = (
-        np.array(count([*class_phrases, *annotations.names[num_classes:]]), np.int64) + 1
-    )  # [names], with separator
+    phrases = [*class_phrases, *annotations.names[num_classes:]]
+    tokens = np.array(count(phrases), np.int64) + 1  # [names], with separator
     bound = "" if count_tokens else "at least "
     needed = int(tokens[:num_classes].sum()) + 2
     if class_phrases and needed > max_tokens and dataset.vocabulary.negatives is None:
