@@ -16,7 +16,7 @@ from pydantic import NonNegativeFloat
 
 from vg.data.detection.annotations import XYWH, Annotations, to_boxes, to_float, to_size
 from vg.data.detection.issues import Issues, RaiseFirstError
-from vg.data.detection.source import DetectionSource, DetectionTable
+from vg.data.detection.source import DetectionSource
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.source import Provenance
 from vg.errors import DataError
@@ -50,10 +50,8 @@ class CocoConfig(Settings):
         annotations.report_inverted(strict)
         folder, split = self._folder(), Path(self.path).stem.removeprefix("instances_")
         return DetectionSource(
-            DetectionTable.of(annotations),
+            annotations,
             Vocabulary(annotations.names, self.vocabulary, self.path),
-            annotations.category_ids,
-            annotations.image_root,
             Provenance(folder.name, split, "detection"),
             self.min_side,
         )

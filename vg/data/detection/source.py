@@ -60,29 +60,26 @@ class DetectionSource:
     (`Sample.crowd`) stay, except where the vocabulary samples phrases, which is for training only.
 
     Args:
-        category_ids: ids that the annotations have for the classes of the vocabulary.
-        image_root: the folder that contains the files of the table.
+        vocabulary: the phrases of the annotations' classes.
         min_side: in pixels.
 
     Raises:
-        DataError: image_root is not a folder.
+        DataError: the image root is not a folder.
     """
 
     def __init__(
         self,
-        table: DetectionTable,
+        annotations: Annotations,
         vocabulary: Vocabulary,
-        category_ids: Sequence[int],
-        image_root: Path,
         provenance: Provenance,
         min_side: float = MIN_SIDE,
     ):
-        check_image_root(image_root)
-        self.table = table
+        self.image_root = annotations.image_root
+        check_image_root(self.image_root)
+        self.table = DetectionTable.of(annotations)
         self.vocabulary = vocabulary
-        self.category_ids = dict(zip(vocabulary.phrases, category_ids, strict=True))
+        self.category_ids = dict(zip(vocabulary.phrases, annotations.category_ids, strict=True))
         """Phrase -> id that the annotations, and files of results, have for the class."""
-        self.image_root = image_root
         self.provenance = provenance
         self.min_side = min_side
         self._sizes: np.ndarray | None = None

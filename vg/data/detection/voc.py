@@ -12,7 +12,7 @@ import numpy as np
 
 from vg.data.detection.annotations import VOC, Annotations, to_float, to_size
 from vg.data.detection.issues import Issues, RaiseFirstError
-from vg.data.detection.source import DetectionSource, DetectionTable
+from vg.data.detection.source import DetectionSource
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.images import list_images
 from vg.data.source import Provenance
@@ -51,10 +51,8 @@ class VocConfig(Settings):
         """
         annotations = self.read(RaiseFirstError(self.path))
         return DetectionSource(
-            DetectionTable.of(annotations),
+            annotations,
             Vocabulary(annotations.names, self.vocabulary, self.path),
-            annotations.category_ids,
-            annotations.image_root,
             Provenance(Path(self.path).resolve().name, self.split or "all", "detection"),
         )
 

@@ -13,7 +13,7 @@ import yaml
 
 from vg.data.detection.annotations import CXCYWH, Annotations, to_float
 from vg.data.detection.issues import Issues, RaiseFirstError, Severity
-from vg.data.detection.source import DetectionSource, DetectionTable
+from vg.data.detection.source import DetectionSource
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.images import list_images
 from vg.data.source import Provenance
@@ -41,10 +41,8 @@ class YoloConfig(Settings):
         """
         annotations = self.read(RaiseFirstError(self.path))
         return DetectionSource(
-            DetectionTable.of(annotations),
+            annotations,
             Vocabulary(annotations.names, self.vocabulary, self.path),
-            annotations.category_ids,
-            annotations.image_root,
             Provenance(annotations.image_root.name, self.split, "detection"),
         )
 
