@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.detection.detection_files import REAL, write_coco, write_picture
+from tests.data.detection.detection_files import REAL, write_coco, write_image
 from vg.config import parse_config
 from vg.data.detection.coco import CocoConfig
 from vg.data.detection.vocabulary import VocabularyConfig
@@ -186,7 +186,7 @@ def test_refcoco_and_coco_are_matched_by_the_id_of_the_image(tmp_path: Path):
     ]
     (tmp_path / "refs.json").write_text(json.dumps(rows))
     for image_id in (25, 139):
-        write_picture(tmp_path / "train2014" / f"COCO_train2014_{image_id:012d}.jpg")
+        write_image(tmp_path / "train2014" / f"COCO_train2014_{image_id:012d}.jpg")
     refcoco = RefcocoConfig(path=str(tmp_path / "refs.json"), image_root=str(tmp_path)).build()
     assert refcoco.image_keys() == ["coco/25", "coco/139", "coco/139"]
     assert refcoco.image_sizes(0).tolist() == [[40, 60]] * 3

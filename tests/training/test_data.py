@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.detection.detection_files import CATEGORIES, annotation, write_picture
+from tests.data.detection.detection_files import CATEGORIES, annotation, write_image
 from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
 from tests.training.test_resume import assert_same_runs, interrupt, stop_in_step
 from vg.config import RunConfig
@@ -24,7 +24,7 @@ def write_coco(folder: Path, split: str, ids: range) -> str:
     """Write images of many shapes with file names as in COCO, each with a cat; returns the annotation file."""
     images = [{"id": i, "file_name": f"{i:012d}.png", "height": 40 + i % 5 * 9, "width": 60 - i % 3 * 8} for i in ids]
     for image in images:
-        write_picture(folder / str(image["file_name"]), image["height"], image["width"])  # type: ignore[arg-type]
+        write_image(folder / str(image["file_name"]), image["height"], image["width"])  # type: ignore[arg-type]
     boxes = [annotation(i, i, 3, [5, 10, 20, 10 + i]) for i in ids]
     file = folder / f"instances_{split}.json"
     file.write_text(json.dumps({"images": images, "annotations": boxes, "categories": CATEGORIES}))

@@ -51,11 +51,11 @@ def run(options: argparse.Namespace) -> None:
     if count_tokens is None:
         print("tokenizer not cached locally; prompt lengths are lower bounds")
     written = ["report.json"]
-    if images := diagnosis.pictures(NUM_DRAWN):
+    if images := diagnosis.images(NUM_DRAWN):
         image_grid(images, 6, output / "images.png")
         written.append("images.png")
     print(f"written to {output}: {', '.join(written)}")
-    if diagnosis.findings.num("error"):
+    if diagnosis.count("error"):
         sys.exit(1)
 
 

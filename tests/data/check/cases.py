@@ -1,4 +1,4 @@
-"""Small data sets for the doctor, and its findings by name."""
+"""Small datasets for `vg check`, and its issues by name."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.data.detection.detection_files import annotation, write_picture
+from tests.data.detection.detection_files import annotation, write_image
 from vg.data.check import Diagnosis, diagnose
-from vg.data.check.findings import Finding
 from vg.data.detection.coco import CocoConfig
+from vg.data.detection.issues import Issue
 
 
-def sound(num: int = 12, size: tuple[int, int] = (40, 60)) -> dict[str, Any]:
-    """Pictures of one size with a box of its own each, of two classes."""
+def valid_coco(num: int = 12, size: tuple[int, int] = (40, 60)) -> dict[str, Any]:
+    """Images of one size, each with a different box of one of two classes."""
     height, width = size
     return {
         "images": [{"id": i, "file_name": f"{i}.png", "height": height, "width": width} for i in range(num)],
@@ -22,11 +22,11 @@ def sound(num: int = 12, size: tuple[int, int] = (40, 60)) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, document: Any, pictures: bool = True) -> CocoConfig:
+def write(folder: Path, document: Any, images: bool = True) -> CocoConfig:
     folder.mkdir(parents=True, exist_ok=True)
-    for image in document["images"] if pictures else []:
+    for image in document["images"] if images else []:
         if isinstance(image, dict) and not (folder / str(image.get("file_name"))).exists():
-            write_picture(folder / image["file_name"])
+            write_image(folder / image["file_name"])
     (folder / "set.json").write_text(json.dumps(document))
     return CocoConfig(path=str(folder / "set.json"))
 
@@ -35,13 +35,13 @@ def check(train: Any, **others: Any) -> Diagnosis:
     return diagnose({"train": train, **others}, max_tokens=256)
 
 
-def found(diagnosis: Diagnosis, what: str, set: str = "train") -> Finding:
-    """The only finding whose text has this in it."""
-    named = [finding for finding in diagnosis.findings if what in finding.what and finding.set == set]
-    assert len(named) == 1, [(finding.set, finding.what) for finding in diagnosis.findings]
-    assert named[0].mend
-    return named[0]
+def found(diagnosis: Diagnosis, what: str, dataset: str = "train") -> Issue:
+    """Return the only issue of a dataset whose text contains `what`."""
+    matches = [issue for issue in diagnosis.issues if what in issue.what and issue.dataset == dataset]
+    assert len(matches) == 1, [(issue.dataset, issue.what) for issue in diagnosis.issues]
+    assert matches[0].fix
+    return matches[0]
 
 
 def errors(diagnosis: Diagnosis) -> list[str]:
-    return [finding.what for finding in diagnosis.findings if finding.severity == "error"]
+    return [issue.what for issue in diagnosis.issues if issue.severity == "error"]

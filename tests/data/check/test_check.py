@@ -1,4 +1,4 @@
-"""The doctor finds every kind of damage, names file and row, does not break on it, and is silent on sound data."""
+"""`vg check` finds every type of error, names file and row, continues after it, and reports nothing on valid data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.data.check.cases import check, errors, found, sound, write
-from tests.data.detection.detection_files import REAL, annotation, coco_document, write_coco, write_picture
+from tests.data.check.cases import check, errors, found, valid_coco, write
+from tests.data.detection.detection_files import REAL, annotation, coco_document, write_coco, write_image
 from vg.cli import main
 from vg.data.check import diagnose
 from vg.data.detection.coco import CocoConfig
@@ -18,56 +18,56 @@ from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.mixture import MixtureConfig
 from vg.errors import DataError
 
-Change = tuple[str, int, str, Any]  # part of the document, row, key, value
+Change = tuple[str, int, str | None, Any]  # list of the document, row, key, value
 
 
 def load_all(config: CocoConfig) -> None:
-    """What training would do."""
+    """Load everything, as training does."""
     source = config.build()
     for index in range(len(source)):
         source.load(index, 0)
 
 
-def test_sound_data_have_no_errors_and_no_warnings(tmp_path: Path) -> None:
-    diagnosis = check(write(tmp_path, sound()))
-    assert [finding.what for finding in diagnosis.findings] == ["classes with fewer than 10 boxes"]
+def test_valid_data_has_no_errors_and_no_warnings(tmp_path: Path) -> None:
+    diagnosis = check(write(tmp_path, valid_coco()))
+    assert [issue.what for issue in diagnosis.issues] == ["classes with fewer than 10 boxes"]
 
 
 @pytest.mark.parametrize(
     ("change", "what", "example"),
     [
-        (("annotations", 3, "bbox", [1, 2, 3]), "not four numbers", "annotation 3: bbox [1, 2, 3]"),
-        (("annotations", 3, "bbox", [1, 2, float("nan"), 4]), "not four numbers", "annotation 3"),
-        (("annotations", 3, "bbox", "1 2 3 4"), "not four numbers", "annotation 3: bbox 1 2 3 4"),
-        (("annotations", 3, "bbox", [30, 15, -10, 20]), "end before they begin", "annotation 3 (3.png, dog)"),
-        (("annotations", 3, "image_id", 99), "image_id is not among", "annotation 3: image_id 99"),
-        (("annotations", 3, "image_id", "3"), "image_id is not among", "annotation 3: image_id '3'"),
-        (("annotations", 3, "image_id", [3]), "image_id is not among", "annotation 3: image_id [3]"),
-        (("annotations", 3, "category_id", 0), "category_id is not among", "annotation 3: category_id 0"),
-        (("annotations", 3, None, "text"), "annotations that are no objects", "entry 3 of annotations: text"),
-        (("images", 3, "id", 2), "pictures with the id of another", "image 2: 3.png"),
-        (("images", 3, "file_name", None), "without id or file_name", "entry 3 of images"),
-        (("images", 3, "width", 90), "another size than their annotation", "image 3 (3.png): 60 x 40, annotation 90"),
-        (("images", 3, None, 7), "without id or file_name", "entry 3 of images: 7"),
-        (("categories", 1, "id", 1), "classes with the id of another", "category 1"),
-        (("categories", 1, "name", ""), "classes without id or name", "category 1"),
-        (("categories", 1, "name", "Cat_"), "cannot be told apart", "both asked for as"),
+        (("annotations", 3, "bbox", [1, 2, 3]), "not four finite numbers", "annotation 3: bbox [1, 2, 3]"),
+        (("annotations", 3, "bbox", [1, 2, float("nan"), 4]), "not four finite numbers", "annotation 3"),
+        (("annotations", 3, "bbox", "1 2 3 4"), "not four finite numbers", "annotation 3: bbox '1 2 3 4'"),
+        (("annotations", 3, "bbox", [30, 15, -10, 20]), "inverted boxes", "annotation 3 (3.png, dog)"),
+        (("annotations", 3, "image_id", 99), "image_id is not in images", "annotation 3: image_id 99"),
+        (("annotations", 3, "image_id", "3"), "image_id is not in images", "annotation 3: image_id '3'"),
+        (("annotations", 3, "image_id", [3]), "image_id is not in images", "annotation 3: image_id [3]"),
+        (("annotations", 3, "category_id", 0), "category_id is not in categories", "annotation 3: category_id 0"),
+        (("annotations", 3, None, "text"), "entries that are not objects", "annotations[3]: text"),
+        (("images", 3, "id", 2), "duplicate image ids", "image 2: 3.png"),
+        (("images", 3, "file_name", None), "without id or file_name", "images[3]: "),
+        (("images", 3, "width", 90), "another size than annotated", "image 3 (3.png): 60 x 40, annotation 90"),
+        (("images", 3, None, 7), "entries that are not objects", "images[3]: 7"),
+        (("categories", 1, "id", 1), "duplicate category ids", "categories[1]"),
+        (("categories", 1, "name", ""), "categories without id or name", "categories[1]"),
+        (("categories", 1, "name", "Cat_"), "invalid vocabulary", "have the same phrase"),
         (("categories", 1, "name", "?!"), "without letter or digit", "?!"),
     ],
 )
 def test_errors_in_rows_of_coco(change: Change, what: str, example: str, tmp_path: Path) -> None:
-    part, row, key, value = change
-    document = sound()
+    key_of_list, row, key, value = change
+    document = valid_coco()
     config = write(tmp_path, document)
     if key is None:
-        document[part][row] = value
+        document[key_of_list][row] = value
     else:
-        document[part][row][key] = value
-    write(tmp_path, document, pictures=False)
-    finding = found(check(config), what)
-    assert (finding.severity, finding.count) == ("error", 1) or part == "categories"
-    assert example in finding.examples[0]
-    if what != "without letter or digit":  # which the prompt of a model refuses
+        document[key_of_list][row][key] = value
+    write(tmp_path, document, images=False)
+    issue = found(check(config), what)
+    assert (issue.severity, issue.count) == ("error", 1) or key_of_list == "categories"
+    assert example in issue.examples[0]
+    if what != "without letter or digit":  # an error of the model's prompt, not of loading
         with pytest.raises(DataError):
             load_all(config)
 
@@ -76,83 +76,83 @@ def test_errors_in_rows_of_coco(change: Change, what: str, example: str, tmp_pat
     ("bbox", "what"),
     [
         ([10, 10, 0.5, 5], "a side below 1 pixel"),
-        ([70, 10, 5, 5], "outside of their picture"),
-        ([50, 10, 30, 20], "stick out of their picture"),
-        ([22, 15, 12, 20], "there twice"),
+        ([70, 10, 5, 5], "outside of their image"),
+        ([50, 10, 30, 20], "extend beyond their image"),
+        ([22, 15, 12, 20], "duplicate boxes"),
     ],
 )
 def test_boxes_that_training_leaves_out_or_clips_are_warnings(bbox: list[float], what: str, tmp_path: Path) -> None:
-    document = sound()
+    document = valid_coco()
     document["annotations"].append(annotation(77, 2, 1, bbox))
     diagnosis = check(write(tmp_path, document))
-    finding = found(diagnosis, what)
-    assert (finding.severity, finding.count) == ("warning", 1)
-    assert "annotation 77 (2.png, cat)" in finding.examples[0]
+    issue = found(diagnosis, what)
+    assert (issue.severity, issue.count) == ("warning", 1)
+    assert "annotation 77 (2.png, cat)" in issue.examples[0]
     assert not errors(diagnosis)
 
 
-def test_the_odd_things_that_coco_allows_are_no_errors(tmp_path: Path) -> None:
+def test_unusual_but_allowed_coco_entries_are_not_errors(tmp_path: Path) -> None:
     assert not errors(check(CocoConfig(path=str(write_coco(tmp_path, coco_document())))))
 
 
-def test_formats_mixed_up_in_coco(tmp_path: Path) -> None:
-    document = sound()
+def test_coco_boxes_in_xyxy_are_detected(tmp_path: Path) -> None:
+    document = valid_coco()
     for row in document["annotations"]:
         left, top, width, height = row["bbox"]
         row["bbox"] = [left, top, left + width, top + height]
     diagnosis = check(write(tmp_path, document))
-    finding = found(diagnosis, "boxes that are not left, top, width, height")
-    assert finding.severity == "error"
-    assert "fit as left, top, right, bottom" in finding.mend
-    assert [each.severity for each in diagnosis.findings if "stick out" in each.what] == []
-    drawn = diagnosis.pictures(1)[0]
-    assert drawn[2].tolist() == [[20, 15, 30, 35]], "the grid shows them as they were meant"
+    issue = found(diagnosis, "boxes that are not xywh (left, top, width, height)")
+    assert issue.severity == "error"
+    assert "fit as xyxy (left, top, right, bottom)" in issue.fix
+    assert [issue.severity for issue in diagnosis.issues if "extend beyond" in issue.what] == []
+    drawn = diagnosis.images(1)[0]
+    assert drawn[2].tolist() == [[20, 15, 30, 35]], "drawn in the format that fits"
 
 
-def test_pictures_missing_damaged_resized_turned(tmp_path: Path) -> None:
-    document = sound()
+def test_missing_damaged_resized_and_rotated_images(tmp_path: Path) -> None:
+    document = valid_coco()
     config = write(tmp_path, document)
     (tmp_path / "0.png").unlink()
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:500])
-    (tmp_path / "2.png").write_bytes(b"no picture")
-    write_picture(tmp_path / "3.png", 80, 120)
+    (tmp_path / "2.png").write_bytes(b"not an image")
+    write_image(tmp_path / "3.png", 80, 120)
     exif = Image.Exif()
     exif[0x0112] = 6
-    write_picture(tmp_path / "4.png", 60, 40, exif=exif)
-    write_picture(tmp_path / "5.png", 40, 60, exif=exif)
+    write_image(tmp_path / "4.png", 60, 40, exif=exif)
+    write_image(tmp_path / "5.png", 40, 60, exif=exif)
     diagnosis = check(config)
     assert "0.png" in found(diagnosis, "missing").examples[0]
     assert found(diagnosis, "cannot be read").count == 2
     assert "120 x 80, annotation 60 x 40" in found(diagnosis, "resized after").examples[0]
-    assert "4.png" in found(diagnosis, "annotated upright, but stored turned").examples[0]
-    assert found(diagnosis, "viewers turn").severity == "warning"
-    assert len(diagnosis.pictures(12)) == 9, "what can be read is drawn"
+    assert "4.png" in found(diagnosis, "annotated upright, but stored rotated").examples[0]
+    assert found(diagnosis, "viewers rotate").severity == "warning"
+    assert len(diagnosis.images(12)) == 9, "all readable images are drawn"
 
 
-def test_quick_reads_some_pictures(tmp_path: Path) -> None:
-    config = write(tmp_path, sound())
+def test_limit_of_images(tmp_path: Path) -> None:
+    config = write(tmp_path, valid_coco())
     (tmp_path / "1.png").unlink()
-    diagnosis = diagnose({"train": config}, 256, quick=2)
-    assert len(diagnosis.sets[0].looks) == 2
+    diagnosis = diagnose({"train": config}, 256, limit=2)
+    assert len(diagnosis.datasets[0].image_files) == 2
     assert not errors(diagnosis)
 
 
 @pytest.mark.parametrize(
     "content", ["", "[1", "[]", "null", '{"images": 3}', '{"annotations": [{}], "images": [null]}']
 )
-def test_files_that_are_no_coco(content: str, tmp_path: Path) -> None:
+def test_files_that_are_not_coco(content: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(content)
     assert errors(check(CocoConfig(path=str(tmp_path / "a.json"))))
     assert errors(check(CocoConfig(path=str(tmp_path / "none.json"))))
 
 
-def test_sets_of_one_box_or_of_whole_pictures(tmp_path: Path) -> None:
+def test_identical_boxes_and_boxes_of_whole_images(tmp_path: Path) -> None:
     for name, bbox, what in (
         ("a", [5, 5, 20, 20], "all boxes are the same"),
         ("b", [0, 0, 60, 40], "all boxes are the same"),
-        ("c", None, "as large as the picture"),
+        ("c", None, "as large as the image"),
     ):
-        document = sound()
+        document = valid_coco()
         for number, row in enumerate(document["annotations"]):
             row["bbox"] = bbox or [0, 0, 60 - number % 3, 40]
         assert found(check(write(tmp_path / name, document)), what).severity == "warning"
@@ -160,82 +160,90 @@ def test_sets_of_one_box_or_of_whole_pictures(tmp_path: Path) -> None:
 
 def test_names_of_classes(tmp_path: Path) -> None:
     names = ["traffic light", "traffic-lights", "dog", "hot dog", "class_3", "RBC", "st. bernard", "TV"]
-    document = sound()
+    document = valid_coco()
     document["categories"] = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
     config = write(tmp_path, document)
     diagnosis = check(config)
-    assert found(diagnosis, "spelling only").examples == ["'traffic light' = 'traffic-lights'"]
-    assert found(diagnosis, "part of another's").examples == ["'dog' in 'hot dog'"]
+    assert found(diagnosis, "differ only in case").examples == ["'traffic light' = 'traffic-lights'"]
+    assert found(diagnosis, "contained in another").examples == ["'dog' in 'hot dog'"]
     assert found(diagnosis, "a number or an abbreviation").examples == ["class 3", "RBC"]
     assert found(diagnosis, '"." or "?"').examples == ["st. bernard"]
     assert found(diagnosis, "without any box").count == 6
     config.vocabulary = VocabularyConfig(phrases={"RBC": "red blood cell", "class_3": "bird"})
-    assert not [each for each in check(config).findings if "abbreviation" in each.what]
+    assert not [issue for issue in check(config).issues if "abbreviation" in issue.what]
 
 
 def test_prompts_that_are_too_long(tmp_path: Path) -> None:
-    document = sound()
+    document = valid_coco()
     document["categories"] = [{"id": number, "name": f"name{number} of thing"} for number in range(1, 90)]
     config = write(tmp_path, document)
-    finding = found(check(config), "more than 256 tokens")
-    assert finding.examples == ["89 classes: at least 358 tokens"]
-    assert finding.severity == "warning"
+    issue = found(check(config), "more than 256 tokens")
+    assert issue.examples == ["89 classes: at least 358 tokens"]
+    assert issue.severity == "warning"
     exact = diagnose({"train": config}, 256, lambda phrases: [7] * len(phrases))
     assert found(exact, "more than 256 tokens").examples == ["89 classes: 714 tokens"]
     config.vocabulary = VocabularyConfig(negatives=20)
-    assert not [each for each in check(config).findings if "256" in each.what]
+    assert not [issue for issue in check(config).issues if "256" in issue.what]
 
 
-def test_the_same_pictures_in_training_and_evaluation(tmp_path: Path) -> None:
-    train = write(tmp_path / "train", sound())
-    other = sound()
+def test_images_in_both_training_and_evaluation(tmp_path: Path) -> None:
+    train = write(tmp_path / "train", valid_coco())
+    other = valid_coco()
     for number, image in enumerate(other["images"]):
         image["file_name"] = f"other{number}.png"
     config = write(tmp_path / "val", other)
     for number in range(12):
-        write_picture(tmp_path / "val" / f"other{number}.png", compress_level=1)  # other bytes
+        write_image(tmp_path / "val" / f"other{number}.png", compress_level=1)  # other bytes
     (tmp_path / "val" / "other3.png").write_bytes((tmp_path / "train" / "5.png").read_bytes())
     copies = found(check(train, val=config), "under another name", "val")
     assert (copies.severity, copies.examples) == ("warning", ["other3.png is 5.png of train"])
-    same = found(check(train, val=train), "pictures that are also in train", "val")
+    same = found(check(train, val=train), "images that are also in train,", "val")
     assert same.count == 12
-    assert "data.drop_overlap" in same.mend
+    assert "data.drop_overlap" in same.fix
     (tmp_path / "train" / "7.png").write_bytes((tmp_path / "train" / "5.png").read_bytes())
-    assert found(check(train), "several names").examples == ["5.png = 7.png"]
+    assert found(check(train), "under several names").examples == ["5.png = 7.png"]
 
 
-def test_coco_numbers_are_the_same_picture_in_any_year(tmp_path: Path) -> None:
-    one, two = sound(1), sound(1)
+def test_coco_file_names_of_different_years_are_the_same_image(tmp_path: Path) -> None:
+    one, two = valid_coco(1), valid_coco(1)
     one["images"][0]["file_name"], two["images"][0]["file_name"] = "COCO_train2014_000000000009.jpg", "000000000009.jpg"
     train, val = write(tmp_path / "a", one), write(tmp_path / "b", two)
-    write_picture(tmp_path / "b" / "000000000009.jpg", quality=50)  # other bytes
-    assert found(check(train, val=val), "pictures that are also in train", "val").count == 1
+    write_image(tmp_path / "b" / "000000000009.jpg", quality=50)  # other bytes
+    assert found(check(train, val=val), "images that are also in train,", "val").count == 1
 
 
 def test_classes_that_only_the_evaluation_has(tmp_path: Path) -> None:
-    other = sound()
+    other = valid_coco()
     other["categories"][1]["name"] = "Dogs"
-    finding = found(check(write(tmp_path / "a", sound()), val=write(tmp_path / "b", other)), "no box of", "val")
-    assert (finding.severity, finding.examples) == ("warning", ["Dogs (spelled 'dog' in training)"])
-    more = sound()
+    issue = found(
+        check(write(tmp_path / "a", valid_coco()), val=write(tmp_path / "b", other)),
+        "without any box in training",
+        "val",
+    )
+    assert (issue.severity, issue.examples) == ("warning", ["Dogs ('dog' in training)"])
+    more = valid_coco()
     more["categories"][0]["name"] = "Dogs"
-    mixture = MixtureConfig(datasets=[write(tmp_path / "a", sound()), write(tmp_path / "c", more)])
+    mixture = MixtureConfig(datasets=[write(tmp_path / "a", valid_coco()), write(tmp_path / "c", more)])
     known = check(mixture, val=write(tmp_path / "b", other))
-    assert not [each for each in known.findings if "no box of" in each.what], "one part of a mixture is enough"
+    assert not [issue for issue in known.issues if "without any box in" in issue.what], "one component is enough"
     for category, name in zip(other["categories"], ("car", "bus"), strict=True):
         category["name"] = name
-    finding = found(check(write(tmp_path / "a", sound()), val=write(tmp_path / "b", other)), "no box of", "val")
-    assert (finding.severity, finding.count) == ("note", 2), "a set of other things is there on purpose"
+    issue = found(
+        check(write(tmp_path / "a", valid_coco()), val=write(tmp_path / "b", other)),
+        "without any box in training",
+        "val",
+    )
+    assert (issue.severity, issue.count) == ("note", 2), "disjoint classes are intended: zero-shot evaluation"
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config, out = write(tmp_path / "mine", sound()), tmp_path / "out"
-    main(["check", config.path, "--output", str(out), "vocabulary={phrases: {cat: grey cat}}"])
+    config, out = write(tmp_path / "mine", valid_coco()), tmp_path / "out"
+    main(["check", config.path, "--output", str(out), "vocabulary={phrases: {cat: gray cat}}"])
     assert "0 errors, 0 warnings, 1 note" in capsys.readouterr().out
     assert Image.open(out / "images.png").size[0] > 400
-    document = sound()
+    document = valid_coco()
     document["annotations"][2]["category_id"] = 7
-    write(tmp_path / "mine", document, pictures=False)
+    write(tmp_path / "mine", document, images=False)
     with pytest.raises(SystemExit) as stopped:
         main(["check", config.path, "--output", str(out)])
     assert stopped.value.code == 1
@@ -243,8 +251,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert text.index("NOTE") < text.index("ERROR train: annotations whose category_id")
     report = json.loads((out / "report.json").read_text())
     assert report["errors"] == 1
-    assert report["findings"][0]["examples"] == ["annotation 2: category_id 7"]
-    assert report["sets"]["train"]["classes"] == {"dog": 6, "cat": 5}
+    assert report["issues"][0]["examples"] == ["annotation 2: category_id 7"]
+    assert report["datasets"]["train"]["classes"] == {"dog": 6, "cat": 5}
     with pytest.raises(SystemExit, match="--quick 0"):
         main(["check", config.path, "--quick", "0"])
     with pytest.raises(SystemExit, match="did you mean `image_root`"):
@@ -252,16 +260,16 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real data in {REAL}")
-def test_real_data_and_what_is_truly_wrong_with_them(tmp_path: Path) -> None:
+def test_known_issues_of_real_data(tmp_path: Path) -> None:
     train, val = (CocoConfig(path=str(REAL / "raccoon120" / f"instances_{split}.json")) for split in ("train", "val"))
     diagnosis = check(train, val=val)
-    assert found(diagnosis, "several names").examples == [
+    assert found(diagnosis, "under several names").examples == [
         "raccoon-65.jpg = raccoon-98.jpg",
         "raccoon-120.jpg = raccoon-83.jpg",
     ]
-    assert [each.severity for each in diagnosis.findings if each.set == "val"] == []
+    assert [issue.severity for issue in diagnosis.issues if issue.dataset == "val"] == []
     bccd = check(CocoConfig(path=str(REAL / "bccd" / "instances_val.json")))
     assert found(bccd, "abbreviation").examples == ["WBC", "RBC"]
     coco = check(CocoConfig(path=str(REAL / "coco_permissive" / "instances_permissive.json")))
-    assert found(coco, "part of another's").examples == ["'dog' in 'hot dog'", "'bear' in 'teddy bear'"]
+    assert found(coco, "contained in another").examples == ["'dog' in 'hot dog'", "'bear' in 'teddy bear'"]
     assert not errors(coco)

@@ -1,4 +1,4 @@
-"""What the doctor says about ODVG lines, Pascal VOC and YOLO folders and mixtures, and what it recognises."""
+"""`vg check` on ODVG lines, Pascal VOC and YOLO folders and mixtures, and the detection of formats."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.check.cases import check, errors, found, sound, write
-from tests.data.detection.detection_files import write_picture
+from tests.data.check.cases import check, errors, found, valid_coco, write
+from tests.data.detection.detection_files import write_image
 from vg.data.check import detect_format, diagnose, to_json, to_text
 from vg.data.detection.odvg import OdvgConfig
 from vg.data.detection.voc import VocConfig
@@ -21,7 +21,7 @@ from vg.errors import DataError
 
 
 def odvg(folder: Path, *rows: Any, labels: Any = None) -> OdvgConfig:
-    write_picture(folder / "a.png")
+    write_image(folder / "a.png")
     lines = [
         row if isinstance(row, str) else json.dumps({"filename": "a.png", "height": 40, "width": 60, **row})
         for row in rows
@@ -32,8 +32,8 @@ def odvg(folder: Path, *rows: Any, labels: Any = None) -> OdvgConfig:
     return OdvgConfig(path=str(folder / "set.jsonl"), label_map=labels and str(folder / "label_map.json"))
 
 
-def instances(*things: dict[str, Any]) -> dict[str, Any]:
-    return {"detection": {"instances": list(things)}}
+def instances(*items: Any) -> dict[str, Any]:
+    return {"detection": {"instances": list(items)}}
 
 
 def test_odvg_lines(tmp_path: Path) -> None:
@@ -43,12 +43,12 @@ def test_odvg_lines(tmp_path: Path) -> None:
         tmp_path, "{", "[]", {"detection": 3}, {"x": 1}, instances(good, *bad), labels={"1": "cat", "2": "dog"}
     )
     diagnosis = check(config)
-    assert found(diagnosis, "no ODVG").count == 4
-    assert found(diagnosis, "no ODVG").examples[0].startswith("line 1: {")
-    assert found(diagnosis, "labels that the label map lacks").count == 2
+    assert found(diagnosis, "not valid ODVG").count == 4
+    assert found(diagnosis, "not valid ODVG").examples[0].startswith("line 1: {")
+    assert found(diagnosis, "labels that are not in the label map").count == 2
     assert "is 'dog' here, 'cat' in the label map" in found(diagnosis, "mean another class").examples[0]
-    assert found(diagnosis, "not four numbers").examples == ["line 5, instance 3: bbox [5, 5, 1]"]
-    assert found(diagnosis, "no objects").examples == ["line 5, instance 5: 3"]
+    assert found(diagnosis, "not four finite numbers").examples == ["line 5, instance 3: bbox [5, 5, 1]"]
+    assert found(diagnosis, "not objects").examples == ["line 5, instance 5: 3"]
     assert found(diagnosis, "do not count from 0").severity == "warning"
     assert found(check(odvg(tmp_path / "b", instances(good))), "without a label map").severity == "error"
 
@@ -61,16 +61,18 @@ def test_odvg_phrases(tmp_path: Path) -> None:
     long = [region(f"the thing of number {number}", 5, 5, 30, 30) for number in range(60)]
     rows = [{"grounding": {"caption": "a cat", "regions": each}} for each in (regions, long)]
     diagnosis = check(odvg(tmp_path, *rows))
-    assert found(diagnosis, "regions without words").examples[0].startswith("line 1, region 2")
-    assert found(diagnosis, "share").examples == ["line 1: 'a cat' is 2 boxes"]
-    assert found(diagnosis, "fill more than a prompt").examples == ["line 2: at least 362 tokens"]
+    assert found(diagnosis, "regions without a phrase").examples[0].startswith("line 1, region 2")
+    assert found(diagnosis, "phrases with several boxes").examples == ["line 1: 'a cat' has 2 boxes"]
+    assert found(diagnosis, "do not fit in one prompt").examples == ["line 2: at least 362 tokens"]
     swapped = instances(*({"bbox": [30 + n, 12, 10, 10], "label": 0} for n in range(12)))
-    mixed = found(check(odvg(tmp_path / "b", swapped, labels={"0": "cat"})), "boxes that are not left, top, right")
-    assert "fit as left, top, width, height" in mixed.mend
+    mixed = found(
+        check(odvg(tmp_path / "b", swapped, labels={"0": "cat"})), "boxes that are not xyxy (left, top, right, bottom)"
+    )
+    assert "fit as xywh (left, top, width, height)" in mixed.fix
 
 
 def voc(folder: Path, objects: str, name: str = "a") -> VocConfig:
-    write_picture(folder / f"{name}.png")
+    write_image(folder / f"{name}.png")
     xml = f"<annotation><size><width>60</width><height>40</height></size>{objects}</annotation>"
     (folder / f"{name}.xml").write_text(xml)
     return VocConfig(path=str(folder))
@@ -82,20 +84,20 @@ def test_voc_folders(tmp_path: Path) -> None:
     config = voc(tmp_path, f"<object><name>cat</name>{good}</object><object><name>cat</name>{bad}</object><object/>")
     voc(tmp_path, f"<object><name>cow</name>{good}</object>", "b")
     (tmp_path / "c.xml").write_text("<annotation>")
-    write_picture(tmp_path / "d.png")
+    write_image(tmp_path / "d.png")
     diagnosis = check(config)
     assert found(diagnosis, "objects without a name or a number").examples[0].startswith("a.xml, object 2")
-    assert found(diagnosis, "xml files that cannot be read").count == 1
+    assert found(diagnosis, "invalid xml files").count == 1
     assert found(diagnosis, "without an xml file").examples == ["d.png"]
     config.classes = ["cat"]
-    assert found(check(config), "unknown class").examples == ["b.xml, object 1: cow"]
+    assert found(check(config), "unknown class").examples == ["b.xml, object 1: 'cow'"]
     config.split = "train"
-    assert found(check(config), "cannot read").severity == "error"
+    assert found(check(config), "cannot load").severity == "error"
 
 
 def yolo(folder: Path, labels: str) -> YoloConfig:
-    write_picture(folder / "images" / "a.png")
-    write_picture(folder / "images" / "b.png")
+    write_image(folder / "images" / "a.png")
+    write_image(folder / "images" / "b.png")
     (folder / "labels").mkdir(exist_ok=True)
     (folder / "labels" / "a.txt").write_text(labels)
     (folder / "data.yaml").write_text("{names: [cat, dog], train: images}")
@@ -113,29 +115,29 @@ def test_yolo_folders(tmp_path: Path) -> None:
         "0 x",
     ]
     diagnosis = check(yolo(tmp_path, "\n".join(lines)))
-    assert found(diagnosis, "data.yaml does not name").examples == [
-        "a.txt, line 2: 2 .5 .5 .2 .2",
-        "a.txt, line 4: cat .5 .5 .2 .2",
+    assert found(diagnosis, "not in data.yaml").examples == [
+        "labels/a.txt, line 2: 2 .5 .5 .2 .2",
+        "labels/a.txt, line 4: cat .5 .5 .2 .2",
     ]
-    assert found(diagnosis, "label lines that cannot be read").count == 2
-    assert found(diagnosis, "beyond 0..1").examples == ["a.txt, line 5: 0 30 20 10 10"]
+    assert found(diagnosis, "invalid label lines").count == 2
+    assert found(diagnosis, "beyond 0..1").examples == ["labels/a.txt, line 5: 0 30 20 10 10"]
     assert found(diagnosis, "without a label file").severity == "note"
-    np.testing.assert_allclose(diagnosis.sets[0].boxes.xyxy, [[24, 16, 36, 24], [6, 4, 30, 20]])
+    np.testing.assert_allclose(diagnosis.datasets[0].xyxy, [[24, 16, 36, 24], [6, 4, 30, 20]])
     corners = "\n".join(f"0 {0.02 * number} .02 .6 .6" for number in range(12))
-    assert "left, top, width, height" in found(check(yolo(tmp_path / "b", corners)), "not x and y of the centre").mend
+    assert "xywh (left, top, width, height)" in found(check(yolo(tmp_path / "b", corners)), "not cxcywh").fix
 
 
-def test_other_sources_and_parts_of_a_mixture(tmp_path: Path) -> None:
-    mixture = MixtureConfig(datasets=[ShapesConfig(size=5), write(tmp_path, sound())])
-    diagnosis = diagnose({"train": mixture, "val": ShapesConfig(split="val", size=50)}, 256, quick=4)
-    assert [each.reading.set for each in diagnosis.sets] == ["train.datasets.0", "train.datasets.1", "val"]
-    assert [len(each.reading.pictures) for each in diagnosis.sets] == [4, 12, 4]
+def test_drawn_scenes_and_components_of_a_mixture(tmp_path: Path) -> None:
+    mixture = MixtureConfig(datasets=[ShapesConfig(size=5), write(tmp_path, valid_coco())])
+    diagnosis = diagnose({"train": mixture, "val": ShapesConfig(split="val", size=50)}, 256, limit=4)
+    assert [dataset.name for dataset in diagnosis.datasets] == ["train.datasets.0", "train.datasets.1", "val"]
+    assert [len(dataset.annotations.ids) for dataset in diagnosis.datasets] == [4, 12, 4]
     assert not errors(diagnosis)
-    assert len(diagnosis.pictures(6)) == 6
+    assert len(diagnosis.images(6)) == 6
 
 
-def test_what_lies_at_a_path(tmp_path: Path) -> None:
-    write(tmp_path / "coco", sound())
+def test_detected_formats(tmp_path: Path) -> None:
+    write(tmp_path / "coco", valid_coco())
     assert detect_format(tmp_path / "coco") == {"train": {"name": "coco", "path": str(tmp_path / "coco" / "set.json")}}
     odvg(tmp_path / "odvg", instances(), labels={"0": "cat"})
     settings = detect_format(tmp_path / "odvg" / "set.jsonl")["train"]
@@ -152,13 +154,13 @@ def test_what_lies_at_a_path(tmp_path: Path) -> None:
         (tmp_path / "both" / "annotations").mkdir(parents=True, exist_ok=True)
         (tmp_path / "both" / "annotations" / f"{name}.json").write_text("{}")
     assert list(detect_format(tmp_path / "both")) == ["train", "val"]
-    for place, message in (
+    for path, message in (
         (tmp_path / "none", "does not exist"),
         (tmp_path, "neither data.yaml"),
-        (Path(__file__), "no data"),
+        (Path(__file__), "not a dataset"),
     ):
         with pytest.raises(DataError, match=message):
-            detect_format(place)
+            detect_format(path)
 
 
 JUNK: list[Any] = [
@@ -181,25 +183,25 @@ JUNK: list[Any] = [
 
 
 def damaged(value: Any, random: np.random.Generator) -> Any:
-    """The same with one value, somewhere inside, replaced by junk."""
+    """Return a copy with one value, at any depth, replaced by junk."""
     if not isinstance(value, dict | list) or not value or random.random() < 0.15:
         return JUNK[random.integers(len(JUNK))]
-    places = list(value) if isinstance(value, dict) else list(range(len(value)))
-    place = places[random.integers(len(places))]
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    key = keys[random.integers(len(keys))]
     copy = dict(value) if isinstance(value, dict) else list(value)
-    copy[place] = damaged(value[place], random)
+    copy[key] = damaged(value[key], random)
     return copy
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_no_junk_breaks_it(seed: int, tmp_path: Path) -> None:
+def test_junk_values_raise_no_exception(seed: int, tmp_path: Path) -> None:
     random = np.random.default_rng(seed)
-    document = sound(3)
+    document = valid_coco(3)
     coco = write(tmp_path, document)
     box = {"bbox": [[5, 5, 30, 30], [1, 1, 9, 9]], "label": 1, "category": "dog"}
     rows = [instances(box), {"grounding": {"caption": "a dog", "regions": [{"phrase": "dog", "bbox": [1, 1, 9, 9]}]}}]
     lines = odvg(tmp_path / "odvg", *rows, labels={"0": "cat", "1": "dog"})
-    notes = voc(tmp_path / "voc", "")
+    xml = voc(tmp_path / "voc", "")
     labels = yolo(tmp_path / "yolo", "")
     objects = (
         "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>"
@@ -214,7 +216,7 @@ def test_no_junk_breaks_it(seed: int, tmp_path: Path) -> None:
         words = [str(JUNK[random.integers(len(JUNK))]).replace("\x00", "?") for _ in range(2)]
         voc(tmp_path / "voc", objects.format(*words))
         yolo(tmp_path / "yolo", " ".join(["0", "0.5", "0.5", *words]))
-        diagnosis = diagnose({"train": coco, "odvg": lines, "voc": notes, "yolo": labels}, 256)
-        diagnosis.pictures(8)
+        diagnosis = diagnose({"train": coco, "odvg": lines, "voc": xml, "yolo": labels}, 256)
+        diagnosis.images(8)
         to_text(diagnosis)
         json.dumps(to_json(diagnosis))

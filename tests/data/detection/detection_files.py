@@ -1,4 +1,4 @@
-"""Small detection sets on disk, for tests that read them."""
+"""Small detection datasets on disk, for tests that read them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ REAL = Path(__file__).resolve().parents[3] / ".." / "shared" / "data"
 CATEGORIES = [{"id": 7, "name": "traffic_light"}, {"id": 3, "name": "cat"}, {"id": 90, "name": "hot dog"}]
 
 
-def write_picture(file: Path, height: int = 40, width: int = 60, **options: Any) -> None:
-    """A noisy picture; its first pixel tells its name."""
+def write_image(file: Path, height: int = 40, width: int = 60, **options: Any) -> None:
+    """Write a noisy image; its first pixel depends on the file name."""
     file.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
     pixels[0, 0] = sum(file.stem.encode()) % 251
@@ -26,7 +26,7 @@ def annotation(id: int, image: int, category: int, bbox: list[float], **more: An
 
 
 def coco_document() -> dict[str, Any]:
-    """Three pictures: one with everything odd that is allowed, one without boxes, one upright."""
+    """Three images: one with all unusual but allowed boxes, one without boxes, one in portrait format."""
     return {
         "images": [
             {"id": 25, "file_name": "a.png", "height": 40, "width": 60},
@@ -48,9 +48,9 @@ def coco_document() -> dict[str, Any]:
 
 
 def write_coco(folder: Path, document: Any = None) -> Path:
-    """The json file and its pictures."""
+    """Write the json file and its images."""
     for name, height, width in (("a", 40, 60), ("b", 40, 60), ("c", 60, 40)):
-        write_picture(folder / f"{name}.png", height, width)
+        write_image(folder / f"{name}.png", height, width)
     file = folder / "instances_val.json"
     file.write_text(json.dumps(coco_document() if document is None else document))
     return file

@@ -1,4 +1,4 @@
-"""COCO json: what is read, what is left out, and what an error says."""
+"""COCO json: samples, boxes that are left out, and error messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.detection.detection_files import CATEGORIES, REAL, annotation, coco_document, write_coco, write_picture
+from tests.data.detection.detection_files import CATEGORIES, REAL, annotation, coco_document, write_coco, write_image
 from vg.data.dataset import GroundingDataset
 from vg.data.detection.coco import CocoConfig
 from vg.data.detection.vocabulary import VocabularyConfig
@@ -17,29 +17,29 @@ from vg.data.source import HasImageKeys, HasImageSizes, Provenance, checked
 from vg.errors import BadSampleError, DataError
 
 
-def test_pictures_boxes_and_classes(tmp_path: Path):
+def test_images_boxes_and_classes(tmp_path: Path):
     source = CocoConfig(path=str(write_coco(tmp_path))).build()
     assert source.provenance == Provenance(tmp_path.name, "val", "detection")
     assert len(source) == 3
     assert source.category_ids == {"cat": 3, "traffic light": 7, "hot dog": 90}
     assert source.vocabulary.names == ("cat", "traffic_light", "hot dog")
 
-    first, empty, upright = (checked(source.load(index, 0)) for index in range(3))
-    assert [first.id, empty.id, upright.id] == ["25", "4", "139"]
+    first, empty, portrait = (checked(source.load(index, 0)) for index in range(3))
+    assert [first.id, empty.id, portrait.id] == ["25", "4", "139"]
     assert first.phrases == empty.phrases == ("cat", "traffic light", "hot dog")
     boxes = [[1.5, 2, 11.5, 22], [10, 20, 40, 35], [1.5, 2, 11.5, 22], [50, 30, 60, 40], [10, 10, 10.5, 15]]
     assert first.boxes.tolist() == boxes
     assert first.phrase_ids.tolist() == [1, 2, 1, 0, 0]
     assert first.crowd.tolist() == [False, True, False, False, False]
-    assert first.areas.tolist() == [200, 200, 200, 900, 2.5], "the second is annotated, the others are their boxes'"
+    assert first.areas.tolist() == [200, 200, 200, 900, 2.5], "the second is annotated, the others are areas of boxes"
     assert empty.boxes.shape == (0, 4)
-    assert (empty.crowd, upright.crowd) == (None, None)
-    assert upright.areas.tolist() == [300.5]
-    assert upright.image.shape == (60, 40, 3)
+    assert (empty.crowd, portrait.crowd) == (None, None)
+    assert portrait.areas.tolist() == [300.5]
+    assert portrait.image.shape == (60, 40, 3)
 
 
-def test_thin_boxes_are_left_out_where_that_is_asked_for(tmp_path: Path):
-    """As published training does; evaluation counts them, as pycocotools does."""
+def test_thin_boxes_are_left_out_with_min_side(tmp_path: Path):
+    """Published training leaves them out; evaluation counts them, as pycocotools does."""
     file = str(write_coco(tmp_path))
     everything, thick = (checked(CocoConfig(path=file, min_side=side).build().load(0, 0)) for side in (0, 1))
     assert everything.boxes[4].tolist() == [10, 10, 10.5, 15]
@@ -49,7 +49,7 @@ def test_thin_boxes_are_left_out_where_that_is_asked_for(tmp_path: Path):
     assert thick.areas.tolist() == [200, 200, 200, 900]
 
 
-def test_sampled_phrases_are_for_training_which_leaves_crowds_out(tmp_path: Path):
+def test_crowd_regions_are_left_out_with_sampled_phrases(tmp_path: Path):
     config = CocoConfig(path=str(write_coco(tmp_path)), min_side=1, vocabulary=VocabularyConfig(negatives=1, full=1))
     source = config.build()
     for epoch in range(10):
@@ -64,19 +64,19 @@ def test_sizes_and_keys(tmp_path: Path):
     del document["images"][2]["height"]
     document["images"][1]["file_name"] = "COCO_val2014_000000000139.jpg"
     source = CocoConfig(path=str(write_coco(tmp_path, document))).build()
-    write_picture(tmp_path / "000000000139.jpg")
+    write_image(tmp_path / "000000000139.jpg")
     assert isinstance(source, HasImageSizes)
     assert isinstance(source, HasImageKeys)
     assert source.image_sizes(0).tolist() == [[40, 60], [40, 60], [60, 40]], "the last one from its file"
     assert source.image_keys() == [str(tmp_path / "a.png"), "coco/139", str(tmp_path / "c.png")]
 
 
-def test_where_pictures_are_looked_for(tmp_path: Path):
+def test_image_folders(tmp_path: Path):
     file = write_coco(tmp_path / "coco" / "annotations")
     document = json.loads(file.read_text())
     document["images"][0] = {"id": 25, "coco_url": "http://images.cocodataset.org/val2017/000000000025.png"}  # LVIS
     file.write_text(json.dumps(document))
-    write_picture(tmp_path / "coco" / "val2017" / "000000000025.png")
+    write_image(tmp_path / "coco" / "val2017" / "000000000025.png")
     source = CocoConfig(path=str(file)).build()
     assert source.provenance.data == "coco"
     assert source.load(0, 0).image.shape == (40, 60, 3)
@@ -87,23 +87,23 @@ def test_where_pictures_are_looked_for(tmp_path: Path):
         CocoConfig(path=str(file), image_root=str(tmp_path / "nowhere")).build()
 
 
-def test_an_annotation_of_another_picture(tmp_path: Path):
+def test_annotated_size_differs_from_image(tmp_path: Path):
     document = coco_document()
     document["images"][0] |= {"height": 60, "width": 40}
     document["images"][1] |= {"height": 41}
     source = CocoConfig(path=str(write_coco(tmp_path, document))).build()
     with pytest.raises(BadSampleError, match=r"a\.png is 60 wide and 40 high, .* says 40 and 60; .*EXIF"):
         source.load(0, 0)
-    with pytest.raises(BadSampleError, match=r"b\.png .* says 60 and 41; take the picture that was annotated"):
+    with pytest.raises(BadSampleError, match=r"b\.png .* says 60 and 41; use the image that was annotated"):
         source.load(1, 0)
 
 
-def test_a_mix_up_of_formats_is_noticed(tmp_path: Path):
+def test_boxes_in_another_format_cause_a_warning(tmp_path: Path):
     document = coco_document()
     xyxy = [annotation(number, 25, 3, [30, 20, 45 + number, 30]) for number in range(8)]
     file = write_coco(tmp_path, document | {"annotations": xyxy})
     with pytest.warns(
-        UserWarning, match=r"\(val\): 8 of 8 boxes stick out of their picture, first in 25; .*COCO has x, y"
+        UserWarning, match=r"\(val\): 8 of 8 boxes extend beyond their image, first in 25; .*COCO has x, y"
     ):
         CocoConfig(path=str(file)).build()
     inside = [annotation(number, 25, 3, [30, 20, 5, 5]) for number in range(20)]
@@ -113,32 +113,47 @@ def test_a_mix_up_of_formats_is_noticed(tmp_path: Path):
         CocoConfig(path=str(file)).build()
 
 
-ODD = {"images": coco_document()["images"], "annotations": [], "categories": CATEGORIES}
+VALID = {"images": coco_document()["images"], "annotations": [], "categories": CATEGORIES}
 
 
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ([], "has a list; COCO's json has lists of images, annotations and categories"),
-        ({"images": [], "categories": []}, r"has the keys \['categories', 'images'\]"),
-        (ODD | {"images": [{"file_name": "a.png"}]}, "entry 0 has no 'id'"),
-        (ODD | {"images": [{"id": 1}]}, "image 1 has neither file_name nor coco_url"),
-        (ODD | {"images": [ODD["images"][0]] * 2}, "two images or two categories have the same id"),
-        (ODD | {"categories": []}, "there are no classes"),
-        (ODD | {"categories": [{"id": 1}]}, "entry 0 has no 'name'"),
+        ([], "the file has a list; COCO json has lists of images, annotations and categories"),
+        ({"images": [], "categories": []}, r"no list of annotations, the file has the keys \['categories', 'images'\]"),
         (
-            ODD | {"annotations": [annotation(8, 1, 3, [0, 0, 5, 5])]},
-            "annotation 8 has image_id 1, .* not among the images",
+            VALID | {"images": [{"file_name": "a.png"}]},
+            r"images without id or file_name: images\[0\]: {'file_name': 'a.png'}",
         ),
-        (ODD | {"annotations": [annotation(8, 25, 1, [0, 0, 5, 5])]}, "8 has category_id 1, .* among the categories"),
-        (ODD | {"annotations": [{"image_id": 25, "category_id": 3}]}, "entry 0 has no 'bbox'"),
-        (ODD | {"annotations": [annotation(8, 25, 3, [0, 0, 5])]}, r"annotation 8 has bbox \[0, 0, 5\], expected x, y"),
-        (ODD | {"annotations": [annotation(8, 25, 3, [0, 0, 5, -1])]}, "annotation 8 has bbox"),
-        (ODD | {"annotations": [annotation(8, 25, 3, [0, 0, 5, None])]}, "annotation 8 has bbox"),
-        (ODD | {"annotations": [annotation(8, 25, 3, [0, 0, 5, float("nan")])]}, "annotation 8 has bbox"),
+        (VALID | {"images": [{"id": 1}]}, r"images without id or file_name: images\[0\]: {'id': 1}; add .*coco_url"),
+        (VALID | {"images": [VALID["images"][0]] * 2}, "duplicate image ids: image 25: a.png; renumber them"),
+        (VALID | {"categories": []}, "there are no classes"),
+        (VALID | {"categories": [{"id": 1}]}, r"categories without id or name: categories\[0\]: {'id': 1}"),
         (
-            ODD | {"annotations": [annotation(7, 25, 3, [1, 1, 5, 5]), annotation(8, 25, 3, [[1, 1, 5, 5]])]},
-            "annotation 8 has bbox",
+            VALID | {"annotations": [annotation(8, 1, 3, [0, 0, 5, 5])]},
+            "image_id is not in images: annotation 8: image_id 1; add it to images",
+        ),
+        (
+            VALID | {"annotations": [annotation(8, 25, 1, [0, 0, 5, 5])]},
+            "not in categories: annotation 8: category_id 1;",
+        ),
+        (VALID | {"annotations": [{"image_id": 25, "category_id": 3}]}, r"annotations\[0\]: bbox None"),
+        (
+            VALID | {"annotations": [annotation(8, 25, 3, [0, 0, 5])]},
+            r"annotation 8: bbox \[0, 0, 5\]; write x, y, width, height in pixels",
+        ),
+        (
+            VALID | {"annotations": [annotation(8, 25, 3, [0, 0, 5, -1])]},
+            r"inverted boxes .*annotation 8 \(a.png, cat\)",
+        ),
+        (VALID | {"annotations": [annotation(8, 25, 3, [0, 0, 5, None])]}, "four finite numbers: annotation 8: bbox"),
+        (
+            VALID | {"annotations": [annotation(8, 25, 3, [0, 0, 5, float("nan")])]},
+            "four finite numbers: annotation 8: bbox",
+        ),
+        (
+            VALID | {"annotations": [annotation(7, 25, 3, [1, 1, 5, 5]), annotation(8, 25, 3, [[1, 1, 5, 5]])]},
+            "four finite numbers: annotation 8: bbox",
         ),
     ],
 )
@@ -147,7 +162,7 @@ def test_errors_name_the_entry(tmp_path: Path, document, message):
         CocoConfig(path=str(write_coco(tmp_path, document))).build()
 
 
-def test_no_file_and_no_json(tmp_path: Path):
+def test_missing_file_and_invalid_json(tmp_path: Path):
     with pytest.raises(DataError, match=r"cannot read .*nothing\.json: No such file"):
         CocoConfig(path=str(tmp_path / "nothing.json")).build()
     (tmp_path / "half.json").write_text('{"images": [')
@@ -164,7 +179,7 @@ def test_no_file_and_no_json(tmp_path: Path):
         ("coco_permissive/instances_permissive_val.json", 47, 428, 6),
     ],
 )
-def test_real_sets(file: str, images: int, boxes: int, crowds: int):
+def test_real_datasets(file: str, images: int, boxes: int, crowds: int):
     if not (REAL / file).exists():
         pytest.skip("no shared/data beside the repository")
     source = CocoConfig(path=str(REAL / file)).build()
@@ -178,7 +193,7 @@ def test_real_sets(file: str, images: int, boxes: int, crowds: int):
     np.testing.assert_array_equal(sizes, source.image_sizes(0))
     names = {category["id"]: category["name"] for category in document["categories"]}
     for sample in samples[:20]:
-        own = [each for each in document["annotations"] if str(each["image_id"]) == sample.id]
-        assert [sample.phrases[id] for id in sample.phrase_ids] == [names[each["category_id"]] for each in own]
-        xywh = np.array([each["bbox"] for each in own], np.float32).reshape(-1, 4)
+        own = [row for row in document["annotations"] if str(row["image_id"]) == sample.id]
+        assert [sample.phrases[id] for id in sample.phrase_ids] == [names[row["category_id"]] for row in own]
+        xywh = np.array([row["bbox"] for row in own], np.float32).reshape(-1, 4)
         np.testing.assert_allclose(sample.boxes[:, 2:] - sample.boxes[:, :2], xywh[:, 2:], atol=0.02)

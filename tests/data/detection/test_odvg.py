@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.detection.detection_files import write_picture
-from vg.data.detection.odvg import Odvg, OdvgConfig
+from tests.data.detection.detection_files import write_image
+from vg.data.detection.odvg import OdvgConfig, OdvgSource
 from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.source import checked
 from vg.errors import BadSampleError, DataError
@@ -41,8 +41,8 @@ GROUNDING = {
 }
 
 
-def write(folder: Path, *rows: Any, label_map: Any = None, **settings: Any) -> Odvg:
-    write_picture(folder / "a.png")
+def write(folder: Path, *rows: Any, label_map: Any = None, **settings: Any) -> OdvgSource:
+    write_image(folder / "a.png")
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (folder / "train.jsonl").write_text("\n\n".join(lines) + "\n")
     if label_map is not None:
@@ -78,69 +78,75 @@ def test_phrases_of_a_caption(tmp_path: Path):
     assert sample.boxes.tolist() == [[5, 10, 25, 30], [7, 7, 14, 12], [30, 7, 40, 12], [35, 5, 55, 35]]
 
 
-def test_both_kinds_in_one_file_and_sizes(tmp_path: Path):
+def test_both_types_of_lines_in_one_file_and_image_sizes(tmp_path: Path):
     source = write(tmp_path, GROUNDING, DETECTION, label_map=MAP)
     assert [len(source.load(index, 0).phrases) for index in range(2)] == [2, 3]
     np.testing.assert_array_equal(source.image_sizes(0), [[40, 60], [40, 60]])
     assert source.image_keys() == [str(tmp_path / "a.png")] * 2
 
 
-def changed(row: dict[str, Any], part: str, number: int, **values: Any) -> dict[str, Any]:
+def changed(row: dict[str, Any], items: str, index: int, **values: Any) -> dict[str, Any]:
     row = json.loads(json.dumps(row))
-    kind = "detection" if part == "instances" else "grounding"
-    row[kind][part][number] |= values
+    key = "detection" if items == "instances" else "grounding"
+    row[key][items][index] |= values
     return row
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{half", r"not JSON \(.*mend or remove it"),
-        ([1], r"not an object but \[1\]"),
-        (DETECTION | {"detection": {"instances": [3]}}, r"detection\.instances: number 0 is 3; it must be an object"),
+        ("{half", r"{half: not JSON \(.*fix or remove"),
+        ([1], r"\[1\]: not an object"),
+        (DETECTION | {"detection": {"instances": [3]}}, r", instance 0: 3; correct or remove"),
         (
             GROUNDING | {"grounding": {"caption": CAPTION, "regions": [*GROUNDING["grounding"]["regions"], "A man"]}},
-            r"grounding\.regions: number 3 is A man; it must be an object",
+            r", region 3: A man; correct or remove",
         ),
         ({"file_name": "a.png"}, r"the keys are \['file_name'\]; `filename` is missing"),
-        ({"filename": "a.png", "objects": []}, "needs `detection` or `grounding`"),
+        (
+            {"filename": "a.png", "objects": []},
+            r"the keys are \['filename', 'objects'\]; `detection` or `grounding` is missing",
+        ),
         ({"filename": "a.png", "detection": []}, r"detection is \[\]; it needs a list of instances"),
         (GROUNDING | {"filename": "b.png"}, "image b.png not found below"),
-        (GROUNDING | {"grounding": {"caption": CAPTION, "regions": []}}, "no regions, so nothing is asked"),
+        (GROUNDING | {"grounding": {"caption": CAPTION, "regions": []}}, "remove these lines: they have no phrase"),
         (GROUNDING | {"height": 60, "width": 40}, "60 wide and 40 high, its annotation says 40 and 60"),
-        (changed(DETECTION, "instances", 1, label=3), "instance 1 has label 3; label_map has 0 to 2"),
-        (changed(DETECTION, "instances", 1, label=None), "instance 1 has label None"),
-        (changed(DETECTION, "instances", 1, label=[2]), r"instance 1 has label \[2\]"),
+        (changed(DETECTION, "instances", 1, label=3), "instance 1: label 3, .*; label_map has 0 to 2"),
+        (changed(DETECTION, "instances", 1, label=None), "instance 1: label None"),
+        (changed(DETECTION, "instances", 1, label=[2]), r"instance 1: label \[2\]"),
         (
             changed(DETECTION, "instances", 1, label=1),
-            "instance 1, label 1, is 'traffic_light' here and 'cat' in label_map",
+            "instance 1: label 1 is 'traffic_light' here, 'cat' in the label map; .* ids of COCO from 1",
         ),
-        (changed(DETECTION, "instances", 0, bbox=[1, 2, 3]), r"instance 0 has bbox \[1, 2, 3\], expected left, top"),
-        (changed(DETECTION, "instances", 0, bbox=None), "instance 0 has bbox None"),
-        (changed(DETECTION, "instances", 0, bbox=[30, 20, 10, 15]), "ends before it begins; was x, y, width, height"),
-        (changed(GROUNDING, "regions", 0, bbox=[[1, 2, 3, 4], [1, 2]]), "region 0 has bbox"),
-        (changed(GROUNDING, "regions", 1, tokens_positive=None), "region 1 has phrase None and no tokens_positive"),
+        (
+            changed(DETECTION, "instances", 0, bbox=[1, 2, 3]),
+            r"instance 0: bbox \[1, 2, 3\]; write left, top, right, bottom in pixels",
+        ),
+        (changed(DETECTION, "instances", 0, bbox=None), "instance 0: bbox None"),
+        (changed(DETECTION, "instances", 0, bbox=[30, 20, 10, 15]), "is inverted .*; was x, y, width, height"),
+        (changed(GROUNDING, "regions", 0, bbox=[[1, 2, 3, 4], [1, 2]]), r"region 0: bbox \[\[1, 2, 3, 4\], \[1, 2\]\]"),
+        (changed(GROUNDING, "regions", 1, tokens_positive=None), "region 1: phrase None and no tokens_positive"),
         (
             changed(GROUNDING, "regions", 1, tokens_positive=[13, 16]),
-            r"region 1 has tokens_positive \[13, 16\], expected \[\[begin, end\], \.\.\.\]",
+            r"region 1: tokens_positive \[13, 16\]; add it, or tokens_positive \[\[begin, end\], \.\.\.\]",
         ),
-        (changed(GROUNDING, "regions", 0, phrase=" "), "region 0 has phrase ' '"),
+        (changed(GROUNDING, "regions", 0, phrase=" "), "region 0: phrase ' '"),
     ],
 )
-def test_errors_name_the_row(tmp_path: Path, row: Any, message: str):
+def test_errors_name_the_line(tmp_path: Path, row: Any, message: str):
     source = write(tmp_path, GROUNDING, row, label_map=MAP)
-    with pytest.raises(BadSampleError, match=rf"train\.jsonl, row 2: .*{message}"):
+    with pytest.raises(BadSampleError, match=rf"train\.jsonl.* line 3.*{message}"):
         source.load(1, 0)
 
 
-def test_errors_at_the_start(tmp_path: Path):
-    with pytest.raises(DataError, match=r"train.jsonl, row 1: .*set label_map to the json file"):
+def test_errors_of_the_first_line_and_of_paths(tmp_path: Path):
+    with pytest.raises(DataError, match=r"train.jsonl: .*line 1; set label_map to the json file"):
         write(tmp_path, DETECTION)
-    with pytest.raises(DataError, match=r"train.jsonl, row 1: the keys are \['images'\]"):
+    with pytest.raises(DataError, match=r"train.jsonl: .*line 1: the keys are \['images'\]"):
         write(tmp_path, {"images": []})
-    with pytest.raises(DataError, match=r"map\.json: expected {\"0\": \"person\""):
+    with pytest.raises(DataError, match=r"map\.json: .*; expected a json file such as {\"0\": \"person\""):
         write(tmp_path, DETECTION, label_map=["cat"])
-    with pytest.raises(DataError, match=r"cannot read label_map .*nowhere\.json"):
+    with pytest.raises(DataError, match=r"label_map cannot be read: .*nowhere\.json"):
         OdvgConfig(path=str(tmp_path / "train.jsonl"), label_map=str(tmp_path / "nowhere.json")).build()
     with pytest.raises(DataError, match="image_root nowhere is not a folder"):
         write(tmp_path, GROUNDING, image_root="nowhere")

@@ -1,4 +1,4 @@
-"""Pascal VOC and YOLO folders give the samples that COCO json gives."""
+"""Pascal VOC and YOLO folders: samples and error messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.data.detection.detection_files import write_picture
+from tests.data.detection.detection_files import write_image
 from vg.data.detection.voc import VocConfig
 from vg.data.detection.yolo import YoloConfig
 from vg.data.source import checked
@@ -21,14 +21,14 @@ OBJECT = (
 )
 
 
-def thing(name: str, *box: float, more: str = "") -> str:
+def voc_object(name: str, *box: float, more: str = "") -> str:
     return OBJECT.format(name, more, *box)
 
 
-def write_voc(folder: Path, notes: dict[str, list[str]], flat: bool = False, size: str = "40 60") -> Path:
-    """Notes: name of the picture -> its objects."""
-    for name, objects in notes.items():
-        write_picture((folder if flat else folder / "JPEGImages") / f"{name}.png")
+def write_voc(folder: Path, objects_of: dict[str, list[str]], flat: bool = False, size: str = "40 60") -> Path:
+    """Write xml files and images; `objects_of`: name of the image -> its objects."""
+    for name, objects in objects_of.items():
+        write_image((folder if flat else folder / "JPEGImages") / f"{name}.png")
         height, width = size.split()
         head = f"<filename>wrong.jpg</filename><size><width>{width}</width><height>{height}</height></size>"
         file = (folder if flat else folder / "Annotations") / f"{name}.xml"
@@ -37,16 +37,16 @@ def write_voc(folder: Path, notes: dict[str, list[str]], flat: bool = False, siz
     return folder
 
 
-NOTES = {
-    "a": [thing("dog", 6, 11, 25, 30, more="<difficult>0</difficult>"), thing("cat", 1, 1, 60, 40)],
-    "b": [thing("dog", 6, 11, 25, 30, more="<difficult>1</difficult>")],
+OBJECTS = {
+    "a": [voc_object("dog", 6, 11, 25, 30, more="<difficult>0</difficult>"), voc_object("cat", 1, 1, 60, 40)],
+    "b": [voc_object("dog", 6, 11, 25, 30, more="<difficult>1</difficult>")],
     "c": [],
 }
 
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_voc(tmp_path: Path, flat: bool):
-    folder = write_voc(tmp_path / "pets", NOTES, flat)
+    folder = write_voc(tmp_path / "pets", OBJECTS, flat)
     source = VocConfig(path=str(folder)).build()
     a, b, c = (checked(source.load(index, 0)) for index in range(3))
     assert [a.id, b.id, c.id] == ["a", "b", "c"]
@@ -61,7 +61,7 @@ def test_voc(tmp_path: Path, flat: bool):
 
 
 def test_voc_splits_share_their_classes(tmp_path: Path):
-    folder = write_voc(tmp_path, NOTES)
+    folder = write_voc(tmp_path, OBJECTS)
     lists = folder / "ImageSets" / "Main"
     lists.mkdir(parents=True)
     (lists / "val.txt").write_text("b\nc -1\n\n")
@@ -70,35 +70,38 @@ def test_voc_splits_share_their_classes(tmp_path: Path):
     assert source.vocabulary.phrases == ("cat", "dog")
     assert source.load(0, 0).phrase_ids.tolist() == [1]
     assert VocConfig(path=str(folder), classes=["dog", "cat"]).build().load(0, 0).phrase_ids.tolist() == [0, 1]
-    with pytest.raises(DataError, match=r"train\.txt cannot be read; splits there are: val; split: null takes"):
+    with pytest.raises(DataError, match=r"train\.txt cannot be read; existing splits: val; split: null selects"):
         VocConfig(path=str(folder), split="train").build()
-    (lists / "test.txt").write_text("a\nd\n")
-    with pytest.raises(DataError, match=r"d\.xml is missing, and 1 in all"):
+    (lists / "test.txt").write_text("a\nd\ne\n")
+    with pytest.raises(DataError, match=r"missing xml files: d\.xml, listed in test\.txt \(2 in all\)"):
         VocConfig(path=str(folder), split="test").build()
-    with pytest.raises(DataError, match=r"a\.xml: class 'cat' is not in classes: dog"):
+    with pytest.raises(DataError, match=r"a\.xml, object 2: 'cat'; add it to classes \(dog\)"):
         VocConfig(path=str(folder), classes=["dog"]).build()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<annotation>", "not valid xml"),
-        ("<a><object><name>dog</name></object></a>", "object 1 lacks a name or one of xmin, ymin, xmax, ymax"),
-        (f"<a>{thing('', 1, 2, 3, 4)}</a>", "object 1 lacks a name"),
-        (f"<a>{thing('dog', 1, 2, 3, 4)}{thing('dog', 1, 2, 3, '')}</a>", "is no number"),
+        ("<annotation>", "no element found"),
+        ("<a><object><name>dog</name></object></a>", "object 1: name 'dog', box .*None"),
+        (f"<a>{voc_object('', 1, 2, 3, 4)}</a>", "object 1: name ''"),
+        (
+            f"<a>{voc_object('dog', 1, 2, 3, 4)}{voc_object('dog', 1, 2, 3, '')}</a>",
+            "object 2: name 'dog', box .*'3', ''",
+        ),
     ],
 )
 def test_voc_errors(tmp_path: Path, text: str, message: str):
-    folder = write_voc(tmp_path, NOTES)
+    folder = write_voc(tmp_path, OBJECTS)
     (folder / "Annotations" / "b.xml").write_text(text)
-    with pytest.raises(DataError, match=rf"b\.xml: .*{message}"):
+    with pytest.raises(DataError, match=rf"b\.xml.*{message}"):
         VocConfig(path=str(folder)).build()
 
 
-def test_voc_without_files_or_with_other_pictures(tmp_path: Path):
-    with pytest.raises(DataError, match="holds no xml file"):
+def test_voc_without_files_or_with_other_images(tmp_path: Path):
+    with pytest.raises(DataError, match="contains no xml file"):
         VocConfig(path=str(tmp_path)).build()
-    folder = write_voc(tmp_path, NOTES | {"a": [thing("dog", 6, 11, 25, 30)]}, size="60 40")
+    folder = write_voc(tmp_path, OBJECTS | {"a": [voc_object("dog", 6, 11, 25, 30)]}, size="60 40")
     with pytest.raises(BadSampleError, match=r"a\.png is 60 wide and 40 high, its annotation says 40 and 60"):
         VocConfig(path=str(folder)).build().load(0, 0)
     (folder / "JPEGImages" / "a.png").unlink()
@@ -108,10 +111,10 @@ def test_voc_without_files_or_with_other_pictures(tmp_path: Path):
 
 def write_yolo(folder: Path, **changes: Any) -> Path:
     for name, labels in {"a": "1 0.25 0.5 0.25 0.5\n\n0 0.9 0.1 0.2 0.2\n", "b": "1 0.1 0.1 0.5 0.1 0.3 0.6\n"}.items():
-        write_picture(folder / "images" / "val" / f"{name}.png")
+        write_image(folder / "images" / "val" / f"{name}.png")
         (folder / "labels" / "val").mkdir(parents=True, exist_ok=True)
         (folder / "labels" / "val" / f"{name}.txt").write_text(labels)
-    write_picture(folder / "images" / "val" / "c.png")
+    write_image(folder / "images" / "val" / "c.png")
     document = {"path": ".", "val": "images/val", "names": ["hot_dog", "cat"], "nc": 2} | changes
     file = folder / "data.yaml"
     file.write_text(yaml.safe_dump({key: value for key, value in document.items() if value is not None}))
@@ -150,11 +153,11 @@ def test_yolo_in_its_variants(tmp_path: Path, changes: dict[str, Any]):
     assert [len(source.load(index, 0).boxes) for index in range(3)] == [2, 1, 0]
 
 
-def test_yolo_labels_see_the_picture_upright(tmp_path: Path):
+def test_yolo_labels_refer_to_the_upright_image(tmp_path: Path):
     file = write_yolo(tmp_path)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    write_picture(tmp_path / "images" / "val" / "a.png", exif=exif)
+    exif[0x0112] = 6  # rotate by 90 degrees
+    write_image(tmp_path / "images" / "val" / "a.png", exif=exif)
     source = YoloConfig(path=str(file), split="val").build()
     sample = source.load(0, 0)
     assert sample.image.shape == (60, 40, 3)
@@ -165,19 +168,19 @@ def test_yolo_labels_see_the_picture_upright(tmp_path: Path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("dog 0.5 0.5 0.1 0.1", "is not a class and numbers"),
-        ("2 0.5 0.5 0.1 0.1", "class 2 is none of the 2 in names"),
-        ("-1 0.5 0.5 0.1 0.1", "class -1 is none"),
-        ("0 0.5 0.5 0.1", "3 coordinates; expected x y width height"),
-        ("0 0.5 0.5 0.1 0.1 0.3", "5 coordinates"),
-        ("0 30 20 10 10", "coordinates beyond 0..1; divide x and width"),
-        ("0 nan 0.5 0.1 0.1", "coordinates beyond"),
+        ("dog 0.5 0.5 0.1 0.1", "classes count from 0 to 1"),
+        ("2 0.5 0.5 0.1 0.1", "2 0.5 0.5 0.1 0.1; classes count from 0 to 1"),
+        ("-1 0.5 0.5 0.1 0.1", "-1 0.5 0.5 0.1 0.1; classes count from 0 to 1"),
+        ("0 0.5 0.5 0.1", r"\(3 coordinates\); expected: class x y width height"),
+        ("0 0.5 0.5 0.1 0.1 0.3", r"\(5 coordinates\)"),
+        ("0 30 20 10 10", "0 30 20 10 10; divide x and width"),
+        ("0 nan 0.5 0.1 0.1", "0 nan .*all of them numbers"),
     ],
 )
 def test_yolo_errors_name_the_line(tmp_path: Path, line: str, message: str):
     file = write_yolo(tmp_path)
     (tmp_path / "labels" / "val" / "b.txt").write_text(f"0 0.5 0.5 0.1 0.1\n{line}\n")
-    with pytest.raises(DataError, match=rf"b\.txt, line 2: .*{message}"):
+    with pytest.raises(DataError, match=rf"labels/val/b\.txt, line 2: .*{message}"):
         YoloConfig(path=str(file), split="val").build()
 
 
@@ -188,7 +191,7 @@ def test_yolo_errors_name_the_line(tmp_path: Path, line: str, message: str):
         ({"names": {1: "cat", 2: "dog"}}, "expected a list of class names or a mapping 0: name"),
         ({"nc": 3}, "nc is 3 but there are 2 names"),
         ({"val": None, "train": "images/val"}, "has no split 'val'; it has train"),
-        ({"val": "pictures"}, "val is pictures, and there is no"),
+        ({"val": "photos"}, r"val is photos, but .*photos does not exist"),
     ],
 )
 def test_yolo_errors_of_the_yaml(tmp_path: Path, changes: dict[str, Any], message: str):
@@ -205,5 +208,7 @@ def test_yolo_without_files(tmp_path: Path):
     file = write_yolo(tmp_path)
     for label in (tmp_path / "labels" / "val").iterdir():
         label.unlink()
-    with pytest.raises(DataError, match=r"no picture of val has labels; the first would be .*labels.val.a\.txt for"):
+    with pytest.raises(
+        DataError, match=r"images of val without a label file: images.val.a\.png: .*labels.val.a\.txt .*\(3 in all\)"
+    ):
         YoloConfig(path=str(file), split="val").build()

@@ -1,4 +1,4 @@
-"""Which phrases a prompt has."""
+"""Phrases of a prompt: names, alternatives and sampled negatives."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ def phrases(names: list[str], **settings) -> list[str]:
     return list(Vocabulary(names, VocabularyConfig(**settings), "x.json").phrases)
 
 
-def test_a_closed_set_asks_for_every_class_in_every_image():
+def test_closed_set_prompts_have_every_class():
     vocabulary = Vocabulary(["cat", "dog", "hot dog"], VocabularyConfig(), "x.json")
     for labels in ([2, 0, 2], []):
-        asked, ids = vocabulary.prompt(np.array(labels, np.int64), epoch=3, index=5)
-        assert asked == ("cat", "dog", "hot dog")
+        prompt, ids = vocabulary.prompt(np.array(labels, np.int64), epoch=3, index=5)
+        assert prompt == ("cat", "dog", "hot dog")
         assert ids.tolist() == labels
         assert ids.dtype == np.int64
 
 
-def test_names_as_one_says_them():
+def test_names_become_natural_language():
     names = ["traffic_light", "bow_(weapon)", "bow_(ribbon)", "TV  set", "(odd)", "crane_(machine)"]
     assert phrases(names) == ["traffic light", "bow weapon", "bow ribbon", "TV set", "odd", "crane"]
     assert phrases(names, lower=True)[3] == "tv set"
     assert phrases(names, clean=False)[:2] == ["traffic_light", "bow_(weapon)"]
-    assert Vocabulary(names, VocabularyConfig(), "x").names == tuple(names), "the caller's own names stay"
+    assert Vocabulary(names, VocabularyConfig(), "x").names == tuple(names), "names are unchanged"
     assert phrases(["WBC", "RBC"], phrases={"WBC": "white blood cell"}) == ["white blood cell", "RBC"]
 
 
@@ -37,11 +37,11 @@ def test_names_as_one_says_them():
     ("names", "settings", "message"),
     [
         ([], {}, "x.json: there are no classes"),
-        (["cat", "cat"], {}, "'cat' and 'cat' are both asked for as 'cat'"),
-        (["hot_dog", "Hot dog"], {}, "'hot_dog' and 'Hot dog' are both asked for"),
-        (["cat", "__"], {}, "'__' has no word in it"),
+        (["cat", "cat"], {}, "'cat' and 'cat' have the same phrase 'cat'"),
+        (["hot_dog", "Hot dog"], {}, "'hot_dog' and 'Hot dog' have the same phrase"),
+        (["cat", "__"], {}, "'__' has no word"),
         (["cat"], {"phrases": {"dog": "hound"}}, r"vocabulary.phrases has \['dog'\], the classes are 'cat'"),
-        (["cat", "dog"], {"phrases": {"dog": "cat"}}, "both asked for as 'cat'"),
+        (["cat", "dog"], {"phrases": {"dog": "cat"}}, "have the same phrase 'cat'"),
     ],
 )
 def test_errors(names, settings, message):
@@ -49,31 +49,31 @@ def test_errors(names, settings, message):
         phrases(names, **settings)
 
 
-def test_alternatives_are_drawn_and_another_class_keeps_its_own():
+def test_alternatives_are_drawn_except_names_of_other_classes():
     names = ["cup/mug", "dog", "hound/dog"]
     assert phrases(names) == names, "off by default"
-    assert phrases(names, alternatives=True) == ["cup", "dog", "hound"], "a closed set takes the first"
+    assert phrases(names, alternatives=True) == ["cup", "dog", "hound"], "closed-set prompts use the first"
     vocabulary = Vocabulary(names, VocabularyConfig(negatives=3, alternatives=True), "x")
     seen = {vocabulary.prompt(np.array([0]), 0, index)[0][0] for index in range(40)}
     assert seen == {"cup", "mug"}
     assert vocabulary.names == tuple(names), "drawing changes no names"
 
 
-def test_negatives_as_published():
+def test_negatives_as_in_mm_grounding_dino():
     vocabulary = Vocabulary(NAMES, VocabularyConfig(negatives=85, full=0.5), "x")
     labels = np.array([5, 150, 5, 7])
-    full, numbers = 0, []
+    full, counts = 0, []
     for index in range(400):
-        asked, ids = vocabulary.prompt(labels, 0, index)
-        assert [asked[id] for id in ids] == [NAMES[label] for label in labels]
-        assert set(asked[:3]) == {NAMES[5], NAMES[150], NAMES[7]}, "those with boxes come first"
-        assert len(set(asked)) == len(asked)
-        numbers.append(len(asked) - 3)
-        full += numbers[-1] >= 80
-    assert max(numbers) <= 85
-    assert min(numbers) < 10
-    assert 0.4 < full / 400 < 0.65, "half of them full, and a few others near it"
-    assert {vocabulary.prompt(labels, 0, index)[0][0] for index in range(30)} == set(asked[:3]), "in random order"
+        prompt, ids = vocabulary.prompt(labels, 0, index)
+        assert [prompt[id] for id in ids] == [NAMES[label] for label in labels]
+        assert set(prompt[:3]) == {NAMES[5], NAMES[150], NAMES[7]}, "those with boxes come first"
+        assert len(set(prompt)) == len(prompt)
+        counts.append(len(prompt) - 3)
+        full += counts[-1] >= 80
+    assert max(counts) <= 85
+    assert min(counts) < 10
+    assert 0.4 < full / 400 < 0.65, "half of them full, and a few others nearly full"
+    assert {vocabulary.prompt(labels, 0, index)[0][0] for index in range(30)} == set(prompt[:3]), "in random order"
 
 
 def test_a_prompt_depends_on_seed_epoch_and_index_only():
@@ -88,8 +88,8 @@ def test_a_prompt_depends_on_seed_epoch_and_index_only():
 
 def test_few_classes_and_no_boxes():
     vocabulary = Vocabulary(["cat", "dog"], VocabularyConfig(negatives=85, full=1), "x")
-    asked, ids = vocabulary.prompt(np.zeros(0, np.int64), 0, 0)
-    assert set(asked) == {"cat", "dog"}
+    prompt, ids = vocabulary.prompt(np.zeros(0, np.int64), 0, 0)
+    assert set(prompt) == {"cat", "dog"}
     assert ids.shape == (0,)
     one = Vocabulary(["cat"], VocabularyConfig(negatives=1, full=0), "x")
-    assert one.prompt(np.zeros(0, np.int64), 0, 0)[0] == ("cat",), "never nothing"
+    assert one.prompt(np.zeros(0, np.int64), 0, 0)[0] == ("cat",), "at least one phrase"

@@ -1,4 +1,4 @@
-"""The doctor: looks through data before a run does, and says what will go wrong, where, and how to mend it."""
+"""`vg check`: validates datasets before training and reports what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 

@@ -1,174 +1,108 @@
-"""Runs all checks on the data sets of a run, and keeps what they found."""
+"""Runs all checks on the datasets of a run and collects their issues."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vg.data.check.boxes import Boxes, check_boxes
-from vg.data.check.findings import Findings, Reading
-from vg.data.check.folders import read_samples, read_voc, read_yolo, spread
-from vg.data.check.images import Look, look_through, sizes_of
+from vg.data.check.boxes import check_boxes
+from vg.data.check.dataset import CheckedDataset, check_loading, read_dataset, spread
+from vg.data.check.images import check_images
 from vg.data.check.overlap import check_classes, check_copies, check_pair
-from vg.data.check.phrases import CountTokens, check_words, num_words
-from vg.data.check.reading import read_coco, read_odvg
-from vg.data.detection.coco import CocoConfig
-from vg.data.detection.odvg import OdvgConfig
-from vg.data.detection.voc import VocConfig
-from vg.data.detection.yolo import YoloConfig
-from vg.data.images import find_image, read_image
+from vg.data.check.phrases import CountTokens, check_phrases
+from vg.data.detection.issues import SEVERITIES, Issue, Severity
 from vg.data.mixture import MixtureConfig, SourceConfig
-from vg.errors import BadSampleError, DataError
-
-_UNREADABLE = "a set that training cannot read"
-
-
-@dataclass
-class Examined:
-    """One data set after all checks."""
-
-    reading: Reading
-    boxes: Boxes
-    looks: dict[int, Look]  # the pictures that were opened
+from vg.errors import BadSampleError
 
 
 @dataclass
 class Diagnosis:
-    """All data sets, and what is wrong with them."""
+    """All datasets with their issues."""
 
-    sets: list[Examined]
-    findings: Findings
+    datasets: list[CheckedDataset]
 
-    def pictures(self, number: int) -> list[tuple[str, np.ndarray, np.ndarray, list[str]]]:
-        """Pictures to look at: those of findings first, then others, evenly spaced, the same number of each set.
+    @property
+    def issues(self) -> list[Issue]:
+        """Issues of all datasets, errors first."""
+        issues = [issue for dataset in self.datasets for issue in dataset.issues]
+        return sorted(issues, key=lambda issue: SEVERITIES.index(issue.severity))
+
+    def count(self, severity: Severity) -> int:
+        return sum(issue.severity == severity for issue in self.issues)
+
+    def images(self, limit: int) -> list[tuple[str, np.ndarray, np.ndarray, list[str]]]:
+        """Return images to look at, the same number of each dataset: those with issues, then evenly spaced ones.
 
         Returns:
-            Up to `number` of: what it is, image [H, W, 3] uint8, boxes [N, 4] xyxy pixels, their names.
+            Up to `limit` of: caption, image [H, W, 3] uint8, boxes [N, 4] xyxy pixels, names of the boxes.
         """
-        shown: list[tuple[str, np.ndarray, np.ndarray, list[str]]] = []
-        for each in self.sets:
-            room, reading = number // len(self.sets), each.reading
-            reasons = {
-                picture: finding.what
-                for finding in reversed(self.findings.ranked())
-                if finding.set == reading.set and finding.severity != "note"
-                for picture in finding.pictures[:2]
-            }
-            chosen = dict.fromkeys([*list(reasons)[: room // 2], *spread(len(reading.pictures), room)])
-            for picture in list(chosen)[:room]:
+        images = []
+        num = limit // len(self.datasets)
+        for dataset in self.datasets:
+            annotations, xyxy = dataset.annotations, dataset.xyxy
+            issues = [issue for issue in self.issues if issue.dataset == dataset.name and issue.severity != "note"]
+            reasons = {index: issue.what for issue in reversed(issues) for index in issue.images[:2]}
+            indices = dict.fromkeys([*list(reasons)[: num // 2], *spread(len(annotations.ids), num)])
+            for index in list(indices)[:num]:
                 try:
-                    image = _image(reading, picture)
+                    image = dataset.image(index)
                 except (BadSampleError, OSError):
-                    continue  # it is among the findings
-                own = np.flatnonzero(each.boxes.owners == picture)
-                edges = each.boxes.xyxy[own]
-                good = np.isfinite(edges).all(axis=1) & (edges[:, 2:] >= edges[:, :2]).all(axis=1)
-                names = [reading.names[label] for label in each.boxes.labels[own[good]].tolist()]
-                title = f"{reading.set}: {reasons.get(picture, reading.pictures[picture].file)}"
-                shown.append((title, image, edges[good], names))
-        return shown
+                    continue  # reported as an issue
+                drawable = np.isfinite(xyxy).all(axis=1) & (xyxy[:, 2:] >= xyxy[:, :2]).all(axis=1)
+                own = np.flatnonzero((annotations.image_indices == index) & drawable)
+                names = [annotations.names[label] for label in annotations.labels[own].tolist()]
+                caption = f"{dataset.name}: {reasons.get(index, annotations.files[index])}"
+                images.append((caption, image, xyxy[own], names))
+        return images
 
 
 def diagnose(
-    sets: Mapping[str, SourceConfig],
+    configs: Mapping[str, SourceConfig],
     max_tokens: int,
     count_tokens: CountTokens | None = None,
-    quick: int | None = None,
+    limit: int | None = None,
 ) -> Diagnosis:
-    """Check data sets, on their own and against the one called train.
+    """Check datasets, and the evaluation datasets against those for training.
 
     Args:
-        sets: by name; parts of a mixture become sets of their own.
-        max_tokens: what a prompt of the model holds.
-        count_tokens: the number of tokens of each phrase; by default the least there can be is taken.
-        quick: read so many pictures of each set, instead of all.
+        configs: settings by name; training datasets have the name "train", all components of a mixture are checked.
+        max_tokens: tokens of the model's longest prompt.
+        count_tokens: number of tokens of each phrase; None uses lower bounds.
+        limit: number of images to read of each dataset; None for all.
     """
-    findings, examined = Findings(), []
-    for name, config in _flat(sets).items():
-        reading, looks = _read(name, config, findings, quick)
-        if reading.form != "samples":
-            looks = look_through(reading, list(spread(len(reading.pictures), quick)), findings)
-        boxes = check_boxes(reading, sizes_of(reading, looks), findings)
-        if not reading.pictures:
-            findings.add("error", name, "no picture at all", "see the other findings", [reading.title])
-        elif not reading.boxes:
-            findings.add("error", name, "no box at all", "annotate it, or take the right file", [reading.title])
-        counter = count_tokens or num_words
-        check_words(reading, boxes, counter, count_tokens is not None, max_tokens, findings)
-        check_copies(reading, looks, findings)
-        _check_loader(reading, config, findings)
-        examined.append(Examined(reading, boxes, looks))
-    looks_of = {each.reading.set: each.looks for each in examined}
-    readings = [each.reading for each in examined]
-    trained = [each for each in readings if each.trains]
-    for other in readings:
-        if not other.trains:
-            for train in trained:
-                check_pair(train, other, looks_of, findings)
-            check_classes(trained, other, findings)
-    return Diagnosis(examined, findings)
+    datasets = []
+    for name, config in _components(configs).items():
+        dataset = read_dataset(name, config, limit)
+        annotations, issues = dataset.annotations, dataset.issues
+        if dataset.load_image is None:
+            check_images(dataset, spread(len(annotations.ids), limit))
+        check_boxes(dataset)
+        if not annotations.ids:
+            issues.add("error", "no images", "see the other issues", [dataset.title])
+        elif not len(annotations.boxes):
+            issues.add("error", "no boxes", "annotate the images, or use the right file", [dataset.title])
+        check_phrases(dataset, count_tokens, max_tokens)
+        check_copies(dataset)
+        check_loading(dataset, config)
+        datasets.append(dataset)
+    training = [dataset for dataset in datasets if dataset.is_training]
+    for other in datasets:
+        if not other.is_training:
+            for train in training:
+                check_pair(train, other)
+            check_classes(training, other)
+    return Diagnosis(datasets)
 
 
-def _flat(sets: Mapping[str, SourceConfig]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, config in sets.items():
-        parts = config.datasets if isinstance(config, MixtureConfig) else None
-        flat |= {name: config} if parts is None else {f"{name}.datasets.{i}": part for i, part in enumerate(parts)}
-    return flat
-
-
-def _read(name: str, config: Any, findings: Findings, quick: int | None) -> tuple[Reading, dict[int, Look]]:
-    path = Path(str(getattr(config, "path", "")))
-    vocabulary = getattr(config, "vocabulary", None)
-    reading = Reading(name, f"{config.name} {path}".strip(), config.name, path, vocabulary=vocabulary)
-    try:
-        if isinstance(config, CocoConfig | OdvgConfig):
-            folder = path.resolve().parent
-            if folder.name == "annotations" and isinstance(config, CocoConfig):
-                folder = folder.parent
-            reading.root = Path(config.image_root) if config.image_root is not None else folder
-            read_coco(config, reading, findings) if isinstance(config, CocoConfig) else read_odvg(
-                config, reading, findings
-            )
-        elif isinstance(config, VocConfig):
-            reading.root = path / "JPEGImages" if (path / "JPEGImages").is_dir() else path
-            read_voc(config, reading, findings)
-        elif isinstance(config, YoloConfig):
-            read_yolo(config, reading, findings)
+def _components(configs: Mapping[str, SourceConfig]) -> dict[str, Any]:
+    """Replace mixtures by their components, named "train.datasets.0" and so on."""
+    components: dict[str, Any] = {}
+    for name, config in configs.items():
+        if isinstance(config, MixtureConfig):
+            components |= {f"{name}.datasets.{index}": component for index, component in enumerate(config.datasets)}
         else:
-            reading.form = "samples"
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                source = config.build()
-            reading.task = source.provenance.task
-            reading.title = f"{source.provenance.data} ({source.provenance.split})"
-            told = [str(each.message) for each in said if each.category is UserWarning]
-            findings.add("warning", name, "said by the data set itself", "see there", told)
-            read_samples(source, reading, findings, quick)
-    except (DataError, OSError) as error:
-        findings.add("error", name, _UNREADABLE, "see the message", [str(error)])
-    return reading, {}
-
-
-def _check_loader(reading: Reading, config: Any, findings: Findings) -> None:
-    """What training would refuse for a reason that no check has seen is an error, too."""
-    if reading.form == "samples" or any(each.severity == "error" and each.set == reading.set for each in findings):
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            config.build()
-        except (DataError, ValueError, TypeError, KeyError, OSError) as error:
-            findings.add("error", reading.set, _UNREADABLE, "see the message", [str(error)])
-
-
-def _image(reading: Reading, picture: int) -> np.ndarray:
-    if reading.load is not None:
-        return reading.load(picture)
-    file = find_image(reading.pictures[picture].file, reading.root)
-    return read_image(file, str(file), upright=reading.form == "yolo")
+            components[name] = config
+    return components

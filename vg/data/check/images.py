@@ -1,4 +1,4 @@
-"""Opens every picture of a data set, several at a time: is it there, whole, and as large as its annotation says?"""
+"""Checks of image files: that they exist, can be decoded, and have the annotated size and orientation."""
 
 from __future__ import annotations
 
@@ -7,98 +7,73 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from typing import NamedTuple
+from pathlib import Path
 
-import numpy as np
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from vg.data.check.findings import Findings, Reading
+from vg.data.check.dataset import CheckedDataset, ImageFile
 from vg.data.images import find_image
 from vg.errors import BadSampleError
 
 _THREADS = 8
-_RATIO = 0.02  # how far the scales of width and height may differ in a picture that was resized as a whole
+_RATIO = 0.02  # tolerance between the scales of width and height for an image to count as resized as a whole
 
 
-class Look(NamedTuple):
-    """What the file of a picture is like."""
+def check_images(dataset: CheckedDataset, indices: Sequence[int]) -> None:
+    """Open the images of these indices, fill `dataset.image_files` and report issues."""
+    files, root = dataset.annotations.files, dataset.annotations.image_root
+    with ThreadPoolExecutor(_THREADS) as threads:
+        opened = threads.map(lambda index: _open(files[index], root), indices)
+        bar = tqdm(opened, desc=f"{dataset.name}: images", total=len(indices), unit=" images", mininterval=1)
+        dataset.image_files = dict(zip(indices, bar, strict=True))
+    missing = [f"{files[index]}: {file.missing}" for index, file in dataset.image_files.items() if file.missing]
+    damaged = [f"{files[index]}: {file.damaged}" for index, file in dataset.image_files.items() if file.damaged]
+    fix = "put them there, or set image_root to the folder that contains them"
+    dataset.issues.add("error", "missing images", fix, missing)
+    dataset.issues.add("error", "images that cannot be read", "replace them with intact copies", damaged)
+    if not dataset.annotations.relative:
+        _check_sizes(dataset)
 
-    stored: tuple[int, int] = (0, 0)  # (height, width) in pixels; 0, 0 where it cannot be read
-    turned: bool = False  # its EXIF orientation swaps height and width for whoever heeds it
-    digest: bytes = b""  # of the file
-    missing: str = ""
-    damaged: str = ""
 
-
-def look(name: str, reading: Reading) -> Look:
-    """Read and decode one picture; never raises."""
+def _open(name: str, root: Path) -> ImageFile:
+    """Read and decode an image; never raises."""
     try:
-        data = find_image(name, reading.root).read_bytes()
-    except (BadSampleError, OSError, ValueError) as error:  # a name may hold what no name can
-        return Look(missing=str(error))
+        data = find_image(name, root).read_bytes()
+    except (BadSampleError, OSError, ValueError) as error:  # ValueError: a null byte in the name
+        return ImageFile(missing=str(error))
     digest = hashlib.blake2b(data, digest_size=16).digest()
     try:
         with warnings.catch_warnings(), Image.open(BytesIO(data)) as image:
             warnings.simplefilter("ignore")
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             image.convert("RGB")
-            return Look((image.height, image.width), turned, digest)
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ... alike
-        return Look(digest=digest, damaged=str(error))
+            return ImageFile((image.height, image.width), is_rotated, digest)
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
+        return ImageFile(digest=digest, damaged=str(error))
 
 
-def look_through(reading: Reading, chosen: Sequence[int], findings: Findings) -> dict[int, Look]:
-    """Look at the chosen pictures, and note what is wrong with them."""
-    names = [reading.pictures[number].file for number in chosen]
-    with ThreadPoolExecutor(_THREADS) as threads:
-        looking = threads.map(lambda name: look(name, reading), names)
-        bar = tqdm(looking, desc=f"{reading.set}: pictures", total=len(names), unit=" pictures", mininterval=1)
-        looks = dict(zip(chosen, bar, strict=True))
-    for what, mend, of in (
-        ("pictures that are missing", "put them there, or set image_root to the folder that holds them", "missing"),
-        ("pictures that cannot be read", "replace them by intact copies", "damaged"),
-    ):
-        bad = [number for number, each in looks.items() if getattr(each, of)]
-        examples = [f"{reading.pictures[number].file}: {getattr(looks[number], of)}" for number in bad]
-        findings.add("error", reading.set, what, mend, examples)
-    if reading.form != "yolo":  # whose boxes are relative, to the upright picture
-        _compare_sizes(reading, looks, findings)
-    return looks
-
-
-def _compare_sizes(reading: Reading, looks: dict[int, Look], findings: Findings) -> None:
-    for number, each in looks.items():
-        (height, width), (noted_height, noted_width) = each.stored, reading.pictures[number].size
-        if not all(each.stored):
+def _check_sizes(dataset: CheckedDataset) -> None:
+    """Compare stored with annotated sizes, (height, width) in pixels."""
+    annotations = dataset.annotations
+    for index, file in dataset.image_files.items():
+        size, (height, width) = tuple(annotations.sizes[index].tolist()), file.size
+        if not all(file.size):
             continue
-        picture = reading.pictures[number]
-        example = [f"{picture.where} ({picture.file}): {width} x {height}, annotation {noted_width} x {noted_height}"]
-        if (height, width) == picture.size or not all(picture.size):
-            if each.turned:
-                what = "pictures that viewers turn by their EXIF orientation, but training does not"
-                mend = "look at them in pictures.png: where boxes are wrong, store them upright"
-                findings.add(
-                    "warning", reading.set, what, mend, [f"{picture.file}: stored {width} x {height}"], [number]
-                )
+        example = f"{annotations.locations[index]} ({annotations.files[index]}): {width} x {height}"
+        if size == file.size or not all(size):
+            if file.is_rotated:
+                what = "images that viewers rotate by their EXIF orientation, but training does not"
+                fix = "look at them in images.png: where boxes are wrong, store the images upright"
+                dataset.issues.add("warning", what, fix, [example], [index])
             continue
-        ratio = (height / noted_height) / (width / noted_width)
-        if each.turned and (width, height) == picture.size:
-            what = "pictures annotated upright, but stored turned by their EXIF orientation"
-            mend = "store them upright (for instance `mogrify -auto-orient`)"
-        elif abs(ratio - 1) < _RATIO:
-            what = "pictures resized after they were annotated"
-            mend = "take the pictures that were annotated, or scale boxes, width and height as well"
+        if file.is_rotated and (width, height) == size:
+            what = "images annotated upright, but stored rotated by their EXIF orientation"
+            fix = "store them upright (for instance `mogrify -auto-orient`)"
+        elif abs((height / size[0]) / (width / size[1]) - 1) < _RATIO:
+            what = "images resized after they were annotated"
+            fix = "use the images that were annotated, or scale boxes, width and height too"
         else:
-            what = "pictures of another size than their annotation says"
-            mend = "take the pictures that were annotated, or correct width and height"
-        findings.add("error", reading.set, what, mend, example, [number])
-
-
-def sizes_of(reading: Reading, looks: dict[int, Look]) -> np.ndarray:
-    """[I, 2] (height, width) that boxes are measured in, as annotated or else as found; 0 where nobody knows."""
-    sizes = np.array([picture.size for picture in reading.pictures], np.int64).reshape(-1, 2)
-    for number, each in looks.items():
-        if not sizes[number].all():
-            sizes[number] = each.stored[::-1] if each.turned and reading.form == "yolo" else each.stored
-    return sizes
+            what = "images of another size than annotated"
+            fix = "use the images that were annotated, or correct width and height"
+        dataset.issues.add("error", what, fix, [f"{example}, annotation {size[1]} x {size[0]}"], [index])

@@ -1,70 +1,57 @@
-"""What can be wrong between sets: the same picture in two of them, and classes that only the evaluation has."""
+"""Checks between datasets: images that are in two of them, and classes that only the evaluation has."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from vg.data.check.findings import Findings, Reading, Severity
-from vg.data.check.images import Look
-from vg.data.check.phrases import plain_name
-from vg.data.images import image_key
-
-
-def check_copies(reading: Reading, looks: Mapping[int, Look], findings: Findings) -> None:
-    """Files of one set that are the same byte for byte."""
-    files: dict[bytes, list[str]] = defaultdict(list)
-    for number, each in looks.items():
-        if each.digest:
-            files[each.digest].append(reading.pictures[number].file)
-    groups = [" = ".join(sorted(set(group))) for group in files.values() if len(set(group)) > 1]
-    mend = "keep one of each, with all boxes"
-    findings.add("warning", reading.set, "pictures that are there under several names", mend, groups)
+from vg.data.check.dataset import CheckedDataset
+from vg.data.check.phrases import normalized_name
+from vg.data.detection.issues import Severity
 
 
-def check_pair(train: Reading, other: Reading, looks: Mapping[str, Mapping[int, Look]], findings: Findings) -> None:
-    """Pictures that an evaluation set shares with a training set."""
-    names = set(_keys(train))
-    shared = [number for number, key in enumerate(_keys(other)) if key in names]
-    examples = [other.pictures[number].file for number in shared]
-    mend = "take another split, or set data.drop_overlap=true, which leaves them out of training"
-    what = f"pictures that are also in {train.set}: what is measured on them is too good"
-    findings.add("warning", other.set, what, mend, examples)
-    digests = {
-        each.digest: train.pictures[number].file for number, each in looks.get(train.set, {}).items() if each.digest
-    }
+def check_copies(dataset: CheckedDataset) -> None:
+    """Report image files of one dataset with the same bytes."""
+    names: dict[bytes, set[str]] = defaultdict(set)
+    for index, file in dataset.image_files.items():
+        if file.digest:
+            names[file.digest].add(dataset.annotations.files[index])
+    groups = [" = ".join(sorted(group)) for group in names.values() if len(group) > 1]
+    fix = "keep one of each, with all boxes"
+    dataset.issues.add("warning", "identical images under several names", fix, groups)
+
+
+def check_pair(train: CheckedDataset, other: CheckedDataset) -> None:
+    """Report images that an evaluation dataset shares with a training dataset."""
+    names, train_keys = other.annotations.files, set(train.image_keys)
+    shared = {index: names[index] for index, key in enumerate(other.image_keys) if key in train_keys}
+    fix = "use another split, or set data.drop_overlap=true, which leaves them out of training"
+    what = f"images that are also in {train.name}, which makes metrics too optimistic"
+    other.issues.add("warning", what, fix, shared.values())
+    originals = {file.digest: train.annotations.files[index] for index, file in train.image_files.items()}
     copies = [
-        f"{other.pictures[number].file} is {digests[each.digest]} of {train.set}"
-        for number, each in looks.get(other.set, {}).items()
-        if each.digest in digests and number not in set(shared)
+        f"{names[index]} is {originals[file.digest]} of {train.name}"
+        for index, file in other.image_files.items()
+        if file.digest and file.digest in originals and index not in shared
     ]
-    what = f"pictures that are also in {train.set} under another name: what is measured on them is too good"
-    findings.add("warning", other.set, what, f"remove them from {train.set}", copies)
+    what = f"images that are also in {train.name} under another name, which makes metrics too optimistic"
+    other.issues.add("warning", what, f"remove them from {train.name}", copies)
 
 
-def _keys(reading: Reading) -> list[str]:
-    if reading.keys is None:
-        reading.keys = [image_key(picture.file, reading.root) for picture in reading.pictures]
-    return reading.keys
+def check_classes(training: Sequence[CheckedDataset], other: CheckedDataset) -> None:
+    """Report classes with boxes in an evaluation dataset but not in any training dataset."""
+    known, evaluated = set[str]().union(*map(_classes_with_boxes, training)), _classes_with_boxes(other)
+    if not known or not all(dataset.annotations.num_classes for dataset in training):
+        return  # phrases can refer to any class
+    similar = {normalized_name(name): name for name in known}
+    unknown = {name: similar.get(normalized_name(name)) for name in sorted(evaluated - known)}
+    examples = [name + (f" ({match!r} in training)" if match else "") for name, match in unknown.items()]
+    is_zero_shot = not evaluated & known and not any(unknown.values())
+    fix = "nothing if zero-shot evaluation is intended; otherwise fix names or splits"
+    severity: Severity = "note" if is_zero_shot else "warning"
+    other.issues.add(severity, "classes without any box in training", fix, examples)
 
 
-def check_classes(trained: Sequence[Reading], other: Reading, findings: Findings) -> None:
-    """Classes with boxes in an evaluation set that have none in any training set."""
-    known, judged = set[str]().union(*map(_shown, trained)), _shown(other)
-    if not known or not all(each.num_classes for each in trained):
-        return  # phrases may name anything
-    near = {plain_name(name): name for name in known}
-    unknown = sorted(judged - known)
-    examples = [
-        name + (f" (spelled {near[plain_name(name)]!r} in training)" if plain_name(name) in near else "")
-        for name in unknown
-    ]
-    is_other_task = not judged & known and not any("spelled" in example for example in examples)
-    mend = "nothing, if the set is there to measure what else the model knows; else mend names or splits"
-    severity: Severity = "note" if is_other_task else "warning"
-    findings.add(severity, other.set, "classes that training has no box of", mend, examples)
-
-
-def _shown(reading: Reading) -> set[str]:
-    """The classes that have boxes."""
-    return {reading.names[box.label] for box in reading.boxes if box.label < reading.num_classes}
+def _classes_with_boxes(dataset: CheckedDataset) -> set[str]:
+    names, num_classes = dataset.annotations.names, dataset.annotations.num_classes
+    return {names[label] for label in set(dataset.annotations.labels.tolist()) if label < num_classes}

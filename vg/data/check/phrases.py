@@ -1,165 +1,145 @@
-"""What can be wrong with words: classes of the same name, names that say nothing, prompts that are too long."""
+"""Checks of class names and phrases: similar names, uninformative names, and prompts that are too long."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 
 import numpy as np
 
-from vg.data.check.boxes import Boxes
-from vg.data.check.findings import Findings, Reading
-from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
+from vg.data.check.dataset import CheckedDataset
+from vg.data.detection.vocabulary import Vocabulary
 from vg.errors import DataError
 
-CountTokens = Callable[[list[str]], list[int]]  # of each phrase, without special tokens
+CountTokens = Callable[[list[str]], list[int]]
+"""Number of tokens of each phrase, without special tokens."""
 
 _RARE = 10  # boxes
-_MEND_NAMES = "rename or merge them, or say what to ask for in vocabulary.phrases"
+_RENAME = "rename or merge them, or set the phrases in vocabulary.phrases"
+_UNINFORMATIVE = r"(class|cls|label|object|category|cat|id)?[\W_]*\d+"
 
 
-def num_words(phrases: list[str]) -> list[int]:
-    """The least number of tokens that phrases can have, where no tokenizer is at hand."""
+def count_words(phrases: list[str]) -> list[int]:
+    """Return lower bounds of the numbers of tokens, for use without a tokenizer."""
     return [len(re.findall(r"\w+|[^\w\s]", phrase)) for phrase in phrases]
 
 
-def check_words(
-    reading: Reading, boxes: Boxes, count_tokens: CountTokens, exact: bool, max_tokens: int, findings: Findings
-) -> None:
-    """Note what is wrong with the names of classes and with phrases.
+def check_phrases(dataset: CheckedDataset, count_tokens: CountTokens | None, max_tokens: int) -> None:
+    """Report issues of class names and phrases.
 
     Args:
-        exact: count_tokens counts what the model sees, and not the least there can be.
-        max_tokens: what a prompt of the model holds, special tokens included.
+        count_tokens: None counts words, which gives lower bounds.
+        max_tokens: tokens of the model's longest prompt, special tokens included.
     """
-    classes = reading.names[: reading.num_classes]
-    asked = _check_names(reading, classes, findings) if classes else []
-    counts = np.bincount(boxes.labels, minlength=len(reading.names))
-    if reading.num_classes:
-        rare = [f"{name}: {count}" for name, count in zip(classes, counts.tolist(), strict=False) if 0 < count < _RARE]
-        none = [name for name, count in zip(classes, counts.tolist(), strict=False) if not count]
-        what = f"classes with fewer than {_RARE} boxes"
-        findings.add("note", reading.set, what, "more examples help these most", rare)
-        what = "classes without any box"
-        findings.add("note", reading.set, what, "the model only learns to say no to them; is that meant?", none)
-        if len(classes) == 1 and reading.trains:
-            mend = "the model may forget others; judge it on a second set in data.eval as well"
-            findings.add("note", reading.set, "only one class", mend, classes)
-    if len(reading.names) > reading.num_classes:
-        _check_shared(reading, boxes, findings)
-    _check_lengths(reading, boxes, asked, count_tokens, exact, max_tokens, findings)
+    names, num_classes = dataset.annotations.names, dataset.annotations.num_classes
+    classes = names[:num_classes]
+    counts = np.bincount(dataset.annotations.labels, minlength=len(names)).tolist()
+    class_phrases = _check_names(dataset, classes) if classes else []
+    rare = [f"{name}: {count}" for name, count in zip(classes, counts, strict=False) if 0 < count < _RARE]
+    empty = [name for name, count in zip(classes, counts, strict=False) if not count]
+    add = dataset.issues.add
+    add("note", f"classes with fewer than {_RARE} boxes", "add examples of these first", rare)
+    add("note", "classes without any box", "remove them unless intended: the model only sees them as negatives", empty)
+    if len(classes) == 1 and dataset.is_training:
+        fix = "the model may forget other classes; evaluate on a second dataset too (data.eval)"
+        add("note", "only one class", fix, classes)
+    if len(names) > num_classes:
+        _check_shared_phrases(dataset)
+    _check_lengths(dataset, class_phrases, count_tokens, max_tokens)
 
 
-def plain_name(name: str) -> str:
-    """A name without case, punctuation and plural, so that spellings of one name are equal."""
+def normalized_name(name: str) -> str:
+    """Remove case, punctuation and plural, so that variants of one name are equal."""
     words = re.sub(r"[\W_]+", " ", name).casefold().split()
-    return " ".join(
-        word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words
-    )
+    return " ".join(re.sub(r"(?<=...)(?<!s)s$", "", word) for word in words)
 
 
-def _check_names(reading: Reading, names: list[str], findings: Findings) -> list[str]:
-    """Note what is wrong with the names; returns what is asked for."""
+def _check_names(dataset: CheckedDataset, names: list[str]) -> list[str]:
+    """Report issues of class names; return the phrases of the classes."""
     try:
-        vocabulary = Vocabulary(names, reading.vocabulary or VocabularyConfig(), reading.title)
-        asked = list(vocabulary.phrases)
+        phrases = list(Vocabulary(names, dataset.vocabulary, dataset.title).phrases)
     except DataError as error:
-        findings.add("error", reading.set, "classes that cannot be told apart", _MEND_NAMES, [str(error)])
+        dataset.issues.add("error", "invalid vocabulary", _RENAME, [str(error)])
         return names
-    plain = [plain_name(phrase) for phrase in asked]
-    same: dict[str, list[str]] = defaultdict(list)
-    for phrase, each in zip(asked, plain, strict=True):
-        same[each].append(phrase)
-    alike = [" = ".join(map(repr, group)) for group in same.values() if len(group) > 1]
-    findings.add("warning", reading.set, "classes whose names differ in spelling only", _MEND_NAMES, alike)
-    within = [
-        f"{one!r} in {other!r}"
-        for one, inner in zip(asked, plain, strict=True)
-        for other, outer in zip(asked, plain, strict=True)
-        if inner and inner != outer and f" {inner} " in f" {outer} "
+    normalized = {phrase: normalized_name(phrase) for phrase in phrases}
+    variants: dict[str, list[str]] = defaultdict(list)
+    for phrase, name in normalized.items():
+        variants[name].append(phrase)
+    similar = [" = ".join(map(repr, group)) for group in variants.values() if len(group) > 1]
+    contained = [
+        f"{inner!r} in {outer!r}"
+        for inner, inner_name in normalized.items()
+        for outer, outer_name in normalized.items()
+        if inner_name and inner_name != outer_name and f" {inner_name} " in f" {outer_name} "
     ]
-    mend = "vg keeps their tokens apart; but the words are alike, so expect the two to be confused"
-    findings.add("note", reading.set, "classes whose name is part of another's", mend, within)
-    silent = [phrase for phrase in asked if not any(letter.isalnum() for letter in phrase)]
-    findings.add("error", reading.set, "classes without letter or digit", _MEND_NAMES, silent)
-    meaningless = [
+    symbols = [phrase for phrase in phrases if not any(letter.isalnum() for letter in phrase)]
+    cryptic = [
         phrase
-        for phrase in asked
-        if phrase not in silent
-        and (re.fullmatch(r"(class|cls|label|object|category|cat|id)?[\W_]*\d+", phrase.lower()) or _is_acronym(phrase))
+        for phrase in phrases
+        if phrase not in symbols and (re.fullmatch(_UNINFORMATIVE, phrase.lower()) or _is_acronym(phrase))
     ]
-    mend = "the text encoder knows words: say what they mean in vocabulary.phrases, {WBC: white blood cell}"
-    findings.add("warning", reading.set, "classes whose name is a number or an abbreviation", mend, meaningless)
-    cut = [phrase for phrase in asked if re.search(r"[.?]", phrase.rstrip("."))]
-    mend = "the model takes prompts apart there; say it without in vocabulary.phrases"
-    findings.add("warning", reading.set, 'classes with "." or "?" in their name', mend, cut)
-    return asked
-
-
-def _parts(name: str) -> list[str]:
-    """Some words of a name that stand side by side, but not all."""
-    words = name.split()
-    ends = [(begin, end) for begin in range(len(words)) for end in range(begin + 1, len(words) + 1)]
-    return [" ".join(words[begin:end]) for begin, end in ends if end - begin < len(words)]
+    separated = [phrase for phrase in phrases if re.search(r"[.?]", phrase.rstrip("."))]
+    add = dataset.issues.add
+    add("warning", "class names that differ only in case, punctuation or plural", _RENAME, similar)
+    fix = "vg keeps their tokens apart, but expect the two classes to be confused"
+    add("note", "class names contained in another one", fix, contained)
+    add("error", "class names without letter or digit", _RENAME, symbols)
+    fix = "the text encoder needs words: set vocabulary.phrases, such as {WBC: white blood cell}"
+    add("warning", "class names that are a number or an abbreviation", fix, cryptic)
+    fix = "these separate phrases in a prompt; set a phrase without them in vocabulary.phrases"
+    add("warning", 'class names with "." or "?"', fix, separated)
+    return phrases
 
 
 def _is_acronym(phrase: str) -> bool:
     return phrase.isalpha() and phrase.isupper() and 2 <= len(phrase) <= 5 and phrase != "TV"
 
 
-def _check_shared(reading: Reading, boxes: Boxes, findings: Findings) -> None:
-    """Phrases that stand for several different boxes of one picture."""
-    rows = boxes.labels >= reading.num_classes
-    keys = [picture.where for picture in reading.pictures] if reading.keys is None else reading.keys
-    places: dict[tuple[str, int], set[tuple[float, ...]]] = defaultdict(set)
-    for place in np.flatnonzero(rows).tolist():
-        box = reading.boxes[place]
-        places[keys[box.picture], box.label].add(box.numbers)
+def _check_shared_phrases(dataset: CheckedDataset) -> None:
+    """Report phrases that refer to several different boxes of one image."""
+    annotations = dataset.annotations
+    keys = dataset.sample_keys or annotations.locations
+    boxes: dict[tuple[str, int], set[tuple[float, ...]]] = defaultdict(set)
+    for index in np.flatnonzero(annotations.labels >= annotations.num_classes).tolist():
+        key = keys[annotations.image_indices[index]], int(annotations.labels[index])
+        boxes[key].add(tuple(annotations.boxes[index].tolist()))
     shared = [
-        f"{picture}: {reading.names[label]!r} is {len(found)} boxes"
-        for (picture, label), found in places.items()
+        f"{image}: {annotations.names[label]!r} has {len(found)} boxes"
+        for (image, label), found in boxes.items()
         if len(found) > 1
     ]
-    if reading.task == "expressions":
-        what, mend = "expressions that name several things in one picture", "say more, so that they name one"
-        findings.add("warning", reading.set, what, mend, shared)
+    if dataset.task == "expressions":
+        fix = "make them more specific, so that each refers to one object"
+        dataset.issues.add("warning", "expressions with several boxes in one image", fix, shared)
     else:
-        what = "phrases that several boxes of one picture share"
-        findings.add(
-            "note", reading.set, what, "fine if it shows several such things; they are all to be found", shared
-        )
+        fix = "nothing if they are different objects: a model must find all of them"
+        dataset.issues.add("note", "phrases with several boxes in one image", fix, shared)
 
 
 def _check_lengths(
-    reading: Reading,
-    boxes: Boxes,
-    asked: list[str],
-    count_tokens: CountTokens,
-    exact: bool,
-    max_tokens: int,
-    findings: Findings,
+    dataset: CheckedDataset, class_phrases: list[str], count_tokens: CountTokens | None, max_tokens: int
 ) -> None:
-    """A prompt is [CLS] phrase . phrase . [SEP]."""
-    tokens = np.array(count_tokens([*asked, *reading.names[len(asked) :]]), np.int64)  # [names]
-    least = "" if exact else "at least "
-    sampled = reading.vocabulary is not None and reading.vocabulary.negatives is not None
-    needed = int((tokens[: reading.num_classes] + 1).sum()) + 2
-    if asked and needed > max_tokens and not sampled:
-        example = [f"{len(asked)} classes: {least}{needed} tokens"]
+    """Report prompts with too many tokens; a prompt is [CLS] phrase . phrase . [SEP]."""
+    annotations, num_classes = dataset.annotations, len(class_phrases)
+    count = count_tokens or count_words
+    phrases = [*class_phrases, *annotations.names[num_classes:]]
+    tokens = np.array(count(phrases), np.int64) + 1  # [names], with separator
+    bound = "" if count_tokens else "at least "
+    needed = int(tokens[:num_classes].sum()) + 2
+    if class_phrases and needed > max_tokens and dataset.vocabulary.negatives is None:
         what = f"a prompt of all classes has more than {max_tokens} tokens"
-        if reading.trains:
-            mend = (
-                "training leaves out what has no room: set vocabulary.negatives (85, for instance), or raise max_tokens"
-            )
-            findings.add("warning", reading.set, what, mend, example)
+        example = f"{num_classes} classes: {bound}{needed} tokens"
+        if dataset.is_training:
+            fix = "training drops classes that do not fit: set vocabulary.negatives (such as 85), or raise max_tokens"
+            dataset.issues.add("warning", what, fix, [example])
         else:
-            findings.add("note", reading.set, what, "nothing: it is split into several, which takes longer", example)
-    pairs = {(box.picture, box.label) for box in reading.boxes if box.label >= reading.num_classes}
-    lengths: Counter[int] = Counter()
-    for picture, label in pairs:
-        lengths[picture] += int(tokens[label]) + 1
-    long = sorted(picture for picture, length in lengths.items() if length + 2 > max_tokens)
-    examples = [f"{reading.pictures[picture].where}: {least}{lengths[picture] + 2} tokens" for picture in long]
-    mend = f"raise model.max_tokens (now {max_tokens}), or shorten the phrases"
-    findings.add("warning", reading.set, "pictures whose phrases fill more than a prompt", mend, examples, long)
+            fix = "nothing: it is split into several prompts, which takes longer"
+            dataset.issues.add("note", what, fix, [example])
+    rows = annotations.labels >= num_classes
+    pairs = np.unique(np.column_stack([annotations.image_indices, annotations.labels])[rows], axis=0)
+    lengths = np.bincount(pairs[:, 0], tokens[pairs[:, 1]], minlength=len(annotations.ids)).astype(int) + 2  # [I]
+    long = np.flatnonzero(lengths > max(max_tokens, 2)).tolist()
+    examples = [f"{annotations.locations[index]}: {bound}{lengths[index]} tokens" for index in long]
+    fix = f"raise model.max_tokens (now {max_tokens}), or shorten the phrases"
+    dataset.issues.add("warning", "images whose phrases do not fit in one prompt", fix, examples, long)

@@ -1,4 +1,4 @@
-"""A diagnosis as text for people, and as JSON for programs."""
+"""A diagnosis as text for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -7,31 +7,33 @@ from typing import Any
 
 import numpy as np
 
-from vg.data.check.diagnosis import Diagnosis, Examined
+from vg.data.check.dataset import CheckedDataset
+from vg.data.check.diagnosis import Diagnosis
+from vg.data.detection.issues import SEVERITIES
 
-_SMALL, _LARGE = 32**2, 96**2  # square pixels, as COCO counts
-_NUM_NAMES = 12  # classes that are listed
+_SMALL, _LARGE = 32**2, 96**2  # square pixels, as in COCO evaluation
+_NUM_NAMES = 12  # classes to list
 
 
-def summary(each: Examined) -> dict[str, Any]:
-    """The numbers of one set."""
-    reading, boxes = each.reading, each.boxes
-    sides = boxes.xyxy[:, 2:] - boxes.xyxy[:, :2]
+def _statistics(dataset: CheckedDataset) -> dict[str, Any]:
+    annotations, xyxy, limits = dataset.annotations, dataset.xyxy, dataset.limits
+    sides = xyxy[:, 2:] - xyxy[:, :2]
     measured = np.isfinite(sides).all(axis=1) & (sides > 0).all(axis=1)
     areas = np.prod(sides[measured], axis=1)
-    known = measured & (boxes.limits > 0).all(axis=1)
-    shares = np.prod(sides[known] / boxes.limits[known], axis=1)
-    counts = np.bincount(boxes.labels, minlength=len(reading.names))
+    known = measured & (limits > 0).all(axis=1)
+    shares = np.prod(sides[known] / limits[known], axis=1)
+    counts = np.bincount(annotations.labels, minlength=len(annotations.names))
     order = np.argsort(-counts, kind="stable").tolist()
+    num_images = len(annotations.ids)
     return {
-        "data": reading.title,
-        "pictures": len(reading.pictures),
-        "pictures_read": len(reading.pictures) if reading.load else len(each.looks),
-        "pictures_without_boxes": len(reading.pictures) - len(np.unique(boxes.owners)),
-        "boxes": len(boxes.owners),
-        "crowd": int(boxes.crowd.sum()),
-        "classes": {reading.names[label]: int(counts[label]) for label in order if label < reading.num_classes},
-        "phrases": len(reading.names) - reading.num_classes,
+        "data": dataset.title,
+        "images": num_images,
+        "images_read": num_images if dataset.load_image else len(dataset.image_files),
+        "images_without_boxes": num_images - len(np.unique(annotations.image_indices)),
+        "boxes": len(xyxy),
+        "crowd": 0 if annotations.crowd is None else int(annotations.crowd.sum()),
+        "classes": {annotations.names[i]: int(counts[i]) for i in order if i < annotations.num_classes},
+        "phrases": len(annotations.names) - annotations.num_classes,
         "small": float(np.mean(areas < _SMALL)) if len(areas) else None,
         "large": float(np.mean(areas > _LARGE)) if len(areas) else None,
         "median_sides": np.median(sides[measured], axis=0).round().tolist() if len(areas) else None,
@@ -40,52 +42,50 @@ def summary(each: Examined) -> dict[str, Any]:
 
 
 def to_json(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Everything that was found."""
-    findings = [asdict(finding) for finding in diagnosis.findings.ranked()]
-    for finding in findings:
-        del finding["pictures"]
+    """Return statistics and issues of all datasets."""
+    issues = [asdict(issue) for issue in diagnosis.issues]
+    for issue in issues:
+        del issue["images"]
     return {
-        "errors": diagnosis.findings.num("error"),
-        "warnings": diagnosis.findings.num("warning"),
-        "sets": {each.reading.set: summary(each) for each in diagnosis.sets},
-        "findings": findings,
+        "errors": diagnosis.count("error"),
+        "warnings": diagnosis.count("warning"),
+        "datasets": {dataset.name: _statistics(dataset) for dataset in diagnosis.datasets},
+        "issues": issues,
     }
 
 
 def to_text(diagnosis: Diagnosis) -> str:
-    """What a person wants to know, most important last."""
-    lines = [line for each in diagnosis.sets for line in _of_set(each)]
-    for finding in reversed(diagnosis.findings.ranked()):
-        lines += ["", f"{finding.severity.upper()} {finding.set}: {finding.what} ({finding.count})"]
-        lines += [f"    {example}" for example in finding.examples]
-        lines += ["    ..."] if finding.count > len(finding.examples) else []
-        lines.append(f"    -> {finding.mend}")
-    numbers = ((diagnosis.findings.num(name), name) for name in ("error", "warning", "note"))
-    counted = ", ".join(f"{number} {name}{'s' * (number != 1)}" for number, name in numbers)
-    return "\n".join([*lines, "", counted])
+    """Return statistics and issues as lines of text, the most severe last."""
+    lines = [line for dataset in diagnosis.datasets for line in _statistics_lines(dataset)]
+    for issue in reversed(diagnosis.issues):
+        lines += ["", f"{issue.severity.upper()} {issue.dataset}: {issue.what} ({issue.count})"]
+        lines += [f"    {example}" for example in issue.examples]
+        lines += ["    ..."] if issue.count > len(issue.examples) else []
+        lines.append(f"    -> {issue.fix}")
+    counts = ((diagnosis.count(severity), severity) for severity in SEVERITIES)
+    return "\n".join([*lines, "", ", ".join(f"{count} {severity}{'s' * (count != 1)}" for count, severity in counts)])
 
 
-def _of_set(each: Examined) -> list[str]:
-    numbers = summary(each)
-    read = "all" if numbers["pictures_read"] == numbers["pictures"] else numbers["pictures_read"]
+def _statistics_lines(dataset: CheckedDataset) -> list[str]:
+    stats = _statistics(dataset)
+    num_read = "all" if stats["images_read"] == stats["images"] else stats["images_read"]
     lines = [
-        f"{each.reading.set}: {numbers['data']}",
-        f"    {numbers['pictures']} pictures ({read} of them read), {numbers['pictures_without_boxes']} without boxes; "
-        f"{numbers['boxes']} boxes, {numbers['crowd']} of them crowd",
+        f"{dataset.name}: {stats['data']}",
+        f"    {stats['images']} images ({num_read} of them read), {stats['images_without_boxes']} without boxes; "
+        f"{stats['boxes']} boxes, {stats['crowd']} of them crowd",
     ]
-    if numbers["median_sides"]:
-        small, large = 100 * numbers["small"], 100 * numbers["large"]
-        width, height = numbers["median_sides"]
-        share = "" if numbers["median_share"] is None else f", {100 * numbers['median_share']:.1f} % of the picture"
+    if stats["median_sides"]:
+        small, large = 100 * stats["small"], 100 * stats["large"]
+        width, height = stats["median_sides"]
+        share = "" if stats["median_share"] is None else f", {100 * stats['median_share']:.1f} % of the image"
         lines.append(
             f"    boxes: {small:.0f} % small (below 32 x 32 px), {large:.0f} % large (above 96 x 96 px); median "
             f"{width:.0f} x {height:.0f} px{share}"
         )
-    classes = list(numbers["classes"].items())
-    if classes:
+    if classes := [f"{name} {count}" for name, count in stats["classes"].items()]:
         more = [f"{len(classes) - _NUM_NAMES} more"] if len(classes) > _NUM_NAMES else []
-        told = ", ".join([*(f"{name} {count}" for name, count in classes[:_NUM_NAMES]), *more])
-        lines.append(f"    {len(classes)} classes: {told}" if len(classes) > 1 else f"    one class: {told}")
-    if numbers["phrases"]:
-        lines.append(f"    {numbers['phrases']} different phrases")
+        listed = ", ".join(classes[:_NUM_NAMES] + more)
+        lines.append(f"    {len(classes)} classes: {listed}" if len(classes) > 1 else f"    one class: {listed}")
+    if stats["phrases"]:
+        lines.append(f"    {stats['phrases']} different phrases")
     return lines

@@ -1,7 +1,8 @@
-"""YOLO folders: a data.yaml with class names and splits, pictures in images/ and a text file for each in labels/."""
+"""YOLO folders: a data.yaml with class names and splits, images in images/ and a text file for each in labels/."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from vg.data.detection.source import Detection, DetectionTable
+from vg.data.detection.annotations import CXCYWH, Annotations, to_float
+from vg.data.detection.issues import Issues, RaiseFirstError, Severity
+from vg.data.detection.source import DetectionSource
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.images import list_images
 from vg.data.source import Provenance
@@ -23,10 +26,11 @@ _TOLERANCE = 0.01  # how far beyond 0..1 a coordinate may be
 
 @dataclass
 class YoloConfig(Settings):
-    """Which data.yaml, and which split of it."""
+    """Which data.yaml to read, and which split of it."""
 
     name: Literal["yolo"] = "yolo"
-    path: str = field(kw_only=True)  # data.yaml, or the folder it is in
+    path: str = field(kw_only=True)
+    """data.yaml, or the folder that contains it."""
     split: str = "train"
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
 
@@ -43,52 +47,72 @@ class YoloConfig(Settings):
         (folder / "data.yaml").write_text(yaml.safe_dump({"names": names, "train": "images"}))
         return cls(path=str(folder))
 
-    def build(self) -> Detection:
-        """Read all labels of the split; a picture without a label file has no boxes.
+    def build(self) -> DetectionSource:
+        """Read all labels of the split.
 
         Raises:
             DataError: a file or key is missing or malformed; the message names file and line.
         """
+        annotations = self.read(RaiseFirstError(self.path))
+        return DetectionSource(
+            annotations,
+            Vocabulary(annotations.names, self.vocabulary, self.path),
+            Provenance(annotations.image_root.name, self.split, "detection"),
+        )
+
+    def read(self, issues: Issues) -> Annotations:
+        """Parse data.yaml and the label files of the split; an image without a label file has no boxes.
+
+        Raises:
+            DataError: data.yaml is malformed, or a path in it does not exist.
+        """
         file = Path(self.path)
         file = file / "data.yaml" if file.is_dir() else file
-        document = read_document(file)
-        names = class_names(document, file)
+        document = _read_yaml(file)
+        names = _class_names(document, file)
         root = (file.resolve().parent / str(document.get("path") or ".")).resolve()
         root = root if root.is_dir() else file.resolve().parent
-        pictures = split_pictures(document, self.split, root, file)
-        labels = [label_file(picture) for picture in pictures]
-        if pictures and not any(label.is_file() for label in labels):
-            raise DataError(f"no picture of {self.split} has labels; the first would be {labels[0]} for {pictures[0]}")
-        rows = [
-            (owner, *row)
-            for owner, label in enumerate(labels)
-            if label.is_file()
-            for row in _read_labels(label, len(names))
-        ]
-        table = np.array(rows, np.float64).reshape(-1, 6)  # picture, class, xyxy
-        return Detection(
-            DetectionTable.of(
-                ids=[_id(picture, root) for picture in pictures],
-                files=list(map(str, pictures)),
-                sizes=np.zeros((len(pictures), 2)),
-                owners=table[:, 0].astype(np.int64),
-                boxes=table[:, 2:],
-                labels=table[:, 1],
-                crowd=np.zeros(len(table), bool),
-                relative=True,
-            ),
-            Vocabulary(names, self.vocabulary, str(file)),
-            range(len(names)),
-            root,
-            Provenance(root.name, self.split, "detection"),
+        images = _split_images(document, self.split, root, file)
+        files = [str(image.relative_to(root) if image.is_relative_to(root) else image) for image in images]
+        label_files = [_label_file(image) for image in images]
+        unlabeled = [index for index, label_file in enumerate(label_files) if not label_file.is_file()]
+        examples = [f"{files[index]}: {label_files[index]} does not exist" for index in unlabeled]
+        severity: Severity = "error" if unlabeled and len(unlabeled) == len(images) else "note"
+        fix = "nothing if they contain no objects; otherwise move the labels to the path above"
+        issues.add(severity, f"images of {self.split} without a label file", fix, examples, unlabeled)
+        rows, locations = [], []
+        for index, label_file in enumerate(label_files):
+            text = label_file.read_text(encoding="utf-8", errors="replace") if label_file.is_file() else ""
+            name = label_file.relative_to(root) if label_file.is_relative_to(root) else label_file
+            for number, line in enumerate(text.splitlines(), start=1):
+                location = f"{name}, line {number}"
+                if line.strip() and (row := _read_line(line, len(names), location, index, issues)) is not None:
+                    rows.append((index, *row))
+                    locations.append(location)
+        table = np.array(rows, np.float64).reshape(-1, 6)  # image index, class, cxcywh
+        return Annotations(
+            image_root=root,
+            names=names,
+            num_classes=len(names),
+            category_ids=range(len(names)),
+            ids=[str(Path(name).with_suffix("")) if not Path(name).is_absolute() else name for name in files],
+            files=files,
+            locations=[label_file.name for label_file in label_files],
+            sizes=np.zeros((len(images), 2), np.int64),
+            image_indices=table[:, 0].astype(np.int64),
+            boxes=table[:, 2:],
+            labels=table[:, 1].astype(np.int64),
+            locate=lambda index: locations[index],
+            box_format=CXCYWH,
+            relative=True,
         )
 
 
-def read_document(file: Path) -> Mapping[str, Any]:
+def _read_yaml(file: Path) -> Mapping[str, Any]:
     try:
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}; path is the data.yaml of a YOLO data set") from error
+        raise DataError(f"cannot read {file}: {error.strerror}; path is the data.yaml of a YOLO dataset") from error
     except yaml.YAMLError as error:
         raise DataError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(document, Mapping):
@@ -96,11 +120,11 @@ def read_document(file: Path) -> Mapping[str, Any]:
     return document
 
 
-def class_names(document: Mapping[str, Any], file: Path) -> list[str]:
-    """In the order of their numbers; a mapping number -> name must have every number from 0 on."""
+def _class_names(document: Mapping[str, Any], file: Path) -> list[str]:
+    """Return the names by class index; a mapping index -> name must have every index from 0 on."""
     names = document.get("names")
     if isinstance(names, Mapping) and sorted(names) == list(range(len(names))):
-        names = [names[number] for number in range(len(names))]
+        names = [names[index] for index in range(len(names))]
     if not isinstance(names, list) or not names:
         raise DataError(
             f"{file}: names is {names!r}, expected a list of class names or a mapping 0: name, 1: name, ..."
@@ -110,59 +134,54 @@ def class_names(document: Mapping[str, Any], file: Path) -> list[str]:
     return list(map(str, names))
 
 
-def split_pictures(document: Mapping[str, Any], split: str, root: Path, file: Path) -> list[Path]:
-    """The pictures of a split, which is a folder, a text file that lists them, or a list of these."""
+def _split_images(document: Mapping[str, Any], split: str, root: Path, file: Path) -> list[Path]:
+    """Return the images of a split, which is a folder, a text file that lists them, or a list of these."""
     entry = document.get(split)
     if not entry:
         known = ", ".join(key for key in ("train", "val", "test") if document.get(key)) or "none"
         raise DataError(f"{file} has no split {split!r}; it has {known}")
-    pictures: list[Path] = []
+    images: list[Path] = []
     for name in entry if isinstance(entry, list) else [entry]:
-        # Exports of Roboflow write ../train/images and mean train/images.
-        place = next((p for p in (root / name, root / str(name).removeprefix("../")) if p.exists()), None)
-        if place is None:
-            raise DataError(f"{file}: {split} is {name}, and there is no {root / name}; correct it or the key path")
-        if place.is_dir():
-            pictures += [place / each for each in list_images(place)]
+        # Exports of Roboflow contain ../train/images and mean train/images.
+        path = next((p for p in (root / name, root / str(name).removeprefix("../")) if p.exists()), None)
+        if path is None:
+            raise DataError(f"{file}: {split} is {name}, but {root / name} does not exist; correct it or the key path")
+        if path.is_dir():
+            images += [path / image for image in list_images(path)]
         else:
-            lines = place.read_text(encoding="utf-8").split("\n")
-            pictures += [root / line.strip() for line in lines if line.strip()]
-    return pictures
+            lines = path.read_text(encoding="utf-8").split("\n")
+            images += [root / line.strip() for line in lines if line.strip()]
+    return images
 
 
-def label_file(picture: Path) -> Path:
-    """labels/ in place of the last images/ in its path; else beside the picture."""
-    parts = list(picture.parts)
-    if "images" in parts[:-1]:
-        place = len(parts) - 2 - parts[-2::-1].index("images")
-        parts[place] = "labels"
-    return Path(*parts).with_suffix(".txt")
+def _label_file(image: Path) -> Path:
+    """Replace the last images/ in the path by labels/; without one, the labels are beside the image."""
+    folders = list(image.parts)
+    if "images" in folders[:-1]:
+        folders[len(folders) - 2 - folders[-2::-1].index("images")] = "labels"
+    return Path(*folders).with_suffix(".txt")
 
 
-def _read_labels(file: Path, num_classes: int) -> list[tuple[float, float, float, float, float]]:
-    """(class, left, top, right, bottom) of each line; a line with more than four coordinates is a polygon."""
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            label, *numbers = map(float, line.split())
-        except ValueError as error:
-            raise DataError(f"{where}: {line[:80]!r} is not a class and numbers; mend or remove it") from error
-        if not 0 <= label < num_classes or label != int(label):
-            raise DataError(f"{where}: class {label:g} is none of the {num_classes} in names (they count from 0)")
-        if len(numbers) < 4 or len(numbers) % 2:
-            raise DataError(f"{where}: {len(numbers)} coordinates; expected x y width height, or x y of each corner")
-        if not all(-_TOLERANCE <= value <= 1 + _TOLERANCE for value in numbers):
-            raise DataError(f"{where}: coordinates beyond 0..1; divide x and width by the image's width, and so on")
-        if len(numbers) == 4:
-            x, y, width, height = numbers
-            rows.append((label, x - width / 2, y - height / 2, x + width / 2, y + height / 2))
-        else:
-            rows.append((label, min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])))
-    return rows
-
-
-def _id(picture: Path, root: Path) -> str:
-    return str(picture.relative_to(root).with_suffix("") if picture.is_relative_to(root) else picture)
+def _read_line(
+    line: str, num_classes: int, location: str, image_index: int, issues: Issues
+) -> tuple[float, float, float, float, float] | None:
+    """Parse a line -> (class, center x, center y, width, height); more than four coordinates are a polygon."""
+    label, *values = map(to_float, line.split())
+    example = f"{location}: {line[:80]}"
+    if len(values) < 4 or len(values) % 2 or any(map(math.isnan, values)):
+        what = "invalid label lines"
+        fix = "expected: class x y width height, or: class and x y of each corner, all of them numbers"
+        example += f" ({len(values)} coordinates)"
+    elif not 0 <= label < num_classes or label != int(label):
+        what = "classes that are not in data.yaml"
+        fix = f"classes count from 0 to {num_classes - 1}, in the order of `names`; correct the line or `names`"
+    elif not all(-_TOLERANCE <= value <= 1 + _TOLERANCE for value in values):
+        what = "coordinates beyond 0..1"
+        fix = "divide x and width by the width of the image in pixels, y and height by its height"
+    elif len(values) == 4:
+        return label, values[0], values[1], values[2], values[3]
+    else:
+        left, top, right, bottom = min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
+        return label, (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
+    issues.add("error", what, fix, [example], [image_index])
+    return None

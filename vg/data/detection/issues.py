@@ -1,0 +1,115 @@
+"""Issues in the files of a dataset: strict loading raises the first error, `vg check` collects all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from vg.errors import DataError
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+NUM_EXAMPLES = 3
+
+
+@dataclass
+class Issue:
+    """One type of problem in one dataset, with the number of its occurrences.
+
+    An error stops a run or makes it learn the wrong thing; a warning loses data or makes a result unreliable; a note is
+    for information.
+    """
+
+    severity: Severity
+    dataset: str  # "train"
+    what: str  # "boxes outside of their image"
+    fix: str
+    count: int = 0
+    examples: list[str] = field(default_factory=list)  # the first few: file or row, and its content
+    images: list[int] = field(default_factory=list)  # indices of the first few images with the problem
+
+
+class Issues(list[Issue]):
+    """The issues of one dataset; occurrences of the same problem are counted, not repeated."""
+
+    def __init__(self, dataset: str = "") -> None:
+        super().__init__()
+        self.dataset = dataset
+
+    def add(
+        self,
+        severity: Severity,
+        what: str,
+        fix: str,
+        examples: Iterable[str],
+        images: Sequence[int] = (),
+        count: int | None = None,
+    ) -> None:
+        """Add occurrences of a problem.
+
+        Args:
+            examples: one text per occurrence; without any, nothing is added.
+            images: indices of the images with the problem.
+            count: number of occurrences, if `examples` are only the first of them.
+        """
+        first = list(examples)
+        issue = Issue(severity, self.dataset, what, fix, len(first) if count is None else count, first[:NUM_EXAMPLES])
+        issue.images += images[:NUM_EXAMPLES]
+        if issue.count:
+            self._record(issue)
+
+    def _record(self, issue: Issue) -> None:
+        for known in self:
+            if known.what == issue.what:
+                known.count += issue.count
+                known.examples += issue.examples[: NUM_EXAMPLES - len(known.examples)]
+                known.images += issue.images[: NUM_EXAMPLES - len(known.images)]
+                return
+        self.append(issue)
+
+    def add_rows(
+        self,
+        severity: Severity,
+        what: str,
+        fix: str,
+        affected: np.ndarray,
+        describe: Callable[[int], str],
+        images: np.ndarray | None = None,
+    ) -> None:
+        """Add a problem of table rows.
+
+        Args:
+            affected: [A] bool, the rows with the problem.
+            describe: row index -> example; called for the first few affected rows only.
+            images: [A] int, the image index of each row.
+        """
+        rows = np.flatnonzero(affected)
+        first = rows[:NUM_EXAMPLES]
+        indices = [] if images is None else images[first].tolist()
+        self.add(severity, what, fix, map(describe, first.tolist()), indices, len(rows))
+
+    @property
+    def has_errors(self) -> bool:
+        return any(issue.severity == "error" for issue in self)
+
+
+class RaiseFirstError(Issues):
+    """Raises the first error and ignores warnings and notes, as loading for training does.
+
+    Args:
+        file: what the message begins with.
+        error: the exception to raise.
+    """
+
+    def __init__(self, file: object, error: type[DataError] = DataError) -> None:
+        super().__init__()
+        self._file = file
+        self._error = error
+
+    def _record(self, issue: Issue) -> None:
+        if issue.severity == "error":
+            total = f" ({issue.count} in all)" if issue.count > 1 else ""
+            raise self._error(f"{self._file}: {issue.what}: {issue.examples[0]}{total}; {issue.fix}")
