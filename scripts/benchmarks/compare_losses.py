@@ -1,6 +1,6 @@
 """Train the same Grounding DINO with different losses: ours, with and without denoising, and that of transformers.
 
-    PYTHONPATH=. python scripts/benchmarks/compare_losses.py [--steps N] [--seed N] [--threads N] [--only RUN ...]
+    python scripts/benchmarks/compare_losses.py [--steps N] [--seed N] [--threads N] [--only RUN ...]
 
 Trains the model of the demo on drawn scenes; every image has its own prompt of 2 to 4 phrases. All runs start from the
 same weights and use the same batches in the same order, the same optimizer and schedule. They differ in the loss:

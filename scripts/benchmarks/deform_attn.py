@@ -1,6 +1,6 @@
 """Measure deformable attention: our kernels, the reference and every other implementation that is installed.
 
-    PYTHONPATH=. python scripts/benchmarks/deform_attn.py [--device cpu] [--threads 2] [--only encoder ...]
+    python scripts/benchmarks/deform_attn.py [--device cpu] [--threads 2] [--only encoder ...]
 
 Every contender is first compared with the reference in double precision. The contenders then run in turn in one
 process, so other load affects all of them, with a warm-up call before each measured call; medians are reported.

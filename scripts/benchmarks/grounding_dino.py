@@ -1,6 +1,6 @@
 """Measure the forward pass of Grounding DINO in vg and in transformers, with the same random weights.
 
-    PYTHONPATH=. python scripts/benchmarks/grounding_dino.py [--threads 2] [--images 1 4] [--phrases 1 20 80]
+    python scripts/benchmarks/grounding_dino.py [--threads 2] [--images 1 4] [--phrases 1 20 80]
 
 Full size (Swin-T, BERT); nothing is downloaded. Prompts are made of token ids and are as long as those of COCO (80
 phrases: 195 tokens). The outputs are compared first, for every number of images and phrases. The contenders then run in

@@ -1,6 +1,6 @@
 """Measure the speedup of vg.ops.patch_transformers(): Grounding DINO of transformers with its operator and with ours.
 
-    PYTHONPATH=. python scripts/benchmarks/patch_transformers.py [--threads 2] [--rounds 5] [--size 800 1066]
+    python scripts/benchmarks/patch_transformers.py [--threads 2] [--rounds 5] [--size 800 1066]
 
 Full size (Swin-T, BERT) with random weights, batch 1, forward pass; nothing is downloaded. The outputs are compared
 first. Both then run in turn in one process, and medians are reported.

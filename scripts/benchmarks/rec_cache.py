@@ -1,6 +1,6 @@
 """Measure training with the feature cache and with encoders in every step, in expressions per second.
 
-    PYTHONPATH=. python scripts/benchmarks/rec_cache.py [--rounds 5] [--threads 1] [--device cuda --precision bf16]
+    python scripts/benchmarks/rec_cache.py [--rounds 5] [--threads 1] [--device cuda --precision bf16]
 
 DINOv3 ViT-B/16, BGE-small and the published head at full size with random weights, on random images with seven
 expressions each. All variants run in turn in one process, one step per round. Prints medians of the rates and ratios.

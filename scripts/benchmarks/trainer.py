@@ -1,6 +1,6 @@
 """Measure the overhead of the trainer over a bare PyTorch loop on the same model and data, in steps per second.
 
-    PYTHONPATH=. python scripts/benchmarks/trainer.py [--config FILE] [KEY=VALUE ...]
+    python scripts/benchmarks/trainer.py [--config FILE] [KEY=VALUE ...]
 
 Both run in turn in one process. Prints the medians over the rounds and their ratio (1.00: the trainer has no overhead).
 """

@@ -1,6 +1,6 @@
 """Measure a training step of Grounding DINO in vg and in transformers, which uses its own loss.
 
-    PYTHONPATH=. python scripts/benchmarks/training_step.py [--threads 2] [--rounds 5] [--dtype float32]
+    python scripts/benchmarks/training_step.py [--threads 2] [--rounds 5] [--dtype float32]
 
 Full size (Swin-T, BERT) with random weights; nothing is downloaded. A step is the forward pass, loss, backward pass,
 clipping and AdamW. Both models start from the same weights and get the same images, prompts and boxes; outputs and

@@ -70,6 +70,8 @@ def test_commands_of_the_training_script_load_their_configuration(command: tuple
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_exist_and_take_the_options_shown(script: str) -> None:
     source = (ROOT / script).read_text(encoding="utf-8")
+    for module in re.findall(r"from (scripts\.\S+) import", source):  # which may declare common options
+        source += (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
     declared = set(re.findall(r"""add_argument\(\s*["'](--[\w-]+)["']""", source))
     for document, line, words in COMMANDS:
         if script in words and "train.py" not in script and "benchmark_refcoco" not in script:
