@@ -120,7 +120,7 @@ def test_one_file_knows_albumentations_and_none_knows_torchvision() -> None:
 def test_a_file_fits_in_one_sitting_and_starts_with_one_sentence(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 320, "split it: about 300 lines are the most that one reads in one sitting"
-    if text.strip():  # an empty __init__.py says nothing
+    if text.strip():  # an empty __init__.py has none
         sentence = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0]
         assert re.search(r"[.?!]\)?$|:$", sentence), f"start with one sentence, got {sentence!r}"
 

@@ -1,4 +1,4 @@
-"""What people read is written in the field's words: no entry of the glossary's left column comes back."""
+"""What people read is written in the field's words: the replaced words of a glossary do not come back."""
 
 from __future__ import annotations
 
@@ -12,61 +12,69 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PYTHON = sorted(path for folder in ("vg", "scripts", "tests") for path in (ROOT / folder).rglob("*.py"))
-OTHER = sorted(
+PYTHON = [path for folder in ("vg", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")]
+TEXT = [
     path
-    for pattern in ("*.md", "configs/**/*.md", "configs/**/*.yaml", "scripts/**/*.md", "vg/**/*.md", "csrc/*", "tests/**/*.md")
+    for pattern in ("*.md", "Makefile", "*.toml", "configs/**/*", "scripts/**/*.md", "vg/**/*.md", "csrc/*")
     for path in ROOT.glob(pattern)
     if path.is_file()
-)
+]
+FILES = sorted(path for path in PYTHON + TEXT if path != Path(__file__))
 
-# What is not said -> what is said instead. Matched in strings, docstrings, comments and documents.
+# Not used -> used instead. Patterns of whole words in strings, docstrings, comments and documents, in any case.
 WORDS = {
     r"pictures?": "image",
     r"judg(?:e|es|ed|ing)": "evaluate, score",
     r"(?:is|are|was|were) worth|worth of": "metric, contribution",
-    r"mend(?:s|ed|ing)?": "fix",
-    r"put right": "fix",
+    r"mend(?:s|ed|ing)?|put right": "fix",
     r"(?:is|are|was|were|been|be) told|tells?|saying|says": "report, give, log, state",
     r"no numbers?": "non-finite, missing",
-    r"(?:is|are|was|were) none": "is missing, is not a ...",
-    r"(?<!in )places?(?! of)": "index, position, path",
+    r"(?<!there )(?:is|are|was|were) (?-i:none)": "is missing, is not a ...",
+    r"(?<!in )(?<!to )(?<!one )(?<!last )places?(?! of)": "index, position, path",
     r"spelling": "format",
     r"by heart": "memorize",
-    r"anew": "again",
-    r"the same again": "again, restart",
-    r"take leave|takes leave": "shut down",
-    r"(?:the )?door to": "wrapper around",
+    r"anew|the same again": "again, restart",
+    r"takes? leave": "shut down",
+    r"door to": "wrapper around",
     r"lives|travels": "is in, is passed",
     r"publish|publishes|publishing": "export",
     r"voters?": "candidates",
     r"(?:is|are) asked|asked (?:for|of|about)": "prompted, queried, requested",
-    r"shows? (?:a|the|no|which) box(?:es)?": "is matched with",
+    r"shows? (?:a|the|no|which) box(?:es)?": "is matched with, predicts",
     r"kinds? of expressions?": "expression type",
     r"data sets?": "dataset",
     r"inside out": "inverted",
     r"so many": "that many",
-    r"whoever": "",
-    # US spelling
-    r"\w*colou?r(?<=our)\w*": "color",
+    r"whoever": "for readers that",
+    r"\w*colour\w*": "color",
     r"cent(?:re|res|red)": "center",
     r"neighbour\w*": "neighbor",
     r"behaviour\w*": "behavior",
     r"grey": "gray",
     r"licence": "license",
-    r"(?:un)?(?:initial|optim|normal|recogn|token|serial|general|summar|visual|synchron|real|organ|minim|maxim|penal|central)is(?:e|es|ed|er|ers|ing|ation|ations)": "-ize",
+    r"\w*(?:initial|optim|normal|recogn|token|serial|general|summar|visual|synchron|organ|minim|maxim|penal|central)"
+    r"is(?:e|es|ed|er|ers|ing|ation|ations)": "-ize",
     r"(?:un)?labelled|labelling|cancelled|modelled": "labeled, ...",
 }
-NAMES = {"picture", "pictures", "judge", "judged", "told", "others", "each", "thing", "things", "kinds", "mend", "votes", "voters"}
-# (file, text) that stays, each for a reason.
-ALLOWED = {
-    ("vg/cache", "pictures"): "a folder and key of the feature cache on disk",
+NAMES = {  # of variables, arguments, functions and classes
+    *("picture", "pictures", "judge", "judged", "told", "others", "each", "thing", "things", "kinds"),
+    *("mend", "votes", "voters", "colour", "centre"),
 }
+# (path, text that may stay there, reason)
+ALLOWED = [
+    ("vg/cache/", r"^pictures$|pictures/\d+", "a folder and a key of feature caches on disk"),
+    ("tests/cache/", r"^pictures$|pictures/(?:\d+|\*)", "a folder and a key of feature caches on disk"),
+    ("vg/evaluation/benchmark/slices.py", r"center centre|gray grey", "words of people's expressions"),
+    ("tests/evaluation/benchmark/", r"^picture$", "a word of people's expressions"),
+]
 
 
 def texts(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and text of every string, docstring and comment of a Python file."""
+    """Return line and text of every string and comment of a Python file, or of every line of another file."""
     source = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        yield from enumerate(source.splitlines(), start=1)
+        return
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.lineno, node.value
@@ -76,7 +84,7 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def names(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and name of every variable, argument, attribute, function and class that a Python file defines."""
+    """Return line and name of everything that a Python file defines."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.lineno, node.id
@@ -86,31 +94,68 @@ def names(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.name
 
 
-def findings(path: Path) -> list[str]:
-    found = []
-    pieces = texts(path) if path.suffix == ".py" else enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
-    for line, text in pieces:
-        for pattern, better in WORDS.items():
-            for match in re.finditer(rf"\b(?:{pattern})\b", text, re.IGNORECASE):
-                around = text[max(0, match.start() - 30) : match.end() + 30].replace("\n", " ")
-                found.append(f"{path.relative_to(ROOT)}:{line}: {match[0]!r} ({better}) in ...{around}...")
-    if path.suffix == ".py":
-        found += [f"{path.relative_to(ROOT)}:{line}: the name {name}" for line, name in names(path) if name in NAMES]
-    return found
+def matches(text: str) -> Iterator[tuple[re.Match[str], str]]:
+    for pattern, better in WORDS.items():
+        for match in re.finditer(rf"\b(?:{pattern})\b", text, re.IGNORECASE):
+            yield match, better
 
 
-@pytest.mark.parametrize("path", [p for p in PYTHON + OTHER if p != Path(__file__)], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_words_of_the_field(path: Path) -> None:
-    found = findings(path)
+    file = path.relative_to(ROOT).as_posix()
+    found = []
+    for line, text in texts(path):
+        for prefix, allowed, _ in ALLOWED:
+            text = re.sub(allowed, "", text) if file.startswith(prefix) else text
+        for match, better in matches(text):
+            context = " ".join(text[max(0, match.start() - 40) : match.end() + 40].split())
+            found.append(f"{file}:{line}: {match[0]!r} ({better}) in: {context}")
+    if path.suffix == ".py":
+        found += [f"{file}:{line}: the name {name}" for line, name in names(path) if name in NAMES]
     assert not found, "\n".join(found)
 
 
-def test_the_word_list_finds_what_it_is_for() -> None:
-    """The patterns are neither blind nor too eager."""
-    def hits(text: str) -> list[str]:
-        return [pattern for pattern in WORDS if re.search(rf"\b(?:{pattern})\b", text, re.IGNORECASE)]
+def test_exceptions_are_needed() -> None:
+    for prefix, allowed, _ in ALLOWED:
+        files = [path for path in PYTHON if path.relative_to(ROOT).as_posix().startswith(prefix)]
+        assert any(re.search(allowed, text) for path in files for _, text in texts(path)), prefix
 
-    for bad in ("a picture", "is judged by", "mend it", "learns by heart", "the colour", "the centre", "initialised", "two data sets"):
-        assert hits(bad), bad
-    for good in ("an image", "in place", "published weights", "the color", "initialized", "dataset", "center", "a colored box"):
-        assert not hits(good), (good, hits(good))
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "a picture",
+            "is judged by",
+            "mend it",
+            "by heart",
+            "the colour",
+            "the centre",
+            "initialised",
+            "two data sets",
+        ),
+        *("the loss is none", "weights that are no numbers", "what it is asked", "its place", "an error that says why"),
+    ],
+)
+def test_words_to_avoid_are_found(text: str) -> None:
+    assert any(matches(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "an image",
+            "in place",
+            "to place it",
+            "published weights",
+            "a colored box",
+            "initialized",
+            "dataset",
+            "center",
+        ),
+        *("the split is None", "if there is none", "in one place", "a judgment", "commend", "displaces"),
+    ],
+)
+def test_words_of_the_field_are_not_found(text: str) -> None:
+    assert not any(matches(text))

@@ -100,7 +100,7 @@ def test_example_dataset_and_family(scratch: Path) -> None:
     shown = [words for words in CONTRIBUTING_COMMANDS if "mine" in " ".join(words)]
     assert [words[0] for words in shown] == ["check", "train", "predict"]
     printed = run(scratch, "-c", prepare + in_one_process(*shown))
-    assert "4 images" in printed or "4 pictures" in printed
+    assert "4 images" in printed
     assert "0 errors" in printed
     assert (scratch / "runs/mine/best/model.safetensors").exists()
     assert (scratch / "prediction.png").exists()
