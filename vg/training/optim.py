@@ -83,7 +83,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW with one parameter group per pair of learning rate and weight decay; frozen parameters are excluded.
 
     Raises:
-        ConfigError: a name in `optim.groups` matches no trainable parameter, or no parameter is trainable.
+        ConfigError: no parameter is trainable, or a name in `optim.groups` is not in `optim.freeze` and matches no
+            trainable parameter.
     """
     import torch
 
@@ -91,7 +92,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     if not parameters:
         raise ConfigError("nothing to train: every parameter is frozen")
     for prefix in config.groups:
-        _check_name(prefix, "groups", parameters)
+        if not any(_belongs(prefix, frozen) for frozen in config.freeze):
+            _check_name(prefix, "groups", parameters)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         prefixes = sorted((prefix for prefix in config.groups if _belongs(name, prefix)), key=len)
