@@ -216,6 +216,23 @@ def test_published_resize_and_crop() -> None:
     assert len(corners) > 0.8 * num_cropped
 
 
+def test_crop_sides_are_drawn_between_the_limits_of_each_side() -> None:
+    """RandomCrop(absolute_range) of mmdetection: uniform between min(side, 384) and min(side, 600) of each side.
+
+    So few crops of a 640x480 image keep its full height, although it is below 600 after resizing to 400 or 500 pixels.
+    """
+    augment = AugmentConfig(resize=ResizeConfig(crop=1)).build()
+    assert augment is not None
+    sample = replace(make(), image=np.zeros((480, 640, 3), np.uint8))
+    crops = [augment(sample, (0, 0, index)).image.shape[:2] for index in range(1000)]
+    expected = 1000 * (1 / 17 + 1 / 117 + 1 / 217) / 3  # full heights of 400, 500 and 600 pixels
+    assert 0.5 * expected < sum(height == 480 for height, _ in crops) < 2 * expected
+    heights = np.array([height for height, _ in crops]) / 480
+    np.testing.assert_allclose(heights.mean(), np.mean([392 / 400, 442 / 500, 492 / 600]), atol=0.01)
+    widths = np.array([width for _, width in crops]) / 640
+    np.testing.assert_allclose(widths.mean(), np.mean([458.5 / 533, 492 / 667, 492 / 800]), atol=0.01)
+
+
 def test_resize_without_crop_and_crops_of_small_images() -> None:
     augment = AugmentConfig(resize=ResizeConfig(shortest=[64], crop=0)).build()
     assert augment is not None

@@ -33,7 +33,7 @@ class ResizeConfig(Settings):
     crop_shortest: list[PositiveInt] = field(default_factory=lambda: [400, 500, 600])
     """Shorter sides that the image is resized to before cropping, one drawn per sample."""
     crop_sides: tuple[PositiveInt, PositiveInt] = (384, 600)
-    """Minimum and maximum of width and height of the crop, limited to the size of the image."""
+    """Minimum and maximum of width and height of the crop after that resizing, each limited to the side of the image."""
 
     def __post_init__(self) -> None:
         if not self.shortest or not self.crop_shortest:
@@ -117,8 +117,9 @@ class Augment:
         if random.random() < config.crop:
             height, width = sample.image.shape[:2]
             shrink = min(height, width) / random.choice(config.crop_shortest)
-            low, high = config.crop_sides
-            sides = np.round(random.integers(low, high + 1, size=2) * shrink).astype(int)  # width, height
+            resized = np.round(np.array([width, height]) / shrink).astype(int)
+            low, high = (np.minimum(resized, limit) for limit in config.crop_sides)
+            sides = np.round(random.integers(low, high + 1) * shrink).astype(int)
             crop_width, crop_height = np.clip(sides, 1, (width, height)).tolist()
             left = int(random.integers(width - crop_width + 1))
             top = int(random.integers(height - crop_height + 1))
