@@ -21,8 +21,8 @@ from vg.cache.format import cache_folder, image_indices
 from vg.cache.source import CachedSource, collate_encoded
 from vg.cache.views import ImageViews
 from vg.config import RunConfig, dump_config, parse_config
-from vg.data.augment import swap_sides
 from vg.data.collate import Collator
+from vg.data.mirror import mirrored
 from vg.data.samplers import ImageGroupedSampler
 from vg.errors import BadSampleError, CacheError, DataError
 from vg.training.data import training_sampler
@@ -72,7 +72,7 @@ def test_every_view_has_its_own_expression_box_and_features(folder: Path) -> Non
         left, top, right, bottom = sample.boxes[0].tolist()
         assert (plain.phrase, plain.size) == (sample.phrases[0], (height, width))
         assert plain.box.tolist() == [left, top, right, bottom]
-        assert flip.phrase == both.phrase == swap_sides(plain.phrase)
+        assert flip.phrase == both.phrase == mirrored(plain.phrase)
         np.testing.assert_allclose(flip.box, [width - right, top, width - left, bottom], atol=1e-3)
         cropped += crop.size != plain.size
         for view in (crop, both):

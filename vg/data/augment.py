@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import Field, PositiveInt
 
+from vg.data.mirror import mirrored
 from vg.settings import Settings
 from vg.types import Sample
 
@@ -33,7 +33,7 @@ class ResizeConfig(Settings):
     crop_shortest: list[PositiveInt] = field(default_factory=lambda: [400, 500, 600])
     """Shorter sides that the image is resized to before cropping, one drawn per sample."""
     crop_sides: tuple[PositiveInt, PositiveInt] = (384, 600)
-    """Minimum and maximum of width and height of the crop after that resizing, each limited to the side of the image."""
+    """Minimum and maximum of width and height of the crop after that resizing, each limited by the image."""
 
     def __post_init__(self) -> None:
         if not self.shortest or not self.crop_shortest:
@@ -47,7 +47,8 @@ class AugmentConfig(Settings):
     """Probabilities are per sample; everything is off by default."""
 
     flip: Share = 0.0
-    """Probability of a horizontal flip, with "left" and "right" swapped in the phrases."""
+    """Probability of a horizontal flip, with "left" and "right" swapped in the phrases; samples with a doubtful phrase
+    ("half of the pizza left") are not flipped."""
     color: Share = 0.0
     """Strength of random brightness, contrast and saturation (0.2 = up to 20 %); hue is kept: phrases name colors."""
     crop: Share = 0.0
@@ -57,24 +58,6 @@ class AugmentConfig(Settings):
 
     def build(self) -> Augment | None:
         return Augment(self) if any((self.flip, self.color, self.crop, self.resize)) else None
-
-
-_ADVERB = r"(?<!the )(?<!on )(?<!far )\bright(?= (?:next to|behind|above|below|beside|under|in front|before|after)\b)"
-_SIDE = r"\b(?P<side>left|right)(?=(?:most|hand|side)?\b)"
-_SIDE_OR_ADVERB = re.compile(f"{_ADVERB}|{_SIDE}", re.IGNORECASE)  # "on the right" is a side, "right behind him" is not
-
-
-def swap_sides(phrase: str) -> str:
-    """Swap left and right in a phrase: "man left of the rightmost car" -> "man right of the leftmost car"."""
-
-    def opposite(match: re.Match[str]) -> str:
-        side = match["side"]
-        if side is None:
-            return match.group()
-        swapped = "right" if side.lower() == "left" else "left"
-        return swapped.upper() if side.isupper() else swapped.capitalize() if side[0].isupper() else swapped
-
-    return _SIDE_OR_ADVERB.sub(opposite, phrase)
 
 
 class Augment:
@@ -95,8 +78,9 @@ class Augment:
         self.crop.set_random_seed(int(random.integers(2**31)))
         self.color.set_random_seed(int(random.integers(2**31)))
         if flip:
-            sample = _transformed(self.flip, sample)
-            sample = replace(sample, phrases=tuple(map(swap_sides, sample.phrases)))
+            phrases = tuple(swapped for phrase in sample.phrases if (swapped := mirrored(phrase)) is not None)
+            if len(phrases) == len(sample.phrases):
+                sample = replace(_transformed(self.flip, sample), phrases=phrases)
         if crop:
             sample = _transformed(self.crop, sample)
         if self.config.resize:
