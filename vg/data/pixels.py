@@ -37,7 +37,7 @@ def array_to_rgb(array: np.ndarray, name: str) -> np.ndarray:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
         raise BadSampleError(
-            f"image {name} has the shape {list(array.shape)}; expected [H, W], [H, W, 3] or [H, W, 4], at least one pixel"
+            f"image {name} has the shape {list(array.shape)}; expected [H, W], [H, W, 3] or [H, W, 4], H, W > 0"
         )
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
