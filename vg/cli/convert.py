@@ -5,18 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vg.cli.arguments import Verbs, add_tokenizer
+from vg.cli.arguments import add_tokenizer
 
 
-def add_parser(verbs: Verbs) -> None:
-    parser = verbs.add_parser("convert", help="convert a Grounding DINO checkpoint to the format of another library")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", help=".pth, folder of transformers or vg, or Hub id; the format is detected automatically"
     )
     parser.add_argument("output", help=".pth (official, mmdet) or folder (transformers, vg) to write")
     parser.add_argument("--to", required=True, choices=["official", "transformers", "mmdet", "vg"], help="format")
     add_tokenizer(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:

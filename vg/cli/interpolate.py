@@ -6,13 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vg.cli.arguments import Verbs, add_overrides
+from vg.cli.arguments import add_overrides
 
 
-def add_parser(verbs: Verbs) -> None:
-    parser = verbs.add_parser(
-        "interpolate", help="mix the weights before and after fine-tuning and keep the best mixture"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("initial", help="checkpoint before: a folder, or a YAML file whose model.weights names it")
     parser.add_argument("final", help="folder of the run or checkpoint after; its data.eval selects the best mixture")
     add_overrides(parser)
@@ -25,7 +22,6 @@ def add_parser(verbs: Verbs) -> None:
         help="weights of the final checkpoint (default: 0 .25 .5 .75 1)",
     )
     parser.add_argument("--output", required=True, help="folder of the checkpoint to write")
-    parser.set_defaults(run=run)
 
 
 class _Weights(argparse.Action):

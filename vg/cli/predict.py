@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
-
-from vg.cli.arguments import Verbs
 
 THRESHOLD = 0.3  # boxes with a lower score are not drawn
 
 
-def add_parser(verbs: Verbs) -> None:
-    parser = verbs.add_parser("predict", help="ground phrases in an image")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder of a run or checkpoint")
     parser.add_argument("image", help="path or http(s) URL")
     parser.add_argument("phrases", nargs="+", metavar="PHRASE", help='such as "the man in the red shirt"')
     parser.add_argument("--threshold", type=float, help="drop boxes with a lower score (default: 0.3)")
     parser.add_argument("--output", default="prediction.png", help="image file to write (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -32,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
     threshold = options.threshold if options.threshold is not None else THRESHOLD * grounder.takes_many
     shown = above(prediction, threshold)
     if not grounder.takes_many:  # one expression names one object
-        shown = replace(shown, boxes=shown.boxes[:1], scores=shown.scores[:1], phrase_ids=shown.phrase_ids[:1])
+        shown = shown.map(lambda values: values[:1])
     names = [shown.phrases[id] for id in shown.phrase_ids.tolist()]
     for name, box, score in zip(names, shown.boxes.tolist(), shown.scores.tolist(), strict=True):
         print(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ DOWNLOAD_SECONDS = 30
 
 
 def to_array(image: ImageLike) -> np.ndarray:
-    """Read an image, rotated as its EXIF orientation says -> [H, W, 3] uint8, RGB.
+    """Read an image, rotated by its EXIF orientation -> [H, W, 3] uint8, RGB.
 
     Raises:
         DataError: an array of another shape or dtype, a path or URL that cannot be read, or a damaged file.
@@ -114,12 +113,7 @@ class Grounder:
 def above(prediction: Prediction, threshold: float) -> Prediction:
     """Return the prediction without boxes whose score is below the threshold."""
     kept = prediction.scores >= threshold  # [K]
-    return replace(
-        prediction,
-        boxes=prediction.boxes[kept],
-        scores=prediction.scores[kept],
-        phrase_ids=prediction.phrase_ids[kept],
-    )
+    return prediction.map(lambda values: values[kept])
 
 
 def best_device() -> str:
