@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from itertools import cycle
@@ -79,16 +80,8 @@ def prediction_grid(items: Sequence[tuple[Sample, Prediction]], columns: int, pa
     if not items or columns < 1:
         raise ValueError("nothing to draw: give at least one sample with its prediction and at least one column")
     cards = [_card(sample, prediction) for sample, prediction in items]
-    columns = min(columns, len(cards))
-    width, height = cards[0].size
-    top = GAP + LINE_HEIGHT + GAP  # the legend
-    rows = -(-len(cards) // columns)
-    size = (max(LEGEND_WIDTH, GAP + columns * (width + GAP)), top + rows * (height + GAP))
-    canvas = Image.new("RGB", size, PAPER)
+    canvas = _grid(cards, columns, top=GAP + LINE_HEIGHT + GAP, min_width=LEGEND_WIDTH)
     _legend(canvas)
-    for index, card in enumerate(cards):
-        row, column = divmod(index, columns)
-        canvas.paste(card, (GAP + column * (width + GAP), top + row * (height + GAP)))
     canvas.save(path)
 
 
@@ -104,17 +97,28 @@ def image_grid(
     """
     color_of = cycle(COLORS)
     colors = {name: next(color_of) for name in dict.fromkeys(name for *_, names in images for name in names)}
-    columns = min(columns, len(images))
-    height = IMAGE_HEIGHT + 2 * LINE_HEIGHT + GAP
-    canvas = Image.new("RGB", (GAP + columns * (CARD_WIDTH + GAP), GAP - (-len(images) // columns) * height), PAPER)
-    for index, (caption, image, boxes, names) in enumerate(images):
-        left, top = GAP + index % columns * (CARD_WIDTH + GAP), GAP + index // columns * height
+    font, cards = _font(TEXT_SIZE - 3), []
+    for caption, image, boxes, names in images:
+        card = Image.new("RGB", (CARD_WIDTH, IMAGE_HEIGHT + 2 * LINE_HEIGHT), PAPER)
         thumbnail, scale = _thumbnail(image, CARD_WIDTH)
         drawn = draw_boxes(np.array(thumbnail), scale * boxes, names, [colors[name] for name in names] or COLORS)
-        canvas.paste(Image.fromarray(drawn), (left, top))
-        text = "\n".join(_wrap(caption, _font(TEXT_SIZE - 3), CARD_WIDTH, lines=2))
-        ImageDraw.Draw(canvas).text((left, top + IMAGE_HEIGHT), text, fill=INK, font=_font(TEXT_SIZE - 3))
-    canvas.save(path)
+        card.paste(Image.fromarray(drawn))
+        text = "\n".join(_wrap(caption, font, CARD_WIDTH, lines=2))
+        ImageDraw.Draw(card).text((0, IMAGE_HEIGHT), text, fill=INK, font=font)
+        cards.append(card)
+    _grid(cards, columns).save(path)
+
+
+def _grid(cards: Sequence[Image.Image], columns: int, top: int = GAP, min_width: int = 0) -> Image.Image:
+    """Paste cards of one size row by row, with gaps around them."""
+    columns = min(columns, len(cards))
+    width, height = cards[0].width + GAP, cards[0].height + GAP
+    size = (max(min_width, GAP + columns * width), top + math.ceil(len(cards) / columns) * height)
+    canvas = Image.new("RGB", size, PAPER)
+    for index, card in enumerate(cards):
+        row, column = divmod(index, columns)
+        canvas.paste(card, (GAP + column * width, top + row * height))
+    return canvas
 
 
 def _outline(canvas: Image.Image, box: np.ndarray, color: str, width: int, dash: int = 0) -> None:
@@ -185,13 +189,10 @@ def _verdict(sample: Sample, prediction: Prediction) -> tuple[str, str]:
     if not len(sample.boxes):
         return score, UNKNOWN
     boxes = prediction.boxes[: len(sample.boxes)]
-    overlaps = iou(prediction.boxes.new_tensor(sample.boxes)[:, None], boxes[None]).tolist()  # [N, K]
-    phrases = [prediction.phrases[id] for id in prediction.phrase_ids[: len(boxes)].tolist()]
-    best = [
-        max((value for value, phrase in zip(row, phrases, strict=True) if phrase == sample.phrases[id]), default=0.0)
-        for row, id in zip(overlaps, sample.phrase_ids, strict=True)
-    ]
-    found = sum(overlap >= HIT_IOU for overlap in best)
+    overlaps = iou(prediction.boxes.new_tensor(sample.boxes)[:, None], boxes[None]).numpy()  # [N, K]
+    same_phrase = sample.phrase_ids[:, None] == prediction.phrase_ids[: len(boxes)].numpy()  # [N, K]
+    best = overlaps.max(axis=1, initial=0.0, where=same_phrase)  # [N]
+    found = int((best >= HIT_IOU).sum())
     verdict = f"{'hit' if found else 'miss'}   IoU {best[0]:.2f}" if len(best) == 1 else f"{found} of {len(best)} found"
     return f"{verdict}   {score}", HIT if found == len(best) else MISS
 
