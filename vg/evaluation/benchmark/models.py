@@ -3,49 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from vg.checkpoint import CONFIG, read_model
+from vg.checkpoint import is_checkpoint, read_model
 from vg.errors import ConfigError
+from vg.inference.grounder import load_model
 from vg.models.base import GroundingModel
-from vg.models.grounding_dino.checkpoints import bert_settings, open_tokenizer, read_checkpoint
-from vg.models.grounding_dino.config import BertConfig
 from vg.models.grounding_dino.model import GroundingDino
-
-_SCORE = "model.predict.score"
 
 
 def open_model(checkpoint: str, overrides: Sequence[str] = (), tokenizer: str | None = None) -> GroundingModel:
     """Load a model in evaluation mode on the CPU; Grounding DINO scores boxes by the REC protocol by default.
 
     Args:
-        checkpoint: folder of a run or checkpoint of vg, .pth, folder of transformers, or Hub id.
+        checkpoint, tokenizer: see vg.inference.grounder.load_model.
         overrides: of the configuration, for a checkpoint of vg.
-        tokenizer: see vg.models.grounding_dino.checkpoints.open_tokenizer; a checkpoint of vg contains its own.
 
     Raises:
         CheckpointError: not a checkpoint, a damaged one, or its tokenizer is missing.
         ConfigError: unknown overrides, or overrides of a checkpoint without a vg configuration.
     """
-    folder = Path(checkpoint)
-    model: GroundingModel
-    if any((folder / subfolder / CONFIG).exists() for subfolder in ("", "best")):
-        model, _ = read_model(folder, overrides)
-    elif overrides:
-        raise ConfigError(f"{checkpoint} is not a checkpoint of vg, so {', '.join(overrides)} cannot be set")
+    if not overrides:
+        model = load_model(checkpoint, tokenizer)
+    elif is_checkpoint(checkpoint):
+        model, _ = read_model(checkpoint, overrides)
     else:
-        model = _read_grounding_dino(checkpoint, tokenizer)
-    if isinstance(model, GroundingDino) and not any(override.startswith(f"{_SCORE}=") for override in overrides):
+        raise ConfigError(f"{checkpoint} is not a checkpoint of vg, so {', '.join(overrides)} cannot be set")
+    if isinstance(model, GroundingDino) and not any(item.startswith("model.predict.score=") for item in overrides):
         model.config.predict.score = "max"
-    return model.eval()
-
-
-def _read_grounding_dino(path: str, tokenizer: str | None) -> GroundingDino:
-    checkpoint = read_checkpoint(path, bert_settings(tokenizer))
-    open_tokenizer(checkpoint, tokenizer)  # raises if it does not fit this checkpoint
-    checkpoint.config.text.tokenizer = tokenizer or checkpoint.tokenizer or BertConfig().id
-    model = checkpoint.config.build(pretrained=False)
-    model.load_own_state_dict(checkpoint.weights)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +16,9 @@ from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
 from vg.data.overlap import Subset
 from vg.data.refcoco.source import RefcocoConfig
-from vg.evaluation.benchmark.bootstrap import intervals
 from vg.evaluation.benchmark.models import protocol
 from vg.evaluation.benchmark.slices import slices
-from vg.evaluation.benchmark.suite import DATASETS, BenchmarkSplit
+from vg.evaluation.benchmark.suite import BenchmarkSplit
 from vg.evaluation.evaluator import DatasetEvaluator
 from vg.evaluation.results import DatasetResult
 from vg.metrics.collected import CollectingMetric, stable_hash
@@ -27,6 +26,7 @@ from vg.metrics.rec import RecMetric
 from vg.models.base import GroundingModel
 
 POOLED = ("testA", "testB")
+NUM_DRAWS, LEVEL = 1000, 0.95  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -153,18 +153,44 @@ def _pooled(evaluated: Sequence[EvaluatedSplit]) -> list[dict[str, Any]]:
         for split in both:
             metric.absorb(split.metric)
         values = {name: np.concatenate([split.means[name] for split in both]) for name in both[0].means}
-        provenance = both[0].result.provenance
+        official = all(split.result.provenance.official for split in both)
+        provenance = replace(both[0].result.provenance, split=" + ".join(POOLED), official=official)
         rows.append(
             {
                 "key": key,
-                "title": DATASETS[key].title,
-                "split": " + ".join(POOLED),
-                "data": provenance.data,
-                "partition": provenance.partition,
-                "official": "yes" if all(split.result.provenance.official for split in both) else "no",
-                "protocol": metric.protocol,
-                **metric.compute().flat(),
+                "title": both[0].split.dataset_title,
+                **DatasetResult("", provenance, metric.protocol, *metric.compute()).flat(),
                 "intervals": intervals(values, [image for split in both for image in split.image_keys]),
             }
         )
     return rows
+
+
+def intervals(values: Mapping[str, np.ndarray], image_keys: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Compute 95 % bootstrap confidence intervals of means (percentile method, Efron 1979).
+
+    Whole images are drawn: expressions of one image are not independent, and drawing single expressions would give
+    intervals that are too narrow.
+
+    Args:
+        values: name -> [E], whose mean is the metric; NaN values are ignored.
+        image_keys: E keys; expressions of one image have the same key.
+
+    Returns:
+        name -> (low, high), without the metrics whose values are all of one image.
+    """
+    _, image = np.unique(np.asarray(image_keys), return_inverse=True)  # [E] -> 0..I-1
+    count = int(image.max()) + 1
+    generator = np.random.default_rng(0)
+    draws = generator.multinomial(count, np.full(count, 1 / count), size=NUM_DRAWS).astype(np.float64)  # [NUM_DRAWS, I]
+    found = {}
+    for name, column in values.items():
+        known = ~np.isnan(column)
+        if len(np.unique(image[known])) > 1:
+            sums = np.bincount(image[known], column[known], minlength=count)  # [I]
+            counts = np.bincount(image[known], minlength=count)  # [I]
+            weight = draws @ counts  # [NUM_DRAWS]
+            means = (draws @ sums)[weight > 0] / weight[weight > 0]
+            low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+            found[name] = (float(low), float(high))
+    return found
