@@ -131,15 +131,11 @@ def _outline(canvas: Image.Image, box: np.ndarray, color: str, width: int, dash:
         draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=HALO, width=width + 2)
         draw.rectangle((left, top, right, bottom), outline=color, width=width)
         return
-    strokes = [
-        (x, y, min(x + dash, right), y + width - 1)
-        for x in range(left, right + 1, 2 * dash)
-        for y in (top, bottom - width + 1)
-    ] + [
-        (x, y, x + width - 1, min(y + dash, bottom))
-        for y in range(top, bottom + 1, 2 * dash)
-        for x in (left, right - width + 1)
-    ]
+    strokes = []
+    for x in range(left, right + 1, 2 * dash):
+        strokes += [(x, y, min(x + dash, right), y + width - 1) for y in (top, bottom - width + 1)]
+    for y in range(top, bottom + 1, 2 * dash):
+        strokes += [(x, y, x + width - 1, min(y + dash, bottom)) for x in (left, right - width + 1)]
     for x0, y0, x1, y1 in strokes:
         draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), fill=HALO)
     for stroke in strokes:
@@ -167,7 +163,11 @@ def _card(sample: Sample, prediction: Prediction) -> Image.Image:
     caption = ", ".join(dict.fromkeys(sample.phrases[id] for id in sample.phrase_ids)) or ", ".join(sample.phrases)
     height = 2 * FRAME + IMAGE_HEIGHT + (CAPTION_LINES + 1) * LINE_HEIGHT + 3 * PADDING
     card = Image.new("RGB", (CARD_WIDTH, height), PAPER)
-    image = _annotated(sample, prediction)
+    image, scale = _thumbnail(sample.image, CARD_WIDTH - 2 * FRAME)
+    for box in prediction.boxes[: max(1, len(sample.boxes))].numpy():  # drawn now because lines must not be resized
+        _outline(image, scale * box, PREDICTED, width=4)
+    for box in sample.boxes:
+        _outline(image, scale * box, TRUE, width=2, dash=DASH)
     card.paste(BACKGROUND, (0, 0, CARD_WIDTH, FRAME + IMAGE_HEIGHT))
     card.paste(image, ((CARD_WIDTH - image.width) // 2, FRAME + (IMAGE_HEIGHT - image.height) // 2))
     draw = ImageDraw.Draw(card)
@@ -203,16 +203,6 @@ def _thumbnail(array: np.ndarray, width: int) -> tuple[Image.Image, float]:
     scale = min(width / image.width, IMAGE_HEIGHT / image.height)
     size = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
     return image.resize(size, Image.Resampling.LANCZOS), scale
-
-
-def _annotated(sample: Sample, prediction: Prediction) -> Image.Image:
-    """Resize the image for a card, then draw the boxes, whose lines do not scale."""
-    image, scale = _thumbnail(sample.image, CARD_WIDTH - 2 * FRAME)
-    for box in prediction.boxes[: max(1, len(sample.boxes))].tolist():
-        _outline(image, scale * np.array(box), PREDICTED, width=4)
-    for box in sample.boxes:
-        _outline(image, scale * box, TRUE, width=2, dash=DASH)
-    return image
 
 
 def _legend(canvas: Image.Image) -> None:
