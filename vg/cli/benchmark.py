@@ -41,8 +41,8 @@ def run(options: argparse.Namespace, output: Path) -> None:
         ConfigError, DataError, CheckpointError: see `open_splits` and `open_model`; the data is opened first.
     """
     from vg.distributed import new_accelerator
-    from vg.evaluation.benchmark.models import open_model
     from vg.evaluation.benchmark.report import report
+    from vg.evaluation.benchmark.run import open_model
     from vg.evaluation.benchmark.run import run as run_benchmark
     from vg.evaluation.benchmark.suite import open_splits
     from vg.evaluation.benchmark.table import text

@@ -28,15 +28,14 @@ def run(options: argparse.Namespace) -> None:
     shown = above(prediction, threshold)
     if not grounder.takes_many:  # one expression names one object
         shown = shown.map(lambda values: values[:1])
-    names = [shown.phrases[id] for id in shown.phrase_ids.tolist()]
-    for name, box, score in zip(names, shown.boxes.tolist(), shown.scores.tolist(), strict=True):
-        print(
-            f"{name}: left {box[0]:.1f}, top {box[1]:.1f}, right {box[2]:.1f}, bottom {box[3]:.1f}, score {score:.2f}"
-        )
-    if not names:
+    labels, colors = [], []
+    for box, score, id in zip(shown.boxes.tolist(), shown.scores.tolist(), shown.phrase_ids.tolist(), strict=True):
+        name, (left, top, right, bottom) = shown.phrases[id], box
+        print(f"{name}: left {left:.1f}, top {top:.1f}, right {right:.1f}, bottom {bottom:.1f}, score {score:.2f}")
+        labels.append(f"{name} {score:.2f}")
+        colors.append(COLORS[id % len(COLORS)])
+    if not labels:
         best = f"best: {prediction.scores[0]:.3g}" if len(prediction.scores) else "no box was predicted"
         print(f"no box scores >= {threshold} ({best}); lower --threshold")
-    labels = [f"{name} {score:.2f}" for name, score in zip(names, shown.scores.tolist(), strict=True)]
-    colors = [COLORS[id % len(COLORS)] for id in shown.phrase_ids.tolist()] or COLORS
-    Image.fromarray(draw_boxes(image, shown.boxes, labels, colors)).save(options.output)
+    Image.fromarray(draw_boxes(image, shown.boxes, labels, colors or COLORS)).save(options.output)
     print(f"drawn in {options.output}")
