@@ -28,8 +28,6 @@ class CollectingMetric(Metric):
     metric_names: ClassVar[tuple[str, ...]]  # metrics that `compute` may return, the main one first
     label: ClassVar[str]  # the main metric as people write it
     protocol: ClassVar[str]  # how predictions are evaluated, as far as comparisons with other results depend on it
-    is_differentiable = False
-    higher_is_better = True
     full_state_update = False
 
     def __init__(self, **kwargs: Any) -> None:
@@ -56,10 +54,7 @@ class CollectingMetric(Metric):
         """
         found, expected = [prediction.id for prediction in predictions], [target.id for target in targets]
         if found != expected:
-            raise ValueError(
-                "predictions and targets must be of the same samples in the same order, got the ids "
-                f"{found} and {expected}"
-            )
+            raise ValueError(f"predictions and targets must be of the same samples in order: {found} != {expected}")
         if targets:
             self._append({"ids": torch.tensor(list(map(stable_hash, expected)))} | self._rows(predictions, targets))
 
