@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vg.cli.arguments import Verbs, add_overrides
+from vg.cli.arguments import add_overrides
 
 if TYPE_CHECKING:
     from vg.config import RunConfig
@@ -18,13 +18,11 @@ if TYPE_CHECKING:
 NUM_DRAWN = 24  # images in images.png
 
 
-def add_parser(verbs: Verbs) -> None:
-    parser = verbs.add_parser("check", help="validate a dataset before training and suggest fixes")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="YAML file of a run, COCO .json, ODVG .jsonl, Pascal VOC or YOLO folder")
     add_overrides(parser)
     parser.add_argument("--quick", type=int, metavar="N", help="read N images of each dataset (default: all)")
     parser.add_argument("--output", default="runs/check", help="folder for report and images (default: %(default)s)")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -91,6 +91,6 @@ def slices(annotations: Sequence[Annotation]) -> dict[str, dict[str, np.ndarray]
     found = {}
     for name, (labels, label_of) in ATTRIBUTES.items():
         values = np.array([label_of(annotation) for annotation in annotations])  # [expressions]
-        masks = {label: values == label for label in labels}
-        found[name] = {label: mask for label, mask in masks.items() if mask.any()}
-    return {name: masks for name, masks in found.items() if masks}
+        if masks := {label: values == label for label in labels if label in values}:
+            found[name] = masks
+    return found
