@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -67,6 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     if rest:  # argparse does not assign overrides that follow an option
         options.overrides += rest
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without path and line of code
     for noisy in ("httpx", "datasets", "accelerate", "albumentations"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
