@@ -18,7 +18,7 @@ class Case(NamedTuple):
 
     def rows(self, rows: list[int]) -> Case:
         """Select or reorder the prompts of a batch."""
-        targets = self.targets.apply(lambda x: x[rows])._replace(counts=tuple(self.targets.counts[r] for r in rows))
+        targets = self.targets.map(lambda x: x[rows])._replace(counts=tuple(self.targets.counts[r] for r in rows))
         return Case(self.logits[:, rows], self.boxes[:, rows], targets, self.mask[rows])
 
     def cut(self) -> Case:

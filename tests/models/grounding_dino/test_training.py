@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import TEXT, history
 from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
-from tests.training.test_data import write_set
+from tests.training.test_data import write_coco
 from tests.training.test_resume import assert_same_runs, interrupt, stop_in_step
 from vg.config import RunConfig, load_config
 from vg.models.grounding_dino.config import BertConfig, ClassHeadConfig, DenoisingConfig
@@ -32,8 +32,8 @@ RANDOM: dict[str, Any] = {  # every source of randomness
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_within_an_epoch_equals_uninterrupted_run(tiny_config: MakeConfig, tmp_path: Path, workers: int) -> None:
     """Seven batches make steps of 2, 2, 2 and 1; negative phrases, denoising queries and dropout are random."""
-    train = write_set(tmp_path / "set", "train", range(1, 15))
-    evaluated = write_set(tmp_path / "set", "val", range(15, 17))
+    train = write_coco(tmp_path / "set", "train", range(1, 15))
+    evaluated = write_coco(tmp_path / "set", "val", range(15, 17))
 
     def make(name: str) -> RunConfig:
         config = tiny_config(

@@ -1,95 +1,43 @@
-"""The names of all weights of a variant in a dialect: the rows of the table, repeated for its layers."""
+"""The name of every weight of vg in the published checkpoints: one table for both directions."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
-from vg.models.grounding_dino.checkpoints.table import TABLE, Dialect, Foreign, Section
-from vg.models.grounding_dino.config import GroundingDinoConfig, SwinConfig
+import torch
 
-Loop = list[dict[str, int]]
+from vg.models.grounding_dino.config import GroundingDinoConfig
 
+Foreign = Literal["official", "transformers", "mmdet"]
+Dialect = Literal["vg", "official", "transformers", "mmdet"]
 
-def tensor_names(config: GroundingDinoConfig, dialect: Foreign) -> dict[tuple[str, ...], list[str]]:
-    """Map the names of all weights of a variant to their names in a dialect.
+# Columns: vg, official, transformers, mmdetection; a single column is valid for all four, the second of two for all but
+# vg. `=` repeats the column of vg, `-` means that the dialect has no such weight. A line that ends with a dot is the
+# prefix of the indented lines below it. `*` stands for weight and bias, `+` also for the statistics of a batch norm.
+# `a|b|c` are row blocks of one tensor if the other side has a single name.
+TABLE = """
+neck.level_encoding  transformer.level_embed         model.level_embed         level_embed
+text.projection.*    feat_map.*                      model.text_projection.*   text_feat_map.*
+queries.content      transformer.tgt_embed.weight    model.query_position_embeddings.weight  query_embedding.weight
+queries.memory_projection.*  transformer.enc_output.*       model.enc_output.*       memory_trans_fc.*
+queries.memory_norm.*        transformer.enc_output_norm.*  model.enc_output_norm.*  memory_trans_norm.*
+queries.  transformer.  model.  bbox_head.
+    box_head.  enc_out_bbox_embed.layers.  encoder_output_bbox_embed.layers.  reg_branches.{decoder_layers}.
+        0|2|4.*  0|1|2.*  0|1|2.*  =
+    class_head.bias       -  encoder_output_class_embed.bias  cls_branches.{decoder_layers}.bias
+    class_head.log_scale  -  -                                cls_branches.{decoder_layers}.log_scale
+denoising.labels.weight  -  -  dn_query_generator.label_embedding.weight
 
-    Returns:
-        names in vg -> all names of the same tensor in the dialect, the most common first; empty if the dialect has no
-        such weight. Several names in vg are row blocks of one tensor of the dialect, from top to bottom.
-    """
-    found: dict[tuple[str, ...], list[str]] = {}
-    repetitions = repeats(config)
-    for section in TABLE:
-        for own, theirs in _rows(section, dialect):
-            for numbers in repetitions[section.loop]:
-                names = found.setdefault(tuple(name.format(**numbers) for name in own), [])
-                if theirs is not None:
-                    names.append(theirs.format(**numbers))
-    return found
-
-
-def patterns(dialect: Dialect) -> dict[str, str]:
-    """Map names in vg to names in the dialect, with placeholders like {stage}; merged tensors by their first name."""
-    if dialect == "vg":
-        return {name: name for section in TABLE for own, _ in _rows(section, "official") for name in own}
-    rows = [row for section in reversed(TABLE) for row in _rows(section, dialect)]
-    return {own[0]: theirs for own, theirs in rows if theirs is not None}
-
-
-def _rows(section: Section, dialect: Foreign) -> Iterator[tuple[tuple[str, ...], str | None]]:
-    """Yield (names in vg, name in the dialect or None), with placeholders such as {stage}."""
-    for row in section.rows.strip().splitlines():
-        vg, *others = row.split()
-        word = dict(zip(("official", "transformers", "mmdet"), others or 3 * ["="], strict=True))[dialect]
-        for end in {"*": ("weight", "bias"), "+": ("weight", "bias", "running_mean", "running_var")}.get(vg[-1], ("",)):
-            own = [section.vg + part for part in _alternatives(vg.rstrip("*+") + end)]
-            if word == "-":
-                yield tuple(own), None
-                continue
-            theirs = _alternatives((vg if word == "=" else word).rstrip("*+") + end)
-            prefix: str = getattr(section, dialect)
-            if len(theirs) == len(own):
-                yield from (((name,), prefix + other) for name, other in zip(own, theirs, strict=True))
-            else:
-                yield tuple(own), prefix + theirs[0]
-
-
-def _alternatives(word: str) -> list[str]:
-    """a.b|c.d -> a.b.d, a.c.d"""
-    found = re.search(r"\w+(\|\w+)+", word)
-    return [word.replace(found[0], part) for part in found[0].split("|")] if found else [word]
-
-
-def repeats(config: GroundingDinoConfig) -> dict[str, Loop]:
-    """Return, for every loop of the table, the values of its placeholders, one dict per repetition."""
-    backbone = config.backbone
-    swin = isinstance(backbone, SwinConfig)
-    stages = [{"stage": stage, "number": stage + 1} for stage in range(len(backbone.depths))]
-    blocks = [{**stage, "block": block} for stage in stages for block in range(backbone.depths[stage["stage"]])]
-    heads = [{"head": 0 if config.shared_heads else i, "layer": i} for i in range(config.decoder_layers)]
-    text_layers = (config.text.architecture or {}).get("num_hidden_layers", 12)
-    own_levels = len(backbone.stages)
-    once: Loop = [{"decoder_layers": config.decoder_layers}]
-    biased, scaled = config.classes.bias, config.classes.scale == "learned"
-    return {
-        "model": once,
-        "class bias": once if biased else [],
-        "class scale": once if scaled else [],
-        "box head": heads,
-        "class head bias": heads if biased else [],
-        "class head scale": heads if scaled else [],
-        "denoising": once if config.denoising else [],
-        "decoder layer": [{"layer": i} for i in range(config.decoder_layers)],
-        "encoder layer": [{"layer": i} for i in range(config.encoder_layers)],
-        "text layer": [{"layer": i} for i in range(text_layers)],
-        "level": [{"level": i} for i in range(own_levels)],
-        "extra level": [{"level": i, "extra": i - own_levels} for i in range(own_levels, config.levels)],
-        "swin": once if swin else [],
-        "swin block": blocks if swin else [],
-        "swin merge": stages[:-1] if swin else [],
-        "swin output": [stage for stage in stages if stage["number"] in backbone.stages] if swin else [],
-        "resnet": [] if swin else once,
-        "resnet block": [] if swin else blocks,
-        "resnet stage": [] if swin else stages,
-    }
+decoder.  transformer.decoder.  model.decoder.  decoder.
+    norm.*                =                             layer_norm.*                         =
+    query_position.0|2.*  ref_point_head.layers.0|1.*   reference_points_head.layers.0|1.*   ref_point_head.layers.0|1.*
+    layers.{layer}.
+        self_attention.query|key|value.*  self_attn.in_proj_*  self_attn.query|key|value.*  self_attn.attn.in_proj_*
+        self_attention.output.*  self_attn.out_proj.*  self_attn.out_proj.*          self_attn.attn.out_proj.*
+        self_norm.*              norm2.*               self_attn_layer_norm.*        norms.0.*
+        text_norm.*              catext_norm.*         encoder_attn_text_layer_norm.*  norms.1.*
+        image_norm.*             norm1.*               encoder_attn_layer_norm.*     norms.2.*
+        feedforward.0|2.*        linear1|linear2.*     fc1|fc2.*                     ffn.layers.0.0|ffn.layers.1.*
+        feedforward_norm.*       norm3.*               final_layer_norm.*            norms.3.*
