@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from vg.errors import CheckpointError
 from vg.models.grounding_dino.checkpoints.names import Foreign, on_meta, tensor_names, to_file
 from vg.models.grounding_dino.checkpoints.variant import LABELS
-from vg.models.grounding_dino.config import GroundingDinoConfig, SwinConfig
+from vg.models.grounding_dino.config import GroundingDinoConfig
 
 
 def write_checkpoint(
@@ -86,21 +86,10 @@ def _write_settings(
     """Write config.json, and the files of the processor and the tokenizer."""
     import transformers
 
-    stages = {"depths": config.backbone.depths, "out_features": [f"stage{stage}" for stage in config.backbone.stages]}
-    if isinstance(config.backbone, SwinConfig):
-        backbone = transformers.SwinConfig(
-            embed_dim=config.backbone.width,
-            num_heads=config.backbone.heads,
-            window_size=config.backbone.window,
-            drop_path_rate=config.backbone.drop_path,
-            **stages,
-        )
-    else:
-        backbone = transformers.ResNetConfig(hidden_sizes=config.backbone.widths, **stages)
     biased = config.classes.bias
     family = transformers.MMGroundingDinoConfig if biased else transformers.GroundingDinoConfig
     settings = family(
-        backbone_config=backbone,
+        backbone_config=config.backbone.of_transformers(),
         text_config=transformers.BertConfig(**(config.text.architecture or {})),
         num_queries=config.num_queries,
         encoder_layers=config.encoder_layers,
