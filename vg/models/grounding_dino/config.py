@@ -80,7 +80,7 @@ class SwinConfig(BackboneConfig):
         for module in network.modules():
             if isinstance(getattr(module, "layernorm", None), nn.LayerNorm):
                 module.layernorm = nn.Identity()
-        return Backbone(network, [self.width * 2 ** (stage - 1) for stage in self.stages])
+        return Backbone(network)
 
 
 @dataclass
@@ -105,7 +105,7 @@ class ResNetConfig(BackboneConfig):
         network = self._network(ResNetBackbone, pretrained)
         network.embedder.requires_grad_(False)
         network.encoder.stages[0].requires_grad_(False)
-        return Backbone(network, [self.widths[stage - 1] for stage in self.stages])
+        return Backbone(network)
 
 
 @dataclass
