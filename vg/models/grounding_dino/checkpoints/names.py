@@ -19,9 +19,10 @@ Dialect = Literal["vg", Foreign]
 
 # Columns: vg, official, transformers, mmdetection. A single column is valid for all four, the second of two columns for
 # all but vg. A line that ends with a dot is a prefix of the indented lines below it.
-# A head shared by all decoder layers has one name in vg, but at least one name per layer elsewhere.
 # `=` repeats the column of vg, `-` means that the dialect has no such weight, `*` stands for weight and bias, `+` also
-# for the statistics of a batch norm. `a|b|c` are row blocks of one tensor if the other side has a single name.
+# for the statistics of a batch norm. `a|b|c` are several names, paired with those of the other side; if the other side
+# has a single name, they are the row blocks of that tensor.
+# A head shared by all decoder layers has one name in vg, but at least one name per layer elsewhere.
 TABLE = """
 neck.level_encoding          transformer.level_embed         model.level_embed            level_embed
 text.projection.*            feat_map.*                      model.text_projection.*      text_feat_map.*
