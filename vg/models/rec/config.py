@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
-from vg.losses.config import Weight
+from vg.losses.config import BoxLossConfig, Weight
 from vg.models.encoder_config import TINY_BERT, EncoderConfig, TextEncoderConfig
 from vg.models.settings import ModelSettings
 from vg.settings import Settings, by_name
@@ -31,7 +31,7 @@ class BgeConfig(TextEncoderConfig):
 
 
 @dataclass
-class BoxLossConfig(Settings):
+class RecLossConfig(BoxLossConfig):
     """Base class: at least one term of the loss must have a weight."""
 
     def __post_init__(self) -> None:
@@ -41,7 +41,7 @@ class BoxLossConfig(Settings):
 
 
 @dataclass
-class PooledLossConfig(BoxLossConfig):
+class PooledLossConfig(RecLossConfig):
     """Weights of the loss terms; zero disables a term. The published model was trained with DIoU alone."""
 
     diou: Weight = 1.0
@@ -50,14 +50,11 @@ class PooledLossConfig(BoxLossConfig):
 
 
 @dataclass
-class DenseLossConfig(BoxLossConfig):
+class DenseLossConfig(RecLossConfig):
     """Weights of the loss terms; zero disables a term."""
 
     token: Weight = 1.0
     """Cross-entropy between the scores of the image tokens and the tokens inside the ground-truth box."""
-    diou: Weight = 0.0
-    l1: Weight = 5.0
-    giou: Weight = 2.0
 
 
 @dataclass
