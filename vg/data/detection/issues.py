@@ -55,20 +55,16 @@ class Issues(list[Issue]):
             images: indices of the images with the problem.
             count: number of occurrences, if `examples` are only the first of them.
         """
-        first = list(examples)
-        issue = Issue(severity, self.dataset, what, fix, len(first) if count is None else count, first[:NUM_EXAMPLES])
-        issue.images += images[:NUM_EXAMPLES]
-        if issue.count:
-            self._record(issue)
-
-    def _record(self, issue: Issue) -> None:
-        for known in self:
-            if known.what == issue.what:
-                known.count += issue.count
-                known.examples += issue.examples[: NUM_EXAMPLES - len(known.examples)]
-                known.images += issue.images[: NUM_EXAMPLES - len(known.images)]
-                return
-        self.append(issue)
+        examples = list(examples)
+        if not examples:
+            return
+        issue = next((issue for issue in self if issue.what == what), None)
+        known = issue or Issue(severity, self.dataset, what, fix)
+        known.count += len(examples) if count is None else count
+        known.examples = [*known.examples, *examples][:NUM_EXAMPLES]
+        known.images = [*known.images, *images][:NUM_EXAMPLES]
+        if issue is None:
+            self.append(known)
 
     def add_rows(
         self,
@@ -87,13 +83,8 @@ class Issues(list[Issue]):
             images: [A] int, the image index of each row.
         """
         rows = np.flatnonzero(affected)
-        first = rows[:NUM_EXAMPLES]
-        indices = [] if images is None else images[first].tolist()
-        self.add(severity, what, fix, map(describe, first.tolist()), indices, len(rows))
-
-    @property
-    def has_errors(self) -> bool:
-        return any(issue.severity == "error" for issue in self)
+        first = rows[:NUM_EXAMPLES].tolist()
+        self.add(severity, what, fix, map(describe, first), [] if images is None else images[first].tolist(), len(rows))
 
 
 class RaiseFirstError(Issues):
@@ -109,7 +100,7 @@ class RaiseFirstError(Issues):
         self._file = file
         self._error = error
 
-    def _record(self, issue: Issue) -> None:
+    def append(self, issue: Issue, /) -> None:
         if issue.severity == "error":
             total = f" ({issue.count} in all)" if issue.count > 1 else ""
             raise self._error(f"{self._file}: {issue.what}: {issue.examples[0]}{total}; {issue.fix}")
