@@ -1,4 +1,4 @@
-"""A dataset under check: its annotations, the files of its images, and the issues found so far."""
+"""A dataset under check: its annotations, image files, and the issues found so far."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ class ImageFile(NamedTuple):
 
     size: tuple[int, int] = (0, 0)  # (height, width) in pixels as stored; 0, 0 if it cannot be decoded
     is_rotated: bool = False  # its EXIF orientation swaps height and width
-    digest: bytes = b""  # of the content
-    missing: str = ""  # the error, if there is no such file
-    damaged: str = ""  # the error, if it cannot be decoded
+    digest: bytes = b""  # of the content; empty if there is no such file
+    error: str = ""  # why it cannot be read
 
 
 @dataclass
@@ -51,6 +50,11 @@ class CheckedDataset:
     def is_training(self) -> bool:
         """Whether it is the training dataset, or a component of it."""
         return self.name.split(".")[0] == "train"
+
+    @property
+    def classes_with_boxes(self) -> set[str]:
+        names, num_classes = self.annotations.names, self.annotations.num_classes
+        return {names[label] for label in set(self.annotations.labels.tolist()) if label < num_classes}
 
     @cached_property
     def image_keys(self) -> list[str]:

@@ -27,11 +27,12 @@ def check_images(dataset: CheckedDataset, indices: Sequence[int]) -> None:
         opened = threads.map(lambda index: _open(files[index], root), indices)
         bar = tqdm(opened, desc=f"{dataset.name}: images", total=len(indices), unit=" images", mininterval=1)
         dataset.image_files = dict(zip(indices, bar, strict=True))
-    missing = [f"{files[index]}: {file.missing}" for index, file in dataset.image_files.items() if file.missing]
-    damaged = [f"{files[index]}: {file.damaged}" for index, file in dataset.image_files.items() if file.damaged]
-    fix = "put them there, or set image_root to the folder that contains them"
-    dataset.issues.add("error", "missing images", fix, missing)
-    dataset.issues.add("error", "images that cannot be read", "replace them with intact copies", damaged)
+    for index, file in dataset.image_files.items():
+        if file.error:
+            what, fix = "images that cannot be read", "replace them with intact copies"
+            if not file.digest:
+                what, fix = "missing images", "put them there, or set image_root to the folder that contains them"
+            dataset.issues.add("error", what, fix, [f"{files[index]}: {file.error}"])
     if not dataset.annotations.relative:
         _check_sizes(dataset)
 
@@ -41,7 +42,7 @@ def _open(name: str, root: Path) -> ImageFile:
     try:
         data = find_image(name, root).read_bytes()
     except (BadSampleError, OSError, ValueError) as error:  # ValueError: a null byte in the name
-        return ImageFile(missing=str(error))
+        return ImageFile(error=str(error))
     digest = hashlib.blake2b(data, digest_size=16).digest()
     try:
         with warnings.catch_warnings(), Image.open(BytesIO(data)) as image:
@@ -50,7 +51,7 @@ def _open(name: str, root: Path) -> ImageFile:
             image.convert("RGB")
             return ImageFile((image.height, image.width), is_rotated, digest)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
-        return ImageFile(digest=digest, damaged=str(error))
+        return ImageFile(digest=digest, error=str(error))
 
 
 def _check_sizes(dataset: CheckedDataset) -> None:
