@@ -67,7 +67,7 @@ class YoloConfig(Settings):
         """
         file = Path(self.path)
         file = file / "data.yaml" if file.is_dir() else file
-        document = _read_yaml(file)
+        document = read_yaml(file)
         names = _class_names(document, file)
         root = (file.resolve().parent / str(document.get("path") or ".")).resolve()
         root = root if root.is_dir() else file.resolve().parent
@@ -99,12 +99,13 @@ class YoloConfig(Settings):
         )
 
 
-def _read_yaml(file: Path) -> Mapping[str, Any]:
+def read_yaml(file: Path) -> Mapping[str, Any]:
+    """Read a data.yaml; raises DataError if it is not a YAML mapping."""
     try:
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}; path is the data.yaml of a YOLO dataset") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(document, Mapping):
         raise DataError(f"{file} must have the keys names, train and val")
