@@ -187,7 +187,7 @@ def test_yolo_errors_name_the_line(tmp_path: Path, line: str, message: str):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"names": None}, "names is None, expected a list"),
+        ({"names": None}, "names: expected a list .*, got None"),
         ({"names": {1: "cat", 2: "dog"}}, "expected a list of class names or a mapping 0: name"),
         ({"nc": 3}, "nc is 3 but there are 2 names"),
         ({"val": None, "train": "images/val"}, "has no split 'val'; it has train"),

@@ -145,7 +145,7 @@ def _read_samples(source: Source, dataset: CheckedDataset, limit: int | None) ->
         height, width = sample.image.shape[:2]
         images.append(AnnotatedImage(sample.id, sample.id, location, (height, width), boxes))
         indices.append(index)
-    dataset.annotations = Annotations.of(images, names=list(names))
+    dataset.annotations = Annotations.of(images, list(names), num_classes=0)
     dataset.sample_keys = None if keys is None else [keys[index] for index in indices]
     dataset.load_image = lambda image: source.load(indices[image], 0).image
 

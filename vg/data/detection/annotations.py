@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from vg.data.detection.issues import Issues
+from vg.data.detection.issues import NUM_EXAMPLES, Issues, Severity
 
 MAX_COORDINATE = 1e15  # larger values are treated as not finite, because boxes are float32 later
 
@@ -76,10 +76,12 @@ class Annotations:
     """Boxes are in 0..1 of the image after its EXIF orientation is applied, not in pixels."""
 
     @classmethod
-    def of(cls, images: Sequence[AnnotatedImage], **fields: Any) -> Annotations:
+    def of(cls, images: Sequence[AnnotatedImage], names: list[str], num_classes: int, **fields: Any) -> Annotations:
         """Make columns of images and their boxes; `fields` are the remaining fields."""
         boxes = [box for image in images for box in image.boxes]
         return cls(
+            names=names,
+            category_ids=range(num_classes),
             ids=[image.id for image in images],
             files=[image.file for image in images],
             locations=[image.location for image in images],
@@ -107,11 +109,18 @@ class Annotations:
         file, name = self.files[self.image_indices[index]], self.names[self.labels[index]]
         return f"{self.locate(index)} ({file}, {name}): [{values}]"
 
+    def report(self, issues: Issues, severity: Severity, what: str, fix: str, affected: np.ndarray) -> None:
+        """Add a problem of the boxes where `affected`, [A] bool."""
+        rows = np.flatnonzero(affected)
+        first = rows[:NUM_EXAMPLES]
+        examples, images = map(self.describe, first.tolist()), self.image_indices[first].tolist()
+        issues.add(severity, what, fix, examples, images, len(rows))
+
     def report_inverted(self, issues: Issues) -> np.ndarray:
         """Report boxes with a negative side; return [A] bool, which boxes these are."""
         inverted = np.asarray((self.xyxy[:, 2:] < self.xyxy[:, :2]).any(axis=1))
-        what, fix = "inverted boxes (x2 < x1 or y2 < y1)", f"boxes are {self.box_format.description}; correct them"
-        issues.add_rows("error", what, fix, inverted, self.describe, self.image_indices)
+        fix = f"boxes are {self.box_format.description}; correct them"
+        self.report(issues, "error", "inverted boxes (x2 < x1 or y2 < y1)", fix, inverted)
         return inverted
 
 
@@ -119,9 +128,7 @@ class Annotations:
 class ReadsAnnotations(Protocol):
     """Settings of a dataset that can read all annotations without stopping at the first error."""
 
-    def read(self, issues: Issues) -> Annotations:
-        """Parse the files; raises DataError if nothing can be read."""
-        ...
+    def read(self, issues: Issues) -> Annotations: ...
 
 
 @contextmanager

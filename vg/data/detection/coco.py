@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -14,7 +13,7 @@ import numpy as np
 from pydantic import NonNegativeFloat
 
 from vg.data.detection.annotations import XYWH, Annotations, to_boxes, to_float, to_size, without_gc
-from vg.data.detection.issues import Issues, RaiseFirstError
+from vg.data.detection.issues import NUM_EXAMPLES, Issues, RaiseFirstError
 from vg.data.detection.source import DetectionSource
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.source import Provenance
@@ -109,9 +108,6 @@ class CocoConfig(Settings):
             row = rows[index]
             return f"annotation {row['id']}" if "id" in row else f"annotations[{document['annotations'].index(row)}]"
 
-        def describe(key: str, index: int) -> str:
-            return f"{locate(index)}: {key} {repr(columns[key][index])[:80]}"
-
         add = "add it to {} (numbers and strings differ: 7 is not '7'), or remove the annotation"
         not_a_box = "write x, y, width, height in pixels, or remove the annotation"
         for key, invalid, what, fix in (
@@ -120,7 +116,9 @@ class CocoConfig(Settings):
             ("bbox", np.isnan(boxes[:, 0]), "boxes that are not four finite numbers", not_a_box),
             ("area", invalid_areas, "areas that are not numbers", "correct or remove them"),
         ):
-            issues.add_rows("error", what, fix, invalid, partial(describe, key))
+            indices = np.flatnonzero(invalid)
+            examples = (f"{locate(i)}: {key} {repr(columns[key][i])[:80]}" for i in indices[:NUM_EXAMPLES])
+            issues.add("error", what, fix, examples, count=len(indices))
         positions = np.flatnonzero((image_indices >= 0) & (labels >= 0) & ~np.isnan(boxes[:, 0]))
         valid = slice(None) if len(positions) == len(rows) else positions  # avoids copies
         boxes, areas = boxes[valid], areas[valid]

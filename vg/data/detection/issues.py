@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
-
-import numpy as np
 
 from vg.errors import DataError
 
@@ -65,26 +63,6 @@ class Issues(list[Issue]):
         known.images = [*known.images, *images][:NUM_EXAMPLES]
         if issue is None:
             self.append(known)
-
-    def add_rows(
-        self,
-        severity: Severity,
-        what: str,
-        fix: str,
-        affected: np.ndarray,
-        describe: Callable[[int], str],
-        images: np.ndarray | None = None,
-    ) -> None:
-        """Add a problem of table rows.
-
-        Args:
-            affected: [A] bool, the rows with the problem.
-            describe: row index -> example; called for the first few affected rows only.
-            images: [A] int, the image index of each row.
-        """
-        rows = np.flatnonzero(affected)
-        first = rows[:NUM_EXAMPLES].tolist()
-        self.add(severity, what, fix, map(describe, first), [] if images is None else images[first].tolist(), len(rows))
 
 
 class RaiseFirstError(Issues):

@@ -76,8 +76,7 @@ class OdvgConfig(Settings):
         parser = LineParser(read_label_map(self.label_map, issues), issues)
         lines = (parser.parse(text, f"line {number}") for number, _, text in read_lines(Path(self.path)))
         images = [image for image in lines if image is not None]
-        category_ids = range(parser.num_classes)
-        return Annotations.of(images, image_root=self.image_folder, names=parser.names, category_ids=category_ids)
+        return Annotations.of(images, parser.names, parser.num_classes, image_root=self.image_folder)
 
 
 class OdvgSource:

@@ -110,8 +110,7 @@ class VocConfig(Settings):
         for index, name, box, location, is_difficult in objects:
             if index >= 0 and name in labels:
                 images[index].boxes.append(AnnotatedBox(labels[name], box, location, is_difficult))
-        category_ids = range(len(names))
-        return Annotations.of(images, image_root=image_root, names=names, category_ids=category_ids, box_format=VOC)
+        return Annotations.of(images, names, len(names), image_root=image_root, box_format=VOC)
 
 
 def _read_objects(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,8 @@ class YoloConfig(Settings):
         root = root if root.is_dir() else file.resolve().parent
         images, unlabeled = [], {}
         for index, image in enumerate(_split_images(document, self.split, root, file)):
-            label_file = _label_file(image)
+            # The last images/ in the path becomes labels/; without one, the labels are beside the image.
+            label_file = Path(re.sub("(.*/)images/", r"\1labels/", image.as_posix())).with_suffix(".txt")
             name, label_name = (p.relative_to(root) if p.is_relative_to(root) else p for p in (image, label_file))
             boxes = []
             if label_file.is_file():
@@ -89,14 +91,7 @@ class YoloConfig(Settings):
         severity: Severity = "error" if unlabeled and len(unlabeled) == len(images) else "note"
         fix = "nothing if they contain no objects; otherwise move the labels to the path above"
         issues.add(severity, f"images of {self.split} without a label file", fix, unlabeled.values(), [*unlabeled])
-        return Annotations.of(
-            images,
-            image_root=root,
-            names=names,
-            category_ids=range(len(names)),
-            box_format=CXCYWH,
-            relative=True,
-        )
+        return Annotations.of(images, names, len(names), image_root=root, box_format=CXCYWH, relative=True)
 
 
 def read_yaml(file: Path) -> Mapping[str, Any]:
@@ -118,9 +113,7 @@ def _class_names(document: Mapping[str, Any], file: Path) -> list[str]:
     if isinstance(names, Mapping) and sorted(names) == list(range(len(names))):
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list) or not names:
-        raise DataError(
-            f"{file}: names is {names!r}, expected a list of class names or a mapping 0: name, 1: name, ..."
-        )
+        raise DataError(f"{file}: names: expected a list of class names or a mapping 0: name, ..., got {names!r}")
     if document.get("nc", len(names)) != len(names):
         raise DataError(f"{file}: nc is {document['nc']} but there are {len(names)} names; correct one of them")
     return list(map(str, names))
@@ -144,14 +137,6 @@ def _split_images(document: Mapping[str, Any], split: str, root: Path, file: Pat
             lines = path.read_text(encoding="utf-8").split("\n")
             images += [root / line.strip() for line in lines if line.strip()]
     return images
-
-
-def _label_file(image: Path) -> Path:
-    """Replace the last images/ in the path by labels/; without one, the labels are beside the image."""
-    folders = list(image.parts)
-    if "images" in folders[:-1]:
-        folders[len(folders) - 2 - folders[-2::-1].index("images")] = "labels"
-    return Path(*folders).with_suffix(".txt")
 
 
 def _read_line(line: str, num_classes: int, location: str, image_index: int, issues: Issues) -> AnnotatedBox | None:
