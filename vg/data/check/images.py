@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from vg.data.check.dataset import CheckedDataset, ImageFile
 from vg.data.images import find_image
-from vg.errors import BadSampleError
 
 _THREADS = 8
 _RATIO = 0.02  # tolerance between the scales of width and height for an image to count as resized as a whole
@@ -33,15 +32,15 @@ def check_images(dataset: CheckedDataset, indices: Sequence[int]) -> None:
             if not file.digest:
                 what, fix = "missing images", "put them there, or set image_root to the folder that contains them"
             dataset.issues.add("error", what, fix, [f"{files[index]}: {file.error}"])
-    if not dataset.annotations.relative:
-        _check_sizes(dataset)
+        elif not dataset.annotations.relative:
+            _check_size(dataset, index, file)
 
 
 def _open(name: str, root: Path) -> ImageFile:
     """Read and decode an image; never raises."""
     try:
         data = find_image(name, root).read_bytes()
-    except (BadSampleError, OSError, ValueError) as error:  # ValueError: a null byte in the name
+    except (OSError, ValueError) as error:  # not found, or a null byte in the name
         return ImageFile(error=str(error))
     digest = hashlib.blake2b(data, digest_size=16).digest()
     try:
@@ -54,27 +53,24 @@ def _open(name: str, root: Path) -> ImageFile:
         return ImageFile(digest=digest, error=str(error))
 
 
-def _check_sizes(dataset: CheckedDataset) -> None:
-    """Compare stored with annotated sizes, (height, width) in pixels."""
-    annotations = dataset.annotations
-    for index, file in dataset.image_files.items():
-        size, (height, width) = tuple(annotations.sizes[index].tolist()), file.size
-        if not all(file.size):
-            continue
-        example = f"{annotations.locations[index]} ({annotations.files[index]}): {width} x {height}"
-        if size == file.size or not all(size):
-            if file.is_rotated:
-                what = "images that viewers rotate by their EXIF orientation, but training does not"
-                fix = "look at them in images.png: where boxes are wrong, store the images upright"
-                dataset.issues.add("warning", what, fix, [example], [index])
-            continue
-        if file.is_rotated and (width, height) == size:
-            what = "images annotated upright, but stored rotated by their EXIF orientation"
-            fix = "store them upright (for instance `mogrify -auto-orient`)"
-        elif abs((height / size[0]) / (width / size[1]) - 1) < _RATIO:
-            what = "images resized after they were annotated"
-            fix = "use the images that were annotated, or scale boxes, width and height too"
-        else:
-            what = "images of another size than annotated"
-            fix = "use the images that were annotated, or correct width and height"
-        dataset.issues.add("error", what, fix, [f"{example}, annotation {size[1]} x {size[0]}"], [index])
+def _check_size(dataset: CheckedDataset, index: int, file: ImageFile) -> None:
+    """Compare the stored size of an image with the annotated one, (height, width) in pixels."""
+    annotations, (height, width) = dataset.annotations, file.size
+    size = tuple(annotations.sizes[index].tolist())
+    example = f"{annotations.locations[index]} ({annotations.files[index]}): {width} x {height}"
+    if size == file.size or not all(size):
+        if file.is_rotated:
+            what = "images that viewers rotate by their EXIF orientation, but training does not"
+            fix = "look at them in images.png: where boxes are wrong, store the images upright"
+            dataset.issues.add("warning", what, fix, [example], [index])
+        return
+    if file.is_rotated and (width, height) == size:
+        what = "images annotated upright, but stored rotated by their EXIF orientation"
+        fix = "store them upright (for instance `mogrify -auto-orient`)"
+    elif abs((height / size[0]) / (width / size[1]) - 1) < _RATIO:
+        what = "images resized after they were annotated"
+        fix = "use the images that were annotated, or scale boxes, width and height too"
+    else:
+        what = "images of another size than annotated"
+        fix = "use the images that were annotated, or correct width and height"
+    dataset.issues.add("error", what, fix, [f"{example}, annotation {size[1]} x {size[0]}"], [index])

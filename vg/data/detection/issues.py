@@ -66,12 +66,7 @@ class Issues(list[Issue]):
 
 
 class RaiseFirstError(Issues):
-    """Raises the first error and ignores warnings and notes, as loading for training does.
-
-    Args:
-        file: what the message begins with.
-        error: the exception to raise.
-    """
+    """Raises the first error, with `file` in its message; ignores warnings and notes, as loading for training does."""
 
     def __init__(self, file: object, error: type[DataError] = DataError) -> None:
         super().__init__()

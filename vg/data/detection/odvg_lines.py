@@ -48,17 +48,13 @@ def read_label_map(path: str | None, issues: Issues) -> LabelMap | None:
 
 
 class LineParser:
-    """Parses lines of one file; items that cannot be used are reported and left out.
-
-    Attributes:
-        names: of the classes, then the phrases of all parsed lines as first written; equal except for case is equal.
-    """
+    """Parses lines of one file; items that cannot be used are reported and left out."""
 
     def __init__(self, label_map: LabelMap | None, issues: Issues) -> None:
-        self.names = [name for _, name in (label_map or {}).values()]
+        self.names = [name for _, name in (label_map or {}).values()]  # then the phrases, as first written
         self.num_classes = len(self.names)
         self._label_map = label_map
-        self._label_of_phrase: dict[str, int] = {}  # in lower case
+        self._label_of_phrase: dict[str, int] = {}  # case-folded
         self._issues = issues
 
     def parse(self, text: bytes, location: str) -> AnnotatedImage | None:
