@@ -55,25 +55,20 @@ class Annotations:
     """Columns of I images and their A boxes; rows that cannot be used are left out and reported as issues."""
 
     image_root: Path = Path()
-    names: list[str] = field(default_factory=list)
-    """Classes in the order of their labels, then phrases that refer to single images."""
-    category_ids: Sequence[Any] = ()
-    """Ids that the files, and files of results, have for the classes."""
+    names: list[str] = field(default_factory=list)  # classes by label, then phrases that refer to single images
+    category_ids: Sequence[Any] = ()  # ids of the classes in the files, and in files of results
     ids: Sequence[str] = ()  # I
     files: Sequence[str] = ()  # I
     locations: Sequence[str] = ()  # I
     sizes: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # [I, 2]
     image_indices: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [A]
-    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
-    """[A, 4] float64 as written, in `box_format`."""
+    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))  # [A, 4] float64 as written, in `box_format`
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [A] indices into `names`
     crowd: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # [A]
     areas: np.ndarray | None = None  # [A] float64, see Sample.areas
-    locate: Callable[[int], str] = str
-    """Box index -> where the box is described."""
+    locate: Callable[[int], str] = str  # box index -> where the box is described
     box_format: BoxFormat = XYXY
-    relative: bool = False
-    """Boxes are in 0..1 of the image after its EXIF orientation is applied, not in pixels."""
+    relative: bool = False  # boxes are in 0..1 of the image with its EXIF orientation applied, not in pixels
 
     @classmethod
     def of(cls, images: Sequence[AnnotatedImage], names: list[str], num_classes: int, **fields: Any) -> Annotations:
