@@ -17,7 +17,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,11 +72,9 @@ def _load(name: str) -> str:
     """Load a library into torch and return its origin."""
     prebuilt = prebuilt_path(name)
     if prebuilt.exists():
-        try:
+        with suppress(OSError):  # made for a newer system: build one for this system
             torch.ops.load_library(prebuilt)
             return f"prebuilt: {prebuilt}"
-        except OSError:  # made for a newer system: build one for this system
-            pass
     path = library_in_cache(name)
     try:
         torch.ops.load_library(path)
@@ -104,9 +102,14 @@ def library_in_cache(name: str) -> Path:
         return path
     if os.environ.get("VG_BUILD") == "0":
         raise BuildError("VG_BUILD=0 forbids building the kernels, and no earlier build is in the cache.")
+    if sys.platform == "win32":
+        raise BuildError("There are no kernels for Windows yet; use Linux in WSL.")
+    import fcntl
+
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, even if the process dies
             if not path.exists():
                 compile_library(name, path)
     except OSError as error:
@@ -142,8 +145,7 @@ def _command(name: str) -> tuple[list[str], str]:
                 f"nvcc was not found: install the CUDA toolkit {torch.version.cuda}, and set CUDA_HOME or PATH."
             )
         command = [compiler, *FLAGS, "-shared", "-DVG_WITH_CUDA", *_architectures(), "-Xcompiler", ",".join(HOST_FLAGS)]
-        command += [host, kernels, *torch_flags, "-ltorch_cuda"]
-        return command, _output(compiler, "--version")
+        return [*command, host, kernels, *torch_flags, "-ltorch_cuda"], _output(compiler, "--version")
     compiler = shutil.which("g++")
     if not compiler:
         raise BuildError("g++ was not found: install it (Debian, Ubuntu: apt install g++), version 9 or newer.")
@@ -175,14 +177,3 @@ def _output(*command: str) -> str:
 
 def _digest(*contents: bytes) -> str:
     return hashlib.sha256(b"\0".join(contents)).hexdigest()[:16]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    if sys.platform == "win32":
-        raise BuildError("There are no kernels for Windows yet; use Linux in WSL.")
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, even if the process dies
-        yield
