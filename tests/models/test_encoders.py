@@ -1,4 +1,4 @@
-"""Tokenizers of text encoders: every possible location, and an error if there is none."""
+"""Tokenizers of text encoders: every possible location, and an error if one is missing."""
 
 from __future__ import annotations
 

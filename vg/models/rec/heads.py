@@ -35,12 +35,8 @@ class DenseOutput(NamedTuple):
 
 def box_terms(predicted: Tensor, target: Tensor, weights: PooledLossConfig | DenseLossConfig) -> dict[str, Tensor]:
     """Return the weighted box losses whose weight is not zero: two [..., 4] cxcywh -> {term: [...]}."""
-    functions = {"diou": terms.diou, "l1": terms.l1, "giou": terms.giou}
-    return {
-        name: getattr(weights, name) * function(predicted, target)
-        for name, function in functions.items()
-        if getattr(weights, name)
-    }
+    losses = {"diou": terms.diou, "l1": terms.l1, "giou": terms.giou}
+    return {name: x * loss(predicted, target) for name, loss in losses.items() if (x := getattr(weights, name))}
 
 
 class PooledHead(nn.Module):
