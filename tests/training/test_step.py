@@ -137,6 +137,7 @@ def test_frozen_encoders_do_not_change(tiny_config: MakeConfig, pretrained: dict
         model={"name": "rec", "image_size": 32, "head": HEAD, **encoders}, train={"max_steps": 3, "ema": 0.9}
     )
     trainer = Trainer(config)
+    assert trainer.unwrapped_model.vision.network is not trainer.unwrapped_model.text.network, "both are loaded now"
     frozen = {n: p.clone() for n, p in trainer.unwrapped_model.named_parameters() if n.startswith(("vision.", "text."))}
     source = load_file(Path(pretrained["text"]) / "model.safetensors")
     assert frozen["text.network.embeddings.word_embeddings.weight"].equal(source["embeddings.word_embeddings.weight"])

@@ -1,4 +1,4 @@
-"""State of training - weights, their average, optimizer, schedule - and how it is saved and restored."""
+"""State of training (weights, their average, optimizer, schedule): saving and restoring."""
 
 from __future__ import annotations
 
@@ -85,10 +85,3 @@ class TrainingState:
         elif self.ema:  # enabled since the checkpoint: the average starts from the restored weights
             self.ema.restart()
         return state
-
-    def non_finite_weight(self) -> str | None:
-        """Name of the first trainable parameter that is not finite; None if all are finite."""
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not parameter.isfinite().all():
-                return name
-        return None
