@@ -15,8 +15,8 @@ import torch
 from vg.config import RunConfig, parse_config
 from vg.data.source import Provenance
 from vg.evaluation.results import DatasetResult, EvaluationResult
-from vg.models.encoder_config import TINY_BERT
 from vg.models.rec.config import RecConfig
+from vg.models.settings import TINY_BERT
 
 if TYPE_CHECKING:
     from vg.training.trainer import Trainer

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from vg.errors import ConfigError
-from vg.models.encoder_config import EncoderConfig, TextEncoderConfig
+from vg.models.settings import EncoderConfig, TextEncoderConfig
 
 SMALL_VOCABULARY = Path(__file__).parent / "small_vocabulary.txt"
 

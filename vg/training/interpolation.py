@@ -72,10 +72,9 @@ class Sweep:
 
     def __str__(self) -> str:
         """A line per mixture with the best metric and the main metric of each dataset; the best mixture is marked."""
-        widths = [max(9, len(name)) for name in self.columns]
-        lines = [["weight", *(f"{name:>{width}}" for name, width in zip(self.columns, widths, strict=True))]]
+        lines = [["weight", *(f"{name:>9}" for name in self.columns)]]
         for weight, result in self.results:
             metrics = result.flat_metrics()
-            cells = [f"{metrics[name]:>{width}.4f}" for name, width in zip(self.columns, widths, strict=True)]
+            cells = [f"{metrics[name]:>{max(9, len(name))}.4f}" for name in self.columns]
             lines.append([f"{weight:<6g}", *cells, *(["best"] if weight == self.best_weight else [])])
         return "\n".join("  ".join(line) for line in lines)

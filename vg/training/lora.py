@@ -78,14 +78,14 @@ def add_adapters(model: GroundingModel, config: LoraConfig) -> None:
 
 def merged_weights(model: GroundingModel) -> dict[str, Tensor]:
     """The model's own weights under their names without adapters; adapters are merged into their layers."""
-    weights = {key: value for key, value in model.own_state_dict().items() if ".lora_" not in key}
-    merged = {}
-    for key, value in weights.items():
+    weights = {}
+    for key, value in model.own_state_dict().items():
         owner, adapted, parameter = key.rpartition(".base_layer.")
         if adapted and parameter == "weight":
             value = value + model.get_submodule(owner).get_delta_weight(ADAPTER)  # type: ignore[operator]
-        merged[f"{owner}.{parameter}" if adapted else key] = value
-    return merged
+        if ".lora_" not in key:
+            weights[f"{owner}.{parameter}" if adapted else key] = value
+    return weights
 
 
 def _matching(target: str, setting: str, known: dict[str, nn.Linear] | dict[str, nn.Parameter]) -> list[str]:

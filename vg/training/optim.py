@@ -94,8 +94,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         _check_name(prefix, "groups", parameters)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        prefixes = sorted((prefix for prefix in config.groups if _belongs(name, prefix)), key=len)
-        group = config.groups[prefixes[-1]] if prefixes else GroupConfig()
+        prefixes = [prefix for prefix in config.groups if _belongs(name, prefix)]
+        group = config.groups[max(prefixes, key=len)] if prefixes else GroupConfig()
         lr = config.lr if group.lr is None else group.lr
         weight_decay = config.weight_decay if group.weight_decay is None else group.weight_decay
         if parameter.dim() <= 1 and not config.decay_vectors:

@@ -83,9 +83,8 @@ class Trainer:
         self.evaluator = Evaluator(config.data, self.unwrapped_model, self.accelerator, config.train.best_metric)
         self.data = TrainingData(config, self.unwrapped_model, self.accelerator, self.evaluator.sources)
         select_trainable(self.unwrapped_model, config.optim)
-        self.model, self.optimizer = self.accelerator.prepare(
-            self.unwrapped_model, build_optimizer(self.unwrapped_model, config.optim)
-        )
+        optimizer = build_optimizer(self.unwrapped_model, config.optim)
+        self.model, self.optimizer = self.accelerator.prepare(self.unwrapped_model, optimizer)
 
         self.steps_per_epoch = self.data.steps_per_epoch
         self.num_steps = config.train.epochs * self.steps_per_epoch
@@ -93,7 +92,7 @@ class Trainer:
             self.num_steps = min(self.num_steps, config.train.max_steps)
         # Not prepared, because Accelerate would step the schedule once per process.
         self.schedule = build_schedule(self.optimizer.optimizer, config.optim, self.num_steps, self.steps_per_epoch)
-        self.state = TrainingState(config, self.unwrapped_model, self.optimizer, self.schedule, self.accelerator)
+        self.state = TrainingState(config, self.unwrapped_model, self.optimizer, self.accelerator)
 
         self.progress = Progress()
         self.stop = StopSignal(self.accelerator, min(STOP_INTERVAL, config.train.log_every))
@@ -202,7 +201,7 @@ class Trainer:
     def save(self) -> None:
         """Write a resumable checkpoint, which can also be loaded as a model."""
         processes = gather_object([{"random": random_state(), "unlogged": self.losses.state()}])
-        extra = {"progress": asdict(self.progress), "processes": processes}
+        extra = {"schedule": self.schedule.state_dict(), "progress": asdict(self.progress), "processes": processes}
         path = self.folder.path / "checkpoints" / f"step_{self.progress.step:06d}"
         self.folder.save(path, lambda folder: self.state.save(folder, extra))
 
