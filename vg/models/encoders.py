@@ -117,11 +117,8 @@ def network_config(config: EncoderConfig) -> PretrainedConfig:
 def weights_key(name: str, config: EncoderConfig) -> dict[str, str]:
     """Return JSON values that identify the weights of a frozen encoder, without loading them.
 
-    Args:
-        name: path of the setting for errors, such as model.vision.
-
     Raises:
-        ConfigError: the encoder is trained, or its weights are random.
+        ConfigError: the encoder is trained, or its weights are random; the message starts with `name`.
     """
     if not config.frozen:
         raise ConfigError(f"{name}.frozen is false, but only frozen encoders can be cached; set data.cache=null")
@@ -155,7 +152,7 @@ def _files_key(location: str, revision: str | None) -> str:
 
 
 def load_tokenizer(config: TextEncoderConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a text encoder; raises ConfigError if there is none at its location."""
+    """Load the tokenizer of a text encoder; raises ConfigError if it is missing or unreadable."""
     location, revision = _tokenizer_source(config)
     try:
         if location.endswith(".json"):

@@ -103,9 +103,8 @@ class RunFolder:
             shutil.rmtree(old)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append a row to the history.
+        """Append a row to the history, such as {"step": 20, "loss": 1.2, "loss/l1": 0.4, "lr": 1e-4}.
 
-        Rows are, for example, {"step": 20, "loss": 1.2, "loss/l1": 0.4, "lr": 1e-4} and {"step": 500, "miou": 0.61}.
         Keys of evaluations are those of vg.evaluation.results.EvaluationResult.flat_metrics.
         """
         if self.accelerator.is_main_process:
@@ -113,7 +112,6 @@ class RunFolder:
                 file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the history."""
         if not self.history.exists():
             return []
         lines = self.history.read_text(encoding="utf-8").splitlines(keepends=True)
