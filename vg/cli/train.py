@@ -32,6 +32,6 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     try:
         trainer.fit()
     finally:
-        rows = trainer.folder.history.rows()
+        rows = trainer.folder.rows()
         if trainer.accelerator.is_main_process and rows:
             curves(rows, trainer.folder.path / "curves.png")

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 from pydantic import BeforeValidator, Field, PositiveInt
 
 from vg.losses.config import LossConfig
-from vg.models.encoder_config import TINY_BERT, TextEncoderConfig
-from vg.models.settings import ModelSettings
+from vg.models.settings import TINY_BERT, ModelSettings, TextEncoderConfig
 from vg.settings import Settings, by_name
 
 if TYPE_CHECKING:
