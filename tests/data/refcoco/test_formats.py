@@ -241,7 +241,7 @@ def test_number_of_other_objects_of_the_category(tmp_path: Path, images: Path) -
 def test_files_are_read_once_for_all_splits_unless_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_grefs(tmp_path / "grefcoco")
     build(folder)
-    monkeypatch.setattr("vg.data.refcoco.pickles._load_json", lambda file: pytest.fail("read a second time"))
+    monkeypatch.setattr("vg.data.refcoco.pickles.load_plain", lambda file: pytest.fail("read a second time"))
     build(folder)
     monkeypatch.undo()
     write_grefs(folder, sentences=[{"sent": "something else"}])

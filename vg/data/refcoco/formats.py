@@ -113,9 +113,10 @@ def _detect_box_format(objects: Sequence[Mapping[str, Any]], where: str) -> str:
     from pycocotools import mask as masks
 
     median_iou = {}
+    mask_boxes = np.stack([row["mask_box"] for row in objects])  # [objects, 4] xywh
     for box_format in ("xywh", "xyxy"):
-        pairs = [(np.array([_to_xywh(row["bbox"], box_format)]), row["mask_box"][None]) for row in objects]
-        median_iou[box_format] = float(np.median([masks.iou(box, mask_box, [0])[0, 0] for box, mask_box in pairs]))
+        boxes = np.array([_to_xywh(row["bbox"], box_format) for row in objects])
+        median_iou[box_format] = np.median(np.diag(masks.iou(boxes, mask_boxes, [0] * len(objects))))
     best = max(median_iou, key=median_iou.__getitem__)
     if median_iou[best] < _MIN_IOU:
         raise DataError(
