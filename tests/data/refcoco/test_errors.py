@@ -13,7 +13,8 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from vg.data.refcoco.pickles import load_plain
-from vg.data.refcoco.source import Refcoco, RefcocoConfig, samples_of
+from vg.data.refcoco.rows import samples_of
+from vg.data.refcoco.source import Refcoco, RefcocoConfig
 from vg.errors import BadSampleError, DataError
 
 datasets = pytest.importorskip("datasets")

@@ -24,15 +24,13 @@ from vg.data.refcoco.rows import (
     image_source,
     referent_of,
     sample_id,
-    samples_of,
 )
 from vg.data.refcoco.tables import open_table
 from vg.data.source import Provenance, Task
+from vg.data.synthetic.shapes import write_scenes
 from vg.errors import BadSampleError, DataError
 from vg.settings import Settings
 from vg.types import Sample
-
-__all__ = ["Annotation", "Refcoco", "RefcocoConfig", "samples_of"]
 
 PERSON = 1  # COCO's category id of persons
 _MIXED = {("val", 8811), ("test", 5000), ("val", 7573)}  # (split, rows) of lmms-lab/RefCOCO and RefCOCOg
@@ -55,8 +53,6 @@ class RefcocoConfig(Settings):
     @classmethod
     def miniature(cls, folder: Path) -> RefcocoConfig:
         """Write a tiny dataset (JSON lines) and return its settings, for tests."""
-        from vg.data.synthetic.shapes import write_scenes  # which imports this module
-
         rows = [
             {"file_name": f"{image}.png", "ann_id": image, "sent": phrase, "bbox": [x1, y1, x2 - x1, y2 - y1]}
             for image, phrase, (x1, y1, x2, y2) in write_scenes(folder, "expression")
@@ -106,9 +102,9 @@ class Refcoco:
         if self._image_root is not None and not self._image_root.is_dir():
             raise DataError(f"image_root {self._image_root} is not a folder; set it to the folder of the images")
         self._path = config.path
-        reviewed = "quality" in table.columns
+        name, reviewed = table.dataset.removesuffix("_reviewed"), "quality" in table.columns
         if reviewed:
-            check_counts(table.dataset.removesuffix("_reviewed"), table.split, Counts(len(table.rows)))
+            check_counts(name, table.split, Counts(len(table.rows)))
             table = table.where("quality", lambda quality: quality > 0)
         self._table = table.select(COLUMNS)
 
@@ -121,8 +117,7 @@ class Refcoco:
                 seen[key] += 1
         self.num_refs = len(seen)  # described objects
         # [E, 3] row of an expression, its index in that row, and its index among all expressions of its object
-        self._indices = np.array(indices, np.int32)
-        name = table.dataset.removesuffix("_reviewed")
+        self._indices = np.array(indices, np.int32).reshape(-1, 3)
         strict = not (reviewed or mixed or "dataset" in table.columns)  # these are known versions or subsets
         partition, official = check_counts(name, table.split, Counts(len(indices), self.num_refs), strict)
         if reviewed or mixed:
@@ -131,15 +126,10 @@ class Refcoco:
         self.provenance = Provenance(table.dataset, table.split, task, partition, official)
 
     def __len__(self) -> int:
-        """Return the number of expressions."""
         return len(self._indices)
 
     def load(self, index: int, epoch: int) -> Sample:
-        """Read the sample of one expression; `epoch` has no effect.
-
-        Raises:
-            BadSampleError: the message names the dataset, the row, the object and the image file.
-        """
+        """Read the sample of one expression; a BadSampleError names the dataset, the row and the image file."""
         row_index, index_in_row, _ = self._indices[index].tolist()
         row = self._table.row(row_index)
         try:
@@ -169,10 +159,10 @@ class Refcoco:
         rows = list(self._table.select([column for column in COLUMNS if column != "image"]).rows)
         referents = [referent_of(row, self._schema) for row in rows]
         keys, row_indices = self.image_keys(), self._indices[:, 0].tolist()
-        objects = {  # image, category and key
+        objects = {
             (key, rows[row].get("category_id"), referents[row].key) for row, key in zip(row_indices, keys, strict=True)
         }
-        described = Counter(described_object[:2] for described_object in objects)
+        described = Counter((key, category) for key, category, _ in objects)
         annotations = []
         for index, (row, index_in_row, _) in enumerate(self._indices.tolist()):
             category, num_others = rows[row].get("category_id"), rows[row].get("others")
@@ -192,9 +182,9 @@ class Refcoco:
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for column in (*self._schema.columns, "image_path", "file_name"):
-            if column in self._table.columns:
-                digest.update(json.dumps([column, self._table.column(column)], default=str).encode())
+        for name in (*self._schema.columns, "image_path", "file_name"):
+            if name in self._table.columns:
+                digest.update(json.dumps([name, self._table.column(name)], default=str).encode())
         return digest.hexdigest()
 
     @cached_property

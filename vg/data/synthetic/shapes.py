@@ -9,15 +9,13 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from vg.data.refcoco.source import samples_of
+from vg.data.refcoco.rows import samples_of
 from vg.data.source import Provenance, Task
-from vg.data.synthetic.expressions import DESCRIBE, VOCABULARY, ExpressionType, described_scene, shared_phrases
-from vg.data.synthetic.scenes import STYLES, Scene, Shape, draw, random_scene, some
+from vg.data.synthetic.expressions import DESCRIBE, ExpressionType, described_scene, shared_phrases
+from vg.data.synthetic.scenes import STYLES, draw, random_scene, some
 from vg.errors import DataError
 from vg.settings import Settings
 from vg.types import Sample
-
-__all__ = ["VOCABULARY", "Scene", "Shape", "Shapes", "ShapesConfig", "draw"]
 
 SPLITS = {"train": 16_000, "val": 300, "test": 1_200}  # expressions
 
