@@ -44,18 +44,16 @@ EvalConfig = Annotated[
 
 @dataclass
 class CacheConfig(Settings):
-    """Features of frozen encoders on disk, which `vg cache` writes: training and evaluation read them, not pictures."""
+    """Features of frozen encoders on disk, which `vg cache` writes; training and evaluation read them, not images."""
 
     folder: str
-    views: list[Literal["plain", "flip", "crop", "flip_crop"]] = field(default_factory=lambda: ["plain"])
-    """What is kept of each training picture, one of which is drawn for each epoch: as it is, mirrored with "left" and
-    "right" swapped in the words, cropped without loss of a box, or both; every entry costs the same space on disk."""
+    views: Annotated[list[Literal["plain", "flip", "crop", "flip_crop"]], Field(min_length=1)] = field(
+        default_factory=lambda: ["plain"]
+    )
+    """Versions of each training image, one of which is drawn per epoch: as it is, flipped with "left" and "right"
+    swapped in the phrases, cropped without losing a box, or both; all take the same space on disk."""
     expressions_per_image: PositiveInt = 1
     """Largest number of expressions of one image that are batched together, so that the head can share its keys."""
-
-    def __post_init__(self) -> None:
-        if not self.views:
-            raise ValueError("views needs at least one entry, such as plain")
 
 
 @dataclass

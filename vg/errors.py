@@ -31,7 +31,7 @@ class BadSampleError(DataError):
 
 
 class CacheError(DataError):
-    """A feature cache is missing, stale, incomplete or damaged; the message says what to do."""
+    """A feature cache is missing, stale, incomplete or damaged; the message explains what to do."""
 
 
 class BuildError(UserError, RuntimeError):
@@ -39,7 +39,7 @@ class BuildError(UserError, RuntimeError):
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training cannot continue; the message says since which step, and why."""
+    """Training cannot continue; the message names the first affected step and the reason."""
 
 
 def closest(name: object, known: Iterable[str], limit: int = 1, cutoff: float = 0.4) -> list[str]:

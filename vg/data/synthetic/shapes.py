@@ -69,7 +69,6 @@ class Shapes:
         return SPLITS[self.config.split] if self.config.size is None else self.config.size
 
     def load(self, index: int, epoch: int) -> Sample:
-        """Draw one sample; `ShapesConfig.view` determines its phrases and boxes."""
         if self.config.view == "detection":
             return self._detection(index, epoch)
         return samples_of(self.row(index, epoch), self.config.name, self.config.split)[0]
