@@ -273,10 +273,8 @@ def _renamed(values: Any, path: str = "") -> Any:
         return values
     renamed = {}
     for key, value in values.items():
-        names = (
-            [] if isinstance(value, Mapping) else [n for old, n in RENAMED.items() if fnmatchcase(f"{path}{key}", old)]
-        )
-        renamed[names[0] if names else key] = _renamed(value, f"{path}{key}.")
+        names = [name for old, name in RENAMED.items() if fnmatchcase(f"{path}{key}", old)]
+        renamed[names[0] if names and not isinstance(value, Mapping) else key] = _renamed(value, f"{path}{key}.")
     return renamed
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vg import boxes as box_ops
-from vg.cache.format import CacheFolder, read_array, read_index
+from vg.cache.format import INDEX, CacheFolder, read_file
 from vg.data.source import HasImageKeys, Source
 from vg.errors import BadSampleError, CacheError
 from vg.types import EncodedBatch, EncodedSample, Features, Sample, Target
@@ -35,7 +35,7 @@ class CachedSource:
         self.folder = folder
         self.seed = seed
         self.provenance = source.provenance
-        self._index = read_index(folder)
+        self._index: dict[str, np.ndarray] = read_file(folder.path / INDEX, damaged=folder.path / INDEX)
         self._texts = {name: json.loads(self._index[name].tobytes()) for name in TEXTS}
         self._ends = np.concatenate([[0], self._index["ends"]])  # [E + 1] first token of each expression
         self._grid = (int(self._index["grid"][0]), int(self._index["grid"][1]))
@@ -97,16 +97,15 @@ class CachedSource:
 
     def _open(self, path: Path) -> np.ndarray:
         if path not in self._arrays:
-            self._arrays[path] = read_array(path)
+            self._arrays[path] = read_file(path, damaged=self.folder.path)
         return self._arrays[path]
 
     def _check_lengths(self) -> None:
         """Raise CacheError if a file is missing or its length is not that of the index."""
-        folder, num_texts = self.folder, len(self._ends) - 1
+        folder = self.folder
         lengths = {folder.image_features(n): len(shard) * folder.num_views for n, shard in enumerate(folder.shards)}
-        for n, first in enumerate(range(0, num_texts, folder.texts_per_shard)):
-            end = min(first + folder.texts_per_shard, num_texts)
-            lengths[folder.text_features(n)] = int(self._ends[end] - self._ends[first])
+        for n, shard in enumerate(folder.text_shards(len(self._ends) - 1)):
+            lengths[folder.text_features(n)] = int(self._ends[shard.stop] - self._ends[shard.start])
         for path, length in lengths.items():
             if len(self._open(path)) != length:
                 raise CacheError(

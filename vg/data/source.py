@@ -17,7 +17,7 @@ from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from vg.errors import BadSampleError
+from vg.errors import BadSampleError, DataError
 from vg.types import EncodedSample, Sample
 
 Task = Literal["expressions", "generalized", "detection"]
@@ -37,6 +37,9 @@ class Provenance:
     task: Task = "expressions"
     partition: str | None = None  # split provider of a RefCOCO dataset: "unc", "umd" or "google"
     official: bool | None = None  # whether its counts are the published ones of that split; None if none are published
+
+    def __str__(self) -> str:
+        return f"{self.data} ({self.split})"
 
 
 class Source(Protocol[Loaded_co]):
@@ -97,6 +100,23 @@ class HasCategoryIds(Protocol):
         ...
 
 
+def with_image_sizes(source: Source) -> HasImageSizes:
+    """Return the source; raises DataError if it does not implement HasImageSizes."""
+    if not isinstance(source, HasImageSizes):
+        raise DataError(f"{source.provenance.data} provides no image sizes, which data.group_by_aspect_ratio needs")
+    return source
+
+
+def with_image_groups(source: Source) -> HasImageGroups:
+    """Return the source; raises DataError if it does not implement HasImageGroups."""
+    if not isinstance(source, HasImageGroups):
+        raise DataError(
+            f"{source.provenance.data} does not group its samples by image, as "
+            "data.cache.expressions_per_image above 1 needs"
+        )
+    return source
+
+
 def checked(sample: Sample) -> Sample:
     """Validate a sample of any source.
 
@@ -146,13 +166,9 @@ def _box_problem(box: np.ndarray, inside: np.ndarray) -> str:
     """Describe the problem of one box [4], given also clipped to the image; empty if there is none."""
     if not np.isfinite(box).all():
         return "is not finite"
-    if box[2] <= box[0] or box[3] <= box[1]:
-        return "has no area"
-    if np.abs(box - inside).max() > OVERHANG:
+    if (box[2:] > box[:2]).all() and np.abs(box - inside).max() > OVERHANG:
         return "lies outside"
-    if inside[2] <= inside[0] or inside[3] <= inside[1]:
-        return "has no area"
-    return ""
+    return "" if (inside[2:] > inside[:2]).all() else "has no area"
 
 
 def _format_hint(box: list[float], width: int, height: int) -> str:
