@@ -65,9 +65,8 @@ def build_cache(config: RunConfig) -> None:
     free = shutil.disk_usage(root).free
     needed = sum(build.image_bytes + build.text_bytes for build in builds.values())
     if accelerator.is_main_process:
-        print(
-            *builds.values(), f"to be written: {_size(needed)}; free on the disk: {_size(free)}", sep="\n", flush=True
-        )
+        total = f"to be written: {_size(needed)}; free on the disk: {_size(free)}"
+        print(*builds.values(), total, sep="\n", flush=True)
     if needed > free:
         raise CacheError(
             f"the features need {_size(needed)}, the disk of {root} has {_size(free)} left; free some space, set "

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vg import boxes as box_ops
 from vg.cache.format import INDEX, CacheFolder, read_file
@@ -75,17 +74,15 @@ class CachedSource:
         )
 
     def image_groups(self, epoch: int) -> np.ndarray:
-        """Return [samples] ids, see vg.data.source.HasImageGroups."""
         return self._index["pictures"]
 
     def image_sizes(self, epoch: int) -> np.ndarray:
-        """Return [samples, 2] (height, width), see vg.data.source.HasImageSizes."""
         images = self._index["pictures"]
         views = np.array([self._view(image, epoch) for image in range(self.folder.num_images)])
         return self._index["sizes"][images, views[images]]
 
     def image_keys(self) -> list[str]:
-        """Return the keys of the source, see vg.data.source.HasImageKeys; without keys there, all are different."""
+        """Return the keys of the source; if it has none, all are different."""
         if isinstance(self.source, HasImageKeys):
             return self.source.image_keys()
         return [f"{self.folder.path}/{index}" for index in range(len(self))]
@@ -129,10 +126,9 @@ def collate_encoded(samples: Sequence[EncodedSample]) -> EncodedBatch:
         text_mask=torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1),  # [R, T]
         image_ids=torch.tensor([indices[sample.image_key] for sample in samples]),
     )
-    return EncodedBatch(features, [_target(sample) for sample in samples])
-
-
-def _target(sample: EncodedSample) -> Target:
-    boxes: Tensor = box_ops.from_pixels(torch.from_numpy(sample.box).unsqueeze(0), sample.size)
-    phrase_ids = torch.zeros(1, dtype=torch.long)
-    return Target(sample.id, sample.size, (sample.phrase,), boxes, phrase_ids, sample.expression_type)
+    targets = []
+    for sample in samples:
+        boxes = box_ops.from_pixels(torch.from_numpy(sample.box).unsqueeze(0), sample.size)  # [1, 4]
+        phrase_ids = torch.zeros(1, dtype=torch.long)
+        targets.append(Target(sample.id, sample.size, (sample.phrase,), boxes, phrase_ids, sample.expression_type))
+    return EncodedBatch(features, targets)

@@ -51,7 +51,6 @@ class Source(Protocol[Loaded_co]):
 
     def load(self, index: int, epoch: int) -> Loaded_co:
         """Load one sample; raises BadSampleError naming it if that is impossible."""
-        ...
 
 
 @runtime_checkable
@@ -60,7 +59,6 @@ class HasImageSizes(Protocol):
 
     def image_sizes(self, epoch: int) -> np.ndarray:
         """Return the (height, width) in pixels of the image that `load(index, epoch)` returns: [samples, 2] int."""
-        ...
 
 
 @runtime_checkable
@@ -69,7 +67,6 @@ class HasImageKeys(Protocol):
 
     def image_keys(self) -> list[str]:
         """Return a key of the image of each sample; equal keys, in any source, mean the same image."""
-        ...
 
 
 @runtime_checkable
@@ -78,7 +75,6 @@ class HasFingerprint(Protocol):
 
     def fingerprint(self) -> str:
         """Return a digest of all annotations, without reading images."""
-        ...
 
 
 @runtime_checkable
@@ -87,7 +83,6 @@ class HasImageGroups(Protocol):
 
     def image_groups(self, epoch: int) -> np.ndarray:
         """Return an id of the image that `load(index, epoch)` returns: [samples] int."""
-        ...
 
 
 @runtime_checkable
@@ -97,7 +92,6 @@ class HasCategoryIds(Protocol):
     @property
     def category_ids(self) -> dict[str, int]:
         """Phrase -> category id."""
-        ...
 
 
 def with_image_sizes(source: Source) -> HasImageSizes:

@@ -165,9 +165,7 @@ def samples_of(
 ) -> list[Sample]:
     """Return one sample per expression of a row of any schema in `SCHEMAS`; they share one image.
 
-    Rows of `vg.data.synthetic.shapes` have the schema of lmms-lab/RefCOCO*: `question_id`, `image` (PIL), `answer` (all
-    expressions of the object), `bbox` [x, y, width, height] in pixels, and `kinds` (their expression types). The ids
-    of their samples are `<dataset>/<split>/<question_id>/<index of the expression in the row>`.
+    Their ids are `<dataset>/<split>/<key of the object>/<index of the expression in the row>`.
 
     Raises:
         DataError: the columns are not a known schema.

@@ -97,7 +97,7 @@ class Refcoco:
                 stacklevel=3,
             )
         self._image_root = Path(config.image_root) if config.image_root is not None else table.folder
-        if self._image_root is None and not table.has_pixels:
+        if self._image_root is None and table.images is None and "image" not in table.columns:
             raise DataError(f"{config.path} has no pixels; set image_root to the folder of COCO's train2014 images")
         if self._image_root is not None and not self._image_root.is_dir():
             raise DataError(f"image_root {self._image_root} is not a folder; set it to the folder of the images")

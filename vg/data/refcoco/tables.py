@@ -41,10 +41,6 @@ class Table:
             return row
         return row | {"image": self.images[row["image_row"]]["image"]}
 
-    @property
-    def has_pixels(self) -> bool:
-        return self.images is not None or "image" in self.columns
-
     def column(self, name: str) -> list[Any]:
         """Read all values of one column, and no other column."""
         if isinstance(self.rows, list):

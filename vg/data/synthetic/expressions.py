@@ -45,13 +45,11 @@ RELATION_REFUSAL = 0.04  # ... and of all other candidates on the opposite side,
 NEAR_RATIO = 1.75  # "closest to": the runner-up is at least this many times further away
 
 
-def _words() -> tuple[str, ...]:
-    wordings = [*SIZES.values(), *SUPERLATIVES.values(), *RELATIONS.values()]
-    lines = ["the", *COLORS, *FORMS, *GENERIC_NOUNS, *ORDINALS, *(line for lines in wordings for line in lines)]
-    return tuple(sorted({word for line in lines for word in line.replace("{}", "").split()}))
-
-
-VOCABULARY = _words()
+_WORDINGS = [
+    *(("the",), COLORS, FORMS, GENERIC_NOUNS, ORDINALS),
+    *(*SIZES.values(), *SUPERLATIVES.values(), *RELATIONS.values()),
+]
+VOCABULARY = tuple(sorted({word for lines in _WORDINGS for line in lines for word in line.replace("{}", "").split()}))
 
 
 class Phrase(NamedTuple):
