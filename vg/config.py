@@ -165,11 +165,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_checkpoint_config(path: str | Path, overrides: Sequence[str] = ()) -> CheckpointConfig:
-    """The configuration of a checkpoint: a RunConfig, or the model alone if the checkpoint was converted.
-
-    Raises:
-        ConfigError: see load_config.
-    """
+    """As load_config, but return the model alone for the configuration of a converted checkpoint."""
     values, files = _load_values(path, overrides)
     return _parse(values, str(path), CheckpointConfig if values.keys() == {"model"} else RunConfig, files)
 
@@ -224,21 +220,16 @@ def _load_values(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, 
     return values, files
 
 
-def _read_files(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The values of a YAML file, then those of its `base`, of the base of that, and so on."""
-    files: list[tuple[Path, dict[str, Any]]] = []
-    while True:
-        chain = [file for file, _ in files]
-        if path.resolve() in [file.resolve() for file in chain]:
-            raise ConfigError(f"`base` forms a cycle: {' -> '.join(map(str, [*chain, path]))}")
-        values = _read_yaml(path, f", the base of {chain[-1]}" if chain else "")
-        base = values.pop("base", None)
-        files.append((path, _renamed(values)))
-        if base is None:
-            return files
-        if not isinstance(base, str):
-            raise ConfigError(f"{path}: base must be the path of one YAML file, got {base!r}")
-        path = path.parent / base
+def _read_files(path: Path, chain: tuple[Path, ...] = ()) -> Files:
+    if path.resolve() in [file.resolve() for file in chain]:
+        raise ConfigError(f"`base` forms a cycle: {' -> '.join(map(str, [*chain, path]))}")
+    values = _read_yaml(path, f", the base of {chain[-1]}" if chain else "")
+    base = values.pop("base", None)
+    if base is None:
+        return [(path, _renamed(values))]
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base must be the path of one YAML file, got {base!r}")
+    return [(path, _renamed(values)), *_read_files(path.parent / base, (*chain, path))]
 
 
 def _read_yaml(path: Path, role: str) -> dict[str, Any]:

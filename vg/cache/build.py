@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -76,26 +77,22 @@ def build_cache(config: RunConfig) -> None:
         build.run()
 
 
+@dataclass
 class Build:
     """The features of one dataset."""
 
-    def __init__(
-        self,
-        data: DataConfig,
-        model: EncodableModel,
-        accelerator: Accelerator,
-        source: Source[Sample],
-        folder: CacheFolder,
-    ):
-        self.data = data
-        self.model = model
-        self.accelerator = accelerator
-        self.source = source
-        self.folder = folder
-        collate = Collator(model.image_spec, model.text_spec)
-        self.images = ImageViews(source, folder.key["views"], collate, data.bad_samples == "skip")
-        self.done = (folder.path / INDEX).exists()
-        self.image_bytes = self.text_bytes = 0  # to be written
+    data: DataConfig
+    model: EncodableModel
+    accelerator: Accelerator
+    source: Source[Sample]
+    folder: CacheFolder
+    image_bytes: int = 0  # to be written
+    text_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        collate = Collator(self.model.image_spec, self.model.text_spec)
+        self.images = ImageViews(self.source, self.folder.key["views"], collate, self.data.bad_samples == "skip")
+        self.done = (self.folder.path / INDEX).exists()
         if not self.done:
             self._measure()
 

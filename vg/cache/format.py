@@ -144,11 +144,7 @@ def image_indices(source: Source) -> np.ndarray:
 
 
 def read_file(path: Path, damaged: Path) -> Any:
-    """Memory-map the features of a shard (.npy), or read the index (.npz).
-
-    Raises:
-        CacheError: the file is missing or damaged; advises to remove `damaged`.
-    """
+    """Memory-map a shard (.npy) or read the index (.npz); raises CacheError, which advises to remove `damaged`."""
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
         return content if isinstance(content, np.ndarray) else dict(content)

@@ -37,10 +37,7 @@ SourceConfig: TypeAlias = Annotated[Union[DatasetConfig, MixtureConfig], Field(d
 class Mixture(Generic[Loaded]):
     """Concatenated sources, as a vg.data.source.Source; randomness depends on (seed, epoch, index) only.
 
-    The id of a sample begins with the dataset that it is from.
-
-    Args:
-        weights: see MixtureConfig.
+    The id of a sample begins with the dataset that it is from. For `weights`, see MixtureConfig.
 
     Raises:
         DataError: there are no sources, or not one weight for each.
@@ -59,7 +56,7 @@ class Mixture(Generic[Loaded]):
         self._orders: list[dict[int, np.ndarray]] = [{} for _ in sources]  # per source: pass -> permutation
         self.provenance = Provenance(
             data=" + ".join(
-                f"{source.provenance}" + ("" if weight == 1 else f" x {weight:g}")
+                f"{source.provenance}{'' if weight == 1 else f' x {weight:g}'}"
                 for source, weight in zip(sources, self.weights, strict=True)
             ),
             split="mixture",

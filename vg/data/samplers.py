@@ -36,8 +36,7 @@ class EpochSampler(Sampler[int]):
 class ImageGroupedSampler(EpochSampler):
     """Samples of the same image in groups of at most `group_size`, so that a batch can share it; groups are shuffled.
 
-    Raises:
-        DataError: the source does not implement vg.data.source.HasImageGroups.
+    Raises DataError unless the source implements vg.data.source.HasImageGroups.
     """
 
     def __init__(self, source: Source, seed: int, group_size: int):
@@ -62,11 +61,10 @@ class AspectRatioGroupedSampler(EpochSampler):
     A permutation is cut into chunks, each chunk is sorted by aspect ratio and cut into groups, and the groups are
     shuffled. The incomplete last group is split off before sorting: dropping it (`drop_last`) does not bias the data.
 
+    Raises DataError unless the source implements vg.data.source.HasImageSizes.
+
     Args:
         group_size: samples of one step of all processes: batch size x processes.
-
-    Raises:
-        DataError: the source does not implement vg.data.source.HasImageSizes.
     """
 
     CHUNK = 64  # groups that are sorted together: larger chunks are more uniform, smaller ones mix better

@@ -84,11 +84,7 @@ def expressions_of(cell: object) -> list[str]:
 
 
 def referent_of(row: Mapping[str, Any], schema: Schema) -> Referent:
-    """Read the annotation of a row, but not its image.
-
-    Raises:
-        BadSampleError: the key or the box is missing or malformed, or the box contradicts `raw_anns`.
-    """
+    """Read the annotation of a row, but not its image; raises BadSampleError if its key or a box is unusable."""
     key = row.get(schema.key)
     if key is None:
         raise BadSampleError(f"{schema.key} is missing; every row needs one, because it identifies the object")
@@ -141,9 +137,7 @@ def image_name(row: Mapping[str, Any]) -> str:
 
 
 def image_source(row: Mapping[str, Any], image_root: Path | None) -> tuple[Path | bytes | Image.Image, str]:
-    """Return where the image of a row is, and a name for error messages: the arguments of vg.data.images.read_image.
-
-    The image is in the column `image`, or in the file below `image_root` that the row names.
+    """Return the image, its bytes or its file below `image_root`, and a name for messages, as read_image takes them.
 
     Raises:
         BadSampleError: no image, or no such file.

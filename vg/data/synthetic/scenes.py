@@ -87,15 +87,7 @@ class Scene:
 
 
 def random_scene(rng: np.random.Generator, size: int = 128, style: Style = STYLES["plain"]) -> Scene:
-    """Sample a scene with few colors and forms, so that most shapes share an attribute with another.
-
-    Args:
-        size: image side in pixels, at least that of the style.
-    """
-    if size < style.min_side:
-        raise ValueError(
-            f"shapes are indistinguishable in a scene of {size} x {size} pixels; use at least {style.min_side}"
-        )
+    """Sample a scene of size x size pixels with few colors and forms: most shapes share an attribute with another."""
     colors = some(rng, tuple(COLORS), int(rng.integers(2, 4)))
     forms = some(rng, tuple(FORMS), int(rng.integers(2, 4)))
     fewest, most = style.counts

@@ -120,11 +120,7 @@ class Shapes:
 
 
 def write_scenes(folder: Path, view: Literal["expression", "detection"]) -> list[tuple[int, str, list[float]]]:
-    """Write four scenes of 64 x 64 pixels as 0.png to 3.png: the images of a dataset's `miniature`.
-
-    Returns:
-        (image, phrase, box) of every box; image 0 to 3, box xyxy in pixels.
-    """
+    """Write 0.png to 3.png, the images of a dataset's `miniature`; return (image 0 to 3, phrase, box xyxy) per box."""
     folder.mkdir(parents=True, exist_ok=True)
     source = ShapesConfig(split="val", size=4, image_size=64, view=view).build()
     samples = [source.load(index, epoch=0) for index in range(len(source))]
