@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Base of all errors whose cause is in the user's files, settings or machine; the message says how to fix it."""
+    """Base of all errors whose cause is in the user's files, settings or machine; the message explains the fix."""
 
 
 class ConfigError(UserError, ValueError):

@@ -32,7 +32,7 @@ class Sample:
     boxes: np.ndarray  # [N, 4] float32, xyxy in pixels
     phrase_ids: np.ndarray  # [N] int64: boxes[n] belongs to phrases[phrase_ids[n]]
     expression_type: str = ""  # such as "relation": metrics are also reported per type; empty if there are no types
-    crowd: np.ndarray | None = None  # [N] bool, crowd regions (COCO `iscrowd`); None if there are none
+    crowd: np.ndarray | None = None  # [N] bool, crowd regions (COCO `iscrowd`); None without any
     areas: np.ndarray | None = None  # [N] float32, segmentation areas in square pixels, if known
     shortest: int | None = None  # shorter side in pixels that augmentation chose for resizing, if it did
 

@@ -122,8 +122,6 @@ class Build:
         if self.done:
             return
         folder, main = self.folder, self.accelerator.is_main_process
-        folder.image_features(0).parent.mkdir(parents=True, exist_ok=True)
-        folder.text_features(0).parent.mkdir(exist_ok=True)
         if main:
             self._warn_about_changing_images()
             write_bytes(folder.path / KEY, json.dumps(folder.key, indent=1).encode())

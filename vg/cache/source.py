@@ -16,8 +16,6 @@ from vg.data.source import HasImageKeys, Source
 from vg.errors import BadSampleError, CacheError
 from vg.types import EncodedBatch, EncodedSample, Features, Sample, Target
 
-TEXTS = ("ids", "kinds", "expressions")  # entries of the index that are JSON lists of strings
-
 
 class CachedSource:
     """The samples of a source with features from its cache, as a vg.data.source.Source[EncodedSample].
@@ -35,7 +33,7 @@ class CachedSource:
         self.seed = seed
         self.provenance = source.provenance
         self._index: dict[str, np.ndarray] = read_file(folder.path / INDEX, damaged=folder.path / INDEX)
-        self._texts = {name: json.loads(self._index[name].tobytes()) for name in TEXTS}
+        self._texts = {name: json.loads(self._index[name].tobytes()) for name in ("ids", "kinds", "expressions")}
         self._ends = np.concatenate([[0], self._index["ends"]])  # [E + 1] first token of each expression
         self._grid = (int(self._index["grid"][0]), int(self._index["grid"][1]))
         self._arrays: dict[Path, np.ndarray] = {}  # opened files

@@ -130,19 +130,18 @@ def checked(sample: Sample) -> Sample:
         raise BadSampleError(f"{where}: an empty phrase in {sample.phrases}; give it words or remove the row")
     if boxes.dtype != np.float32 or boxes.ndim != 2 or boxes.shape[1] != 4:
         raise BadSampleError(f"{where}: boxes are {boxes.dtype} {list(boxes.shape)}, expected float32 [N, 4]")
-    if phrase_ids.dtype != np.int64 or phrase_ids.shape != boxes.shape[:1]:
-        raise BadSampleError(
-            f"{where}: phrase_ids are {phrase_ids.dtype} {list(phrase_ids.shape)}, expected int64, one for each of the "
-            f"{len(boxes)} boxes"
-        )
+    for name, values, dtype in (
+        ("phrase_ids are", phrase_ids, np.int64),
+        ("crowd is", sample.crowd, np.bool_),
+        ("areas is", sample.areas, np.float32),
+    ):
+        if values is not None and (values.dtype != dtype or values.shape != boxes.shape[:1]):
+            found = f"{values.dtype} {list(values.shape)}"
+            raise BadSampleError(
+                f"{where}: {name} {found}, expected {np.dtype(dtype)}, one for each of the {len(boxes)} boxes"
+            )
     if ((phrase_ids < 0) | (phrase_ids >= len(sample.phrases))).any():
         raise BadSampleError(f"{where}: phrase_ids {phrase_ids.tolist()} exceed the {len(sample.phrases)} phrases")
-    for name, values, dtype in (("crowd", sample.crowd, np.bool_), ("areas", sample.areas, np.float32)):
-        if values is not None and (values.dtype != dtype or values.shape != boxes.shape[:1]):
-            raise BadSampleError(
-                f"{where}: {name} is {values.dtype} {list(values.shape)}, expected {np.dtype(dtype)}, one for each of "
-                f"the {len(boxes)} boxes"
-            )
     height, width = image.shape[:2]
     clipped = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))  # [N, 4]
     for box, inside in zip(boxes, clipped, strict=True):
@@ -157,7 +156,7 @@ def checked(sample: Sample) -> Sample:
 
 
 def _box_problem(box: np.ndarray, inside: np.ndarray) -> str:
-    """Describe the problem of one box [4], given also clipped to the image; empty if there is none."""
+    """Describe the problem of one box [4], given also clipped to the image; empty for a valid box."""
     if not np.isfinite(box).all():
         return "is not finite"
     if (box[2:] > box[:2]).all() and np.abs(box - inside).max() > OVERHANG:

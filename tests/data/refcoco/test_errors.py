@@ -200,7 +200,7 @@ def test_errors_of_the_refer_toolbox_format(folder):
     with pytest.raises(DataError, match="has the partitions google, unc; set partition"):
         build(folder, partition="umd")
     assert len(build(folder, partition="unc")) == 1
-    with pytest.raises(BadSampleError, match=r"99: bbox is None.*use the instances.json"):
+    with pytest.raises(BadSampleError, match=r"99: bbox is (None), expected.*use the instances.json"):
         build(folder, partition="google").load(0, epoch=0)
     with pytest.raises(DataError, match="no split 'testA'; it has val"):
         build(folder, "testA", partition="unc")

@@ -41,8 +41,7 @@ COUNTS: dict[tuple[str, str], dict[str, Counts]] = {
     ("RefCOCOg", "google"): {"train": Counts(85474), "val": Counts(9536)},
     ("RefCOCO-M", "unc"): {"val": Counts(5598, 2080)},
 }
-_NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocoplus": "RefCOCO+", "refcoco_plus": "RefCOCO+"}
-_NAMES |= {"refcocog": "RefCOCOg", "refcoco-m": "RefCOCO-M"}
+_NAMES = {name.lower(): name for name, _ in COUNTS} | {"refcocoplus": "RefCOCO+", "refcoco_plus": "RefCOCO+"}
 _NAME = re.compile(rf"({'|'.join(map(re.escape, sorted(_NAMES, reverse=True)))})(?:[-_](unc|umd|google))?")
 
 

@@ -41,16 +41,12 @@ def partition_of(file: Path) -> str:
     return file.stem.partition("(")[2].removesuffix(")")
 
 
-def is_refs_file(file: Path) -> bool:
-    return file.suffix == ".p" or (file.name.startswith("grefs(") and file.suffix == ".json")
-
-
 def read_refs(file: Path) -> list[dict[str, Any]]:
     """Read all splits, one row per expression: the columns of our JSON lines (`sent`, `bbox` xywh, ...) and `split`.
 
     Boxes are looked up in instances.json by `ann_id`, in gRefCOCO a list of any length; image files by `image_id`,
     because the `file_name` of a ref contains the annotation id and does not exist. Entries missing from instances.json
-    are None, an error of that sample only. `others` is the number of other objects of the same category in the image.
+    become None, an error of that sample only. `others` is the number of other objects of the same category in the image.
     The result is cached because all splits are in one file.
 
     Raises:

@@ -72,7 +72,7 @@ class Annotation(NamedTuple):
     boxes: np.ndarray  # [N, 4] xyxy pixels
     image_key: str  # see vg.data.source.HasImageKeys
     person: bool | None  # whether the object is a person
-    others: int | None  # other objects of the same category in the image; if unknown, only those with expressions
+    num_others: int | None  # other objects of the same category in the image; if unknown, only those with expressions
 
 
 class Refcoco:
@@ -175,7 +175,7 @@ class Refcoco:
                     boxes=referents[row].boxes,
                     image_key=keys[index],
                     person=None if category is None else category in (PERSON, "person"),
-                    others=num_others,
+                    num_others=num_others,
                 )
             )
         return annotations

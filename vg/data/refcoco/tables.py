@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vg.data.refcoco.formats import NESTED, flat_rows, reviewed_rows
-from vg.data.refcoco.pickles import is_refs_file, partition_of, read_refs, refs_files
+from vg.data.refcoco.pickles import partition_of, read_refs, refs_files
 from vg.errors import DataError, NoSuchSplitError
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _open_folder(folder: Path, split: str, partition: str | None, dataset: str |
 
 def _open_file(file: Path, split: str, dataset: str | None) -> Table:
     folder = file.resolve().parent
-    if is_refs_file(file):
+    if file.suffix == ".p" or file in refs_files(file.parent).values():
         return _pick({"": read_refs(file)}, split, f"{folder.name}-{partition_of(file)}", folder)
     if file.suffix not in _SUFFIXES:
         raise DataError(f"{file}: unknown file type; path is {_ACCEPTED}")

@@ -94,7 +94,7 @@ def random_scene(rng: np.random.Generator, size: int = 128, style: Style = STYLE
     smallest, largest = style.scales
     scales = np.exp(rng.uniform(math.log(smallest), math.log(largest), size=rng.integers(fewest, most + 1)))
     shapes: list[Shape] = []
-    for scale in sorted(scales.tolist(), reverse=True):  # large ones first, as they are hardest to place
+    for scale in sorted(scales.tolist(), reverse=True):  # large ones first, as they need the most room
         form, color = pick(rng, forms), pick(rng, colors)
         if box := _free_position(rng, scale * size, FORMS[form], size, style.gap * size, shapes):
             paint = np.clip(np.add(COLORS[color], rng.integers(-8, 9, size=3)), 0, 255)
