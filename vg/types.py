@@ -189,11 +189,7 @@ class ImageSpec(ABC):
 
     @abstractmethod
     def resized(self, height: int, width: int, shortest: int | None = None) -> tuple[int, int]:
-        """Return (height, width) in pixels to which an image of this size is resized.
-
-        Args:
-            shortest: shorter side to resize to (see Sample.shortest), if the rule leaves a choice.
-        """
+        """Return the new (height, width) in pixels of an image; `shortest` (see Sample) applies if the rule has one."""
 
 
 @dataclass(frozen=True)

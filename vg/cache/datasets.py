@@ -23,8 +23,7 @@ RunDataset: TypeAlias = SourceDataset[Sample] | SourceDataset[EncodedSample]
 def training_dataset(config: RunConfig, model: GroundingModel, evaluations: Sequence[Source]) -> RunDataset:
     """Return the training samples; its `collate` makes batches for the model.
 
-    Args:
-        evaluations: evaluation sources; images shared with them cause a warning or are dropped (`data.drop_overlap`).
+    Images that are also in `evaluations` cause a warning or are dropped (`data.drop_overlap`).
 
     Raises:
         ConfigError: features of this model cannot be cached.

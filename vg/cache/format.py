@@ -34,17 +34,11 @@ KEY, INDEX = "key.json", "index.npz"
 
 @dataclass(frozen=True)
 class CacheFolder:
-    """Paths of the features of one source in certain views.
+    """Paths of the features of one source in certain views."""
 
-    Args:
-        root: the folder of all caches.
-        key: all that the features depend on, as JSON values; "data" and "split" are the name of the source.
-        num_images: without their views.
-    """
-
-    root: Path
-    key: Mapping[str, Any]
-    num_images: int
+    root: Path  # of all caches
+    key: Mapping[str, Any]  # all that the features depend on, as JSON values; "data" and "split" name the source
+    num_images: int  # without their views
 
     @cached_property
     def path(self) -> Path:

@@ -37,7 +37,17 @@ class CachedSource:
         self._ends = np.concatenate([[0], self._index["ends"]])  # [E + 1] first token of each expression
         self._grid = (int(self._index["grid"][0]), int(self._index["grid"][1]))
         self._arrays: dict[Path, np.ndarray] = {}  # opened files
-        self._check_lengths()
+
+        # All files are opened once, so a missing or shortened one is found before training.
+        lengths = {folder.image_features(n): len(shard) * folder.num_views for n, shard in enumerate(folder.shards)}
+        for n, shard in enumerate(folder.text_shards(len(self._ends) - 1)):
+            lengths[folder.text_features(n)] = int(self._ends[shard.stop] - self._ends[shard.start])
+        for path, length in lengths.items():
+            if len(self._open(path)) != length:
+                raise CacheError(
+                    f"{path} has {len(self._open(path))} rows, expected {length}; remove {folder.path} and run "
+                    "`vg cache` again"
+                )
 
     def __len__(self) -> int:
         return len(self._index["pictures"])
@@ -94,19 +104,6 @@ class CachedSource:
         if path not in self._arrays:
             self._arrays[path] = read_file(path, damaged=self.folder.path)
         return self._arrays[path]
-
-    def _check_lengths(self) -> None:
-        """Raise CacheError if a file is missing or its length is not that of the index."""
-        folder = self.folder
-        lengths = {folder.image_features(n): len(shard) * folder.num_views for n, shard in enumerate(folder.shards)}
-        for n, shard in enumerate(folder.text_shards(len(self._ends) - 1)):
-            lengths[folder.text_features(n)] = int(self._ends[shard.stop] - self._ends[shard.start])
-        for path, length in lengths.items():
-            if len(self._open(path)) != length:
-                raise CacheError(
-                    f"{path} has {len(self._open(path))} rows, expected {length}; remove {folder.path} and run "
-                    "`vg cache` again"
-                )
 
 
 def collate_encoded(samples: Sequence[EncodedSample]) -> EncodedBatch:

@@ -152,8 +152,8 @@ class Prompts:
                     token_ids.pop()
                 if set(token_ids) == {self.tokenizer.unk_token_id}:
                     logger.warning(
-                        "%s: all tokens of the phrase %r are unknown to the tokenizer, so the model cannot "
-                        "distinguish it from other unknown phrases; set model.text.tokenizer, or data.*.vocabulary.phrases",
+                        "%s: all tokens of the phrase %r are unknown to the tokenizer, so the model confuses "
+                        "it with other unknown phrases; set model.text.tokenizer, or data.*.vocabulary.phrases",
                         sample.id,
                         phrase,
                     )

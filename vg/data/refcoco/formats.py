@@ -15,12 +15,9 @@ _NUM_CHECKED = 200  # objects of a table whose masks are used to detect its box 
 
 
 def flat_rows(images: Iterable[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
-    """Convert a table with one row per image to one row per object, whose `image_row` is the index of the original row.
+    """Convert rows of images (without pixels) to one row per object, whose `image_row` is the index of the original.
 
     These tables do not document whether boxes are xywh or xyxy, so the format is detected from the object masks.
-
-    Args:
-        images: the rows without pixels.
 
     Raises:
         DataError: naming `where`, if a row is malformed or the boxes fit the masks in neither format.

@@ -45,8 +45,8 @@ def read_refs(file: Path) -> list[dict[str, Any]]:
     """Read all splits, one row per expression: the columns of our JSON lines (`sent`, `bbox` xywh, ...) and `split`.
 
     Boxes are looked up in instances.json by `ann_id`, in gRefCOCO a list of any length; image files by `image_id`,
-    because the `file_name` of a ref contains the annotation id and does not exist. Entries missing from instances.json
-    become None, an error of that sample only. `others` is the number of other objects of the same category in the image.
+    because the `file_name` of a ref contains the annotation id and does not exist. What instances.json lacks becomes
+    None, an error of that sample only. `others` is the number of other objects of the same category in the image.
     The result is cached because all splits are in one file.
 
     Raises:

@@ -123,7 +123,8 @@ def _by_order(rng: np.random.Generator, scene: Scene, ordinal: bool) -> Expressi
         for phrase in some(rng, shared_phrases(scene, at_least=rank + 2)):
             if ordinal and order not in DIRECTIONS and not phrase.form:
                 continue  # comparing sizes of different forms is ambiguous
-            ordered = _ordered(order, phrase.matches(scene.shapes), scene)
+            shapes = phrase.matches(scene.shapes)
+            ordered = sorted(shapes, key=lambda shape: _lead(order, shape, shapes[0], scene), reverse=True)
             target = ordered[rank]
             if all(_before(order, shape, target, scene) for shape in ordered[:rank]) and all(
                 _before(order, target, shape, scene) for shape in ordered[rank + 1 :]
@@ -194,11 +195,6 @@ DESCRIBE: dict[ExpressionType, Callable[[np.random.Generator, Scene], Expression
 
 def _article(rng: np.random.Generator) -> str:
     return pick(rng, ("the ", ""))
-
-
-def _ordered(order: str, shapes: list[Shape], scene: Scene) -> list[Shape]:
-    """Sort shapes, the most extreme one first."""
-    return sorted(shapes, key=lambda shape: _lead(order, shape, shapes[0], scene), reverse=True)
 
 
 def _before(order: str, shape: Shape, other: Shape, scene: Scene) -> bool:

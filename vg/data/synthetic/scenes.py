@@ -102,7 +102,9 @@ def random_scene(rng: np.random.Generator, size: int = 128, style: Style = STYLE
             shapes.append(Shape(form, color, word, box, tuple(paint.tolist())))
     if len(shapes) < fewest:
         return random_scene(rng, size, style)
-    return Scene(tuple(shapes), size, _random_background(rng))
+    cells = pick(rng, (1, 3, 8))  # plain, soft gradient, light texture
+    levels = rng.integers(150, 185) + rng.integers(-9, 10, size=(cells, cells))
+    return Scene(tuple(shapes), size, tuple(map(tuple, levels.tolist())))
 
 
 def some(rng: np.random.Generator, options: Sequence[Option], count: int | None = None) -> list[Option]:
@@ -132,12 +134,6 @@ def _free_position(
         ):
             return left, top, right, bottom
     return None
-
-
-def _random_background(rng: np.random.Generator) -> tuple[tuple[int, ...], ...]:
-    cells = pick(rng, (1, 3, 8))  # plain, soft gradient, light texture
-    levels = rng.integers(150, 185) + rng.integers(-9, 10, size=(cells, cells))
-    return tuple(map(tuple, levels.tolist()))
 
 
 def draw(scene: Scene) -> np.ndarray:

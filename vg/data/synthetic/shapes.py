@@ -123,11 +123,10 @@ def write_scenes(folder: Path, view: Literal["expression", "detection"]) -> list
     """Write 0.png to 3.png, the images of a dataset's `miniature`; return (image 0 to 3, phrase, box xyxy) per box."""
     folder.mkdir(parents=True, exist_ok=True)
     source = ShapesConfig(split="val", size=4, image_size=64, view=view).build()
-    samples = [source.load(index, epoch=0) for index in range(len(source))]
-    for index, sample in enumerate(samples):
+    boxes = []
+    for index in range(len(source)):
+        sample = source.load(index, epoch=0)
         Image.fromarray(sample.image).save(folder / f"{index}.png")
-    return [
-        (index, sample.phrases[phrase_id], box)
-        for index, sample in enumerate(samples)
-        for phrase_id, box in zip(sample.phrase_ids, sample.boxes.tolist(), strict=True)
-    ]
+        pairs = zip(sample.phrase_ids, sample.boxes.tolist(), strict=True)
+        boxes += [(index, sample.phrases[phrase_id], box) for phrase_id, box in pairs]
+    return boxes
