@@ -63,7 +63,7 @@ def _size(annotation: Annotation) -> str:
 
 
 def _others(annotation: Annotation) -> str:
-    return "" if annotation.others is None else ("0", "1", "2", "3+")[min(max(annotation.others, 0), 3)]
+    return "" if annotation.num_others is None else ("0", "1", "2", "3+")[min(max(annotation.num_others, 0), 3)]
 
 
 def _person(annotation: Annotation) -> bool:
