@@ -81,6 +81,8 @@ def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
         )
     try:
         values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        if (family := values["model"]["name"]) != "grounding_dino":
+            raise CheckpointError(f"config.yaml is not that of a Grounding DINO, but of {family}, which has one format")
         config = TypeAdapter(GroundingDinoConfig).validate_python(values["model"] | {"weights": None})
     except (yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"config.yaml is not that of a Grounding DINO: {error}") from error
