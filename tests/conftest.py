@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,9 +15,8 @@ import torch
 from vg.config import RunConfig, parse_config
 from vg.data.source import Provenance
 from vg.evaluation.results import DatasetResult, EvaluationResult
-from vg.models.encoder_config import TINY_BERT
 from vg.models.rec.config import RecConfig
-from vg.training.history import History
+from vg.models.settings import TINY_BERT
 
 if TYPE_CHECKING:
     from vg.training.trainer import Trainer
@@ -60,7 +60,8 @@ def tiny_config(tmp_path: Path) -> Callable[..., RunConfig]:
 
 def history(config: RunConfig) -> list[dict[str, Any]]:
     """The rows of a run's history."""
-    return History(Path(config.train.output) / "history.jsonl").rows()
+    path = Path(config.train.output) / "history.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def scripted(trainer: Trainer, scores: list[float]) -> Trainer:

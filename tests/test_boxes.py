@@ -1,4 +1,4 @@
-"""Boxes: spellings, overlap measures and suppression, against figures worked out by hand and what always holds."""
+"""Box formats, IoU, GIoU, DIoU and NMS, compared with values worked out by hand and with invariants."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def random_boxes(count: int, seed: int = 0) -> Tensor:
     return torch.cat((low, low + 0.05 + 0.35 * torch.rand(count, 2, generator=generator)), dim=-1)
 
 
-def test_spellings_worked_out_by_hand() -> None:
+def test_formats_worked_out_by_hand() -> None:
     assert box_ops.xyxy_to_cxcywh(torch.tensor([10.0, 20.0, 30.0, 60.0])).tolist() == [20, 40, 20, 40]
     assert box_ops.cxcywh_to_xyxy(torch.tensor([20.0, 40.0, 20.0, 40.0])).tolist() == [10, 20, 30, 60]
-    pixels = torch.tensor([[64.0, 0.0, 128.0, 480.0]])  # of a picture 480 high and 640 wide
+    pixels = torch.tensor([[64.0, 0.0, 128.0, 480.0]])  # of an image 480 high and 640 wide
     relative = box_ops.from_pixels(pixels, (480, 640))
     torch.testing.assert_close(relative, torch.tensor([[0.15, 0.5, 0.1, 1.0]]))
     torch.testing.assert_close(box_ops.to_pixels(relative, (480, 640)), pixels)
@@ -34,7 +34,7 @@ def test_round_trips() -> None:
     torch.testing.assert_close(box_ops.to_pixels(box_ops.from_pixels(pixels, (480, 640)), (480, 640)), pixels)
 
 
-def test_to_pixels_stays_in_the_picture_and_is_float32() -> None:
+def test_to_pixels_stays_in_the_image_and_is_float32() -> None:
     boxes = box_ops.to_pixels(torch.tensor([[0.5, 0.5, 2.0, 2.0], [-1, 0.5, 0.1, 0.1]]).bfloat16(), (10, 20))
     assert boxes.tolist()[0] == [0, 0, 20, 10]
     assert boxes[1, 0] == boxes[1, 2] == 0
@@ -74,7 +74,7 @@ def test_properties_of_random_boxes() -> None:
     assert ((giou <= iou + 1e-6) & (giou >= -1)).all()
     assert ((diou <= iou + 1e-6) & (diou >= -1)).all()
     for measure, value in ((box_ops.iou, iou), (box_ops.giou, giou), (box_ops.diou, diou)):
-        torch.testing.assert_close(measure(a * 100 + 7, b * 100 + 7), value, rtol=0, atol=1e-4)  # size and place
+        torch.testing.assert_close(measure(a * 100 + 7, b * 100 + 7), value, rtol=0, atol=1e-4)  # scale and position
         torch.testing.assert_close(measure(a[:, None], b[None]).diagonal(), value)
 
 
@@ -108,7 +108,7 @@ def test_nms_worked_out_by_hand() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [4, 0, 14, 10], [8, 0, 18, 10], [50, 50, 60, 60], [0, 0, 10, 10]])
     scores = torch.tensor([0.5, 0.9, 0.4, 0.1, 0.5])
     one_group = torch.zeros(5, dtype=torch.long)
-    assert box_ops.nms(boxes, scores, 0.4, one_group).tolist() == [1, 3], "IoU of neighbours is 6/14 = 0.43"
+    assert box_ops.nms(boxes, scores, 0.4, one_group).tolist() == [1, 3], "IoU of neighbors is 6/14 = 0.43"
     assert box_ops.nms(boxes, scores, 0.45, one_group).tolist() == [1, 0, 2, 3], "the second of twins goes"
     assert box_ops.nms(boxes, scores, 1.0, one_group).tolist() == [1, 0, 4, 2, 3], "IoU must be above the threshold"
     scores = torch.tensor([0.9, 0.8, 0.7, 0.1, 0.2])

@@ -174,9 +174,8 @@ def test_a_full_disk_leaves_earlier_checkpoints_unchanged(
 
     monkeypatch.setattr(victim, fail)
     message = "(?s)could not write the checkpoint .*No space left on device.*Earlier checkpoints are untouched"
-    save = (lambda: trainer.folder.save_best({}, lambda partial: None)) if "json" in victim else trainer.save
     with pytest.raises(CheckpointError, match=message):
-        save()
+        trainer.folder.save(trainer.folder.best, lambda partial: None, {}) if "json" in victim else trainer.save()
     assert contents(run) == before
     assert not list(run.rglob("*.partial")) + list(run.rglob("*.old"))
     monkeypatch.undo()

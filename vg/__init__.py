@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vg.config import load_config
-    from vg.inference.crop import predict_and_crop
-    from vg.inference.grounder import Grounder, load_model
+    from vg.inference.grounder import Grounder, load_model, predict_and_crop
     from vg.training.trainer import Trainer
     from vg.types import Prediction, Sample
 
@@ -26,7 +25,7 @@ _MODULES = {
     "Trainer": "vg.training.trainer",
     "load_config": "vg.config",
     "load_model": "vg.inference.grounder",
-    "predict_and_crop": "vg.inference.crop",
+    "predict_and_crop": "vg.inference.grounder",
 }
 
 

@@ -107,9 +107,9 @@ def write_training_state(folder: Path, state: dict[str, Any]) -> None:
     torch.save(state, folder / TRAINING)
 
 
-def read_training_state(folder: Path, name: str = TRAINING) -> dict[str, Any]:
+def read_training_state(folder: Path) -> dict[str, Any]:
     """Load what write_training_state wrote; raises CheckpointError if the file is missing or damaged."""
     try:
-        return torch.load(folder / name, map_location="cpu", weights_only=True)
+        return torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"cannot resume from {folder / name}: {error}") from error
+        raise CheckpointError(f"cannot resume from {folder / TRAINING}: {error}") from error

@@ -44,18 +44,16 @@ EvalConfig = Annotated[
 
 @dataclass
 class CacheConfig(Settings):
-    """Features of frozen encoders on disk, which `vg cache` writes: training and evaluation read them, not pictures."""
+    """Features of frozen encoders on disk, which `vg cache` writes; training and evaluation read them, not images."""
 
     folder: str
-    views: list[Literal["plain", "flip", "crop", "flip_crop"]] = field(default_factory=lambda: ["plain"])
-    """What is kept of each training picture, one of which is drawn for each epoch: as it is, mirrored with "left" and
-    "right" swapped in the words, cropped without loss of a box, or both; every entry costs the same space on disk."""
+    views: Annotated[list[Literal["plain", "flip", "crop", "flip_crop"]], Field(min_length=1)] = field(
+        default_factory=lambda: ["plain"]
+    )
+    """Versions of each training image, one of which is drawn per epoch: as it is, flipped with "left" and "right"
+    swapped in the phrases, cropped without losing a box, or both; all take the same space on disk."""
     expressions_per_image: PositiveInt = 1
     """Largest number of expressions of one image that are batched together, so that the head can share its keys."""
-
-    def __post_init__(self) -> None:
-        if not self.views:
-            raise ValueError("views needs at least one entry, such as plain")
 
 
 @dataclass
@@ -167,11 +165,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_checkpoint_config(path: str | Path, overrides: Sequence[str] = ()) -> CheckpointConfig:
-    """The configuration of a checkpoint: a RunConfig, or the model alone if the checkpoint was converted.
-
-    Raises:
-        ConfigError: see load_config.
-    """
+    """As load_config, but return the model alone for the configuration of a converted checkpoint."""
     values, files = _load_values(path, overrides)
     return _parse(values, str(path), CheckpointConfig if values.keys() == {"model"} else RunConfig, files)
 
@@ -226,21 +220,16 @@ def _load_values(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, 
     return values, files
 
 
-def _read_files(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The values of a YAML file, then those of its `base`, of the base of that, and so on."""
-    files: list[tuple[Path, dict[str, Any]]] = []
-    while True:
-        chain = [file for file, _ in files]
-        if path.resolve() in [file.resolve() for file in chain]:
-            raise ConfigError(f"`base` forms a cycle: {' -> '.join(map(str, [*chain, path]))}")
-        values = _read_yaml(path, f", the base of {chain[-1]}" if chain else "")
-        base = values.pop("base", None)
-        files.append((path, _renamed(values)))
-        if base is None:
-            return files
-        if not isinstance(base, str):
-            raise ConfigError(f"{path}: base must be the path of one YAML file, got {base!r}")
-        path = path.parent / base
+def _read_files(path: Path, chain: tuple[Path, ...] = ()) -> Files:
+    if path.resolve() in [file.resolve() for file in chain]:
+        raise ConfigError(f"`base` forms a cycle: {' -> '.join(map(str, [*chain, path]))}")
+    values = _read_yaml(path, f", the base of {chain[-1]}" if chain else "")
+    base = values.pop("base", None)
+    if base is None:
+        return [(path, _renamed(values))]
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base must be the path of one YAML file, got {base!r}")
+    return [(path, _renamed(values)), *_read_files(path.parent / base, (*chain, path))]
 
 
 def _read_yaml(path: Path, role: str) -> dict[str, Any]:
@@ -275,10 +264,8 @@ def _renamed(values: Any, path: str = "") -> Any:
         return values
     renamed = {}
     for key, value in values.items():
-        names = (
-            [] if isinstance(value, Mapping) else [n for old, n in RENAMED.items() if fnmatchcase(f"{path}{key}", old)]
-        )
-        renamed[names[0] if names else key] = _renamed(value, f"{path}{key}.")
+        names = [name for old, name in RENAMED.items() if fnmatchcase(f"{path}{key}", old)]
+        renamed[names[0] if names and not isinstance(value, Mapping) else key] = _renamed(value, f"{path}{key}.")
     return renamed
 
 

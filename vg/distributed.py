@@ -6,6 +6,7 @@ import gc
 import random
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -89,9 +90,8 @@ def progress_bar(accelerator: Accelerator, **options: Any) -> tqdm:
 class StopSignal:
     """SIGTERM, as schedulers send it, or Ctrl-C, received by any process of a run.
 
-    Processes agree at the same step. Several processes should therefore check only every `interval` steps, because each
-    check is a small collective that waits for the device; a signal is then handled within `interval` steps. For a
-    single process the interval is 1, and a check costs nothing.
+    All processes must check at the same step. Each check is a collective that waits for the device, so several
+    processes check every `interval` steps; the interval of a single process is 1.
     """
 
     def __init__(self, accelerator: Accelerator, interval: int = 1):
@@ -100,12 +100,11 @@ class StopSignal:
         self.received: signal.Signals | None = None
 
     def requested(self) -> bool:
-        """Whether any process received a signal; a collective, so all processes must call it at the same step."""
-        received = self.received is not None
+        """Whether any process received a signal."""
         if self.accelerator.num_processes == 1:
-            return received
-        flag = torch.tensor(int(received), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum").item())
+            return self.received is not None
+        flag = torch.tensor(float(self.received is not None), device=self.accelerator.device)
+        return mean_over_processes(self.accelerator, flag).item() > 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -116,13 +115,12 @@ class StopSignal:
             self.received = signal.Signals(number)
             signal.signal(number, old[signal.Signals(number)])
 
-        try:
-            for number in old:
-                signal.signal(number, receive)
-        except ValueError:  # not the main thread, as in a notebook server, where handlers cannot be installed
+        if threading.current_thread() is not threading.main_thread():  # handlers cannot be installed, as in a notebook
             yield
             return
         try:
+            for number in old:
+                signal.signal(number, receive)
             yield
         finally:
             for number, handler in old.items():

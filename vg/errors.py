@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Base of all errors whose cause is in the user's files, settings or machine; the message says how to fix it."""
+    """Base of all errors whose cause is in the user's files, settings or machine; the message explains the fix."""
 
 
 class ConfigError(UserError, ValueError):
@@ -31,7 +31,7 @@ class BadSampleError(DataError):
 
 
 class CacheError(DataError):
-    """A feature cache is missing, stale, incomplete or damaged; the message says what to do."""
+    """A feature cache is missing, stale, incomplete or damaged; the message explains what to do."""
 
 
 class BuildError(UserError, RuntimeError):
@@ -39,7 +39,7 @@ class BuildError(UserError, RuntimeError):
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training cannot continue; the message says since which step, and why."""
+    """Training cannot continue; the message names the first affected step and the reason."""
 
 
 def closest(name: object, known: Iterable[str], limit: int = 1, cutoff: float = 0.4) -> list[str]:

@@ -49,12 +49,10 @@ def unknown_keys(values: Mapping[str, Any], config_type: type, path: KeyPath = (
 def _unknown_below(value: Any, hint: Any, path: KeyPath) -> list[tuple[KeyPath, str]]:
     """Check the value of one key: settings, or a mapping or list of settings."""
     for member in _members(hint):
-        if typing.get_origin(member) is dict and is_mapping_of_settings(value):
-            item = typing.get_args(member)[1]
-            return [found for name in value for found in _unknown_below(value[name], item, (*path, name))]
-        if typing.get_origin(member) is list and isinstance(value, list):
-            item = typing.get_args(member)[0]
-            return [found for index, entry in enumerate(value) for found in _unknown_below(entry, item, (*path, index))]
+        is_list = typing.get_origin(member) is list and isinstance(value, list)
+        if is_list or (typing.get_origin(member) is dict and is_mapping_of_settings(value)):
+            item, entries = typing.get_args(member)[-1], enumerate(value) if is_list else value.items()
+            return [found for key, entry in entries for found in _unknown_below(entry, item, (*path, key))]
     config_type, choices = _settings_type(hint, value)
     if choices:
         name = value if isinstance(value, str) else value.get("name")

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # keeps `import vg` and the configuration free of torch
     import numpy as np
@@ -32,7 +32,7 @@ class Sample:
     boxes: np.ndarray  # [N, 4] float32, xyxy in pixels
     phrase_ids: np.ndarray  # [N] int64: boxes[n] belongs to phrases[phrase_ids[n]]
     expression_type: str = ""  # such as "relation": metrics are also reported per type; empty if there are no types
-    crowd: np.ndarray | None = None  # [N] bool, crowd regions (COCO `iscrowd`); None if there are none
+    crowd: np.ndarray | None = None  # [N] bool, crowd regions (COCO `iscrowd`); None without any
     areas: np.ndarray | None = None  # [N] float32, segmentation areas in square pixels, if known
     shortest: int | None = None  # shorter side in pixels that augmentation chose for resizing, if it did
 
@@ -52,12 +52,26 @@ class EncodedSample:
     expression_type: str
 
 
-class Movable(ABC):
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor in a Movable, a NamedTuple or a list."""
+    from torch import Tensor
+
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Movable):
+        return replace(value, **{name: _map(entry, function) for name, entry in vars(value).items()})
+    if isinstance(value, list):
+        return [_map(entry, function) for entry in value]
+    return value._make(_map(entry, function) for entry in value) if hasattr(value, "_make") else value
+
+
+@dataclass(frozen=True)
+class Movable:
     """A value that holds tensors, which move to a device together."""
 
-    @abstractmethod
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return a copy in which the function has been applied to every tensor."""
+        return _map(self, function)
 
     def to(self, device: object, non_blocking: bool = False) -> Self:
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))  # type: ignore[call-overload]
@@ -89,10 +103,6 @@ class Target(Movable):
     crowd: Tensor | None = None  # [N] bool, as in Sample
     areas: Tensor | None = None  # [N] float32
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Target:
-        crowd, areas = (None if values is None else function(values) for values in (self.crowd, self.areas))
-        return replace(self, boxes=function(self.boxes), phrase_ids=function(self.phrase_ids), crowd=crowd, areas=areas)
-
 
 class PromptTargets(NamedTuple):
     """Ground truth of every prompt of a batch: the boxes of its phrases, padded to the most that a prompt has."""
@@ -102,10 +112,6 @@ class PromptTargets(NamedTuple):
     phrase_ids: Tensor  # [R, N] int64, index of that phrase among the phrases of the image
     mask: Tensor  # [R, N] bool, True = a box; False = padding, which comes last and has no meaning
     counts: tuple[int, ...]  # [R] boxes of each prompt; integers on the host, so that a GPU need not be waited for
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> PromptTargets:
-        boxes, tokens, phrase_ids, mask = map(function, self[:4])
-        return PromptTargets(boxes, tokens, phrase_ids, mask, self.counts)
 
     @classmethod
     def without_boxes(cls, text: Text) -> PromptTargets:
@@ -148,10 +154,6 @@ class Batch(Movable):
     targets: list[Target]
     prompt_targets: PromptTargets  # the boxes of `targets` by prompt, see vg.data.prompt.prompt_targets
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        text, targets = Text(*map(function, self.text)), [target.map(function) for target in self.targets]
-        return Batch(function(self.images), self.sizes, text, targets, self.prompt_targets.map(function))
-
     def __len__(self) -> int:
         return len(self.targets)
 
@@ -162,11 +164,6 @@ class EncodedBatch(Movable):
 
     features: Features
     targets: list[Target]  # R, one per expression
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> EncodedBatch:
-        image, grid, *text = self.features
-        features = Features(function(image), grid, *map(function, text))
-        return EncodedBatch(features, [target.map(function) for target in self.targets])
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -182,10 +179,6 @@ class Prediction(Movable):
     phrase_ids: Tensor  # [K] int64
     phrases: tuple[str, ...]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Prediction:
-        boxes, scores, phrase_ids = map(function, (self.boxes, self.scores, self.phrase_ids))
-        return replace(self, boxes=boxes, scores=scores, phrase_ids=phrase_ids)
-
 
 @dataclass(frozen=True)
 class ImageSpec(ABC):
@@ -196,11 +189,7 @@ class ImageSpec(ABC):
 
     @abstractmethod
     def resized(self, height: int, width: int, shortest: int | None = None) -> tuple[int, int]:
-        """Return (height, width) in pixels to which an image of this size is resized.
-
-        Args:
-            shortest: shorter side to resize to (see Sample.shortest), if the rule leaves a choice.
-        """
+        """Return the new (height, width) in pixels of an image; `shortest` (see Sample) applies if the rule has one."""
 
 
 @dataclass(frozen=True)

@@ -135,14 +135,14 @@ def contenders(device: str) -> dict[str, Contender]:
     if backend != "reference":
         found[f"vg {backend}"] = ours
     found["vg reference"] = plain_pytorch
-    others: dict[str, Callable[[], Contender]] = {
+    peers: dict[str, Callable[[], Contender]] = {
         "transformers": transformers_module,
         "official": lambda: official("MultiScaleDeformableAttention"),
         "official (groundingdino)": lambda: official("groundingdino._C"),
         "msda-triton": msda_triton,
         "FlashDeformAttn": flash_deform_attn,
     }
-    for name, make in others.items():
+    for name, make in peers.items():
         if device == "cpu" and name != "transformers":
             continue  # the other packages have CUDA kernels only
         try:

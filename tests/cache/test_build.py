@@ -67,7 +67,7 @@ def forbid_encoders_and_images(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("an image is read or an encoder loaded")
 
-    monkeypatch.setattr(refcoco, "image_of", forbidden)
+    monkeypatch.setattr(refcoco, "read_image", forbidden)
     monkeypatch.setattr(AutoModel, "from_pretrained", forbidden)
     monkeypatch.setattr(AutoModel, "from_config", forbidden)
 

@@ -19,8 +19,8 @@ from vg.data.samplers import AspectRatioGroupedSampler, EpochSampler
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import BadSampleError, DataError
-from vg.models.encoder_config import TextEncoderConfig
 from vg.models.encoders import load_tokenizer
+from vg.models.settings import TextEncoderConfig
 from vg.types import Sample, StretchedImage, TextSpec
 
 

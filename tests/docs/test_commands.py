@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.docs.pages import COMMANDS, DOCUMENTS, EXAMPLES, ROOT, SCRIPTS, VG_COMMANDS, is_placeholder, location
-from vg.cli import VERBS
+from vg.cli import VERBS, new_parser
 from vg.config import RunConfig, load_config
 
 
@@ -28,11 +26,10 @@ def test_vg_commands_parse_and_their_configurations_load(command: tuple[str, int
     document, _, words = command
     if len(words) < 2 and words[0] in ("train", "eval", "predict", "check", "convert", "interpolate", "cache"):
         return  # the name of the verb alone
-    parser, verbs = vg_parser()
     if is_placeholder(words):
-        assert words[0] in verbs
+        assert words[0] in VERBS
         return
-    options, rest = parser.parse_known_args(words)
+    options, rest = new_parser().parse_known_args(words)
     assert all("=" in word and not word.startswith("-") for word in rest), f"unrecognized arguments: {rest}"
     config = getattr(options, "config", None) or next((word for word in words if word.endswith(".yaml")), None)
     if config and not is_example(config):
@@ -40,15 +37,6 @@ def test_vg_commands_parse_and_their_configurations_load(command: tuple[str, int
         if document == "CONTRIBUTING.md" and any("toy" in word or "center" in word for word in overrides):
             return  # belongs to the examples, which are run below
         assert isinstance(load_config(ROOT / config, overrides), RunConfig)
-
-
-def vg_parser() -> tuple[argparse.ArgumentParser, Any]:
-    """The parser of the command line, and its verbs."""
-    parser = argparse.ArgumentParser(prog="vg")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb in VERBS:
-        verb.add_parser(verbs)
-    return parser, verbs.choices
 
 
 def is_example(path: str) -> bool:

@@ -96,7 +96,7 @@ def shifted_oracle() -> Oracle:
 
 
 def test_the_data_selects_the_metric() -> None:
-    both = evaluator(words=EXPRESSIONS, things=DETECTION)
+    both = evaluator(words=EXPRESSIONS, objects=DETECTION)
     assert [type(dataset.metric) for dataset in both.datasets] == [RecMetric, CocoMetric]
     assert both.best_metric == "miou"
     assert evaluator(only=DETECTION).best_metric == "ap"
@@ -121,29 +121,29 @@ def test_result_of_one_dataset() -> None:
 
 
 def test_results_of_several_datasets() -> None:
-    results = evaluator(things=DETECTION, words=EXPRESSIONS).run(shifted_oracle())
-    things, words = results.datasets
+    results = evaluator(objects=DETECTION, words=EXPRESSIONS).run(shifted_oracle())
+    objects, words = results.datasets
     (alone,) = evaluator(only=EXPRESSIONS).run(shifted_oracle()).datasets
     assert words == replace(alone, name="words")
     (alone,) = evaluator(only=DETECTION).run(shifted_oracle()).datasets
-    assert things == replace(alone, name="things")
-    assert 0 < things.metrics["ap"] < 1
+    assert objects == replace(alone, name="objects")
+    assert 0 < objects.metrics["ap"] < 1
     prefixed = {f"words/{key}": value for key, value in words.flat().items()}
-    assert json.loads(json.dumps(results.flat())) == things.flat() | prefixed
+    assert json.loads(json.dumps(results.flat())) == objects.flat() | prefixed
 
 
 def test_a_dataset_with_the_name_of_a_class_is_an_error() -> None:
     name = next(iter(evaluator(only=DETECTION).run(Oracle()).datasets[0].groups))
     with pytest.raises(ConfigError, match=rf"data\.eval\.{name}: .*rename the dataset"):
-        evaluator(things=DETECTION, **{name: DETECTION}).run(Oracle())
+        evaluator(objects=DETECTION, **{name: DETECTION}).run(Oracle())
 
 
 def test_the_best_metric_is_checked_at_the_start(tiny_config: MakeConfig) -> None:
-    for name in ("acc@0.75", "recall@5", "things/ap", "relation/miou", "auc"):
-        assert evaluator(name, words=EXPRESSIONS, things=DETECTION).best_metric == name
-    for name in ("ap", "iou", "things/app", "num_expressions"):
+    for name in ("acc@0.75", "recall@5", "objects/ap", "relation/miou", "auc"):
+        assert evaluator(name, words=EXPRESSIONS, objects=DETECTION).best_metric == name
+    for name in ("ap", "iou", "objects/app", "num_expressions"):
         with pytest.raises(ConfigError, match=rf"train\.best_metric: '{name}' is not one of miou, acc@0\.5"):
-            evaluator(name, words=EXPRESSIONS, things=DETECTION)
+            evaluator(name, words=EXPRESSIONS, objects=DETECTION)
     with pytest.raises(ConfigError, match=r"train\.best_metric: 'ap'"):
         Trainer(tiny_config(train={"best_metric": "ap"}))
     trainer = Trainer(tiny_config(train={"best_metric": "nothing/miou"}))
@@ -245,22 +245,22 @@ def test_evaluation_of_a_coco_file_end_to_end() -> None:
 
 
 def test_tables() -> None:
-    result = evaluator(things=DETECTION, words=EXPRESSIONS).run(shifted_oracle())
-    things_result, words_result = result.datasets
-    ap, miou = things_result.metrics["ap"], words_result.metrics["miou"]
-    beside, things, words = (section.splitlines() for section in table(result).split("\n\n"))
-    assert beside[0].split() == ["things", "words"]
+    result = evaluator(objects=DETECTION, words=EXPRESSIONS).run(shifted_oracle())
+    objects_result, words_result = result.datasets
+    ap, miou = objects_result.metrics["ap"], words_result.metrics["miou"]
+    beside, objects, words = (section.splitlines() for section in table(result).split("\n\n"))
+    assert beside[0].split() == ["objects", "words"]
     assert beside[1].split() == ["ap", f"{ap:.4f}", "-"]
     assert ["miou", "-", f"{miou:.4f}"] in [line.split() for line in beside]
-    assert things[0].startswith("things: shapes (detection, seed 0), val split (COCO average precision")
-    assert things[1].split() == ["ap", "ap50", "ap75", "boxes"]
-    assert things[2].split()[:2] == ["all", f"{ap:.4f}"]
-    columns = [float(line.split()[-4]) for line in things[3:] if ", " not in line]
+    assert objects[0].startswith("objects: shapes (detection, seed 0), val split (COCO average precision")
+    assert objects[1].split() == ["ap", "ap50", "ap75", "boxes"]
+    assert objects[2].split()[:2] == ["all", f"{ap:.4f}"]
+    columns = [float(line.split()[-4]) for line in objects[3:] if ", " not in line]
     assert columns == sorted(columns, reverse=True), "the best category first"
-    assert len(columns) == things_result.metrics["num_categories"]
-    assert f"ar@100 {things_result.metrics['ar@100']:.4f}" in " ".join(things)
+    assert len(columns) == objects_result.metrics["num_categories"]
+    assert f"ar@100 {objects_result.metrics['ar@100']:.4f}" in " ".join(objects)
     assert [line.split()[0] for line in words[2:]] == ["all", "attribute", "relation", "superlative"]
-    assert table(EvaluationResult((things_result,), "ap")) == "\n".join(things)
+    assert table(EvaluationResult((objects_result,), "ap")) == "\n".join(objects)
 
 
 def test_table_of_a_class_called_all() -> None:

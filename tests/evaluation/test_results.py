@@ -95,8 +95,10 @@ def test_flat_result_of_the_coco_metric() -> None:
 def two_datasets() -> EvaluationResult:
     provenance = Provenance("refcoco", "val", partition="unc", official=True)
     words = DatasetResult("words", provenance, "best box", {"miou": 0.5, "num": 4}, {"relation": {"miou": 0.25}}, 2)
-    things = DatasetResult("things", Provenance("coco", "test", "detection"), "AP", {"ap": 0.75}, {"a/b": {"ap": 1.0}})
-    return EvaluationResult((words, things), "things/ap")
+    objects = DatasetResult(
+        "objects", Provenance("coco", "test", "detection"), "AP", {"ap": 0.75}, {"a/b": {"ap": 1.0}}
+    )
+    return EvaluationResult((words, objects), "objects/ap")
 
 
 def test_flat_result_of_two_datasets() -> None:
@@ -112,12 +114,12 @@ def test_flat_result_of_two_datasets() -> None:
             "official": "yes",
             "set": "words",
             "num_skipped": 2,
-            "things/ap": 0.75,
-            "things/a/b/ap": 1.0,
-            "things/data": "coco",
-            "things/split": "test",
-            "things/protocol": "AP",
-            "things/set": "things",
+            "objects/ap": 0.75,
+            "objects/a/b/ap": 1.0,
+            "objects/data": "coco",
+            "objects/split": "test",
+            "objects/protocol": "AP",
+            "objects/set": "objects",
         }
     )
     assert list(two_datasets().flat_metrics().items()) == [
@@ -125,8 +127,8 @@ def test_flat_result_of_two_datasets() -> None:
         ("num", 4),
         ("relation/miou", 0.25),
         ("num_skipped", 2),
-        ("things/ap", 0.75),
-        ("things/a/b/ap", 1.0),
+        ("objects/ap", 0.75),
+        ("objects/a/b/ap", 1.0),
     ]
 
 
@@ -140,15 +142,15 @@ def test_best_metric_selects_the_score() -> None:
     result = two_datasets()
     assert result.score == 0.75
     assert replace(result, best_metric="relation/miou").score == 0.25
-    with pytest.raises(ConfigError, match=r"train\.best_metric: 'words/miou' is not one of miou, .*things/ap"):
+    with pytest.raises(ConfigError, match=r"train\.best_metric: 'words/miou' is not one of miou, .*objects/ap"):
         _ = replace(result, best_metric="words/miou").score
 
 
 def test_a_dataset_with_the_name_of_a_group_is_an_error_if_keys_collide() -> None:
-    words, things = two_datasets().datasets
-    EvaluationResult((words, replace(things, name="relation")), "miou")  # no common key
+    words, objects = two_datasets().datasets
+    EvaluationResult((words, replace(objects, name="relation")), "miou")  # no common key
     with pytest.raises(ConfigError, match=r"data\.eval\.relation: words has a group of that name"):
-        EvaluationResult((words, replace(things, name="relation", metrics={"miou": 0.1})), "miou")
+        EvaluationResult((words, replace(objects, name="relation", metrics={"miou": 0.1})), "miou")
 
 
 def test_flat_keys() -> None:

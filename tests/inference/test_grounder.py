@@ -261,7 +261,7 @@ def test_command_line_errors(
 
 
 def test_command_line_help_does_not_import_torch() -> None:
-    code = "import sys, vg; from vg.cli import _parser; _parser().format_help(); print('torch' in sys.modules)"
+    code = "import sys, vg; from vg.cli import new_parser; new_parser().format_help(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "False"
 

@@ -19,8 +19,8 @@ from tests.conftest import TEXT
 from tests.losses.cases import random_boxes
 from vg.data.collate import Collator
 from vg.losses.set_loss import SetLoss
-from vg.models.encoder_config import TextEncoderConfig
 from vg.models.encoders import load_tokenizer
+from vg.models.settings import TextEncoderConfig
 from vg.types import Batch, FittedImage, PromptTargets, Sample, Text, TextSpec
 
 Encoder = tuple[Tensor, Tensor]

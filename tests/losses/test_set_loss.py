@@ -14,7 +14,7 @@ from vg.losses.config import LossConfig, MatchingConfig
 from vg.losses.set_loss import SetLoss
 from vg.types import LossName
 
-EVERYTHING = LossConfig(alignment=0.5)
+EVERYTHING = LossConfig(diou=1.5, alignment=0.5)
 Extras = dict[str, tuple[Tensor, ...]]
 
 
@@ -52,19 +52,20 @@ def test_one_term_per_loss_layer_and_component() -> None:
     outputs = [("", 0), ("", 1), ("", None), ("encoder", None)]
     outputs += [("denoising", 0), ("denoising", 1), ("denoising", None)]
     losses = SetLoss(EVERYTHING)(*case, **extras(case))
-    names = {LossName(term, *output) for term in ("class", "l1", "giou") for output in outputs}
+    names = {LossName(term, *output) for term in ("class", "diou", "l1", "giou") for output in outputs}
     assert set(losses) == names | {LossName("alignment")}
     assert all(loss.shape == () and loss.isfinite() and loss > 0 for loss in losses.values())
     last = SetLoss(EVERYTHING)(case.logits[-1:], case.boxes[-1:], *case[2:])
-    assert_same(last, {name: losses[name] for name in map(LossName, ("class", "l1", "giou"))})
+    assert_same(last, {name: losses[name] for name in map(LossName, ("class", "diou", "l1", "giou"))})
 
 
 def test_weights_and_factors() -> None:
     case = random_case()
-    unit = SetLoss(LossConfig(1, 1, 1, alignment=1))(*case, **extras(case))
-    weighted = SetLoss(LossConfig(2, 3, 4, auxiliary=5, encoder=6, denoising=7, alignment=8))(*case, **extras(case))
+    unit = SetLoss(LossConfig(class_weight=1, diou=1, l1=1, giou=1, alignment=1))(*case, **extras(case))
+    weights = {"class_weight": 2, "diou": 9, "l1": 3, "giou": 4, "alignment": 8}
+    weighted = SetLoss(LossConfig(**weights, auxiliary=5, encoder=6, denoising=7))(*case, **extras(case))
     for name, value in unit.items():
-        expected = {"class": 2, "l1": 3, "giou": 4, "alignment": 8}[name.term]
+        expected = ({"class": 2} | weights)[name.term]
         expected *= 1 if name.layer is None else 5
         expected *= {"": 1, "encoder": 6, "denoising": 7}[name.component]
         torch.testing.assert_close(weighted[name], expected * value)
@@ -80,6 +81,7 @@ def test_weights_and_factors() -> None:
         ({"class_weight": 0.0}, "class"),
         ({"l1": 0.0}, "l1"),
         ({"giou": 0.0}, "giou"),
+        ({"diou": 0.0}, "diou"),
     ],
 )
 def test_zero_weight_removes_a_term(off: dict[str, float], gone: str) -> None:
@@ -178,7 +180,7 @@ def test_without_boxes_all_terms_exist_and_have_gradients() -> None:
     denoising = queries, torch.zeros(3, 2, 0, 4), torch.zeros(2, 0, dtype=torch.long)
     vectors = torch.randn(2, 8, 4), torch.randn(2, 7, 4)
     losses = SetLoss(EVERYTHING)(*case, denoising=denoising, vectors=vectors)
-    assert len(losses) == 3 * (3 + 3) + 1
+    assert len(losses) == 4 * (3 + 3) + 1
     assert {name for name, loss in losses.items() if loss > 0} == {LossName("class", layer=i) for i in (None, 0, 1)}
     torch.stack(list(losses.values())).sum().backward()
     assert logits.grad is not None

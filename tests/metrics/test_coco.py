@@ -277,7 +277,7 @@ def test_errors_name_the_bad_input() -> None:
     with pytest.raises(ValueError, match=r"'a' has phrases more than once \(cup\)"):
         metric.update([prediction], [Target("a", (9, 9), ("cup", "cup"), target.boxes, target.phrase_ids)])
     metric.update([], [])
-    with pytest.raises(ValueError, match="got no image"):
+    with pytest.raises(ValueError, match="got no sample"):
         metric.compute()
     with pytest.raises(ValueError, match="make the ids unique"):
         metric_of([simple("a", [[0.0, 0.0, 40.0, 40.0]], []), simple("a", [[50.0, 50.0, 80.0, 80.0]], [])]).compute()

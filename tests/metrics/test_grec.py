@@ -67,7 +67,7 @@ def test_only_present_or_only_absent_expressions() -> None:
     assert "auc" not in metric_of("both matched", "wrong box").compute().metrics
     assert "n_acc" not in metric_of("both matched").compute().metrics
     assert metric_of("absent, low score").compute().metrics.keys() == {"f1", "n_acc", "num_expressions", "num_absent"}
-    with pytest.raises(ValueError, match="got no expression"):
+    with pytest.raises(ValueError, match="got no sample"):
         GrecMetric().compute()
 
 

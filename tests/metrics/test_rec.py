@@ -187,7 +187,7 @@ def test_errors_name_the_bad_input() -> None:
             [prediction], [Target(target.id, SIZE, target.phrases, target.boxes, target.phrase_ids, "é" * 33)]
         )
     metric.update([], [])
-    with pytest.raises(ValueError, match="got no expression"):
+    with pytest.raises(ValueError, match="got no sample"):
         metric.compute()
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers of text encoders: every possible location, and an error if there is none."""
+"""Tokenizers of text encoders: every possible location, and an error if one is missing."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from vg.errors import ConfigError
-from vg.models.encoder_config import TextEncoderConfig
 from vg.models.encoders import SMALL_VOCABULARY, load_tokenizer
+from vg.models.settings import TextEncoderConfig
 
 ARCHITECTURE = {"model_type": "bert"}
 

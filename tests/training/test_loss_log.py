@@ -31,21 +31,21 @@ def test_flat_names() -> None:
 def test_buffered_steps_survive_a_checkpoint(tmp_path: Path, saved_as: str) -> None:
     """Checkpoints used to store flat names; both formats load without running pickled code."""
     log, other = LossLog(Accelerator(cpu=True)), LossLog(Accelerator(cpu=True))
-    log.add(1, {name: torch.tensor(float(i)) for i, name in enumerate(NAMES)})
-    log.add(2, {name: torch.tensor(float(i + 1)) for i, name in enumerate(NAMES)})
+    log.rows.append((1, {name: torch.tensor(float(i)) for i, name in enumerate(NAMES)}))
+    log.rows.append((2, {name: torch.tensor(float(i + 1)) for i, name in enumerate(NAMES)}))
     state = log.state()
     if saved_as == "flat names":
         state = [(step, {str(LossName(*name)): value for name, value in terms.items()}) for step, terms in state]
     torch.save(state, tmp_path / "state.pt")
     other.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    other.add(3, {name: torch.tensor(float(i + 2)) for i, name in enumerate(NAMES)})
+    other.rows.append((3, {name: torch.tensor(float(i + 2)) for i, name in enumerate(NAMES)}))
     assert other.means() == {name: pytest.approx(i + 1) for i, name in enumerate(NAMES)}
     assert all(isinstance(name, LossName) for name in other.means())
 
 
 def test_non_finite_terms_are_named_as_in_the_history() -> None:
     log = LossLog(Accelerator(cpu=True))
-    log.add(1, {name: torch.tensor(1.0) for name in NAMES})
-    log.add(2, {name: torch.tensor(float("nan")) for name in NAMES})
+    log.rows.append((1, {name: torch.tensor(1.0) for name in NAMES}))
+    log.rows.append((2, {name: torch.tensor(float("nan")) for name in NAMES}))
     with pytest.raises(TrainingError, match=r"not finite at step 2: class = nan, class_layer0 = nan, l1_encoder = nan"):
         log.means()

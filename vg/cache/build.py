@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from vg.cache.datasets import encodable
 from vg.cache.format import INDEX, KEY, CacheFolder, cache_folder
 from vg.cache.source import CachedSource
 from vg.cache.views import ImageViews, Record
-from vg.config import CacheConfig, DataConfig, RunConfig
+from vg.config import DataConfig, RunConfig
 from vg.data import DatasetConfig
 from vg.data.collate import Collator
 from vg.data.mixture import configs_of
@@ -27,7 +28,7 @@ from vg.data.prompt import Expressions
 from vg.data.source import Source
 from vg.distributed import new_accelerator, progress_bar
 from vg.errors import BadSampleError, CacheError, ConfigError
-from vg.files import replacing
+from vg.files import replacing, write_bytes
 from vg.models.base import EncodableModel
 from vg.types import Sample, Text
 
@@ -46,72 +47,69 @@ def build_cache(config: RunConfig) -> None:
         ConfigError: `data.cache` is not set, or the model has no frozen encoders.
         CacheError: there is not enough disk space, or features exceed the range of float16.
     """
-    if config.data.cache is None:
+    data, cache = config.data, config.data.cache
+    if cache is None:
         raise ConfigError("data.cache is not set; add data.cache.folder=cache")
     accelerator = new_accelerator()
     model = encodable(config.model.build())
     model.to(accelerator.device).eval()
+    views: list[tuple[DatasetConfig, Sequence[str]]] = [(dataset, cache.views) for dataset in configs_of(data.train)]
+    views += [(dataset, ["plain"]) for settings in data.eval_datasets().values() for dataset in configs_of(settings)]
     builds: dict[Path, Build] = {}  # a dataset that is used twice is encoded once
-    for settings, views in _datasets(config.data, config.data.cache):
-        source = settings.build()
-        folder = cache_folder(settings, source, config.data.cache, views, model)
-        builds[folder.path] = Build(config, model, accelerator, source, folder)
-    _announce(list(builds.values()), Path(config.data.cache.folder), accelerator)
-    for build in builds.values():
-        build.run()
+    for dataset, stored in views:
+        source = dataset.build()
+        folder = cache_folder(dataset, source, cache, stored, model)
+        builds[folder.path] = Build(data, model, accelerator, source, folder)
 
-
-def _datasets(data: DataConfig, cache: CacheConfig) -> list[tuple[DatasetConfig, Sequence[str]]]:
-    """Return all datasets of a run with the views to store."""
-    train = [(dataset, cache.views) for dataset in configs_of(data.train)]
-    evaluated = [dataset for settings in data.eval_datasets().values() for dataset in configs_of(settings)]
-    return [*train, *((dataset, ["plain"]) for dataset in evaluated)]
-
-
-def _announce(builds: Sequence[Build], root: Path, accelerator: Accelerator) -> None:
-    """Print the required disk space before anything is written; raises CacheError if it is not available."""
+    root = Path(cache.folder)
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
-    needed = sum(build.num_bytes for build in builds)
+    needed = sum(build.image_bytes + build.text_bytes for build in builds.values())
     if accelerator.is_main_process:
-        for build in builds:
-            print(build)
-        print(f"to be written: {_size(needed)}; free on the disk: {_size(free)}", flush=True)
+        total = f"to be written: {_size(needed)}; free on the disk: {_size(free)}"
+        print(*builds.values(), total, sep="\n", flush=True)
     if needed > free:
         raise CacheError(
             f"the features need {_size(needed)}, the disk of {root} has {_size(free)} left; free some space, set "
             "data.cache.folder to another disk, or use fewer data.cache.views"
         )
+    for build in builds.values():
+        build.run()
 
 
+@dataclass
 class Build:
     """The features of one dataset."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model: EncodableModel,
-        accelerator: Accelerator,
-        source: Source[Sample],
-        folder: CacheFolder,
-    ):
-        self.model = model
-        self.accelerator = accelerator
-        self.source = source
-        self.folder = folder
-        self.expressions = Expressions(model.text_spec)
-        collate = Collator(model.image_spec, model.text_spec)
-        self.images = ImageViews(source, folder.key["views"], collate, config.data.bad_samples == "skip")
-        self.batch_size = config.data.eval_batch_size
-        self.workers = config.data.workers
-        self.done = (folder.path / INDEX).exists()
-        missing = sum(len(folder.shards[shard]) for shard in folder.missing_shards())
-        self.image_bytes = 0 if self.done else missing * self._bytes_per_image()
-        self.text_bytes = 0 if self.done else self._estimate_text_bytes()
+    data: DataConfig
+    model: EncodableModel
+    accelerator: Accelerator
+    source: Source[Sample]
+    folder: CacheFolder
+    image_bytes: int = 0  # to be written
+    text_bytes: int = 0
 
-    @property
-    def num_bytes(self) -> int:
-        return self.image_bytes + self.text_bytes
+    def __post_init__(self) -> None:
+        collate = Collator(self.model.image_spec, self.model.text_spec)
+        self.images = ImageViews(self.source, self.folder.key["views"], collate, self.data.bad_samples == "skip")
+        self.done = (self.folder.path / INDEX).exists()
+        if not self.done:
+            self._measure()
+
+    @torch.inference_mode()
+    def _measure(self) -> None:
+        """Compute `grid`, `image_bytes` and `text_bytes`."""
+        height, width = self.model.image_spec.resized(1, 1)
+        black = torch.zeros(1, 3, height, width, device=self.accelerator.device)
+        features, self.grid = self.model.encode_images(black)  # of the same shape for all images
+        num_images = sum(len(self.folder.shards[shard]) for shard in self.folder.missing_shards())
+        self.image_bytes = num_images * features.numel() * self.folder.num_views * BYTES_PER_VALUE
+        # Extrapolated from the expressions of some images, as if no two samples shared one.
+        probes = [self.images[n][0] for n in range(0, len(self.images), -(-len(self.images) // NUM_PROBES))]
+        num_tokens = sum(self._num_tokens(_distinct(probes)))
+        num_samples = max(1, sum(len(record["samples"]) for record in probes))
+        width = self.model.encode_text(self._text(["word"])).shape[-1]
+        self.text_bytes = round(num_tokens / num_samples * len(self.source) * width * BYTES_PER_VALUE)
 
     def __str__(self) -> str:
         views = ", ".join(self.folder.key["views"])
@@ -124,18 +122,17 @@ class Build:
         if self.done:
             return
         folder, main = self.folder, self.accelerator.is_main_process
-        folder.image_features(0).parent.mkdir(parents=True, exist_ok=True)
-        folder.text_features(0).parent.mkdir(exist_ok=True)
         if main:
             self._warn_about_changing_images()
-            _write(folder.path / KEY, json.dumps(folder.key, indent=1).encode())
+            write_bytes(folder.path / KEY, json.dumps(folder.key, indent=1).encode())
         missing = folder.missing_shards()
         self.accelerator.wait_for_everyone()  # all processes have listed the files before one of them writes
         self._encode_images(self._own(missing))
         self.accelerator.wait_for_everyone()
-        records = self._read_records()
+        files = [folder.image_records(shard) for shard in range(len(folder.shards))]
+        records = [record for file in files for record in json.loads(file.read_text())]
         expressions = _distinct(records)
-        shards = range(-(-len(expressions) // folder.texts_per_shard))
+        shards = range(len(folder.text_shards(len(expressions))))
         missing = [shard for shard in shards if not folder.text_features(shard).exists()]
         self.accelerator.wait_for_everyone()
         self._encode_texts(expressions, self._own(missing))
@@ -155,10 +152,10 @@ class Build:
     @torch.inference_mode()
     def _encode_images(self, shards: Sequence[int]) -> None:
         """Write image shards; no batch spans two shards, so a shard is complete after its last batch."""
-        batch_size = max(1, self.batch_size // self.folder.num_views)
+        batch_size = max(1, self.data.eval_batch_size // self.folder.num_views)
         ranges = [self.folder.shards[shard] for shard in shards]
         batches = [list(shard[n : n + batch_size]) for shard in ranges for n in range(0, len(shard), batch_size)]
-        loader = DataLoader(self.images, batch_sampler=batches, num_workers=self.workers, collate_fn=_collate)
+        loader = DataLoader(self.images, batch_sampler=batches, num_workers=self.data.workers, collate_fn=_collate)
         with self._progress(sum(map(len, ranges)), "images") as bar:
             loaded: Iterator[tuple[list[Record], Tensor]] = iter(loader)
             for shard, indices in zip(shards, ranges, strict=True):
@@ -171,18 +168,18 @@ class Build:
                     records += batch
                     bar.update(len(batch))
                 _write(self.folder.image_features(shard), np.concatenate(features))  # [images x V, S, D]
-                _write(self.folder.image_records(shard), json.dumps(records).encode())
+                write_bytes(self.folder.image_records(shard), json.dumps(records).encode())
 
     @torch.inference_mode()
     def _encode_texts(self, expressions: Sequence[str], shards: Sequence[int]) -> None:
-        size = self.folder.texts_per_shard
-        chunks = [expressions[shard * size : (shard + 1) * size] for shard in shards]
+        ranges = self.folder.text_shards(len(expressions))
+        chunks = [expressions[ranges[shard].start : ranges[shard].stop] for shard in shards]
         with self._progress(sum(map(len, chunks)), "expressions") as bar:
             for shard, chunk in zip(shards, chunks, strict=True):
                 features: list[np.ndarray] = [np.empty(0)] * len(chunk)
                 order = sorted(range(len(chunk)), key=lambda row: len(chunk[row]))  # similar lengths, little padding
-                for first in range(0, len(chunk), self.batch_size):
-                    rows = order[first : first + self.batch_size]
+                for first in range(0, len(chunk), self.data.eval_batch_size):
+                    rows = order[first : first + self.data.eval_batch_size]
                     text = self._text([chunk[row] for row in rows])
                     tokens = self._to_half(self.model.encode_text(text))  # [R, T, D]
                     for row, values, mask in zip(rows, tokens, text.mask.cpu().numpy(), strict=True):
@@ -191,7 +188,7 @@ class Build:
                 _write(self.folder.text_features(shard), np.concatenate(features))  # [tokens, D]
 
     def _text(self, expressions: Sequence[str]) -> Text:
-        text = self.expressions.text(expressions, [self.folder.name] * len(expressions))
+        text = Expressions(self.model.text_spec).text(expressions, [self.folder.name] * len(expressions))
         return Text(*(tensor.to(self.accelerator.device) for tensor in text))
 
     def _to_half(self, features: Tensor) -> np.ndarray:
@@ -202,11 +199,6 @@ class Build:
                 "encoder with data.cache=null"
             )
         return half.cpu().numpy()
-
-    def _read_records(self) -> list[Record]:
-        """Return the records of all images."""
-        files = [self.folder.image_records(shard) for shard in range(len(self.folder.shards))]
-        return [record for file in files for record in json.loads(file.read_text())]
 
     def _index(self, records: Sequence[Record], expressions: Sequence[str]) -> dict[str, np.ndarray]:
         num_samples, num_views = len(self.source), self.folder.num_views
@@ -233,30 +225,12 @@ class Build:
             "words": texts,  # [samples, V]
             "bad": bad,  # [samples]
             "ends": np.cumsum(self._num_tokens(expressions)),  # [E]
-            "grid": np.array(self._encode_black()[1]),
+            "grid": np.array(self.grid),
             **{name: np.frombuffer(json.dumps(values).encode(), np.uint8) for name, values in strings.items()},
         }
 
     def _num_tokens(self, expressions: Sequence[str]) -> list[int]:
         return [len(token_ids) for token_ids in self.model.text_spec.tokenizer(list(expressions))["input_ids"]]
-
-    @torch.inference_mode()
-    def _encode_black(self) -> tuple[Tensor, tuple[int, int]]:
-        """Encode a black image, whose features have the same shape as those of all images."""
-        height, width = self.model.image_spec.resized(1, 1)
-        return self.model.encode_images(torch.zeros(1, 3, height, width, device=self.accelerator.device))
-
-    def _bytes_per_image(self) -> int:
-        return self._encode_black()[0].numel() * self.folder.num_views * BYTES_PER_VALUE
-
-    @torch.inference_mode()
-    def _estimate_text_bytes(self) -> int:
-        """Extrapolate from the expressions of some images, as if no two samples shared one."""
-        probes = [self.images[n][0] for n in range(0, len(self.images), -(-len(self.images) // NUM_PROBES))]
-        num_tokens = sum(self._num_tokens(_distinct(probes)))
-        num_samples = max(1, sum(len(record["samples"]) for record in probes))
-        width = self.model.encode_text(self._text(["word"])).shape[-1]
-        return round(num_tokens / num_samples * len(self.source) * width * BYTES_PER_VALUE)
 
     def _warn_about_changing_images(self) -> None:
         try:
@@ -276,14 +250,12 @@ def _distinct(records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(e for record in records for view in record["views"] for e in view["phrases"]))
 
 
-def _write(path: Path, content: bytes | np.ndarray | dict[str, np.ndarray]) -> None:
+def _write(path: Path, content: np.ndarray | dict[str, np.ndarray]) -> None:
     with replacing(path, is_file=True) as partial, partial.open("wb") as file:
-        if isinstance(content, bytes):
-            file.write(content)
-        elif isinstance(content, np.ndarray):
-            np.save(file, content)
-        else:
+        if isinstance(content, dict):
             np.savez(file, **content)  # type: ignore[arg-type]
+        else:
+            np.save(file, content)
 
 
 def _size(num_bytes: int) -> str:

@@ -23,8 +23,7 @@ RunDataset: TypeAlias = SourceDataset[Sample] | SourceDataset[EncodedSample]
 def training_dataset(config: RunConfig, model: GroundingModel, evaluations: Sequence[Source]) -> RunDataset:
     """Return the training samples; its `collate` makes batches for the model.
 
-    Args:
-        evaluations: evaluation sources; images shared with them cause a warning or are dropped (`data.drop_overlap`).
+    Images that are also in `evaluations` cause a warning or are dropped (`data.drop_overlap`).
 
     Raises:
         ConfigError: features of this model cannot be cached.
@@ -33,10 +32,8 @@ def training_dataset(config: RunConfig, model: GroundingModel, evaluations: Sequ
     """
     data, seed = config.data, config.train.seed
     if data.cache:
-        cached = without_overlap(
-            cached_source(data.train, data.cache, data.cache.views, model, seed), evaluations, data.drop_overlap
-        )
-        return SourceDataset(cached, collate_encoded, data.bad_samples)
+        cached = cached_source(data.train, data.cache, data.cache.views, model, seed)
+        return SourceDataset(without_overlap(cached, evaluations, data.drop_overlap), collate_encoded, data.bad_samples)
     source = without_overlap(data.train.build(), evaluations, data.drop_overlap)
     collate = Collator(model.image_spec, model.text_spec, one_prompt=True)
     return GroundingDataset(source, data.augment.build(), seed, data.bad_samples, collate)
@@ -45,9 +42,8 @@ def training_dataset(config: RunConfig, model: GroundingModel, evaluations: Sequ
 def evaluation_dataset(settings: SourceConfig, data: DataConfig, model: GroundingModel) -> RunDataset:
     """Return the samples of an evaluation dataset, without augmentation; raises as training_dataset."""
     if data.cache:
-        return SourceDataset(
-            cached_source(settings, data.cache, ["plain"], model, seed=0), collate_encoded, data.bad_samples
-        )
+        cached = cached_source(settings, data.cache, ["plain"], model, seed=0)
+        return SourceDataset(cached, collate_encoded, data.bad_samples)
     collate = Collator(model.image_spec, model.text_spec)
     return GroundingDataset(settings.build(), bad_samples=data.bad_samples, collate=collate)
 

@@ -34,22 +34,15 @@ KEY, INDEX = "key.json", "index.npz"
 
 @dataclass(frozen=True)
 class CacheFolder:
-    """Paths of the features of one source in certain views.
+    """Paths of the features of one source in certain views."""
 
-    Args:
-        root: the folder of all caches.
-        key: all that the features depend on, as JSON values; "data" and "split" are the name of the source.
-        num_images: without their views.
-    """
-
-    root: Path
-    key: Mapping[str, Any]
-    num_images: int
+    root: Path  # of all caches
+    key: Mapping[str, Any]  # all that the features depend on, as JSON values; "data" and "split" name the source
+    num_images: int  # without their views
 
     @cached_property
     def path(self) -> Path:
-        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
-        return self.root / f"{self._name}-{digest[:16]}"
+        return self.root / f"{self._name}-{_digest(self.key)[:16]}"
 
     @property
     def name(self) -> str:
@@ -75,8 +68,11 @@ class CacheFolder:
     @property
     def shards(self) -> list[range]:
         """The images of each image shard."""
-        starts = range(0, self.num_images, self.images_per_shard)
-        return [range(start, min(start + self.images_per_shard, self.num_images)) for start in starts]
+        return _chunks(self.num_images, self.images_per_shard)
+
+    def text_shards(self, num_texts: int) -> list[range]:
+        """The expressions of each text shard."""
+        return _chunks(num_texts, self.texts_per_shard)
 
     def image_features(self, shard: int) -> Path:
         return self.path / "pictures" / f"{shard:05d}.npy"
@@ -124,7 +120,7 @@ def cache_folder(
         "settings": asdict(settings),
         "samples": len(source),
         "annotations": source.fingerprint() if isinstance(source, HasFingerprint) else None,
-        "pictures": _digest(source.image_keys()) if isinstance(source, HasImageKeys) else None,
+        "pictures": _digest(list(source.image_keys())) if isinstance(source, HasImageKeys) else None,
         "views": list(views),
         "transform": {"name": type(model.image_spec).__name__, **asdict(model.image_spec)},
         **model.feature_key(),
@@ -141,30 +137,21 @@ def image_indices(source: Source) -> np.ndarray:
     return np.array([indices.setdefault(key, len(indices)) for key in source.image_keys()], np.int64)
 
 
-def read_array(path: Path) -> np.ndarray:
-    """Memory-map the features of a shard; raises CacheError if the file is missing or damaged."""
+def read_file(path: Path, damaged: Path) -> Any:
+    """Memory-map a shard (.npy) or read the index (.npz); raises CacheError, which advises to remove `damaged`."""
     try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise CacheError(
-            f"{path} cannot be read ({error}); remove {path.parents[1]} and run `vg cache` again"
-        ) from error
-    return array
-
-
-def read_index(folder: CacheFolder) -> dict[str, np.ndarray]:
-    """Read index.npz; raises CacheError if it is damaged."""
-    try:
-        with np.load(folder.path / INDEX, allow_pickle=False) as index:
-            return dict(index)
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        return content if isinstance(content, np.ndarray) else dict(content)
     except Exception as error:  # zipfile, zlib and numpy each have their own exceptions for damaged files
-        raise CacheError(
-            f"{folder.path / INDEX} cannot be read ({error}); remove it and run `vg cache` again"
-        ) from error
+        raise CacheError(f"{path} cannot be read ({error}); remove {damaged} and run `vg cache` again") from error
 
 
-def _digest(values: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()
+def _chunks(total: int, size: int) -> list[range]:
+    return [range(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(wanted: Any, found: Any, path: str = "") -> list[str]:

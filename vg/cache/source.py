@@ -9,15 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vg import boxes as box_ops
-from vg.cache.format import CacheFolder, read_array, read_index
+from vg.cache.format import INDEX, CacheFolder, read_file
 from vg.data.source import HasImageKeys, Source
 from vg.errors import BadSampleError, CacheError
 from vg.types import EncodedBatch, EncodedSample, Features, Sample, Target
-
-TEXTS = ("ids", "kinds", "expressions")  # entries of the index that are JSON lists of strings
 
 
 class CachedSource:
@@ -35,12 +32,22 @@ class CachedSource:
         self.folder = folder
         self.seed = seed
         self.provenance = source.provenance
-        self._index = read_index(folder)
-        self._texts = {name: json.loads(self._index[name].tobytes()) for name in TEXTS}
+        self._index: dict[str, np.ndarray] = read_file(folder.path / INDEX, damaged=folder.path / INDEX)
+        self._texts = {name: json.loads(self._index[name].tobytes()) for name in ("ids", "kinds", "expressions")}
         self._ends = np.concatenate([[0], self._index["ends"]])  # [E + 1] first token of each expression
         self._grid = (int(self._index["grid"][0]), int(self._index["grid"][1]))
         self._arrays: dict[Path, np.ndarray] = {}  # opened files
-        self._check_lengths()
+
+        # All files are opened once, so a missing or shortened one is found before training.
+        lengths = {folder.image_features(n): len(shard) * folder.num_views for n, shard in enumerate(folder.shards)}
+        for n, shard in enumerate(folder.text_shards(len(self._ends) - 1)):
+            lengths[folder.text_features(n)] = int(self._ends[shard.stop] - self._ends[shard.start])
+        for path, length in lengths.items():
+            if len(self._open(path)) != length:
+                raise CacheError(
+                    f"{path} has {len(self._open(path))} rows, expected {length}; remove {folder.path} and run "
+                    "`vg cache` again"
+                )
 
     def __len__(self) -> int:
         return len(self._index["pictures"])
@@ -75,17 +82,15 @@ class CachedSource:
         )
 
     def image_groups(self, epoch: int) -> np.ndarray:
-        """Return [samples] ids, see vg.data.source.HasImageGroups."""
         return self._index["pictures"]
 
     def image_sizes(self, epoch: int) -> np.ndarray:
-        """Return [samples, 2] (height, width), see vg.data.source.HasImageSizes."""
         images = self._index["pictures"]
         views = np.array([self._view(image, epoch) for image in range(self.folder.num_images)])
         return self._index["sizes"][images, views[images]]
 
     def image_keys(self) -> list[str]:
-        """Return the keys of the source, see vg.data.source.HasImageKeys; without keys there, all are different."""
+        """Return the keys of the source; if it has none, all are different."""
         if isinstance(self.source, HasImageKeys):
             return self.source.image_keys()
         return [f"{self.folder.path}/{index}" for index in range(len(self))]
@@ -97,22 +102,8 @@ class CachedSource:
 
     def _open(self, path: Path) -> np.ndarray:
         if path not in self._arrays:
-            self._arrays[path] = read_array(path)
+            self._arrays[path] = read_file(path, damaged=self.folder.path)
         return self._arrays[path]
-
-    def _check_lengths(self) -> None:
-        """Raise CacheError if a file is missing or its length is not that of the index."""
-        folder, num_texts = self.folder, len(self._ends) - 1
-        lengths = {folder.image_features(n): len(shard) * folder.num_views for n, shard in enumerate(folder.shards)}
-        for n, first in enumerate(range(0, num_texts, folder.texts_per_shard)):
-            end = min(first + folder.texts_per_shard, num_texts)
-            lengths[folder.text_features(n)] = int(self._ends[end] - self._ends[first])
-        for path, length in lengths.items():
-            if len(self._open(path)) != length:
-                raise CacheError(
-                    f"{path} has {len(self._open(path))} rows, expected {length}; remove {folder.path} and run "
-                    "`vg cache` again"
-                )
 
 
 def collate_encoded(samples: Sequence[EncodedSample]) -> EncodedBatch:
@@ -130,10 +121,9 @@ def collate_encoded(samples: Sequence[EncodedSample]) -> EncodedBatch:
         text_mask=torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1),  # [R, T]
         image_ids=torch.tensor([indices[sample.image_key] for sample in samples]),
     )
-    return EncodedBatch(features, [_target(sample) for sample in samples])
-
-
-def _target(sample: EncodedSample) -> Target:
-    boxes: Tensor = box_ops.from_pixels(torch.from_numpy(sample.box).unsqueeze(0), sample.size)
-    phrase_ids = torch.zeros(1, dtype=torch.long)
-    return Target(sample.id, sample.size, (sample.phrase,), boxes, phrase_ids, sample.expression_type)
+    targets = []
+    for sample in samples:
+        boxes = box_ops.from_pixels(torch.from_numpy(sample.box).unsqueeze(0), sample.size)  # [1, 4]
+        phrase_ids = torch.zeros(1, dtype=torch.long)
+        targets.append(Target(sample.id, sample.size, (sample.phrase,), boxes, phrase_ids, sample.expression_type))
+    return EncodedBatch(features, targets)

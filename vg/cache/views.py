@@ -17,13 +17,6 @@ from vg.data.source import Source, checked
 from vg.errors import BadSampleError, DataError
 from vg.types import Sample
 
-VIEWS = {
-    "plain": AugmentConfig(),
-    "flip": AugmentConfig(flip=1),
-    "crop": AugmentConfig(crop=1),
-    "flip_crop": AugmentConfig(flip=1, crop=1),
-}
-
 Record = dict[str, Any]  # annotations of an image as JSON values: samples, bad, ids, kinds, views
 
 
@@ -31,13 +24,13 @@ class ImageViews(Dataset[tuple[Record, Tensor]]):
     """Image index -> its record, and its views [V, 3, H, W] as model input.
 
     Args:
-        views: names in VIEWS; crops are a function of the image and the position in this list.
+        views: see CacheConfig; crops are a function of the image and the position in this list.
         skip: list bad samples in the record instead of raising BadSampleError.
     """
 
     def __init__(self, source: Source[Sample], views: Sequence[str], collate: Collator, skip: bool):
         self.source = source
-        self.views = [VIEWS[view].build() for view in views]
+        self.views = [AugmentConfig(flip="flip" in view, crop="crop" in view).build() for view in views]
         self.collate = collate
         self.skip = skip
         images = image_indices(source)  # [samples]
@@ -85,7 +78,7 @@ class ImageViews(Dataset[tuple[Record, Tensor]]):
 
 
 def _merged(samples: Sequence[Sample]) -> Sample:
-    """Merge the samples of an image: box n and phrase n are those of sample n; a black pixel if there are none."""
+    """Merge the samples of an image: box n and phrase n are those of sample n; a black pixel without samples."""
     if not samples:
         return Sample("", np.zeros((1, 1, 3), np.uint8), (), np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
     first = samples[0]

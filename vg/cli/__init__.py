@@ -1,7 +1,6 @@
 """The command line: `vg train | eval | predict | check | convert | interpolate | cache | config | demo | ops`.
 
-Every verb is a module with `add_parser`, which declares its arguments, and `run`, which imports what it needs, so that
-`vg --help` starts without torch.
+The functions that run a verb import what they need, so that `vg --help` starts without torch.
 """
 
 from __future__ import annotations
@@ -10,23 +9,66 @@ import argparse
 import logging
 import os
 import sys
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 from vg import __version__
-from vg.cli import cache, check, config, convert, demo, evaluate, interpolate, ops, predict, train
+from vg.cli import check, convert, demo, evaluate, interpolate, predict, train
+from vg.cli.arguments import add_config
 from vg.errors import UserError
 
-VERBS = (train, evaluate, predict, check, convert, interpolate, cache, config, demo, ops)
+
+class Verb(NamedTuple):
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def cache(options: argparse.Namespace) -> None:
+    from vg.cache.build import build_cache
+    from vg.config import load_config
+
+    build_cache(load_config(options.config, options.overrides))
+
+
+def config(options: argparse.Namespace) -> None:
+    from vg.config import dump_config, load_config
+
+    print(dump_config(load_config(options.config, options.overrides)), end="")
+
+
+def ops(options: argparse.Namespace) -> None:
+    from vg.ops import backend_info
+
+    for device, backend in backend_info().items():
+        print(f"deform_attn on {device}: {backend.name} ({backend.reason})")
+
+
+VERBS = {
+    "train": Verb("train a model", train.add_arguments, train.run),
+    "eval": Verb("evaluate a checkpoint and draw its predictions", evaluate.add_arguments, evaluate.run),
+    "predict": Verb("ground phrases in an image", predict.add_arguments, predict.run),
+    "check": Verb("validate a dataset before training and suggest fixes", check.add_arguments, check.run),
+    "convert": Verb("convert a Grounding DINO checkpoint to another format", convert.add_arguments, convert.run),
+    "interpolate": Verb("mix weights before and after fine-tuning", interpolate.add_arguments, interpolate.run),
+    "cache": Verb("run frozen encoders once and write their features to data.cache.folder", add_config, cache),
+    "config": Verb("print a configuration with its bases, all defaults and overrides", add_config, config),
+    "demo": Verb("train, evaluate and draw on synthetic scenes, in minutes on a CPU", demo.add_arguments, demo.run),
+    "ops": Verb("print which kernels run on this machine and why; build them if needed", lambda parser: None, ops),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb. User errors print one message and exit with status 1, without a traceback."""
-    parser = _parser()
+    parser = new_parser()
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") or "=" not in word for word in rest) or (rest and "overrides" not in options):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse does not assign overrides that follow an option
         options.overrides += rest
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without path and line of code
     for noisy in ("httpx", "datasets", "accelerate", "albumentations"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -34,9 +76,12 @@ def main(arguments: list[str] | None = None) -> None:
     # training ten times slower; with this one, two times. Torch reads it at import.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
-        options.run(options)
+        VERBS[options.verb].run(options)
     except (UserError, OSError) as error:
-        sys.exit(f"error: {_message(error)}")
+        text = str(error)
+        if "Original Traceback" in text:  # a DataLoader adds that of its worker
+            text = text.split(f"{type(error).__name__}: ")[-1].strip()
+        sys.exit(f"error: {text}")
     finally:
         if "torch" in sys.modules:  # `vg config` does not need it
             from vg.distributed import shut_down
@@ -44,16 +89,11 @@ def main(arguments: list[str] | None = None) -> None:
             shut_down()
 
 
-def _parser() -> argparse.ArgumentParser:
+def new_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; `verb` is the key of VERBS."""
     parser = argparse.ArgumentParser(prog="vg", description="Train and run models that ground phrases in images.")
     parser.add_argument("--version", action="version", version=f"vg {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in VERBS:
-        verb.add_parser(verbs)
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        verb.add_arguments(subparsers.add_parser(name, help=verb.help))
     return parser
-
-
-def _message(error: Exception) -> str:
-    """The message without the traceback that a DataLoader adds for its worker."""
-    text = str(error)
-    return text.split(f"{type(error).__name__}: ")[-1].strip() if "Original Traceback" in text else text

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-Verbs = Any  # argparse has no public name for what `add_subparsers` returns
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add the configuration of a run and its overrides."""
+    parser.add_argument("config", help="YAML file of the run, such as configs/demo_rec.yaml")
+    add_overrides(parser)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -17,10 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "evaluate a checkpoint of any format (.pth, folder, Hub id) on a benchmark instead of the data of its run"
     suite = parser.add_argument_group("suites", about)
     suite.add_argument("--suite", choices=["refcoco"], help="writes benchmark.json and benchmark.html to --output")
-    suite.add_argument("--data", help="folder with the datasets of the suite (default: download from the Hub)")
-    suite.add_argument("--images", help="folder of COCO train2014 images, for annotations without pixels")
-    suite.add_argument("--datasets", help="such as refcoco,refcoco+,refcocog,grefcoco (default: the first three)")
-    suite.add_argument("--splits", help="such as val,testA (default: all)")
+    suite.add_argument("--data", type=Path, help="folder with the datasets (default: download from the Hub)")
+    suite.add_argument("--images", type=Path, help="folder of COCO train2014 images, for annotations without pixels")
+    suite.add_argument(
+        "--datasets", type=_names, help="such as refcoco,refcoco+,refcocog,grefcoco (default: the first three)"
+    )
+    suite.add_argument("--splits", type=_names, help="such as val,testA (default: all)")
     suite.add_argument("--limit", type=int, help="evaluate at most this many expressions of each split")
     suite.add_argument("--batch-size", type=int, help="expressions per batch (default: 32)")
     suite.add_argument("--workers", type=int, help="processes that read images (default: 2)")
@@ -28,15 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_tokenizer(suite)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Evaluate a checkpoint, write benchmark.json and benchmark.html, and print the tables.
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def run(options: argparse.Namespace, output: Path) -> None:
+    """Evaluate a checkpoint, write benchmark.json and benchmark.html to `output`, and print the tables.
 
     Raises:
         ConfigError, DataError, CheckpointError: see `open_splits` and `open_model`; the data is opened first.
     """
     from vg.distributed import new_accelerator
-    from vg.evaluation.benchmark.models import open_model
     from vg.evaluation.benchmark.report import report
+    from vg.evaluation.benchmark.run import open_model
     from vg.evaluation.benchmark.run import run as run_benchmark
     from vg.evaluation.benchmark.suite import open_splits
     from vg.evaluation.benchmark.table import text
@@ -44,18 +50,14 @@ def run(options: argparse.Namespace) -> None:
 
     if options.detections:
         raise ConfigError("--detections is for detection datasets, and this benchmark has none; remove it")
-    data, images = (None if path is None else Path(path) for path in (options.data, options.images))
-    datasets, names = ([] if value is None else value.split(",") for value in (options.datasets, options.splits))
-    splits = open_splits(data, images, datasets, names, options.limit)
+    splits = open_splits(options.data, options.images, options.datasets or (), options.splits or (), options.limit)
     model = open_model(options.checkpoint, options.overrides, options.tokenizer)
     accelerator = new_accelerator(mixed_precision=options.precision or "no")
     workers = 2 if options.workers is None else options.workers
     results, evaluated = run_benchmark(model, splits, accelerator, options.batch_size or 32, workers)
-    software = {name: version(name) for name in ("torch", "transformers")}
-    results = {"checkpoint": options.checkpoint, "software": {"vg": __version__, **software}, **results}
+    software = {"vg": __version__} | {name: version(name) for name in ("torch", "transformers")}
+    results = {"checkpoint": options.checkpoint, "software": software, **results}
     if accelerator.is_main_process:
-        path = Path(options.checkpoint)
-        output = Path(options.output or (path if path.is_dir() else Path("runs", path.stem)))
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "benchmark.json", results)
         (output / "benchmark.html").write_text(report(results, evaluated, model), encoding="utf-8")

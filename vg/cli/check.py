@@ -6,10 +6,11 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vg.cli.arguments import Verbs, add_overrides
+from vg.cli.arguments import add_overrides
 
 if TYPE_CHECKING:
     from vg.config import RunConfig
@@ -18,13 +19,11 @@ if TYPE_CHECKING:
 NUM_DRAWN = 24  # images in images.png
 
 
-def add_parser(verbs: Verbs) -> None:
-    parser = verbs.add_parser("check", help="validate a dataset before training and suggest fixes")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="YAML file of a run, COCO .json, ODVG .jsonl, Pascal VOC or YOLO folder")
     add_overrides(parser)
     parser.add_argument("--quick", type=int, metavar="N", help="read N images of each dataset (default: all)")
     parser.add_argument("--output", default="runs/check", help="folder for report and images (default: %(default)s)")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -45,16 +44,13 @@ def run(options: argparse.Namespace) -> None:
     count_tokens = _token_counter(config.model)
     diagnosis = diagnose(datasets, config.model.max_tokens, count_tokens, options.quick)
     output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
     write_json(output / "report.json", to_json(diagnosis))
     print(to_text(diagnosis))
     if count_tokens is None:
         print("tokenizer not cached locally; prompt lengths are lower bounds")
-    written = ["report.json"]
     if images := diagnosis.images(NUM_DRAWN):
         image_grid(images, 6, output / "images.png")
-        written.append("images.png")
-    print(f"written to {output}: {', '.join(written)}")
+    print(f"written to {output}: report.json" + (", images.png" if images else ""))
     if diagnosis.count("error"):
         sys.exit(1)
 
@@ -67,9 +63,9 @@ def _config_of(found: Mapping[str, dict[str, Any]], overrides: Sequence[str]) ->
 
     changes = {key: yaml.safe_load(text) for key, _, text in (override.partition("=") for override in overrides)}
     datasets = {split: settings | changes for split, settings in found.items()}
-    train = next(iter(datasets))
-    others = {split: settings for split, settings in datasets.items() if split != train} or datasets
-    return parse_config({"model": {"name": "grounding_dino"}, "data": {"train": datasets[train], "eval": others}})
+    train, *evaluation = datasets
+    evaluated = {split: datasets[split] for split in evaluation or [train]}
+    return parse_config({"model": {"name": "grounding_dino"}, "data": {"train": datasets[train], "eval": evaluated}})
 
 
 def _token_counter(model: ModelConfig) -> Callable[[list[str]], list[int]] | None:
@@ -85,7 +81,5 @@ def _token_counter(model: ModelConfig) -> Callable[[list[str]], list[int]] | Non
         path = next((file for file in cached if isinstance(file, str)), None)
         if path is None:
             return None
-    tokenizer = load_tokenizer(replace(text, tokenizer=path))
-    return lambda phrases: [
-        len(ids) for ids in tokenizer(phrases, add_special_tokens=False, verbose=False)["input_ids"]
-    ]
+    encode = partial(load_tokenizer(replace(text, tokenizer=path)), add_special_tokens=False, verbose=False)
+    return lambda phrases: [len(ids) for ids in encode(phrases)["input_ids"]]

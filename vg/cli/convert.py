@@ -5,18 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vg.cli.arguments import Verbs, add_tokenizer
+from vg.cli.arguments import add_tokenizer
 
 
-def add_parser(verbs: Verbs) -> None:
-    parser = verbs.add_parser("convert", help="convert a Grounding DINO checkpoint to the format of another library")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", help=".pth, folder of transformers or vg, or Hub id; the format is detected automatically"
     )
-    parser.add_argument("output", help=".pth (official, mmdet) or folder (transformers, vg) to write")
+    parser.add_argument("output", type=Path, help=".pth (official, mmdet) or folder (transformers, vg) to write")
     parser.add_argument("--to", required=True, choices=["official", "transformers", "mmdet", "vg"], help="format")
     add_tokenizer(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -25,16 +23,15 @@ def run(options: argparse.Namespace) -> None:
     from vg.errors import CheckpointError
     from vg.models.grounding_dino.checkpoints import bert_settings, open_tokenizer, read_checkpoint, write_checkpoint
 
-    output = Path(options.output)
-    if output.exists():
-        raise CheckpointError(f"{output} exists; choose another path, or remove it first")
+    if options.output.exists():
+        raise CheckpointError(f"{options.output} exists; choose another path, or remove it first")
     checkpoint = read_checkpoint(options.checkpoint, bert_settings(options.tokenizer))
     print(f"{options.checkpoint}: {checkpoint}")
     is_file = options.to in ("official", "mmdet")
     tokenizer = None if is_file else open_tokenizer(checkpoint, options.tokenizer)
-    with new_checkpoint(output, is_file) as partial:
+    with new_checkpoint(options.output, is_file) as partial:
         if options.to == "vg":
             write_weights(partial, checkpoint.weights, CheckpointConfig(checkpoint.config), tokenizer)
         else:
             write_checkpoint(checkpoint.weights, checkpoint.config, tokenizer, partial, options.to)
-    print(f"{output}: written in the {options.to} format")
+    print(f"{options.output}: written in the {options.to} format")

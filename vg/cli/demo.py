@@ -5,16 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vg.cli.arguments import Verbs, add_overrides
-
-PACKAGE = Path(__file__).parents[1]
+from vg.cli.arguments import add_overrides
 
 
-def add_parser(verbs: Verbs) -> None:
-    parser = verbs.add_parser("demo", help="train, evaluate and draw on synthetic scenes, in minutes on a CPU")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
     parser.add_argument("--config", help="YAML file (default: the rec family, configs/demo_rec.yaml)")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -24,8 +20,9 @@ def run(options: argparse.Namespace) -> None:
     from vg.config import load_config
     from vg.data.synthetic.shapes import ShapesConfig
 
-    in_wheel = PACKAGE / "configs"  # in a checkout, the folder is beside the package
-    folder = in_wheel if in_wheel.exists() else PACKAGE.parent / "configs"
+    package = Path(__file__).parents[1]
+    in_wheel = package / "configs"  # in a checkout, the folder is beside the package
+    folder = in_wheel if in_wheel.exists() else package.parent / "configs"
     config = load_config(options.config or folder / "demo_rec.yaml", options.overrides)
     train(config, overwrite=True)
     overrides = ["data.eval.split=test"] if isinstance(config.data.eval, ShapesConfig) else []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vg.cli import benchmark
-from vg.cli.arguments import Verbs, add_overrides
+from vg.cli.arguments import add_overrides
 
 if TYPE_CHECKING:
     from vg.config import RunConfig
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 NUM_DRAWN = 24  # samples in predictions.png
 
 
-def add_parser(verbs: Verbs) -> None:
-    parser = verbs.add_parser("eval", help="evaluate a checkpoint and draw its predictions")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder of a run or checkpoint, or YAML file with model.weights")
     add_overrides(parser)
     parser.add_argument(
@@ -26,17 +25,16 @@ def add_parser(verbs: Verbs) -> None:
     )
     parser.add_argument("--detections", action="store_true", help="also write the detections as COCO results json")
     benchmark.add_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.suite:
-        benchmark.run(options)
-        return
-    benchmark.refuse_options(options)
     path = Path(options.checkpoint)
-    output = Path(options.output or (Path("runs", path.stem) if path.is_file() else path))
-    evaluate(path, options.overrides, output, options.detections)
+    output = Path(options.output or (path if path.is_dir() else Path("runs", path.stem)))
+    if options.suite:
+        benchmark.run(options, output)
+    else:
+        benchmark.refuse_options(options)
+        evaluate(path, options.overrides, output, options.detections)
 
 
 def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: bool = False) -> None:

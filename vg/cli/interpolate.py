@@ -6,15 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vg.cli.arguments import Verbs, add_overrides
+from vg.cli.arguments import add_overrides
 
 
-def add_parser(verbs: Verbs) -> None:
-    parser = verbs.add_parser(
-        "interpolate", help="mix the weights before and after fine-tuning and keep the best mixture"
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("initial", type=Path, help="checkpoint before: folder, or YAML file with model.weights")
+    parser.add_argument(
+        "final", type=Path, help="folder of the run or checkpoint after; its data.eval selects the best mixture"
     )
-    parser.add_argument("initial", help="checkpoint before: a folder, or a YAML file whose model.weights names it")
-    parser.add_argument("final", help="folder of the run or checkpoint after; its data.eval selects the best mixture")
     add_overrides(parser)
     parser.add_argument(
         "--weights",
@@ -24,8 +23,7 @@ def add_parser(verbs: Verbs) -> None:
         metavar="W",
         help="weights of the final checkpoint (default: 0 .25 .5 .75 1)",
     )
-    parser.add_argument("--output", required=True, help="folder of the checkpoint to write")
-    parser.set_defaults(run=run)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint to write")
 
 
 class _Weights(argparse.Action):
@@ -50,11 +48,10 @@ def run(options: argparse.Namespace) -> None:
     from vg.evaluation.evaluator import Evaluator
     from vg.training.interpolation import Interpolation, Sweep
 
-    output = Path(options.output)
-    if output.exists():
-        raise CheckpointError(f"{output} exists; choose another path, or remove it first")
-    model, config = load_with_data(Path(options.final), options.overrides)
-    initial, _ = load(Path(options.initial), [])
+    if options.output.exists():
+        raise CheckpointError(f"{options.output} exists; choose another path, or remove it first")
+    model, config = load_with_data(options.final, options.overrides)
+    initial, _ = load(options.initial, [])
     mixtures = Interpolation(initial.own_state_dict(), model.own_state_dict())
     if mixtures.added:
         print(f"{options.initial} has no {', '.join(mixtures.added)}: taken from {options.final}")
@@ -63,6 +60,6 @@ def run(options: argparse.Namespace) -> None:
     sweep = Sweep(model.to(accelerator.device), mixtures, options.weights, evaluator)
     if accelerator.is_main_process:
         print(sweep)
-        with new_checkpoint(output) as partial:
+        with new_checkpoint(options.output) as partial:
             sweep.write(partial, config, model.text_spec.tokenizer)
-        print(f"{output}: written, weight {sweep.best_weight:g} between {options.initial} and {options.final}")
+        print(f"{options.output}: written, weight {sweep.best_weight:g} between {options.initial} and {options.final}")

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
-
-from vg.cli.arguments import Verbs
 
 THRESHOLD = 0.3  # boxes with a lower score are not drawn
 
 
-def add_parser(verbs: Verbs) -> None:
-    parser = verbs.add_parser("predict", help="ground phrases in an image")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder of a run or checkpoint")
     parser.add_argument("image", help="path or http(s) URL")
     parser.add_argument("phrases", nargs="+", metavar="PHRASE", help='such as "the man in the red shirt"')
     parser.add_argument("--threshold", type=float, help="drop boxes with a lower score (default: 0.3)")
     parser.add_argument("--output", default="prediction.png", help="image file to write (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -32,16 +27,15 @@ def run(options: argparse.Namespace) -> None:
     threshold = options.threshold if options.threshold is not None else THRESHOLD * grounder.takes_many
     shown = above(prediction, threshold)
     if not grounder.takes_many:  # one expression names one object
-        shown = replace(shown, boxes=shown.boxes[:1], scores=shown.scores[:1], phrase_ids=shown.phrase_ids[:1])
-    names = [shown.phrases[id] for id in shown.phrase_ids.tolist()]
-    for name, box, score in zip(names, shown.boxes.tolist(), shown.scores.tolist(), strict=True):
-        print(
-            f"{name}: left {box[0]:.1f}, top {box[1]:.1f}, right {box[2]:.1f}, bottom {box[3]:.1f}, score {score:.2f}"
-        )
-    if not names:
+        shown = shown.map(lambda values: values[:1])
+    labels, colors = [], []
+    for box, score, id in zip(shown.boxes.tolist(), shown.scores.tolist(), shown.phrase_ids.tolist(), strict=True):
+        name, (left, top, right, bottom) = shown.phrases[id], box
+        print(f"{name}: left {left:.1f}, top {top:.1f}, right {right:.1f}, bottom {bottom:.1f}, score {score:.2f}")
+        labels.append(f"{name} {score:.2f}")
+        colors.append(COLORS[id % len(COLORS)])
+    if not labels:
         best = f"best: {prediction.scores[0]:.3g}" if len(prediction.scores) else "no box was predicted"
         print(f"no box scores >= {threshold} ({best}); lower --threshold")
-    labels = [f"{name} {score:.2f}" for name, score in zip(names, shown.scores.tolist(), strict=True)]
-    colors = [COLORS[id % len(COLORS)] for id in shown.phrase_ids.tolist()] or COLORS
-    Image.fromarray(draw_boxes(image, shown.boxes, labels, colors)).save(options.output)
+    Image.fromarray(draw_boxes(image, shown.boxes, labels, colors or COLORS)).save(options.output)
     print(f"drawn in {options.output}")

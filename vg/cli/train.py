@@ -5,19 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from vg.cli.arguments import Verbs, add_overrides
+from vg.cli.arguments import add_config
 
 if TYPE_CHECKING:
     from vg.config import RunConfig
 
 
-def add_parser(verbs: Verbs) -> None:
-    parser = verbs.add_parser("train", help="train a model")
-    parser.add_argument("config", help="YAML file, such as configs/demo_rec.yaml")
-    add_overrides(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in train.output")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing run in train.output")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -35,6 +32,6 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     try:
         trainer.fit()
     finally:
-        rows = trainer.folder.history.rows()
+        rows = trainer.folder.rows()
         if trainer.accelerator.is_main_process and rows:
             curves(rows, trainer.folder.path / "curves.png")

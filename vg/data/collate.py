@@ -45,17 +45,14 @@ class Collator:
 
     def images(self, samples: Sequence[Sample]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
         """Return the images [B, 3, H, W], resized, normalized and padded, and the (height, width) without padding."""
-        sizes = tuple(self._size(sample) for sample in samples)
+        resized = self.image_spec.resized
+        sizes = tuple(resized(sample.image.shape[0], sample.image.shape[1], sample.shortest) for sample in samples)
         height, width = np.max(sizes, axis=0).tolist()
         images = torch.zeros(len(samples), 3, height, width)
         for image, sample, size in zip(images, samples, sizes, strict=True):
             pixels = torch.tensor(_resized(sample.image, size)).permute(2, 0, 1)  # [3, h, w] uint8
             image[:, : size[0], : size[1]].copy_(pixels).sub_(self.mean).div_(self.std)
         return images, sizes
-
-    def _size(self, sample: Sample) -> tuple[int, int]:
-        height, width = sample.image.shape[:2]
-        return self.image_spec.resized(height, width, sample.shortest)
 
     def _kept_boxes(self, sample: Sample, text: Text, image_id: int) -> np.ndarray:
         """Return which boxes have their phrase in a prompt: [N] bool."""

@@ -57,21 +57,19 @@ class SourceDataset(Dataset[Loaded]):
         for candidate in (*range(index, len(self)), *range(index)) if self.skip else (index,):
             if self._unreadable[candidate]:
                 continue
+            sample = None
             try:
                 sample = self._load(candidate, int(self._epoch[0]))
+                if self.skip:
+                    self._check_text(sample)
+                return sample
             except BadSampleError as error:
                 if not self.skip:
                     raise
-                self._unreadable[candidate] = True
-                self._count(candidate, error)
-                continue
-            try:
-                if self.skip:
-                    self._check_text(sample)
-            except BadSampleError as error:  # in another epoch its phrases may differ
-                self._count(candidate, error)
-                continue
-            return sample
+                self._unreadable[candidate] = sample is None  # its phrases may differ in another epoch
+                if not self.bad[candidate]:
+                    self.bad[candidate] = True
+                    logger.warning("skipped a bad sample: %s", error)
         raise DataError(f"{self.source.provenance}: every sample is bad; the warnings above name the reasons")
 
     def _load(self, index: int, epoch: int) -> Loaded:
@@ -79,11 +77,6 @@ class SourceDataset(Dataset[Loaded]):
 
     def _check_text(self, sample: Loaded) -> None:
         """Raise BadSampleError if the collate function would refuse the phrases."""
-
-    def _count(self, index: int, error: BadSampleError) -> None:
-        if not self.bad[index]:
-            self.bad[index] = True
-            logger.warning("skipped a bad sample: %s", error)
 
 
 class GroundingDataset(SourceDataset[Sample]):

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt
 
 from vg.data import DatasetConfig
-from vg.data.source import HasImageGroups, HasImageSizes, Loaded, Provenance, Source
+from vg.data.source import Loaded, Provenance, Source, with_image_groups, with_image_sizes
 from vg.errors import DataError
 from vg.settings import Settings
 from vg.types import Sample
@@ -37,10 +37,7 @@ SourceConfig: TypeAlias = Annotated[Union[DatasetConfig, MixtureConfig], Field(d
 class Mixture(Generic[Loaded]):
     """Concatenated sources, as a vg.data.source.Source; randomness depends on (seed, epoch, index) only.
 
-    The id of a sample begins with the dataset that it is from.
-
-    Args:
-        weights: see MixtureConfig.
+    The id of a sample begins with the dataset that it is from. For `weights`, see MixtureConfig.
 
     Raises:
         DataError: there are no sources, or not one weight for each.
@@ -59,7 +56,7 @@ class Mixture(Generic[Loaded]):
         self._orders: list[dict[int, np.ndarray]] = [{} for _ in sources]  # per source: pass -> permutation
         self.provenance = Provenance(
             data=" + ".join(
-                f"{source.provenance.data} ({source.provenance.split})" + ("" if weight == 1 else f" x {weight:g}")
+                f"{source.provenance}{'' if weight == 1 else f' x {weight:g}'}"
                 for source, weight in zip(sources, self.weights, strict=True)
             ),
             split="mixture",
@@ -75,7 +72,7 @@ class Mixture(Generic[Loaded]):
         try:
             sample = source.load(source_index, source_epoch)
         except DataError as error:
-            raise type(error)(f"{source.provenance.data} ({source.provenance.split}): {error}") from error
+            raise type(error)(f"{source.provenance}: {error}") from error
         return replace(sample, id=f"{source.provenance.data}/{source.provenance.split}/{sample.id}")
 
     def locate(self, index: int, epoch: int) -> tuple[int, int, int]:
@@ -95,31 +92,17 @@ class Mixture(Generic[Loaded]):
         return number, int(self._order(number, turn)[offset]), epoch * (whole + 1) + whole
 
     def image_sizes(self, epoch: int) -> np.ndarray:
-        """Return [samples, 2] (height, width), see vg.data.source.HasImageSizes.
-
-        Raises:
-            DataError: a source provides no image sizes.
-        """
-        sizes = []
-        for source in self.sources:
-            if not isinstance(source, HasImageSizes):
-                raise DataError(f"{source.provenance.data} provides no image sizes")
-            sizes.append(source.image_sizes(epoch))
+        sizes = [with_image_sizes(source).image_sizes(epoch) for source in self.sources]
         located = [self.locate(index, epoch)[:2] for index in range(len(self))]
         return np.array([sizes[number][index] for number, index in located], np.int64).reshape(-1, 2)
 
     def image_groups(self, epoch: int) -> np.ndarray:
-        """Return [samples] ids, see vg.data.source.HasImageGroups; repeated samples are in different groups.
-
-        Raises:
-            DataError: a source does not group its samples by image.
-        """
+        """Return [samples] ids, see vg.data.source.HasImageGroups; repeated samples are in different groups."""
         located = [self.locate(index, epoch) for index in range(len(self))]
-        groups: dict[tuple[int, int], np.ndarray] = {}  # number and epoch of a source -> its groups
-        for number, source in enumerate(self.sources):
-            if not isinstance(source, HasImageGroups):
-                raise DataError(f"{source.provenance.data} does not group its samples by image")
-            groups |= {(number, time): source.image_groups(time) for time in {t for n, _, t in located if n == number}}
+        groups = {  # of a source in one of its epochs
+            (number, time): with_image_groups(self.sources[number]).image_groups(time)
+            for number, time in {(number, time) for number, _, time in located}
+        }
         ids: dict[tuple[int, int, int], int] = {}
         keys = [(number, time, int(groups[number, time][index])) for number, index, time in located]
         return np.array([ids.setdefault(key, len(ids)) for key in keys], np.int64)

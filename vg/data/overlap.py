@@ -9,7 +9,7 @@ from typing import Generic
 import numpy as np
 
 from vg.data.mixture import Mixture, sources_of
-from vg.data.source import HasImageGroups, HasImageKeys, HasImageSizes, Loaded, Source
+from vg.data.source import HasImageKeys, Loaded, Source, with_image_groups, with_image_sizes
 from vg.errors import DataError
 
 
@@ -36,25 +36,21 @@ def without_overlap(train: Source[Loaded], evaluations: Sequence[Source], drop: 
             overlap = np.array([key in evaluated for key in keys], bool)
             shared |= overlap
             if overlap.any():
-                _warn(train, evaluation, int(overlap.sum()), len(evaluated & set(keys)), len(evaluated), drop)
+                warnings.warn(
+                    f"{overlap.sum()} of {len(train)} training samples of {train.provenance} have "
+                    f"{len(evaluated & set(keys))} of the {len(evaluated)} images that {evaluation.provenance} is "
+                    "evaluated on; "
+                    + ("they are dropped from training" if drop else "data.drop_overlap=true drops them from training"),
+                    stacklevel=2,
+                )
     if not drop or not shared.any():
         return train
     if shared.all():
         raise DataError(
-            f"{train.provenance.data} ({train.provenance.split}): every image is also in the evaluation data; "
-            "take another split, or set data.drop_overlap=false"
+            f"{train.provenance}: every image is also in the evaluation data; take another split, or set "
+            "data.drop_overlap=false"
         )
     return Subset(train, np.flatnonzero(~shared))
-
-
-def _warn(train: Source, evaluation: Source, num_samples: int, num_shared: int, num_images: int, drop: bool) -> None:
-    ours, theirs = train.provenance, evaluation.provenance
-    warnings.warn(
-        f"{num_samples} of {len(train)} training samples of {ours.data} ({ours.split}) have {num_shared} of the "
-        f"{num_images} images that {theirs.data} ({theirs.split}) is evaluated on; "
-        + ("they are dropped from training" if drop else "data.drop_overlap=true drops them from training"),
-        stacklevel=3,
-    )
 
 
 class Subset(Generic[Loaded]):
@@ -72,11 +68,7 @@ class Subset(Generic[Loaded]):
         return self.source.load(int(self.indices[index]), epoch)
 
     def image_sizes(self, epoch: int) -> np.ndarray:
-        if not isinstance(self.source, HasImageSizes):
-            raise DataError(f"{self.provenance.data} provides no image sizes")
-        return self.source.image_sizes(epoch)[self.indices]
+        return with_image_sizes(self.source).image_sizes(epoch)[self.indices]
 
     def image_groups(self, epoch: int) -> np.ndarray:
-        if not isinstance(self.source, HasImageGroups):
-            raise DataError(f"{self.provenance.data} does not group its samples by image")
-        return self.source.image_groups(epoch)[self.indices]
+        return with_image_groups(self.source).image_groups(epoch)[self.indices]

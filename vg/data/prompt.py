@@ -92,11 +92,7 @@ class Prompts:
         return int(token_id)
 
     def __call__(self, samples: Sequence[Sample]) -> Text:
-        """Make the prompts of all samples, in their order.
-
-        Raises:
-            BadSampleError: a sample without phrases, or a phrase without letters and digits or too long for a prompt.
-        """
+        """Make the prompts of all samples, in their order; raises BadSampleError as `of_sample`."""
         prompts = [(i, prompt) for i, sample in enumerate(samples) for prompt in self.of_sample(sample)]
         num_tokens = max(len(prompt.token_ids) for _, prompt in prompts)
         token_ids = np.full((len(prompts), num_tokens), self.padding)  # [R, T]
@@ -111,7 +107,11 @@ class Prompts:
         return Text(*map(torch.from_numpy, (token_ids, mask, phrase_tokens, image_ids)))
 
     def of_sample(self, sample: Sample) -> list[Prompt]:
-        """Make the prompts of one sample, at least one; raise BadSampleError as `__call__` does."""
+        """Make the prompts of one sample, at least one.
+
+        Raises:
+            BadSampleError: no phrases, or a phrase without letters and digits or too long for a prompt.
+        """
         if not sample.phrases:
             raise BadSampleError(f"{sample.id} has no phrases; give at least one")
         tokens = self._tokenize(sample)
@@ -152,8 +152,8 @@ class Prompts:
                     token_ids.pop()
                 if set(token_ids) == {self.tokenizer.unk_token_id}:
                     logger.warning(
-                        "%s: all tokens of the phrase %r are unknown to the tokenizer, so the model cannot tell it "
-                        "from other unknown phrases; set model.text.tokenizer, or data.*.vocabulary.phrases",
+                        "%s: all tokens of the phrase %r are unknown to the tokenizer, so the model confuses "
+                        "it with other unknown phrases; set model.text.tokenizer, or data.*.vocabulary.phrases",
                         sample.id,
                         phrase,
                     )

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from vg.data.source import HasImageGroups, HasImageSizes, Source
-from vg.errors import DataError
+from vg.data.source import Source, with_image_groups, with_image_sizes
 
 
 class EpochSampler(Sampler[int]):
@@ -26,37 +25,33 @@ class EpochSampler(Sampler[int]):
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[int]:
+    def permutation(self, length: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.length, generator=generator).tolist())
+        return torch.randperm(length, generator=generator)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.permutation(self.length).tolist())
 
 
 class ImageGroupedSampler(EpochSampler):
     """Samples of the same image in groups of at most `group_size`, so that a batch can share it; groups are shuffled.
 
-    Raises:
-        DataError: the source does not implement vg.data.source.HasImageGroups.
+    Raises DataError unless the source implements vg.data.source.HasImageGroups.
     """
 
     def __init__(self, source: Source, seed: int, group_size: int):
-        if not isinstance(source, HasImageGroups):
-            raise DataError(
-                f"{source.provenance.data} does not group its samples by image, as "
-                "data.cache.expressions_per_image above 1 needs"
-            )
         super().__init__(len(source), seed)
-        self.source = source
+        self.source = with_image_groups(source)
         self.group_size = group_size
 
     def __iter__(self) -> Iterator[int]:
-        order = np.array(list(super().__iter__()), np.int64)  # [samples]
+        order = self.permutation(self.length).numpy()  # [samples]
         images = self.source.image_groups(self.epoch)[order]
         order = order[np.argsort(images, kind="stable")]  # sorted by image, in random order within each
         _, first, counts = np.unique(np.sort(images), return_index=True, return_counts=True)
         index_in_image = np.arange(len(order)) - np.repeat(first, counts)  # [samples]
         groups = np.cumsum(index_in_image % self.group_size == 0) - 1  # [samples]
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        rank = torch.randperm(int(groups[-1]) + 1, generator=generator).numpy()  # [groups]
+        rank = self.permutation(int(groups[-1]) + 1).numpy()  # [groups]
         return iter(order[np.argsort(rank[groups], kind="stable")].tolist())
 
 
@@ -66,30 +61,26 @@ class AspectRatioGroupedSampler(EpochSampler):
     A permutation is cut into chunks, each chunk is sorted by aspect ratio and cut into groups, and the groups are
     shuffled. The incomplete last group is split off before sorting: dropping it (`drop_last`) does not bias the data.
 
+    Raises DataError unless the source implements vg.data.source.HasImageSizes.
+
     Args:
         group_size: samples of one step of all processes: batch size x processes.
-
-    Raises:
-        DataError: the source does not implement vg.data.source.HasImageSizes.
     """
 
     CHUNK = 64  # groups that are sorted together: larger chunks are more uniform, smaller ones mix better
 
     def __init__(self, source: Source, seed: int, group_size: int):
-        if not isinstance(source, HasImageSizes):
-            raise DataError(f"{source.provenance.data} provides no image sizes, which data.group_by_aspect_ratio needs")
         super().__init__(len(source), seed)
-        self.source = source
+        self.source = with_image_sizes(source)
         self.group_size = group_size
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.tensor(list(super().__iter__()), dtype=torch.long)  # [samples]
+        order = self.permutation(self.length)  # [samples]
         sizes = torch.as_tensor(self.source.image_sizes(self.epoch))  # [samples, 2]
         aspects = sizes[:, 1] / sizes[:, 0]
         grouped = self.length - self.length % self.group_size
         chunks = order[:grouped].split(self.CHUNK * self.group_size)
         sorted_chunks = [chunk[aspects[chunk].argsort(stable=True)] for chunk in chunks]
         groups = torch.cat([*sorted_chunks, order[:0]]).view(-1, self.group_size)  # [groups, group_size]
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        groups = groups[torch.randperm(len(groups), generator=generator)]
+        groups = groups[self.permutation(len(groups))]
         return iter([*groups.flatten().tolist(), *order[grouped:].tolist()])

@@ -17,7 +17,7 @@ from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from vg.errors import BadSampleError
+from vg.errors import BadSampleError, DataError
 from vg.types import EncodedSample, Sample
 
 Task = Literal["expressions", "generalized", "detection"]
@@ -38,6 +38,9 @@ class Provenance:
     partition: str | None = None  # split provider of a RefCOCO dataset: "unc", "umd" or "google"
     official: bool | None = None  # whether its counts are the published ones of that split; None if none are published
 
+    def __str__(self) -> str:
+        return f"{self.data} ({self.split})"
+
 
 class Source(Protocol[Loaded_co]):
     """A dataset of Sample, or of EncodedSample if it is a feature cache; randomness depends on (epoch, index) only."""
@@ -48,7 +51,6 @@ class Source(Protocol[Loaded_co]):
 
     def load(self, index: int, epoch: int) -> Loaded_co:
         """Load one sample; raises BadSampleError naming it if that is impossible."""
-        ...
 
 
 @runtime_checkable
@@ -57,7 +59,6 @@ class HasImageSizes(Protocol):
 
     def image_sizes(self, epoch: int) -> np.ndarray:
         """Return the (height, width) in pixels of the image that `load(index, epoch)` returns: [samples, 2] int."""
-        ...
 
 
 @runtime_checkable
@@ -66,7 +67,6 @@ class HasImageKeys(Protocol):
 
     def image_keys(self) -> list[str]:
         """Return a key of the image of each sample; equal keys, in any source, mean the same image."""
-        ...
 
 
 @runtime_checkable
@@ -75,7 +75,6 @@ class HasFingerprint(Protocol):
 
     def fingerprint(self) -> str:
         """Return a digest of all annotations, without reading images."""
-        ...
 
 
 @runtime_checkable
@@ -84,7 +83,6 @@ class HasImageGroups(Protocol):
 
     def image_groups(self, epoch: int) -> np.ndarray:
         """Return an id of the image that `load(index, epoch)` returns: [samples] int."""
-        ...
 
 
 @runtime_checkable
@@ -94,7 +92,23 @@ class HasCategoryIds(Protocol):
     @property
     def category_ids(self) -> dict[str, int]:
         """Phrase -> category id."""
-        ...
+
+
+def with_image_sizes(source: Source) -> HasImageSizes:
+    """Return the source; raises DataError if it does not implement HasImageSizes."""
+    if not isinstance(source, HasImageSizes):
+        raise DataError(f"{source.provenance.data} provides no image sizes, which data.group_by_aspect_ratio needs")
+    return source
+
+
+def with_image_groups(source: Source) -> HasImageGroups:
+    """Return the source; raises DataError if it does not implement HasImageGroups."""
+    if not isinstance(source, HasImageGroups):
+        raise DataError(
+            f"{source.provenance.data} does not group its samples by image, as "
+            "data.cache.expressions_per_image above 1 needs"
+        )
+    return source
 
 
 def checked(sample: Sample) -> Sample:
@@ -116,19 +130,18 @@ def checked(sample: Sample) -> Sample:
         raise BadSampleError(f"{where}: an empty phrase in {sample.phrases}; give it words or remove the row")
     if boxes.dtype != np.float32 or boxes.ndim != 2 or boxes.shape[1] != 4:
         raise BadSampleError(f"{where}: boxes are {boxes.dtype} {list(boxes.shape)}, expected float32 [N, 4]")
-    if phrase_ids.dtype != np.int64 or phrase_ids.shape != boxes.shape[:1]:
-        raise BadSampleError(
-            f"{where}: phrase_ids are {phrase_ids.dtype} {list(phrase_ids.shape)}, expected int64, one for each of the "
-            f"{len(boxes)} boxes"
-        )
+    for name, values, dtype in (
+        ("phrase_ids are", phrase_ids, np.int64),
+        ("crowd is", sample.crowd, np.bool_),
+        ("areas is", sample.areas, np.float32),
+    ):
+        if values is not None and (values.dtype != dtype or values.shape != boxes.shape[:1]):
+            found = f"{values.dtype} {list(values.shape)}"
+            raise BadSampleError(
+                f"{where}: {name} {found}, expected {np.dtype(dtype)}, one for each of the {len(boxes)} boxes"
+            )
     if ((phrase_ids < 0) | (phrase_ids >= len(sample.phrases))).any():
         raise BadSampleError(f"{where}: phrase_ids {phrase_ids.tolist()} exceed the {len(sample.phrases)} phrases")
-    for name, values, dtype in (("crowd", sample.crowd, np.bool_), ("areas", sample.areas, np.float32)):
-        if values is not None and (values.dtype != dtype or values.shape != boxes.shape[:1]):
-            raise BadSampleError(
-                f"{where}: {name} is {values.dtype} {list(values.shape)}, expected {np.dtype(dtype)}, one for each of "
-                f"the {len(boxes)} boxes"
-            )
     height, width = image.shape[:2]
     clipped = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))  # [N, 4]
     for box, inside in zip(boxes, clipped, strict=True):
@@ -143,16 +156,12 @@ def checked(sample: Sample) -> Sample:
 
 
 def _box_problem(box: np.ndarray, inside: np.ndarray) -> str:
-    """Describe the problem of one box [4], given also clipped to the image; empty if there is none."""
+    """Describe the problem of one box [4], given also clipped to the image; empty for a valid box."""
     if not np.isfinite(box).all():
         return "is not finite"
-    if box[2] <= box[0] or box[3] <= box[1]:
-        return "has no area"
-    if np.abs(box - inside).max() > OVERHANG:
+    if (box[2:] > box[:2]).all() and np.abs(box - inside).max() > OVERHANG:
         return "lies outside"
-    if inside[2] <= inside[0] or inside[3] <= inside[1]:
-        return "has no area"
-    return ""
+    return "" if (inside[2:] > inside[:2]).all() else "has no area"
 
 
 def _format_hint(box: list[float], width: int, height: int) -> str:

@@ -53,8 +53,8 @@ class EvaluationResult:
     best_metric: str  # flat key of the metric that selects the best checkpoint
 
     def __post_init__(self) -> None:
-        first, *others = self.datasets
-        for dataset in others:
+        first, *further = self.datasets
+        for dataset in further:
             if first.flat().keys() & {flat_key(dataset.name, key) for key in dataset.flat()}:
                 raise ConfigError(
                     f"data.eval.{dataset.name}: {first.name} has a group of that name; rename the dataset"

@@ -16,14 +16,9 @@ def table(result: EvaluationResult) -> str:
 
 def _side_by_side(datasets: Sequence[DatasetResult]) -> str:
     """A row per metric, a column per dataset."""
-    names = list(dict.fromkeys(name for dataset in datasets for name in dataset.totals))
-    widths = [max(9, len(dataset.name)) for dataset in datasets]
-    label = max(map(len, names))
-    rows = [[f"{dataset.name:>{width}}" for dataset, width in zip(datasets, widths, strict=True)]]
-    for name in names:
-        cells = zip(datasets, widths, strict=True)
-        rows.append([f"{_cell(dataset.totals.get(name)):>{width}}" for dataset, width in cells])
-    return "\n".join(" ".join((f"{name:<{label}}", *row)) for name, row in zip(("", *names), rows, strict=True))
+    names = dict.fromkeys(name for dataset in datasets for name in dataset.totals)
+    rows = [[name, *(_cell(dataset.totals.get(name)) for dataset in datasets)] for name in names]
+    return aligned([["", *(dataset.name for dataset in datasets)], *rows])
 
 
 def _dataset_table(result: DatasetResult) -> str:
@@ -34,13 +29,19 @@ def _dataset_table(result: DatasetResult) -> str:
     totals, groups = result.totals, result.groups
     names = sorted(groups, key=lambda name: (-groups[name].get("ap", 0.0), name))
     shared = [name for name in totals if not groups or any(name in metrics for metrics in groups.values())]
-    width = max(map(len, ("all", *names)))
-    lines = [" ".join((" " * width, *(f"{name.removeprefix('num_'):>11}" for name in shared)))]
+    rows = [["", *(name.removeprefix("num_") for name in shared)]]
     for group, metrics in (("all", totals), *((name, groups[name]) for name in names)):
-        lines.append(" ".join((f"{group:<{width}}", *(f"{_cell(metrics.get(name)):>11}" for name in shared))))
+        rows.append([group, *(_cell(metrics.get(name)) for name in shared)])
     rest = [f"{name} {_cell(value)}" for name, value in totals.items() if name not in shared]
-    lines += [", ".join(rest[start : start + 6]) for start in range(0, len(rest), 6)]
-    return "\n".join([_title(result), *lines])
+    lines = [", ".join(rest[start : start + 6]) for start in range(0, len(rest), 6)]
+    return "\n".join([_title(result), aligned(rows), *lines])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return cells as lines of text: the first column is left-aligned, the columns of numbers are right-aligned."""
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[f"{label:<{first}}", *map(str.rjust, cells, widths)] for label, *cells in rows]
+    return "\n".join("  ".join(line) for line in lines)
 
 
 def _title(result: DatasetResult) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from itertools import cycle
@@ -79,16 +80,8 @@ def prediction_grid(items: Sequence[tuple[Sample, Prediction]], columns: int, pa
     if not items or columns < 1:
         raise ValueError("nothing to draw: give at least one sample with its prediction and at least one column")
     cards = [_card(sample, prediction) for sample, prediction in items]
-    columns = min(columns, len(cards))
-    width, height = cards[0].size
-    top = GAP + LINE_HEIGHT + GAP  # the legend
-    rows = -(-len(cards) // columns)
-    size = (max(LEGEND_WIDTH, GAP + columns * (width + GAP)), top + rows * (height + GAP))
-    canvas = Image.new("RGB", size, PAPER)
+    canvas = _grid(cards, columns, top=GAP + LINE_HEIGHT + GAP, min_width=LEGEND_WIDTH)
     _legend(canvas)
-    for index, card in enumerate(cards):
-        row, column = divmod(index, columns)
-        canvas.paste(card, (GAP + column * (width + GAP), top + row * (height + GAP)))
     canvas.save(path)
 
 
@@ -104,17 +97,28 @@ def image_grid(
     """
     color_of = cycle(COLORS)
     colors = {name: next(color_of) for name in dict.fromkeys(name for *_, names in images for name in names)}
-    columns = min(columns, len(images))
-    height = IMAGE_HEIGHT + 2 * LINE_HEIGHT + GAP
-    canvas = Image.new("RGB", (GAP + columns * (CARD_WIDTH + GAP), GAP - (-len(images) // columns) * height), PAPER)
-    for index, (caption, image, boxes, names) in enumerate(images):
-        left, top = GAP + index % columns * (CARD_WIDTH + GAP), GAP + index // columns * height
+    font, cards = _font(TEXT_SIZE - 3), []
+    for caption, image, boxes, names in images:
+        card = Image.new("RGB", (CARD_WIDTH, IMAGE_HEIGHT + 2 * LINE_HEIGHT), PAPER)
         thumbnail, scale = _thumbnail(image, CARD_WIDTH)
         drawn = draw_boxes(np.array(thumbnail), scale * boxes, names, [colors[name] for name in names] or COLORS)
-        canvas.paste(Image.fromarray(drawn), (left, top))
-        text = "\n".join(_wrap(caption, _font(TEXT_SIZE - 3), CARD_WIDTH, lines=2))
-        ImageDraw.Draw(canvas).text((left, top + IMAGE_HEIGHT), text, fill=INK, font=_font(TEXT_SIZE - 3))
-    canvas.save(path)
+        card.paste(Image.fromarray(drawn))
+        text = "\n".join(_wrap(caption, font, CARD_WIDTH, lines=2))
+        ImageDraw.Draw(card).text((0, IMAGE_HEIGHT), text, fill=INK, font=font)
+        cards.append(card)
+    _grid(cards, columns).save(path)
+
+
+def _grid(cards: Sequence[Image.Image], columns: int, top: int = GAP, min_width: int = 0) -> Image.Image:
+    """Paste cards of one size row by row, with gaps around them."""
+    columns = min(columns, len(cards))
+    width, height = cards[0].width + GAP, cards[0].height + GAP
+    size = (max(min_width, GAP + columns * width), top + math.ceil(len(cards) / columns) * height)
+    canvas = Image.new("RGB", size, PAPER)
+    for index, card in enumerate(cards):
+        row, column = divmod(index, columns)
+        canvas.paste(card, (GAP + column * width, top + row * height))
+    return canvas
 
 
 def _outline(canvas: Image.Image, box: np.ndarray, color: str, width: int, dash: int = 0) -> None:
@@ -127,15 +131,11 @@ def _outline(canvas: Image.Image, box: np.ndarray, color: str, width: int, dash:
         draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=HALO, width=width + 2)
         draw.rectangle((left, top, right, bottom), outline=color, width=width)
         return
-    strokes = [
-        (x, y, min(x + dash, right), y + width - 1)
-        for x in range(left, right + 1, 2 * dash)
-        for y in (top, bottom - width + 1)
-    ] + [
-        (x, y, x + width - 1, min(y + dash, bottom))
-        for y in range(top, bottom + 1, 2 * dash)
-        for x in (left, right - width + 1)
-    ]
+    strokes = []
+    for x in range(left, right + 1, 2 * dash):
+        strokes += [(x, y, min(x + dash, right), y + width - 1) for y in (top, bottom - width + 1)]
+    for y in range(top, bottom + 1, 2 * dash):
+        strokes += [(x, y, x + width - 1, min(y + dash, bottom)) for x in (left, right - width + 1)]
     for x0, y0, x1, y1 in strokes:
         draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), fill=HALO)
     for stroke in strokes:
@@ -163,7 +163,11 @@ def _card(sample: Sample, prediction: Prediction) -> Image.Image:
     caption = ", ".join(dict.fromkeys(sample.phrases[id] for id in sample.phrase_ids)) or ", ".join(sample.phrases)
     height = 2 * FRAME + IMAGE_HEIGHT + (CAPTION_LINES + 1) * LINE_HEIGHT + 3 * PADDING
     card = Image.new("RGB", (CARD_WIDTH, height), PAPER)
-    image = _annotated(sample, prediction)
+    image, scale = _thumbnail(sample.image, CARD_WIDTH - 2 * FRAME)
+    for box in prediction.boxes[: max(1, len(sample.boxes))].numpy():  # drawn now because lines must not be resized
+        _outline(image, scale * box, PREDICTED, width=4)
+    for box in sample.boxes:
+        _outline(image, scale * box, TRUE, width=2, dash=DASH)
     card.paste(BACKGROUND, (0, 0, CARD_WIDTH, FRAME + IMAGE_HEIGHT))
     card.paste(image, ((CARD_WIDTH - image.width) // 2, FRAME + (IMAGE_HEIGHT - image.height) // 2))
     draw = ImageDraw.Draw(card)
@@ -185,13 +189,10 @@ def _verdict(sample: Sample, prediction: Prediction) -> tuple[str, str]:
     if not len(sample.boxes):
         return score, UNKNOWN
     boxes = prediction.boxes[: len(sample.boxes)]
-    overlaps = iou(prediction.boxes.new_tensor(sample.boxes)[:, None], boxes[None]).tolist()  # [N, K]
-    phrases = [prediction.phrases[id] for id in prediction.phrase_ids[: len(boxes)].tolist()]
-    best = [
-        max((value for value, phrase in zip(row, phrases, strict=True) if phrase == sample.phrases[id]), default=0.0)
-        for row, id in zip(overlaps, sample.phrase_ids, strict=True)
-    ]
-    found = sum(overlap >= HIT_IOU for overlap in best)
+    overlaps = iou(prediction.boxes.new_tensor(sample.boxes)[:, None], boxes[None]).numpy()  # [N, K]
+    same_phrase = sample.phrase_ids[:, None] == prediction.phrase_ids[: len(boxes)].numpy()  # [N, K]
+    best = overlaps.max(axis=1, initial=0.0, where=same_phrase)  # [N]
+    found = int((best >= HIT_IOU).sum())
     verdict = f"{'hit' if found else 'miss'}   IoU {best[0]:.2f}" if len(best) == 1 else f"{found} of {len(best)} found"
     return f"{verdict}   {score}", HIT if found == len(best) else MISS
 
@@ -202,16 +203,6 @@ def _thumbnail(array: np.ndarray, width: int) -> tuple[Image.Image, float]:
     scale = min(width / image.width, IMAGE_HEIGHT / image.height)
     size = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
     return image.resize(size, Image.Resampling.LANCZOS), scale
-
-
-def _annotated(sample: Sample, prediction: Prediction) -> Image.Image:
-    """Resize the image for a card, then draw the boxes, whose lines do not scale."""
-    image, scale = _thumbnail(sample.image, CARD_WIDTH - 2 * FRAME)
-    for box in prediction.boxes[: max(1, len(sample.boxes))].tolist():
-        _outline(image, scale * np.array(box), PREDICTED, width=4)
-    for box in sample.boxes:
-        _outline(image, scale * box, TRUE, width=2, dash=DASH)
-    return image
 
 
 def _legend(canvas: Image.Image) -> None:

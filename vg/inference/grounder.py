@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image, ImageOps
 from vg.checkpoint import is_checkpoint, read_model
 from vg.data.collate import Collator
 from vg.errors import DataError
+from vg.inference.draw import draw_boxes
 from vg.models.base import GroundingModel
 from vg.models.grounding_dino.checkpoints import open_model
 from vg.types import Prediction, Sample
@@ -24,7 +24,7 @@ DOWNLOAD_SECONDS = 30
 
 
 def to_array(image: ImageLike) -> np.ndarray:
-    """Read an image, rotated as its EXIF orientation says -> [H, W, 3] uint8, RGB.
+    """Read an image, rotated by its EXIF orientation -> [H, W, 3] uint8, RGB.
 
     Raises:
         DataError: an array of another shape or dtype, a path or URL that cannot be read, or a damaged file.
@@ -114,12 +114,7 @@ class Grounder:
 def above(prediction: Prediction, threshold: float) -> Prediction:
     """Return the prediction without boxes whose score is below the threshold."""
     kept = prediction.scores >= threshold  # [K]
-    return replace(
-        prediction,
-        boxes=prediction.boxes[kept],
-        scores=prediction.scores[kept],
-        phrase_ids=prediction.phrase_ids[kept],
-    )
+    return prediction.map(lambda values: values[kept])
 
 
 def best_device() -> str:
@@ -141,3 +136,39 @@ def load_model(path: str | Path, tokenizer: str | None = None) -> GroundingModel
         CheckpointError: not a checkpoint, damaged, or weights that do not fit the model.
     """
     return read_model(path)[0] if is_checkpoint(path) else open_model(path, tokenizer)
+
+
+def predict_and_crop(
+    image: ImageLike,
+    prompt: str,
+    model: Grounder | GroundingModel | str | Path,
+    device: str | None = None,
+    threshold: float | None = None,
+) -> tuple[np.ndarray, tuple[float, float, float, float], np.ndarray]:
+    """Ground an expression in an image and crop the best box.
+
+    Args:
+        image: [H, W, 3] uint8 array, PIL image, path or http(s) URL.
+        prompt: a referring expression, such as "the man in the red shirt".
+        model: a Grounder, a model, or a path for `load_model`. For several images, create a Grounder once.
+        device: device of a model that is not a Grounder; by default the fastest one available.
+        threshold: minimum score of the box; by default any.
+
+    Returns:
+        crop [h, w, 3] uint8; box (left, top, right, bottom) in pixels; image_with_box [H, W, 3] uint8.
+
+    Raises:
+        DataError: an unreadable image, an empty prompt, or no box with a sufficient score.
+    """
+    grounder = model if isinstance(model, Grounder) else Grounder(model, device)
+    pixels = to_array(image)
+    prediction = grounder.predict(pixels, prompt, threshold)
+    if not len(prediction.boxes):
+        limit = "the threshold of the model" if threshold is None else f"the threshold {threshold}"
+        raise DataError(f"nothing found for {prompt!r}: no box reaches {limit}; lower it or rephrase the prompt")
+    box = prediction.boxes[0].tolist()
+    height, width = pixels.shape[:2]
+    left, top = min(int(box[0]), width - 1), min(int(box[1]), height - 1)
+    right, bottom = max(left + 1, round(box[2])), max(top + 1, round(box[3]))  # at least one pixel
+    drawn = draw_boxes(pixels, [box], [f"{prompt} {prediction.scores[0]:.2f}"])
+    return pixels[top:bottom, left:right].copy(), (box[0], box[1], box[2], box[3]), drawn

@@ -1,4 +1,4 @@
-"""Settings of the set loss; the defaults are mmdetection's for Grounding DINO and MM-Grounding-DINO."""
+"""Settings of the losses; the defaults are mmdetection's for Grounding DINO and MM-Grounding-DINO."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from pydantic import Field
 from vg.settings import Settings
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass
+class BoxLossConfig(Settings):
+    """Weights of the box terms of both families (`BOX_TERMS` of vg.losses.terms); zero switches a term off."""
+
+    diou: Weight = 0.0
+    l1: Weight = 5.0
+    giou: Weight = 2.0
 
 
 @dataclass
@@ -25,13 +34,11 @@ class MatchingConfig(Settings):
 
 
 @dataclass
-class LossConfig(Settings):
+class LossConfig(BoxLossConfig):
     """Weights of the loss terms; zero switches a term off. Open-GroundingDino: class_weight 2, matching as above."""
 
     class_weight: Weight = 1.0
     """Weight of the focal loss between queries and text tokens."""
-    l1: Weight = 5.0
-    giou: Weight = 2.0
     focal_alpha: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Weight of positive tokens in the focal loss and in the class cost."""
     focal_gamma: Weight = 2.0

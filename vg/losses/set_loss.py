@@ -46,7 +46,7 @@ class SetLoss:
             vectors: queries of the last layer [R, Q, D] and text tokens [R, T, D] for the alignment loss.
 
         Returns:
-            Weighted scalars "class", "l1" and "giou" of every layer and component, and "alignment" of the last layer.
+            Weighted scalars: "class" and the box terms of every layer and component, "alignment" of the last layer.
             Terms with weight zero are left out.
         """
         with torch.autocast(logits.device.type, enabled=False):
@@ -102,10 +102,9 @@ class SetLoss:
         logits = logits.float().masked_fill(~valid, 0.0)  # before the loss: infinite logits have no gradient
         values = {
             "class": (terms.focal(logits, positive, config.focal_alpha, config.focal_gamma) * valid).sum(dim=-1),
-            "l1": terms.l1(boxes.float(), target).where(matched, 0.0),
-            "giou": terms.giou(boxes.float(), target).where(matched, 0.0),
         }  # [L, R, Q] each
-        weights = {"class": config.class_weight, "l1": config.l1, "giou": config.giou}
+        values |= {t: x.where(matched, 0.0) for t, x in terms.box_terms(config, boxes.float(), target).items()}
+        weights = {"class": config.class_weight} | vars(config)
         return {
             LossName(term, *output): weights[term] * factor * value / count
             for term in values

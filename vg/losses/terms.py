@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vg import boxes as box_ops
+from vg.losses.config import BoxLossConfig
 
 
 def l1(predicted: Tensor, target: Tensor) -> Tensor:
@@ -22,6 +23,14 @@ def giou(predicted: Tensor, target: Tensor) -> Tensor:
 def diou(predicted: Tensor, target: Tensor) -> Tensor:
     """1 - distance IoU (Zheng et al. 2020): [..., 4] cxcywh each -> [...], 0..2."""
     return 1 - box_ops.diou(box_ops.cxcywh_to_xyxy(predicted), box_ops.cxcywh_to_xyxy(target))
+
+
+BOX_TERMS = {"diou": diou, "l1": l1, "giou": giou}  # by the name of its weight in BoxLossConfig
+
+
+def box_terms(config: BoxLossConfig, predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Return the box terms whose weight is not zero, unweighted: [..., 4] cxcywh 0..1 each -> {term: [...]}."""
+    return {name: term(predicted, target) for name, term in BOX_TERMS.items() if getattr(config, name)}
 
 
 def token_cross_entropy(logits: Tensor, positive: Tensor) -> Tensor:

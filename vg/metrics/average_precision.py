@@ -79,7 +79,7 @@ def precision_and_recall(
 
 
 def mean_defined(values: np.ndarray) -> float:
-    """Return the mean of the defined values, or `UNDEFINED` if there are none."""
+    """Return the mean of the defined values, or `UNDEFINED` without any."""
     values = values[values > UNDEFINED]
     return float(values.mean()) if values.size else UNDEFINED
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vg.boxes import area, to_pixels
 from vg.metrics.average_precision import ANY_AREA, Boxes, Curves, mean_defined, precision_and_recall, to_xywh
-from vg.metrics.collected import CollectingMetric, check_pairs, stable_hash
+from vg.metrics.collected import CollectingMetric, stable_hash
 from vg.metrics.result import MetricResult
 from vg.types import Prediction, Target
 
@@ -26,7 +26,7 @@ class CocoMetric(CollectingMetric):
 
     A category is a phrase. With one list of phrases for all images these are the usual metrics; an image is not
     evaluated on phrases that are not in its prompt. Predicted boxes are not clipped to the image. The area of an object
-    is in `Target.areas`; if that is None it is the area of the box.
+    is in `Target.areas`, else it is the area of the box.
 
     `compute` returns these metrics, 0..1, or -1 without a ground-truth box:
         ap, ap50, ap75: mean over categories of the average precision, over the IoU thresholds 0.5, 0.55, ..., 0.95 or
@@ -59,35 +59,12 @@ class CocoMetric(CollectingMetric):
         "strings": torch.empty(0, dtype=torch.uint8),  # UTF-8 of ids and phrases, each terminated by a zero byte
     }
 
-    ids: list[Tensor]
-    true_counts: list[Tensor]
-    true_boxes: list[Tensor]
-    true_phrases: list[Tensor]
-    areas: list[Tensor]
-    crowd: list[Tensor]
-    counts: list[Tensor]
-    boxes: list[Tensor]
-    phrases: list[Tensor]
-    scores: list[Tensor]
-    strings: list[Tensor]
-
     def reset(self) -> None:
         """Remove all rows."""
         super().reset()
         self._known: set[str] = set()  # strings that are in `strings`
 
-    def update(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> None:
-        """Add a batch.
-
-        Args:
-            predictions: boxes xyxy in pixels of the original image, on any device.
-            targets: the same samples in the same order, boxes cxcywh in 0..1.
-
-        Raises:
-            ValueError: predictions and targets are not of the same samples, or a target has a phrase twice. Nothing of
-                the batch is added then.
-        """
-        check_pairs(predictions, targets)
+    def _rows(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> dict[str, Tensor]:
         for target in targets:
             if len(set(target.phrases)) < len(target.phrases):
                 repeated = sorted({phrase for phrase in target.phrases if target.phrases.count(phrase) > 1})
@@ -95,33 +72,23 @@ class CocoMetric(CollectingMetric):
                     f"sample {target.id!r} has phrases more than once ({', '.join(repeated)}): categories need unique "
                     "names"
                 )
-        if not targets:
-            return
         true_boxes = [to_pixels(target.boxes, target.size) for target in targets]
         areas = [area(b) if t.areas is None else t.areas for b, t in zip(true_boxes, targets, strict=True)]
         crowd = [t.boxes.new_zeros(len(t.boxes)) if t.crowd is None else t.crowd for t in targets]
-        self._append(
-            {
-                "ids": torch.tensor([stable_hash(target.id) for target in targets]),
-                "true_counts": torch.tensor([len(target.boxes) for target in targets]),
-                "true_boxes": torch.cat(true_boxes),
-                "true_phrases": torch.cat([_hashes(target) for target in targets]),
-                "areas": torch.cat(areas),
-                "crowd": torch.cat(crowd),
-                "counts": torch.tensor([len(prediction.boxes) for prediction in predictions]),
-                "boxes": torch.cat([prediction.boxes.reshape(-1, 4) for prediction in predictions]),
-                "phrases": torch.cat([_hashes(prediction) for prediction in predictions]),
-                "scores": torch.cat([prediction.scores for prediction in predictions]),
-                "strings": self._new_strings(predictions, targets),
-            }
-        )
+        return {
+            "true_counts": torch.tensor([len(target.boxes) for target in targets]),
+            "true_boxes": torch.cat(true_boxes),
+            "true_phrases": torch.cat([_hashes(target) for target in targets]),
+            "areas": torch.cat(areas),
+            "crowd": torch.cat(crowd),
+            "counts": torch.tensor([len(prediction.boxes) for prediction in predictions]),
+            "boxes": torch.cat([prediction.boxes.reshape(-1, 4) for prediction in predictions]),
+            "phrases": torch.cat([_hashes(prediction) for prediction in predictions]),
+            "scores": torch.cat([prediction.scores for prediction in predictions]),
+            "strings": self._new_strings(predictions, targets),
+        }
 
     def compute(self) -> MetricResult:
-        """Compute the metrics of all samples of all processes.
-
-        Raises:
-            ValueError: there are no samples, or different samples share an id.
-        """
         images = self._images()
         curves = precision_and_recall(
             len(images.ids),
@@ -182,19 +149,18 @@ class CocoMetric(CollectingMetric):
 
     def _images(self, all_phrases: bool = False) -> _Images:
         """Return every image once; predictions of phrases without a ground-truth box only with `all_phrases`."""
-        rows = self._collected()
-        if not len(rows["ids"]):
-            raise ValueError("CocoMetric got no image: the evaluated data is empty or every sample was skipped")
+        rows, first, sample = self._collected()
+        owner = np.repeat(np.arange(len(sample)), rows["true_counts"])  # [N]
+        sums = np.bincount(owner, rows["true_boxes"].sum(axis=1), minlength=len(sample))  # [I] of coordinates
+        same = rows["true_counts"] == rows["true_counts"][first][sample]
+        if not (same & np.isclose(sums, sums[first][sample], rtol=1e-4, atol=0.5)).all():
+            raise ValueError("samples with the same id have different ground-truth boxes: make the ids unique")
         names = {stable_hash(text): text for text in rows["strings"].tobytes().decode().split("\0")}
-
-        _, first, sample = np.unique(rows["ids"], return_index=True, return_inverse=True)  # [U], [I] -> 0..U-1
-        self._check_repeats(rows, first, sample)
-        is_first = np.zeros(len(sample), dtype=bool)  # [I]
-        is_first[first] = True
         ids = [names[id] for id in rows["ids"][first].tolist()]
         order = sorted(range(len(ids)), key=lambda image: _natural(ids[image]))  # as pycocotools orders equal scores
         index = np.argsort(order)[sample]  # [I] 0..U-1
 
+        is_first = first[sample] == np.arange(len(sample))  # [I]
         in_truth, in_predicted = (np.repeat(is_first, rows[name]) for name in ("true_counts", "counts"))  # [N], [K]
         phrases = [rows["true_phrases"][in_truth]] + [rows["phrases"][in_predicted]] * all_phrases
         categories = np.unique(np.concatenate(phrases))  # [C] hashes
@@ -213,15 +179,6 @@ class CocoMetric(CollectingMetric):
             predicted=select("counts", "phrases", "boxes", in_predicted),
             scores=rows["scores"][in_predicted].astype(np.float64),
         )
-
-    @staticmethod
-    def _check_repeats(rows: dict[str, np.ndarray], first: np.ndarray, sample: np.ndarray) -> None:
-        """Raise ValueError if samples with one id differ in the number of boxes or the sum of coordinates."""
-        owner = np.repeat(np.arange(len(sample)), rows["true_counts"])  # [N]
-        sums = np.bincount(owner, rows["true_boxes"].sum(axis=1), minlength=len(sample))  # [I]
-        same = rows["true_counts"] == rows["true_counts"][first][sample]
-        if not (same & np.isclose(sums, sums[first][sample], rtol=1e-4, atol=0.5)).all():
-            raise ValueError("samples with the same id have different ground-truth boxes: make the ids unique")
 
     def _new_strings(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> Tensor:
         """Encode ids and phrases that are not in `strings` yet as [bytes] uint8."""

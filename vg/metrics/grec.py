@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vg.boxes import giou, to_pixels
 from vg.metrics.absent import FALSE_POSITIVE_RATES, absence_metrics
-from vg.metrics.collected import CollectingMetric, check_pairs, stable_hash
+from vg.metrics.collected import CollectingMetric
 from vg.metrics.result import MetricResult
 from vg.types import Prediction, Target
 
@@ -43,44 +43,20 @@ class GrecMetric(CollectingMetric):
         "top_scores": torch.empty(0),  # [E] of the best box, 0 without a box
     }
 
-    ids: list[Tensor]
-    correct: list[Tensor]
-    present: list[Tensor]
-    top_scores: list[Tensor]
-
-    def update(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> None:
-        """Add a batch.
-
-        Args:
-            predictions: boxes xyxy in pixels of the original image, best first, on any device.
-            targets: the same samples in the same order, boxes cxcywh in 0..1.
-
-        Raises:
-            ValueError: predictions and targets are not of the same samples.
-        """
-        check_pairs(predictions, targets)
-        if not targets:
-            return
+    def _rows(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> dict[str, Tensor]:
         kept = [prediction.boxes[prediction.scores >= SCORE_THRESHOLD].float() for prediction in predictions]
         correct = [
             is_correct(boxes, to_pixels(target.boxes.to(boxes.device), target.size))
             for boxes, target in zip(kept, targets, strict=True)
         ]
-        top_scores = [float(p.scores[0]) if len(p.scores) else 0.0 for p in predictions]
-        self._append(
-            {
-                "ids": torch.tensor([stable_hash(target.id) for target in targets]),
-                "correct": torch.tensor(correct),
-                "present": torch.tensor([len(target.boxes) > 0 for target in targets]),
-                "top_scores": torch.tensor(top_scores),
-            }
-        )
+        return {
+            "correct": torch.tensor(correct),
+            "present": torch.tensor([len(target.boxes) > 0 for target in targets]),
+            "top_scores": torch.tensor([float(p.scores[0]) if len(p.scores) else 0.0 for p in predictions]),
+        }
 
     def compute(self) -> MetricResult:
-        """Compute the metrics of all samples of all processes; raises ValueError if there are none."""
         ids, values = self._per_sample()
-        if not len(ids):
-            raise ValueError("GrecMetric got no expression: the evaluated data is empty or every sample was skipped")
         absent = np.isnan(values["t_acc"])  # [U]
         metrics = {"f1": float(values["f1"].mean())}
         if not absent.all():
@@ -89,11 +65,10 @@ class GrecMetric(CollectingMetric):
         return MetricResult(metrics | {"num_expressions": len(ids), "num_absent": int(absent.sum())}, {})
 
     def _per_sample(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        rows = self._collected()
-        ids, first = np.unique(rows["ids"], return_index=True)  # [U]
+        rows, first, _ = self._collected()
         correct, present, score = (rows[name][first] for name in ("correct", "present", "top_scores"))
         has_box = score >= SCORE_THRESHOLD
-        return ids, {
+        return rows["ids"][first], {
             "f1": correct.astype(np.float64),
             "n_acc": np.where(present, np.nan, ~has_box),
             "t_acc": np.where(present, has_box, np.nan),
@@ -104,7 +79,7 @@ class GrecMetric(CollectingMetric):
 def is_correct(boxes: Tensor, true_boxes: Tensor) -> bool:
     """Return whether F1 = 1 for boxes [K, 4] and ground-truth boxes [N, 4], xyxy pixels.
 
-    Pairs are matched greedily by descending GIoU, as in the published code; the paper says IoU.
+    Pairs are matched greedily by descending GIoU, as in the published code; the paper uses IoU.
     """
     if len(boxes) != len(true_boxes):
         return False

@@ -12,7 +12,7 @@ from torch import Tensor
 from vg.boxes import iou, to_pixels
 from vg.metrics.absent import FALSE_POSITIVE_RATES, absence_metrics
 from vg.metrics.average_precision import Boxes, mean_defined, precision_and_recall
-from vg.metrics.collected import CollectingMetric, check_pairs, stable_hash
+from vg.metrics.collected import CollectingMetric
 from vg.metrics.result import MetricResult
 from vg.types import Prediction, Target
 
@@ -58,87 +58,40 @@ class RecMetric(CollectingMetric):
         "scores": torch.empty(0),  # [K]
     }
 
-    ids: list[Tensor]
-    types: list[Tensor]
-    true_boxes: list[Tensor]
-    counts: list[Tensor]
-    boxes: list[Tensor]
-    scores: list[Tensor]
-
-    def update(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> None:
-        """Add a batch.
-
-        Args:
-            predictions: boxes xyxy in pixels of the original image, best first, on any device.
-            targets: the same samples in the same order, each with at most one box, cxcywh in 0..1.
-
-        Raises:
-            ValueError: predictions and targets are not of the same samples, a target has several boxes, or the name
-                of an expression type is too long. Nothing of the batch is added then.
-        """
-        check_pairs(predictions, targets)
+    def _rows(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> dict[str, Tensor]:
         for target in targets:
             if len(target.boxes) > 1:
                 raise ValueError(
                     f"sample {target.id!r} has {len(target.boxes)} ground-truth boxes, but RecMetric evaluates "
                     "expressions with at most one: use a dataset of referring expressions or the COCO metric"
                 )
-        if not targets:
-            return
-        self._append(
-            {
-                "ids": torch.tensor([stable_hash(target.id) for target in targets]),
-                "types": _encode([target.expression_type for target in targets]),
-                "true_boxes": torch.cat([_true_box(target) for target in targets]),
-                "counts": torch.tensor([len(prediction.boxes) for prediction in predictions]),
-                "boxes": torch.cat([prediction.boxes.reshape(-1, 4) for prediction in predictions]),
-                "scores": torch.cat([prediction.scores for prediction in predictions]),
-            }
-        )
+        return {
+            "types": _encode([target.expression_type for target in targets]),
+            "true_boxes": torch.cat([_true_box(target) for target in targets]),
+            "counts": torch.tensor([len(prediction.boxes) for prediction in predictions]),
+            "boxes": torch.cat([prediction.boxes.reshape(-1, 4) for prediction in predictions]),
+            "scores": torch.cat([prediction.scores for prediction in predictions]),
+        }
 
     def compute(self) -> MetricResult:
-        """Compute the metrics of all samples of all processes.
-
-        Raises:
-            ValueError: there are no samples, or different samples share an id.
-        """
         unique = self._unique()
-        everything = _metrics(np.ones(len(unique.ids), dtype=bool), unique)
+        values = _values(unique)
         types = sorted(set(unique.types) - {""})
-        return MetricResult(everything, {str(type): _metrics(unique.types == type, unique) for type in types})
+        groups = {str(type): _metrics(unique.types == type, unique, values) for type in types}
+        return MetricResult(_metrics(np.ones(len(unique.ids), dtype=bool), unique, values), groups)
 
     def _per_sample(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Also return `score`, of the best box, 0 without a box."""
         unique = self._unique()
-        present = ~np.isnan(unique.true_boxes[:, 0])  # [U]
-        has_box, best = np.unique(unique.owner, return_index=True)
-        score = np.zeros(len(present))  # [U]
-        score[has_box] = unique.scores[best]
-        overlap = _overlaps(unique.true_boxes, unique.owner, unique.boxes)  # [K]
-        top_iou = np.zeros(len(present))  # [U]
-        top_iou[has_box] = overlap[best]
-        values = {"miou": top_iou}
-        values |= {f"acc@{threshold}": (top_iou >= threshold).astype(float) for threshold in ACCURACY_THRESHOLDS}
-        rank = np.arange(len(unique.owner)) - best[np.searchsorted(has_box, unique.owner)]  # [K]
-        for limit in RECALL_BOXES:
-            values[f"recall@{limit}"] = np.zeros(len(present))
-            values[f"recall@{limit}"][unique.owner[(rank < limit) & (overlap >= RECALL_THRESHOLD)]] = 1
-        return unique.ids, {name: np.where(present, value, np.nan) for name, value in values.items()} | {"score": score}
+        return unique.ids, _values(unique)
 
     def _unique(self) -> _Unique:
-        """Return every expression once; raises ValueError if there are none, or different ones share an id."""
-        rows = self._collected()
-        if not len(rows["ids"]):
-            raise ValueError("RecMetric got no expression: the evaluated data is empty or every sample was skipped")
-
-        ids, first, sample = np.unique(rows["ids"], return_index=True, return_inverse=True)  # [U], [E] -> 0..U-1
+        """Return every expression once; raises ValueError if there are no expressions, or two share an id."""
+        rows, first, sample = self._collected()
         if not np.allclose(rows["true_boxes"], rows["true_boxes"][first][sample], rtol=0, atol=0.5, equal_nan=True):
             raise ValueError("samples with the same id have different ground-truth boxes: make the ids unique")
-        is_first = np.zeros(len(sample), dtype=bool)  # [E]
-        is_first[first] = True
-        kept = np.repeat(is_first, rows["counts"])  # [K]
+        kept = np.repeat(first[sample] == np.arange(len(sample)), rows["counts"])  # [K] of the first repeat
         return _Unique(
-            ids=ids,
+            ids=rows["ids"][first],
             types=_decode(rows["types"][first]),
             true_boxes=rows["true_boxes"][first].astype(np.float64),
             owner=np.repeat(sample, rows["counts"])[kept],
@@ -158,52 +111,49 @@ class _Unique(NamedTuple):
     scores: np.ndarray  # [K]
 
 
-def _overlaps(true_boxes: np.ndarray, owner: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Return [K] IoU of each predicted box and the ground-truth box of its expression, 0 for absent expressions."""
-    overlap = iou(torch.from_numpy(boxes), torch.from_numpy(true_boxes[owner])).numpy()
-    return np.nan_to_num(overlap)
+def _values(unique: _Unique) -> dict[str, np.ndarray]:
+    """Return [U] contributions to metrics that are means, NaN for absent expressions, and the `score` of the best box.
 
-
-def _metrics(rows: np.ndarray, unique: _Unique) -> dict[str, float]:
-    """Compute the metrics of the expressions where `rows` [U] is True."""
-    kept = rows[unique.owner]
-    boxes, scores = unique.boxes[kept], unique.scores[kept]
-    owner = (np.cumsum(rows) - 1)[unique.owner[kept]]  # [K] index among the M selected expressions
-    true_boxes = unique.true_boxes[rows]  # [M, 4]
-    present = ~np.isnan(true_boxes[:, 0])  # [M]
-    top_score = np.zeros(len(present))  # [M]
-    has_box, best, inverse = np.unique(owner, return_index=True, return_inverse=True)
-    top_score[has_box] = scores[best]
-    absence = absence_metrics(top_score, present)
-    if absence:
-        absence["num_absent"] = int((~present).sum())
-        if not present.any():
-            return absence
-
-    overlap = _overlaps(true_boxes, owner, boxes)  # [K]
-    rank = np.arange(len(owner)) - best[inverse]  # [K] 0 for the best box of an expression
-    top_iou = np.zeros(len(present))  # [M]
-    top_iou[has_box] = overlap[best]
-    top_iou = top_iou[present]
-    metrics = {"miou": float(top_iou.mean())}
-    for threshold in ACCURACY_THRESHOLDS:
-        metrics[f"acc@{threshold}"] = float((top_iou >= threshold).mean())
+    Without a box the score is 0.
+    """
+    has_box, best, index = np.unique(unique.owner, return_index=True, return_inverse=True)
+    true_boxes = unique.true_boxes[unique.owner]  # [K, 4]
+    overlap = iou(torch.from_numpy(unique.boxes), torch.from_numpy(true_boxes)).nan_to_num().numpy()  # [K]
+    score, top_iou = np.zeros((2, len(unique.ids)))  # [U]
+    score[has_box], top_iou[has_box] = unique.scores[best], overlap[best]
+    values = {"miou": top_iou}
+    values |= {f"acc@{threshold}": (top_iou >= threshold).astype(float) for threshold in ACCURACY_THRESHOLDS}
+    rank = np.arange(len(unique.owner)) - best[index]  # [K] 0 for the best box of an expression
     for limit in RECALL_BOXES:
-        matched = np.unique(owner[(rank < limit) & (overlap >= RECALL_THRESHOLD)])
-        metrics[f"recall@{limit}"] = len(matched) / int(present.sum())
-    of_present = present[owner]  # [K]
-    image = (np.cumsum(present) - 1)[owner[of_present]]
+        values[f"recall@{limit}"] = np.zeros(len(unique.ids))
+        values[f"recall@{limit}"][unique.owner[(rank < limit) & (overlap >= RECALL_THRESHOLD)]] = 1
+    absent = np.isnan(unique.true_boxes[:, 0])  # [U]
+    return {name: np.where(absent, np.nan, value) for name, value in values.items()} | {"score": score}
+
+
+def _metrics(rows: np.ndarray, unique: _Unique, values: dict[str, np.ndarray]) -> dict[str, float]:
+    """Compute the metrics of the expressions where `rows` [U] is True."""
+    present = rows & ~np.isnan(values["miou"])  # [U]
+    absence = absence_metrics(values["score"][rows], present[rows])
+    count = int(present.sum())
+    if absence:
+        absence["num_absent"] = int(rows.sum()) - count
+    if not count:
+        return absence
+    metrics = {name: float(column[present].mean()) for name, column in values.items() if name != "score"}
+    kept = present[unique.owner]  # [K]
+    image = (np.cumsum(present) - 1)[unique.owner[kept]]
     precision, _ = precision_and_recall(
-        int(present.sum()),
+        count,
         1,
-        Boxes(np.arange(present.sum()), np.zeros(present.sum(), int), true_boxes[present]),
-        Boxes(image, np.zeros(len(image), int), boxes[of_present]),
-        scores[of_present],
+        Boxes(np.arange(count), np.zeros(count, int), unique.true_boxes[present]),
+        Boxes(image, np.zeros(len(image), int), unique.boxes[kept]),
+        unique.scores[kept],
         iou_thresholds=AP_THRESHOLDS,
     )
-    for threshold, values in zip(AP_THRESHOLDS, precision, strict=True):
-        metrics[f"map@{100 * threshold:.0f}"] = mean_defined(values)
-    return metrics | {"num_expressions": int(present.sum())} | absence
+    for threshold, at_threshold in zip(AP_THRESHOLDS, precision, strict=True):
+        metrics[f"map@{100 * threshold:.0f}"] = mean_defined(at_threshold)
+    return metrics | {"num_expressions": count} | absence
 
 
 def _true_box(target: Target) -> Tensor:

@@ -70,7 +70,8 @@ class GroundingModel(nn.Module, ABC):
 
     def own_state_dict(self) -> dict[str, Tensor]:
         """Return all weights except those of the external submodules."""
-        return {key: value for key, value in self.state_dict().items() if not self._is_external(key)}
+        external = tuple(f"{name}." for name in self.external)
+        return {key: value for key, value in self.state_dict().items() if not key.startswith(external)}
 
     def load_own_state_dict(self, weights: Mapping[str, Tensor]) -> None:
         """Load the weights of own_state_dict; raises ValueError listing all missing, unexpected or misshaped ones."""
@@ -83,9 +84,6 @@ class GroundingModel(nn.Module, ABC):
         if trouble:
             raise ValueError("the weights do not fit the model:\n  " + "\n  ".join(sorted(trouble)))
         self.load_state_dict(weights, strict=False)
-
-    def _is_external(self, key: str) -> bool:
-        return any(key.startswith(f"{name}.") for name in self.external)
 
     @property
     def device(self) -> torch.device:

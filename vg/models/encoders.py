@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from vg.errors import ConfigError
-from vg.models.encoder_config import EncoderConfig, TextEncoderConfig
+from vg.models.settings import EncoderConfig, TextEncoderConfig
 
 SMALL_VOCABULARY = Path(__file__).parent / "small_vocabulary.txt"
 
@@ -65,9 +65,8 @@ class Encoder(nn.Module):
         return "network" in self._modules
 
     def _build(self, pretrained: bool) -> PreTrainedModel:
-        config = self.config
-        if config.architecture is None and pretrained:
-            network = AutoModel.from_pretrained(config.id, revision=config.revision, **self.options)
+        if self.config.id and pretrained:
+            network = AutoModel.from_pretrained(self.config.id, revision=self.config.revision, **self.options)
         else:
             network = AutoModel.from_config(self.network_config, **self.options)
         for name, parameter in network.named_parameters():
@@ -118,11 +117,8 @@ def network_config(config: EncoderConfig) -> PretrainedConfig:
 def weights_key(name: str, config: EncoderConfig) -> dict[str, str]:
     """Return JSON values that identify the weights of a frozen encoder, without loading them.
 
-    Args:
-        name: path of the setting for errors, such as model.vision.
-
     Raises:
-        ConfigError: the encoder is trained, or its weights are random.
+        ConfigError: the encoder is trained, or its weights are random; the message starts with `name`.
     """
     if not config.frozen:
         raise ConfigError(f"{name}.frozen is false, but only frozen encoders can be cached; set data.cache=null")
@@ -133,12 +129,13 @@ def weights_key(name: str, config: EncoderConfig) -> dict[str, str]:
 
 def tokenizer_key(config: TextEncoderConfig) -> str:
     """Return a string that identifies the tokenizer of a text encoder."""
-    location = _tokenizer_location(config)
-    return _files_key(location, config.revision if location == config.id else None)
+    return _files_key(*_tokenizer_source(config))
 
 
-def _tokenizer_location(config: TextEncoderConfig) -> str:
-    return config.tokenizer or config.id or str(SMALL_VOCABULARY)
+def _tokenizer_source(config: TextEncoderConfig) -> tuple[str, str | None]:
+    """Location and Hub revision of the tokenizer: configured, that of the encoder, or the small built-in vocabulary."""
+    location = config.tokenizer or config.id or str(SMALL_VOCABULARY)
+    return location, config.revision if location == config.id else None
 
 
 def _files_key(location: str, revision: str | None) -> str:
@@ -150,19 +147,15 @@ def _files_key(location: str, revision: str | None) -> str:
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.suffix in (".safetensors", ".bin", ".json", ".txt", ".model"):
             digest.update(file.name.encode())
-            with file.open("rb") as stream:
+            with file.open("rb") as stream:  # in blocks: a file may be larger than the memory
                 while block := stream.read(1 << 20):
                     digest.update(block)
     return digest.hexdigest()
 
 
 def load_tokenizer(config: TextEncoderConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a text encoder: the configured one, that of its id, or the small built-in vocabulary.
-
-    Raises:
-        ConfigError: there is no tokenizer at that location.
-    """
-    location = _tokenizer_location(config)
+    """Load the tokenizer of a text encoder; raises ConfigError if it is missing or unreadable."""
+    location, revision = _tokenizer_source(config)
     try:
         if location.endswith(".json"):
             return PreTrainedTokenizerFast(
@@ -170,7 +163,7 @@ def load_tokenizer(config: TextEncoderConfig) -> PreTrainedTokenizerBase:
             )
         if location.endswith(".txt"):
             return BertTokenizer(vocab=location)
-        return AutoTokenizer.from_pretrained(location, revision=config.revision if location == config.id else None)
+        return AutoTokenizer.from_pretrained(location, revision=revision)
     except Exception as error:  # missing file or id, no network, no vocabulary: each has its own exception class
         raise ConfigError(
             f"no tokenizer can be loaded from {location}: set model.text.tokenizer to a folder with one, a vocab.txt, "

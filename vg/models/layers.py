@@ -29,15 +29,12 @@ def token_centers(grid: tuple[int, int], device: torch.device | None = None) -> 
 
 
 def sine_encoding(positions: Tensor, dim: int, temperature: float = 20.0, interleaved: bool = False) -> Tensor:
-    """Sine encoding of coordinates (Vaswani et al. 2017) in any dimension (DETR: two); one period from 0 to 1.
+    """Sine encoding of coordinates (Vaswani et al. 2017; DETR): [..., C] -> [..., dim], one period from 0 to 1.
 
     Args:
-        positions: [..., C] coordinates, any C that divides dim.
+        positions: any C that divides dim; the encoding is float64 for float64 positions, else float32.
         dim: size of the encoding; each coordinate gets dim / C channels.
         interleaved: sines and cosines of a coordinate alternate, as in the DETR family; otherwise all sines come first.
-
-    Returns:
-        [..., dim] float32 (float64 for float64 positions)
     """
     per_axis = dim // positions.shape[-1]
     positions = positions if positions.dtype == torch.float64 else positions.float()
@@ -51,13 +48,12 @@ def sine_encoding(positions: Tensor, dim: int, temperature: float = 20.0, interl
 def rotary_encoding(positions: Tensor, head_width: int, temperature: float = 100.0) -> Tensor:
     """Rotary encoding of 2D positions (Su et al. 2021; half of the channels per axis, as in DINOv3).
 
+    Return [S, head_width / 2] complex values of magnitude 1. With query and key multiplied by those of their positions,
+    their dot product depends on the relative position only.
+
     Args:
         positions: [S, 2] as (x, y) in 0..1; the highest frequency has two periods per image side.
         head_width: channels of one attention head, divisible by 4.
-
-    Returns:
-        [S, head_width / 2] complex values of magnitude 1. With query and key multiplied by those of their positions,
-        their dot product depends on the relative position only.
     """
     steps = torch.arange(head_width // 4, device=positions.device, dtype=torch.float32)
     frequency = 4 * math.pi * temperature ** (-4 * steps / head_width)
@@ -81,17 +77,12 @@ class SharedMemoryDecoderLayer(nn.TransformerDecoderLayer):
     def forward(  # type: ignore[override]
         self, x: Tensor, memory: Tensor, padding: Tensor, rows: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """Apply the layer.
+        """Return [R, T, D] for x [R, T, D] and memory [B, S, D].
 
         Args:
-            x: [R, T, D]
-            memory: [B, S, D]
             padding: [R, T] bool, True = padding.
             rows: [R] index of the memory of each row, and [R] index among the rows with the same memory; None if row r
                 has memory r.
-
-        Returns:
-            [R, T, D]
         """
         attended = self.self_attn(x, x, x, key_padding_mask=padding, need_weights=False)[0]
         x = self.norm1(x + self.dropout1(attended))
@@ -117,7 +108,7 @@ class RotaryTransformerLayer(nn.Module):
     def __init__(self, width: int, heads: int, feedforward: int, dropout: float = 0.0):
         super().__init__()
         self.heads = heads
-        self.dropout = dropout
+        self.dropout = nn.Dropout(dropout)
         self.attention_norm = nn.LayerNorm(width)
         self.query_key = nn.Linear(width, 2 * width)
         self.value = nn.Linear(width, width)
@@ -126,30 +117,22 @@ class RotaryTransformerLayer(nn.Module):
         self.feedforward = MLP(width, feedforward, width, activation=nn.GELU)
 
     def forward(self, x: Tensor, rotation: Tensor, mask: Tensor) -> Tensor:
-        """Apply the layer.
+        """Return [B, S, D] for x [B, S, D].
 
         Args:
-            x: [B, S, D]
             rotation: [S, D / heads / 2] complex, see rotary_encoding; 1 for a token without position.
             mask: [B, S] bool, False = padding, which no token attends to.
-
-        Returns:
-            [B, S, D]
         """
-        x = x + self._drop(self._attend(self.attention_norm(x), rotation, mask))
-        return x + self._drop(self.feedforward(self.feedforward_norm(x)))
+        x = x + self.dropout(self._attend(self.attention_norm(x), rotation, mask))
+        return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
 
     def _attend(self, x: Tensor, rotation: Tensor, mask: Tensor) -> Tensor:
         value = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, S, D / heads]
         # [B, S, 2 heads, D / heads / 2, 2]
         query_key = self.query_key(x).float().unflatten(-1, (2 * self.heads, -1, 2))
-        rotated = torch.view_as_real(
-            torch.view_as_complex(query_key) * rotation.unsqueeze(1)
-        )  # one pass over memory, not six
+        # Complex multiplication takes one pass over memory instead of six.
+        rotated = torch.view_as_real(torch.view_as_complex(query_key) * rotation.unsqueeze(1))
         query, key = rotated.flatten(-2).to(value.dtype).transpose(1, 2).chunk(2, dim=1)  # [B, heads, S, D / heads]
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout.p if self.training else 0.0
         x = F.scaled_dot_product_attention(query, key, value, mask[:, None, None], dropout)
         return self.attention_output(x.transpose(1, 2).flatten(2))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,11 +72,9 @@ def _load(name: str) -> str:
     """Load a library into torch and return its origin."""
     prebuilt = prebuilt_path(name)
     if prebuilt.exists():
-        try:
+        with suppress(OSError):  # made for a newer system: build one for this system
             torch.ops.load_library(prebuilt)
             return f"prebuilt: {prebuilt}"
-        except OSError:  # made for a newer system: build one for this system
-            pass
     path = library_in_cache(name)
     try:
         torch.ops.load_library(path)
@@ -90,23 +88,27 @@ def prebuilt_path(name: str) -> Path:
 
     Its name contains a hash of the sources, so a library of other sources is never loaded.
     """
-    return PACKAGE / "ops" / f"{name}-{_digest(*map(Path.read_bytes, _sources()))}.so"
+    return PACKAGE / "ops" / f"{name}-{_hash_of_sources()}.so"
 
 
 def library_in_cache(name: str) -> Path:
     """Return the library in the user's cache; if it is missing, one process builds it while the others wait."""
-    command, version = _command(name)
-    sources = [path.read_bytes() for path in _sources()]
-    key = _digest(*sources, *map(str.encode, (*command, version, torch.__version__)))
+    command = _command(name)
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vg" / "ops"
-    path = cache / f"{name}-{key}.so"
+    path = cache / f"{name}-{_hash_of_sources(*command, version, torch.__version__)}.so"
     if path.exists():
         return path
     if os.environ.get("VG_BUILD") == "0":
         raise BuildError("VG_BUILD=0 forbids building the kernels, and no earlier build is in the cache.")
+    if sys.platform == "win32":
+        raise BuildError("There are no kernels for Windows yet; use Linux in WSL.")
+    import fcntl
+
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, even if the process dies
             if not path.exists():
                 compile_library(name, path)
     except OSError as error:
@@ -116,10 +118,9 @@ def library_in_cache(name: str) -> Path:
 
 def compile_library(name: str, path: Path) -> None:
     """Compile a library ("cpp", "cuda", "emulate") and move it to the path when it is complete."""
-    command, _ = _command(name)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
+        done = subprocess.run([*_command(name), "-o", str(unfinished)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise BuildError(f"The build of the kernels failed:\n{' '.join(done.args)}\n{done.stdout}{done.stderr}")
         unfinished.replace(path)
@@ -127,8 +128,8 @@ def compile_library(name: str, path: Path) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _command(name: str) -> tuple[list[str], str]:
-    """Return the compiler's command line without -o, and the compiler's version."""
+def _command(name: str) -> list[str]:
+    """Return the compiler's command line without -o."""
     sources = _sources()[0].parent
     host, kernels = str(sources / "deform_attn.cpp"), str(sources / "deform_attn.cu")
     torch_folder = Path(torch.__file__).parent
@@ -142,14 +143,13 @@ def _command(name: str) -> tuple[list[str], str]:
                 f"nvcc was not found: install the CUDA toolkit {torch.version.cuda}, and set CUDA_HOME or PATH."
             )
         command = [compiler, *FLAGS, "-shared", "-DVG_WITH_CUDA", *_architectures(), "-Xcompiler", ",".join(HOST_FLAGS)]
-        command += [host, kernels, *torch_flags, "-ltorch_cuda"]
-        return command, _output(compiler, "--version")
+        return [*command, host, kernels, *torch_flags, "-ltorch_cuda"]
     compiler = shutil.which("g++")
     if not compiler:
         raise BuildError("g++ was not found: install it (Debian, Ubuntu: apt install g++), version 9 or newer.")
     command = [compiler, *FLAGS, *HOST_FLAGS, "-shared"]
     command += [host] if name == "cpp" else ["-DVG_EMULATE", host, "-x", "c++", kernels, "-x", "none"]
-    return [*command, *torch_flags], _output(compiler, "-dumpfullversion")
+    return [*command, *torch_flags]
 
 
 def _architectures() -> Iterator[str]:
@@ -169,20 +169,7 @@ def _sources() -> list[Path]:
     return sources
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
-
-
-def _digest(*contents: bytes) -> str:
+def _hash_of_sources(*texts: str) -> str:
+    """Return a hash of the kernels' sources and of further texts."""
+    contents = [path.read_bytes() for path in _sources()] + [text.encode() for text in texts]
     return hashlib.sha256(b"\0".join(contents)).hexdigest()[:16]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    if sys.platform == "win32":
-        raise BuildError("There are no kernels for Windows yet; use Linux in WSL.")
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, even if the process dies
-        yield

@@ -45,10 +45,7 @@ def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
     Raises:
         ValueError: shapes, dtypes or devices do not match.
     """
-    _check_value(value, shapes)
-    B, _, H, _ = value.shape
-    Q, P = (locations.shape[1], locations.shape[4]) if locations.dim() == 6 else (-1, -1)
-    L = len(shapes)
+    B, Q, H, L, P = _sizes(value, shapes, locations)
     _check("locations", locations, value, (B, Q, H, L, P, 2), "[B, Q, H, L, P, 2]", exact=True)
     _check("weights", weights, value, (B, Q, H, L, P), "[B, Q, H, L, P]")
     return torch.ops.vg.deform_attn(value, _flat(shapes), locations, *_promoted(value, weights))
@@ -77,21 +74,17 @@ def deform_attn_fused(
     Raises:
         ValueError: shapes, dtypes or devices do not match.
     """
-    _check_value(value, shapes)
-    B, _, H, _ = value.shape
-    Q, P = (offsets.shape[1], offsets.shape[4]) if offsets.dim() == 6 else (-1, -1)
-    L = len(shapes)
+    B, Q, H, L, P = _sizes(value, shapes, offsets)
     _check("offsets", offsets, value, (B, Q, H, L, P, 2), "[B, Q, H, L, P, 2]")
     _check("logits", logits, value, (B, Q, H, L * P), "[B, Q, H, L * P]")
-    levels, coordinates = reference_points.shape[2:] if reference_points.dim() == 4 else (-1, -1)
-    if levels not in (1, L) or coordinates not in (2, 4):
-        levels, coordinates = -1, -1
-    expected = (B, Q, levels, coordinates)
+    last = tuple(reference_points.shape[2:])
+    expected = (B, Q, *(last if last in ((1, 2), (1, 4), (L, 2), (L, 4)) else (-1, -1)))
     _check("reference_points", reference_points, value, expected, "[B, Q, L or 1, 2 or 4]", exact=True)
     return torch.ops.vg.deform_attn_fused(value, _flat(shapes), reference_points, *_promoted(value, offsets, logits))
 
 
-def _check_value(value: Tensor, shapes: Shapes) -> None:
+def _sizes(value: Tensor, shapes: Shapes, positions: Tensor) -> tuple[int, int, int, int, int]:
+    """Check value and shapes; return B, Q, H, L, P, where Q and P are -1 for positions of another dimension."""
     if value.dim() != 4:
         raise ValueError(f"value is {list(value.shape)}; it must be [B, S, H, D]")
     if value.dtype not in DTYPES:
@@ -102,9 +95,12 @@ def _check_value(value: Tensor, shapes: Shapes) -> None:
         raise ValueError(f"there are {len(shapes)} levels; the kernels take at most {MAX_LEVELS}")
     if any(not isinstance(x, (tuple, list)) or len(x) != 2 or x[0] < 0 or x[1] < 0 for x in shapes):
         raise ValueError(f"shapes are {list(shapes)}; they must be (height, width) of each level")
+    B, S, H, _ = value.shape
     pixels = sum(height * width for height, width in shapes)
-    if value.shape[1] != pixels:
-        raise ValueError(f"value has {value.shape[1]} pixels (S), but the levels {list(shapes)} have {pixels}")
+    if pixels != S:
+        raise ValueError(f"value has {S} pixels (S), but the levels {list(shapes)} have {pixels}")
+    Q, P = (positions.shape[1], positions.shape[4]) if positions.dim() == 6 else (-1, -1)
+    return B, Q, H, len(shapes), P
 
 
 def _check(name: str, given: Tensor, value: Tensor, shape: tuple[int, ...], legend: str, exact: bool = False) -> None:
@@ -161,22 +157,35 @@ def _needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor,
     return tuple(g if need else g.new_empty(0) for g, need in zip(gradients, needs, strict=True))
 
 
-def _forward(value: Tensor, shapes: Sequence[int], *inputs: Tensor) -> Tensor:
-    return reference.forward(value, _pairs(shapes), *inputs)
+def _default(name: str, function: Any) -> Any:
+    """Return the reference, whose first call on a device loads the kernels; torch dispatches to them from then on."""
+    loaded: set[str] = set()
+
+    def run(*inputs: Any) -> Any:
+        device = inputs[0].device.type
+        if device not in loaded:
+            chosen = backend(device)
+            loaded.add(device)  # after loading: if a required library fails to load, the next call must fail too
+            if chosen.name != "reference":
+                return getattr(torch.ops.vg, name)(*inputs)
+        return function(*inputs)
+
+    return run
 
 
-def _fused_forward(value: Tensor, shapes: Sequence[int], *inputs: Tensor) -> Tensor:
-    return reference.fused_forward(value, _pairs(shapes), *inputs)
+def _forward(function: Any) -> Any:
+    def run(value: Tensor, shapes: Sequence[int], *inputs: Tensor) -> Tensor:
+        return function(value, _pairs(shapes), *inputs)
+
+    return run
 
 
-def _backward(grad: Tensor, value: Tensor, shapes: Sequence[int], *inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, needs = inputs
-    return _needed(reference.backward(grad, value, _pairs(shapes), *tensors), needs)
+def _backward(function: Any) -> Any:
+    def run(grad: Tensor, value: Tensor, shapes: Sequence[int], *inputs: Any) -> tuple[Tensor, ...]:
+        *tensors, needs = inputs
+        return _needed(function(grad, value, _pairs(shapes), *tensors), needs)
 
-
-def _fused_backward(grad: Tensor, value: Tensor, shapes: Sequence[int], *inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, needs = inputs
-    return _needed(reference.fused_backward(grad, value, _pairs(shapes), *tensors), needs)
+    return run
 
 
 # ---- shapes for tracing, gradients, autocast ----------------------------------------------------------------------
@@ -199,10 +208,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(name: str) -> Any:
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         value, *tensors = ctx.saved_tensors
-        value_needs, _, *tensors_need = ctx.needs_input_grad
-        needs = [value_needs, *tensors_need]
-        backward = getattr(torch.ops.vg, f"{name}_backward")
-        found = backward(grad.contiguous(), value, ctx.shapes, *tensors, needs)
+        needs = [needed for index, needed in enumerate(ctx.needs_input_grad) if index != 1]  # not of the shapes
+        found = getattr(torch.ops.vg, name)(grad.contiguous(), value, ctx.shapes, *tensors, needs)
         first, *rest = (g if need else None for g, need in zip(found, needs, strict=True))
         return first, None, *rest
 
@@ -223,31 +230,16 @@ def _without_autocast(name: str, device: str) -> Any:
     return run
 
 
-def _default(name: str, function: Any) -> Any:
-    """Return the reference, whose first call on a device loads the kernels; torch dispatches to them from then on."""
-    loaded: set[str] = set()
-
-    def run(*inputs: Any) -> Any:
-        device = inputs[0].device.type
-        if device not in loaded:
-            chosen = backend(device)
-            loaded.add(device)  # after loading: if a required library fails to load, the next call must fail too
-            if chosen.name != "reference":
-                return getattr(torch.ops.vg, name)(*inputs)
-        return function(*inputs)
-
-    return run
-
-
-for _name, _implementation, _derivative in (
-    ("deform_attn", _forward, _backward),
-    ("deform_attn_fused", _fused_forward, _fused_backward),
+for _name, _function, _derivative in (
+    ("deform_attn", reference.forward, reference.backward),
+    ("deform_attn_fused", reference.fused_forward, reference.fused_backward),
 ):
-    LIBRARY.impl(_name, _default(_name, _implementation), "CompositeExplicitAutograd")
-    LIBRARY.impl(f"{_name}_backward", _default(f"{_name}_backward", _derivative), "CompositeExplicitAutograd")
+    _gradient = f"{_name}_backward"
+    LIBRARY.impl(_name, _default(_name, _forward(_function)), "CompositeExplicitAutograd")
+    LIBRARY.impl(_gradient, _default(_gradient, _backward(_derivative)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"vg::{_name}", _fake_forward, lib=LIBRARY)
-    torch.library.register_fake(f"vg::{_name}_backward", _fake_backward, lib=LIBRARY)
-    torch.library.register_autograd(f"vg::{_name}", _gradients(_name), setup_context=_save, lib=LIBRARY)
-    torch.library.register_autograd(f"vg::{_name}_backward", _no_second_gradient, lib=LIBRARY)
+    torch.library.register_fake(f"vg::{_gradient}", _fake_backward, lib=LIBRARY)
+    torch.library.register_autograd(f"vg::{_name}", _gradients(_gradient), setup_context=_save, lib=LIBRARY)
+    torch.library.register_autograd(f"vg::{_gradient}", _no_second_gradient, lib=LIBRARY)
     for _device in ("cpu", "cuda"):
         LIBRARY.impl(_name, _without_autocast(_name, _device), f"Autocast{_device.upper()}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,7 @@ FAMILIES = ("grounding_dino", "mm_grounding_dino", "deformable_detr", "rt_detr",
 def patch_transformers() -> Patch:
     """Replace the deformable attention of transformers by ours, in existing and in future models.
 
-    This affects Grounding DINO, MM Grounding DINO, Deformable DETR, RT-DETR and RT-DETR v2 (unless its config says
+    This affects Grounding DINO, MM Grounding DINO, Deformable DETR, RT-DETR and RT-DETR v2 (unless its config has
     decoder_method="discrete"). Weights, inputs and outputs stay as they are.
 
     Returns:
@@ -36,7 +37,7 @@ class Patch:
         found = [_target(family) for family in FAMILIES]  # all or nothing is replaced
         self._replaced = [(owner, name, getattr(owner, name)) for owner, name in found]
         for owner, name, original in self._replaced:
-            setattr(owner, name, _forward if name == "forward" else _v2(original))
+            setattr(owner, name, _forward if name == "forward" else partial(_v2, original))
 
     def restore(self) -> None:
         """Undo the replacement; further calls do nothing."""
@@ -76,21 +77,18 @@ def _forward(
     return deform_attn(value, value_spatial_shapes_list, locations, attention_weights)
 
 
-def _v2(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _v2(
+    original: Callable[..., Tensor],
+    value: Tensor,
+    value_spatial_shapes: list[tuple[int, int]],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points_list: list[int],
+    method: str = "default",
+) -> Tensor:
     """Replace multi_scale_deformable_attention_v2, which has levels and points in one dimension."""
-
-    def function(
-        value: Tensor,
-        value_spatial_shapes: list[tuple[int, int]],
-        sampling_locations: Tensor,
-        attention_weights: Tensor,
-        num_points_list: list[int],
-        method: str = "default",
-    ) -> Tensor:
-        if method != "default" or len(set(num_points_list)) != 1:  # nearest pixel, uneven levels: not supported
-            return original(value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, method)
-        levels = (len(num_points_list), num_points_list[0])
-        locations = sampling_locations.unflatten(3, levels).to(compute_dtype(value))  # [B, Q, H, L, P, 2]
-        return deform_attn(value, value_spatial_shapes, locations, attention_weights.unflatten(3, levels))
-
-    return function
+    if method != "default" or len(set(num_points_list)) != 1:  # nearest pixel, uneven levels: not supported
+        return original(value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, method)
+    levels = (len(num_points_list), num_points_list[0])
+    locations = sampling_locations.unflatten(3, levels).to(compute_dtype(value))  # [B, Q, H, L, P, 2]
+    return deform_attn(value, value_spatial_shapes, locations, attention_weights.unflatten(3, levels))

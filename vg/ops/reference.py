@@ -81,13 +81,8 @@ def _by_sum(x: Tensor) -> Tensor:
     return x.flatten(3).flatten(0, 2)
 
 
-def weighted_sums(table: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
-    """Return N sums [N, D] of K rows of the table times their shares; rows and shares are [N, K]."""
-    return embedding_bag(rows, table, per_sample_weights=shares, mode="sum")
-
-
-def weighted_sums_backward(grad: Tensor, table: Tensor, rows: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of table and shares, given the gradient [N, D] of the sums."""
+def embedding_bag_backward(grad: Tensor, table: Tensor, rows: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of table and shares [N, K], given the gradient [N, D] of N sums of K rows of the table."""
     (N, K), outside = rows.shape, len(table) - 1
     sum_ids = torch.arange(N, device=rows.device).repeat_interleave(K)  # [N * K]
     starts = torch.arange(N, device=rows.device) * K
@@ -112,7 +107,9 @@ def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -
     for level, height, width, pixels in levels_with_pixels(shapes):
         corner = corners(locations[:, :, :, level], height, width)
         share = (corner.share * weights[:, :, :, None, level]).where(corner.inside, 0)  # [B, Q, H, 4, P]
-        output += weighted_sums(table_of(value[:, pixels]), _by_sum(corner.row), _by_sum(share))
+        output += embedding_bag(
+            _by_sum(corner.row), table_of(value[:, pixels]), per_sample_weights=_by_sum(share), mode="sum"
+        )
     return output.view(B, Q, H * value.shape[3]).to(value.dtype)
 
 
@@ -129,7 +126,7 @@ def backward(
         weight = weights[:, :, :, None, level].to(dtype)  # [B, Q, H, 1, P]
         corner = corners(locations[:, :, :, level], height, width)
         rows, shares = _by_sum(corner.row), _by_sum(corner.share * weight)
-        grad_table, match = weighted_sums_backward(grad, table_of(value[:, pixels]), rows, shares)
+        grad_table, match = embedding_bag_backward(grad, table_of(value[:, pixels]), rows, shares)
         grad_value[:, pixels] = grad_table[:-1].view(grad_value[:, pixels].shape)
         match = match.view(corner.row.shape)  # [B, Q, H, 4, P]
         grad_weights[:, :, :, level] = (corner.share * match).sum(3)

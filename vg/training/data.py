@@ -37,7 +37,7 @@ class TrainingData:
         self.accumulate = config.train.accumulate
         self.data = training_dataset(config, model, evaluations)
         self.sampler = training_sampler(config, self.data.source, accelerator.num_processes)
-        loader: DataLoader[Any] = DataLoader(
+        loader = DataLoader(
             self.data,
             batch_size=data.batch_size,
             sampler=self.sampler,
@@ -55,9 +55,7 @@ class TrainingData:
         return math.ceil(len(self.loader) / self.accumulate)
 
     def steps(self, epoch: int, done: int) -> Iterator[list[Any]]:
-        """Yield the batches (Batch or EncodedBatch) of each remaining optimizer step of an epoch.
-
-        The last step may have fewer batches.
+        """Yield the batches (Batch or EncodedBatch) of each remaining step of an epoch; the last step may have fewer.
 
         Args:
             done: batches of this epoch, per process, that were used before.

@@ -48,16 +48,11 @@ class Interpolation:
 
 
 class Sweep:
-    """Evaluations of several mixtures; its text is a table of them.
+    """Evaluations of mixtures with these weights (0..1); `str` returns a table, `best_weight` is that of the best one.
 
     Args:
         model: gets the weights of one mixture after another.
-        weights: of the mixtures, each from 0 to 1.
         evaluator: its `best_metric` selects the best mixture.
-
-    Attributes:
-        results: weight and evaluation of each mixture.
-        best: index of the best mixture.
     """
 
     def __init__(self, model: GroundingModel, mixtures: Interpolation, weights: Sequence[float], evaluator: Evaluator):
@@ -67,12 +62,7 @@ class Sweep:
         for weight in weights:
             model.load_own_state_dict(mixtures.at(weight))
             self.results.append((weight, evaluator.run(model)))
-        scores = [result.score for _, result in self.results]
-        self.best = scores.index(max(scores))
-
-    @property
-    def best_weight(self) -> float:
-        return self.results[self.best][0]
+        self.best_weight, _ = max(self.results, key=lambda entry: entry[1].score)  # the first of equal scores
 
     def write(self, folder: Path, config: CheckpointConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the best mixture into an existing folder as a checkpoint, with interpolation.json beside it."""
@@ -82,10 +72,9 @@ class Sweep:
 
     def __str__(self) -> str:
         """A line per mixture with the best metric and the main metric of each dataset; the best mixture is marked."""
-        widths = [max(9, len(name)) for name in self.columns]
-        lines = [["weight", *(f"{name:>{width}}" for name, width in zip(self.columns, widths, strict=True))]]
-        for index, (weight, result) in enumerate(self.results):
+        lines = [["weight", *(f"{name:>9}" for name in self.columns)]]
+        for weight, result in self.results:
             metrics = result.flat_metrics()
-            cells = [f"{metrics[name]:>{width}.4f}" for name, width in zip(self.columns, widths, strict=True)]
-            lines.append([f"{weight:<6g}", *cells, *(["best"] if index == self.best else [])])
+            cells = [f"{metrics[name]:>{max(9, len(name))}.4f}" for name in self.columns]
+            lines.append([f"{weight:<6g}", *cells, *(["best"] if weight == self.best_weight else [])])
         return "\n".join("  ".join(line) for line in lines)

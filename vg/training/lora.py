@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, PositiveInt
 
 from vg.errors import ConfigError, closest
 from vg.settings import Settings
@@ -28,7 +28,7 @@ class LoraConfig(Settings):
     rank: PositiveInt = 8
     alpha: PositiveInt = 16
     """The output of an adapter is scaled by alpha / rank."""
-    dropout: NonNegativeFloat = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the input of an adapter."""
     train_also: list[str] = field(default_factory=list)
     """Modules whose own weights are trained, for example a head."""
@@ -36,8 +36,6 @@ class LoraConfig(Settings):
     def __post_init__(self) -> None:
         if not self.targets:
             raise ValueError("targets: name at least one linear layer, or remove lora")
-        if self.dropout >= 1:
-            raise ValueError(f"dropout ({self.dropout}) must be below 1")
 
 
 def add_adapters(model: GroundingModel, config: LoraConfig) -> None:
@@ -67,16 +65,13 @@ def add_adapters(model: GroundingModel, config: LoraConfig) -> None:
         chosen |= set(names)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     also = {name for module in config.train_also for name in _matching(module, "train_also", trainable)}
-    peft.inject_adapter_in_model(
-        peft.LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules="|".join(map(re.escape, sorted(chosen))),  # peft matches a string against full names
-        ),
-        model,
-        ADAPTER,
+    adapters = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules="|".join(map(re.escape, sorted(chosen))),  # peft matches a string against full names
     )
+    peft.inject_adapter_in_model(adapters, model, ADAPTER)
     for name, parameter in trainable.items():  # includes the weights of adapted layers
         parameter.requires_grad_(name in also)
 
@@ -85,15 +80,11 @@ def merged_weights(model: GroundingModel) -> dict[str, Tensor]:
     """The model's own weights under their names without adapters; adapters are merged into their layers."""
     weights = {}
     for key, value in model.own_state_dict().items():
-        if ".lora_" in key:
-            continue
-        if ".base_layer." in key:
-            owner, _, parameter = key.rpartition(".base_layer.")
-            layer = model.get_submodule(owner)
-            if parameter == "weight":
-                value = value + layer.get_delta_weight(ADAPTER)  # type: ignore[operator]
-            key = f"{owner}.{parameter}"
-        weights[key] = value
+        owner, adapted, parameter = key.rpartition(".base_layer.")
+        if adapted and parameter == "weight":
+            value = value + model.get_submodule(owner).get_delta_weight(ADAPTER)  # type: ignore[operator]
+        if ".lora_" not in key:
+            weights[f"{owner}.{parameter}" if adapted else key] = value
     return weights
 
 

@@ -1,4 +1,4 @@
-"""Loss terms on their way to the log: means over the steps since the last row, and the check that all are finite."""
+"""Loss terms since the last log entry: their means, and the check that all are finite."""
 
 from __future__ import annotations
 
@@ -24,9 +24,6 @@ class LossLog:
         self.accelerator = accelerator
         self.rows: list[tuple[int, dict[LossName, Tensor]]] = []  # step and the terms of its loss in this process
 
-    def add(self, step: int, terms: dict[LossName, Tensor]) -> None:
-        self.rows.append((step, terms))
-
     def means(self) -> dict[LossName, float]:
         """Return the mean of every term over all buffered steps and all processes; empty if no step is buffered.
 
@@ -36,16 +33,13 @@ class LossLog:
         if not self.rows:
             return {}
         names = list(self.rows[0][1])
-        rows = [torch.stack([terms[name] for name in names]) for _, terms in self.rows]
-        values = mean_over_processes(self.accelerator, torch.stack(rows).float()).cpu()  # [steps, terms]
+        rows = torch.stack([torch.stack([terms[name] for name in names]) for _, terms in self.rows])
+        values = mean_over_processes(self.accelerator, rows.float()).cpu()  # [steps, terms]
         for (step, _), row in zip(self.rows, values, strict=True):
             if not row.isfinite().all():
                 terms = ", ".join(f"{name} = {value:.4g}" for name, value in zip(names, row.tolist(), strict=True))
                 raise TrainingError(f"the loss is not finite at step {step}: {terms}. {REMEDY}")
         return dict(zip(names, values.mean(dim=0).tolist(), strict=True))
-
-    def clear(self) -> None:
-        self.rows = []
 
     def state(self) -> list[Any]:
         """Return the buffer as plain tuples and tensors, which `torch.load(weights_only=True)` accepts."""

@@ -16,7 +16,7 @@ from vg.training.lora import LoraConfig, add_adapters
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from vg.models.base import GroundingModel
 
@@ -96,8 +96,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
             _check_name(prefix, "groups", parameters)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        prefixes = sorted((prefix for prefix in config.groups if _belongs(name, prefix)), key=len)
-        group = config.groups[prefixes[-1]] if prefixes else GroupConfig()
+        prefixes = [prefix for prefix in config.groups if _belongs(name, prefix)]
+        group = config.groups[max(prefixes, key=len)] if prefixes else GroupConfig()
         lr = config.lr if group.lr is None else group.lr
         weight_decay = config.weight_decay if group.weight_decay is None else group.weight_decay
         if parameter.dim() <= 1 and not config.decay_vectors:
@@ -125,11 +125,7 @@ def _check_name(prefix: str, setting: str, parameters: Mapping[str, nn.Parameter
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: OptimConfig, num_steps: int, steps_per_epoch: int = 1
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up from 0, then cosine to 0 at num_steps, constant, or step decay; call step() per optimizer step.
-
-    Args:
-        steps_per_epoch: converts milestones, which are in epochs, to steps.
-    """
+    """Linear warm-up from 0, then cosine to 0 at num_steps, constant, or decay at milestones (epochs)."""
     import torch
 
     def factor(step: int) -> float:
@@ -148,8 +144,7 @@ def build_schedule(
 class Ema:
     """Exponential moving average of the trainable parameters.
 
-    The decay increases with the number of steps, (1 + step) / (10 + step), up to `decay`, so that the random initial
-    weights are soon forgotten.
+    The decay is (1 + step) / (10 + step), at most `decay`, so the random initial weights are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -187,6 +182,5 @@ class Ema:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_updates = state["num_updates"]
-        averages: list[Tensor] = state["averages"]
-        for own, other in zip(self.averages, averages, strict=True):
-            own.copy_(other)
+        for own, saved in zip(self.averages, state["averages"], strict=True):
+            own.copy_(saved)

@@ -1,4 +1,4 @@
-"""State of training - weights, their average, optimizer, schedule - and how it is saved and restored."""
+"""State of training (weights, their average, optimizer): saving and restoring."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from vg import checkpoint
 from vg.config import RunConfig
@@ -22,17 +21,11 @@ class TrainingState:
     """Everything that an optimizer step changes."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        model: GroundingModel,
-        optimizer: AcceleratedOptimizer,
-        schedule: LambdaLR,
-        accelerator: Accelerator,
+        self, config: RunConfig, model: GroundingModel, optimizer: AcceleratedOptimizer, accelerator: Accelerator
     ):
         self.config = config
         self.model = model
         self.optimizer = optimizer
-        self.schedule = schedule
         self.scaler = accelerator.scaler
         self.ema = Ema(model, config.train.ema) if config.train.ema else None
 
@@ -53,31 +46,29 @@ class TrainingState:
         state = {
             "weights": None if exported else self.model.own_state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "ema": self.ema.state_dict() if self.ema else None,
         }
         checkpoint.write_training_state(folder, state | extra)
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Restore everything except the schedule, and return all that `save` wrote.
+        """Restore weights, average, optimizer and gradient scaler, and return all that `save` wrote.
 
         Raises:
             CheckpointError: a file is damaged, or does not match the configuration.
         """
         state = checkpoint.read_training_state(folder)
-        problem = f"{folder / checkpoint.TRAINING} does not match the configuration"
         if state["weights"] is None or self.config.optim.lora is None:
             checkpoint.load_weights(self.model, folder)
-        if state["weights"] is not None:
-            try:
-                self.model.load_own_state_dict(state["weights"])
-            except ValueError as error:
-                raise CheckpointError(f"{problem} (model, optim.lora): {error}") from error
         try:
+            if state["weights"] is not None:
+                self.model.load_own_state_dict(state["weights"])
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
-            raise CheckpointError(f"{problem} (model, optim.groups): {error}") from error
+            path = folder / checkpoint.TRAINING
+            raise CheckpointError(
+                f"{path} does not match the configuration (model, optim.lora, optim.groups): {error}"
+            ) from error
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         if self.ema and state["ema"]:
@@ -85,10 +76,3 @@ class TrainingState:
         elif self.ema:  # enabled since the checkpoint: the average starts from the restored weights
             self.ema.restart()
         return state
-
-    def non_finite_weight(self) -> str | None:
-        """Name of the first trainable parameter that is not finite; None if all are finite."""
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not parameter.isfinite().all():
-                return name
-        return None

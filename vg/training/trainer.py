@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from vg.checkpoint import read_weights
 from vg.config import RunConfig
 from vg.distributed import (
     StopSignal,
@@ -31,7 +33,7 @@ from vg.training.data import TrainingData
 from vg.training.interpolation import Interpolation, Sweep
 from vg.training.loss_log import REMEDY, LossLog
 from vg.training.optim import build_optimizer, build_schedule, select_trainable
-from vg.training.run_folder import RunFolder
+from vg.training.run_folder import VALIDATION, RunFolder
 from vg.training.state import TrainingState
 from vg.types import Batch, LossName
 
@@ -74,17 +76,15 @@ class Trainer:
             log_with=config.train.trackers or None,
             project_dir=Path(config.train.output) / "logs",
         )
-        self.folder = RunFolder(config, self.accelerator)
-        self.folder.claim(resume, overwrite)
+        self.folder = RunFolder(config, self.accelerator, resume, overwrite)
         seed_everything(config.train.seed)
 
         self.unwrapped_model = config.model.build()  # self.model may be wrapped for DDP
         self.evaluator = Evaluator(config.data, self.unwrapped_model, self.accelerator, config.train.best_metric)
         self.data = TrainingData(config, self.unwrapped_model, self.accelerator, self.evaluator.sources)
         select_trainable(self.unwrapped_model, config.optim)
-        self.model, self.optimizer = self.accelerator.prepare(
-            self.unwrapped_model, build_optimizer(self.unwrapped_model, config.optim)
-        )
+        optimizer = build_optimizer(self.unwrapped_model, config.optim)
+        self.model, self.optimizer = self.accelerator.prepare(self.unwrapped_model, optimizer)
 
         self.steps_per_epoch = self.data.steps_per_epoch
         self.num_steps = config.train.epochs * self.steps_per_epoch
@@ -92,7 +92,7 @@ class Trainer:
             self.num_steps = min(self.num_steps, config.train.max_steps)
         # Not prepared, because Accelerate would step the schedule once per process.
         self.schedule = build_schedule(self.optimizer.optimizer, config.optim, self.num_steps, self.steps_per_epoch)
-        self.state = TrainingState(config, self.unwrapped_model, self.optimizer, self.schedule, self.accelerator)
+        self.state = TrainingState(config, self.unwrapped_model, self.optimizer, self.accelerator)
 
         self.progress = Progress()
         self.stop = StopSignal(self.accelerator, min(STOP_INTERVAL, config.train.log_every))
@@ -109,7 +109,9 @@ class Trainer:
             CheckpointError: a checkpoint could not be written (earlier ones are intact).
             SystemExit: SIGTERM or Ctrl-C was received (see StopSignal); the state is saved.
         """
-        self._start_trackers()
+        sections = asdict(self.config).items()
+        flat = {f"{section}.{key}": str(value) for section, values in sections for key, value in values.items()}
+        self.accelerator.init_trackers("vg", config=flat)
         self.model.train()
         with (
             self.stop.listening(),
@@ -136,7 +138,7 @@ class Trainer:
             )
         if self.config.train.interpolate:
             self.interpolate(self.config.train.interpolate)
-        return self.folder.best_results()
+        return json.loads((self.folder.best / VALIDATION).read_text(encoding="utf-8"))
 
     def step(self, batches: Sequence[Batch]) -> dict[LossName, Tensor] | None:
         """Run one optimizer step; its result does not depend on how the samples are split over batches and processes.
@@ -174,13 +176,12 @@ class Trainer:
         progress = self.progress
         with self.state.evaluated_weights():
             result = self.evaluator.run(self.unwrapped_model)
-            score = result.score
             progress.evaluated_step = progress.step
             progress.evaluations_since_best += 1
-            if score > progress.best:
-                progress.best, progress.evaluations_since_best = score, 0
-                self.folder.save_best({"step": progress.step, **result.flat()}, self.state.export)
-        change = self.evaluator.change_since_first(self.folder.history.rows(), result)
+            if result.score > progress.best:
+                progress.best, progress.evaluations_since_best = result.score, 0
+                self.folder.save(self.folder.best, self.state.export, {"step": progress.step, **result.flat()})
+        change = self.evaluator.change_since_first(self.folder.rows(), result)
         if change and self.accelerator.is_main_process:
             logger.info("since the first evaluation: %s", change)
         self._log(result.flat_metrics())
@@ -189,18 +190,20 @@ class Trainer:
         """Evaluate interpolations between the initial and the best weights, and save the best one."""
         seed_everything(self.config.train.seed)
         model = self.config.model.build()  # with the weights before the first step
-        mixtures = Interpolation(model.own_state_dict(), self.folder.best_weights())
+        mixtures = Interpolation(model.own_state_dict(), read_weights(self.folder.best))
         sweep = Sweep(model.to(self.accelerator.device), mixtures, weights, self.evaluator)
         tokenizer = self.unwrapped_model.text_spec.tokenizer
-        self.folder.save_interpolated(lambda folder: sweep.write(folder, self.config, tokenizer))
+        output = self.folder.path / "interpolated"
+        self.folder.save(output, lambda folder: sweep.write(folder, self.config, tokenizer))
         if self.accelerator.is_main_process:
             logger.info("interpolation between the initial weights (0) and the best ones (1):\n%s", sweep)
 
     def save(self) -> None:
         """Write a resumable checkpoint, which can also be loaded as a model."""
         processes = gather_object([{"random": random_state(), "unlogged": self.losses.state()}])
-        extra = {"progress": asdict(self.progress), "processes": processes}
-        self.folder.save(self.progress.step, lambda folder: self.state.save(folder, extra))
+        extra = {"schedule": self.schedule.state_dict(), "progress": asdict(self.progress), "processes": processes}
+        path = self.folder.path / "checkpoints" / f"step_{self.progress.step:06d}"
+        self.folder.save(path, lambda folder: self.state.save(folder, extra))
 
     def restore(self, folder: Path) -> None:
         """Load a checkpoint; with as many processes as before, training continues bit for bit."""
@@ -241,7 +244,7 @@ class Trainer:
         progress = self.progress
         if terms is not None:
             progress.skipped_in_a_row = 0
-            self.losses.add(progress.step, terms)
+            self.losses.rows.append((progress.step, terms))
             return
         progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, progress.skipped_in_a_row + 1
         problem = f"the loss or its gradient is not finite at step {progress.step}"
@@ -278,7 +281,7 @@ class Trainer:
         means = self.losses.means()
         if not means or not log:
             return
-        self.losses.clear()
+        self.losses.rows = []
         loss = sum(means.values())
         shown = {"loss": loss} | {name.term: mean for name, mean in means.items() if name == LossName(name.term)}
         bar.set_postfix({name: f"{mean:.3f}" for name, mean in shown.items()}, refresh=False)
@@ -288,10 +291,11 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """Raise or restore weights if any is not finite: gradients can be non-finite although the loss is finite."""
-        name = self.state.non_finite_weight()
-        if name is None:
+        trainable = ((name, p) for name, p in self.unwrapped_model.named_parameters() if p.requires_grad)
+        bad = next((name for name, parameter in trainable if not parameter.isfinite().all()), None)
+        if bad is None:
             return
-        problem, saved = f"the weights {name} are not finite after step {self.progress.step}", self.folder.checkpoints()
+        problem, saved = f"the weights {bad} are not finite after step {self.progress.step}", self.folder.checkpoints()
         if self.config.train.on_nan == "stop" or not saved or self.progress.restored == MAX_SKIPPED:
             raise TrainingError(f"{problem}. {REMEDY}")
         self.state.load(saved[-1])
@@ -303,8 +307,3 @@ class Trainer:
     def _log(self, values: dict[str, Any]) -> None:
         self.folder.log({"step": self.progress.step, **values})
         self.accelerator.log(values, step=self.progress.step)
-
-    def _start_trackers(self) -> None:
-        sections = asdict(self.config).items()
-        flat = {f"{section}.{key}": str(value) for section, values in sections for key, value in values.items()}
-        self.accelerator.init_trackers("vg", config=flat)

@@ -31,8 +31,8 @@ def write(folder: Path, document: Any, images: bool = True) -> CocoConfig:
     return CocoConfig(path=str(folder / "set.json"))
 
 
-def check(train: Any, **others: Any) -> Diagnosis:
-    return diagnose({"train": train, **others}, max_tokens=256)
+def check(train: Any, **evaluation: Any) -> Diagnosis:
+    return diagnose({"train": train, **evaluation}, max_tokens=256)
 
 
 def found(diagnosis: Diagnosis, what: str, dataset: str = "train") -> Issue:

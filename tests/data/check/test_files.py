@@ -59,7 +59,7 @@ def test_odvg_phrases(tmp_path: Path) -> None:
 
     regions = [region("a cat", 5, 5, 30, 30), region("A cat", 30, 5, 50, 30), region(None, 5, 5, 9, 9)]
     long = [region(f"the thing of number {number}", 5, 5, 30, 30) for number in range(60)]
-    rows = [{"grounding": {"caption": "a cat", "regions": each}} for each in (regions, long)]
+    rows = [{"grounding": {"caption": "a cat", "regions": items}} for items in (regions, long)]
     diagnosis = check(odvg(tmp_path, *rows))
     assert found(diagnosis, "regions without a phrase").examples[0].startswith("line 1, region 2")
     assert found(diagnosis, "phrases with several boxes").examples == ["line 1: 'a cat' has 2 boxes"]

@@ -92,9 +92,9 @@ def test_annotated_size_differs_from_image(tmp_path: Path):
     document["images"][0] |= {"height": 60, "width": 40}
     document["images"][1] |= {"height": 41}
     source = CocoConfig(path=str(write_coco(tmp_path, document))).build()
-    with pytest.raises(BadSampleError, match=r"a\.png is 60 wide and 40 high, .* says 40 and 60; .*EXIF"):
+    with pytest.raises(BadSampleError, match=r"a\.png is 60 wide and 40 high, .* has 40 and 60; .*EXIF"):
         source.load(0, 0)
-    with pytest.raises(BadSampleError, match=r"b\.png .* says 60 and 41; use the image that was annotated"):
+    with pytest.raises(BadSampleError, match=r"b\.png .* has 60 and 41; use the image that was annotated"):
         source.load(1, 0)
 
 
@@ -126,7 +126,10 @@ VALID = {"images": coco_document()["images"], "annotations": [], "categories": C
             r"images without id or file_name: images\[0\]: {'file_name': 'a.png'}",
         ),
         (VALID | {"images": [{"id": 1}]}, r"images without id or file_name: images\[0\]: {'id': 1}; add .*coco_url"),
-        (VALID | {"images": [VALID["images"][0]] * 2}, "duplicate image ids: image 25: a.png; renumber them"),
+        (
+            VALID | {"images": [VALID["images"][0]] * 2},
+            r"duplicate ids in images: images\[1\]: {'id': 25, 'file_name': 'a.png'.*; renumber them",
+        ),
         (VALID | {"categories": []}, "there are no classes"),
         (VALID | {"categories": [{"id": 1}]}, r"categories without id or name: categories\[0\]: {'id': 1}"),
         (

@@ -110,7 +110,7 @@ def changed(row: dict[str, Any], items: str, index: int, **values: Any) -> dict[
         ({"filename": "a.png", "detection": []}, r"detection is \[\]; it needs a list of instances"),
         (GROUNDING | {"filename": "b.png"}, "image b.png not found below"),
         (GROUNDING | {"grounding": {"caption": CAPTION, "regions": []}}, "remove these lines: they have no phrase"),
-        (GROUNDING | {"height": 60, "width": 40}, "60 wide and 40 high, its annotation says 40 and 60"),
+        (GROUNDING | {"height": 60, "width": 40}, "60 wide and 40 high, its annotation has 40 and 60"),
         (changed(DETECTION, "instances", 1, label=3), "instance 1: label 3, .*; label_map has 0 to 2"),
         (changed(DETECTION, "instances", 1, label=None), "instance 1: label None"),
         (changed(DETECTION, "instances", 1, label=[2]), r"instance 1: label \[2\]"),

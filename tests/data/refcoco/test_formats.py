@@ -209,7 +209,7 @@ def test_grefcoco(tmp_path: Path, images: Path) -> None:
         assert METRICS[source.provenance.task].__name__ == "GrecMetric"
         assert source.provenance.data == "grefcoco-unc"
     source = build(write_grefs(folder, ann_id=[5, 99]), image_root=str(images))
-    with pytest.raises(BadSampleError, match=r"a box is None.*use the instances.json"):
+    with pytest.raises(BadSampleError, match=r"a box is (None), expected.*use the instances.json"):
         source.load(0, epoch=0)
     (folder / "instances.json").unlink()
     with pytest.raises(DataError, match=r"instances.json is missing.*put it beside grefs\(unc\).json"):
@@ -229,19 +229,19 @@ def test_number_of_other_objects_of_the_category(tmp_path: Path, images: Path) -
     instances = {"annotations": anns, "images": [{"id": 716, "file_name": NAME}]}
     (folder / "instances.json").write_text(json.dumps(instances))
     man, car = build(folder, image_root=str(images)).annotations()
-    assert (man.person, man.others) == (True, 5)
-    assert (car.person, car.others) == (False, 0)
+    assert (man.person, man.num_others) == (True, 5)
+    assert (car.person, car.num_others) == (False, 0)
     captions = [
         {"ann_id": id, "captions": ["a", "b"], "bbox": XYXY, "file_name": NAME, "category_id": 1} for id in "xyz"
     ]
     described = build(to_parquet(captions, tmp_path / "val.parquet"), image_root=str(images)).annotations()
-    assert [annotation.others for annotation in described] == [2] * 6
+    assert [annotation.num_others for annotation in described] == [2] * 6
 
 
 def test_files_are_read_once_for_all_splits_unless_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_grefs(tmp_path / "grefcoco")
     build(folder)
-    monkeypatch.setattr("vg.data.refcoco.pickles._load_json", lambda file: pytest.fail("read a second time"))
+    monkeypatch.setattr("vg.data.refcoco.pickles.load_plain", lambda file: pytest.fail("read a second time"))
     build(folder)
     monkeypatch.undo()
     write_grefs(folder, sentences=[{"sent": "something else"}])

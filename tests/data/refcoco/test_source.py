@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vg.data.refcoco.source import Refcoco, RefcocoConfig, samples_of
+from vg.data.refcoco.rows import samples_of
+from vg.data.refcoco.source import Refcoco, RefcocoConfig
 from vg.errors import DataError
 
 datasets = pytest.importorskip("datasets")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from vg.data.refcoco.source import samples_of
+from vg.data.refcoco.rows import samples_of
 from vg.data.synthetic.expressions import VOCABULARY, described_scene
 from vg.data.synthetic.scenes import FORMS, STYLES, Scene, Shape, draw, random_scene
 from vg.data.synthetic.shapes import ShapesConfig

@@ -16,7 +16,7 @@ from vg.data.refcoco.source import Annotation
 from vg.data.source import Provenance
 from vg.errors import DataError, NoSuchSplitError
 from vg.evaluation.benchmark import table
-from vg.evaluation.benchmark.bootstrap import intervals
+from vg.evaluation.benchmark.run import intervals
 from vg.evaluation.benchmark.slices import has_attribute, has_location, has_relation, names_person, slices
 from vg.evaluation.benchmark.suite import DATASETS, open_source, open_splits
 from vg.evaluation.results import DatasetResult, EvaluationResult
@@ -139,7 +139,7 @@ def test_published_annotations_are_the_official_splits() -> None:
 
 def annotation(expression: str, box: tuple[float, ...] = (0, 0, 10, 10), **known: object) -> Annotation:
     boxes = np.array(box, np.float32).reshape(-1, 4)
-    return Annotation("id", expression, boxes, "picture", known.get("person"), known.get("others"))  # type: ignore[arg-type]
+    return Annotation("id", expression, boxes, "image", known.get("person"), known.get("others"))  # type: ignore[arg-type]
 
 
 def test_words_of_expressions() -> None:

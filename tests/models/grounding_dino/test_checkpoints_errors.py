@@ -57,6 +57,8 @@ def test_paths_without_a_checkpoint(tmp_path: Path) -> None:
     for content in ("model: {name: rec}", "data: 3", "", "model: ["):
         (tmp_path / "config.yaml").write_text(content)
         assert f"{tmp_path}: config.yaml is not that of a Grounding DINO" in reading(tmp_path)
+    (tmp_path / "config.yaml").write_text("model: {name: rec}")
+    assert "but of rec, which has one format" in reading(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert str(tmp_path) in reading(tmp_path)
 

@@ -1,7 +1,7 @@
 """Published outputs of published checkpoints on one COCO image; `pytest -m hub` downloads the checkpoints.
 
 Without that option a test runs if its environment variable gives the checkpoint (a transformers folder, or an official
-or mmdetection .pth, with VG_BERT_TOKENIZER as its tokenizer if there is none beside the repository), or if the Hub
+or mmdetection .pth, with VG_BERT_TOKENIZER as its tokenizer), or if the Hub
 cache contains it.
 """
 

@@ -17,7 +17,7 @@ from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import ConfigError
 from vg.models.encoders import SMALL_VOCABULARY
 from vg.models.rec.config import BgeConfig, DenseHeadConfig, PooledHeadConfig, RecConfig, VisionEncoderConfig
-from vg.models.rec.encoders import VisionEncoder
+from vg.models.rec.model import VisionEncoder
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
 

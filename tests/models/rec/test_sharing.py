@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vg.models import encoders
-from vg.models.encoder_config import EncoderConfig, TextEncoderConfig
 from vg.models.layers import index_in_group
 from vg.models.rec.config import DenseHeadConfig, HeadConfig, PooledHeadConfig
+from vg.models.settings import EncoderConfig, TextEncoderConfig
 
 GRID = (3, 4)
 IMAGE_IDS = torch.tensor([1, 0, 1, 2, 1, 0])  # in any order, groups of different sizes

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from vg.data.check.dataset import CheckedDataset
 from vg.data.detection.annotations import CXCYWH, VOC, XYWH, XYXY, BoxFormat
-from vg.data.detection.issues import Severity
 from vg.data.detection.source import MIN_SIDE
 from vg.data.source import OVERHANG
 
-_MANY = 0.1  # share of boxes that do not fit their image from which on other formats are tried
-_ALL = 0.98  # share of boxes that must fit in another format for it to be the actual one
+_MANY = 0.1  # other formats are tried if at least this fraction of the boxes does not fit their image
+_ALL = 0.98  # fraction of boxes that must fit in another format for it to be the actual one
 _FEW = 10  # boxes: fewer are not evidence of anything
 _MIX_UPS = {XYWH: (XYXY, CXCYWH), XYXY: (XYWH,), VOC: (XYWH,), CXCYWH: (XYWH, XYXY)}  # expected format -> others to try
 
@@ -22,9 +23,7 @@ def check_boxes(dataset: CheckedDataset) -> None:
     dataset.xyxy = xyxy = dataset.to_pixels(annotations.box_format)
     known = np.asarray((dataset.limits > 0).all(axis=1))
 
-    def report(severity: Severity, what: str, fix: str, affected: np.ndarray) -> None:
-        issues.add_rows(severity, what, fix, affected, annotations.describe, annotations.image_indices)
-
+    report = partial(annotations.report, issues)
     if (actual := _actual_format(dataset, known)) is not None:
         what = f"boxes that are not {annotations.box_format.description}"
         report("error", what, f"all of them fit as {actual.description}: convert them", ~_fits(dataset, xyxy))
@@ -55,14 +54,12 @@ def _fits(dataset: CheckedDataset, xyxy: np.ndarray) -> np.ndarray:
 
 def _actual_format(dataset: CheckedDataset, known: np.ndarray) -> BoxFormat | None:
     """Return the format that the boxes are in if it is not the expected one; `known` [A]: the image size is known."""
-    if known.sum() < _FEW:
+    if known.sum() < _FEW or np.mean(_fits(dataset, dataset.xyxy)[known]) > 1 - _MANY:
         return None
-    if np.mean(_fits(dataset, dataset.xyxy)[known]) > 1 - _MANY:
-        return None
-    others = _MIX_UPS[dataset.annotations.box_format]
-    shares = [float(np.mean(_fits(dataset, dataset.to_pixels(other))[known])) for other in others]
-    best = int(np.argmax(shares))
-    return others[best] if shares[best] >= _ALL else None
+    candidates = _MIX_UPS[dataset.annotations.box_format]
+    fractions = [np.mean(_fits(dataset, dataset.to_pixels(candidate))[known]) for candidate in candidates]
+    best = int(np.argmax(fractions))
+    return candidates[best] if fractions[best] >= _ALL else None
 
 
 def _check_placeholders(dataset: CheckedDataset, known: np.ndarray) -> None:

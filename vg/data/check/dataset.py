@@ -1,4 +1,4 @@
-"""A dataset under check: its annotations, the files of its images, and the issues found so far."""
+"""A dataset under check: its annotations, image files, and the issues found so far."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from vg.data.detection.annotations import XYXY, Annotations, BoxFormat, ReadsAnnotations
+from vg.data.detection.annotations import AnnotatedBox, AnnotatedImage, Annotations, BoxFormat, ReadsAnnotations
 from vg.data.detection.issues import Issues
 from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.images import find_image, image_key, read_image
@@ -26,9 +26,8 @@ class ImageFile(NamedTuple):
 
     size: tuple[int, int] = (0, 0)  # (height, width) in pixels as stored; 0, 0 if it cannot be decoded
     is_rotated: bool = False  # its EXIF orientation swaps height and width
-    digest: bytes = b""  # of the content
-    missing: str = ""  # the error, if there is no such file
-    damaged: str = ""  # the error, if it cannot be decoded
+    digest: bytes = b""  # of the content; empty if there is no such file
+    error: str = ""  # why it cannot be read
 
 
 @dataclass
@@ -51,6 +50,11 @@ class CheckedDataset:
     def is_training(self) -> bool:
         """Whether it is the training dataset, or a component of it."""
         return self.name.split(".")[0] == "train"
+
+    @property
+    def classes_with_boxes(self) -> set[str]:
+        names, num_classes = self.annotations.names, self.annotations.num_classes
+        return {names[label] for label in set(self.annotations.labels.tolist()) if label < num_classes}
 
     @cached_property
     def image_keys(self) -> list[str]:
@@ -108,7 +112,7 @@ def read_dataset(name: str, config: Any, limit: int | None) -> CheckedDataset:
 
 def check_loading(dataset: CheckedDataset, config: Any) -> None:
     """Report errors of strict loading that no check has found."""
-    if dataset.load_image is not None or dataset.issues.has_errors:
+    if dataset.load_image is not None or any(issue.severity == "error" for issue in dataset.issues):
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -124,8 +128,7 @@ def _read_samples(source: Source, dataset: CheckedDataset, limit: int | None) ->
     dataset.title = f"{source.provenance.data} ({source.provenance.split})"
     keys = source.image_keys() if isinstance(source, HasImageKeys) else None
     names: dict[str, int] = {}
-    ids: list[str] = []
-    indices, sizes, boxes, labels, image_indices = [], [], [], [], []
+    images, indices = [], []
     for index in tqdm(spread(len(source), limit), desc=f"{dataset.name}: samples", unit=" samples", mininterval=1):
         try:
             sample = checked(source.load(index, 0))
@@ -133,25 +136,16 @@ def _read_samples(source: Source, dataset: CheckedDataset, limit: int | None) ->
             fix = "see each message; data.bad_samples=skip continues without them"
             dataset.issues.add("error", "samples that cannot be used", fix, [str(error)])
             continue
-        own = [names.setdefault(phrase.casefold(), len(names)) for phrase in sample.phrases]
-        labels += [own[phrase_id] for phrase_id in sample.phrase_ids.tolist()]
-        boxes += sample.boxes.tolist()
-        image_indices += [len(ids)] * len(sample.boxes)
+        labels = [names.setdefault(phrase.casefold(), len(names)) for phrase in sample.phrases]
+        location = f"sample {sample.id}"
+        boxes = [
+            AnnotatedBox(labels[phrase_id], box, location)
+            for phrase_id, box in zip(sample.phrase_ids.tolist(), sample.boxes.tolist(), strict=True)
+        ]
+        height, width = sample.image.shape[:2]
+        images.append(AnnotatedImage(sample.id, sample.id, location, (height, width), boxes))
         indices.append(index)
-        ids.append(sample.id)
-        sizes.append(sample.image.shape[:2])
-    dataset.annotations = Annotations(
-        names=list(names),
-        ids=ids,
-        files=ids,
-        locations=[f"sample {id}" for id in ids],
-        sizes=np.array(sizes, np.int64).reshape(-1, 2),
-        image_indices=np.array(image_indices, np.int64),
-        boxes=np.array(boxes, np.float64).reshape(-1, 4),
-        labels=np.array(labels, np.int64),
-        locate=lambda box: f"sample {ids[image_indices[box]]}",
-        box_format=XYXY,
-    )
+    dataset.annotations = Annotations.of(images, list(names), num_classes=0)
     dataset.sample_keys = None if keys is None else [keys[index] for index in indices]
     dataset.load_image = lambda image: source.load(indices[image], 0).image
 

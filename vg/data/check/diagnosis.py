@@ -1,20 +1,19 @@
-"""Runs all checks on the datasets of a run and collects their issues."""
+"""Runs all checks on the datasets of a run, those between two datasets included, and collects their issues."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from vg.data.check.boxes import check_boxes
 from vg.data.check.dataset import CheckedDataset, check_loading, read_dataset, spread
 from vg.data.check.images import check_images
-from vg.data.check.overlap import check_classes, check_copies, check_pair
-from vg.data.check.phrases import CountTokens, check_phrases
+from vg.data.check.phrases import CountTokens, check_phrases, normalized_name
 from vg.data.detection.issues import SEVERITIES, Issue, Severity
-from vg.data.mixture import MixtureConfig, SourceConfig
+from vg.data.mixture import MixtureConfig, SourceConfig, configs_of
 from vg.errors import BadSampleError
 
 
@@ -46,12 +45,12 @@ class Diagnosis:
             issues = [issue for issue in self.issues if issue.dataset == dataset.name and issue.severity != "note"]
             reasons = {index: issue.what for issue in reversed(issues) for index in issue.images[:2]}
             indices = dict.fromkeys([*list(reasons)[: num // 2], *spread(len(annotations.ids), num)])
+            drawable = np.isfinite(xyxy).all(axis=1) & (xyxy[:, 2:] >= xyxy[:, :2]).all(axis=1)
             for index in list(indices)[:num]:
                 try:
                     image = dataset.image(index)
                 except (BadSampleError, OSError):
                     continue  # reported as an issue
-                drawable = np.isfinite(xyxy).all(axis=1) & (xyxy[:, 2:] >= xyxy[:, :2]).all(axis=1)
                 own = np.flatnonzero((annotations.image_indices == index) & drawable)
                 names = [annotations.names[label] for label in annotations.labels[own].tolist()]
                 caption = f"{dataset.name}: {reasons.get(index, annotations.files[index])}"
@@ -68,13 +67,19 @@ def diagnose(
     """Check datasets, and the evaluation datasets against those for training.
 
     Args:
-        configs: settings by name; training datasets have the name "train", all components of a mixture are checked.
+        configs: settings by name; training datasets have the name "train". The components of a mixture are checked
+            separately, with names such as "train.datasets.0".
         max_tokens: tokens of the model's longest prompt.
         count_tokens: number of tokens of each phrase; None uses lower bounds.
         limit: number of images to read of each dataset; None for all.
     """
+    components = {
+        f"{name}.datasets.{index}" if isinstance(config, MixtureConfig) else name: component
+        for name, config in configs.items()
+        for index, component in enumerate(configs_of(config))
+    }
     datasets = []
-    for name, config in _components(configs).items():
+    for name, config in components.items():
         dataset = read_dataset(name, config, limit)
         annotations, issues = dataset.annotations, dataset.issues
         if dataset.load_image is None:
@@ -85,24 +90,54 @@ def diagnose(
         elif not len(annotations.boxes):
             issues.add("error", "no boxes", "annotate the images, or use the right file", [dataset.title])
         check_phrases(dataset, count_tokens, max_tokens)
-        check_copies(dataset)
+        _check_copies(dataset)
         check_loading(dataset, config)
         datasets.append(dataset)
     training = [dataset for dataset in datasets if dataset.is_training]
-    for other in datasets:
-        if not other.is_training:
-            for train in training:
-                check_pair(train, other)
-            check_classes(training, other)
+    for evaluation in (dataset for dataset in datasets if not dataset.is_training):
+        for train in training:
+            _check_shared_images(train, evaluation)
+        _check_classes(training, evaluation)
     return Diagnosis(datasets)
 
 
-def _components(configs: Mapping[str, SourceConfig]) -> dict[str, Any]:
-    """Replace mixtures by their components, named "train.datasets.0" and so on."""
-    components: dict[str, Any] = {}
-    for name, config in configs.items():
-        if isinstance(config, MixtureConfig):
-            components |= {f"{name}.datasets.{index}": component for index, component in enumerate(config.datasets)}
-        else:
-            components[name] = config
-    return components
+def _check_copies(dataset: CheckedDataset) -> None:
+    """Report image files of one dataset with the same bytes."""
+    names: dict[bytes, set[str]] = defaultdict(set)
+    for index, file in dataset.image_files.items():
+        if file.digest:
+            names[file.digest].add(dataset.annotations.files[index])
+    groups = [" = ".join(sorted(group)) for group in names.values() if len(group) > 1]
+    fix = "keep one of each, with all boxes"
+    dataset.issues.add("warning", "identical images under several names", fix, groups)
+
+
+def _check_shared_images(train: CheckedDataset, evaluation: CheckedDataset) -> None:
+    names, train_keys = evaluation.annotations.files, set(train.image_keys)
+    shared = {index: names[index] for index, key in enumerate(evaluation.image_keys) if key in train_keys}
+    fix = "use another split, or set data.drop_overlap=true, which leaves them out of training"
+    what = f"images that are also in {train.name}, which makes metrics too optimistic"
+    evaluation.issues.add("warning", what, fix, shared.values())
+    originals = {file.digest: train.annotations.files[index] for index, file in train.image_files.items()}
+    copies = [
+        f"{names[index]} is {originals[file.digest]} of {train.name}"
+        for index, file in evaluation.image_files.items()
+        if file.digest and file.digest in originals and index not in shared
+    ]
+    what = f"images that are also in {train.name} under another name, which makes metrics too optimistic"
+    evaluation.issues.add("warning", what, f"remove them from {train.name}", copies)
+
+
+def _check_classes(training: Sequence[CheckedDataset], evaluation: CheckedDataset) -> None:
+    """Report classes with boxes in an evaluation dataset but not in any training dataset."""
+    known = {name for dataset in training for name in dataset.classes_with_boxes}
+    if not known or not all(dataset.annotations.num_classes for dataset in training):
+        return  # phrases can refer to any class
+    evaluated = evaluation.classes_with_boxes
+    similar = {normalized_name(name): name for name in known}
+    unknown = {name: similar.get(normalized_name(name)) for name in sorted(evaluated - known)}
+    examples = [name + (f" ({match!r} in training)" if match else "") for name, match in unknown.items()]
+    is_zero_shot = not evaluated & known and not any(unknown.values())
+    fix = "nothing if zero-shot evaluation is intended; otherwise fix names or splits"
+    severity: Severity = "note" if is_zero_shot else "warning"
+    evaluation.issues.add(severity, "classes without any box in training", fix, examples)

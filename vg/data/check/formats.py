@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from vg.data.detection.yolo import read_yaml
 from vg.errors import DataError
 
 _SPLITS = ("train", "val", "valid", "test")  # the first existing one is for training, the others for evaluation
@@ -28,7 +27,7 @@ def detect_format(path: Path) -> dict[str, dict[str, Any]]:
     if path.is_dir():
         return _detect_folder(path)
     if path.suffix in (".yaml", ".yml"):
-        return _yolo_splits(path) if _read_yolo(path) else {}
+        return _yolo_splits(path)
     if path.suffix == ".jsonl":
         return {"train": {"name": "odvg", "path": str(path), **_label_map(path)}}
     if path.suffix == ".json":
@@ -40,9 +39,9 @@ def detect_format(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _detect_folder(folder: Path) -> dict[str, dict[str, Any]]:
-    for name in ("data.yaml", "data.yml"):
-        if (folder / name).is_file():
-            return _yolo_splits(folder / name)
+    for file in (folder / "data.yaml", folder / "data.yml"):
+        if file.is_file():
+            return _yolo_splits(file) or {"train": {"name": "yolo", "path": str(file)}}
     if (folder / "Annotations").is_dir() or next(folder.glob("*.xml"), None):
         splits = [split for split in _SPLITS if (folder / "ImageSets" / "Main" / f"{split}.txt").is_file()]
         voc = {"name": "voc", "path": str(folder)}
@@ -67,17 +66,14 @@ def _words(file: Path, folder: Path) -> set[str]:
     return {word.rstrip("0123456789") for word in re.split(r"[/\-._]", name)}
 
 
-def _read_yolo(file: Path) -> dict[str, Any]:
-    """Return the content of a YOLO data.yaml; an empty dict for any other file."""
-    try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return {}  # reading it as a configuration raises the error
-    return document if isinstance(document, dict) and "names" in document and "data" not in document else {}
-
-
 def _yolo_splits(file: Path) -> dict[str, dict[str, Any]]:
-    document = _read_yolo(file)
+    """Return the settings of all splits of a YOLO data.yaml; an empty dict for any other file."""
+    try:
+        document = read_yaml(file)
+    except DataError:
+        return {}  # reading it as a configuration raises the error
+    if "names" not in document or "data" in document:
+        return {}
     splits = [split for split in _SPLITS if document.get(split)] or ["train"]
     return {split: {"name": "yolo", "path": str(file), "split": split} for split in splits}
 
@@ -85,11 +81,11 @@ def _yolo_splits(file: Path) -> dict[str, dict[str, Any]]:
 def _label_map(file: Path) -> dict[str, str]:
     """Find the only json file beside `file` that maps labels to names, as released datasets have it."""
     found = []
-    for other in sorted(file.parent.glob("*label*map*.json")):
+    for candidate in file.parent.glob("*label*map*.json"):
         try:
-            names = json.loads(other.read_bytes())
+            names = json.loads(candidate.read_bytes())
         except (OSError, ValueError):
             continue
-        if isinstance(names, dict) and all(str(label).isdigit() for label in names):
-            found.append(str(other))
+        if isinstance(names, dict) and all(map(str.isdigit, names)):
+            found.append(str(candidate))
     return {"label_map": found[0]} if len(found) == 1 else {}

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from vg.data.check.dataset import CheckedDataset, ImageFile
 from vg.data.images import find_image
-from vg.errors import BadSampleError
 
 _THREADS = 8
 _RATIO = 0.02  # tolerance between the scales of width and height for an image to count as resized as a whole
@@ -27,21 +26,22 @@ def check_images(dataset: CheckedDataset, indices: Sequence[int]) -> None:
         opened = threads.map(lambda index: _open(files[index], root), indices)
         bar = tqdm(opened, desc=f"{dataset.name}: images", total=len(indices), unit=" images", mininterval=1)
         dataset.image_files = dict(zip(indices, bar, strict=True))
-    missing = [f"{files[index]}: {file.missing}" for index, file in dataset.image_files.items() if file.missing]
-    damaged = [f"{files[index]}: {file.damaged}" for index, file in dataset.image_files.items() if file.damaged]
-    fix = "put them there, or set image_root to the folder that contains them"
-    dataset.issues.add("error", "missing images", fix, missing)
-    dataset.issues.add("error", "images that cannot be read", "replace them with intact copies", damaged)
-    if not dataset.annotations.relative:
-        _check_sizes(dataset)
+    for index, file in dataset.image_files.items():
+        if file.error:
+            what, fix = "images that cannot be read", "replace them with intact copies"
+            if not file.digest:
+                what, fix = "missing images", "put them there, or set image_root to the folder that contains them"
+            dataset.issues.add("error", what, fix, [f"{files[index]}: {file.error}"])
+        elif not dataset.annotations.relative:
+            _check_size(dataset, index, file)
 
 
 def _open(name: str, root: Path) -> ImageFile:
     """Read and decode an image; never raises."""
     try:
         data = find_image(name, root).read_bytes()
-    except (BadSampleError, OSError, ValueError) as error:  # ValueError: a null byte in the name
-        return ImageFile(missing=str(error))
+    except (OSError, ValueError) as error:  # not found, or a null byte in the name
+        return ImageFile(error=str(error))
     digest = hashlib.blake2b(data, digest_size=16).digest()
     try:
         with warnings.catch_warnings(), Image.open(BytesIO(data)) as image:
@@ -50,30 +50,27 @@ def _open(name: str, root: Path) -> ImageFile:
             image.convert("RGB")
             return ImageFile((image.height, image.width), is_rotated, digest)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
-        return ImageFile(digest=digest, damaged=str(error))
+        return ImageFile(digest=digest, error=str(error))
 
 
-def _check_sizes(dataset: CheckedDataset) -> None:
-    """Compare stored with annotated sizes, (height, width) in pixels."""
-    annotations = dataset.annotations
-    for index, file in dataset.image_files.items():
-        size, (height, width) = tuple(annotations.sizes[index].tolist()), file.size
-        if not all(file.size):
-            continue
-        example = f"{annotations.locations[index]} ({annotations.files[index]}): {width} x {height}"
-        if size == file.size or not all(size):
-            if file.is_rotated:
-                what = "images that viewers rotate by their EXIF orientation, but training does not"
-                fix = "look at them in images.png: where boxes are wrong, store the images upright"
-                dataset.issues.add("warning", what, fix, [example], [index])
-            continue
-        if file.is_rotated and (width, height) == size:
-            what = "images annotated upright, but stored rotated by their EXIF orientation"
-            fix = "store them upright (for instance `mogrify -auto-orient`)"
-        elif abs((height / size[0]) / (width / size[1]) - 1) < _RATIO:
-            what = "images resized after they were annotated"
-            fix = "use the images that were annotated, or scale boxes, width and height too"
-        else:
-            what = "images of another size than annotated"
-            fix = "use the images that were annotated, or correct width and height"
-        dataset.issues.add("error", what, fix, [f"{example}, annotation {size[1]} x {size[0]}"], [index])
+def _check_size(dataset: CheckedDataset, index: int, file: ImageFile) -> None:
+    """Compare the stored size of an image with the annotated one, (height, width) in pixels."""
+    annotations, (height, width) = dataset.annotations, file.size
+    size = tuple(annotations.sizes[index].tolist())
+    example = f"{annotations.locations[index]} ({annotations.files[index]}): {width} x {height}"
+    if size == file.size or not all(size):
+        if file.is_rotated:
+            what = "images that viewers rotate by their EXIF orientation, but training does not"
+            fix = "look at them in images.png: where boxes are wrong, store the images upright"
+            dataset.issues.add("warning", what, fix, [example], [index])
+        return
+    if file.is_rotated and (width, height) == size:
+        what = "images annotated upright, but stored rotated by their EXIF orientation"
+        fix = "store them upright (for instance `mogrify -auto-orient`)"
+    elif abs((height / size[0]) / (width / size[1]) - 1) < _RATIO:
+        what = "images resized after they were annotated"
+        fix = "use the images that were annotated, or scale boxes, width and height too"
+    else:
+        what = "images of another size than annotated"
+        fix = "use the images that were annotated, or correct width and height"
+    dataset.issues.add("error", what, fix, [f"{example}, annotation {size[1]} x {size[0]}"], [index])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from vg.data.check.dataset import CheckedDataset
+from vg.data.detection.issues import Severity
 from vg.data.detection.vocabulary import Vocabulary
 from vg.errors import DataError
 
@@ -20,11 +21,6 @@ _RENAME = "rename or merge them, or set the phrases in vocabulary.phrases"
 _UNINFORMATIVE = r"(class|cls|label|object|category|cat|id)?[\W_]*\d+"
 
 
-def count_words(phrases: list[str]) -> list[int]:
-    """Return lower bounds of the numbers of tokens, for use without a tokenizer."""
-    return [len(re.findall(r"\w+|[^\w\s]", phrase)) for phrase in phrases]
-
-
 def check_phrases(dataset: CheckedDataset, count_tokens: CountTokens | None, max_tokens: int) -> None:
     """Report issues of class names and phrases.
 
@@ -32,20 +28,18 @@ def check_phrases(dataset: CheckedDataset, count_tokens: CountTokens | None, max
         count_tokens: None counts words, which gives lower bounds.
         max_tokens: tokens of the model's longest prompt, special tokens included.
     """
-    names, num_classes = dataset.annotations.names, dataset.annotations.num_classes
-    classes = names[:num_classes]
-    counts = np.bincount(dataset.annotations.labels, minlength=len(names)).tolist()
+    annotations, add = dataset.annotations, dataset.issues.add
+    classes = annotations.names[: annotations.num_classes]
+    counts = np.bincount(annotations.labels, minlength=len(classes)).tolist()
     class_phrases = _check_names(dataset, classes) if classes else []
     rare = [f"{name}: {count}" for name, count in zip(classes, counts, strict=False) if 0 < count < _RARE]
     empty = [name for name, count in zip(classes, counts, strict=False) if not count]
-    add = dataset.issues.add
     add("note", f"classes with fewer than {_RARE} boxes", "add examples of these first", rare)
     add("note", "classes without any box", "remove them unless intended: the model only sees them as negatives", empty)
     if len(classes) == 1 and dataset.is_training:
         fix = "the model may forget other classes; evaluate on a second dataset too (data.eval)"
         add("note", "only one class", fix, classes)
-    if len(names) > num_classes:
-        _check_shared_phrases(dataset)
+    _check_shared_phrases(dataset)
     _check_lengths(dataset, class_phrases, count_tokens, max_tokens)
 
 
@@ -57,43 +51,36 @@ def normalized_name(name: str) -> str:
 
 def _check_names(dataset: CheckedDataset, names: list[str]) -> list[str]:
     """Report issues of class names; return the phrases of the classes."""
+    add = dataset.issues.add
     try:
         phrases = list(Vocabulary(names, dataset.vocabulary, dataset.title).phrases)
     except DataError as error:
-        dataset.issues.add("error", "invalid vocabulary", _RENAME, [str(error)])
+        add("error", "invalid vocabulary", _RENAME, [str(error)])
         return names
     normalized = {phrase: normalized_name(phrase) for phrase in phrases}
     variants: dict[str, list[str]] = defaultdict(list)
     for phrase, name in normalized.items():
         variants[name].append(phrase)
     similar = [" = ".join(map(repr, group)) for group in variants.values() if len(group) > 1]
+    add("warning", "class names that differ only in case, punctuation or plural", _RENAME, similar)
     contained = [
         f"{inner!r} in {outer!r}"
         for inner, inner_name in normalized.items()
         for outer, outer_name in normalized.items()
         if inner_name and inner_name != outer_name and f" {inner_name} " in f" {outer_name} "
     ]
-    symbols = [phrase for phrase in phrases if not any(letter.isalnum() for letter in phrase)]
-    cryptic = [
-        phrase
-        for phrase in phrases
-        if phrase not in symbols and (re.fullmatch(_UNINFORMATIVE, phrase.lower()) or _is_acronym(phrase))
-    ]
-    separated = [phrase for phrase in phrases if re.search(r"[.?]", phrase.rstrip("."))]
-    add = dataset.issues.add
-    add("warning", "class names that differ only in case, punctuation or plural", _RENAME, similar)
     fix = "vg keeps their tokens apart, but expect the two classes to be confused"
     add("note", "class names contained in another one", fix, contained)
+    symbols = [phrase for phrase in phrases if not any(map(str.isalnum, phrase))]
     add("error", "class names without letter or digit", _RENAME, symbols)
     fix = "the text encoder needs words: set vocabulary.phrases, such as {WBC: white blood cell}"
+    acronyms = {phrase for phrase in phrases if phrase.isalpha() and phrase.isupper() and 2 <= len(phrase) <= 5}
+    cryptic = [p for p in phrases if re.fullmatch(_UNINFORMATIVE, p.lower()) or p in acronyms - {"TV"}]
     add("warning", "class names that are a number or an abbreviation", fix, cryptic)
     fix = "these separate phrases in a prompt; set a phrase without them in vocabulary.phrases"
+    separated = [phrase for phrase in phrases if re.search(r"[.?]", phrase.rstrip("."))]
     add("warning", 'class names with "." or "?"', fix, separated)
     return phrases
-
-
-def _is_acronym(phrase: str) -> bool:
-    return phrase.isalpha() and phrase.isupper() and 2 <= len(phrase) <= 5 and phrase != "TV"
 
 
 def _check_shared_phrases(dataset: CheckedDataset) -> None:
@@ -109,12 +96,12 @@ def _check_shared_phrases(dataset: CheckedDataset) -> None:
         for (image, label), found in boxes.items()
         if len(found) > 1
     ]
+    severity: Severity = "note"
+    what, fix = "phrases", "nothing if they are different objects: a model must find all of them"
     if dataset.task == "expressions":
-        fix = "make them more specific, so that each refers to one object"
-        dataset.issues.add("warning", "expressions with several boxes in one image", fix, shared)
-    else:
-        fix = "nothing if they are different objects: a model must find all of them"
-        dataset.issues.add("note", "phrases with several boxes in one image", fix, shared)
+        severity = "warning"
+        what, fix = "expressions", "make them more specific, so that each refers to one object"
+    dataset.issues.add(severity, f"{what} with several boxes in one image", fix, shared)
 
 
 def _check_lengths(
@@ -122,20 +109,19 @@ def _check_lengths(
 ) -> None:
     """Report prompts with too many tokens; a prompt is [CLS] phrase . phrase . [SEP]."""
     annotations, num_classes = dataset.annotations, len(class_phrases)
-    count = count_tokens or count_words
     phrases = [*class_phrases, *annotations.names[num_classes:]]
-    tokens = np.array(count(phrases), np.int64) + 1  # [names], with separator
+    counts = count_tokens(phrases) if count_tokens else [len(re.findall(r"\w+|[^\w\s]", phrase)) for phrase in phrases]
+    tokens = np.array(counts, np.int64) + 1  # [names], with separator
     bound = "" if count_tokens else "at least "
     needed = int(tokens[:num_classes].sum()) + 2
     if class_phrases and needed > max_tokens and dataset.vocabulary.negatives is None:
-        what = f"a prompt of all classes has more than {max_tokens} tokens"
-        example = f"{num_classes} classes: {bound}{needed} tokens"
+        severity: Severity = "note"
+        fix = "nothing: it is split into several prompts, which takes longer"
         if dataset.is_training:
+            severity = "warning"
             fix = "training drops classes that do not fit: set vocabulary.negatives (such as 85), or raise max_tokens"
-            dataset.issues.add("warning", what, fix, [example])
-        else:
-            fix = "nothing: it is split into several prompts, which takes longer"
-            dataset.issues.add("note", what, fix, [example])
+        what = f"a prompt of all classes has more than {max_tokens} tokens"
+        dataset.issues.add(severity, what, fix, [f"{num_classes} classes: {bound}{needed} tokens"])
     rows = annotations.labels >= num_classes
     pairs = np.unique(np.column_stack([annotations.image_indices, annotations.labels])[rows], axis=0)
     lengths = np.bincount(pairs[:, 0], tokens[pairs[:, 1]], minlength=len(annotations.ids)).astype(int) + 2  # [I]

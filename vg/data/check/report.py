@@ -31,7 +31,7 @@ def _statistics(dataset: CheckedDataset) -> dict[str, Any]:
         "images_read": num_images if dataset.load_image else len(dataset.image_files),
         "images_without_boxes": num_images - len(np.unique(annotations.image_indices)),
         "boxes": len(xyxy),
-        "crowd": 0 if annotations.crowd is None else int(annotations.crowd.sum()),
+        "crowd": int(annotations.crowd.sum()),
         "classes": {annotations.names[i]: int(counts[i]) for i in order if i < annotations.num_classes},
         "phrases": len(annotations.names) - annotations.num_classes,
         "small": float(np.mean(areas < _SMALL)) if len(areas) else None,

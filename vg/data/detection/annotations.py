@@ -1,9 +1,11 @@
-"""Annotations as the files of a dataset have them, whatever the file format and the box format."""
+"""Annotations as the files of a dataset have them, in any file format and box format."""
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -12,66 +14,84 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from vg.data.detection.issues import Issues
+from vg.data.detection.issues import NUM_EXAMPLES, Issues, Severity
 
 MAX_COORDINATE = 1e15  # larger values are treated as not finite, because boxes are float32 later
-
-
-def xywh_to_xyxy(boxes: np.ndarray) -> np.ndarray:
-    """[..., 4] (left, top, width, height) -> [..., 4] (left, top, right, bottom), any unit."""
-    return np.concatenate([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], axis=-1)
-
-
-def cxcywh_to_xyxy(boxes: np.ndarray) -> np.ndarray:
-    """[..., 4] (center x, center y, width, height) -> [..., 4] (left, top, right, bottom); vg.boxes is for tensors."""
-    return np.concatenate([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], axis=-1)
-
-
-def voc_to_xyxy(boxes: np.ndarray) -> np.ndarray:
-    """[..., 4] (xmin, ymin, xmax, ymax) of the first and last pixel, counted from 1 -> [..., 4] xyxy in pixels."""
-    return boxes - np.array([1, 1, 0, 0])
 
 
 class BoxFormat(NamedTuple):
     """What the four numbers of a box mean."""
 
     description: str
-    to_xyxy: Callable[[np.ndarray], np.ndarray]  # [..., 4] -> [..., 4]
+    to_xyxy: Callable[[np.ndarray], np.ndarray]  # [A, 4] -> [A, 4]; vg.boxes is for tensors
 
 
-XYXY = BoxFormat("xyxy (left, top, right, bottom)", lambda boxes: boxes)
-XYWH = BoxFormat("xywh (left, top, width, height)", xywh_to_xyxy)
-CXCYWH = BoxFormat("cxcywh (center x, center y, width, height)", cxcywh_to_xyxy)
-VOC = BoxFormat("VOC xyxy (left, top, right, bottom, counted from 1)", voc_to_xyxy)
+XYXY = BoxFormat("xyxy (left, top, right, bottom)", lambda b: b)
+XYWH = BoxFormat("xywh (left, top, width, height)", lambda b: np.hstack([b[:, :2], b[:, :2] + b[:, 2:]]))
+CXCYWH = BoxFormat(
+    "cxcywh (center x, center y, width, height)",
+    lambda b: np.hstack([b[:, :2] - b[:, 2:] / 2, b[:, :2] + b[:, 2:] / 2]),
+)
+VOC = BoxFormat("VOC xyxy (left, top, right, bottom, counted from 1)", lambda b: b - np.array([1, 1, 0, 0]))
+
+
+class AnnotatedBox(NamedTuple):
+    label: int  # index into Annotations.names
+    values: Sequence[float]  # four, as written
+    location: str  # "annotation 25"
+    crowd: bool = False  # see Sample.crowd
+
+
+class AnnotatedImage(NamedTuple):
+    id: str
+    file: str  # below the image root
+    location: str  # where the image is described: "image 17", "line 3"
+    size: tuple[int, int]  # (height, width) in pixels as written; 0 where missing
+    boxes: list[AnnotatedBox]
 
 
 @dataclass
 class Annotations:
-    """I images and their A boxes; rows that cannot be used are left out and reported as issues."""
+    """Columns of I images and their A boxes; rows that cannot be used are left out and reported as issues."""
 
     image_root: Path = Path()
-    names: list[str] = field(default_factory=list)
-    """Classes in the order of their labels, then phrases that refer to single images."""
-    num_classes: int = 0
-    category_ids: Sequence[Any] = ()
-    """Ids that the files, and files of results, have for the classes."""
+    names: list[str] = field(default_factory=list)  # classes by label, then phrases that refer to single images
+    category_ids: Sequence[Any] = ()  # ids of the classes in the files, and in files of results
     ids: Sequence[str] = ()  # I
-    files: Sequence[str] = ()  # I, below image_root
-    locations: Sequence[str] = ()
-    """Where each of the I images is described: "image 17", "line 3"."""
-    sizes: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
-    """[I, 2] (height, width) in pixels as written; 0 where missing."""
+    files: Sequence[str] = ()  # I
+    locations: Sequence[str] = ()  # I
+    sizes: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # [I, 2]
     image_indices: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [A]
-    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
-    """[A, 4] float64 as written, in `box_format`."""
+    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))  # [A, 4] float64 as written, in `box_format`
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [A] indices into `names`
-    locate: Callable[[int], str] = str
-    """Box index -> where the box is described: "annotation 25"."""
-    crowd: np.ndarray | None = None  # [A] bool, see Sample.crowd
+    crowd: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # [A]
     areas: np.ndarray | None = None  # [A] float64, see Sample.areas
+    locate: Callable[[int], str] = str  # box index -> where the box is described
     box_format: BoxFormat = XYXY
-    relative: bool = False
-    """Boxes are in 0..1 of the image after its EXIF orientation is applied, not in pixels."""
+    relative: bool = False  # boxes are in 0..1 of the image with its EXIF orientation applied, not in pixels
+
+    @classmethod
+    def of(cls, images: Sequence[AnnotatedImage], names: list[str], num_classes: int, **fields: Any) -> Annotations:
+        """Make columns of images and their boxes; `fields` are the remaining fields."""
+        boxes = [box for image in images for box in image.boxes]
+        return cls(
+            names=names,
+            category_ids=range(num_classes),
+            ids=[image.id for image in images],
+            files=[image.file for image in images],
+            locations=[image.location for image in images],
+            sizes=np.array([image.size for image in images], np.int64).reshape(-1, 2),
+            image_indices=np.repeat(np.arange(len(images)), [len(image.boxes) for image in images]),
+            boxes=np.array([box.values for box in boxes], np.float64).reshape(-1, 4),
+            labels=np.array([box.label for box in boxes], np.int64),
+            crowd=np.array([box.crowd for box in boxes], bool),
+            locate=lambda index: boxes[index].location,
+            **fields,
+        )
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.category_ids)
 
     @cached_property
     def xyxy(self) -> np.ndarray:
@@ -84,12 +104,18 @@ class Annotations:
         file, name = self.files[self.image_indices[index]], self.names[self.labels[index]]
         return f"{self.locate(index)} ({file}, {name}): [{values}]"
 
+    def report(self, issues: Issues, severity: Severity, what: str, fix: str, affected: np.ndarray) -> None:
+        """Add a problem of the boxes where `affected`, [A] bool."""
+        rows = np.flatnonzero(affected)
+        first = rows[:NUM_EXAMPLES]
+        examples, images = map(self.describe, first.tolist()), self.image_indices[first].tolist()
+        issues.add(severity, what, fix, examples, images, len(rows))
+
     def report_inverted(self, issues: Issues) -> np.ndarray:
         """Report boxes with a negative side; return [A] bool, which boxes these are."""
-        boxes = self.xyxy
-        inverted = (boxes[:, 2] < boxes[:, 0]) | (boxes[:, 3] < boxes[:, 1])
-        what, fix = "inverted boxes (x2 < x1 or y2 < y1)", f"boxes are {self.box_format.description}; correct them"
-        issues.add_rows("error", what, fix, inverted, self.describe, self.image_indices)
+        inverted = np.asarray((self.xyxy[:, 2:] < self.xyxy[:, :2]).any(axis=1))
+        fix = f"boxes are {self.box_format.description}; correct them"
+        self.report(issues, "error", "inverted boxes (x2 < x1 or y2 < y1)", fix, inverted)
         return inverted
 
 
@@ -97,13 +123,17 @@ class Annotations:
 class ReadsAnnotations(Protocol):
     """Settings of a dataset that can read all annotations without stopping at the first error."""
 
-    def read(self, issues: Issues) -> Annotations:
-        """Parse the files.
+    def read(self, issues: Issues) -> Annotations: ...
 
-        Raises:
-            DataError: from the file system or `issues`; nothing can be read.
-        """
-        ...
+
+@contextmanager
+def without_gc() -> Iterator[None]:
+    """Pause the garbage collector, which scans millions of new objects again and again: up to half of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def to_float(value: Any) -> float:
@@ -115,21 +145,22 @@ def to_float(value: Any) -> float:
     return number if abs(number) < MAX_COORDINATE else math.nan
 
 
+def to_box(value: Any) -> list[float] | None:
+    """The value as four floats; None if it is not a list of four finite numbers."""
+    box = [to_float(side) for side in value] if isinstance(value, list) and len(value) == 4 else [math.nan]
+    return None if any(map(math.isnan, box)) else box
+
+
 def to_boxes(values: Sequence[Any]) -> np.ndarray:
     """[A, 4] float64; NaN in the rows whose value is not a list of four finite numbers."""
     try:
-        is_regular = {*map(type, values)} <= {list} and {*map(len, values)} <= {4}
-        flat = np.fromiter(chain.from_iterable(values), np.float64) if is_regular else None
+        if {*map(type, values)} <= {list} and {*map(len, values)} <= {4}:
+            boxes = np.fromiter(chain.from_iterable(values), np.float64).reshape(-1, 4)
+            if (np.abs(boxes) < MAX_COORDINATE).all():
+                return boxes
     except (TypeError, ValueError, OverflowError):
-        flat = None
-    if flat is None:  # slow, so only if there is an invalid box
-        rows = [value if isinstance(value, list) and len(value) == 4 else [None] * 4 for value in values]
-        flat = np.array([to_float(value) for row in rows for value in row], np.float64)
-    boxes = flat.reshape(-1, 4)
-    valid = np.abs(boxes) < MAX_COORDINATE
-    if not valid.all():
-        boxes[~valid.all(axis=1)] = np.nan
-    return boxes
+        pass
+    return np.array([to_box(value) or [math.nan] * 4 for value in values], np.float64).reshape(-1, 4)  # slow
 
 
 def to_size(height: Any, width: Any) -> tuple[int, int]:

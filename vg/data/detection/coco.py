@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from pydantic import NonNegativeFloat
 
-from vg.data.detection.annotations import XYWH, Annotations, to_boxes, to_float, to_size
-from vg.data.detection.issues import Issues, RaiseFirstError
+from vg.data.detection.annotations import XYWH, Annotations, to_boxes, to_float, to_size, without_gc
+from vg.data.detection.issues import NUM_EXAMPLES, Issues, RaiseFirstError
 from vg.data.detection.source import DetectionSource
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.source import Provenance
@@ -65,18 +63,15 @@ class CocoConfig(Settings):
         strict = RaiseFirstError(self.path)
         annotations = self.read(strict)
         annotations.report_inverted(strict)
-        folder, split = self._folder(), Path(self.path).stem.removeprefix("instances_")
-        return DetectionSource(
-            annotations,
-            Vocabulary(annotations.names, self.vocabulary, self.path),
-            Provenance(folder.name, split, "detection"),
-            self.min_side,
-        )
+        vocabulary = Vocabulary(annotations.names, self.vocabulary, self.path)
+        provenance = Provenance(self._folder().name, Path(self.path).stem.removeprefix("instances_"), "detection")
+        return DetectionSource(annotations, vocabulary, provenance, self.min_side)
 
     def _folder(self) -> Path:
         folder = Path(self.path).resolve().parent
         return folder.parent if folder.name == "annotations" else folder
 
+    @without_gc()
     def read(self, issues: Issues) -> Annotations:
         """Parse the file: images in its order, classes in the order of their ids.
 
@@ -87,63 +82,71 @@ class CocoConfig(Settings):
         """
         document = _read_json(Path(self.path))
         categories, images, rows = (_objects(document, key, issues) for key in ("categories", "images", "annotations"))
-        names = _read_categories(categories, issues)  # id -> name
-        index_of_id, files, sizes = _read_images(images, issues)
-        columns = {key: _column(rows, key) for key in ("image_id", "category_id", "bbox", "area")}
-        image_indices = _look_up(columns["image_id"], index_of_id)  # [A], -1 where unknown
-        labels = _look_up(columns["category_id"], {id: label for label, id in enumerate(names)})  # [A], -1 if unknown
+        category_of_id = _by_id(categories, "categories", ("name",), issues)
+        names = {id: str(row["name"]) for id, row in category_of_id.items()}
+        names = dict(sorted(names.items(), key=lambda item: (isinstance(item[0], str), item[0])))
+        image_of_id = _by_id(images, "images", ("file_name", "coco_url"), issues)
+        image_rows = image_of_id.values()
+        # LVIS has no file_name but the end of the URL, which is train2017/000000391895.jpg.
+        files = [str(row.get("file_name") or "/".join(str(row["coco_url"]).split("/")[-2:])) for row in image_rows]
+        sizes = [to_size(row.get("height"), row.get("width")) for row in image_rows]
+        first: dict[str, _Id] = {}
+        twice = [
+            f"image {id} and image {first[file]}: {file}"
+            for id, file in zip(image_of_id, files, strict=True)
+            if first.setdefault(file, id) != id
+        ]
+        issues.add("warning", "images listed twice", "merge the entries: each lacks the boxes of the other", twice)
+
+        columns = {key: [row.get(key) for row in rows] for key in ("image_id", "category_id", "bbox", "area")}
+        image_indices = _look_up(columns["image_id"], image_of_id)  # [A], -1 where unknown
+        labels = _look_up(columns["category_id"], names)  # [A], -1 where unknown
         boxes = to_boxes(columns["bbox"])  # [A, 4] xywh, NaN where invalid
         areas, invalid_areas = _to_areas(columns["area"])  # [A] both
 
         def locate(index: int) -> str:
-            if "id" in (row := rows[index]):
-                return f"annotation {row['id']}"
-            return f"annotations[{next(i for i, other in enumerate(document['annotations']) if other is row)}]"
+            row = rows[index]
+            return f"annotation {row['id']}" if "id" in row else f"annotations[{document['annotations'].index(row)}]"
 
-        def report(key: str, invalid: np.ndarray, what: str, fix: str) -> None:
-            def describe(index: int) -> str:
-                return f"{locate(index)}: {key} {repr(columns[key][index])[:80]}"
-
-            issues.add_rows("error", what, fix, invalid, describe)
-
-        for key, indices, target in (("image_id", image_indices, "images"), ("category_id", labels, "categories")):
-            fix = f"add it to {target} (numbers and strings differ: 7 is not '7'), or remove the annotation"
-            report(key, indices < 0, f"annotations whose {key} is not in {target}", fix)
-        fix = "write x, y, width, height in pixels, or remove the annotation"
-        report("bbox", np.isnan(boxes[:, 0]), "boxes that are not four finite numbers", fix)
-        report("area", invalid_areas, "areas that are not numbers", "correct or remove them")
+        add = "add it to {} (numbers and strings differ: 7 is not '7'), or remove the annotation"
+        not_a_box = "write x, y, width, height in pixels, or remove the annotation"
+        for key, invalid, what, fix in (
+            ("image_id", image_indices < 0, "annotations whose image_id is not in images", add.format("images")),
+            ("category_id", labels < 0, "annotations whose category_id is not in categories", add.format("categories")),
+            ("bbox", np.isnan(boxes[:, 0]), "boxes that are not four finite numbers", not_a_box),
+            ("area", invalid_areas, "areas that are not numbers", "correct or remove them"),
+        ):
+            indices = np.flatnonzero(invalid)
+            examples = (f"{locate(i)}: {key} {repr(columns[key][i])[:80]}" for i in indices[:NUM_EXAMPLES])
+            issues.add("error", what, fix, examples, count=len(indices))
         positions = np.flatnonzero((image_indices >= 0) & (labels >= 0) & ~np.isnan(boxes[:, 0]))
         valid = slice(None) if len(positions) == len(rows) else positions  # avoids copies
         boxes, areas = boxes[valid], areas[valid]
         return Annotations(
             image_root=Path(self.image_root) if self.image_root is not None else self._folder(),
             names=list(names.values()),
-            num_classes=len(names),
             category_ids=list(names),
-            ids=list(map(str, index_of_id)),
+            ids=list(map(str, image_of_id)),
             files=files,
-            locations=[f"image {id}" for id in index_of_id],
-            sizes=sizes,
+            locations=[f"image {id}" for id in image_of_id],
+            sizes=np.array(sizes, np.int64).reshape(-1, 2),
             image_indices=image_indices[valid],
             boxes=boxes,
             labels=labels[valid],
-            locate=lambda index: locate(positions[index]),
             crowd=np.array([bool(row.get("iscrowd")) for row in rows], bool)[valid],
             areas=np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas),
+            locate=lambda index: locate(positions[index]),
             box_format=XYWH,
         )
 
 
 def _read_json(file: Path) -> Any:
-    gc.disable()  # otherwise the collector scans the millions of objects again and again, half of the loading time
     try:
         return json.loads(file.read_bytes())
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}; path is a json file in COCO format") from error
     except ValueError as error:
         raise DataError(f"{file}: not JSON ({error}); replace it with an intact copy") from error
-    finally:
-        gc.enable()
 
 
 def _objects(document: Any, key: str, issues: Issues) -> list[dict[str, Any]]:
@@ -155,70 +158,34 @@ def _objects(document: Any, key: str, issues: Issues) -> list[dict[str, Any]]:
         return []
     if {*map(type, rows)} <= {dict}:
         return rows
-    others = [f"{key}[{index}]: {str(row)[:80]}" for index, row in enumerate(rows) if not isinstance(row, dict)]
-    issues.add("error", "entries that are not objects", "remove them", others)
+    invalid = [f"{key}[{index}]: {str(row)[:80]}" for index, row in enumerate(rows) if not isinstance(row, dict)]
+    issues.add("error", "entries that are not objects", "remove them", invalid)
     return [row for row in rows if isinstance(row, dict)]
 
 
-def _column(rows: Sequence[dict[str, Any]], key: str) -> list[Any]:
-    try:
-        return list(map(itemgetter(key), rows))
-    except KeyError:
-        return [row.get(key) for row in rows]
-
-
-def _read_categories(rows: Sequence[dict[str, Any]], issues: Issues) -> dict[_Id, str]:
-    """Category id -> name, in the order of the ids."""
-    names: dict[_Id, str] = {}
+def _by_id(rows: Sequence[dict[str, Any]], key: str, names: Sequence[str], issues: Issues) -> dict[_Id, dict[str, Any]]:
+    """Rows of `document[key]` by id; those without id, without any of `names`, or with a duplicate id are reported."""
+    found: dict[_Id, dict[str, Any]] = {}
     for index, row in enumerate(rows):
-        example = [f"categories[{index}]: {str(row)[:80]}"]
-        if "id" not in row or not str(row.get("name") or "").strip():
-            issues.add("error", "categories without id or name", "add both", example)
-        elif (id := _hashable(row["id"])) in names:
-            issues.add("error", "duplicate category ids", "renumber them, and their annotations", example)
+        if not isinstance(id := row.get("id"), (int, float, str)) or not any(
+            str(row.get(name) or "").strip() for name in names
+        ):
+            what, fix = f"{key} without id or {names[0]}", f"add both, id and {' or '.join(names)}"
+        elif found.setdefault(id, row) is not row:
+            what, fix = f"duplicate ids in {key}", "renumber them, and their annotations"
         else:
-            names[id] = str(row["name"])
-    return dict(sorted(names.items(), key=lambda item: (isinstance(item[0], str), item[0])))
-
-
-def _read_images(rows: Sequence[dict[str, Any]], issues: Issues) -> tuple[dict[_Id, int], list[str], np.ndarray]:
-    """Image id -> index, file names, and sizes [I, 2] int64 (height, width) as in Annotations."""
-    index_of_id: dict[_Id, int] = {}
-    id_of_file: dict[str, _Id] = {}
-    files: list[str] = []
-    sizes: list[tuple[int, int]] = []
-    for index, row in enumerate(rows):
-        # LVIS has no file_name but the end of the URL, which is train2017/000000391895.jpg.
-        file = row.get("file_name") or "/".join(str(row.get("coco_url") or "").split("/")[-2:])
-        if not file or "id" not in row:
-            example = [f"images[{index}]: {str(row)[:80]}"]
-            issues.add(
-                "error", "images without id or file_name", "add both (or coco_url in place of file_name)", example
-            )
             continue
-        id, file = _hashable(row["id"]), str(file)
-        if id in index_of_id:
-            issues.add("error", "duplicate image ids", "renumber them, and their annotations", [f"image {id}: {file}"])
-            continue
-        if id_of_file.setdefault(file, id) != id:
-            fix = "merge the entries: each of them lacks the boxes of the other"
-            issues.add("warning", "images listed twice", fix, [f"image {id} and image {id_of_file[file]}: {file}"])
-        index_of_id[id] = len(files)
-        files.append(file)
-        sizes.append(to_size(row.get("height"), row.get("width")))
-    return index_of_id, files, np.array(sizes, np.int64).reshape(-1, 2)
+        issues.add("error", what, fix, [f"{key}[{index}]: {str(row)[:80]}"])
+    return found
 
 
-def _hashable(id: Any) -> _Id:
-    return id if isinstance(id, (int, float, str)) else repr(id)
-
-
-def _look_up(ids: Sequence[Any], indices: dict[_Id, int]) -> np.ndarray:
-    """[A] int64, the index of each id; -1 for an unknown one."""
+def _look_up(ids: Sequence[Any], rows: Iterable[_Id]) -> np.ndarray:
+    """[A] int64, the position of each id in `rows`; -1 for an unknown one."""
+    positions = {id: position for position, id in enumerate(rows)}
     try:
-        return np.fromiter(map(indices.get, ids, repeat(-1)), np.int64, len(ids))
-    except TypeError:  # an id that cannot be hashed, such as a list
-        return np.array([indices.get(_hashable(id), -1) for id in ids], np.int64)
+        return np.fromiter(map(positions.get, ids, repeat(-1)), np.int64, len(ids))
+    except TypeError:  # lists and objects cannot be hashed
+        return _look_up([id if isinstance(id, Hashable) else None for id in ids], rows)
 
 
 def _to_areas(values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
-
-import numpy as np
 
 from vg.errors import DataError
 
@@ -55,61 +53,27 @@ class Issues(list[Issue]):
             images: indices of the images with the problem.
             count: number of occurrences, if `examples` are only the first of them.
         """
-        first = list(examples)
-        issue = Issue(severity, self.dataset, what, fix, len(first) if count is None else count, first[:NUM_EXAMPLES])
-        issue.images += images[:NUM_EXAMPLES]
-        if issue.count:
-            self._record(issue)
-
-    def _record(self, issue: Issue) -> None:
-        for known in self:
-            if known.what == issue.what:
-                known.count += issue.count
-                known.examples += issue.examples[: NUM_EXAMPLES - len(known.examples)]
-                known.images += issue.images[: NUM_EXAMPLES - len(known.images)]
-                return
-        self.append(issue)
-
-    def add_rows(
-        self,
-        severity: Severity,
-        what: str,
-        fix: str,
-        affected: np.ndarray,
-        describe: Callable[[int], str],
-        images: np.ndarray | None = None,
-    ) -> None:
-        """Add a problem of table rows.
-
-        Args:
-            affected: [A] bool, the rows with the problem.
-            describe: row index -> example; called for the first few affected rows only.
-            images: [A] int, the image index of each row.
-        """
-        rows = np.flatnonzero(affected)
-        first = rows[:NUM_EXAMPLES]
-        indices = [] if images is None else images[first].tolist()
-        self.add(severity, what, fix, map(describe, first.tolist()), indices, len(rows))
-
-    @property
-    def has_errors(self) -> bool:
-        return any(issue.severity == "error" for issue in self)
+        examples = list(examples)
+        if not examples:
+            return
+        issue = next((issue for issue in self if issue.what == what), None)
+        known = issue or Issue(severity, self.dataset, what, fix)
+        known.count += len(examples) if count is None else count
+        known.examples = [*known.examples, *examples][:NUM_EXAMPLES]
+        known.images = [*known.images, *images][:NUM_EXAMPLES]
+        if issue is None:
+            self.append(known)
 
 
 class RaiseFirstError(Issues):
-    """Raises the first error and ignores warnings and notes, as loading for training does.
-
-    Args:
-        file: what the message begins with.
-        error: the exception to raise.
-    """
+    """Raises the first error, with `file` in its message; ignores warnings and notes, as loading for training does."""
 
     def __init__(self, file: object, error: type[DataError] = DataError) -> None:
         super().__init__()
         self._file = file
         self._error = error
 
-    def _record(self, issue: Issue) -> None:
+    def append(self, issue: Issue, /) -> None:
         if issue.severity == "error":
             total = f" ({issue.count} in all)" if issue.count > 1 else ""
             raise self._error(f"{self._file}: {issue.what}: {issue.examples[0]}{total}; {issue.fix}")

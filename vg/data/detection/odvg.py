@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from vg.data.detection.annotations import Annotations, to_size
+from vg.data.detection.annotations import Annotations, to_size, without_gc
 from vg.data.detection.issues import Issues, RaiseFirstError
-from vg.data.detection.odvg_lines import Line, parse_items, parse_json, parse_line, read_label_map, read_lines
-from vg.data.detection.source import check_image_root, check_size, clip_boxes, detection_sample
+from vg.data.detection.odvg_lines import LineParser, read_label_map, read_lines
+from vg.data.detection.source import check_image_root, clip_boxes, read_annotated_image
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
-from vg.data.images import find_image, image_key, image_size, read_image
+from vg.data.images import find_image, image_key, image_size
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import BadSampleError
@@ -67,40 +66,17 @@ class OdvgConfig(Settings):
     def image_folder(self) -> Path:
         return Path(self.image_root) if self.image_root is not None else Path(self.path).resolve().parent
 
+    @without_gc()
     def read(self, issues: Issues) -> Annotations:
         """Parse all lines.
 
         Raises:
             DataError: the file cannot be read.
         """
-        label_map = read_label_map(self.label_map, issues)
-        names = [] if label_map is None else list(label_map.names)
-        label_of_phrase: dict[str, int] = {}
-        num_classes = len(names)
-        lines: list[Line] = []
-        for number, _, text in read_lines(Path(self.path)):
-            if (line := parse_line(text, f"line {number}", label_map, issues)) is None:
-                continue
-            for phrase in line.phrases:
-                if label_of_phrase.setdefault(phrase.casefold(), len(names)) == len(names):
-                    names.append(phrase)
-            labels = [label_of_phrase[phrase.casefold()] for phrase in line.phrases]
-            lines.append(line._replace(labels=[labels[label] for label in line.labels]) if line.phrases else line)
-        locations = [location for line in lines for location in line.box_locations]
-        return Annotations(
-            image_root=self.image_folder,
-            names=names,
-            num_classes=num_classes,
-            category_ids=range(num_classes),
-            ids=[line.file for line in lines],
-            files=[line.file for line in lines],
-            locations=[line.location for line in lines],
-            sizes=np.array([line.size for line in lines], np.int64).reshape(-1, 2),
-            image_indices=np.repeat(np.arange(len(lines)), [len(line.boxes) for line in lines]),
-            boxes=np.array([box for line in lines for box in line.boxes], np.float64).reshape(-1, 4),
-            labels=np.array([label for line in lines for label in line.labels], np.int64),
-            locate=lambda index: locations[index],
-        )
+        parser = LineParser(read_label_map(self.label_map, issues), issues)
+        lines = (parser.parse(text, f"line {number}") for number, _, text in read_lines(Path(self.path)))
+        images = [image for image in lines if image is not None]
+        return Annotations.of(images, parser.names, parser.num_classes, image_root=self.image_folder)
 
 
 class OdvgSource:
@@ -119,14 +95,13 @@ class OdvgSource:
         self._label_map = read_label_map(config.label_map, RaiseFirstError(self._path))
         self.vocabulary: Vocabulary | None = None
         if self._label_map is not None:
-            self.vocabulary = Vocabulary(self._label_map.names, config.vocabulary, str(config.label_map))
-        self._lines = np.array([(number, start) for number, start, _ in read_lines(self._path)], np.int64).reshape(
-            -1, 2
-        )
-        self._issues = RaiseFirstError(self._path, BadSampleError)
+            names = [name for _, name in self._label_map.values()]
+            self.vocabulary = Vocabulary(names, config.vocabulary, str(config.label_map))
+        lines = [(number, start) for number, start, _ in read_lines(self._path)]
+        self._lines = np.array(lines, np.int64).reshape(-1, 2)  # number and first byte
         self.provenance = Provenance(self._path.resolve().parent.name, self._path.stem, "detection")
-        if len(self):
-            parse_items(self._row(0), f"line {self._lines[0, 0]}", self._label_map, self._issues)
+        if lines:
+            self._parser().items(*self._line(0))
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -137,22 +112,22 @@ class OdvgSource:
         Raises:
             BadSampleError: the message names the file, the line and the key.
         """
-        number = self._lines[index, 0]
-        line = parse_line(self._text(index), f"line {number}", self._label_map, self._issues)
+        parser = self._parser()
+        text, location = self._line(index)
+        line = parser.parse(text, location)
         assert line is not None, "an invalid line has raised"
-        id, boxes = f"{index + 1}/{line.file}", np.array(line.boxes, np.float32).reshape(-1, 4)
-        labels = np.array(line.labels, np.int64)
+        boxes = np.array([box.values for box in line.boxes], np.float32).reshape(-1, 4)
+        labels = np.array([box.label for box in line.boxes], np.int64)
         try:
-            file = find_image(line.file, self._root)
-            image = read_image(file, str(file))
-            check_size(image, line.size, file)
-            if not line.phrases:
-                assert self.vocabulary is not None, "a line of classes without a label map has raised"
-                return detection_sample(id, image, boxes, labels, self.vocabulary, epoch, index)
+            image = read_annotated_image(line.file, self._root, line.size)
             boxes, kept = clip_boxes(boxes, image)
         except BadSampleError as error:
-            raise BadSampleError(f"{self._path}, line {number}: {error}") from error
-        return Sample(id, image, line.phrases, boxes[kept], labels[kept])
+            raise BadSampleError(f"{self._path}, {location}: {error}") from error
+        phrases, phrase_ids = tuple(parser.names[parser.num_classes :]), labels[kept] - parser.num_classes
+        if not phrases:
+            assert self.vocabulary is not None, "a line of classes without a label map has raised"
+            phrases, phrase_ids = self.vocabulary.prompt(labels[kept], epoch, index)
+        return Sample(f"{index + 1}/{line.file}", image, phrases, boxes[kept], phrase_ids)
 
     def image_sizes(self, epoch: int) -> np.ndarray:
         """[lines, 2] (height, width); the first call parses every line."""
@@ -166,18 +141,18 @@ class OdvgSource:
         """The image file of every line, and [lines, 2] its height and width."""
         files, sizes = [], []
         for index in range(len(self)):
-            row = self._row(index)
+            row = self._parser().row(*self._line(index)) or {}
             files.append(str(row.get("filename")))
             size = to_size(row.get("height"), row.get("width"))
             sizes.append(size if all(size) else image_size(find_image(files[-1], self._root), files[-1]))
         return files, np.array(sizes, np.int64).reshape(-1, 2)
 
-    def _text(self, index: int) -> bytes:
+    def _line(self, index: int) -> tuple[bytes, str]:
+        """Content and location of a line."""
+        number, start = self._lines[index].tolist()
         with self._path.open("rb") as file:
-            file.seek(int(self._lines[index, 1]))
-            return file.readline()
+            file.seek(start)
+            return file.readline(), f"line {number}"
 
-    def _row(self, index: int) -> Mapping[str, Any]:
-        row = parse_json(self._text(index), f"line {self._lines[index, 0]}", self._issues)
-        assert row is not None, "an invalid line has raised"
-        return row
+    def _parser(self) -> LineParser:
+        return LineParser(self._label_map, RaiseFirstError(self._path, BadSampleError))

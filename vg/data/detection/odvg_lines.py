@@ -5,32 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from vg.data.detection.annotations import to_boxes, to_size
+from vg.data.detection.annotations import AnnotatedBox, AnnotatedImage, to_box, to_size
 from vg.data.detection.issues import Issues
 from vg.errors import DataError
 
+LabelMap = Mapping[int, tuple[int, str]]  # label in a line -> index and name of its class, in the order of the indices
+
+_ITEMS = {"detection": "instances", "grounding": "regions"}
 _LABEL_MAP_FIX = "use the label_map that belongs to the file (labels count from 0, ids of COCO from 1)"
-
-
-class LabelMap(NamedTuple):
-    names: list[str]  # of the classes
-    index_of_label: dict[int, int]  # label in a line -> index of the class
-
-
-class Line(NamedTuple):
-    """One line; `labels` are indices into `phrases`, or of classes if there are none."""
-
-    location: str  # "line 3"
-    file: str
-    size: tuple[int, int]  # (height, width) in pixels as in Annotations
-    phrases: tuple[str, ...]
-    boxes: list[list[float]]  # [N, 4] xyxy
-    labels: list[int]  # N
-    box_locations: list[str]  # N, "line 3, region 1"
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -60,118 +44,120 @@ def read_label_map(path: str | None, issues: Issues) -> LabelMap | None:
         fix = "none needed by vg; other programs expect labels that count from 0 without gaps"
         example = f"{path}: {len(labels)} labels from {labels[0]} to {labels[-1]}"
         issues.add("warning", "labels that do not count from 0 without gaps", fix, [example])
-    return LabelMap([names[label] for label in labels], {label: index for index, label in enumerate(labels)})
+    return {label: (index, names[label]) for index, label in enumerate(labels)}
 
 
-def parse_line(text: bytes, location: str, label_map: LabelMap | None, issues: Issues) -> Line | None:
-    """Parse one line; items that cannot be used are reported and left out, None if that is the whole line."""
-    row = parse_json(text, location, issues)
-    parsed = None if row is None else parse_items(row, location, label_map, issues)
-    if row is None or parsed is None:
-        return None
-    key, items = parsed
-    size = to_size(row.get("height"), row.get("width"))
-    line = Line(location, str(row["filename"]), size, (), [], [], [])
-    phrases: dict[str, tuple[int, str]] = {}  # in lower case -> index and phrase as written first
-    for location, item in items.items():
-        label: int | None = None
-        if key == "grounding":
-            if (phrase := _parse_phrase(item, row[key].get("caption"), location, issues)) is not None:
-                label, _ = phrases.setdefault(phrase.casefold(), (len(phrases), phrase))
-        elif label_map is not None:
-            label = _parse_label(item, location, label_map, issues)
-        for box in _parse_boxes(item, key, location, issues):
+class LineParser:
+    """Parses lines of one file; items that cannot be used are reported and left out."""
+
+    def __init__(self, label_map: LabelMap | None, issues: Issues) -> None:
+        self.names = [name for _, name in (label_map or {}).values()]  # then the phrases, as first written
+        self.num_classes = len(self.names)
+        self._label_map = label_map
+        self._label_of_phrase: dict[str, int] = {}  # case-folded
+        self._issues = issues
+
+    def parse(self, text: bytes, location: str) -> AnnotatedImage | None:
+        """Parse one line, xyxy boxes; None if it cannot be used."""
+        if (found := self.items(text, location)) is None:
+            return None
+        row, key, items = found
+        file = str(row["filename"])
+        image = AnnotatedImage(file, file, location, to_size(row.get("height"), row.get("width")), [])
+        for where, item in items.items():
+            label = self._label(item, where) if key == "detection" else self._phrase(item, row[key], where)
+            boxes = self._boxes(item, key, where)
             if label is not None:
-                line.boxes.append(box)
-                line.labels.append(label)
-                line.box_locations.append(location)
-    return line._replace(phrases=tuple(phrase for _, phrase in phrases.values()))
+                image.boxes.extend(AnnotatedBox(label, box, where) for box in boxes)
+        return image
 
-
-def parse_json(text: bytes, location: str, issues: Issues) -> Mapping[str, Any] | None:
-    try:
-        row = json.loads(text)
-        if isinstance(row, Mapping):
-            return row
-        reason = "not an object"
-    except ValueError as error:
-        reason = f"not JSON ({error})"
-    _report_line(f"{location}: {text[:80].decode(errors='replace').strip()}: {reason}", issues)
-    return None
-
-
-def _report_line(example: str, issues: Issues) -> None:
-    fix = "fix or remove them; a line has a filename, and detection with instances or grounding with regions"
-    issues.add("error", "lines that are not valid ODVG", fix, [example])
-
-
-def parse_items(
-    row: Mapping[str, Any], location: str, label_map: LabelMap | None, issues: Issues
-) -> tuple[str, dict[str, Mapping[str, Any]]] | None:
-    """Return "detection" or "grounding", and the instances or regions by location; None if the line is invalid."""
-    key, name = next(
-        (pair for pair in (("detection", "instance"), ("grounding", "region")) if pair[0] in row), ("", "")
-    )
-    if "filename" not in row or not key:
-        missing = "`detection` or `grounding`" if "filename" in row else "`filename`"
-        _report_line(f"{location}: the keys are {sorted(row)}; {missing} is missing", issues)
-        return None
-    items = row[key].get(f"{name}s") if isinstance(row[key], Mapping) else None
-    if not isinstance(items, list):
-        _report_line(f"{location}: {key} is {str(row[key])[:80]}; it needs a list of {name}s", issues)
-        return None
-    if key == "detection" and label_map is None:
-        fix = "set label_map to the json file that names the classes"
-        issues.add("error", "numbered classes without a label map", fix, [location])
-    if key == "grounding" and not items:
-        issues.add("error", "captions without regions", "remove these lines: they have no phrase", [location])
-    located = {f"{location}, {name} {index}": item for index, item in enumerate(items)}
-    invalid = [f"{where}: {str(item)[:80]}" for where, item in located.items() if not isinstance(item, Mapping)]
-    issues.add("error", "instances or regions that are not objects", "correct or remove them", invalid)
-    return key, {where: item for where, item in located.items() if isinstance(item, Mapping)}
-
-
-def _parse_label(item: Mapping[str, Any], location: str, label_map: LabelMap, issues: Issues) -> int | None:
-    """Return the class of an instance; its category, if it has one, must be the name in the label map."""
-    label, category = item.get("label"), str(item.get("category") or "")
-    try:
-        index = label_map.index_of_label[label]  # type: ignore[index]
-    except (KeyError, TypeError):  # TypeError: a list cannot be hashed
-        known = f"{min(label_map.index_of_label, default=0)} to {max(label_map.index_of_label, default=0)}"
-        example = f"{location}: label {label!r}, category {category!r}; label_map has {known}"
-        issues.add("error", "labels that are not in the label map", _LABEL_MAP_FIX, [example])
-        return None
-    name = label_map.names[index]
-    if category and category.casefold().replace("_", " ") != name.casefold().replace("_", " "):
-        example = f"{location}: label {label} is {category!r} here, {name!r} in the label map"
-        issues.add("error", "labels that mean another class in the label map", _LABEL_MAP_FIX, [example])
-    return index
-
-
-def _parse_phrase(item: Mapping[str, Any], caption: object, location: str, issues: Issues) -> str | None:
-    phrase, ranges = item.get("phrase"), item.get("tokens_positive")
-    example = f"{location}: phrase {phrase!r} and no tokens_positive in the caption"
-    if phrase is None and ranges and isinstance(caption, str):
+    def row(self, text: bytes, location: str) -> dict[str, Any] | None:
+        """Decode one line; None if it is not a JSON object."""
         try:
-            phrase = " ".join(caption[begin:end].strip() for begin, end in ranges)
-        except (TypeError, ValueError):
-            example = f"{location}: tokens_positive {str(ranges)[:80]}"
-    if isinstance(phrase, str) and phrase.strip():
-        return " ".join(phrase.split())
-    issues.add("error", "regions without a phrase", "add it, or tokens_positive [[begin, end], ...]", [example])
-    return None
+            row = json.loads(text)
+            if isinstance(row, dict):
+                return row
+            reason = "not an object"
+        except ValueError as error:
+            reason = f"not JSON ({error})"
+        self._invalid_line(f"{location}: {text[:80].decode(errors='replace').strip()}: {reason}")
+        return None
 
+    def items(self, text: bytes, location: str) -> tuple[dict[str, Any], str, dict[str, dict[str, Any]]] | None:
+        """Return the row, "detection" or "grounding", and instances or regions by location; None if it is invalid."""
+        if (row := self.row(text, location)) is None:
+            return None
+        key = next((key for key in _ITEMS if key in row), "")
+        if "filename" not in row or not key:
+            missing = "`detection` or `grounding`" if "filename" in row else "`filename`"
+            self._invalid_line(f"{location}: the keys are {sorted(row)}; {missing} is missing")
+            return None
+        items = row[key].get(_ITEMS[key]) if isinstance(row[key], dict) else None
+        if not isinstance(items, list):
+            self._invalid_line(f"{location}: {key} is {str(row[key])[:80]}; it needs a list of {_ITEMS[key]}")
+            return None
+        if key == "detection" and self._label_map is None:
+            fix = "set label_map to the json file that names the classes"
+            self._issues.add("error", "numbered classes without a label map", fix, [location])
+        if key == "grounding" and not items:
+            fix = "remove these lines: they have no phrase"
+            self._issues.add("error", "captions without regions", fix, [location])
+        located = {f"{location}, {_ITEMS[key][:-1]} {index}": item for index, item in enumerate(items)}
+        invalid = [f"{where}: {str(item)[:80]}" for where, item in located.items() if not isinstance(item, dict)]
+        self._issues.add("error", "instances or regions that are not objects", "correct or remove them", invalid)
+        return row, key, {where: item for where, item in located.items() if isinstance(item, dict)}
 
-def _parse_boxes(item: Mapping[str, Any], key: str, location: str, issues: Issues) -> list[list[float]]:
-    """Return the box of an instance, or the boxes of a region, which has one or a list of them."""
-    value = item.get("bbox")
-    boxes = to_boxes(value if isinstance(value, list) and value and isinstance(value[0], list) else [value])  # [N, 4]
-    invalid = np.isnan(boxes[:, 0])
-    if invalid.any():
-        fix = "write left, top, right, bottom in pixels, or remove the box"
-        issues.add("error", "boxes that are not four finite numbers", fix, [f"{location}: bbox {repr(value)[:80]}"])
-    if key == "detection" and len(boxes) > 1:
-        fix = "write an instance for each box"
-        issues.add("warning", "instances with several boxes, of which only the first is used", fix, [location])
-        return boxes[:1][~invalid[:1]].tolist()
-    return boxes[~invalid].tolist()
+    def _invalid_line(self, example: str) -> None:
+        fix = "fix or remove them; a line has a filename, and detection with instances or grounding with regions"
+        self._issues.add("error", "lines that are not valid ODVG", fix, [example])
+
+    def _label(self, item: Mapping[str, Any], location: str) -> int | None:
+        """Return the class of an instance; its category, if it has one, must be the name in the label map."""
+        if self._label_map is None:
+            return None
+        label, category = item.get("label"), str(item.get("category") or "")
+        try:
+            index, name = self._label_map[label]  # type: ignore[index]
+        except (KeyError, TypeError):  # TypeError: a list cannot be hashed
+            known = f"{min(self._label_map, default=0)} to {max(self._label_map, default=0)}"
+            example = f"{location}: label {label!r}, category {category!r}; label_map has {known}"
+            self._issues.add("error", "labels that are not in the label map", _LABEL_MAP_FIX, [example])
+            return None
+        if category and category.casefold().replace("_", " ") != name.casefold().replace("_", " "):
+            example = f"{location}: label {label} is {category!r} here, {name!r} in the label map"
+            self._issues.add("error", "labels that mean another class in the label map", _LABEL_MAP_FIX, [example])
+        return index
+
+    def _phrase(self, item: Mapping[str, Any], grounding: Mapping[str, Any], location: str) -> int | None:
+        """Return the label of the phrase of a region."""
+        phrase, ranges, caption = item.get("phrase"), item.get("tokens_positive"), grounding.get("caption")
+        example = f"{location}: phrase {phrase!r} and no tokens_positive in the caption"
+        if phrase is None and ranges and isinstance(caption, str):
+            try:
+                phrase = " ".join(caption[begin:end].strip() for begin, end in ranges)
+            except (TypeError, ValueError):
+                example = f"{location}: tokens_positive {str(ranges)[:80]}"
+        if not isinstance(phrase, str) or not (phrase := " ".join(phrase.split())):
+            fix = "add it, or tokens_positive [[begin, end], ...]"
+            self._issues.add("error", "regions without a phrase", fix, [example])
+            return None
+        label = self._label_of_phrase.setdefault(phrase.casefold(), len(self.names))
+        if label == len(self.names):
+            self.names.append(phrase)
+        return label
+
+    def _boxes(self, item: Mapping[str, Any], key: str, location: str) -> list[list[float]]:
+        """Return the box of an instance, or the boxes of a region, which has one or a list of them."""
+        value = item.get("bbox")
+        values = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+        boxes = [to_box(value) for value in values]
+        if None in boxes:
+            fix = "write left, top, right, bottom in pixels, or remove the box"
+            example = f"{location}: bbox {repr(value)[:80]}"
+            self._issues.add("error", "boxes that are not four finite numbers", fix, [example])
+        if key == "detection" and len(boxes) > 1:
+            fix = "write an instance for each box"
+            what = "instances with several boxes, of which only the first is used"
+            self._issues.add("warning", what, fix, [location])
+            boxes = boxes[:1]
+        return [box for box in boxes if box is not None]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 from xml.etree import ElementTree
 
-import numpy as np
-
-from vg.data.detection.annotations import VOC, Annotations, to_float, to_size
+from vg.data.detection.annotations import VOC, AnnotatedBox, AnnotatedImage, Annotations, to_box, to_size, without_gc
 from vg.data.detection.issues import Issues, RaiseFirstError
 from vg.data.detection.source import DetectionSource
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
@@ -21,14 +19,6 @@ from vg.errors import DataError
 from vg.settings import Settings
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
-
-
-class _Object(NamedTuple):
-    image_index: int
-    location: str  # "a.xml, object 2"
-    name: str
-    box: list[float]  # as written
-    difficult: bool
 
 
 @dataclass
@@ -62,12 +52,11 @@ class VocConfig(Settings):
             DataError: a folder or file is missing or malformed; the message names it.
         """
         annotations = self.read(RaiseFirstError(self.path))
-        return DetectionSource(
-            annotations,
-            Vocabulary(annotations.names, self.vocabulary, self.path),
-            Provenance(Path(self.path).resolve().name, self.split or "all", "detection"),
-        )
+        vocabulary = Vocabulary(annotations.names, self.vocabulary, self.path)
+        provenance = Provenance(Path(self.path).resolve().name, self.split or "all", "detection")
+        return DetectionSource(annotations, vocabulary, provenance)
 
+    @without_gc()
     def read(self, issues: Issues) -> Annotations:
         """Parse the annotations of all splits, because they share their classes, and return those of the split.
 
@@ -95,70 +84,49 @@ class VocConfig(Settings):
             missing = [f"{stem}.xml, listed in {self.split}.txt" for stem in listed if stem not in stems]
             issues.add("error", "missing xml files", "add the file, or remove the name from the list", missing)
 
-        ids: list[str] = []
-        files: list[str] = []
-        sizes: list[tuple[int, int]] = []
-        objects: list[_Object] = []
-        for stem in selected:
-            if (root := _parse(xml_folder / f"{stem}.xml", issues)) is not None:
-                objects += _read_objects(root, f"{stem}.xml", len(ids), issues)
-                ids.append(stem)
+        images: list[AnnotatedImage] = []
+        objects: list[tuple[int, str, list[float], str, bool]] = []  # image index (-1 in other splits), class, box
+        for position, stem in enumerate([*selected, *sorted(stems.keys() - set(selected))]):
+            file, index = f"{stem}.xml", len(images) if position < len(selected) else -1
+            try:
+                root = ElementTree.parse(xml_folder / file).getroot()
+            except (ElementTree.ParseError, OSError) as error:
+                issues.add("error", "invalid xml files", "fix or remove them", [f"{file}: {error}"])
+                continue
+            objects += _read_objects(root, file, index, issues)
+            if index >= 0:
                 # <filename> is often wrong, so an image with the name of the xml file takes precedence.
-                files.append(image_files.get(stem, root.findtext("filename") or f"{stem}.jpg"))
-                sizes.append(to_size(root.findtext("size/height"), root.findtext("size/width")))
-                if -1 in sizes[-1]:
-                    issues.add("error", "sizes that are not numbers of pixels", "correct them", [f"{stem}.xml"])
-        found = {item.name for item in objects}
-        for stem in sorted(stems.keys() - set(selected)):
-            if (root := _parse(xml_folder / f"{stem}.xml", issues)) is not None:
-                found |= {item.name for item in _read_objects(root, f"{stem}.xml", None, issues)}
-        names = self.classes or sorted(found)
+                image_file = image_files.get(stem, root.findtext("filename") or f"{stem}.jpg")
+                size = to_size(root.findtext("size/height"), root.findtext("size/width"))
+                if -1 in size:
+                    issues.add("error", "sizes that are not numbers of pixels", "correct them", [file])
+                images.append(AnnotatedImage(stem, image_file, file, size, []))
+        names = self.classes or sorted({name for _, name, *_ in objects})
         labels = {name: label for label, name in enumerate(names)}
-        unknown = [item for item in objects if item.name not in labels]
-        examples = [f"{item.location}: {item.name!r}" for item in unknown]
+        unknown = [item for item in objects if item[0] >= 0 and item[1] not in labels]
+        examples = [f"{location}: {name!r}" for _, name, _, location, _ in unknown]
         fix = f"add it to classes ({', '.join(names[:10])}), or correct the name"
-        issues.add("error", "objects of an unknown class", fix, examples, [item.image_index for item in unknown])
-        objects = [item for item in objects if item.name in labels]
-        return Annotations(
-            image_root=image_root,
-            names=names,
-            num_classes=len(names),
-            category_ids=range(len(names)),
-            ids=ids,
-            files=files,
-            locations=[f"{stem}.xml" for stem in ids],
-            sizes=np.array(sizes, np.int64).reshape(-1, 2),
-            image_indices=np.array([item.image_index for item in objects], np.int64),
-            boxes=np.array([item.box for item in objects], np.float64).reshape(-1, 4),
-            labels=np.array([labels[item.name] for item in objects], np.int64),
-            locate=lambda index: objects[index].location,
-            crowd=np.array([item.difficult for item in objects], bool),
-            box_format=VOC,
-        )
+        issues.add("error", "objects of an unknown class", fix, examples, [index for index, *_ in unknown])
+        for index, name, box, location, is_difficult in objects:
+            if index >= 0 and name in labels:
+                images[index].boxes.append(AnnotatedBox(labels[name], box, location, is_difficult))
+        return Annotations.of(images, names, len(names), image_root=image_root, box_format=VOC)
 
 
-def _parse(file: Path, issues: Issues) -> ElementTree.Element | None:
-    try:
-        return ElementTree.parse(file).getroot()
-    except (ElementTree.ParseError, OSError) as error:
-        issues.add("error", "invalid xml files", "fix or remove them", [f"{file.name}: {error}"])
-        return None
-
-
-def _read_objects(root: ElementTree.Element, file: str, image_index: int | None, issues: Issues) -> list[_Object]:
-    objects = []
+def _read_objects(
+    root: ElementTree.Element, file: str, image_index: int, issues: Issues
+) -> Iterator[tuple[int, str, list[float], str, bool]]:
+    """Yield image index, class, box, location and difficulty of every valid object."""
     for number, element in enumerate(root.iter("object"), start=1):
         name = (element.findtext("name") or "").strip()
         sides = [element.findtext(f"bndbox/{side}") for side in _SIDES]
-        box = [to_float(side) for side in sides]
         location = f"{file}, object {number}"
-        if not name or any(map(math.isnan, box)):
-            what = f"objects without a name or a number for each of {', '.join(_SIDES)}"
-            images = [] if image_index is None else [image_index]
-            issues.add("error", what, "correct or remove them", [f"{location}: name {name!r}, box {sides}"], images)
+        if name and (box := to_box(sides)) is not None:
+            yield image_index, name, box, location, element.findtext("difficult") == "1"
         else:
-            objects.append(_Object(image_index or 0, location, name, box, element.findtext("difficult") == "1"))
-    return objects
+            what = f"objects without a name or a number for each of {', '.join(_SIDES)}"
+            images = [] if image_index < 0 else [image_index]
+            issues.add("error", what, "correct or remove them", [f"{location}: name {name!r}, box {sides}"], images)
 
 
 def _split_stems(folder: Path, split: str) -> list[str]:

@@ -80,14 +80,11 @@ class Vocabulary:
         candidates = random.choice(len(self.names), min(num, len(self.names)), replace=False)
         negatives = candidates[~np.isin(candidates, positives)]
         classes = np.concatenate([positives, negatives]).astype(np.int64)  # [P]
-        phrases = tuple(self._draw(self._alternatives[label], random) for label in classes.tolist())
+        alternatives = (self._alternatives[label] for label in classes.tolist())
+        phrases = tuple(a[int(random.integers(len(a)))] if len(a) > 1 else a[0] for a in alternatives)
         positions = np.zeros(len(self.names), np.int64)
         positions[classes] = np.arange(len(classes))
         return phrases, positions[labels]
-
-    @staticmethod
-    def _draw(alternatives: Sequence[str], random: np.random.Generator) -> str:
-        return alternatives[int(random.integers(len(alternatives)))] if len(alternatives) > 1 else alternatives[0]
 
 
 def _alternatives(names: Sequence[str], config: VocabularyConfig, where: str) -> list[tuple[str, ...]]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import yaml
 
-from vg.data.detection.annotations import CXCYWH, Annotations, to_float
+from vg.data.detection.annotations import CXCYWH, AnnotatedBox, AnnotatedImage, Annotations, to_float, without_gc
 from vg.data.detection.issues import Issues, RaiseFirstError, Severity
 from vg.data.detection.source import DetectionSource
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
@@ -54,12 +54,12 @@ class YoloConfig(Settings):
             DataError: a file or key is missing or malformed; the message names file and line.
         """
         annotations = self.read(RaiseFirstError(self.path))
+        vocabulary = Vocabulary(annotations.names, self.vocabulary, self.path)
         return DetectionSource(
-            annotations,
-            Vocabulary(annotations.names, self.vocabulary, self.path),
-            Provenance(annotations.image_root.name, self.split, "detection"),
+            annotations, vocabulary, Provenance(annotations.image_root.name, self.split, "detection")
         )
 
+    @without_gc()
     def read(self, issues: Issues) -> Annotations:
         """Parse data.yaml and the label files of the split; an image without a label file has no boxes.
 
@@ -68,52 +68,39 @@ class YoloConfig(Settings):
         """
         file = Path(self.path)
         file = file / "data.yaml" if file.is_dir() else file
-        document = _read_yaml(file)
+        document = read_yaml(file)
         names = _class_names(document, file)
         root = (file.resolve().parent / str(document.get("path") or ".")).resolve()
         root = root if root.is_dir() else file.resolve().parent
-        images = _split_images(document, self.split, root, file)
-        files = [str(image.relative_to(root) if image.is_relative_to(root) else image) for image in images]
-        label_files = [_label_file(image) for image in images]
-        unlabeled = [index for index, label_file in enumerate(label_files) if not label_file.is_file()]
-        examples = [f"{files[index]}: {label_files[index]} does not exist" for index in unlabeled]
+        images, unlabeled = [], {}
+        for index, image in enumerate(_split_images(document, self.split, root, file)):
+            # The last images/ in the path becomes labels/; without one, the labels are beside the image.
+            label_file = Path(re.sub("(.*/)images/", r"\1labels/", image.as_posix())).with_suffix(".txt")
+            name, label_name = (p.relative_to(root) if p.is_relative_to(root) else p for p in (image, label_file))
+            boxes = []
+            if label_file.is_file():
+                text = label_file.read_text(encoding="utf-8", errors="replace")
+                for number, line in enumerate(text.splitlines(), start=1):
+                    location = f"{label_name}, line {number}"
+                    if line.strip() and (box := _read_line(line, len(names), location, index, issues)) is not None:
+                        boxes.append(box)
+            else:
+                unlabeled[index] = f"{name}: {label_file} does not exist"
+            id = name if name.is_absolute() else name.with_suffix("")
+            images.append(AnnotatedImage(str(id), str(name), label_file.name, (0, 0), boxes))
         severity: Severity = "error" if unlabeled and len(unlabeled) == len(images) else "note"
         fix = "nothing if they contain no objects; otherwise move the labels to the path above"
-        issues.add(severity, f"images of {self.split} without a label file", fix, examples, unlabeled)
-        rows, locations = [], []
-        for index, label_file in enumerate(label_files):
-            text = label_file.read_text(encoding="utf-8", errors="replace") if label_file.is_file() else ""
-            name = label_file.relative_to(root) if label_file.is_relative_to(root) else label_file
-            for number, line in enumerate(text.splitlines(), start=1):
-                location = f"{name}, line {number}"
-                if line.strip() and (row := _read_line(line, len(names), location, index, issues)) is not None:
-                    rows.append((index, *row))
-                    locations.append(location)
-        table = np.array(rows, np.float64).reshape(-1, 6)  # image index, class, cxcywh
-        return Annotations(
-            image_root=root,
-            names=names,
-            num_classes=len(names),
-            category_ids=range(len(names)),
-            ids=[str(Path(name).with_suffix("")) if not Path(name).is_absolute() else name for name in files],
-            files=files,
-            locations=[label_file.name for label_file in label_files],
-            sizes=np.zeros((len(images), 2), np.int64),
-            image_indices=table[:, 0].astype(np.int64),
-            boxes=table[:, 2:],
-            labels=table[:, 1].astype(np.int64),
-            locate=lambda index: locations[index],
-            box_format=CXCYWH,
-            relative=True,
-        )
+        issues.add(severity, f"images of {self.split} without a label file", fix, unlabeled.values(), [*unlabeled])
+        return Annotations.of(images, names, len(names), image_root=root, box_format=CXCYWH, relative=True)
 
 
-def _read_yaml(file: Path) -> Mapping[str, Any]:
+def read_yaml(file: Path) -> Mapping[str, Any]:
+    """Read a data.yaml; raises DataError if it is not a YAML mapping."""
     try:
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}; path is the data.yaml of a YOLO dataset") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(document, Mapping):
         raise DataError(f"{file} must have the keys names, train and val")
@@ -126,9 +113,7 @@ def _class_names(document: Mapping[str, Any], file: Path) -> list[str]:
     if isinstance(names, Mapping) and sorted(names) == list(range(len(names))):
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list) or not names:
-        raise DataError(
-            f"{file}: names is {names!r}, expected a list of class names or a mapping 0: name, 1: name, ..."
-        )
+        raise DataError(f"{file}: names: expected a list of class names or a mapping 0: name, ..., got {names!r}")
     if document.get("nc", len(names)) != len(names):
         raise DataError(f"{file}: nc is {document['nc']} but there are {len(names)} names; correct one of them")
     return list(map(str, names))
@@ -154,18 +139,8 @@ def _split_images(document: Mapping[str, Any], split: str, root: Path, file: Pat
     return images
 
 
-def _label_file(image: Path) -> Path:
-    """Replace the last images/ in the path by labels/; without one, the labels are beside the image."""
-    folders = list(image.parts)
-    if "images" in folders[:-1]:
-        folders[len(folders) - 2 - folders[-2::-1].index("images")] = "labels"
-    return Path(*folders).with_suffix(".txt")
-
-
-def _read_line(
-    line: str, num_classes: int, location: str, image_index: int, issues: Issues
-) -> tuple[float, float, float, float, float] | None:
-    """Parse a line -> (class, center x, center y, width, height); more than four coordinates are a polygon."""
+def _read_line(line: str, num_classes: int, location: str, image_index: int, issues: Issues) -> AnnotatedBox | None:
+    """Parse a line: class, center x, center y, width, height; more than four coordinates are a polygon."""
     label, *values = map(to_float, line.split())
     example = f"{location}: {line[:80]}"
     if len(values) < 4 or len(values) % 2 or any(map(math.isnan, values)):
@@ -178,10 +153,10 @@ def _read_line(
     elif not all(-_TOLERANCE <= value <= 1 + _TOLERANCE for value in values):
         what = "coordinates beyond 0..1"
         fix = "divide x and width by the width of the image in pixels, y and height by its height"
-    elif len(values) == 4:
-        return label, values[0], values[1], values[2], values[3]
     else:
-        left, top, right, bottom = min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
-        return label, (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
+        if len(values) > 4:
+            left, top, right, bottom = min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
+            values = [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
+        return AnnotatedBox(int(label), values, location)
     issues.add("error", what, fix, [example], [image_index])
     return None

@@ -15,12 +15,9 @@ _NUM_CHECKED = 200  # objects of a table whose masks are used to detect its box 
 
 
 def flat_rows(images: Iterable[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
-    """Convert a table with one row per image to one row per object, whose `image_row` is the index of the original row.
+    """Convert rows of images (without pixels) to one row per object, whose `image_row` is the index of the original.
 
     These tables do not document whether boxes are xywh or xyxy, so the format is detected from the object masks.
-
-    Args:
-        images: the rows without pixels.
 
     Raises:
         DataError: naming `where`, if a row is malformed or the boxes fit the masks in neither format.
@@ -113,9 +110,10 @@ def _detect_box_format(objects: Sequence[Mapping[str, Any]], where: str) -> str:
     from pycocotools import mask as masks
 
     median_iou = {}
+    mask_boxes = np.stack([row["mask_box"] for row in objects])  # [objects, 4] xywh
     for box_format in ("xywh", "xyxy"):
-        pairs = [(np.array([_to_xywh(row["bbox"], box_format)]), row["mask_box"][None]) for row in objects]
-        median_iou[box_format] = float(np.median([masks.iou(box, mask_box, [0])[0, 0] for box, mask_box in pairs]))
+        boxes = np.array([_to_xywh(row["bbox"], box_format) for row in objects])
+        median_iou[box_format] = np.median(np.diag(masks.iou(boxes, mask_boxes, [0] * len(objects))))
     best = max(median_iou, key=median_iou.__getitem__)
     if median_iou[best] < _MIN_IOU:
         raise DataError(

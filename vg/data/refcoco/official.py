@@ -41,8 +41,7 @@ COUNTS: dict[tuple[str, str], dict[str, Counts]] = {
     ("RefCOCOg", "google"): {"train": Counts(85474), "val": Counts(9536)},
     ("RefCOCO-M", "unc"): {"val": Counts(5598, 2080)},
 }
-_NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocoplus": "RefCOCO+", "refcoco_plus": "RefCOCO+"}
-_NAMES |= {"refcocog": "RefCOCOg", "refcoco-m": "RefCOCO-M"}
+_NAMES = {name.lower(): name for name, _ in COUNTS} | {"refcocoplus": "RefCOCO+", "refcoco_plus": "RefCOCO+"}
 _NAME = re.compile(rf"({'|'.join(map(re.escape, sorted(_NAMES, reverse=True)))})(?:[-_](unc|umd|google))?")
 
 
@@ -59,19 +58,13 @@ def identify(name: str) -> list[tuple[str, str]]:
 
 
 def check_counts(name: str, split: str, found: Counts, strict: bool = True) -> tuple[str | None, bool | None]:
-    """Compare the size of a split that has an official name with the published size.
-
-    Args:
-        name: dataset name, see `identify`.
-        split: our name of the split.
-        found: its size.
-        strict: raise if the sizes differ; otherwise the split counts as a subset or version of the official one.
+    """Compare the size of a split with the published one, if the dataset has an official name (see `identify`).
 
     Returns:
         The partition, and whether this is the complete official split; None where the name does not determine it.
 
     Raises:
-        DataError: an official name, but a different size.
+        DataError: if `strict`, an official name with another size; otherwise it counts as a subset or another version.
     """
     known = {partition: COUNTS[data, partition].get(split) for data, partition in identify(name)}
     only = next(iter(known)) if len(known) == 1 else None

@@ -20,9 +20,11 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it imports {module}.{name}, but only plain values are allowed")
 
 
-def load_plain_pickle(file: Path) -> Any:
-    """Load lists, dicts, strings and numbers from a pickle; anything else raises DataError without running code."""
+def load_plain(file: Path) -> Any:
+    """Load lists, dicts, strings and numbers from a pickle or JSON; raises DataError, without running code."""
     try:
+        if file.suffix == ".json":
+            return json.loads(file.read_bytes())
         # latin1 decodes every byte of a Python 2 str; the sentences of RefCOCO are ASCII.
         return _PlainUnpickler(io.BytesIO(file.read_bytes()), encoding="latin1").load()
     except Exception as error:  # a damaged pickle raises whatever its opcodes run into
@@ -39,31 +41,12 @@ def partition_of(file: Path) -> str:
     return file.stem.partition("(")[2].removesuffix(")")
 
 
-def is_refs_file(file: Path) -> bool:
-    return file.suffix == ".p" or is_generalized(file)
-
-
-def is_generalized(file: Path) -> bool:
-    """Whether this is a refs file of gRefCOCO, whose expressions refer to any number of objects, including none."""
-    return file.name.startswith("grefs(") and file.suffix == ".json"
-
-
-def choose_refs_file(folder: Path, partition: str | None) -> tuple[str, Path]:
-    """Return (partition, file); raise DataError with the choices if `partition` is unknown or ambiguous."""
-    files = refs_files(folder)
-    if partition is None and len(files) == 1:
-        return next(iter(files.items()))
-    if partition not in files:
-        raise DataError(f"{folder} has the partitions {', '.join(files)}; set partition to one of them")
-    return partition, files[partition]
-
-
 def read_refs(file: Path) -> list[dict[str, Any]]:
     """Read all splits, one row per expression: the columns of our JSON lines (`sent`, `bbox` xywh, ...) and `split`.
 
     Boxes are looked up in instances.json by `ann_id`, in gRefCOCO a list of any length; image files by `image_id`,
-    because the `file_name` of a ref contains the annotation id and does not exist. Entries missing from instances.json
-    are None, an error of that sample only. `others` is the number of other objects of the same category in the image.
+    because the `file_name` of a ref contains the annotation id and does not exist. What instances.json lacks becomes
+    None, an error of that sample only. `others` is the number of other objects of the same category in the image.
     The result is cached because all splits are in one file.
 
     Raises:
@@ -77,7 +60,8 @@ def read_refs(file: Path) -> list[dict[str, Any]]:
 @lru_cache(maxsize=1)
 def _read_refs(file: Path, instances_file: Path, stats: tuple[tuple[int, int], ...]) -> list[dict[str, Any]]:
     """Read the files; `stats` is part of the cache key, so modified files are read again."""
-    refs = _load_json(file) if is_generalized(file) else load_plain_pickle(file)
+    refs = load_plain(file)
+    annotation_of = _boxes if file.suffix == ".json" else _box
     try:
         instances = json.loads(instances_file.read_bytes())
         boxes = {ann["id"]: ann["bbox"] for ann in instances["annotations"]}
@@ -89,7 +73,7 @@ def _read_refs(file: Path, instances_file: Path, stats: tuple[tuple[int, int], .
         raise DataError(f"{instances_file} is not a COCO annotation file ({error!r}); download it again") from error
     try:
         return [
-            (_boxes(ref, boxes) if is_generalized(file) else _box(ref, boxes, counts))
+            annotation_of(ref, boxes, counts)
             | {"file_name": images.get(ref["image_id"]), "split": ref["split"], "sent": sentence["sent"]}
             for ref in refs
             for sentence in ref["sentences"] or [{"sent": None}]  # which is reported as a bad sample
@@ -100,18 +84,11 @@ def _read_refs(file: Path, instances_file: Path, stats: tuple[tuple[int, int], .
 
 def _box(ref: dict[str, Any], boxes: dict[int, list[float]], counts: Counter[Any]) -> dict[str, Any]:
     category = ref.get("category_id")
-    others = counts[ref["image_id"], category] - 1 if category is not None else None
-    return {"ann_id": ref["ann_id"], "bbox": boxes.get(ref["ann_id"]), "category_id": category, "others": others}
+    num_others = counts[ref["image_id"], category] - 1 if category is not None else None
+    return {"ann_id": ref["ann_id"], "bbox": boxes.get(ref["ann_id"]), "category_id": category, "others": num_others}
 
 
-def _boxes(ref: dict[str, Any], boxes: dict[int, list[float]]) -> dict[str, Any]:
+def _boxes(ref: dict[str, Any], boxes: dict[int, list[float]], counts: Counter[Any]) -> dict[str, Any]:
     """Return the columns of a ref of gRefCOCO, where `ann_id` -1 means that there is no object."""
     ids = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
     return {"ann_id": ref["ref_id"], "boxes": [] if ids == [-1] else [boxes.get(id) for id in ids]}
-
-
-def _load_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{file} cannot be read ({error}); download the original release again") from error

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from vg.data.images import find_image, image_size, read_image
+from vg.data.images import find_image, read_image
 from vg.data.source import checked
 from vg.errors import BadSampleError, DataError
 from vg.types import Sample
@@ -19,8 +18,7 @@ from vg.types import Sample
 _BOX_TOLERANCE = 1.0  # pixels between two formats of one box: both of its ends may be rounded to integers
 
 
-@dataclass(frozen=True)
-class Schema:
+class Schema(NamedTuple):
     """The meaning of the columns of a table."""
 
     expressions: str  # column with one expression or a list of them; identifies the schema
@@ -60,26 +58,19 @@ def detect_format(columns: Collection[str], where: str) -> Schema:
     )
 
 
-@dataclass(frozen=True)
-class Referent:
+class Referent(NamedTuple):
     """The annotation in one row: an object, or in gRefCOCO any number of objects, with its expressions."""
 
     key: str
-    boxes: tuple[tuple[float, float, float, float], ...]  # xyxy in pixels
-    expressions: tuple[str, ...]
-    expression_types: tuple[str, ...]  # parallel to expressions; "" if unknown
+    boxes: np.ndarray  # [N, 4] float32, xyxy in pixels
+    expressions: list[str]
+    expression_types: list[str]  # parallel to expressions; "" if unknown
 
     def sample(self, image: np.ndarray, index: int, id: str) -> Sample:
         """Return the checked sample of the expression `index` with image [H, W, 3]; may raise BadSampleError."""
+        phrase_ids = np.zeros(len(self.boxes), np.int64)
         return checked(
-            Sample(
-                id=id,
-                image=image,
-                phrases=(self.expressions[index],),
-                boxes=np.array(self.boxes, np.float32).reshape(-1, 4),  # [N, 4]
-                phrase_ids=np.zeros(len(self.boxes), np.int64),
-                expression_type=self.expression_types[index],
-            )
+            Sample(id, image, (self.expressions[index],), self.boxes, phrase_ids, self.expression_types[index])
         )
 
 
@@ -93,11 +84,7 @@ def expressions_of(cell: object) -> list[str]:
 
 
 def referent_of(row: Mapping[str, Any], schema: Schema) -> Referent:
-    """Read the annotation of a row, but not its image.
-
-    Raises:
-        BadSampleError: the key or the box is missing or malformed, or the box contradicts `raw_anns`.
-    """
+    """Read the annotation of a row, but not its image; raises BadSampleError if its key or a box is unusable."""
     key = row.get(schema.key)
     if key is None:
         raise BadSampleError(f"{schema.key} is missing; every row needs one, because it identifies the object")
@@ -105,21 +92,17 @@ def referent_of(row: Mapping[str, Any], schema: Schema) -> Referent:
     types = row.get("kinds") or [""] * len(expressions)
     if len(types) != len(expressions):
         raise BadSampleError(f"{key}: {len(types)} kinds for {len(expressions)} expressions; give one per expression")
-    return Referent(
-        key=str(key),
-        boxes=_boxes_of(row, schema, str(key)),
-        expressions=tuple(expressions),
-        expression_types=tuple(types),
-    )
-
-
-def _boxes_of(row: Mapping[str, Any], schema: Schema, key: str) -> tuple[tuple[float, float, float, float], ...]:
-    """Return the boxes, xyxy in pixels; `raw_anns`, if present, is the COCO annotation (JSON, xywh) and must agree."""
     if schema.boxes == "boxes":
-        return tuple(_to_xyxy(box, schema.box_format, f"{key}: a box") for box in row["boxes"])
-    box = _to_xyxy(row.get("bbox"), schema.box_format, f"{key}: bbox")
-    if row.get("raw_anns") is None:
-        return (box,)
+        boxes = [_to_xyxy(box, schema.box_format, f"{key}: a box") for box in row["boxes"]]
+    else:
+        boxes = [_to_xyxy(row.get("bbox"), schema.box_format, f"{key}: bbox")]
+        if row.get("raw_anns") is not None:
+            _check_box(row, schema, str(key), boxes[0])
+    return Referent(str(key), np.array(boxes, np.float32).reshape(-1, 4), expressions, list(types))
+
+
+def _check_box(row: Mapping[str, Any], schema: Schema, key: str, box: Sequence[float]) -> None:
+    """Raise BadSampleError unless a box (xyxy) agrees with `raw_anns`, the COCO annotation (JSON, xywh)."""
     try:
         published = json.loads(row["raw_anns"])["bbox"]
     except (TypeError, KeyError, ValueError) as error:
@@ -130,7 +113,6 @@ def _boxes_of(row: Mapping[str, Any], schema: Schema, key: str) -> tuple[tuple[f
             f"{key}: bbox {row['bbox']}, read as {schema.box_format}, contradicts raw_anns, whose box is {published} "
             f"(x, y, width, height) = {list(truth)} (left, top, right, bottom); write bbox as {schema.box_format}"
         )
-    return (box,)
 
 
 def _to_xyxy(value: Any, box_format: str, where: str) -> tuple[float, float, float, float]:
@@ -154,22 +136,12 @@ def image_name(row: Mapping[str, Any]) -> str:
     return str(row.get("image_path") or inside or row.get("file_name") or "")
 
 
-def image_of(row: Mapping[str, Any], image_root: Path | None) -> np.ndarray:
-    """Read the image [H, W, 3] uint8 RGB from the column `image`, or from the file that the row names in `image_root`.
+def image_source(row: Mapping[str, Any], image_root: Path | None) -> tuple[Path | bytes | Image.Image, str]:
+    """Return the image, its bytes or its file below `image_root`, and a name for messages, as read_image takes them.
 
     Raises:
-        BadSampleError: no image, no such file or a damaged one; the message names the file.
+        BadSampleError: no image, or no such file.
     """
-    return read_image(*_image_source(row, image_root))
-
-
-def image_size_of(row: Mapping[str, Any], image_root: Path | None) -> tuple[int, int]:
-    """Return (height, width) in pixels of the image without decoding it; raise as `image_of` does."""
-    return image_size(*_image_source(row, image_root))
-
-
-def _image_source(row: Mapping[str, Any], image_root: Path | None) -> tuple[Path | bytes | Image.Image, str]:
-    """Return the image file, its bytes or the image itself, and a name for error messages."""
     image, name = row.get("image"), image_name(row)
     pixels = image.get("bytes") if isinstance(image, Mapping) else image
     if isinstance(pixels, bytes | Image.Image):
@@ -187,16 +159,14 @@ def samples_of(
 ) -> list[Sample]:
     """Return one sample per expression of a row of any schema in `SCHEMAS`; they share one image.
 
-    Rows of `vg.data.synthetic.shapes` have the schema of lmms-lab/RefCOCO*: `question_id`, `image` (PIL), `answer` (all
-    expressions of the object), `bbox` [x, y, width, height] in pixels, and `kinds` (their expression types). The ids
-    of their samples are `<dataset>/<split>/<question_id>/<index of the expression in the row>`.
+    Their ids are `<dataset>/<split>/<key of the object>/<index of the expression in the row>`.
 
     Raises:
         DataError: the columns are not a known schema.
         BadSampleError: the row cannot be used; the message gives the reason.
     """
     referent = referent_of(row, detect_format(row.keys(), f"{dataset} ({split})"))
-    image = image_of(row, image_root)
+    image = read_image(*image_source(row, image_root))
     return [
         referent.sample(image, index, sample_id(dataset, split, referent.key, index))
         for index in range(len(referent.expressions))

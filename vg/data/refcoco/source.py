@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from vg.data.images import image_key
+from vg.data.images import image_key, image_size, read_image
 from vg.data.refcoco.official import Counts, check_counts
 from vg.data.refcoco.rows import (
     COLUMNS,
@@ -21,19 +21,16 @@ from vg.data.refcoco.rows import (
     detect_format,
     expressions_of,
     image_name,
-    image_of,
-    image_size_of,
+    image_source,
     referent_of,
     sample_id,
-    samples_of,
 )
 from vg.data.refcoco.tables import open_table
 from vg.data.source import Provenance, Task
+from vg.data.synthetic.shapes import write_scenes
 from vg.errors import BadSampleError, DataError
 from vg.settings import Settings
 from vg.types import Sample
-
-__all__ = ["Annotation", "Refcoco", "RefcocoConfig", "samples_of"]
 
 PERSON = 1  # COCO's category id of persons
 _MIXED = {("val", 8811), ("test", 5000), ("val", 7573)}  # (split, rows) of lmms-lab/RefCOCO and RefCOCOg
@@ -56,8 +53,6 @@ class RefcocoConfig(Settings):
     @classmethod
     def miniature(cls, folder: Path) -> RefcocoConfig:
         """Write a tiny dataset (JSON lines) and return its settings, for tests."""
-        from vg.data.synthetic.shapes import write_scenes  # which imports this module
-
         rows = [
             {"file_name": f"{image}.png", "ann_id": image, "sent": phrase, "bbox": [x1, y1, x2 - x1, y2 - y1]}
             for image, phrase, (x1, y1, x2, y2) in write_scenes(folder, "expression")
@@ -77,7 +72,7 @@ class Annotation(NamedTuple):
     boxes: np.ndarray  # [N, 4] xyxy pixels
     image_key: str  # see vg.data.source.HasImageKeys
     person: bool | None  # whether the object is a person
-    others: int | None  # other objects of the same category in the image; if unknown, only those with expressions
+    num_others: int | None  # other objects of the same category in the image; if unknown, only those with expressions
 
 
 class Refcoco:
@@ -102,104 +97,98 @@ class Refcoco:
                 stacklevel=3,
             )
         self._image_root = Path(config.image_root) if config.image_root is not None else table.folder
-        if self._image_root is None and not table.has_pixels:
+        if self._image_root is None and table.images is None and "image" not in table.columns:
             raise DataError(f"{config.path} has no pixels; set image_root to the folder of COCO's train2014 images")
         if self._image_root is not None and not self._image_root.is_dir():
             raise DataError(f"image_root {self._image_root} is not a folder; set it to the folder of the images")
         self._path = config.path
-        reviewed = "quality" in table.columns
+        name, reviewed = table.dataset.removesuffix("_reviewed"), "quality" in table.columns
         if reviewed:
-            check_counts(table.dataset.removesuffix("_reviewed"), table.split, Counts(len(table.rows)))
-            table = table.where([quality > 0 for quality in table.column("quality")])
+            check_counts(name, table.split, Counts(len(table.rows)))
+            table = table.where("quality", lambda quality: quality > 0)
         self._table = table.select(COLUMNS)
 
         seen: Counter[str] = Counter()  # expressions of an object so far
-        rows, cell_indices, object_indices = [], [], []
+        indices = []
         keys, cells = table.column(self._schema.key), table.column(self._schema.expressions)
-        for row, (key, cell) in enumerate(zip(keys, cells, strict=True)):
-            for cell_index in range(len(expressions_of(cell))):
-                rows.append(row)
-                cell_indices.append(cell_index)
-                object_indices.append(seen[str(key)])
-                seen[str(key)] += 1
+        for row, (key, cell) in enumerate(zip(map(str, keys), cells, strict=True)):
+            for index in range(len(expressions_of(cell))):
+                indices.append((row, index, seen[key]))
+                seen[key] += 1
         self.num_refs = len(seen)  # described objects
-        self._rows = np.array(rows, np.int32)  # [E] row of an expression,
-        self._cell_indices = np.array(cell_indices, np.int32)  # [E] its index in that row,
-        self._object_indices = np.array(object_indices, np.int32)  # [E] and among all expressions of its object
-        name = table.dataset.removesuffix("_reviewed")
+        # [E, 3] row of an expression, its index in that row, and its index among all expressions of its object
+        self._indices = np.array(indices, np.int32).reshape(-1, 3)
         strict = not (reviewed or mixed or "dataset" in table.columns)  # these are known versions or subsets
-        partition, official = check_counts(name, table.split, Counts(len(rows), self.num_refs), strict)
+        partition, official = check_counts(name, table.split, Counts(len(indices), self.num_refs), strict)
         if reviewed or mixed:
             official = False
         task: Task = "generalized" if self._schema.boxes == "boxes" else "expressions"
         self.provenance = Provenance(table.dataset, table.split, task, partition, official)
 
     def __len__(self) -> int:
-        """Return the number of expressions."""
-        return len(self._rows)
+        return len(self._indices)
 
     def load(self, index: int, epoch: int) -> Sample:
-        """Read the sample of one expression; `epoch` has no effect.
-
-        Raises:
-            BadSampleError: the message names the dataset, the row, the object and the image file.
-        """
-        row_index = int(self._rows[index])
+        """Read the sample of one expression; a BadSampleError names the dataset, the row and the image file."""
+        row_index, index_in_row, _ = self._indices[index].tolist()
         row = self._table.row(row_index)
         try:
             referent = referent_of(row, self._schema)
-            id = sample_id(self.provenance.data, self.provenance.split, referent.key, int(self._object_indices[index]))
-            return referent.sample(image_of(row, self._image_root), int(self._cell_indices[index]), id)
+            image = read_image(*image_source(row, self._image_root))
+            return referent.sample(image, index_in_row, self._id(referent.key, index))
         except BadSampleError as error:
             raise BadSampleError(
                 f"{self._path} ({self.provenance.split}), row {row_index + 1} ({image_name(row)}): {error}"
             ) from error
 
+    def _id(self, key: str, index: int) -> str:
+        return sample_id(self.provenance.data, self.provenance.split, key, int(self._indices[index, 2]))
+
     def image_sizes(self, epoch: int) -> np.ndarray:
         """Return [expressions, 2] (height, width); the first call reads the header of every image."""
-        return self._sizes[self._rows]
+        return self._sizes[self._indices[:, 0]]
 
     def image_keys(self) -> list[str]:
-        table = self._table.select(("image_path", "file_name"))  # without pixels
-        names = [image_name(table.rows[row]) for row in range(len(table.rows))]
+        rows = self._table.select(("image_path", "file_name")).rows  # without pixels
+        names = [image_name(row) for row in rows]
         keys = {name: image_key(name, self._image_root) for name in dict.fromkeys(names)}
-        return [keys[names[row]] for row in self._rows.tolist()]
+        return [keys[names[row]] for row in self._indices[:, 0].tolist()]
 
     def annotations(self) -> list[Annotation]:
         """Return the annotations of all samples without reading images; raise BadSampleError for a bad row."""
-        table = self._table.select([column for column in COLUMNS if column != "image"])
-        keys = self.image_keys()
-        rows = [table.rows[row] for row in range(len(table.rows))]
+        rows = list(self._table.select([column for column in COLUMNS if column != "image"]).rows)
         referents = [referent_of(row, self._schema) for row in rows]
+        keys, row_indices = self.image_keys(), self._indices[:, 0].tolist()
         objects = {
-            (key, rows[row].get("category_id"), referents[row].key) for row, key in zip(self._rows, keys, strict=True)
+            (key, rows[row].get("category_id"), referents[row].key) for row, key in zip(row_indices, keys, strict=True)
         }
         described = Counter((key, category) for key, category, _ in objects)
         annotations = []
-        for row, cell, index, key in zip(self._rows, self._cell_indices, self._object_indices, keys, strict=True):
-            category, others = rows[row].get("category_id"), rows[row].get("others")
-            if others is None and category is not None:
-                others = described[key, category] - 1
+        for index, (row, index_in_row, _) in enumerate(self._indices.tolist()):
+            category, num_others = rows[row].get("category_id"), rows[row].get("others")
+            if num_others is None and category is not None:
+                num_others = described[keys[index], category] - 1
             annotations.append(
                 Annotation(
-                    id=sample_id(self.provenance.data, self.provenance.split, referents[row].key, int(index)),
-                    expression=referents[row].expressions[cell],
-                    boxes=np.array(referents[row].boxes, np.float32).reshape(-1, 4),
-                    image_key=key,
+                    id=self._id(referents[row].key, index),
+                    expression=referents[row].expressions[index_in_row],
+                    boxes=referents[row].boxes,
+                    image_key=keys[index],
                     person=None if category is None else category in (PERSON, "person"),
-                    others=others,
+                    num_others=num_others,
                 )
             )
         return annotations
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for column in (*self._schema.columns, "image_path", "file_name"):
-            if column in self._table.columns:
-                digest.update(json.dumps([column, self._table.column(column)], default=str).encode())
+        for name in (*self._schema.columns, "image_path", "file_name"):
+            if name in self._table.columns:
+                digest.update(json.dumps([name, self._table.column(name)], default=str).encode())
         return digest.hexdigest()
 
     @cached_property
     def _sizes(self) -> np.ndarray:  # [rows, 2] (height, width)
         rows = (self._table.row(row) for row in range(len(self._table.rows)))
-        return np.array([image_size_of(row, self._image_root) for row in rows], np.int64).reshape(-1, 2)
+        sizes = [image_size(*image_source(row, self._image_root)) for row in rows]
+        return np.array(sizes, np.int64).reshape(-1, 2)

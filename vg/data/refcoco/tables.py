@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-
 from vg.data.refcoco.formats import NESTED, flat_rows, reviewed_rows
-from vg.data.refcoco.pickles import choose_refs_file, is_refs_file, partition_of, read_refs, refs_files
+from vg.data.refcoco.pickles import partition_of, read_refs, refs_files
 from vg.errors import DataError, NoSuchSplitError
 
 if TYPE_CHECKING:
@@ -43,21 +41,16 @@ class Table:
             return row
         return row | {"image": self.images[row["image_row"]]["image"]}
 
-    @property
-    def has_pixels(self) -> bool:
-        return self.images is not None or "image" in self.columns
-
     def column(self, name: str) -> list[Any]:
         """Read all values of one column, and no other column."""
         if isinstance(self.rows, list):
             return [row.get(name) for row in self.rows]
         return self.rows.select_columns([name])[:][name]
 
-    def where(self, kept: Sequence[bool]) -> Table:
-        """Keep the rows for which `kept` is true."""
-        rows, indices = self.rows, np.flatnonzero(kept).tolist()
-        kept_rows = [rows[index] for index in indices] if isinstance(rows, list) else rows.select(indices)
-        return replace(self, rows=kept_rows)
+    def where(self, column: str, accepts: Callable[[Any], bool]) -> Table:
+        """Keep the rows with an accepted value in a column."""
+        rows, kept = self.rows, [index for index, value in enumerate(self.column(column)) if accepts(value)]
+        return replace(self, rows=[rows[index] for index in kept] if isinstance(rows, list) else rows.select(kept))
 
     def select(self, columns: Iterable[str]) -> Table:
         """Keep only these columns, because unused ones would be parsed with every row."""
@@ -85,17 +78,14 @@ def open_table(
     if partition is not None and not refs_files(local):
         raise DataError(f"partition {partition!r} needs refs(*).p files, but {path} has none; remove partition")
     if local.is_dir():
-        return _flat(_open_folder(local, split, partition, dataset))
-    if local.is_file():
-        return _flat(_open_file(local, split, dataset))
-    if local.suffix in (*_SUFFIXES, ".p") or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+        table = _open_folder(local, split, partition, dataset)
+    elif local.is_file():
+        table = _open_file(local, split, dataset)
+    elif local.suffix in (*_SUFFIXES, ".p") or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         raise DataError(f"{path} does not exist; path is {_ACCEPTED}")
-    name = path if revision is None else f"{path}@{revision}"
-    return _flat(_pick(_load_hub(path, revision), split, name, None, dataset))
-
-
-def _flat(table: Table) -> Table:
-    """Convert a table with one row per image to one row per object; return other tables unchanged."""
+    else:
+        name = path if revision is None else f"{path}@{revision}"
+        table = _pick(_load_hub(path, revision), split, name, None, dataset)
     nested = [column for column in NESTED if column in table.columns]
     if not nested or isinstance(table.rows, list):
         return table
@@ -106,64 +96,60 @@ def _flat(table: Table) -> Table:
 
 def _open_folder(folder: Path, split: str, partition: str | None, dataset: str | None) -> Table:
     name = folder.resolve().name
-    if refs_files(folder):
-        partition, file = choose_refs_file(folder, partition)
-        return _pick_rows(read_refs(file), split, f"{name}-{partition}", folder)
+    if refs := refs_files(folder):
+        partition = next(iter(refs)) if partition is None and len(refs) == 1 else partition
+        if partition not in refs:
+            raise DataError(f"{folder} has the partitions {', '.join(refs)}; set partition to one of them")
+        return _pick({"": read_refs(refs[partition])}, split, f"{name}-{partition}", folder)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         import datasets
 
         saved = datasets.load_from_disk(str(folder))
-        if isinstance(saved, datasets.Dataset) and "split" not in saved.column_names and saved.split in _SPLITS:
-            saved = {str(saved.split): saved}  # recorded by datasets when it was loaded
-        if isinstance(saved, dict):
-            return _pick(saved, split, name, folder, dataset)
-        return _pick_rows(saved, split, name, folder, dataset)
+        if isinstance(saved, datasets.Dataset):  # which may record the split that it was loaded from
+            is_split = "split" not in saved.column_names and saved.split in _SPLITS
+            saved = {str(saved.split) if is_split else "": saved}
+        return _pick(saved, split, name, folder, dataset)
     found = [sorted(folder.rglob(f"*{suffix}")) for suffix in _SUFFIXES]
     named = [[file for file in files if dataset and file.name.startswith(f"{dataset}_")] for files in found]
     for files in filter(None, named):
-        return _open_files(_labels(files, folder), split, f"{name} ({dataset})", folder)
+        return _open_files(files, folder, split, f"{name} ({dataset})", folder)
     for files in filter(None, found):
-        return _open_files(_labels(files, folder), split, name, folder, dataset)
+        return _open_files(files, folder, split, name, folder, dataset)
     raise DataError(
         f"{folder} contains no RefCOCO data; expected the output of datasets' save_to_disk, refs(*).p with "
         f"instances.json, or files that end in {', '.join(_SUFFIXES)}"
     )
 
 
-def _labels(files: Sequence[Path], folder: Path) -> dict[Path, str]:
-    return {file: str(file.relative_to(folder)) for file in files}
-
-
 def _open_file(file: Path, split: str, dataset: str | None) -> Table:
     folder = file.resolve().parent
-    if is_refs_file(file):
-        return _pick_rows(read_refs(file), split, f"{folder.name}-{partition_of(file)}", folder)
+    if file.suffix == ".p" or file in refs_files(file.parent).values():
+        return _pick({"": read_refs(file)}, split, f"{folder.name}-{partition_of(file)}", folder)
     if file.suffix not in _SUFFIXES:
         raise DataError(f"{file}: unknown file type; path is {_ACCEPTED}")
     name = re.sub(rf"[-_.]({'|'.join(_SPLITS)})(?=$|_reviewed$)", "", file.stem, flags=re.IGNORECASE)
-    return _open_files({file: file.name}, split, name, folder, dataset)
+    return _open_files([file], file.parent, split, name, folder, dataset)
 
 
-def _open_files(files: Mapping[Path, str], split: str, name: str, folder: Path, dataset: str | None = None) -> Table:
-    """Open files of one type by their labels, the paths that may name a split ("data/testA-00000-of-00001.parquet")."""
+def _open_files(
+    files: Sequence[Path], root: Path, split: str, name: str, folder: Path, dataset: str | None = None
+) -> Table:
+    """Open files of one type, whose paths below `root` may name a split ("data/testA-00000-of-00001.parquet")."""
     by_split: dict[str, list[Path]] = {}
-    for file, label in files.items():
-        named = [word for word in re.split(r"[^a-zA-Z]+", label) if word.lower() in _SPLITS]
+    for file in files:
+        named = [word for word in re.split(r"[^a-zA-Z]+", str(file.relative_to(root))) if word.lower() in _SPLITS]
         by_split.setdefault(named[-1] if named else "", []).append(file)
-    nameless = by_split.pop("", [])
-    if by_split and nameless:
-        raise DataError(f"{nameless[0]}: no split in its name, unlike other files in {folder}; rename or remove it")
-    if nameless:
-        return _pick_rows(_read_files({file: files[file] for file in nameless}), split, name, folder, dataset)
+    if "" in by_split and len(by_split) > 1:
+        raise DataError(f"{by_split[''][0]}: no split in its name, unlike other files in {folder}; rename or remove it")
+    if "" in by_split:
+        return _pick({"": _read_files(files, root)}, split, name, folder, dataset)
     published, ours = _choose_split(split, by_split, str(folder))
-    rows = _read_files({file: files[file] for file in by_split[published]})
-    return _of_dataset(_table(rows, name, ours, folder), dataset)
+    return _pick({ours: _read_files(by_split[published], root)}, ours, name, folder, dataset)
 
 
-def _read_files(labels: Mapping[Path, str]) -> Rows:
-    """Read all rows of a file or of its numbered shards; the labels are their names relative to the dataset folder."""
-    files = list(labels)
-    if len({re.split(r"\d", label)[0] for label in labels.values()}) > 1:
+def _read_files(files: Sequence[Path], root: Path) -> Rows:
+    """Read all rows of a file or of its numbered shards."""
+    if len({re.split(r"\d", str(file.relative_to(root)))[0] for file in files}) > 1:
         raise DataError(f"{files[0]} and {files[1]} are not numbered shards of one dataset; set path to one of them")
     suffix = files[0].suffix
     if suffix in (".jsonl", ".json"):
@@ -171,9 +157,7 @@ def _read_files(labels: Mapping[Path, str]) -> Rows:
     import datasets
 
     try:
-        return datasets.load_dataset(
-            suffix[1:], data_files={"train": [str(file) for file in files]}, split=datasets.Split.TRAIN
-        )
+        return datasets.load_dataset(suffix[1:], data_files={"train": list(map(str, files))}, split="train")
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:  # ValueError: from pyarrow
         raise DataError(f"{files[0]} (one of {len(files)}) cannot be read: {error.__cause__ or error}") from error
 
@@ -211,53 +195,47 @@ def _load_hub(path: str, revision: str | None) -> Mapping[str, Dataset]:
         ) from error
 
 
-def _pick(tables: Mapping[str, Dataset], split: str, name: str, folder: Path | None, dataset: str | None) -> Table:
-    if dataset is not None and not any("dataset" in table.column_names for table in tables.values()):
-        chosen = {key.removeprefix(f"{dataset}_"): key for key in tables if key.startswith(f"{dataset}_")}
-        if not chosen:
-            raise NoSuchSplitError(f"{name} has no dataset {dataset!r}; its splits are {', '.join(tables)}")
-        tables, name, dataset = {split: tables[key] for split, key in chosen.items()}, f"{name} ({dataset})", None
-    published, ours = _choose_split(split, tables, name)
-    return _of_dataset(_table(tables[published], name, ours, folder), dataset)
+def _pick(tables: Mapping[str, Rows], split: str, name: str, folder: Path | None, dataset: str | None = None) -> Table:
+    """Pick the rows of a split by the keys of `tables`, or by the columns `split` and `dataset`.
 
-
-def _pick_rows(rows: Rows, split: str, name: str, folder: Path, dataset: str | None = None) -> Table:
-    """Pick the rows of a split by the column `split`; without that column all rows are the requested split."""
-    table = _of_dataset(_table(rows, name, split, folder), dataset)
+    Rows with the key "" and without a column `split` are the requested split.
+    """
+    if prefixed := [key for key in tables if dataset and key.startswith(f"{dataset}_")]:
+        tables = {key.removeprefix(f"{dataset}_"): tables[key] for key in prefixed}
+        name, dataset = f"{name} ({dataset})", None
+    elif dataset is not None and not all("dataset" in _columns(rows) for rows in tables.values()):
+        raise NoSuchSplitError(
+            f"{name} has no dataset {dataset!r}; its splits are {', '.join(filter(None, tables)) or split}: no file or "
+            "split has this prefix, and no column is `dataset`"
+        )
+    published, ours = ("", split) if "" in tables else _choose_split(split, tables, name)
+    table = _table(tables[published], name, ours, folder)
+    if dataset is not None:
+        if dataset not in (names := dict.fromkeys(map(str, table.column("dataset")))):
+            raise NoSuchSplitError(f"{name} has no dataset {dataset!r}; it has {', '.join(names)}")
+        table = replace(table.where("dataset", lambda cell: cell == dataset), dataset=f"{name} ({dataset})")
+    if published:
+        return table
     if "split" not in table.columns:
         return replace(table, split=_choose_split(split, [split], name)[1])
     published, ours = _choose_split(split, dict.fromkeys(map(str, table.column("split"))), table.dataset)
-    return replace(_where(table, "split", published), split=ours)
+    return replace(table.where("split", lambda cell: cell == published), split=ours)
 
 
-def _of_dataset(table: Table, dataset: str | None) -> Table:
-    """Pick the rows of one dataset by the column `dataset`."""
-    if dataset is None:
-        return table
-    names = dict.fromkeys(map(str, table.column("dataset"))) if "dataset" in table.columns else {}
-    if dataset not in names:
-        found = (
-            f"it has {', '.join(names)}" if names else "no file or split has this prefix, and no column is `dataset`"
-        )
-        raise NoSuchSplitError(f"{table.dataset} has no dataset {dataset!r}; {found}")
-    return replace(_where(table, "dataset", dataset), dataset=f"{table.dataset} ({dataset})")
-
-
-def _where(table: Table, column: str, value: str) -> Table:
-    return table.where([cell == value for cell in table.column(column)])
+def _columns(rows: Rows) -> frozenset[str]:
+    return frozenset().union(*rows) if isinstance(rows, list) else frozenset(rows.column_names)
 
 
 def _table(rows: Rows, name: str, split: str, folder: Path | None) -> Table:
     if len(rows) == 0:
         raise DataError(f"{name}: the split {split} is empty")
-    if isinstance(rows, list):
-        return Table(rows, frozenset().union(*rows), name, split, folder)
-    import datasets
+    if not isinstance(rows, list):
+        import datasets
 
-    for column, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):  # datasets decodes early and applies the EXIF orientation
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-    return Table(rows, frozenset(rows.column_names), name, split, folder)
+        for column, feature in rows.features.items():
+            if isinstance(feature, datasets.Image):  # datasets decodes early and applies the EXIF orientation
+                rows = rows.cast_column(column, datasets.Image(decode=False))
+    return Table(rows, _columns(rows), name, split, folder)
 
 
 def _choose_split(split: str, published: Collection[str], where: str) -> tuple[str, str]:

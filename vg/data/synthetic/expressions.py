@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from typing import Literal, NamedTuple
 
@@ -27,6 +28,7 @@ SUPERLATIVES = {  # {} is the phrase of the compared shapes
     "smaller": ("smallest {}",),
     "larger": ("largest {}", "biggest {}"),
 }
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis (x, y) and sign
 ORDINALS = ("second", "third")
 RELATIONS = {
     "left": ("left of", "to the left of", "on the left of"),
@@ -43,13 +45,11 @@ RELATION_REFUSAL = 0.04  # ... and of all other candidates on the opposite side,
 NEAR_RATIO = 1.75  # "closest to": the runner-up is at least this many times further away
 
 
-def _words() -> tuple[str, ...]:
-    wordings = [*SIZES.values(), *SUPERLATIVES.values(), *RELATIONS.values()]
-    lines = ["the", *COLORS, *FORMS, *GENERIC_NOUNS, *ORDINALS, *(line for lines in wordings for line in lines)]
-    return tuple(sorted({word for line in lines for word in line.replace("{}", "").split()}))
-
-
-VOCABULARY = _words()
+_WORDINGS = [
+    *(("the",), COLORS, FORMS, GENERIC_NOUNS, ORDINALS),
+    *(*SIZES.values(), *SUPERLATIVES.values(), *RELATIONS.values()),
+]
+VOCABULARY = tuple(sorted({word for lines in _WORDINGS for line in lines for word in line.replace("{}", "").split()}))
 
 
 class Phrase(NamedTuple):
@@ -116,33 +116,29 @@ def by_attribute(rng: np.random.Generator, scene: Scene) -> Expression | None:
     return None
 
 
-def by_superlative(rng: np.random.Generator, scene: Scene) -> Expression | None:
-    """Generate an expression such as "leftmost star" for a scene with at least two stars."""
+def _by_order(rng: np.random.Generator, scene: Scene, ordinal: bool) -> Expression | None:
+    """Generate an expression such as "leftmost star", or "second leftmost star" for a scene with at least three."""
     for order in some(rng, tuple(SUPERLATIVES)):
-        for phrase in some(rng, shared_phrases(scene, at_least=2)):
-            first, *rest = _ordered(order, phrase.matches(scene.shapes), scene)
-            if all(_before(order, first, shape, scene) for shape in rest):
-                text = pick(rng, SUPERLATIVES[order]).format(phrase.text(rng))
-                return Expression(_article(rng) + text, "superlative", first)
-    return None
-
-
-def by_ordinal(rng: np.random.Generator, scene: Scene) -> Expression | None:
-    """Generate an expression such as "second leftmost star" for a scene with at least three stars."""
-    for order in some(rng, tuple(SUPERLATIVES)):
-        rank = 1 + int(rng.integers(len(ORDINALS)))  # 0 is the first
+        rank = 1 + int(rng.integers(len(ORDINALS))) if ordinal else 0
         for phrase in some(rng, shared_phrases(scene, at_least=rank + 2)):
-            if order in ("smaller", "larger") and not phrase.form:
+            if ordinal and order not in DIRECTIONS and not phrase.form:
                 continue  # comparing sizes of different forms is ambiguous
-            ordered = _ordered(order, phrase.matches(scene.shapes), scene)
+            shapes = phrase.matches(scene.shapes)
+            ordered = sorted(shapes, key=lambda shape: _lead(order, shape, shapes[0], scene), reverse=True)
             target = ordered[rank]
             if all(_before(order, shape, target, scene) for shape in ordered[:rank]) and all(
                 _before(order, target, shape, scene) for shape in ordered[rank + 1 :]
             ):
-                wordings = [wording for wording in SUPERLATIVES[order] if wording.endswith("{}")]
+                wordings = [wording for wording in SUPERLATIVES[order] if not ordinal or wording.endswith("{}")]
                 text = pick(rng, wordings).format(phrase.text(rng))
-                return Expression(f"{_article(rng)}{ORDINALS[rank - 1]} {text}", "ordinal", target)
+                if ordinal:
+                    return Expression(f"{_article(rng)}{ORDINALS[rank - 1]} {text}", "ordinal", target)
+                return Expression(_article(rng) + text, "superlative", target)
     return None
+
+
+by_superlative = partial(_by_order, ordinal=False)
+by_ordinal = partial(_by_order, ordinal=True)
 
 
 def by_relation(rng: np.random.Generator, scene: Scene) -> Expression | None:
@@ -201,39 +197,23 @@ def _article(rng: np.random.Generator) -> str:
     return pick(rng, ("the ", ""))
 
 
-def _ordered(order: str, shapes: list[Shape], scene: Scene) -> list[Shape]:
-    """Sort shapes, the most extreme one first."""
-    return sorted(shapes, key=lambda shape: _lead(order, shape, shapes[0], scene), reverse=True)
-
-
 def _before(order: str, shape: Shape, other: Shape, scene: Scene) -> bool:
-    """Whether a shape precedes another with a sufficient margin."""
-    margin = SIZE_LEAD if order in ("smaller", "larger") else POSITION_LEAD
-    return _lead(order, shape, other, scene) >= margin and not _reaches_further(order, other, shape)
+    """Whether a shape precedes another with a sufficient margin, and its outer edge does so too."""
+    lead = _lead(order, shape, other, scene)
+    if order not in DIRECTIONS:
+        return lead >= SIZE_LEAD
+    axis, sign = DIRECTIONS[order]
+    edge = axis if sign < 0 else axis + 2  # its index in a box
+    return lead >= POSITION_LEAD and sign * (shape.box[edge] - other.box[edge]) >= 0
 
 
 def _lead(order: str, shape: Shape, other: Shape, scene: Scene) -> float:
     """Return how far a shape precedes another: a fraction of the image side, or the log ratio of side lengths."""
-    if order in ("smaller", "larger"):
-        larger = math.log(shape.area / other.area) / 2
-        return larger if order == "larger" else -larger
-    axis = 0 if order in ("left", "right") else 1
-    forward = (shape.center[axis] - other.center[axis]) / scene.size
-    return forward if order in ("right", "below") else -forward
-
-
-def _reaches_further(order: str, shape: Shape, other: Shape) -> bool:
-    """Whether the edge of a shape is further out than that of another, although its center may not be."""
-    match order:
-        case "left":
-            return shape.box[0] < other.box[0]
-        case "above":
-            return shape.box[1] < other.box[1]
-        case "right":
-            return shape.box[2] > other.box[2]
-        case "below":
-            return shape.box[3] > other.box[3]
-    return False  # sizes are unambiguous
+    if order in DIRECTIONS:
+        axis, sign = DIRECTIONS[order]
+        return sign * (shape.center[axis] - other.center[axis]) / scene.size
+    larger = math.log(shape.area / other.area) / 2
+    return larger if order == "larger" else -larger
 
 
 def _related(relation: str, candidates: list[Shape], anchor: Shape, scene: Scene) -> Shape | None:

@@ -87,22 +87,14 @@ class Scene:
 
 
 def random_scene(rng: np.random.Generator, size: int = 128, style: Style = STYLES["plain"]) -> Scene:
-    """Sample a scene with few colors and forms, so that most shapes share an attribute with another.
-
-    Args:
-        size: image side in pixels, at least that of the style.
-    """
-    if size < style.min_side:
-        raise ValueError(
-            f"shapes are indistinguishable in a scene of {size} x {size} pixels; use at least {style.min_side}"
-        )
+    """Sample a scene of size x size pixels with few colors and forms: most shapes share an attribute with another."""
     colors = some(rng, tuple(COLORS), int(rng.integers(2, 4)))
     forms = some(rng, tuple(FORMS), int(rng.integers(2, 4)))
     fewest, most = style.counts
     smallest, largest = style.scales
     scales = np.exp(rng.uniform(math.log(smallest), math.log(largest), size=rng.integers(fewest, most + 1)))
     shapes: list[Shape] = []
-    for scale in sorted(scales.tolist(), reverse=True):  # large ones first, as they are hardest to place
+    for scale in sorted(scales.tolist(), reverse=True):  # large ones first, as they need the most room
         form, color = pick(rng, forms), pick(rng, colors)
         if box := _free_position(rng, scale * size, FORMS[form], size, style.gap * size, shapes):
             paint = np.clip(np.add(COLORS[color], rng.integers(-8, 9, size=3)), 0, 255)
@@ -110,7 +102,9 @@ def random_scene(rng: np.random.Generator, size: int = 128, style: Style = STYLE
             shapes.append(Shape(form, color, word, box, tuple(paint.tolist())))
     if len(shapes) < fewest:
         return random_scene(rng, size, style)
-    return Scene(tuple(shapes), size, _random_background(rng))
+    cells = pick(rng, (1, 3, 8))  # plain, soft gradient, light texture
+    levels = rng.integers(150, 185) + rng.integers(-9, 10, size=(cells, cells))
+    return Scene(tuple(shapes), size, tuple(map(tuple, levels.tolist())))
 
 
 def some(rng: np.random.Generator, options: Sequence[Option], count: int | None = None) -> list[Option]:
@@ -140,12 +134,6 @@ def _free_position(
         ):
             return left, top, right, bottom
     return None
-
-
-def _random_background(rng: np.random.Generator) -> tuple[tuple[int, ...], ...]:
-    cells = pick(rng, (1, 3, 8))  # plain, soft gradient, light texture
-    levels = rng.integers(150, 185) + rng.integers(-9, 10, size=(cells, cells))
-    return tuple(map(tuple, levels.tolist()))
 
 
 def draw(scene: Scene) -> np.ndarray:

@@ -9,15 +9,13 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from vg.data.refcoco.source import samples_of
+from vg.data.refcoco.rows import samples_of
 from vg.data.source import Provenance, Task
-from vg.data.synthetic.expressions import DESCRIBE, VOCABULARY, ExpressionType, described_scene, shared_phrases
-from vg.data.synthetic.scenes import STYLES, Scene, Shape, draw, random_scene, some
+from vg.data.synthetic.expressions import DESCRIBE, ExpressionType, described_scene, shared_phrases
+from vg.data.synthetic.scenes import STYLES, draw, random_scene, some
 from vg.errors import DataError
 from vg.settings import Settings
 from vg.types import Sample
-
-__all__ = ["VOCABULARY", "Scene", "Shape", "Shapes", "ShapesConfig", "draw"]
 
 SPLITS = {"train": 16_000, "val": 300, "test": 1_200}  # expressions
 
@@ -71,7 +69,6 @@ class Shapes:
         return SPLITS[self.config.split] if self.config.size is None else self.config.size
 
     def load(self, index: int, epoch: int) -> Sample:
-        """Draw one sample; `ShapesConfig.view` determines its phrases and boxes."""
         if self.config.view == "detection":
             return self._detection(index, epoch)
         return samples_of(self.row(index, epoch), self.config.name, self.config.split)[0]
@@ -123,18 +120,13 @@ class Shapes:
 
 
 def write_scenes(folder: Path, view: Literal["expression", "detection"]) -> list[tuple[int, str, list[float]]]:
-    """Write four scenes of 64 x 64 pixels as 0.png to 3.png: the images of a dataset's `miniature`.
-
-    Returns:
-        (image, phrase, box) of every box; image 0 to 3, box xyxy in pixels.
-    """
+    """Write 0.png to 3.png, the images of a dataset's `miniature`; return (image 0 to 3, phrase, box xyxy) per box."""
     folder.mkdir(parents=True, exist_ok=True)
     source = ShapesConfig(split="val", size=4, image_size=64, view=view).build()
-    samples = [source.load(index, epoch=0) for index in range(len(source))]
-    for index, sample in enumerate(samples):
+    boxes = []
+    for index in range(len(source)):
+        sample = source.load(index, epoch=0)
         Image.fromarray(sample.image).save(folder / f"{index}.png")
-    return [
-        (index, sample.phrases[phrase_id], box)
-        for index, sample in enumerate(samples)
-        for phrase_id, box in zip(sample.phrase_ids, sample.boxes.tolist(), strict=True)
-    ]
+        pairs = zip(sample.phrase_ids, sample.boxes.tolist(), strict=True)
+        boxes += [(index, sample.phrases[phrase_id], box) for phrase_id, box in pairs]
+    return boxes

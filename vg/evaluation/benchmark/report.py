@@ -17,7 +17,6 @@ from vg.evaluation.results import DatasetResult
 from vg.inference.draw import PREDICTED, TRUE, draw_boxes
 from vg.inference.grounder import Grounder
 from vg.models.base import GroundingModel
-from vg.types import Prediction, Sample
 
 NUM_EXAMPLES = 6  # worst and best ones of each split
 MAX_SIDE = 420  # pixels
@@ -39,12 +38,12 @@ def report(results: Mapping[str, Any], evaluated: Sequence[EvaluatedSplit], mode
     """Return the HTML page; predicts the example images again to draw them."""
     about = results["model"]
     grounder = Grounder(model, str(model.device))
-    head = [
+    lines = [
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
+        f"<title>RefCOCO benchmark</title><style>{_STYLE}</style></head><body>",
         f"<h1>RefCOCO benchmark: {escape(str(results['checkpoint']))}</h1>",
         f"<p>{about['parameters']:,} parameters, {about['trainable_parameters']:,} of them trainable. "
         f"{escape(about['answers'])}. {escape(results['device'])}.</p>",
-    ]
-    body = [
         *_section("Comparison with published results", table.comparison(results)),
         *_section("All metrics", table.metrics(results["parts"])),
         *_section("testA and testB pooled", table.pooled(results)),
@@ -54,19 +53,11 @@ def report(results: Mapping[str, Any], evaluated: Sequence[EvaluatedSplit], mode
         *_sources(),
     ]
     for split, row in zip(evaluated, results["parts"], strict=True):
-        body += [*_section(split.split.title, table.slices(row)), *_provenance(split.result)]
+        lines += [*_section(split.split.title, table.slices(row)), *_provenance(split.result)]
         for title, indices in _examples(split):
             figures = [_figure(split, index, grounder) for index in indices]
-            body += [f"<h3>{title}</h3>", '<div class="examples">', *figures, "</div>"] if figures else []
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
-            f"<title>RefCOCO benchmark</title><style>{_STYLE}</style></head><body>",
-            *head,
-            *body,
-            "</body></html>\n",
-        ]
-    )
+            lines += [f"<h3>{title}</h3>", '<div class="examples">', *figures, "</div>"] if figures else []
+    return "\n".join([*lines, "</body></html>\n"])
 
 
 def _section(title: str, rows: table.Rows) -> list[str]:
@@ -91,13 +82,10 @@ def _provenance(result: DatasetResult) -> list[str]:
 
 
 def _sources() -> list[str]:
-    methods = [*table.published()["methods"], table.published()["pooled"]]
-    items = [
-        f"<li>{escape(method['name'])}: {escape(method['source'])}"
-        + (f" ({escape(method['note'])})" if "note" in method else "")
-        + "</li>"
-        for method in methods
-    ]
+    items = []
+    for method in [*table.published()["methods"], table.published()["pooled"]]:
+        note = f" ({method['note']})" if "note" in method else ""
+        items.append(f"<li>{escape(method['name'] + ': ' + method['source'] + note)}</li>")
     return ["<details><summary>Sources of the published results</summary><ul>", *items, "</ul></details>"]
 
 
@@ -122,31 +110,25 @@ def _one_per_image(evaluated: EvaluatedSplit, indices: Iterable[Any]) -> list[in
     chosen: dict[str, int] = {}
     for index in indices:
         chosen.setdefault(evaluated.split.annotations[index].image_key, int(index))
-        if len(chosen) == NUM_EXAMPLES:
-            break
-    return list(chosen.values())
+    return list(chosen.values())[:NUM_EXAMPLES]
 
 
 def _figure(evaluated: EvaluatedSplit, index: int, grounder: Grounder) -> str:
+    """Draw the ground-truth boxes and the same number of predicted boxes, at least one."""
     sample = evaluated.split.source.load(index, epoch=0)
     (prediction,) = grounder.predict_samples([sample])
     overlap = evaluated.values.get("miou")
     caption = f"score {evaluated.values['score'][index]:.2f}"
     if overlap is not None and not np.isnan(overlap[index]):
         caption = f"IoU {overlap[index]:.2f}, {caption}"
+    boxes = prediction.boxes[: max(1, len(sample.boxes))].numpy()
+    colors = [*[TRUE] * len(sample.boxes), *[PREDICTED] * len(boxes)]
+    image = Image.fromarray(draw_boxes(sample.image, np.concatenate((sample.boxes, boxes)), colors=colors))
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
     file = io.BytesIO()
-    _draw(sample, prediction).save(file, "JPEG", quality=80)
+    image.save(file, "JPEG", quality=80)
     code = base64.b64encode(file.getvalue()).decode()
     return (
         f'<figure><img alt="" src="data:image/jpeg;base64,{code}">'
         f"<figcaption><b>{escape(sample.phrases[0])}</b><br>{caption}<br>{escape(sample.id)}</figcaption></figure>"
     )
-
-
-def _draw(sample: Sample, prediction: Prediction) -> Image.Image:
-    """Draw the ground-truth boxes and the same number of predicted boxes, at least one."""
-    boxes = prediction.boxes[: max(1, len(sample.boxes))].numpy()
-    colors = [*[TRUE] * len(sample.boxes), *[PREDICTED] * len(boxes)]
-    image = Image.fromarray(draw_boxes(sample.image, np.concatenate((sample.boxes, boxes)), colors=colors))
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
-    return image

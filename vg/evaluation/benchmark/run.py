@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,22 +11,25 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from vg.checkpoint import is_checkpoint, read_model
 from vg.config import DataConfig
 from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
 from vg.data.overlap import Subset
 from vg.data.refcoco.source import RefcocoConfig
-from vg.evaluation.benchmark.bootstrap import intervals
-from vg.evaluation.benchmark.models import protocol
+from vg.errors import ConfigError
 from vg.evaluation.benchmark.slices import slices
-from vg.evaluation.benchmark.suite import DATASETS, BenchmarkSplit
+from vg.evaluation.benchmark.suite import BenchmarkSplit
+from vg.evaluation.benchmark.table import MAIN
 from vg.evaluation.evaluator import DatasetEvaluator
 from vg.evaluation.results import DatasetResult
+from vg.inference.grounder import load_model
 from vg.metrics.collected import CollectingMetric, stable_hash
-from vg.metrics.rec import RecMetric
 from vg.models.base import GroundingModel
+from vg.models.grounding_dino.model import GroundingDino
 
 POOLED = ("testA", "testB")
+NUM_DRAWS, LEVEL = 1000, 0.95  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class EvaluatedSplit:
 
     def slices(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Return attribute -> label -> the main metrics of its expressions, their number and intervals."""
-        names = ("acc@0.5", "miou") if isinstance(self.metric, RecMetric) else ("f1",)
+        names = [name for name in MAIN if name in self.values]
         keys = np.asarray(self.image_keys)
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for attribute, masks in slices(self.split.annotations).items():
@@ -82,6 +85,28 @@ class EvaluatedSplit:
         }
 
 
+def open_model(checkpoint: str, overrides: Sequence[str] = (), tokenizer: str | None = None) -> GroundingModel:
+    """Load a model in evaluation mode on the CPU; Grounding DINO scores boxes by the REC protocol by default.
+
+    Args:
+        checkpoint, tokenizer: see vg.inference.grounder.load_model.
+        overrides: of the configuration, for a checkpoint of vg.
+
+    Raises:
+        CheckpointError: not a checkpoint, a damaged one, or its tokenizer is missing.
+        ConfigError: unknown overrides, or overrides of a checkpoint without a vg configuration.
+    """
+    if not overrides:
+        model = load_model(checkpoint, tokenizer)
+    elif is_checkpoint(checkpoint):
+        model, _ = read_model(checkpoint, overrides)
+    else:
+        raise ConfigError(f"{checkpoint} is not a checkpoint of vg, so {', '.join(overrides)} cannot be set")
+    if isinstance(model, GroundingDino) and not any(item.startswith("model.predict.score=") for item in overrides):
+        model.config.predict.score = "max"
+    return model
+
+
 @torch.no_grad()
 def run(
     model: GroundingModel, splits: Sequence[BenchmarkSplit], accelerator: Accelerator, batch_size: int, workers: int
@@ -101,19 +126,26 @@ def run(
         _evaluator(model, one, accelerator, 1, 0).predict(model)
     evaluated = [_evaluate(model, split, accelerator, batch_size, workers) for split in splits]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
-    about = {
-        "parameters": model.num_parameters(),
-        "trainable_parameters": model.num_parameters(trainable_only=True),
-        "answers": protocol(model),
-    }
     results = {
-        "model": about,
+        "model": {
+            "parameters": model.num_parameters(),
+            "trainable_parameters": model.num_parameters(trainable_only=True),
+            "answers": _protocol(model),
+        },
         "device": f"{accelerator.num_processes} x {device}, {accelerator.mixed_precision} mixed precision, "
         f"batch size {batch_size}",
         "parts": [split.row() for split in evaluated],
         "pooled": _pooled(evaluated),
     }
     return results, evaluated
+
+
+def _protocol(model: GroundingModel) -> str:
+    """Describe how a model processes an expression, as far as results depend on it."""
+    if not isinstance(model, GroundingDino):
+        return "one expression per forward pass"
+    over = {"max": "best", "mean": "mean"}[model.config.predict.score]
+    return f"the prompt is the expression alone, a box scores the {over} probability over its tokens"
 
 
 def _evaluate(
@@ -153,18 +185,44 @@ def _pooled(evaluated: Sequence[EvaluatedSplit]) -> list[dict[str, Any]]:
         for split in both:
             metric.absorb(split.metric)
         values = {name: np.concatenate([split.means[name] for split in both]) for name in both[0].means}
-        provenance = both[0].result.provenance
+        official = all(split.result.provenance.official for split in both)
+        provenance = replace(both[0].result.provenance, split=" + ".join(POOLED), official=official)
         rows.append(
             {
                 "key": key,
-                "title": DATASETS[key].title,
-                "split": " + ".join(POOLED),
-                "data": provenance.data,
-                "partition": provenance.partition,
-                "official": "yes" if all(split.result.provenance.official for split in both) else "no",
-                "protocol": metric.protocol,
-                **metric.compute().flat(),
+                "title": both[0].split.dataset_title,
+                **DatasetResult("", provenance, metric.protocol, *metric.compute()).flat(),
                 "intervals": intervals(values, [image for split in both for image in split.image_keys]),
             }
         )
     return rows
+
+
+def intervals(values: Mapping[str, np.ndarray], image_keys: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Compute 95 % bootstrap confidence intervals of means (percentile method, Efron 1979).
+
+    Whole images are drawn: expressions of one image are not independent, and drawing single expressions would give
+    intervals that are too narrow.
+
+    Args:
+        values: name -> [E], whose mean is the metric; NaN values are ignored.
+        image_keys: E keys; expressions of one image have the same key.
+
+    Returns:
+        name -> (low, high), without the metrics whose values are all of one image.
+    """
+    _, image = np.unique(np.asarray(image_keys), return_inverse=True)  # [E] -> 0..I-1
+    count = int(image.max()) + 1
+    generator = np.random.default_rng(0)
+    draws = generator.multinomial(count, np.full(count, 1 / count), size=NUM_DRAWS).astype(np.float64)  # [NUM_DRAWS, I]
+    found = {}
+    for name, column in values.items():
+        known = ~np.isnan(column)
+        if len(np.unique(image[known])) > 1:
+            sums = np.bincount(image[known], column[known], minlength=count)  # [I]
+            counts = np.bincount(image[known], minlength=count)  # [I]
+            weight = draws @ counts  # [NUM_DRAWS]
+            means = (draws @ sums)[weight > 0] / weight[weight > 0]
+            low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+            found[name] = (float(low), float(high))
+    return found

@@ -63,7 +63,7 @@ def _size(annotation: Annotation) -> str:
 
 
 def _others(annotation: Annotation) -> str:
-    return "" if annotation.others is None else ("0", "1", "2", "3+")[min(max(annotation.others, 0), 3)]
+    return "" if annotation.num_others is None else ("0", "1", "2", "3+")[min(max(annotation.num_others, 0), 3)]
 
 
 def _person(annotation: Annotation) -> bool:
@@ -91,6 +91,6 @@ def slices(annotations: Sequence[Annotation]) -> dict[str, dict[str, np.ndarray]
     found = {}
     for name, (labels, label_of) in ATTRIBUTES.items():
         values = np.array([label_of(annotation) for annotation in annotations])  # [expressions]
-        masks = {label: values == label for label in labels}
-        found[name] = {label: mask for label, mask in masks.items() if mask.any()}
-    return {name: masks for name, masks in found.items() if masks}
+        if masks := {label: values == label for label in labels if label in values}:
+            found[name] = masks
+    return found

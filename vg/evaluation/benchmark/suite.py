@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,7 @@ def open_splits(
 
 def open_source(key: str, split: str, data: Path | None, images: Path | None) -> Refcoco:
     """Open one split at its first location; raise NoSuchSplitError, which names all locations, if it has none."""
-    candidates = _candidates(DATASETS[key], split, data, None if images is None else str(images))
+    candidates = _candidates(DATASETS[key], split, data, images)
     for config in candidates:
         try:
             return config.build()
@@ -136,28 +137,24 @@ def open_source(key: str, split: str, data: Path | None, images: Path | None) ->
     raise NoSuchSplitError(f"{key} {split} is not in {data or 'the Hub'} ({paths})")
 
 
-def _candidates(
-    dataset: BenchmarkDataset, split: str, data: Path | None, image_root: str | None
-) -> list[RefcocoConfig]:
+def _candidates(dataset: BenchmarkDataset, split: str, data: Path | None, images: Path | None) -> list[RefcocoConfig]:
     """Return the locations where a split may be, the most likely one first."""
+    if images is None and data is not None and (data / "train2014").is_dir():
+        images = data
+    locate = partial(RefcocoConfig, split=split, image_root=None if images is None else str(images))
     if data is None:
-        name = dataset.names[0] if dataset.names else None
-        hub = RefcocoConfig(path=dataset.hub or "", split=split, dataset=name, image_root=image_root)
-        return [hub] if dataset.hub else []
-    if image_root is None and (data / "train2014").is_dir():
-        image_root = str(data)
+        return [locate(path=dataset.hub, dataset=next(iter(dataset.names), None))] if dataset.hub else []
     found = []
     for folder in (data / name for name in dataset.folders):
         if folder.is_dir():
             partition = dataset.partition if list(folder.glob("refs(*).p")) else None
-            found.append(RefcocoConfig(path=str(folder), split=split, image_root=image_root, partition=partition))
-    if dataset.files and (data / dataset.files.format(split=split)).is_file():
-        file = data / dataset.files.format(split=split)
-        found.append(RefcocoConfig(path=str(file), split=split, image_root=image_root))
+            found.append(locate(path=str(folder), partition=partition))
+    if dataset.files and (file := data / dataset.files.format(split=split)).is_file():
+        found.append(locate(path=str(file)))
     for name in dataset.names:
         paths = [data / folder for folder in ("", "data") if list((data / folder).glob(f"{name}_*"))]
         paths += [file for file in (data / "refs.json", data / "refs.jsonl") if file.is_file()]
-        found += [RefcocoConfig(path=str(p), split=split, image_root=image_root, dataset=name) for p in paths]
+        found += [locate(path=str(path), dataset=name) for path in paths]
     return found
 
 

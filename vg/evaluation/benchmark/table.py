@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from vg.evaluation.table import aligned
 from vg.metrics.average_precision import UNDEFINED
 
 COLUMNS = {  # metric -> its heading
@@ -103,19 +104,7 @@ def text(results: Mapping[str, Any]) -> str:
         *(f"{_title(entry)}: {entry['data']}, {entry['protocol']}" for entry in results["parts"]),
     ]
     tables = [comparison(results), metrics(results["parts"]), pooled(results)]
-    return "\n\n".join(filter(None, ["\n".join(lines), *map(_aligned, tables), remark(results)]))
-
-
-def _aligned(rows: Rows) -> str:
-    if not rows:
-        return ""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
+    return "\n\n".join(filter(None, ["\n".join(lines), *map(aligned, filter(None, tables)), remark(results)]))
 
 
 def _title(entry: Entry) -> str:

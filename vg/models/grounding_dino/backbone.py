@@ -24,7 +24,6 @@ NAMES_IN_FILES = (
     ("mlp.fc1.", "intermediate.dense."),
     ("mlp.fc2.", "output.dense."),
 )
-Sizes = tuple[tuple[int, int], ...]
 
 
 class ImageFeatures(NamedTuple):
@@ -53,10 +52,9 @@ class ImageFeatures(NamedTuple):
 class Backbone(nn.Module):
     """Images [B, 3, H, W] -> the feature map [B, C, h, w] of every selected stage; batch norms are frozen."""
 
-    def __init__(self, network: PreTrainedModel, channels: list[int]):
+    def __init__(self, network: PreTrainedModel):
         super().__init__()
         self.network = network
-        self.channels = channels
         self.batch_norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
         for norm in self.batch_norms:  # detection batches are too small to estimate statistics
             norm.num_batches_tracked = None
@@ -140,14 +138,11 @@ class Neck(nn.Module):
             half = self.level_encoding.shape[1] // 2
             of_y = sine_encoding(((y + 1) / (height + 1e-6)).unsqueeze(-1), half, self.temperature, interleaved=True)
             of_x = sine_encoding(((x + 1) / (width + 1e-6)).unsqueeze(-1), half, self.temperature, interleaved=True)
-            grid = (-1, rows, columns, -1)
-            encoding = torch.cat((of_y.unsqueeze(2).expand(grid), of_x.unsqueeze(1).expand(grid)), dim=-1)
+            encoding = torch.cat(torch.broadcast_tensors(of_y.unsqueeze(2), of_x.unsqueeze(1)), dim=-1)  # [B, h, w, D]
             positions.append((encoding + self.level_encoding[level]).flatten(1, 2))  # [B, h * w, D]
-            center = (
-                ((x + 0.5) / width).unsqueeze(1).expand(grid[:3]),
-                ((y + 0.5) / height).unsqueeze(2).expand(grid[:3]),
-            )
-            centers.append(torch.stack(center, dim=-1).flatten(1, 2))  # [B, h * w, 2]
+            center_x, center_y = ((x + 0.5) / width).unsqueeze(1), ((y + 0.5) / height).unsqueeze(2)
+            center = torch.stack(torch.broadcast_tensors(center_x, center_y), dim=-1)  # [B, h, w, 2]
+            centers.append(center.flatten(1, 2))
             masks.append(((x < width).unsqueeze(1) & (y < height).unsqueeze(2)).flatten(1))  # [B, h * w]
         return ImageFeatures(
             tokens=torch.cat([x.flatten(2).mT for x in levels], dim=1),
@@ -160,7 +155,7 @@ class Neck(nn.Module):
 
 
 def extract_image_features(
-    backbone: Backbone, neck: Neck, images: Tensor, sizes: Sizes, by_size: bool
+    backbone: Backbone, neck: Neck, images: Tensor, sizes: tuple[tuple[int, int], ...], by_size: bool
 ) -> ImageFeatures:
     """Run backbone and neck.
 

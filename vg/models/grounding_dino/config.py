@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
 from vg.losses.config import LossConfig
-from vg.models.encoder_config import TINY_BERT, TextEncoderConfig
-from vg.models.settings import ModelSettings
+from vg.models.settings import TINY_BERT, ModelSettings, TextEncoderConfig
 from vg.settings import Settings, by_name
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
     from vg.models.grounding_dino.backbone import Backbone
     from vg.models.grounding_dino.model import GroundingDino
 
@@ -20,7 +22,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass
-class BackboneConfig(Settings):
+class BackboneConfig(Settings, ABC):
     """Settings of every image backbone; the networks are those of transformers."""
 
     id: str | None = None
@@ -31,6 +33,16 @@ class BackboneConfig(Settings):
     def __post_init__(self) -> None:
         if self.stages != sorted(set(self.stages)) or self.stages[-1:] != [4]:
             raise ValueError(f"stages ({self.stages}) must be ascending and end with 4: later stages would be unused")
+
+    @abstractmethod
+    def of_transformers(self) -> PreTrainedConfig:
+        """Return the settings of the network in transformers."""
+
+    def _network(self, architecture: type[PreTrainedModel], pretrained: bool) -> PreTrainedModel:
+        settings = self.of_transformers()
+        if self.id and pretrained:
+            return architecture.from_pretrained(self.id, config=settings)
+        return architecture(settings)
 
 
 @dataclass
@@ -44,14 +56,10 @@ class SwinConfig(BackboneConfig):
     window: PositiveInt = 7
     drop_path: Probability = 0.2
 
-    def build(self, pretrained: bool) -> Backbone:
-        from torch import nn
-        from transformers import SwinBackbone
-        from transformers import SwinConfig as NetworkConfig
+    def of_transformers(self) -> PreTrainedConfig:
+        import transformers
 
-        from vg.models.grounding_dino.backbone import Backbone
-
-        settings = NetworkConfig(
+        return transformers.SwinConfig(
             embed_dim=self.width,
             depths=self.depths,
             num_heads=self.heads,
@@ -59,14 +67,19 @@ class SwinConfig(BackboneConfig):
             drop_path_rate=self.drop_path,
             out_features=[f"stage{stage}" for stage in self.stages],
         )
-        network = (
-            SwinBackbone.from_pretrained(self.id, config=settings) if self.id and pretrained else SwinBackbone(settings)
-        )
+
+    def build(self, pretrained: bool) -> Backbone:
+        from torch import nn
+        from transformers import SwinBackbone
+
+        from vg.models.grounding_dino.backbone import Backbone
+
+        network = self._network(SwinBackbone, pretrained)
         # transformers has one more norm after the last stage, whose output is not used.
         for module in network.modules():
             if isinstance(getattr(module, "layernorm", None), nn.LayerNorm):
                 module.layernorm = nn.Identity()
-        return Backbone(network, [self.width * 2 ** (stage - 1) for stage in self.stages])
+        return Backbone(network)
 
 
 @dataclass
@@ -77,25 +90,21 @@ class ResNetConfig(BackboneConfig):
     depths: list[PositiveInt] = field(default_factory=lambda: [3, 4, 6, 3])
     widths: list[PositiveInt] = field(default_factory=lambda: [256, 512, 1024, 2048])
 
+    def of_transformers(self) -> PreTrainedConfig:
+        import transformers
+
+        stages = [f"stage{stage}" for stage in self.stages]
+        return transformers.ResNetConfig(depths=self.depths, hidden_sizes=self.widths, out_features=stages)
+
     def build(self, pretrained: bool) -> Backbone:
         from transformers import ResNetBackbone
-        from transformers import ResNetConfig as NetworkConfig
 
         from vg.models.grounding_dino.backbone import Backbone
 
-        settings = NetworkConfig(
-            depths=self.depths,
-            hidden_sizes=self.widths,
-            out_features=[f"stage{stage}" for stage in self.stages],
-        )
-        network = (
-            ResNetBackbone.from_pretrained(self.id, config=settings)
-            if self.id and pretrained
-            else ResNetBackbone(settings)
-        )
+        network = self._network(ResNetBackbone, pretrained)
         network.embedder.requires_grad_(False)
         network.encoder.stages[0].requires_grad_(False)
-        return Backbone(network, [self.widths[stage - 1] for stage in self.stages])
+        return Backbone(network)
 
 
 @dataclass

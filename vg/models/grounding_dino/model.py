@@ -57,7 +57,7 @@ class GroundingDino(GroundingModel):
         self.config = config
         load_backbones = pretrained and config.weights is None  # else the checkpoint has their weights, too
         self.backbone = config.backbone.build(load_backbones)
-        self.neck = Neck(self.backbone.channels, config.width, config.levels, config.position_temperature)
+        self.neck = Neck(self.backbone.network.channels, config.width, config.levels, config.position_temperature)
         self.text = TextEncoder(config.text, config.width, load_backbones)
         self.encoder = FeatureEnhancer(config)
         self.queries = QuerySelection(config)
@@ -162,8 +162,8 @@ class GroundingDino(GroundingModel):
 
     def _initialize(self) -> None:
         """Draw random weights as the official implementation does; backbones initialize themselves."""
-        for part in (self.encoder, self.queries, self.decoder):
-            for weights in part.parameters():
+        for component in (self.encoder, self.queries, self.decoder):
+            for weights in component.parameters():
                 if weights.dim() > 1:
                     nn.init.xavier_uniform_(weights)
         for module in self.modules():

@@ -100,7 +100,7 @@ class QuerySelection(nn.Module):
 
 
 def box_proposals(image: ImageFeatures) -> Tensor:
-    """Place a box around every token: 5% of the image at the first level, twice that at the next, and so on.
+    """Return a box around every token: 5% of the image at the first level, twice that at the next, and so on.
 
     Returns:
         [R, S, 4] logits of cxcywh; infinite if the token is padding, or if a coordinate of the box is outside of

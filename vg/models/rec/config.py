@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
-from vg.losses.config import Weight
-from vg.models.encoder_config import TINY_BERT, EncoderConfig, TextEncoderConfig
-from vg.models.settings import ModelSettings
+from vg.losses.config import BoxLossConfig, Weight
+from vg.models.settings import TINY_BERT, EncoderConfig, ModelSettings, TextEncoderConfig
 from vg.settings import Settings, by_name
 
 if TYPE_CHECKING:
@@ -31,17 +30,16 @@ class BgeConfig(TextEncoderConfig):
 
 
 @dataclass
-class BoxLossConfig(Settings):
+class RecLossConfig(BoxLossConfig):
     """Base class: at least one term of the loss must have a weight."""
 
     def __post_init__(self) -> None:
-        weights = asdict(self)
-        if not any(weights.values()):
-            raise ValueError(f"every loss weight is zero; give one of {', '.join(weights)} a positive weight")
+        if not any(asdict(self).values()):
+            raise ValueError(f"every loss weight is zero; give one of {', '.join(asdict(self))} a positive weight")
 
 
 @dataclass
-class PooledLossConfig(BoxLossConfig):
+class PooledLossConfig(RecLossConfig):
     """Weights of the loss terms; zero disables a term. The published model was trained with DIoU alone."""
 
     diou: Weight = 1.0
@@ -50,14 +48,11 @@ class PooledLossConfig(BoxLossConfig):
 
 
 @dataclass
-class DenseLossConfig(BoxLossConfig):
+class DenseLossConfig(RecLossConfig):
     """Weights of the loss terms; zero disables a term."""
 
     token: Weight = 1.0
     """Cross-entropy between the scores of the image tokens and the tokens inside the ground-truth box."""
-    diou: Weight = 0.0
-    l1: Weight = 5.0
-    giou: Weight = 2.0
 
 
 @dataclass
@@ -130,8 +125,8 @@ class RecConfig(ModelSettings):
 
     @property
     def frozen_encoders(self) -> Mapping[str, EncoderConfig]:
-        encoders: dict[str, EncoderConfig] = {"vision": self.vision, "text": self.text}
-        return {name: encoder for name, encoder in encoders.items() if encoder.frozen and encoder.id}
+        encoders = (("vision", self.vision), ("text", self.text))
+        return {name: encoder for name, encoder in encoders if encoder.frozen and encoder.id}
 
     def build(self, pretrained: bool = True) -> RecModel:
         from vg.models.rec.model import RecModel
@@ -140,7 +135,6 @@ class RecConfig(ModelSettings):
 
     @classmethod
     def tiny(cls) -> RecConfig:
-        """Preset that trains from scratch in seconds on one CPU core, for tests."""
         convnext = {"model_type": "dinov3_convnext", "hidden_sizes": [16, 32], "depths": [1, 1]}
         return cls(
             image_size=32,

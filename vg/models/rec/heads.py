@@ -18,7 +18,7 @@ from vg.models.layers import (
     sine_encoding,
     token_centers,
 )
-from vg.models.rec.config import DenseHeadConfig, DenseLossConfig, PooledHeadConfig, PooledLossConfig
+from vg.models.rec.config import DenseHeadConfig, PooledHeadConfig
 
 MAX_CANDIDATES = 64  # tokens; the remaining softmax weights are negligible
 
@@ -31,16 +31,6 @@ class DenseOutput(NamedTuple):
     logits: Tensor  # [R, S] score of each image token for the expression
     boxes: Tensor  # [R, S, 4] cxcywh 0..1, the box that each token predicts
     centers: Tensor  # [S, 2] (x, y) 0..1, center of each token
-
-
-def box_terms(predicted: Tensor, target: Tensor, weights: PooledLossConfig | DenseLossConfig) -> dict[str, Tensor]:
-    """Return the weighted box losses whose weight is not zero: two [..., 4] cxcywh -> {term: [...]}."""
-    functions = {"diou": terms.diou, "l1": terms.l1, "giou": terms.giou}
-    return {
-        name: getattr(weights, name) * function(predicted, target)
-        for name, function in functions.items()
-        if getattr(weights, name)
-    }
 
 
 class PooledHead(nn.Module):
@@ -77,7 +67,8 @@ class PooledHead(nn.Module):
 
     def loss(self, output: PooledOutput, target: Tensor) -> dict[str, Tensor]:
         """target: [R, 4] cxcywh 0..1."""
-        return {name: loss.mean() for name, loss in box_terms(output.boxes, target, self.config.loss).items()}
+        weights, losses = self.config.loss, terms.box_terms(self.config.loss, output.boxes, target)  # [R] each
+        return {name: (getattr(weights, name) * loss).mean() for name, loss in losses.items()}
 
     def rank(self, output: PooledOutput) -> tuple[Tensor, Tensor]:
         """Return boxes [R, 1, 4] and scores [R, 1]; this head predicts no confidence, so the score is always 1."""
@@ -130,8 +121,8 @@ class DenseHead(nn.Module):
         weights = positive / positive.sum(dim=1, keepdim=True)
         losses = {"token": self.config.loss.token * terms.token_cross_entropy(output.logits, positive).mean()}
         target = target.unsqueeze(1).expand_as(output.boxes)
-        for name, loss in box_terms(output.boxes, target, self.config.loss).items():
-            losses[name] = (loss * weights).sum(dim=1).mean()
+        for name, loss in terms.box_terms(self.config.loss, output.boxes, target).items():  # [R, S]
+            losses[name] = (getattr(self.config.loss, name) * loss * weights).sum(dim=1).mean()
         return losses
 
     @staticmethod

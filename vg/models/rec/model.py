@@ -12,11 +12,23 @@ from transformers import AutoTokenizer
 from vg import boxes as box_ops
 from vg.errors import ConfigError
 from vg.models.base import EncodableModel
-from vg.models.encoders import load_tokenizer, tokenizer_key, weights_key
+from vg.models.encoders import Encoder, load_tokenizer, tokenizer_key, weights_key
 from vg.models.rec.config import RecConfig
-from vg.models.rec.encoders import TextEncoder, VisionEncoder
 from vg.models.rec.heads import DenseOutput, PooledOutput
 from vg.types import Batch, EncodedBatch, Features, ImageSpec, LossName, Prediction, StretchedImage, Text, TextSpec
+
+
+class VisionEncoder(Encoder):
+    """Images [B, 3, H, W] -> tokens [B, R + S, D]: R prefix tokens (class, registers), then the S cells of the grid."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Return the tokens and the grid (rows, columns) of the last S = rows x columns of them."""
+        features = self.run(pixel_values=images)
+        if features.dim() == 4:  # a convolutional network: [B, D, rows, columns]
+            return features.flatten(2).mT, (features.shape[2], features.shape[3])
+        config = self.network_config  # ConvNeXt has no patches: its stem reduces by 4, every further stage by 2
+        stride = config.patch_size if hasattr(config, "patch_size") else 4 * 2 ** (len(config.hidden_sizes) - 1)
+        return features, (images.shape[2] // stride, images.shape[3] // stride)
 
 
 class RecModel(EncodableModel):
@@ -27,7 +39,7 @@ class RecModel(EncodableModel):
         self.config = config
         self.external = tuple(config.frozen_encoders)
         self.vision = VisionEncoder(config.vision, pretrained, lazy=pretrained and "vision" in self.external)
-        self.text = TextEncoder(config.text, pretrained, lazy=pretrained and "text" in self.external)
+        self.text = Encoder(config.text, pretrained, lazy=pretrained and "text" in self.external)
         self.head = config.head.build(self.vision.width, self.text.width)
 
     @property
@@ -55,7 +67,7 @@ class RecModel(EncodableModel):
         return self.vision(images)
 
     def encode_text(self, text: Text) -> Tensor:
-        return self.text(text)
+        return self.text.run(input_ids=text.token_ids, attention_mask=text.mask.long())
 
     def decode(self, features: Features) -> PooledOutput | DenseOutput:
         image, grid, text, mask, image_ids = features

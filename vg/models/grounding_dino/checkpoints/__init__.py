@@ -1,13 +1,12 @@
 """Checkpoints of Grounding DINO in four dialects (formats): official, transformers, mmdetection and vg.
 
-table.py lists every name, layout.py converts the few tensors whose layout differs, too. Reading detects dialect and
-variant from the tensors, and raises if a tensor is missing or unknown.
+names.py lists the name of every weight in all dialects. Reading detects dialect and variant from the tensors, and
+raises if a tensor is missing or unknown.
 """
 
-from vg.models.grounding_dino.checkpoints.load import load_into, open_model
+from vg.models.grounding_dino.checkpoints.load import bert_settings, load_into, open_model, open_tokenizer
+from vg.models.grounding_dino.checkpoints.names import Dialect
 from vg.models.grounding_dino.checkpoints.read import Checkpoint, read_checkpoint
-from vg.models.grounding_dino.checkpoints.table import Dialect
-from vg.models.grounding_dino.checkpoints.tokenizer import bert_settings, open_tokenizer
 from vg.models.grounding_dino.checkpoints.write import write_checkpoint
 
 __all__ = [

@@ -1,18 +1,20 @@
-"""Load a checkpoint of any dialect into a new model or an existing one."""
+"""Load a checkpoint of any dialect into a new model or an existing one, and its tokenizer."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+import json
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from vg.errors import CheckpointError
-from vg.models.grounding_dino.checkpoints.read import read_checkpoint
-from vg.models.grounding_dino.checkpoints.tokenizer import bert_settings, open_tokenizer
+from vg.models.encoders import load_tokenizer
+from vg.models.grounding_dino.checkpoints.read import Checkpoint, read_checkpoint
 from vg.models.grounding_dino.checkpoints.variant import LABELS
-from vg.models.grounding_dino.config import GroundingDinoConfig
+from vg.models.grounding_dino.config import BertConfig, GroundingDinoConfig
 
 if TYPE_CHECKING:
     from vg.models.grounding_dino.model import GroundingDino
@@ -51,10 +53,7 @@ def load_into(model: GroundingDino, path: str | Path) -> str | None:
     wanted = model.config
     checkpoint = read_checkpoint(path, model.text.network.config.to_dict())
     found, weights = checkpoint.config, dict(checkpoint.weights)
-    differences = [
-        f"{name}: {ours} in the configuration, {theirs} in the checkpoint"
-        for name, (ours, theirs) in _differences(wanted, found).items()
-    ]
+    differences = _differences(wanted, found)
     if differences:
         raise CheckpointError(f"{path} is another variant of the model:\n  " + "\n  ".join(differences))
     if found.shared_heads and not wanted.shared_heads:
@@ -74,19 +73,45 @@ def load_into(model: GroundingDino, path: str | Path) -> str | None:
     return checkpoint.tokenizer
 
 
-def _differences(wanted: GroundingDinoConfig, found: GroundingDinoConfig) -> dict[str, tuple[Any, Any]]:
-    """Compare the settings that determine names, shapes or the meaning of weights."""
+def _differences(wanted: GroundingDinoConfig, found: GroundingDinoConfig) -> list[str]:
+    """List different settings that determine names, shapes or the meaning of weights."""
     names = ["width", "levels", "encoder_layers", "decoder_layers", "heads", "points", "feedforward", "num_queries"]
     names += ["fusion", "classes", "shared_heads", "position_temperature"]
     pairs = {name: (getattr(wanted, name), getattr(found, name)) for name in names}
     for field in fields(wanted.backbone):
         if field.name not in ("id", "drop_path"):
-            pairs[f"backbone.{field.name}"] = (
-                getattr(wanted.backbone, field.name),
-                getattr(found.backbone, field.name, None),
-            )
+            own, theirs = (getattr(config.backbone, field.name, None) for config in (wanted, found))
+            pairs[f"backbone.{field.name}"] = own, theirs
     if found.shared_heads:
         del pairs["shared_heads"]
     if wanted.classes.scale == "learned" and found.classes.scale == "one" and wanted.classes.similarity == "dot":
-        pairs["classes"] = (wanted.classes.bias, found.classes.bias)
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        pairs["classes"] = wanted.classes.bias, found.classes.bias
+    return [f"{name}: {a} in the configuration, {b} in the checkpoint" for name, (a, b) in pairs.items() if a != b]
+
+
+def open_tokenizer(checkpoint: Checkpoint, path: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer at `path` (folder, vocab.txt, tokenizer.json or Hub id), else the checkpoint's, else BERT's.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or does not fit the text encoder of the checkpoint.
+    """
+    path = path or checkpoint.tokenizer or str(BertConfig().id)
+    advice = "pass the folder or Hub id of the BERT that the model was trained with: --tokenizer"
+    try:
+        tokenizer = load_tokenizer(replace(checkpoint.config.text, tokenizer=path))
+    except Exception as error:  # no such file, no network, no vocabulary in it: each has its own exception class
+        raise CheckpointError(f"cannot load a tokenizer from {path}; {advice}\n({error})") from error
+    rows = (checkpoint.config.text.architecture or {})["vocab_size"]
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary) > rows or not {"[CLS]", "[SEP]", "."} <= vocabulary.keys():
+        raise CheckpointError(
+            f"the tokenizer of {path} has {len(vocabulary)} tokens and does not fit this checkpoint, whose text "
+            f"encoder has {rows}; {advice}"
+        )
+    return tokenizer
+
+
+def bert_settings(path: str | None) -> dict[str, Any]:
+    """Read BERT's config.json in the folder of its tokenizer; empty without such a file."""
+    file = Path(path or "") / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if path and file.exists() else {}

@@ -7,9 +7,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
@@ -19,11 +18,12 @@ from torch import Tensor
 from vg.errors import CheckpointError
 from vg.models.grounding_dino.backbone import name_in_file
 from vg.models.grounding_dino.checkpoints.files import load_tensors, local_path
-from vg.models.grounding_dino.checkpoints.layout import from_file
-from vg.models.grounding_dino.checkpoints.names import tensor_names
-from vg.models.grounding_dino.checkpoints.table import IGNORABLE, Dialect, Foreign
+from vg.models.grounding_dino.checkpoints.names import IGNORABLE, Dialect, Foreign, from_file, on_meta, tensor_names
 from vg.models.grounding_dino.checkpoints.variant import NamedAsInVg, detect_text, detect_variant
 from vg.models.grounding_dino.config import GroundingDinoConfig, SwinConfig
+
+if TYPE_CHECKING:
+    from vg.models.grounding_dino.model import GroundingDino
 
 SHOWN = 20  # names per message
 NETWORK = "model.backbone.conv_encoder.model."  # of the backbone, in transformers
@@ -66,19 +66,10 @@ def read_checkpoint(path: str | Path, bert: Mapping[str, Any] | None = None) -> 
     """
     local = local_path(path)
     try:
-        if local.is_dir() and not (local / "config.json").exists():
-            checkpoint = _read_vg(local, bert or {})
-        else:
-            checkpoint = _read_foreign(local, bert or {})
-        _check(checkpoint)
-    except (
-        CheckpointError,
-        OSError,
-        SafetensorError,
-        ValueError,
-    ) as error:  # ValueError: bad config.json
+        read = _read_vg if local.is_dir() and not (local / "config.json").exists() else _read_foreign
+        return read(local, bert or {})
+    except (CheckpointError, OSError, SafetensorError, ValueError) as error:  # ValueError: shapes, or bad config.json
         raise CheckpointError(f"{path}: {error}") from error
-    return checkpoint
 
 
 def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
@@ -90,6 +81,8 @@ def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
         )
     try:
         values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        if (family := values["model"]["name"]) != "grounding_dino":
+            raise CheckpointError(f"config.yaml is not that of a Grounding DINO, but of {family}, which has one format")
         config = TypeAdapter(GroundingDinoConfig).validate_python(values["model"] | {"weights": None})
     except (yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"config.yaml is not that of a Grounding DINO: {error}") from error
@@ -97,6 +90,7 @@ def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
     if config.text.architecture is None:
         sizes = detect_text(NamedAsInVg(weights, "vg"), bert)
         config.text = replace(sizes, frozen=config.text.frozen, tokenizer=config.text.tokenizer)
+    _check(on_meta(config), weights)
     return Checkpoint("vg", config, weights, str(folder / "tokenizer"))
 
 
@@ -109,21 +103,24 @@ def _read_foreign(path: Path, bert: Mapping[str, Any]) -> Checkpoint:
     if dialect == "transformers":
         tensors = {_name_in_file(key): tensor for key, tensor in tensors.items()}
     config = detect_variant(tensors, dialect, settings, bert)
-    weights, used = {}, set()
-    missing, contradicting = [], []
-    for own, names in tensor_names(config, dialect).items():
+    model = on_meta(config)
+    weights, unknown = {}, {key for key in tensors if not re.fullmatch(IGNORABLE, key)}
+    problems = []
+    for own, names in tensor_names(model, dialect).items():
+        unknown.difference_update(names)
         stored = [name for name in names if name in tensors]
-        used.update(stored)
         if not stored:
-            missing.append(names[0])
+            problems.append(f"missing: {names[0]}")
             continue
-        if not all(tensors[name].equal(tensors[stored[0]]) for name in stored[1:]):
-            contradicting.append(" and ".join(stored))
+        if not all(tensors[name].equal(tensors[stored[0]]) for name in stored):
+            problems.append(f"should be equal: {' and '.join(stored)}")
         weights.update(from_file(own, tensors[stored[0]], dialect))
-    unknown = [key for key in tensors.keys() - used if not re.fullmatch(IGNORABLE[dialect], key)]
-    if missing or unknown or contradicting:
-        problems = {"missing": missing, "unknown": unknown, "should be equal": contradicting}
-        raise CheckpointError(f"the {dialect} checkpoint is incomplete or of another architecture" + _listing(problems))
+    problems = sorted(problems) + [f"unknown: {key}" for key in sorted(unknown)]
+    if problems:
+        rest = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        lines = "\n  ".join(problems[:SHOWN] + rest)
+        raise CheckpointError(f"the {dialect} checkpoint is incomplete or of another architecture:\n  {lines}")
+    _check(model, weights)
     return Checkpoint(dialect, config, weights, str(path) if path.is_dir() else None)
 
 
@@ -143,17 +140,6 @@ def _name_in_file(key: str) -> str:
     return NETWORK + name_in_file(key.removeprefix(NETWORK)) if key.startswith(NETWORK) else key
 
 
-def _check(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless the weights fit the model of this configuration."""
-    with torch.device("meta"):
-        model = checkpoint.config.build(pretrained=False)
-    try:
-        model.load_own_state_dict({key: tensor.to("meta") for key, tensor in checkpoint.weights.items()})
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _listing(problems: Mapping[str, list[str]]) -> str:
-    lines = [f"{problem}: {name}" for problem, names in problems.items() for name in sorted(names)]
-    rest = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return ":\n  " + "\n  ".join(lines[:SHOWN] + rest)
+def _check(model: GroundingDino, weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the weights fit the model, which is on the meta device."""
+    model.load_own_state_dict({key: tensor.to("meta") for key, tensor in weights.items()})

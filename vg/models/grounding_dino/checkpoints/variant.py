@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vg.errors import CheckpointError
-from vg.models.grounding_dino.checkpoints.names import patterns, tensor_names
-from vg.models.grounding_dino.checkpoints.table import Dialect, Foreign
+from vg.models.grounding_dino.checkpoints.names import Dialect, Foreign, rows
 from vg.models.grounding_dino.config import (
     BertConfig,
     ClassHeadConfig,
@@ -37,19 +36,23 @@ class NamedAsInVg:
 
     def __init__(self, tensors: Mapping[str, Tensor], dialect: Dialect):
         self.tensors = tensors
-        self.patterns = patterns(dialect)
+        self.patterns = {own[0]: theirs for own, theirs in reversed([*rows(dialect)]) if theirs is not None}
+
+    def name_in_file(self, name: str, **numbers: Any) -> str:
+        values = {"number": numbers.get("stage", 0) + 1, "convs": f"convs.{numbers.get('level')}", **numbers}
+        return self.patterns[name].format(**values)
 
     def has(self, name: str, **numbers: int) -> bool:
-        return name in self.patterns and self.patterns[name].format(**numbers) in self.tensors
+        return name in self.patterns and self.name_in_file(name, **numbers) in self.tensors
 
     def shape(self, name: str, **numbers: int) -> tuple[int, ...]:
         if not self.has(name, **numbers):
-            raise CheckpointError(f"the tensor {self.patterns[name].format(**numbers)} is missing")
-        return tuple(self.tensors[self.patterns[name].format(**numbers)].shape)
+            raise CheckpointError(f"the tensor {self.name_in_file(name, **numbers)} is missing")
+        return tuple(self.tensors[self.name_in_file(name, **numbers)].shape)
 
     def count(self, name: str, counter: str, **numbers: int) -> int:
         """Return one more than the highest value of the placeholder `counter`; gaps are not detected."""
-        prefix = self.patterns[name].partition(f"{{{counter}}}")[0].format(**numbers)
+        prefix = self.name_in_file(name, **numbers, **{counter: "|"}).partition("|")[0]
         rests = [key.removeprefix(prefix).partition(".")[0] for key in self.tensors if key.startswith(prefix)]
         return 1 + max(map(int, filter(str.isdigit, rests)), default=-1)
 
@@ -73,9 +76,9 @@ def detect_variant(
     if settings.get("decoder_n_points", points) != points:
         raise CheckpointError("config.json: encoder_n_points and decoder_n_points differ, which vg does not support")
     offsets = found.shape("encoder.layers.{layer}.image.attention.offsets.weight", layer=0)[0]
-    classes = _classes(found, layers)
-    from_mmdetection = dialect == "mmdet" or classes.bias
-    config = GroundingDinoConfig(
+    bias, learned = (found.has(f"queries.class_head.{name}", decoder_layers=layers) for name in ("bias", "log_scale"))
+    from_mmdetection = dialect == "mmdet" or bias
+    return GroundingDinoConfig(
         backbone=_backbone(found, levels, from_mmdetection),
         text=detect_text(found, settings.get("text_config", bert)),
         max_tokens=settings.get("max_text_len", 256),
@@ -89,38 +92,22 @@ def detect_variant(
         num_queries=found.shape("queries.content")[0],
         position_temperature=float(settings.get("positional_embedding_temperature", 20)),
         logit_eps=LOGIT_EPS[dialect],
-        shared_heads=False,
-        classes=classes,
+        shared_heads=_heads_are_equal(tensors, dialect, layers),
+        classes=ClassHeadConfig(scale="learned" if learned else "width" if bias else "one", bias=bias),
         fusion_dropout=0.1 if from_mmdetection else 0.0,
         fusion_drop_path=0.0 if from_mmdetection else 0.1,
         denoising=DenoisingConfig(num_labels=found.shape(LABELS)[0]) if found.has(LABELS) else None,
     )
-    config.shared_heads = _heads_are_equal(tensors, config, dialect)
-    return config
 
 
-def _classes(found: NamedAsInVg, decoder_layers: int) -> ClassHeadConfig:
-    bias = found.has("queries.class_head.bias", decoder_layers=decoder_layers)
-    if found.has("queries.class_head.log_scale", decoder_layers=decoder_layers):
-        return ClassHeadConfig(scale="learned", bias=bias)
-    return ClassHeadConfig(scale="width" if bias else "one", bias=bias)
-
-
-def _heads_are_equal(tensors: Mapping[str, Tensor], config: GroundingDinoConfig, dialect: Foreign) -> bool:
-    """Whether the heads of later decoder layers are missing or equal to those of the first layer."""
-    names = {own[0]: files for own, files in tensor_names(config, dialect).items()}
-
-    def stored(own: str) -> Tensor | None:
-        return next((tensors[name] for name in names[own] if name in tensors), None)
-
-    for own in names:
-        _, is_head, rest = own.partition("_heads.")
-        layer, _, leaf = rest.partition(".")
-        if is_head and layer != "0" and (tensor := stored(own)) is not None:
-            first = stored(own.replace(f"_heads.{layer}.{leaf}", f"_heads.0.{leaf}"))
-            if first is None or not tensor.equal(first):
-                return False
-    return True
+def _heads_are_equal(tensors: Mapping[str, Tensor], dialect: Foreign, decoder_layers: int) -> bool:
+    """Whether all decoder layers have the same heads; those of later layers may be missing."""
+    heads: dict[str, list[Tensor]] = {}
+    for own, theirs in rows(dialect):
+        if "{head}" in own[0] and theirs is not None:
+            names = [theirs.format(layer=layer) for layer in range(decoder_layers)]
+            heads.setdefault(own[0], []).extend(tensors[name] for name in names if name in tensors)
+    return all(tensor.equal(stored[0]) for stored in heads.values() for tensor in stored)
 
 
 def _backbone(found: NamedAsInVg, levels: int, from_mmdetection: bool) -> SwinConfig | ResNetConfig:
@@ -129,33 +116,25 @@ def _backbone(found: NamedAsInVg, levels: int, from_mmdetection: bool) -> SwinCo
         if found.has("neck.projections.{level}.0.weight", level=level):
             _, inputs, kernel, _ = found.shape("neck.projections.{level}.0.weight", level=level)
             channels += [inputs] if kernel == 1 else []
-    depths: list[int] = []
-    if found.has(PATCHES):
-        width = found.shape(PATCHES)[0]
-        heads = []
-        while depth := found.count(SWIN_BLOCK + "layernorm_before.weight", "block", stage=len(depths)):
-            table = SWIN_BLOCK + "attention.self.relative_position_bias_table"
-            offsets, heads_of_stage = found.shape(table, stage=len(depths), block=0)
-            depths.append(depth)
-            heads.append(heads_of_stage)
-        return SwinConfig(
-            stages=_stages(channels, [width * 2**stage for stage in range(len(depths))]),
-            width=width,
-            depths=depths,
-            heads=heads,
-            window=(math.isqrt(offsets) + 1) // 2,
-            drop_path=0.3 if from_mmdetection and width == 128 else 0.2,
-        )
-    if not found.has("backbone.network.embedder.embedder.convolution.weight"):
+    swin = found.has(PATCHES)
+    if not swin and not found.has("backbone.network.embedder.embedder.convolution.weight"):
         raise CheckpointError("the backbone is neither a Swin transformer nor a ResNet")
-    widths = []
-    while depth := found.count(
-        RESNET_BLOCK + "0.convolution.weight", "block", stage=len(depths), number=len(depths) + 1
-    ):
-        last = found.shape(RESNET_BLOCK + "2.convolution.weight", stage=len(depths), number=len(depths) + 1, block=0)
-        depths.append(depth)
-        widths.append(last[0])
-    return ResNetConfig(stages=_stages(channels, widths), depths=depths, widths=widths)
+    block = SWIN_BLOCK + "layernorm_before.weight" if swin else RESNET_BLOCK + "0.convolution.weight"
+    depths = [depth for stage in range(4) if (depth := found.count(block, "block", stage=stage))]
+    if not swin:
+        last = RESNET_BLOCK + "2.convolution.weight"
+        widths = [found.shape(last, stage=stage, block=0)[0] for stage in range(len(depths))]
+        return ResNetConfig(stages=_stages(channels, widths), depths=depths, widths=widths)
+    width = found.shape(PATCHES)[0]
+    table = SWIN_BLOCK + "attention.self.relative_position_bias_table"  # [offsets, heads]
+    return SwinConfig(
+        stages=_stages(channels, [width * 2**stage for stage in range(len(depths))]),
+        width=width,
+        depths=depths,
+        heads=[found.shape(table, stage=stage, block=0)[1] for stage in range(len(depths))],
+        window=(math.isqrt(found.shape(table, stage=0, block=0)[0]) + 1) // 2,
+        drop_path=0.3 if from_mmdetection and width == 128 else 0.2,
+    )
 
 
 def _stages(channels: list[int], widths: list[int]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -11,11 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vg.errors import CheckpointError
-from vg.models.grounding_dino.checkpoints.layout import to_file
-from vg.models.grounding_dino.checkpoints.names import tensor_names
-from vg.models.grounding_dino.checkpoints.table import Foreign
+from vg.models.grounding_dino.checkpoints.names import Foreign, on_meta, tensor_names, to_file
 from vg.models.grounding_dino.checkpoints.variant import LABELS
-from vg.models.grounding_dino.config import GroundingDinoConfig, SwinConfig
+from vg.models.grounding_dino.config import GroundingDinoConfig
 
 
 def write_checkpoint(
@@ -36,23 +35,21 @@ def write_checkpoint(
     Raises:
         CheckpointError: the dialect does not support this model, or the weights do not fit `config`.
     """
-    unsupported = _unsupported(config, dialect)
+    names = tensor_names(on_meta(config), dialect)
+    if LABELS not in weights:  # needed in training only, and optional everywhere
+        names.pop((LABELS,), None)
+    absent = [name for own in names for name in own if name not in weights]
+    surplus = weights.keys() - set(chain((LABELS,), *names))
+    unsupported = _unsupported(config, dialect) or ", ".join(sorted(surplus))
     if unsupported:
         raise CheckpointError(f"the {dialect} dialect does not support {unsupported}")
+    if absent:
+        raise CheckpointError(f"the weights lack {absent[0]}; frozen encoders are not saved with a checkpoint")
     tensors: dict[str, Tensor] = {}
-    left = set(weights) - {LABELS}  # needed in training only, and optional everywhere
-    for own, names in tensor_names(config, dialect).items():
-        if own == (LABELS,) and LABELS not in weights:
-            continue
-        if not left.issuperset(own) and own != (LABELS,):
-            absent = ", ".join(name for name in own if name not in weights)
-            raise CheckpointError(f"the weights lack {absent}; frozen encoders are not saved with a checkpoint")
-        left -= set(own)
+    for own, foreign in names.items():
         tensor = to_file(own, [weights[name].detach().cpu() for name in own], dialect)
         # transformers ties shared heads when it loads them; files of the other dialects contain every name.
-        tensors |= dict.fromkeys(names[:1] if dialect == "transformers" else names, tensor)
-    if left:
-        raise CheckpointError(f"the {dialect} dialect does not support {', '.join(sorted(left))}")
+        tensors |= dict.fromkeys(foreign[:1] if dialect == "transformers" else foreign, tensor)
     if dialect == "official":
         torch.save({"model": tensors}, out)
     elif dialect == "mmdet":
@@ -89,21 +86,10 @@ def _write_settings(
     """Write config.json, and the files of the processor and the tokenizer."""
     import transformers
 
-    stages = {"depths": config.backbone.depths, "out_features": [f"stage{stage}" for stage in config.backbone.stages]}
-    if isinstance(config.backbone, SwinConfig):
-        backbone = transformers.SwinConfig(
-            embed_dim=config.backbone.width,
-            num_heads=config.backbone.heads,
-            window_size=config.backbone.window,
-            drop_path_rate=config.backbone.drop_path,
-            **stages,
-        )
-    else:
-        backbone = transformers.ResNetConfig(hidden_sizes=config.backbone.widths, **stages)
     biased = config.classes.bias
     family = transformers.MMGroundingDinoConfig if biased else transformers.GroundingDinoConfig
     settings = family(
-        backbone_config=backbone,
+        backbone_config=config.backbone.of_transformers(),
         text_config=transformers.BertConfig(**(config.text.architecture or {})),
         num_queries=config.num_queries,
         encoder_layers=config.encoder_layers,
