@@ -100,7 +100,8 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     ("image", "message"),
     [
         ("nowhere.png", "nowhere.png"),
-        (np.zeros((4, 4), np.uint8), r"\[4, 4\] uint8"),
+        (np.zeros((4, 4, 2), np.uint8), r"\[4, 4, 2\]; expected"),
+        (np.zeros((0, 0, 3), np.uint8), r"\[0, 0, 3\]; expected"),
         (np.zeros((4, 4, 3), np.float32), "float32"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from vg.data.pixels import image_to_rgb
 from vg.errors import BadSampleError
 
+MAX_PIXELS = int(os.environ.get("VG_MAX_PIXELS", 100_000_000))  # larger images are refused: a bomb, or a mistake
 _FOLDERS = ("", "train2014", "train2017", "val2014", "val2017", "images")  # 2017 has the images of 2014
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _COCO = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})(?:_\d+)?")  # RefCOCO appends the id of an annotation
@@ -24,8 +27,10 @@ def find_image(name: str, root: Path) -> Path:
     An image is `train2014/COCO_train2014_000000000716.jpg` in COCO 2014, `train2017/000000000716.jpg` in COCO 2017.
 
     Raises:
-        BadSampleError: there is no such file; the message lists the paths that were tried.
+        BadSampleError: the name leads out of `root`, or there is no such file; the message lists what was tried.
     """
+    if not Path(os.path.normpath(root / name)).is_relative_to(os.path.normpath(root)):
+        raise BadSampleError(f"image {name} is outside {root}; set image_root to a folder that contains all images")
     names = [Path(name).name]
     if coco_id := re.search(r"\d{12}", names[0]):
         names += [f"COCO_train2014_{coco_id[0]}.jpg", f"COCO_val2014_{coco_id[0]}.jpg", f"{coco_id[0]}.jpg"]
@@ -58,12 +63,21 @@ def image_key(name: str, root: Path | None = None) -> str:
 
 @contextmanager
 def _opened(source: Path | bytes | Image.Image, name: str) -> Iterator[Image.Image]:
+    if isinstance(source, Path) and not source.is_file():  # a named pipe would block
+        raise BadSampleError(f"image {name} does not exist, or is not a file")
     try:
         if isinstance(source, Image.Image):
             yield source
         else:
             with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise BadSampleError(
+                        f"image {name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; resize it, "
+                        "or set the environment variable VG_MAX_PIXELS"
+                    )
                 yield image
+    except BadSampleError:
+        raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
         raise BadSampleError(f"image {name} cannot be read ({error}); replace the file by an intact copy") from error
 
@@ -71,8 +85,17 @@ def _opened(source: Path | bytes | Image.Image, name: str) -> Iterator[Image.Ima
 def image_size(source: Path | bytes | Image.Image, name: str, upright: bool = False) -> tuple[int, int]:
     """Return (height, width) of what `read_image` returns, from the file header; same arguments and errors."""
     with _opened(source, name) as image:
-        is_rotated = upright and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return (image.width, image.height) if is_rotated else (image.height, image.width)
+        return (image.width, image.height) if upright and _is_rotated(image) else (image.height, image.width)
+
+
+def is_rotated(source: Path | bytes, name: str) -> bool:
+    """Return whether viewers turn the image by 90 degrees because of its EXIF orientation; raises as read_image."""
+    with _opened(source, name) as image:
+        return _is_rotated(image)
+
+
+def _is_rotated(image: Image.Image) -> bool:
+    return image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
 
 
 def read_image(source: Path | bytes | Image.Image, name: str, upright: bool = False) -> np.ndarray:
@@ -84,7 +107,7 @@ def read_image(source: Path | bytes | Image.Image, name: str, upright: bool = Fa
         upright: apply the EXIF orientation. COCO boxes refer to the pixels as stored.
 
     Raises:
-        BadSampleError: not an image, or a damaged one.
+        BadSampleError: not an image, a damaged one, one with more than MAX_PIXELS, or see `image_to_rgb`.
     """
     with _opened(source, name) as image:
-        return np.array((ImageOps.exif_transpose(image) if upright else image).convert("RGB"))
+        return image_to_rgb(ImageOps.exif_transpose(image) if upright else image, name)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vg.checkpoint import is_checkpoint, read_model
 from vg.data.collate import Collator
+from vg.data.images import read_image
+from vg.data.pixels import array_to_rgb
 from vg.errors import DataError
 from vg.inference.draw import draw_boxes
 from vg.models.base import GroundingModel
@@ -27,20 +28,18 @@ def to_array(image: ImageLike) -> np.ndarray:
     """Read an image, rotated by its EXIF orientation -> [H, W, 3] uint8, RGB.
 
     Raises:
-        DataError: an array of another shape or dtype, a path or URL that cannot be read, or a damaged file.
+        DataError: a URL that cannot be read, or see `vg.data.pixels.array_to_rgb` and `vg.data.images.read_image`.
     """
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise DataError(f"an image array must be [H, W, 3] uint8; got {list(image.shape)} {image.dtype}")
-        return image
+        return array_to_rgb(image, "given as an array")
     if isinstance(image, Image.Image):
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        return read_image(image, "given", upright=True)
+    if not str(image).startswith(("http://", "https://")):
+        return read_image(Path(image), str(image), upright=True)
     try:
-        source = io.BytesIO(_download(str(image))) if str(image).startswith(("http://", "https://")) else image
-        with Image.open(source) as opened:
-            return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-    except OSError as error:  # no such file, no network, not an image, or a damaged one
-        raise DataError(f"cannot read the image {image}: {error}") from error
+        return read_image(_download(str(image)), str(image), upright=True)
+    except OSError as error:  # no network, or no such address
+        raise DataError(f"cannot download the image {image}: {error}") from error
 
 
 def _download(url: str) -> bytes:

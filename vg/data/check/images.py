@@ -6,14 +6,13 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 
-from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from vg.data.check.dataset import CheckedDataset, ImageFile
-from vg.data.images import find_image
+from vg.data.images import find_image, is_rotated, read_image
+from vg.errors import BadSampleError
 
 _THREADS = 8
 _RATIO = 0.02  # tolerance between the scales of width and height for an image to count as resized as a whole
@@ -44,12 +43,11 @@ def _open(name: str, root: Path) -> ImageFile:
         return ImageFile(error=str(error))
     digest = hashlib.blake2b(data, digest_size=16).digest()
     try:
-        with warnings.catch_warnings(), Image.open(BytesIO(data)) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            image.convert("RGB")
-            return ImageFile((image.height, image.width), is_rotated, digest)
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
+            height, width, _ = read_image(data, name).shape
+            return ImageFile((height, width), is_rotated(data, name), digest)
+    except BadSampleError as error:
         return ImageFile(digest=digest, error=str(error))
 
 

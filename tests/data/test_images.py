@@ -1,0 +1,75 @@
+"""Image files: one way to read them for training, `vg check` and prediction, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.check.cases import check, found, valid_coco, write
+from vg.data import images
+from vg.data.images import find_image, image_size, is_rotated, read_image
+from vg.errors import BadSampleError
+from vg.inference.grounder import to_array
+
+RAMP = np.linspace(0, 65535, 40 * 60).astype(np.uint16).reshape(40, 60)
+
+
+def test_16_bit_images_are_read_alike_for_training_and_prediction(tmp_path: Path) -> None:
+    Image.fromarray(RAMP).save(tmp_path / "0.png")
+    pixels = read_image(tmp_path / "0.png", "0.png")
+    assert len(np.unique(pixels)) == 256, "neither black nor white"
+    np.testing.assert_array_equal(to_array(tmp_path / "0.png"), pixels)
+    np.testing.assert_array_equal(to_array(RAMP), pixels)
+
+
+def test_floating_point_images_are_an_issue_of_check(tmp_path: Path) -> None:
+    Image.fromarray(RAMP.astype(np.float32)).save(tmp_path / "0.tif")
+    document = valid_coco()
+    document["images"][0]["file_name"] = "0.tif"
+    issue = found(check(write(tmp_path, document)), "images that cannot be read")
+    assert "float32 values" in issue.examples[0]
+
+
+def test_files_outside_the_image_root_are_refused(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
+    for name in ("../secret.png", "a/../../secret.png", str(tmp_path / "secret.png")):
+        with pytest.raises(BadSampleError, match=r"outside .*; set image_root to a folder that contains all images"):
+            find_image(name, root)
+    Image.new("RGB", (2, 2)).save(root / "a.png")
+    assert find_image("b/../a.png", root) == root / "a.png"
+    assert find_image(str(root / "a.png"), root) == root / "a.png"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes need POSIX")
+def test_a_named_pipe_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(BadSampleError, match=r"a\.png does not exist, or is not a file"):
+        to_array(tmp_path / "a.png")
+    with pytest.raises(BadSampleError, match="not found"):
+        find_image("a.png", tmp_path)
+
+
+def test_large_images_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 99)
+    Image.new("RGB", (10, 10)).save(tmp_path / "a.png")
+    message = "has 10 x 10 pixels, more than 99; resize it, or set the environment variable VG_MAX_PIXELS"
+    with pytest.raises(BadSampleError, match=message):
+        read_image(tmp_path / "a.png", "a.png")
+    with pytest.raises(BadSampleError, match=message):
+        to_array(tmp_path / "a.png")
+
+
+def test_orientation(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    file = tmp_path / "a.png"
+    Image.new("RGB", (8, 4)).save(file, exif=exif)
+    assert is_rotated(file, "a")
+    assert image_size(file, "a") == read_image(file, "a").shape[:2] == (4, 8)
+    assert image_size(file, "a", upright=True) == read_image(file, "a", upright=True).shape[:2] == (8, 4)
