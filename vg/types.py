@@ -52,17 +52,17 @@ class EncodedSample:
     expression_type: str
 
 
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Apply a function to every tensor in a Movable, a NamedTuple or a list."""
     from torch import Tensor
 
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Movable):
-        return replace(value, **{name: _map(entry, function) for name, entry in vars(value).items()})
+        return replace(value, **{name: map_tensors(entry, function) for name, entry in vars(value).items()})
     if isinstance(value, list):
-        return [_map(entry, function) for entry in value]
-    return value._make(_map(entry, function) for entry in value) if hasattr(value, "_make") else value
+        return [map_tensors(entry, function) for entry in value]
+    return value._make(map_tensors(entry, function) for entry in value) if hasattr(value, "_make") else value
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Movable:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return a copy in which the function has been applied to every tensor."""
-        return _map(self, function)
+        return map_tensors(self, function)
 
     def to(self, device: object, non_blocking: bool = False) -> Self:
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))  # type: ignore[call-overload]

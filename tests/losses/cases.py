@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vg.types import PromptTargets
+from vg.types import PromptTargets, map_tensors
 
 
 class Case(NamedTuple):
@@ -18,7 +18,9 @@ class Case(NamedTuple):
 
     def rows(self, rows: list[int]) -> Case:
         """Select or reorder the prompts of a batch."""
-        targets = self.targets.map(lambda x: x[rows])._replace(counts=tuple(self.targets.counts[r] for r in rows))
+        targets = map_tensors(self.targets, lambda x: x[rows])._replace(
+            counts=tuple(self.targets.counts[r] for r in rows)
+        )
         return Case(self.logits[:, rows], self.boxes[:, rows], targets, self.mask[rows])
 
     def cut(self) -> Case:

@@ -21,7 +21,7 @@ from vg.data.collate import Collator
 from vg.losses.set_loss import SetLoss
 from vg.models.encoders import load_tokenizer
 from vg.models.settings import TextEncoderConfig
-from vg.types import Batch, FittedImage, PromptTargets, Sample, Text, TextSpec
+from vg.types import Batch, FittedImage, PromptTargets, Sample, Text, TextSpec, map_tensors
 
 Encoder = tuple[Tensor, Tensor]
 Loss = Callable[..., Tensor]  # of the arguments below
@@ -131,7 +131,7 @@ def test_the_loss_of_a_batch_equals_that_of_its_images(loss: Loss, prompts: list
     alone = []
     for row, count in enumerate(targets.counts):
         only = slice(row, row + 1)
-        one = targets.map(lambda x, only=only: x[only])._replace(counts=(count,))
+        one = map_tensors(targets, lambda x, only=only: x[only])._replace(counts=(count,))
         text = Text(*(part[only] for part in batch.text))
         alone.append(count * loss(logits[:, only], boxes[:, only], one, text, (encoder[0][only], encoder[1][only])))
     torch.testing.assert_close(batched, torch.stack(alone).sum() / sum(targets.counts))

@@ -11,7 +11,7 @@ from vg.losses.config import LossConfig
 from vg.losses.set_loss import SetLoss
 from vg.models.grounding_dino.config import DenoisingConfig, GroundingDinoConfig
 from vg.models.grounding_dino.denoising import Denoising
-from vg.types import LossName, PromptTargets
+from vg.types import LossName, PromptTargets, map_tensors
 
 COUNTS = (2, 0, 3)
 
@@ -163,7 +163,7 @@ def test_the_loss_uses_the_assignment_of_the_queries() -> None:
 
 def test_no_value_is_read_from_the_device() -> None:
     """On the meta device, reading one would raise; on a GPU it would be a synchronization in every step."""
-    truth = targets().map(lambda x: x.to("meta"))
+    truth = map_tensors(targets(), lambda x: x.to("meta"))
     denoising = Denoising(DenoisingConfig(num_queries=7), width=8).to("meta")
     queries = denoising(truth, num_queries=5)
     assert queries.content.shape == (3, 12, 8)
