@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt
 
 from vg.data import DatasetConfig
-from vg.data.source import Loaded, Provenance, Source, with_image_groups, with_image_sizes
+from vg.data.source import HasClasses, Loaded, Provenance, Source, with_image_groups, with_image_sizes
 from vg.errors import DataError
 from vg.settings import Settings
 from vg.types import Sample
@@ -90,6 +90,12 @@ class Mixture(Generic[Loaded]):
             return number, offset % length, epoch * (whole + bool(rest)) + offset // length
         turn, offset = divmod(epoch * rest + offset - whole * length, length)
         return number, int(self._order(number, turn)[offset]), epoch * (whole + 1) + whole
+
+    @property
+    def num_classes(self) -> int | None:
+        """The most classes of a source, because phrase ids count from 0 in each; None if any differs by sample."""
+        counts = [source.num_classes if isinstance(source, HasClasses) else None for source in self.sources]
+        return max(count or 0 for count in counts) if None not in counts else None
 
     def image_sizes(self, epoch: int) -> np.ndarray:
         sizes = [with_image_sizes(source).image_sizes(epoch) for source in self.sources]

@@ -9,7 +9,7 @@ from typing import Generic
 import numpy as np
 
 from vg.data.mixture import Mixture, sources_of
-from vg.data.source import HasImageKeys, Loaded, Source, with_image_groups, with_image_sizes
+from vg.data.source import HasClasses, HasImageKeys, Loaded, Source, with_image_groups, with_image_sizes
 from vg.errors import DataError
 
 
@@ -66,6 +66,10 @@ class Subset(Generic[Loaded]):
 
     def load(self, index: int, epoch: int) -> Loaded:
         return self.source.load(int(self.indices[index]), epoch)
+
+    @property
+    def num_classes(self) -> int | None:
+        return self.source.num_classes if isinstance(self.source, HasClasses) else None
 
     def image_sizes(self, epoch: int) -> np.ndarray:
         return with_image_sizes(self.source).image_sizes(epoch)[self.indices]

@@ -8,6 +8,7 @@ A source implements `provenance`, `__len__` and `load`. Each of the protocols be
     HasImageKeys      finding images shared by training and evaluation      overlap is not detected
     HasFingerprint    detecting edited annotations under a feature cache    such a cache is used unnoticed
     HasCategoryIds    vg eval --detections                                  error
+    HasClasses        denoising labels that are classes                     the model's default number of labels
 """
 
 from __future__ import annotations
@@ -92,6 +93,15 @@ class HasCategoryIds(Protocol):
     @property
     def category_ids(self) -> dict[str, int]:
         """Phrase -> category id."""
+
+
+@runtime_checkable
+class HasClasses(Protocol):
+    """A source whose prompts may all have the same phrases."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of phrases of each prompt; None if it differs."""
 
 
 def with_image_sizes(source: Source) -> HasImageSizes:

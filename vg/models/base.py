@@ -46,6 +46,9 @@ class GroundingModel(nn.Module, ABC):
     def load_tokenizer(self, folder: str) -> None:
         """Use the tokenizer that was saved with a checkpoint instead of the configured one."""
 
+    def use_classes(self, number: int) -> None:
+        """Adapt to the number of classes that every prompt of the training data has; before optimizers are made."""
+
     @abstractmethod
     def forward(self, batch: Batch) -> Any:
         """Run the network; returns a NamedTuple of tensors, whose boxes are cxcywh in 0..1 of the image."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from vg.checkpoint import read_weights
 from vg.config import RunConfig
+from vg.data.source import HasClasses
 from vg.distributed import (
     StopSignal,
     mean_over_processes,
@@ -82,6 +83,8 @@ class Trainer:
         self.unwrapped_model = config.model.build()  # self.model may be wrapped for DDP
         self.evaluator = Evaluator(config.data, self.unwrapped_model, self.accelerator, config.train.best_metric)
         self.data = TrainingData(config, self.unwrapped_model, self.accelerator, self.evaluator.sources)
+        if isinstance(self.data.data.source, HasClasses) and (classes := self.data.data.source.num_classes):
+            self.unwrapped_model.use_classes(classes)
         select_trainable(self.unwrapped_model, config.optim)
         optimizer = build_optimizer(self.unwrapped_model, config.optim)
         self.model, self.optimizer = self.accelerator.prepare(self.unwrapped_model, optimizer)

@@ -172,6 +172,10 @@ def test_the_embedding_of_denoising_labels_is_optional(tmp_path: Path) -> None:
     assert other.own_state_dict()[labels].equal(before), "unchanged"
     load_into(other, tmp_path / "mm.pth")
     assert equal(other.own_state_dict(), source.own_state_dict())
+    automatic = model(seed=1, **MM, denoising=DenoisingConfig())
+    load_into(automatic, tmp_path / "mm.pth")
+    assert equal(automatic.own_state_dict(), source.own_state_dict()), "takes the size of the checkpoint"
+    assert automatic.config.denoising == DenoisingConfig(num_labels=5)
     plain = model(seed=1, **MM)
     load_into(plain, tmp_path / "mm.pth")
     assert equal(plain.own_state_dict(), without.weights)

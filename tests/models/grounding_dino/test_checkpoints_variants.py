@@ -37,7 +37,7 @@ MM: dict[str, Any] = {
     "logit_eps": (1e-3, 1e-5),
     "fusion_dropout": 0.1,
     "fusion_drop_path": 0.0,
-    "denoising": DenoisingConfig(),
+    "denoising": DenoisingConfig(num_labels=256),
 }
 VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Swin-T": ("official", {}),

@@ -175,4 +175,5 @@ def test_default_settings() -> None:
     config = GroundingDinoConfig()
     assert config.denoising is None
     assert config.loss == LossConfig()
-    assert DenoisingConfig() == DenoisingConfig(num_queries=100, label_noise=0.5, box_noise=1.0, num_labels=256)
+    assert DenoisingConfig() == DenoisingConfig(num_queries=100, label_noise=0.5, box_noise=1.0, num_labels=None)
+    assert Denoising(DenoisingConfig(), width=8).labels.num_embeddings == 256

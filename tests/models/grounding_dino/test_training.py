@@ -12,7 +12,9 @@ from tests.conftest import TEXT, history
 from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
 from tests.training.test_data import write_coco
 from tests.training.test_resume import assert_same_runs, interrupt, stop_in_step
+from vg.checkpoint import read_model
 from vg.config import RunConfig, load_config
+from vg.data.detection.odvg import OdvgConfig
 from vg.models.grounding_dino.config import BertConfig, ClassHeadConfig, DenoisingConfig
 from vg.training.trainer import Trainer
 
@@ -65,6 +67,33 @@ def test_resume_within_an_epoch_equals_uninterrupted_run(tiny_config: MakeConfig
         assert (resumed.progress.epoch, resumed.progress.batch) == (number // 4, 2 * (number % 4))
         resumed.fit()
         assert_same_runs(straight.folder.path, resumed.folder.path)
+
+
+def test_denoising_labels_are_the_classes_of_the_training_data(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    train = {"name": "coco", "path": write_coco(tmp_path / "set", "train", range(1, 5))}
+    odvg = OdvgConfig.miniature(tmp_path)
+    captions = {"name": "odvg", "path": odvg.path}
+    mixture = {"name": "mixture", "datasets": [train, train]}
+    for number, (data, configured, expected) in enumerate(
+        [
+            (train, None, 3),
+            (mixture, None, 3),
+            (train, 7, 7),
+            (train | {"vocabulary": {"negatives": 2}}, None, 256),
+            (captions, None, 256),
+            (mixture | {"datasets": [train, captions]}, None, 256),
+        ]
+    ):
+        output = {"output": str(tmp_path / str(number)), "max_steps": 1}
+        config = tiny_config(data={"train": data, "eval": train, "batch_size": 2}, train=output)
+        config.model = tiny_grounding_dino(denoising=DenoisingConfig(num_queries=5, num_labels=configured))
+        trainer = Trainer(config)
+        assert trainer.unwrapped_model.denoising.labels.num_embeddings == expected, data
+        if expected == 3:
+            trainer.fit()
+            saved, _ = read_model(tmp_path / str(number) / "best")
+            assert saved.config.denoising.num_labels == 3
+            assert saved.denoising.labels.weight.equal(trainer.unwrapped_model.denoising.labels.weight)
 
 
 def losses(config: RunConfig) -> list[float]:

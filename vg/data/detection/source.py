@@ -76,6 +76,10 @@ class DetectionSource:
             areas=None if self._areas is None else self._areas[own][kept],
         )
 
+    @property
+    def num_classes(self) -> int | None:
+        return len(self.vocabulary.names) if self.vocabulary.config.negatives is None else None
+
     def image_sizes(self, epoch: int) -> np.ndarray:
         """[I, 2] (height, width), read from the image files where the annotations have none."""
         return self._sizes

@@ -148,8 +148,9 @@ class DenoisingConfig(Settings):
     """Half of this fraction of the queries gets a random label."""
     box_noise: Annotated[float, Field(ge=0)] = 1.0
     """Sides move by up to half this fraction of the box size; those of negative queries by half to all of it."""
-    num_labels: PositiveInt = 256
-    """Size of the label embedding; phrase ids are taken modulo this number."""
+    num_labels: PositiveInt | None = None
+    """Size of the label embedding; phrase ids are taken modulo this number. null: as many as the training data has
+    classes if every prompt has all of them, otherwise 256."""
 
 
 @dataclass

@@ -12,6 +12,8 @@ from vg.models.grounding_dino.attention import inverse_sigmoid
 from vg.models.grounding_dino.config import DenoisingConfig
 from vg.types import PromptTargets
 
+NUM_LABELS = 256  # of MM-Grounding-DINO, whose labels are positions in a sampled prompt
+
 
 class DenoisingQueries(NamedTuple):
     """M denoising queries, which precede the Q matching queries."""
@@ -34,7 +36,14 @@ class Denoising(nn.Module):
     def __init__(self, config: DenoisingConfig, width: int):
         super().__init__()
         self.config = config
-        self.labels = nn.Embedding(config.num_labels, width)
+        self.is_sized = config.num_labels is not None
+        self.labels = nn.Embedding(config.num_labels or NUM_LABELS, width)
+
+    def resize(self, num_labels: int) -> None:
+        """Replace the label embedding by a random one of another size, which becomes part of the configuration."""
+        if num_labels != self.labels.num_embeddings:
+            self.labels = nn.Embedding(num_labels, self.labels.embedding_dim)
+        self.config.num_labels = num_labels
 
     def forward(self, targets: PromptTargets, num_queries: int) -> DenoisingQueries:
         """Draw queries with torch's global generator; M = 0 if the batch has no boxes.
@@ -60,8 +69,8 @@ class Denoising(nn.Module):
 
     def _noisy_labels(self, phrase_ids: Tensor) -> Tensor:
         """Replace labels at random with probability label_noise / 2; the new label may be the true one."""
-        labels = phrase_ids % self.config.num_labels
-        random = torch.randint_like(labels, self.config.num_labels)
+        labels = phrase_ids % self.labels.num_embeddings
+        random = torch.randint_like(labels, self.labels.num_embeddings)
         replaced = torch.rand(labels.shape, device=labels.device) < self.config.label_noise / 2
         return torch.where(replaced, random, labels)
 

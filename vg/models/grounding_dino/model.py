@@ -73,6 +73,10 @@ class GroundingDino(GroundingModel):
                 enable_checkpointing(self.backbone.network)
             enable_checkpointing(self.text.network)
 
+    def use_classes(self, number: int) -> None:
+        if self.denoising is not None and not self.denoising.is_sized:
+            self.denoising.resize(number)
+
     def forward(self, batch: Batch) -> Output:
         """Run the network; raises ValueError in training if an image has several prompts."""
         image = self.encode_image(batch)

@@ -60,10 +60,12 @@ def load_into(model: GroundingDino, path: str | Path) -> str | None:
         for name in [name for name in weights if "_heads.0." in name]:
             for layer in range(1, wanted.decoder_layers):
                 weights[name.replace("_heads.0.", f"_heads.{layer}.")] = weights[name]
+    labels = weights.pop(LABELS, None)
+    if labels is not None and model.denoising is not None and not model.denoising.is_sized:
+        model.denoising.resize(len(labels))
     own = model.own_state_dict()
     if wanted.classes.scale != found.classes.scale:
         weights |= {name: torch.zeros(1) for name in own if name.endswith(".log_scale")}
-    labels = weights.pop(LABELS, None)
     if LABELS in own:
         weights[LABELS] = own[LABELS] if labels is None or labels.shape != own[LABELS].shape else labels
     try:
