@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vg.config import CheckpointConfig, dump_config, load_checkpoint_config
-from vg.errors import CheckpointError, UserError
+from vg.errors import CheckpointError, UserError, unpickling_problem
 from vg.files import replacing
 from vg.models.base import GroundingModel
 
@@ -112,4 +112,4 @@ def read_training_state(folder: Path) -> dict[str, Any]:
     try:
         return torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"cannot resume from {folder / TRAINING}: {error}") from error
+        raise CheckpointError(f"cannot resume from {folder / TRAINING}: {unpickling_problem(error)}") from error

@@ -237,7 +237,7 @@ def _read_yaml(path: Path, role: str) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}{role}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must contain keys such as `model:` and `data:`, not a {type(values).__name__}")
@@ -284,5 +284,5 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = child
     try:
         values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override}: the value is not valid YAML ({error})") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{override[:80]}: the value is not valid YAML ({error})") from error

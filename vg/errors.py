@@ -46,6 +46,17 @@ class PredictionError(UserError, RuntimeError):
     """A model predicts NaN or Inf; the message names the first sample and the reason."""
 
 
+def unpickling_problem(error: Exception) -> str:
+    """Return why torch.load failed in one line, without its advice to load the file in a way that runs its code."""
+    lines = str(error).split("WeightsUnpickler error:")[-1].splitlines()
+    return next((line.strip() for line in lines if line.strip() and "weights_only" not in line), type(error).__name__)
+
+
+def printable(text: str) -> str:
+    """Escape control characters, such as those that move the cursor of a terminal or hide text; a line stays a line."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def closest(name: object, known: Iterable[str], limit: int = 1, cutoff: float = 0.4) -> list[str]:
     """The known names most similar to a misspelled one, best first; empty if none is similar."""
     return difflib.get_close_matches(str(name), list(known), n=limit, cutoff=cutoff)

@@ -74,7 +74,8 @@ def test_demo_writes_metrics_and_figures(run: Path) -> None:
             assert min(image.size) > 200
 
 
-def test_every_image_type_gives_the_same_pixels(tmp_path: Path) -> None:
+def test_every_image_type_gives_the_same_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VG_PRIVATE_URLS", "1")
     pixels = scene()
     Image.fromarray(pixels).save(tmp_path / "scene.png")
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))

@@ -27,7 +27,7 @@ from vg.data.mixture import configs_of
 from vg.data.prompt import Expressions
 from vg.data.source import Source
 from vg.distributed import new_accelerator, progress_bar
-from vg.errors import BadSampleError, CacheError, ConfigError
+from vg.errors import BadSampleError, CacheError, ConfigError, printable
 from vg.files import replacing, write_bytes
 from vg.models.base import EncodableModel
 from vg.types import Sample, Text
@@ -67,7 +67,7 @@ def build_cache(config: RunConfig) -> None:
     needed = sum(build.image_bytes + build.text_bytes for build in builds.values())
     if accelerator.is_main_process:
         total = f"to be written: {_size(needed)}; free on the disk: {_size(free)}"
-        print(*builds.values(), total, sep="\n", flush=True)
+        print(*map(printable, map(str, builds.values())), total, sep="\n", flush=True)
     if needed > free:
         raise CacheError(
             f"the features need {_size(needed)}, the disk of {root} has {_size(free)} left; free some space, set "

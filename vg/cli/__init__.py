@@ -16,7 +16,7 @@ from typing import NamedTuple
 from vg import __version__
 from vg.cli import check, convert, demo, evaluate, interpolate, predict, train
 from vg.cli.arguments import add_config
-from vg.errors import UserError
+from vg.errors import UserError, printable
 
 
 class Verb(NamedTuple):
@@ -59,6 +59,13 @@ VERBS = {
 }
 
 
+class PrintableFormatter(logging.Formatter):
+    """Escapes control characters of names from data, see `printable`."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return "\n".join(map(printable, super().formatMessage(record).split("\n")))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb. User errors print one message and exit with status 1, without a traceback."""
     parser = new_parser()
@@ -67,8 +74,12 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse does not assign overrides that follow an option
         options.overrides += rest
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without path and line of code
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    warnings.formatwarning = lambda message, *_, **__: (
+        f"warning: {printable(str(message))}\n"
+    )  # without path and line of code
     for noisy in ("httpx", "datasets", "accelerate", "albumentations"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -81,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         text = str(error)
         if "Original Traceback" in text:  # a DataLoader adds that of its worker
             text = text.split(f"{type(error).__name__}: ")[-1].strip()
-        sys.exit(f"error: {text}")
+        sys.exit("error: " + "\n".join(map(printable, text.split("\n"))))
     finally:
         if "torch" in sys.modules:  # `vg config` does not need it
             from vg.distributed import shut_down

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from PIL import Image
 
+    from vg.errors import printable
     from vg.inference.draw import COLORS, draw_boxes
     from vg.inference.grounder import Grounder, above, check_threshold, to_array
 
@@ -32,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
         shown = shown.map(lambda values: values[:1])
     labels, colors = [], []
     for box, score, id in zip(shown.boxes.tolist(), shown.scores.tolist(), shown.phrase_ids.tolist(), strict=True):
-        name, (left, top, right, bottom) = shown.phrases[id], box
+        name, (left, top, right, bottom) = printable(shown.phrases[id]), box
         print(f"{name}: left {left:.1f}, top {top:.1f}, right {right:.1f}, bottom {bottom:.1f}, score {score:.2f}")
         labels.append(f"{name} {score:.2f}")
         colors.append(COLORS[id % len(COLORS)])

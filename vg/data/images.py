@@ -35,9 +35,12 @@ def find_image(name: str, root: Path) -> Path:
     if coco_id := re.search(r"\d{12}", names[0]):
         names += [f"COCO_train2014_{coco_id[0]}.jpg", f"COCO_val2014_{coco_id[0]}.jpg", f"{coco_id[0]}.jpg"]
     candidates = [root / name, *(root / folder / file for folder in _FOLDERS for file in names)]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+    try:
+        for candidate in candidates:
+            if candidate.is_file():
+                return candidate
+    except OSError as error:  # the name is too long, or a folder cannot be read
+        raise BadSampleError(f"image {name[:80]} cannot be opened ({error.strerror}); correct its name") from error
     tried = ", ".join(dict.fromkeys([name, *(str(candidate.relative_to(root)) for candidate in candidates[1:])]))
     raise BadSampleError(
         f"image {name} not found below {root} (tried {tried}); put the file there or set image_root to the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vg.errors import printable
 from vg.evaluation.results import DatasetResult, EvaluationResult
 from vg.metrics.average_precision import UNDEFINED
 
@@ -39,6 +40,7 @@ def _dataset_table(result: DatasetResult) -> str:
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Return cells as lines of text: the first column is left-aligned, the columns of numbers are right-aligned."""
+    rows = [[printable(cell) for cell in row] for row in rows]  # names from data
     first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [[f"{label:<{first}}", *map(str.rjust, cells, widths)] for label, *cells in rows]
     return "\n".join("  ".join(line) for line in lines)
@@ -49,7 +51,7 @@ def _title(result: DatasetResult) -> str:
     name = f"{result.name}: " if result.name else ""
     split = f"{provenance.partition or ''} {provenance.split} split".lstrip()
     remark = ", not the complete official one" if provenance.official is False else ""
-    return f"{name}{provenance.data}, {split}{remark} ({result.protocol})"
+    return printable(f"{name}{provenance.data}, {split}{remark} ({result.protocol})")
 
 
 def _cell(value: float | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,36 +14,27 @@ from vg.data.collate import Collator
 from vg.data.images import read_image
 from vg.data.pixels import array_to_rgb
 from vg.errors import ConfigError, DataError
+from vg.inference.download import download, is_url
 from vg.inference.draw import draw_boxes
 from vg.models.base import GroundingModel, check_finite
 from vg.models.grounding_dino.checkpoints import open_model
 from vg.types import Prediction, Sample
 
 ImageLike = np.ndarray | Image.Image | str | Path  # an array, a PIL image, a path or an http(s) URL
-DOWNLOAD_SECONDS = 30
 
 
 def to_array(image: ImageLike) -> np.ndarray:
     """Read an image, rotated by its EXIF orientation -> [H, W, 3] uint8, RGB.
 
     Raises:
-        DataError: a URL that cannot be read, or see `vg.data.pixels.array_to_rgb` and `vg.data.images.read_image`.
+        DataError: see `vg.inference.download`, `vg.data.pixels.array_to_rgb` and `vg.data.images.read_image`.
     """
     if isinstance(image, np.ndarray):
         return array_to_rgb(image, "given as an array")
     if isinstance(image, Image.Image):
         return read_image(image, "given", upright=True)
-    if not str(image).startswith(("http://", "https://")):
-        return read_image(Path(image), str(image), upright=True)
-    try:
-        return read_image(_download(str(image)), str(image), upright=True)
-    except OSError as error:  # no network, or no such address
-        raise DataError(f"cannot download the image {image}: {error}") from error
-
-
-def _download(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as response:
-        return response.read()
+    content = download(str(image)) if is_url(str(image)) else Path(image)
+    return read_image(content, str(image), upright=True)
 
 
 class Grounder:

@@ -66,9 +66,14 @@ class Encoder(nn.Module):
 
     def _build(self, pretrained: bool) -> PreTrainedModel:
         if self.config.id and pretrained:
-            network = AutoModel.from_pretrained(self.config.id, revision=self.config.revision, **self.options)
+            try:
+                network = AutoModel.from_pretrained(
+                    self.config.id, revision=self.config.revision, trust_remote_code=False, **self.options
+                )
+            except (OSError, ValueError) as error:
+                raise _not_loaded(self.config, error) from error
         else:
-            network = AutoModel.from_config(self.network_config, **self.options)
+            network = AutoModel.from_config(self.network_config, trust_remote_code=False, **self.options)
         for name, parameter in network.named_parameters():
             # These get no gradient, so in distributed training the other processes would wait for it.
             if self.frozen or "pooler." in name or "mask_token" in name:
@@ -89,7 +94,7 @@ class Encoder(nn.Module):
         if self.is_loaded:
             return 0
         with torch.device("meta"):
-            network = AutoModel.from_config(self.network_config, **self.options)
+            network = AutoModel.from_config(self.network_config, trust_remote_code=False, **self.options)
         return sum(parameter.numel() for parameter in network.parameters())
 
     def run(self, **inputs: Any) -> Tensor:
@@ -109,9 +114,23 @@ def network_config(config: EncoderConfig) -> PretrainedConfig:
     if config.architecture is not None:
         return AutoConfig.for_model(**config.architecture)
     try:
-        return AutoConfig.from_pretrained(config.id, revision=config.revision)
-    except (OSError, ValueError) as error:  # no such id, no access, no network; not a configuration of transformers
-        raise ConfigError(f"the encoder {config.id} cannot be loaded: check its id and access\n({error})") from error
+        return AutoConfig.from_pretrained(config.id, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError, RecursionError) as error:  # no such id, no access, no network; not of transformers
+        raise _not_loaded(config, error) from error
+
+
+def _not_loaded(config: EncoderConfig, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"the encoder {config.id} cannot be loaded: check its id and access, or set {config.key}.id to its folder or "
+        f"Hub id\n({_reason(error)})"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Return the message of an error in one line, without advice to run the code of a checkpoint."""
+    if "trust_remote_code" in str(error):
+        return "it needs the Python code that comes with it, which vg never runs"
+    return " ".join(str(error).split())
 
 
 def weights_key(name: str, config: EncoderConfig) -> dict[str, str]:
@@ -155,7 +174,16 @@ def _files_key(location: str, revision: str | None) -> str:
 
 def load_tokenizer(config: TextEncoderConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a text encoder; raises ConfigError if it is missing or unreadable."""
-    location, revision = _tokenizer_source(config)
+    try:
+        return read_tokenizer(*_tokenizer_source(config))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; set model.text.tokenizer to a folder with one, a vocab.txt, a tokenizer.json or a Hub id"
+        ) from error
+
+
+def read_tokenizer(location: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a folder, vocab.txt, tokenizer.json or Hub id; raises ConfigError if it is missing or unreadable."""
     try:
         if location.endswith(".json"):
             return PreTrainedTokenizerFast(
@@ -163,9 +191,6 @@ def load_tokenizer(config: TextEncoderConfig) -> PreTrainedTokenizerBase:
             )
         if location.endswith(".txt"):
             return BertTokenizer(vocab=location)
-        return AutoTokenizer.from_pretrained(location, revision=revision)
+        return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
     except Exception as error:  # missing file or id, no network, no vocabulary: each has its own exception class
-        raise ConfigError(
-            f"no tokenizer can be loaded from {location}: set model.text.tokenizer to a folder with one, a vocab.txt, "
-            f"a tokenizer.json or a Hub id\n({error})"
-        ) from error
+        raise ConfigError(f"no tokenizer can be loaded from {location} ({_reason(error)})") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vg.settings import Settings
 
@@ -26,6 +26,7 @@ TINY_BERT: dict[str, Any] = {  # text encoder of the `tiny()` presets, for vg's 
 class EncoderConfig(Settings):
     """Source of an encoder: a Hub id or a local folder, or (with ``architecture``) random weights."""
 
+    key: ClassVar[str] = "model.vision"  # where a configuration has these settings, for errors
     id: str | None = None
     """Hub id or local folder of a pretrained model."""
     revision: str | None = None
@@ -50,6 +51,7 @@ class EncoderConfig(Settings):
 
 @dataclass
 class TextEncoderConfig(EncoderConfig):
+    key: ClassVar[str] = "model.text"
     tokenizer: str | None = None
     """Hub id, local folder, tokenizer.json or vocab.txt; by default that of `id`, or vg's own small vocabulary."""
 

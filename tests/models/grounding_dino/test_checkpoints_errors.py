@@ -78,7 +78,7 @@ def test_files_that_are_not_checkpoints(tmp_path: Path, official: Path) -> None:
     official.write_bytes(whole[: len(whole) // 2])
     message = reading(official)
     assert "official.pth: cannot be loaded" in message
-    assert "weights_only=False" in message, "how to extract the weights"
+    assert "weights_only" not in message
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00")
     assert "cut.safetensors: " in reading(tmp_path / "cut.safetensors")
     for content in ([1, 2], {"epoch": 3}, {}, {"model": {}}):

@@ -84,7 +84,7 @@ def _label_map(file: Path) -> dict[str, str]:
     for candidate in file.parent.glob("*label*map*.json"):
         try:
             names = json.loads(candidate.read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(names, dict) and all(map(str.isdigit, names)):
             found.append(str(candidate))

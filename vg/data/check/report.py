@@ -10,6 +10,7 @@ import numpy as np
 from vg.data.check.dataset import CheckedDataset
 from vg.data.check.diagnosis import Diagnosis
 from vg.data.detection.issues import SEVERITIES
+from vg.errors import printable
 
 _SMALL, _LARGE = 32**2, 96**2  # square pixels, as in COCO evaluation
 _NUM_NAMES = 12  # classes to list
@@ -63,7 +64,8 @@ def to_text(diagnosis: Diagnosis) -> str:
         lines += ["    ..."] if issue.count > len(issue.examples) else []
         lines.append(f"    -> {issue.fix}")
     counts = ((diagnosis.count(severity), severity) for severity in SEVERITIES)
-    return "\n".join([*lines, "", ", ".join(f"{count} {severity}{'s' * (count != 1)}" for count, severity in counts)])
+    lines += ["", ", ".join(f"{count} {severity}{'s' * (count != 1)}" for count, severity in counts)]
+    return "\n".join(map(printable, lines))
 
 
 def _statistics_lines(dataset: CheckedDataset) -> list[str]:

@@ -146,7 +146,7 @@ def _read_json(file: Path) -> Any:
         return json.loads(file.read_bytes())
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}; path is a json file in COCO format") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON ({error}); replace it with an intact copy") from error
 
 

@@ -35,7 +35,7 @@ def read_label_map(path: str | None, issues: Issues) -> LabelMap | None:
         return None
     try:
         names = {int(label): str(name) for label, name in json.loads(Path(path).read_bytes()).items()}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         fix = 'expected a json file such as {"0": "person", "1": "bicycle"}'
         issues.add("error", "label_map cannot be read", fix, [f"{path}: {error}"])
         return None
@@ -78,7 +78,7 @@ class LineParser:
             if isinstance(row, dict):
                 return row
             reason = "not an object"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             reason = f"not JSON ({error})"
         self._invalid_line(f"{location}: {text[:80].decode(errors='replace').strip()}: {reason}")
         return None

@@ -102,7 +102,7 @@ def read_yaml(file: Path) -> Mapping[str, Any]:
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}; path is the data.yaml of a YOLO dataset") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(document, Mapping):
         raise DataError(f"{file} must have the keys names, train and val")
@@ -115,7 +115,9 @@ def _class_names(document: Mapping[str, Any], file: Path) -> list[str]:
     if isinstance(names, Mapping) and sorted(names) == list(range(len(names))):
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list) or not names:
-        raise DataError(f"{file}: names: expected a list of class names or a mapping 0: name, ..., got {names!r}")
+        raise DataError(
+            f"{file}: names: expected a list of class names or a mapping 0: name, ..., got {str(names)[:80]}"
+        )
     if document.get("nc", len(names)) != len(names):
         raise DataError(f"{file}: nc is {document['nc']} but there are {len(names)} names; correct one of them")
     return list(map(str, names))

@@ -69,7 +69,7 @@ def _read_refs(file: Path, instances_file: Path, stats: tuple[tuple[int, int], .
         counts = Counter((ann.get("image_id"), ann.get("category_id")) for ann in instances["annotations"])
     except FileNotFoundError as error:
         raise DataError(f"{instances_file} is missing; it contains the boxes, put it beside {file.name}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{instances_file} is not a COCO annotation file ({error!r}); download it again") from error
     try:
         return [

@@ -105,7 +105,7 @@ def _check_box(row: Mapping[str, Any], schema: Schema, key: str, box: Sequence[f
     """Raise BadSampleError unless a box (xyxy) agrees with `raw_anns`, the COCO annotation (JSON, xywh)."""
     try:
         published = json.loads(row["raw_anns"])["bbox"]
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, RecursionError) as error:
         raise BadSampleError(f"{key}: raw_anns is not a JSON object with a bbox ({error!r})") from error
     truth = _to_xyxy(published, "xywh", f"{key}: bbox of raw_anns")
     if np.abs(np.subtract(box, truth)).max() > _BOX_TOLERANCE:

@@ -172,7 +172,7 @@ def _read_json(file: Path) -> list[dict[str, Any]]:
             continue
         try:
             value = json.loads(document)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{file}, line {line}: not JSON ({error}); correct or remove it") from error
         if file.suffix == ".json" and isinstance(value, dict) and {"images", "annotations"} <= value.keys():
             value = reviewed_rows(value, str(file))

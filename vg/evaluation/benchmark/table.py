@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from vg.errors import printable
 from vg.evaluation.table import aligned
 from vg.metrics.average_precision import UNDEFINED
 
@@ -104,7 +105,9 @@ def text(results: Mapping[str, Any]) -> str:
         *(f"{_title(entry)}: {entry['data']}, {entry['protocol']}" for entry in results["parts"]),
     ]
     tables = [comparison(results), metrics(results["parts"]), pooled(results)]
-    return "\n\n".join(filter(None, ["\n".join(lines), *map(aligned, filter(None, tables)), remark(results)]))
+    return "\n\n".join(
+        filter(None, ["\n".join(map(printable, lines)), *map(aligned, filter(None, tables)), remark(results)])
+    )
 
 
 def _title(entry: Entry) -> str:

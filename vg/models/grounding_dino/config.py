@@ -41,7 +41,7 @@ class BackboneConfig(Settings, ABC):
     def _network(self, architecture: type[PreTrainedModel], pretrained: bool) -> PreTrainedModel:
         settings = self.of_transformers()
         if self.id and pretrained:
-            return architecture.from_pretrained(self.id, config=settings)
+            return architecture.from_pretrained(self.id, config=settings, trust_remote_code=False)
         return architecture(settings)
 
 

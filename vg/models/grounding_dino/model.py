@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from vg.losses.set_loss import SetLoss
 from vg.models.base import GroundingModel
-from vg.models.encoders import enable_checkpointing, load_tokenizer
+from vg.models.encoders import enable_checkpointing, load_tokenizer, read_tokenizer
 from vg.models.grounding_dino.attention import Attention, DeformableAttention
 from vg.models.grounding_dino.backbone import ImageFeatures, Neck, extract_image_features
 from vg.models.grounding_dino.checkpoints.load import load_into
@@ -156,7 +156,7 @@ class GroundingDino(GroundingModel):
         return self._text_spec(load_tokenizer(self.config.text))
 
     def load_tokenizer(self, folder: str) -> None:
-        self.use_tokenizer(AutoTokenizer.from_pretrained(folder))
+        self.use_tokenizer(read_tokenizer(folder))
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.text_spec = self._text_spec(tokenizer)

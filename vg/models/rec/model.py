@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from vg import boxes as box_ops
 from vg.errors import ConfigError
 from vg.models.base import EncodableModel
-from vg.models.encoders import Encoder, load_tokenizer, tokenizer_key, weights_key
+from vg.models.encoders import Encoder, load_tokenizer, read_tokenizer, tokenizer_key, weights_key
 from vg.models.rec.config import RecConfig
 from vg.models.rec.heads import DenseOutput, PooledOutput
 from vg.types import Batch, EncodedBatch, Features, ImageSpec, LossName, Prediction, StretchedImage, Text, TextSpec
@@ -51,7 +50,7 @@ class RecModel(EncodableModel):
         return TextSpec(load_tokenizer(self.config.text), self.config.max_tokens)
 
     def load_tokenizer(self, folder: str) -> None:
-        self.text_spec = TextSpec(AutoTokenizer.from_pretrained(folder), self.config.max_tokens)
+        self.text_spec = TextSpec(read_tokenizer(folder), self.config.max_tokens)
 
     def num_parameters(self, trainable_only: bool = False) -> int:
         unloaded = 0 if trainable_only else sum(x.num_unloaded_parameters() for x in (self.vision, self.text))

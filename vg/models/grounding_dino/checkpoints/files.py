@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vg.errors import CheckpointError
+from vg.errors import CheckpointError, unpickling_problem
 
 
 def local_path(path: str | Path) -> Path:
@@ -67,9 +67,7 @@ def _unpickle(file: Path) -> Any:
         with torch.serialization.safe_globals([(_Inert, name) for name in names]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file fails in many ways
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
         raise CheckpointError(
-            f"cannot be loaded: {reason}\nIf the file is complete and you trust its source, extract the weights: "
-            "python -c \"import torch; x = torch.load('IN.pth', map_location='cpu', weights_only=False); "
-            "torch.save({'model': x.get('model', x.get('state_dict'))}, 'OUT.pth')\""
+            f"cannot be loaded: {unpickling_problem(error)}\nUse an intact copy. A file that needs more Python objects "
+            "than tensors and plain values is refused, because loading them can run any code."
         ) from error

@@ -114,6 +114,9 @@ def open_tokenizer(checkpoint: Checkpoint, path: str | None = None) -> PreTraine
 
 
 def bert_settings(path: str | None) -> dict[str, Any]:
-    """Read BERT's config.json in the folder of its tokenizer; empty without such a file."""
+    """Read BERT's config.json in the folder of its tokenizer; empty without such a file; raises CheckpointError."""
     file = Path(path or "") / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if path and file.exists() else {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if path and file.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not JSON ({error})") from error

@@ -69,7 +69,7 @@ def read_checkpoint(path: str | Path, bert: Mapping[str, Any] | None = None) -> 
     try:
         read = _read_vg if local.is_dir() and not (local / "config.json").exists() else _read_foreign
         return read(local, bert or {})
-    except (CheckpointError, OSError, SafetensorError, ValueError) as error:  # ValueError: shapes, or bad config.json
+    except (CheckpointError, OSError, SafetensorError, ValueError, RecursionError) as error:  # shapes, or bad json
         raise CheckpointError(f"{path}: {error}") from error
 
 
@@ -85,7 +85,7 @@ def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
         if (family := values["model"]["name"]) != "grounding_dino":
             raise CheckpointError(f"config.yaml is not that of a Grounding DINO, but of {family}, which has one format")
         config = TypeAdapter(GroundingDinoConfig).validate_python(values["model"] | {"weights": None})
-    except (yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, ValidationError, RecursionError) as error:
         raise CheckpointError(f"config.yaml is not that of a Grounding DINO: {error}") from error
     weights = load_file(folder / "model.safetensors")
     check_finite_weights(weights)
