@@ -16,9 +16,12 @@ from vg.data.source import HasCategoryIds, Source, Task
 from vg.distributed import mean_over_processes, progress_bar
 from vg.errors import ConfigError
 from vg.evaluation.results import DatasetResult, EvaluationResult
+from vg.evaluation.table import cell
 from vg.metrics import CocoMetric, GrecMetric, RecMetric
 from vg.metrics.result import flat_key, split_flat_key
 from vg.models.base import GroundingModel, check_finite
+
+NUM_PRINTED = 6  # metrics of a dataset in the line of an evaluation
 
 # The data selects the metric, not the model.
 METRICS: dict[Task, type[RecMetric] | type[GrecMetric] | type[CocoMetric]] = {
@@ -34,13 +37,17 @@ class DatasetEvaluator:
     Args:
         name: key in data.eval, "" for a single dataset without a name.
         data: its samples, and how they become batches.
+        with_loss: also compute the loss of models that predict one box per expression.
 
     Raises:
         ConfigError: the source is a mixture of datasets with different metrics.
     """
 
-    def __init__(self, name: str, data: RunDataset, config: DataConfig, accelerator: Accelerator):
+    def __init__(
+        self, name: str, data: RunDataset, config: DataConfig, accelerator: Accelerator, with_loss: bool = False
+    ):
         self.name = name
+        self.with_loss = with_loss
         self.accelerator = accelerator
         self.data = data
         loader: DataLoader[Any] = DataLoader(
@@ -51,7 +58,9 @@ class DatasetEvaluator:
             generator=torch.Generator(),  # else every evaluation would advance the generator that training uses
             pin_memory=accelerator.device.type == "cuda",
         )
+        accelerator.even_batches = False  # else repeated samples pad the last batch, which the loss would count twice
         self.loader: DataLoader[Any] = accelerator.prepare_data_loader(loader)
+        accelerator.even_batches = True
         tasks = {source.provenance.task for source in sources_of(data.source)}
         if len(tasks) > 1:
             raise ConfigError(
@@ -63,6 +72,7 @@ class DatasetEvaluator:
     def predict(self, model: GroundingModel) -> None:
         """Run inference on all samples and update the (reset) metric; raises PredictionError for NaN or Inf."""
         self.metric.reset()
+        self.loss = torch.zeros(2, device=self.accelerator.device)  # sum over the samples, weight
         description = f"evaluate {self.name}".strip()
         for batch in progress_bar(self.accelerator, iterable=self.loader, desc=description, leave=False):
             with self.accelerator.autocast():
@@ -70,12 +80,18 @@ class DatasetEvaluator:
             predictions = model.predict(output, batch)
             check_finite(predictions, model)
             self.metric.update(predictions, batch.targets)
+            if self.with_loss and model.iou(output, batch) is not None:
+                weight = max(1, model.batch_weight(batch))
+                loss = torch.stack(list(model.loss(output, batch).values())).sum()
+                self.loss += torch.stack([weight * loss, torch.full_like(loss, weight)])
 
     def result(self) -> DatasetResult:
         """Compute the metrics of the last `predict`; every process must call it."""
         provenance, computed = self.data.source.provenance, self.metric.compute()
         bad = mean_over_processes(self.accelerator, self.data.bad.float().to(self.accelerator.device))  # [samples]
-        return DatasetResult(self.name, provenance, self.metric.protocol, *computed, int(bad.count_nonzero()))
+        loss, weight = mean_over_processes(self.accelerator, self.loss).tolist()
+        mean = loss / weight if weight else None
+        return DatasetResult(self.name, provenance, self.metric.protocol, *computed, int(bad.count_nonzero()), mean)
 
 
 class Evaluator:
@@ -84,16 +100,22 @@ class Evaluator:
     Args:
         best_metric: flat key of the metric that selects the best checkpoint; by default the first metric of the first
             dataset.
+        with_loss: see DatasetEvaluator.
 
     Raises:
         ConfigError: no dataset has this metric, or see DatasetEvaluator.
     """
 
     def __init__(
-        self, config: DataConfig, model: GroundingModel, accelerator: Accelerator, best_metric: str | None = None
+        self,
+        config: DataConfig,
+        model: GroundingModel,
+        accelerator: Accelerator,
+        best_metric: str | None = None,
+        with_loss: bool = False,
     ):
         self.datasets = [
-            DatasetEvaluator(name, evaluation_dataset(settings, config, model), config, accelerator)
+            DatasetEvaluator(name, evaluation_dataset(settings, config, model), config, accelerator, with_loss)
             for name, settings in config.eval_datasets().items()
         ]
         metrics = [dataset.metric for dataset in self.datasets]
@@ -134,6 +156,21 @@ class Evaluator:
             results.append(dataset.result())
         model.train(was_training)
         return EvaluationResult(tuple(results), self.best_metric)
+
+    def in_one_line(self, results: Mapping[str, Any]) -> str:
+        """Return the first metrics of each dataset: "miou 0.8741, acc@0.5 0.9602; base: miou 0.4013".
+
+        Args:
+            results: with flat keys, as in history.jsonl and validation.json.
+        """
+        texts = []
+        for index, dataset in enumerate(self.datasets):
+            keys = {name: flat_key(dataset.name if index else "", name) for name in dataset.metric.metric_names}
+            if not index and self.best_metric not in list(keys)[:NUM_PRINTED]:
+                keys = {self.best_metric: self.best_metric} | keys
+            known = [f"{name} {cell(results[key])}" for name, key in keys.items() if key in results]
+            texts.append(f"{dataset.name}{': ' * bool(dataset.name)}{', '.join(known[:NUM_PRINTED])}")
+        return "; ".join(texts)
 
     def change_since_first(self, history: Sequence[Mapping[str, Any]], result: EvaluationResult) -> str:
         """Describe the change since the first evaluation: "gained 41.2 AP on raccoon, lost 1.3 AP on base".

@@ -20,6 +20,7 @@ class DatasetResult:
     metrics: dict[str, float]  # name -> value over all samples
     groups: dict[str, dict[str, float]]  # expression type or class name -> metrics of its samples
     num_skipped: int = 0  # bad samples that were not evaluated
+    loss: float | None = None  # mean over the samples, if the evaluation computes it
 
     @property
     def totals(self) -> dict[str, float]:
@@ -82,3 +83,8 @@ class EvaluationResult:
     def flat_metrics(self) -> dict[str, float]:
         """Return `flat` without the texts, for trackers and history.jsonl."""
         return {key: value for key, value in self.flat().items() if not isinstance(value, str)}
+
+    def losses(self) -> dict[str, float]:
+        """Return the loss of each dataset that has one: "eval_loss" of the first, "<dataset>/eval_loss" of others."""
+        named = ((flat_key(d.name if i else "", "eval_loss"), d.loss) for i, d in enumerate(self.datasets))
+        return {key: loss for key, loss in named if loss is not None}

@@ -18,7 +18,7 @@ def table(result: EvaluationResult) -> str:
 def _side_by_side(datasets: Sequence[DatasetResult]) -> str:
     """A row per metric, a column per dataset."""
     names = dict.fromkeys(name for dataset in datasets for name in dataset.totals)
-    rows = [[name, *(_cell(dataset.totals.get(name)) for dataset in datasets)] for name in names]
+    rows = [[name, *(cell(dataset.totals.get(name)) for dataset in datasets)] for name in names]
     return aligned([["", *(dataset.name for dataset in datasets)], *rows])
 
 
@@ -32,8 +32,8 @@ def _dataset_table(result: DatasetResult) -> str:
     shared = [name for name in totals if not groups or any(name in metrics for metrics in groups.values())]
     rows = [["", *(name.removeprefix("num_") for name in shared)]]
     for group, metrics in (("all", totals), *((name, groups[name]) for name in names)):
-        rows.append([group, *(_cell(metrics.get(name)) for name in shared)])
-    rest = [f"{name} {_cell(value)}" for name, value in totals.items() if name not in shared]
+        rows.append([group, *(cell(metrics.get(name)) for name in shared)])
+    rest = [f"{name} {cell(value)}" for name, value in totals.items() if name not in shared]
     lines = [", ".join(rest[start : start + 6]) for start in range(0, len(rest), 6)]
     return "\n".join([_title(result), aligned(rows), *lines])
 
@@ -54,7 +54,7 @@ def _title(result: DatasetResult) -> str:
     return printable(f"{name}{provenance.data}, {split}{remark} ({result.protocol})")
 
 
-def _cell(value: float | None) -> str:
+def cell(value: float | None) -> str:
     """Counts as integers, other values with four decimals, a dash for undefined or absent ones."""
     if value is None or value == UNDEFINED:
         return "-"

@@ -28,7 +28,8 @@ def curves(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
     Args:
         history: rows of history.jsonl, in the order of their "step": of training ("loss" and its terms "loss/<term>")
             and of evaluation ("miou", "acc@0.5", ...; 0..1). Other values of a training row (learning rate), "epoch",
-            counts ("num_...") and metrics of groups and further datasets ("<prefix>/miou") are not plotted.
+            "eval_loss", counts ("num_...") and metrics of groups and further datasets ("<prefix>/miou") are not
+            plotted.
         path: of the file to write; its suffix selects the format (".png").
 
     Raises:
@@ -78,8 +79,8 @@ def metrics_of(history: Sequence[Mapping[str, float]]) -> dict[str, Line]:
             continue
         for name, value in row.items():
             prefix, metric = split_flat_key(name)
-            is_count = metric in ("step", "epoch") or metric.startswith("num_")
-            if not (prefix or is_count or metric.startswith(SECONDARY) or metric.endswith("@1000")):
+            is_other = metric in ("step", "epoch", "eval_loss") or metric.startswith("num_")
+            if not (prefix or is_other or metric.startswith(SECONDARY) or metric.endswith("@1000")):
                 lines.setdefault(name, []).append((row["step"], value))
     return dict(list(lines.items())[: len(LINE_COLORS)])
 

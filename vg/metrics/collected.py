@@ -19,7 +19,7 @@ from vg.types import Prediction, Target
 class CollectingMetric(Metric):
     """Keeps tensors of rows; `compute` gets the concatenated rows of all processes.
 
-    A sample that comes twice counts once: distributed evaluation pads its last batch with repeated samples. Neither the
+    A sample that comes twice counts once: the next good one replaces a skipped one (`data.bad_samples`). Neither the
     order of the samples nor their distribution over processes changes a result. A metric defines the class variables,
     `_rows` and `compute`.
     """

@@ -72,6 +72,10 @@ class GroundingModel(nn.Module, ABC):
     def predict(self, output: Any, batch: Batch) -> list[Prediction]:
         """Return one prediction per target: boxes [K, 4] xyxy in pixels of the original image, best first."""
 
+    def iou(self, output: Any, batch: Batch) -> Tensor | None:
+        """Return the IoU of the best box of each sample, [B], for the log; None if samples have several boxes."""
+        return None
+
     def own_state_dict(self) -> dict[str, Tensor]:
         """Return all weights except those of the external submodules."""
         external = tuple(f"{name}." for name in self.external)

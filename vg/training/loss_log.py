@@ -12,6 +12,7 @@ from vg.distributed import mean_over_processes
 from vg.errors import TrainingError
 from vg.types import LossName
 
+TRAIN_IOU = LossName("train_iou")  # not a loss, but averaged like the terms
 REMEDY = (
     "The newest checkpoint is from before; a lower optim.lr or optim.clip_norm, or train.precision=no, usually helps"
 )
@@ -25,7 +26,9 @@ class LossLog:
         self.rows: list[tuple[int, dict[LossName, Tensor]]] = []  # step and the terms of its loss in this process
 
     def means(self) -> dict[LossName, float]:
-        """Return the mean of every term over all buffered steps and all processes; empty if no step is buffered.
+        """Return the mean of every term, and of TRAIN_IOU, over all buffered steps and all processes.
+
+        Without a buffered step the result is empty.
 
         Raises:
             TrainingError: a term is NaN or infinite; the message names the first such step and all its terms.
@@ -37,7 +40,11 @@ class LossLog:
         values = mean_over_processes(self.accelerator, rows.float()).cpu()  # [steps, terms]
         for (step, _), row in zip(self.rows, values, strict=True):
             if not row.isfinite().all():
-                terms = ", ".join(f"{name} = {value:.4g}" for name, value in zip(names, row.tolist(), strict=True))
+                terms = ", ".join(
+                    f"{name} = {value:.4g}"
+                    for name, value in zip(names, row.tolist(), strict=True)
+                    if name != TRAIN_IOU
+                )
                 raise TrainingError(f"the loss is not finite at step {step}: {terms}. {REMEDY}")
         return dict(zip(names, values.mean(dim=0).tolist(), strict=True))
 

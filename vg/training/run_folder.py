@@ -3,6 +3,7 @@
 runs/demo/
     config.yaml               the resolved configuration
     history.jsonl             losses and evaluations, one row each
+    epochs.md                 loss and IoU in training and validation per epoch, for models that predict one box
     logs/                     output of trackers (TensorBoard)
     best/                     the checkpoint with the best evaluation so far, and its results in validation.json
     checkpoints/step_000500/  the newest checkpoints, with the state that training needs to continue
@@ -27,6 +28,7 @@ from vg.errors import CheckpointError
 from vg.files import write_bytes, write_json
 
 VALIDATION = "validation.json"
+EPOCHS = "epochs.md"
 CHECKPOINTS = ("best", "checkpoints", "interpolated")
 
 
@@ -84,7 +86,8 @@ class RunFolder:
         if not resume:
             for name in (*CHECKPOINTS, "logs/vg"):  # trackers log under the project name vg
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            self.history.unlink(missing_ok=True)
+            for file in (self.history, self.path / EPOCHS):
+                file.unlink(missing_ok=True)
         write_bytes(self.path / CONFIG, dump_config(self.config).encode())
 
     def checkpoints(self) -> list[Path]:

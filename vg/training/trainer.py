@@ -32,8 +32,9 @@ from vg.errors import TrainingError
 from vg.evaluation.evaluator import Evaluator
 from vg.training.data import TrainingData
 from vg.training.interpolation import Interpolation, Sweep
-from vg.training.loss_log import REMEDY, LossLog
+from vg.training.loss_log import REMEDY, TRAIN_IOU, LossLog
 from vg.training.optim import build_optimizer, build_schedule, select_trainable
+from vg.training.report import Report
 from vg.training.run_folder import VALIDATION, RunFolder
 from vg.training.state import TrainingState
 from vg.types import Batch, LossName
@@ -81,7 +82,8 @@ class Trainer:
         seed_everything(config.train.seed)
 
         self.unwrapped_model = config.model.build()  # self.model may be wrapped for DDP
-        self.evaluator = Evaluator(config.data, self.unwrapped_model, self.accelerator, config.train.best_metric)
+        best_metric = config.train.best_metric
+        self.evaluator = Evaluator(config.data, self.unwrapped_model, self.accelerator, best_metric, with_loss=True)
         self.data = TrainingData(config, self.unwrapped_model, self.accelerator, self.evaluator.sources)
         if isinstance(self.data.data.source, HasClasses) and (classes := self.data.data.source.num_classes):
             self.unwrapped_model.use_classes(classes)
@@ -103,6 +105,7 @@ class Trainer:
         self.folder.begin(resume)  # last, because it removes an overwritten run
         if resume:
             self.restore(self.folder.checkpoints()[-1])
+        self.report = Report(self)
 
     def fit(self) -> dict[str, Any]:
         """Train to the end and return the results of the best evaluation.
@@ -116,6 +119,7 @@ class Trainer:
         flat = {f"{section}.{key}": str(value) for section, values in sections for key, value in values.items()}
         self.accelerator.init_trackers("vg", config=flat)
         self.model.train()
+        self.report.begin()
         with (
             self.stop.listening(),
             progress_bar(self.accelerator, total=self.num_steps, initial=self.progress.step, desc="train") as bar,
@@ -131,6 +135,7 @@ class Trainer:
                 self.progress.step += 1
                 self._count(terms)
                 bar.update()
+                self.report.step()
                 finished = self._after_step(bar)
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -141,7 +146,9 @@ class Trainer:
             )
         if self.config.train.interpolate:
             self.interpolate(self.config.train.interpolate)
-        return json.loads((self.folder.best / VALIDATION).read_text(encoding="utf-8"))
+        best = json.loads((self.folder.best / VALIDATION).read_text(encoding="utf-8"))
+        self.report.end(best)
+        return best
 
     def step(self, batches: Sequence[Batch]) -> dict[LossName, Tensor] | None:
         """Run one optimizer step; its result does not depend on how the samples are split over batches and processes.
@@ -160,6 +167,8 @@ class Trainer:
                     name: x * (max(1, weight) / divisor) for name, x in self.unwrapped_model.loss(output, batch).items()
                 }
                 self.accelerator.backward(torch.stack(list(losses.values())).sum())
+            if (iou := self.unwrapped_model.iou(output, batch)) is not None:
+                losses[TRAIN_IOU] = iou.sum() / divisor  # logged only
             terms = {name: terms.get(name, 0) + loss.detach() for name, loss in losses.items()}
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm or math.inf)
         taken = self.config.train.on_nan == "stop" or self._is_finite(terms, norm)
@@ -181,13 +190,12 @@ class Trainer:
             result = self.evaluator.run(self.unwrapped_model)
             progress.evaluated_step = progress.step
             progress.evaluations_since_best += 1
-            if result.score > progress.best:
+            improved = result.score > progress.best
+            if improved:
                 progress.best, progress.evaluations_since_best = result.score, 0
                 self.folder.save(self.folder.best, self.state.export, {"step": progress.step, **result.flat()})
-        change = self.evaluator.change_since_first(self.folder.rows(), result)
-        if change and self.accelerator.is_main_process:
-            logger.info("since the first evaluation: %s", change)
-        self._log(result.flat_metrics())
+        self._log(result.flat_metrics() | result.losses())
+        self.report.evaluation(result, improved)
 
     def interpolate(self, weights: Sequence[float]) -> None:
         """Evaluate interpolations between the initial and the best weights, and save the best one."""
@@ -285,12 +293,13 @@ class Trainer:
         if not means or not log:
             return
         self.losses.rows = []
+        iou = {str(TRAIN_IOU): means.pop(TRAIN_IOU)} if TRAIN_IOU in means else {}
         loss = sum(means.values())
         shown = {"loss": loss} | {name.term: mean for name, mean in means.items() if name == LossName(name.term)}
         bar.set_postfix({name: f"{mean:.3f}" for name, mean in shown.items()}, refresh=False)
         skipped = {"skipped": self.progress.skipped} if self.progress.skipped else {}
         lr = max(self.schedule.get_last_lr())
-        self._log({"loss": loss} | {f"loss/{name}": mean for name, mean in means.items()} | {"lr": lr} | skipped)
+        self._log({"loss": loss} | {f"loss/{name}": mean for name, mean in means.items()} | {"lr": lr} | iou | skipped)
 
     def _check_weights(self) -> None:
         """Raise or restore weights if any is not finite: gradients can be non-finite although the loss is finite."""

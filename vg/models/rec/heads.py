@@ -70,7 +70,7 @@ class PooledHead(nn.Module):
         weights, losses = self.config.loss, terms.box_terms(self.config.loss, output.boxes, target)  # [R] each
         return {name: (getattr(weights, name) * loss).mean() for name, loss in losses.items()}
 
-    def rank(self, output: PooledOutput) -> tuple[Tensor, Tensor]:
+    def rank(self, output: PooledOutput, limit: int = 1) -> tuple[Tensor, Tensor]:
         """Return boxes [R, 1, 4] and scores [R, 1]; this head predicts no confidence, so the score is always 1."""
         center, size = output.boxes.unsqueeze(1).chunk(2, dim=-1)
         # The predicted left edge can be right of the right edge, especially before training: such a box is empty.
@@ -133,8 +133,10 @@ class DenseHead(nn.Module):
         inside = (offset <= target[:, None, 2:] / 2).all(dim=-1)
         return inside.scatter(1, nearest, True)
 
-    def rank(self, output: DenseOutput) -> tuple[Tensor, Tensor]:
+    def rank(self, output: DenseOutput, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the best boxes [R, K, 4] and their scores [R, K], best first (soft-NMS style rescoring).
+
+        `limit` is the largest K, by default `num_boxes` of the settings.
 
         The score of a candidate is its expected IoU, where each token's box is correct with the token's softmax weight.
         After each pick, the remaining weights are reduced by their IoU with the picked box, so that the next pick is
@@ -145,7 +147,7 @@ class DenseHead(nn.Module):
         corners = box_ops.cxcywh_to_xyxy(candidates)
         overlap = box_ops.iou(corners.unsqueeze(1), corners.unsqueeze(2))  # [R, C, C]
         boxes, scores = [], []
-        for _ in range(min(self.config.num_boxes, weights.shape[1])):
+        for _ in range(min(limit or self.config.num_boxes, weights.shape[1])):
             score, best = (overlap @ weights.unsqueeze(-1)).squeeze(-1).max(dim=1)  # [R]
             row = torch.arange(len(best), device=best.device)
             boxes.append(candidates[row, best])

@@ -98,3 +98,11 @@ class RecModel(EncodableModel):
             )
             for target, sample_boxes, sample_scores in zip(batch.targets, boxes, scores, strict=True)
         ]
+
+    @torch.no_grad()
+    def iou(self, output: PooledOutput | DenseOutput, batch: Batch | EncodedBatch) -> Tensor | None:
+        if any(len(target.boxes) != 1 for target in batch.targets):
+            return None
+        boxes, _ = self.head.rank(output, 1)  # type: ignore[arg-type]  # [R, 1, 4]
+        true = torch.cat([target.boxes for target in batch.targets])  # [R, 4]
+        return box_ops.iou(*(box_ops.cxcywh_to_xyxy(x).clamp(0, 1) for x in (boxes.squeeze(1).float(), true)))

@@ -1,0 +1,164 @@
+"""What a run prints: its plan, the remaining time, one line per evaluation, and where the results are."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from vg.data.source import Source
+from vg.errors import DataError
+from vg.files import write_bytes
+from vg.training.run_folder import EPOCHS
+
+if TYPE_CHECKING:
+    from vg.evaluation.results import EvaluationResult
+    from vg.training.trainer import Trainer
+
+WARM_UP, TIMED = 5, 20  # steps: the first ones are slower, the next ones give the expected duration
+NUM_EXAMPLES = 3  # phrases of a dataset
+
+
+class Report:
+    """Prints the course of a run in the main process, above the progress bar."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.first_step = trainer.progress.step
+        self.clock: tuple[int, float] | None = None  # step and time at which the timed steps began
+        self.estimated = False
+        self.phrases: list[str] = []  # examples from the training data
+
+    def begin(self) -> None:
+        """Print the plan: model, data with example phrases, steps and device."""
+        trainer = self.trainer
+        if not trainer.accelerator.is_main_process:
+            return
+        config, model, total = trainer.config, trainer.unwrapped_model, trainer.num_steps
+        self.first_step = trainer.progress.step
+        parameters = f"{model.num_parameters():,} parameters, {model.num_parameters(trainable_only=True):,} of them"
+        self.phrases = example_phrases(trainer.data.data.source)
+        lines = [f"{config.model.name} with {parameters} trained", _describe("train", trainer.data.data.source)]
+        names = [f"eval.{dataset.name}" if dataset.name else "eval" for dataset in trainer.evaluator.datasets]
+        lines += map(_describe, names, trainer.evaluator.sources)
+        per_step = config.data.batch_size * config.train.accumulate * trainer.accelerator.num_processes
+        epochs = f"{total / trainer.steps_per_epoch:.3g} epochs of {trainer.steps_per_epoch:,} steps"
+        count = trainer.accelerator.num_processes
+        device = f"{trainer.accelerator.device.type}{f' ({count} processes)' * (count > 1)}"
+        precision = {"no": "float32"}.get(config.train.precision, config.train.precision)
+        lines.append(f"{total:,} steps of {per_step:,} samples ({epochs}) on {device}, {precision}")
+        lines.append(f"results go to {trainer.folder.path}")
+        if self.first_step:
+            lines.append(f"continues after step {self.first_step:,}")
+        print_above_bar("\n".join(lines))
+
+    def step(self) -> None:
+        """Estimate the remaining time once, from the first steps of this program; call it after every step."""
+        progress, first = self.trainer.progress, self.first_step + WARM_UP
+        if self.estimated or progress.step < first or not self.trainer.accelerator.is_main_process:
+            return
+        left = self.trainer.num_steps - progress.step
+        if not self.clock or progress.evaluated_step >= self.clock[0]:  # an evaluation takes no part in the estimate
+            self.clock = (progress.step, self._now())
+        elif progress.step - self.clock[0] == TIMED and left:
+            self.estimated = True
+            seconds = (self._now() - self.clock[1]) / TIMED * left
+            print_above_bar(f"remaining: about {_duration(seconds)} for {left:,} steps, without evaluations")
+
+    def evaluation(self, result: EvaluationResult, improved: bool) -> None:
+        """Print an evaluation in one line, and write the table of all evaluations; call it after logging the result."""
+        trainer = self.trainer
+        if not trainer.accelerator.is_main_process:
+            return
+        step, rows = trainer.progress.step, trainer.folder.rows()
+        line = f"step {step:,} (epoch {step / trainer.steps_per_epoch:.3g}): "
+        line += trainer.evaluator.in_one_line(result.flat_metrics()) + " (best so far)" * improved
+        earlier = [row for row in rows if row["step"] < step]
+        if change := trainer.evaluator.change_since_first(earlier, result):
+            line += f"; since the first evaluation: {change}"
+        print_above_bar(line)
+        if table := epoch_table(rows, trainer.steps_per_epoch):
+            write_bytes(trainer.folder.path / EPOCHS, table.encode())
+
+    def end(self, best: Mapping[str, Any]) -> None:
+        """Print the best evaluation, the files of the run and the next command.
+
+        Args:
+            best: results of the best evaluation, as in validation.json.
+        """
+        trainer = self.trainer
+        if not trainer.accelerator.is_main_process:
+            return
+        folder = trainer.folder.path
+        table = epoch_table(trainer.folder.rows(), trainer.steps_per_epoch)
+        phrase = shlex.quote(self.phrases[0]) if self.phrases else "PHRASE"
+        lines = [
+            *([table] if table else []),
+            f"best: step {best['step']:,}, {trainer.evaluator.in_one_line(best)}",
+            f"results in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}",
+            f"next: vg predict {shlex.quote(str(folder))} IMAGE {phrase}",
+        ]
+        print_above_bar("\n".join(lines))
+
+    def _now(self) -> float:
+        """Seconds, after the device has finished its work."""
+        if self.trainer.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def print_above_bar(text: str) -> None:
+    """Print to standard output without breaking a progress bar in the terminal."""
+    tqdm.write(text)
+
+
+def example_phrases(source: Source[Any]) -> list[str]:
+    """Return different phrases of a dataset, up to NUM_EXAMPLES, in the order of its samples."""
+    found: dict[str, None] = {}
+    for index in dict.fromkeys(round(i * (len(source) - 1) / NUM_EXAMPLES) for i in range(NUM_EXAMPLES)):
+        try:
+            sample = source.load(index, epoch=0)
+        except DataError:  # reported, or skipped, where the sample is used
+            continue
+        found |= dict.fromkeys(sample.phrases if hasattr(sample, "phrases") else [sample.phrase])
+    return list(found)[:NUM_EXAMPLES]
+
+
+def epoch_table(rows: Sequence[Mapping[str, Any]], steps_per_epoch: int) -> str:
+    """Return a Markdown table with a row per evaluation: mean loss and IoU of training since the last one, and its own.
+
+    Args:
+        rows: of history.jsonl; without "train_iou" (models with several boxes, earlier versions) the table is empty.
+    """
+    lines = []
+    step, window = 0, []  # of the last row, (steps, loss, IoU) of each row since the last evaluation
+    for row in rows:
+        if "loss" in row and "train_iou" in row:
+            window.append((row["step"] - step, row["loss"], row["train_iou"]))
+            step = row["step"]
+        elif "eval_loss" in row and "miou" in row and window:
+            count = sum(steps for steps, _, _ in window)
+            values = [sum(entry[0] * entry[i] for entry in window) / count for i in (1, 2)]
+            values += [row["eval_loss"], row["miou"]]
+            lines.append([f"{row['step'] / steps_per_epoch:.3g}", *(f"{value:.4f}" for value in values)])
+            window = []
+    if not lines:
+        return ""
+    header = ["epoch", "train loss", "train IoU", "val loss", "val IoU"]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, ["---:"] * len(header), *lines])
+
+
+def _describe(name: str, source: Source[Any]) -> str:
+    unit = "images" if source.provenance.task == "detection" else "expressions"
+    phrases = ", ".join(map(repr, example_phrases(source)))
+    return f"{name}: {len(source):,} {unit} of {source.provenance}{f', such as {phrases}' if phrases else ''}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
