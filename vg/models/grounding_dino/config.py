@@ -127,7 +127,8 @@ class ImageConfig(Settings):
     std: tuple[float, float, float] = ImageSpec.std
     mix_sizes: bool = False
     """Run images of different sizes through the backbone in one padded pass, as all other implementations do. Padding
-    then leaks into Swin's windows, group norms and query positions, and results depend on the rest of the batch."""
+    then leaks into Swin's windows, group norms and query positions, and results depend on the rest of the batch. Unlike
+    theirs, the query selection never selects a token of the padding, whose box would be infinite."""
 
 
 @dataclass
