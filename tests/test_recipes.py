@@ -207,6 +207,8 @@ def test_comments_state_result_hardware_and_source(name: str) -> None:
     if name in PUBLISHED and name != "finetune_own":
         assert f"{GPUS[name]} GPUs x {PUBLISHED[name][6]} images" in comment
         assert f"{PUBLISHED[name][3]} epochs" in comment
+        batch_size = load_config(FOLDER / f"{name}.yaml").optim.batch_size
+        assert batch_size == GPUS[name] * PUBLISHED[name][6], "samples per step that the learning rate is for"
     assert f"configs/grounding_dino/{name}.yaml" in comment, "the command that runs it"
 
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from vg.training.optim import Ema, GroupConfig, OptimConfig, build_optimizer, build_schedule, select_trainable
+from vg.training.optim import (
+    Ema,
+    GroupConfig,
+    OptimConfig,
+    build_optimizer,
+    build_schedule,
+    lr_factor,
+    select_trainable,
+)
 
 
 class Network(nn.Module):
@@ -41,6 +49,25 @@ def test_groups_by_module_name() -> None:
         "head.bias": (1.0, 0.0),
     }
     assert optimizer.defaults["betas"] == (0.9, 0.999)
+
+
+def test_learning_rates_are_for_a_number_of_samples_per_step(caplog: pytest.LogCaptureFixture) -> None:
+    assert lr_factor(OptimConfig(), 3) == lr_factor(OptimConfig(batch_size=32), 32) == 1
+    assert not caplog.records
+    assert lr_factor(OptimConfig(batch_size=32), 8) == 1
+    assert lr_factor(OptimConfig(batch_size=32, scale_lr=True), 8) == 0.25
+    unscaled, scaled = (record.getMessage() for record in caplog.records)
+    assert unscaled.startswith("a step has 8 samples (processes x data.batch_size x train.accumulate), the learning")
+    assert unscaled.endswith(
+        "meant for 32: change train.accumulate or processes, or set optim.scale_lr=true, which multiplies them by 0.25"
+    )
+    assert scaled.endswith("meant for 32: the learning rates are multiplied by 0.25")
+    model = Network()
+    config = OptimConfig(lr=0.4, groups={next(model.named_children())[0]: GroupConfig(lr=0.04)})
+    plain, quarter = build_optimizer(model, config), build_optimizer(model, config, 0.25)
+    assert [group["lr"] / 4 for group in plain.param_groups] == [group["lr"] for group in quarter.param_groups]
+    with pytest.raises(ValueError, match="scale_lr needs batch_size"):
+        OptimConfig(scale_lr=True)
 
 
 def test_learning_rate_of_zero() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from vg.errors import ConfigError, closest
 from vg.settings import Settings
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vg.models.base import GroundingModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -34,6 +37,11 @@ class OptimConfig(Settings):
     """AdamW with linear warm-up and a schedule; trainable modules and per-module settings."""
 
     lr: NonNegativeFloat = 1e-4
+    batch_size: PositiveInt | None = None
+    """Samples per optimizer step (processes x data.batch_size x train.accumulate) that the learning rates are meant
+    for; another number is logged. null: not checked."""
+    scale_lr: bool = False
+    """Multiply all learning rates by the actual number of samples per step / `batch_size`."""
     weight_decay: NonNegativeFloat = 0.01
     """Not applied to biases, norm weights and other vectors, unless `decay_vectors`."""
     decay_vectors: bool = False
@@ -61,6 +69,8 @@ class OptimConfig(Settings):
             )
         if self.milestones != sorted(self.milestones):
             raise ValueError(f"milestones ({self.milestones}) must be in ascending order")
+        if self.scale_lr and self.batch_size is None:
+            raise ValueError("scale_lr needs batch_size, the samples per step that the learning rates are meant for")
 
 
 def select_trainable(model: GroundingModel, config: OptimConfig) -> None:
@@ -79,8 +89,33 @@ def select_trainable(model: GroundingModel, config: OptimConfig) -> None:
         add_adapters(model, config.lora)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def lr_factor(config: OptimConfig, batch_size: int) -> float:
+    """Return what all learning rates are multiplied by if a step has `batch_size` samples; log what differs."""
+    if config.batch_size in (None, batch_size):
+        return 1.0
+    factor = batch_size / config.batch_size
+    advice = (
+        f"the learning rates are multiplied by {factor:.4g}"
+        if config.scale_lr
+        else (
+            f"change train.accumulate or processes, or set optim.scale_lr=true, which multiplies them by {factor:.4g}"
+        )
+    )
+    logger.warning(
+        "a step has %d samples (processes x data.batch_size x train.accumulate), the learning rates are meant for %d: "
+        "%s",
+        batch_size,
+        config.batch_size,
+        advice,
+    )
+    return factor if config.scale_lr else 1.0
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, factor: float = 1.0) -> torch.optim.AdamW:
     """AdamW with one parameter group per pair of learning rate and weight decay; frozen parameters are excluded.
+
+    Args:
+        factor: of all learning rates, see lr_factor.
 
     Raises:
         ConfigError: no parameter is trainable, or a name in `optim.groups` is not in `optim.freeze` and matches no
@@ -102,10 +137,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         weight_decay = config.weight_decay if group.weight_decay is None else group.weight_decay
         if parameter.dim() <= 1 and not config.decay_vectors:
             weight_decay = 0.0
-        groups.setdefault((lr, weight_decay), []).append(parameter)
+        groups.setdefault((lr * factor, weight_decay), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],
-        lr=config.lr,
+        lr=config.lr * factor,
         betas=config.betas,
         fused=True,
     )

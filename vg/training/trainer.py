@@ -33,7 +33,7 @@ from vg.evaluation.evaluator import Evaluator
 from vg.training.data import TrainingData
 from vg.training.interpolation import Interpolation, Sweep
 from vg.training.loss_log import REMEDY, TRAIN_IOU, LossLog
-from vg.training.optim import build_optimizer, build_schedule, select_trainable
+from vg.training.optim import build_optimizer, build_schedule, lr_factor, select_trainable
 from vg.training.report import Report
 from vg.training.run_folder import VALIDATION, RunFolder
 from vg.training.state import TrainingState
@@ -88,7 +88,8 @@ class Trainer:
         if isinstance(self.data.data.source, HasClasses) and (classes := self.data.data.source.num_classes):
             self.unwrapped_model.use_classes(classes)
         select_trainable(self.unwrapped_model, config.optim)
-        optimizer = build_optimizer(self.unwrapped_model, config.optim)
+        batch_size = self.accelerator.num_processes * config.data.batch_size * config.train.accumulate
+        optimizer = build_optimizer(self.unwrapped_model, config.optim, lr_factor(config.optim, batch_size))
         self.model, self.optimizer = self.accelerator.prepare(self.unwrapped_model, optimizer)
 
         self.steps_per_epoch = self.data.steps_per_epoch

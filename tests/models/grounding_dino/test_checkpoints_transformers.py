@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from tests.models.grounding_dino.published import (
     random_model,
     write_tokenizer,
 )
-from vg.models.grounding_dino.checkpoints import load_into, read_checkpoint, write_checkpoint
-from vg.models.grounding_dino.config import ResNetConfig, SwinConfig
+from vg.errors import CheckpointError
+from vg.models.grounding_dino.checkpoints import load_into, open_model, read_checkpoint, write_checkpoint
+from vg.models.grounding_dino.config import ImageConfig, ResNetConfig, SwinConfig
+from vg.types import FittedImage
 
 VARIANTS = {
     "official": {},
@@ -39,6 +43,72 @@ def published(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path
     write_tokenizer(tmp_path / "published")
     model.config.save_pretrained(tmp_path / "published")  # write_tokenizer left that of BERT
     return model, tmp_path / "published"
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (None, {"activation_function": "gelu"}, r"config\.json: activation_function is 'gelu', vg implements 'relu'"),
+        (None, {"layer_norm_eps": 0.1}, "layer_norm_eps is 0.1, vg implements 1e-05"),
+        (None, {"position_embedding_type": "learned"}, "position_embedding_type is 'learned'"),
+        (None, {"embedding_init_target": False, "two_stage": False}, "two_stage is False.*; embedding_init_target is"),
+        (
+            None,
+            {"decoder_attention_heads": 2},
+            r"encoder_attention_heads and decoder_attention_heads differ \(\[4, 2\]",
+        ),
+        ("text_config", {"hidden_act": "relu"}, r"text_config\.hidden_act is 'relu', vg implements 'gelu'"),
+        ("text_config", {"layer_norm_eps": 1e-5}, r"text_config\.layer_norm_eps is 1e-05, vg implements 1e-12"),
+        ("backbone_config", {"hidden_act": "relu"}, r"backbone_config\.hidden_act is 'relu', vg implements 'gelu'"),
+        ("backbone_config", {"layer_norm_eps": 1e-3}, r"backbone_config\.layer_norm_eps is 0\.001"),
+    ],
+)
+def test_settings_that_no_tensor_shows_are_refused(
+    section: str | None, values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = random_model()
+    model.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (settings[section] if section else settings).update(values)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_the_image_processor_is_applied_or_refused(file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    random_model().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer").mkdir()
+    write_tokenizer(tmp_path / "tokenizer")
+    assert read_checkpoint(tmp_path).config.image == ImageConfig()
+    size = {"shortest_edge": 96, "longest_edge": 128}
+    values = {"size": size, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3], "resample": 2}
+
+    def write(**changes: Any) -> None:
+        stored = values | changes
+        nested = {"image_processor": stored} if file == "processor_config.json" else stored
+        (tmp_path / file).write_text(json.dumps(nested))
+
+    write()
+    checkpoint = read_checkpoint(tmp_path)
+    model = open_model(tmp_path, str(tmp_path / "tokenizer"))
+    assert model.image_spec == FittedImage(96, 128, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
+    for changes, message in (
+        ({"resample": 3}, "resample is 3, vg implements 2"),
+        ({"do_normalize": False}, "do_normalize is False"),
+        ({"rescale_factor": 1}, "rescale_factor is 1, vg implements 0.0039"),
+        ({"size": {"height": 96, "width": 96}}, "size is .*'height'.*vg implements shortest_edge and longest_edge"),
+    ):
+        write(**changes)
+        with pytest.raises(CheckpointError, match=f"{file}: {message}"):
+            read_checkpoint(tmp_path)
+    write()
+    own = replace(checkpoint.config, image=ImageConfig(shortest=64, longest=128))
+    with pytest.raises(CheckpointError, match=r"image\.mean: \(0\.485, .*, \(0\.5, 0\.4, 0\.3\) in the checkpoint"):
+        load_into(own.build(pretrained=False), tmp_path)
+    own.image.mean, own.image.std = checkpoint.config.image.mean, checkpoint.config.image.std
+    load_into(own.build(pretrained=False), tmp_path)
+    assert "images are resized to 64 and at most 128 pixels (model.image), the checkpoint has 96 and 128" in caplog.text
 
 
 def used(tensors: dict[str, Any]) -> dict[str, Any]:

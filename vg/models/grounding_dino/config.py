@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, PositiveInt
 from vg.losses.config import LossConfig
 from vg.models.settings import TINY_BERT, ModelSettings, TextEncoderConfig
 from vg.settings import Settings, by_name
+from vg.types import ImageSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -121,9 +122,13 @@ class ImageConfig(Settings):
     """Shorter side of the resized image in pixels."""
     longest: PositiveInt = 1333
     """Upper limit of the longer side in pixels."""
+    mean: tuple[float, float, float] = ImageSpec.mean
+    """Of the three channels in 0..1, with which images are normalized; those of ImageNet by default."""
+    std: tuple[float, float, float] = ImageSpec.std
     mix_sizes: bool = False
     """Run images of different sizes through the backbone in one padded pass, as all other implementations do. Padding
-    then leaks into Swin's windows, group norms and query positions, and results depend on the rest of the batch."""
+    then leaks into Swin's windows, group norms and query positions, and results depend on the rest of the batch. Unlike
+    theirs, the query selection never selects a token of the padding, whose box would be infinite."""
 
 
 @dataclass

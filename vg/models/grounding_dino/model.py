@@ -149,7 +149,8 @@ class GroundingDino(GroundingModel):
 
     @property
     def image_spec(self) -> ImageSpec:
-        return FittedImage(self.config.image.shortest, self.config.image.longest)
+        image = self.config.image
+        return FittedImage(image.shortest, image.longest, mean=image.mean, std=image.std)
 
     @cached_property
     def text_spec(self) -> TextSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from vg.models.encoders import load_tokenizer
 from vg.models.grounding_dino.checkpoints.read import Checkpoint, read_checkpoint
 from vg.models.grounding_dino.checkpoints.variant import LABELS
 from vg.models.grounding_dino.config import BertConfig, GroundingDinoConfig
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from vg.models.grounding_dino.model import GroundingDino
@@ -54,6 +57,12 @@ def load_into(model: GroundingDino, path: str | Path) -> str | None:
     checkpoint = read_checkpoint(path, model.text.network.config.to_dict())
     found, weights = checkpoint.config, dict(checkpoint.weights)
     differences = _differences(wanted, found)
+    image, stored = wanted.image, found.image
+    if (image.shortest, image.longest) != (stored.shortest, stored.longest):
+        logger.warning(
+            "%s: images are resized to %d and at most %d pixels (model.image), the checkpoint has %d and %d",
+            *(path, image.shortest, image.longest, stored.shortest, stored.longest),
+        )
     if differences:
         raise CheckpointError(f"{path} is another variant of the model:\n  " + "\n  ".join(differences))
     if found.shared_heads and not wanted.shared_heads:
@@ -84,6 +93,7 @@ def _differences(wanted: GroundingDinoConfig, found: GroundingDinoConfig) -> lis
         if field.name not in ("id", "drop_path"):
             own, theirs = (getattr(config.backbone, field.name, None) for config in (wanted, found))
             pairs[f"backbone.{field.name}"] = own, theirs
+    pairs |= {f"image.{key}": (getattr(wanted.image, key), getattr(found.image, key)) for key in ("mean", "std")}
     if found.shared_heads:
         del pairs["shared_heads"]
     if wanted.classes.scale == "learned" and found.classes.scale == "one" and wanted.classes.similarity == "dot":

@@ -20,6 +20,7 @@ from vg.models.base import check_finite_weights
 from vg.models.grounding_dino.backbone import name_in_file
 from vg.models.grounding_dino.checkpoints.files import load_tensors, local_path
 from vg.models.grounding_dino.checkpoints.names import IGNORABLE, Dialect, Foreign, from_file, on_meta, tensor_names
+from vg.models.grounding_dino.checkpoints.settings import check_settings, read_image_settings
 from vg.models.grounding_dino.checkpoints.variant import NamedAsInVg, detect_text, detect_variant
 from vg.models.grounding_dino.config import GroundingDinoConfig, SwinConfig
 
@@ -105,7 +106,9 @@ def _read_foreign(path: Path, bert: Mapping[str, Any]) -> Checkpoint:
     dialect = _dialect(tensors, settings)
     if dialect == "transformers":
         tensors = {_name_in_file(key): tensor for key, tensor in tensors.items()}
+    check_settings(settings)
     config = detect_variant(tensors, dialect, settings, bert)
+    config.image = read_image_settings(path)
     model = on_meta(config)
     weights, unknown = {}, {key for key in tensors if not re.fullmatch(IGNORABLE, key)}
     problems = []

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vg.errors import CheckpointError
 from vg.models.grounding_dino.checkpoints.names import Dialect, Foreign, rows
+from vg.models.grounding_dino.checkpoints.settings import check_bert
 from vg.models.grounding_dino.config import (
     BertConfig,
     ClassHeadConfig,
@@ -145,6 +146,7 @@ def _stages(channels: list[int], widths: list[int]) -> list[int]:
 
 def detect_text(found: NamedAsInVg, bert: Mapping[str, Any]) -> BertConfig:
     """Detect the sizes of the text encoder, so that building it needs no download."""
+    check_bert(bert)
     vocabulary, width = found.shape("text.network.embeddings.word_embeddings.weight")
     if "num_attention_heads" not in bert and width % HEAD_WIDTH:
         raise CheckpointError(

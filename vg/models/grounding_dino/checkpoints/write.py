@@ -15,6 +15,7 @@ from vg.errors import CheckpointError
 from vg.models.grounding_dino.checkpoints.names import Foreign, on_meta, tensor_names, to_file
 from vg.models.grounding_dino.checkpoints.variant import LABELS
 from vg.models.grounding_dino.config import GroundingDinoConfig
+from vg.types import ImageSpec
 
 
 def write_checkpoint(
@@ -75,6 +76,9 @@ def _unsupported(config: GroundingDinoConfig, dialect: Foreign) -> str | None:
         return f"class logits of scale `{classes.scale}` {bias} (model.classes)"
     if dialect == "transformers" and config.position_temperature != int(config.position_temperature):
         return f"position temperature {config.position_temperature} (model.position_temperature): it must be an integer"
+    image = config.image
+    if dialect != "transformers" and (image.mean, image.std) != (ImageSpec.mean, ImageSpec.std):
+        return "model.image.mean or std other than those of ImageNet"
     if dialect != "transformers" and (config.points, config.position_temperature) != (4, 20):
         return "model.points other than 4 or model.position_temperature other than 20"
     return None
@@ -114,6 +118,8 @@ def _write_settings(
     )
     settings.save_pretrained(out)
     image_processor = transformers.GroundingDinoImageProcessorPil(
-        size={"shortest_edge": config.image.shortest, "longest_edge": config.image.longest}
+        size={"shortest_edge": config.image.shortest, "longest_edge": config.image.longest},
+        image_mean=config.image.mean,
+        image_std=config.image.std,
     )
     transformers.GroundingDinoProcessor(image_processor, tokenizer).save_pretrained(out)

@@ -1,0 +1,92 @@
+"""Settings of transformers that no tensor shows: applied where vg has them, otherwise refused if they differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vg.errors import CheckpointError
+from vg.models.grounding_dino.config import ImageConfig
+
+IMPLEMENTED: dict[str, dict[str, Any]] = {  # values that vg implements
+    "grounding_dino": {
+        "activation_function": "relu",
+        "layer_norm_eps": 1e-5,
+        "position_embedding_type": "sine",
+        "query_dim": 4,
+        "two_stage": True,
+        "two_stage_bbox_embed_share": False,
+        "embedding_init_target": True,
+    },
+    "bert": {
+        "model_type": "bert",
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "position_embedding_type": "absolute",
+    },
+    "swin": {"hidden_act": "gelu", "layer_norm_eps": 1e-5},
+    "resnet": {"hidden_act": "relu", "downsample_in_first_stage": False, "downsample_in_bottleneck": False},
+    "image_processor": {
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "resample": 2,  # bilinear
+        "rescale_factor": 1 / 255,
+    },
+}
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if config.json has other settings than vg implements; missing ones have their defaults."""
+    file, backbone = "config.json", settings.get("backbone_config") or {}
+    _check(file, "", settings, IMPLEMENTED["grounding_dino"])
+    _check(file, "text_config.", settings.get("text_config") or {}, IMPLEMENTED["bert"])
+    _check(file, "backbone_config.", backbone, IMPLEMENTED.get(str(backbone.get("model_type")), {}))
+    heads = [settings[key] for key in ("encoder_attention_heads", "decoder_attention_heads") if key in settings]
+    if len({*heads}) > 1:
+        raise CheckpointError(f"{file}: encoder_attention_heads and decoder_attention_heads differ ({heads})")
+
+
+def check_bert(settings: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if config.json of BERT has other settings than vg implements."""
+    _check("config.json of the text encoder", "", settings, IMPLEMENTED["bert"])
+
+
+def read_image_settings(folder: Path) -> ImageConfig:
+    """Read sizes, mean and std of the image processor in a folder of transformers; the defaults if there is none.
+
+    Raises:
+        CheckpointError: it does something else with images than vg.
+    """
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).exists():
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            values = values.get("image_processor", {}) if name == "processor_config.json" else values
+            break
+    else:
+        return ImageConfig()
+    _check(name, "", values, IMPLEMENTED["image_processor"])
+    default = ImageConfig()
+    size = values.get("size") or {"shortest_edge": default.shortest, "longest_edge": default.longest}
+    if not isinstance(size, dict) or size.keys() != {"shortest_edge", "longest_edge"}:
+        raise CheckpointError(f"{name}: size is {size}; vg implements shortest_edge and longest_edge")
+    mean, std = (values.get(f"image_{key}", getattr(default, key)) for key in ("mean", "std"))
+    return ImageConfig(size["shortest_edge"], size["longest_edge"], mean=tuple(mean), std=tuple(std))
+
+
+def _check(file: str, path: str, values: Mapping[str, Any], implemented: Mapping[str, Any]) -> None:
+    wrong = [
+        f"{path}{key} is {values[key]!r}, vg implements {value!r}"
+        for key, value in implemented.items()
+        if values.get(key) is not None and not _equal(values[key], value)
+    ]
+    if wrong:
+        raise CheckpointError(f"{file}: " + "; ".join(wrong))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(b, float) and isinstance(a, (int, float)):
+        return abs(a - b) <= 1e-6 * b
+    return bool(a == b)
