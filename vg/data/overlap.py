@@ -9,7 +9,7 @@ from typing import Generic
 import numpy as np
 
 from vg.data.mixture import Mixture, sources_of
-from vg.data.source import HasImageKeys, Loaded, Source, with_image_groups, with_image_sizes
+from vg.data.source import HasImageKeys, Loaded, Source, phrases_of, with_image_groups, with_image_sizes
 from vg.errors import DataError
 
 
@@ -72,3 +72,7 @@ class Subset(Generic[Loaded]):
 
     def image_groups(self, epoch: int) -> np.ndarray:
         return with_image_groups(self.source).image_groups(epoch)[self.indices]
+
+    def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
+        known = phrases_of(self.source)
+        return [known[index] for index in self.indices] if known else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,7 +76,10 @@ class DatasetEvaluator:
         """Compute the metrics of the last `predict`; every process must call it."""
         provenance, computed = self.data.source.provenance, self.metric.compute()
         bad = mean_over_processes(self.accelerator, self.data.bad.float().to(self.accelerator.device))  # [samples]
-        return DatasetResult(self.name, provenance, self.metric.protocol, *computed, int(bad.count_nonzero()))
+        num_skipped = int(bad.count_nonzero())
+        if num_skipped and provenance.official:
+            provenance = replace(provenance, official=False)
+        return DatasetResult(self.name, provenance, self.metric.protocol, *computed, num_skipped)
 
 
 class Evaluator:
