@@ -179,6 +179,8 @@ def test_all_errors_are_reported_at_once_with_their_file(minimal: Path) -> None:
         (b"a: [1", "is not valid YAML"),
         (b"a: b: c", "is not valid YAML"),
         (b"1: 2", "1: unknown key"),
+        (b"optim:\n  lr: 1\n  clip_norm: 2\n  'lr': 3\n", "the key `lr` in line 4 is already in line 2; remove one"),
+        (b"model: rec\ndata: {}\nmodel: grounding_dino\n", "the key `model` in line 3 is already in line 1"),
         (b"\x80\x04\xff\xfe", "is not valid YAML"),
     ],
 )
@@ -189,6 +191,20 @@ def test_files_that_are_not_a_configuration(tmp_path: Path, content: bytes, mess
         load_config(path)
     assert message in str(caught.value)
     assert "bad.yaml" in str(caught.value)
+
+
+def test_a_key_that_is_twice_in_an_override(minimal: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.train=.*the key `name` in line 1 is already in line 1"):
+        load_config(minimal, ["data.train={name: shapes, size: 3, name: coco}"])
+
+
+def test_merged_keys_may_be_overridden(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "data:\n  train: &train {name: shapes, size: 3}\n  eval: {val: &val {<<: *train, size: 5}, "
+        "test: {<<: *val, size: 7}}\nmodel: {name: rec}\n"
+    )
+    data = load_config(tmp_path / "a.yaml").data
+    assert [data.train.size, *(dataset.size for dataset in data.eval_datasets().values())] == [3, 5, 7]
 
 
 def test_missing_file(tmp_path: Path) -> None:

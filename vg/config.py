@@ -24,7 +24,7 @@ from vg.data.augment import AugmentConfig
 from vg.data.mixture import SourceConfig
 from vg.errors import ConfigError
 from vg.models import ModelConfig
-from vg.settings import Settings, by_name, is_mapping_of_settings, key_path, unknown_keys
+from vg.settings import Settings, by_name, is_mapping_of_settings, key_path, parse_yaml, unknown_keys
 from vg.training.optim import OptimConfig
 
 RENAMED = {  # former path of a key (* matches any names) -> its name now: old run folders and YAML files still load
@@ -234,7 +234,7 @@ def _read_files(path: Path, chain: tuple[Path, ...] = ()) -> Files:
 
 def _read_yaml(path: Path, role: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = parse_yaml(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}{role}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -283,6 +283,6 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{override}: {parent} is {child!r}, which has no keys")
         values = child
     try:
-        values[last] = yaml.safe_load(text)
+        values[last] = parse_yaml(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{override[:80]}: the value is not valid YAML ({error})") from error

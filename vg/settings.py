@@ -1,4 +1,4 @@
-"""Base class of all settings, and the check of a configuration's keys against the fields of such classes."""
+"""Base class of all settings, YAML, and the check of a configuration's keys against the fields of such classes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,32 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import yaml
+
 from vg.errors import closest
 
 KeyPath = tuple[Any, ...]  # keys and list indices from the top of a configuration down to a value
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings have every key once; the keys that `<<` merges may be overridden."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+                continue
+            first, line = lines.get((key.tag, key.value)), key.start_mark.line + 1
+            if first is not None:
+                raise yaml.YAMLError(f"the key `{key.value}` in line {line} is already in line {first}; remove one")
+            lines[key.tag, key.value] = line
+        return node
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML; raises yaml.YAMLError for invalid YAML, and for a key that a mapping has twice."""
+    return yaml.load(text, _UniqueKeys)
 
 
 class Settings:

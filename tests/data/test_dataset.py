@@ -15,6 +15,8 @@ from torch.utils.data import BatchSampler, DataLoader
 from vg.data.augment import AugmentConfig
 from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
+from vg.data.mixture import Mixture
+from vg.data.overlap import Subset
 from vg.data.samplers import AspectRatioGroupedSampler, EpochSampler
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import ShapesConfig
@@ -105,6 +107,35 @@ def test_phrases_that_fit_into_no_prompt_are_skipped(delimiters: tuple[str, ...]
     assert data.bad.tolist() == [False, True, False]
     with pytest.raises(BadSampleError, match=r"indices/1.*tokens"):
         collate.texts([Worded(3).load(1, 1)])
+
+
+class Described(Indices):
+    """Samples whose phrases are known without their images; every third one has too many words."""
+
+    def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
+        return [(f"indices/{n}", ("red thing " * 20 if n % 3 == 1 else "red thing",)) for n in range(self.length)]
+
+
+@pytest.mark.parametrize("delimiters", [(), (".",)], ids=["one expression", "many phrases"])
+def test_lengths_are_checked_before_any_sample_is_read(
+    delimiters: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = load_tokenizer(TextEncoderConfig(architecture={"model_type": "bert"}))
+    collate = Collator(StretchedImage(8, 8), TextSpec(tokenizer, 16, delimiters))
+    subset = Subset(Described(9), np.array([0, 1, 2, 4]))
+    for source in (subset, Mixture([Indices(2), subset])):
+        with pytest.raises(BadSampleError, match=r"indices/4: .* tokens") as caught:
+            GroundingDataset(source, collate=collate)
+        assert str(caught.value).startswith("indices (test): the model cannot take 2 of 4 samples")
+        assert "data.bad_samples=skip" in str(caught.value)
+        assert "indices/1: " in str(caught.value)
+    data = GroundingDataset(subset, bad_samples="skip", collate=collate)
+    assert data.bad.tolist() == [False, True, False, True]
+    assert ids([data[index] for index in range(4)]) == [0, 2, 2, 0]
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "vg.data.dataset"]
+    assert message.startswith("skipped: indices (test): the model cannot take 2 of 4 samples")
+    assert subset.source.epochs == [0, 0, 0, 0], "bad samples are not read"
+    GroundingDataset(Subset(Indices(2), np.array([0])), collate=collate)
 
 
 def test_only_bad_samples_are_an_error() -> None:

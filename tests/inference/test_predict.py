@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.models.grounding_dino.tiny import tiny_model
 from vg.checkpoint import write_model
 from vg.cli import main
 from vg.config import CheckpointConfig, RunConfig
+from vg.errors import ConfigError
 from vg.inference.draw import COLORS
+from vg.inference.grounder import Grounder
 
 LINE = r"(.+): left (.+), top (.+), right (.+), bottom (.+), score (.+)"
 
@@ -87,10 +90,40 @@ def test_a_threshold_outside_of_0_to_1_is_refused(threshold: str, image: Path) -
         main(["predict", "nowhere", str(image), "dog", "--threshold", threshold])
 
 
+def test_an_image_file_is_not_a_phrase(image: Path) -> None:
+    other = image.with_name("other.JPG")
+    other.write_bytes(image.read_bytes())
+    with pytest.raises(SystemExit, match=r"other\.JPG is an image file, not a phrase: .* one image .*: for image in"):
+        main(["predict", "nowhere", str(image), str(other), "raccoon"])
+    with pytest.raises(SystemExit, match=r"https://a\.b/c\.png is an image"):
+        main(["predict", "nowhere", str(image), "https://a.b/c.png", "raccoon"])
+    with pytest.raises(SystemExit, match="nowhere does not exist"):
+        main(["predict", "nowhere", str(image), "a file called absent.png", "https in words"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("", "is a folder"), ("drawn", "has no suffix of an image format"), ("drawn.txt", "has no suffix of an image")],
+)
+def test_an_output_that_is_not_an_image_file_is_refused(name: str, message: str, image: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=f"--output {tmp_path / name}.*{message}"):
+        main(["predict", "nowhere", str(image), "dog", "--output", str(tmp_path / name)])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests machines without CUDA")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "gpu"])
+def test_a_device_that_is_not_there_is_refused(device: str, image: Path) -> None:
+    with pytest.raises(SystemExit, match=rf"device {device}: .*; use cpu") as stopped:
+        main(["predict", "nowhere", str(image), "dog", "--device", device])
+    assert "\n" not in str(stopped.value)
+    with pytest.raises(ConfigError, match=f"device {device}"):
+        Grounder(tiny_model(), device=device)
+
+
 def test_one_expression_has_one_box(
     expression_model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "drawn.png"
+    output = tmp_path / "new" / "drawn.png"
     boxes, _ = predict(capsys, expression_model, image, "red circle", "--output", output)
     assert [name for name, *_ in boxes] == ["red circle"]
     with pytest.raises(SystemExit, match="this model takes one expression"):

@@ -11,7 +11,7 @@ from vg.config import CacheConfig, DataConfig, RunConfig
 from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset, SourceDataset
 from vg.data.mixture import Mixture, MixtureConfig, SourceConfig
-from vg.data.overlap import without_overlap
+from vg.data.overlap import warn_of_unknown_phrases, without_overlap
 from vg.data.source import Source
 from vg.errors import ConfigError
 from vg.models.base import EncodableModel, GroundingModel
@@ -23,7 +23,8 @@ RunDataset: TypeAlias = SourceDataset[Sample] | SourceDataset[EncodedSample]
 def training_dataset(config: RunConfig, model: GroundingModel, evaluations: Sequence[Source]) -> RunDataset:
     """Return the training samples; its `collate` makes batches for the model.
 
-    Images that are also in `evaluations` cause a warning or are dropped (`data.drop_overlap`).
+    Images that are also in `evaluations` cause a warning or are dropped (`data.drop_overlap`). Evaluation data without
+    any phrase of the training data causes a warning.
 
     Raises:
         ConfigError: features of this model cannot be cached.
@@ -34,7 +35,9 @@ def training_dataset(config: RunConfig, model: GroundingModel, evaluations: Sequ
     if data.cache:
         cached = cached_source(data.train, data.cache, data.cache.views, model, seed)
         return SourceDataset(without_overlap(cached, evaluations, data.drop_overlap), collate_encoded, data.bad_samples)
-    source = without_overlap(data.train.build(), evaluations, data.drop_overlap)
+    everything = data.train.build()
+    warn_of_unknown_phrases(everything, evaluations)
+    source = without_overlap(everything, evaluations, data.drop_overlap)
     collate = Collator(model.image_spec, model.text_spec, one_prompt=True)
     return GroundingDataset(source, data.augment.build(), seed, data.bad_samples, collate)
 

@@ -10,7 +10,18 @@ from vg import __version__
 from vg.cli.arguments import add_tokenizer
 from vg.errors import ConfigError
 
-OPTIONS = ("data", "images", "datasets", "splits", "limit", "batch_size", "workers", "precision", "tokenizer")
+OPTIONS = [
+    "data",
+    "images",
+    "datasets",
+    "splits",
+    "limit",
+    "batch_size",
+    "workers",
+    "bad_samples",
+    "precision",
+    "tokenizer",
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     suite.add_argument("--limit", type=int, help="evaluate at most this many expressions of each split")
     suite.add_argument("--batch-size", type=int, help="expressions per batch (default: 32)")
     suite.add_argument("--workers", type=int, help="processes that read images (default: 2)")
+    suite.add_argument(
+        "--bad-samples", choices=["error", "skip"], help="skip: leave unusable samples out and count them"
+    )
     suite.add_argument("--precision", choices=["no", "bf16", "fp16"], help="mixed precision (default: no)")
     add_tokenizer(suite)
 
@@ -54,7 +68,9 @@ def run(options: argparse.Namespace, output: Path) -> None:
     model = open_model(options.checkpoint, options.overrides, options.tokenizer)
     accelerator = new_accelerator(mixed_precision=options.precision or "no")
     workers = 2 if options.workers is None else options.workers
-    results, evaluated = run_benchmark(model, splits, accelerator, options.batch_size or 32, workers)
+    results, evaluated = run_benchmark(
+        model, splits, accelerator, options.batch_size or 32, workers, options.bad_samples or "error"
+    )
     software = {"vg": __version__} | {name: version(name) for name in ("torch", "transformers")}
     results = {"checkpoint": options.checkpoint, "software": software, **results}
     if accelerator.is_main_process:

@@ -57,11 +57,10 @@ def run(options: argparse.Namespace) -> None:
 
 def _config_of(found: Mapping[str, dict[str, Any]], overrides: Sequence[str]) -> RunConfig:
     """A run on the datasets found at a path; each override is a setting of all of them."""
-    import yaml
-
     from vg.config import parse_config
+    from vg.settings import parse_yaml
 
-    changes = {key: yaml.safe_load(text) for key, _, text in (override.partition("=") for override in overrides)}
+    changes = {key: parse_yaml(text) for key, _, text in (override.partition("=") for override in overrides)}
     datasets = {split: settings | changes for split, settings in found.items()}
     train, *evaluation = datasets
     evaluated = {split: datasets[split] for split in evaluation or [train]}

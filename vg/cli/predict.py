@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
 THRESHOLD = 0.3  # boxes with a lower score are not drawn
 
@@ -19,10 +21,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from PIL import Image
 
-    from vg.errors import printable
+    from vg.errors import ConfigError, printable
     from vg.inference.draw import COLORS, draw_boxes
     from vg.inference.grounder import Grounder, above, check_threshold, to_array
 
+    for phrase in options.phrases:
+        if phrase.startswith(("http://", "https://")) or (_is_image(phrase) and os.path.isfile(phrase)):
+            raise ConfigError(
+                f"{phrase} is an image file, not a phrase: vg predict takes one image and then phrases; for several "
+                'images, run it in a loop: for image in *.jpg; do vg predict CHECKPOINT "$image" PHRASE; done'
+            )
+    if os.path.isdir(options.output):
+        raise ConfigError(f"--output {options.output} is a folder: name a file in it, such as prediction.png")
+    if not _is_image(options.output):
+        raise ConfigError(f"--output {options.output} has no suffix of an image format: use .png or .jpg")
     if options.threshold is not None:
         check_threshold(options.threshold, "--threshold")
     grounder, image = Grounder(options.checkpoint, options.device), to_array(options.image)
@@ -40,5 +52,13 @@ def run(options: argparse.Namespace) -> None:
     if not labels:
         best = f"best: {prediction.scores[0]:.3g}" if len(prediction.scores) else "no box was predicted"
         print(f"no box scores >= {threshold} ({best}); lower --threshold")
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(draw_boxes(image, shown.boxes, labels, colors or COLORS)).save(options.output)
     print(f"drawn in {options.output}")
+
+
+def _is_image(name: str) -> bool:
+    """Whether a file name has the suffix of an image format that can be written."""
+    from PIL import Image
+
+    return Image.registered_extensions().get(Path(name).suffix.lower()) in Image.SAVE

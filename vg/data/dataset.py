@@ -12,13 +12,15 @@ from torch.utils.data import Dataset
 
 from vg.data.augment import Augment
 from vg.data.collate import Collator
-from vg.data.source import Loaded, Source, checked
+from vg.data.mixture import sources_of
+from vg.data.source import Loaded, Source, checked, phrases_of
 from vg.errors import BadSampleError, DataError
 from vg.types import Batch, EncodedBatch, Sample
 
 logger = logging.getLogger(__name__)
 
 BadSamples = Literal["error", "skip"]
+_NUM_LISTED = 10  # samples with phrases that are too long
 
 
 class SourceDataset(Dataset[Loaded]):
@@ -81,7 +83,11 @@ class SourceDataset(Dataset[Loaded]):
 
 
 class GroundingDataset(SourceDataset[Sample]):
-    """Samples of a source after validation and augmentation; further arguments as in SourceDataset."""
+    """Samples of a source after validation and augmentation; further arguments as in SourceDataset.
+
+    Raises:
+        BadSampleError: phrases that the source knows without images (HasPhrases) exceed the token limit of the model.
+    """
 
     def __init__(
         self,
@@ -95,6 +101,25 @@ class GroundingDataset(SourceDataset[Sample]):
         self.augment = augment
         self.seed = seed
         self.texts = collate and collate.texts
+        for part in sources_of(source):
+            self._check_lengths(part)
+
+    def _check_lengths(self, source: Source[Sample]) -> None:
+        """Find samples whose phrases do not fit the model before any image is read; raise BadSampleError or skip them.
+
+        The samples of a mixture are skipped when they are loaded.
+        """
+        phrases = phrases_of(source) if self.texts else []
+        problems = self.texts.problems(phrases) if self.texts and phrases else {}
+        if not problems:
+            return
+        listed = "\n  ".join([*list(problems.values())[:_NUM_LISTED], *["..."] * (len(problems) > _NUM_LISTED)])
+        found = f"{source.provenance}: the model cannot take {len(problems)} of {len(phrases)} samples:\n  {listed}"
+        if not self.skip:
+            raise BadSampleError(f"{found}\ndata.bad_samples=skip (--bad-samples skip of a suite) leaves them out")
+        logger.warning("skipped: %s", found)
+        if source is self.source:
+            self.bad[list(problems)] = self._unreadable[list(problems)] = True
 
     def _load(self, index: int, epoch: int) -> Sample:
         seed = (self.seed, epoch, index)

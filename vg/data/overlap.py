@@ -1,4 +1,4 @@
-"""Images that are in both training and evaluation data: detect, report and optionally remove them from training."""
+"""What training and evaluation data share: images, which are reported or removed from training, and phrases."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from typing import Generic
 
 import numpy as np
 
+from vg.data.detection.vocabulary import normalized_name
 from vg.data.mixture import Mixture, sources_of
-from vg.data.source import HasClasses, HasImageKeys, Loaded, Source, with_image_groups, with_image_sizes
+from vg.data.source import (
+    HasCategoryIds,
+    HasClasses,
+    HasImageKeys,
+    Loaded,
+    Source,
+    phrases_of,
+    with_image_groups,
+    with_image_sizes,
+)
 from vg.errors import DataError
 
 
@@ -53,6 +63,40 @@ def without_overlap(train: Source[Loaded], evaluations: Sequence[Source], drop: 
     return Subset(train, np.flatnonzero(~shared))
 
 
+def warn_of_unknown_phrases(train: Source, evaluations: Sequence[Source]) -> None:
+    """Warn of each evaluation source without any phrase of the training data, as far as the sources list phrases.
+
+    Names of classes are compared with each other; expressions are free text, of which words are compared.
+    """
+    known = [_described(source) for source in sources_of(train)]
+    if not all(names for names, _ in known):
+        return
+    for evaluation in (source for mixture in evaluations for source in sources_of(mixture)):
+        names, is_text = _described(evaluation)
+        by_word = is_text or any(is_text for _, is_text in known)
+        trained = set().union(*(_units(names, by_word) for names, _ in known))
+        if names and not trained & _units(names, by_word):
+            listed = ", ".join(map(repr, sorted(names)[:3])) + (", ..." if len(names) > 3 else "")
+            warnings.warn(
+                f"{evaluation.provenance} is evaluated on {listed}: not one of these phrases is in the training data, "
+                f"{train.provenance}; correct data.train or data.eval unless you want zero-shot evaluation",
+                stacklevel=2,
+            )
+
+
+def _described(source: Source) -> tuple[set[str], bool]:
+    """Return the phrases of a source, empty if it does not list them, and whether they are free text."""
+    if isinstance(source, HasCategoryIds):
+        return set(source.category_ids), False
+    return {phrase for _, phrases in phrases_of(source) for phrase in phrases}, True
+
+
+def _units(names: set[str], by_word: bool) -> set[str]:
+    """Return what is compared: normalized names, or all their words."""
+    normalized = set(map(normalized_name, names))
+    return {word for name in normalized for word in name.split()} if by_word else normalized
+
+
 class Subset(Generic[Loaded]):
     """Some samples of a source, in its order."""
 
@@ -76,3 +120,7 @@ class Subset(Generic[Loaded]):
 
     def image_groups(self, epoch: int) -> np.ndarray:
         return with_image_groups(self.source).image_groups(epoch)[self.indices]
+
+    def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
+        known = phrases_of(self.source)
+        return [known[index] for index in self.indices] if known else []

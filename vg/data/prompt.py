@@ -33,27 +33,51 @@ class Expressions:
 
     def __call__(self, samples: Sequence[Sample]) -> Text:
         """Raise DataError if a sample has not exactly one phrase, BadSampleError if that exceeds max_tokens."""
-        for sample in samples:
-            if len(sample.phrases) != 1:
-                raise DataError(f"{sample.id} has {len(sample.phrases)} phrases, this model takes one expression")
-        return self.text([sample.phrases[0] for sample in samples], [sample.id for sample in samples])
+        names = [sample.id for sample in samples]
+        return self.text([_only_phrase(sample.id, sample.phrases) for sample in samples], names)
+
+    def problems(self, samples: Sequence[tuple[str, tuple[str, ...]]]) -> dict[int, str]:
+        """Return the index and the reason of each sample (id, phrases) for which the call raises BadSampleError."""
+        names = [name for name, _ in samples]
+        expressions = [_only_phrase(name, phrases) for name, phrases in samples]
+        rows = self.spec.tokenizer(expressions, verbose=False)["input_ids"]
+        return self._problems(names, expressions, rows, [len(row) for row in rows])
 
     def text(self, expressions: Sequence[str], names: Sequence[str]) -> Text:
         """Return one prompt per expression; raise BadSampleError with the name of one that has too many tokens."""
         tokens = self.spec.tokenizer(list(expressions), padding=True, return_tensors="pt")
         token_ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()  # [R, T]
-        special = set(self.spec.tokenizer.all_special_ids)
-        for name, expression, row in zip(names, expressions, token_ids.tolist(), strict=True):
+        problems = self._problems(names, expressions, token_ids.tolist(), mask.sum(dim=1).tolist())
+        for problem in problems.values():
+            raise BadSampleError(problem)
+        return Text(token_ids, mask, mask.unsqueeze(1), torch.arange(len(expressions)))
+
+    def _problems(
+        self, names: Sequence[str], expressions: Sequence[str], rows: Sequence[list[int]], lengths: Sequence[int]
+    ) -> dict[int, str]:
+        """Describe each expression that has too many tokens, and report those of unknown words.
+
+        Args:
+            rows: the tokens of each expression, and maybe padding.
+            lengths: the numbers of tokens without padding.
+        """
+        special, problems = set(self.spec.tokenizer.all_special_ids), {}
+        for index, (name, expression, row) in enumerate(zip(names, expressions, rows, strict=True)):
             if special.issuperset(row) and expression not in self._reported:
                 self._reported.add(expression)
                 _report_unknown(name, expression)
-        for name, expression, length in zip(names, expressions, mask.sum(dim=1).tolist(), strict=True):
-            if length > self.spec.max_tokens:
-                raise BadSampleError(
-                    f"{name}: the expression has {length} tokens, the model takes {self.spec.max_tokens} "
+            if lengths[index] > self.spec.max_tokens:
+                problems[index] = (
+                    f"{name}: the expression has {lengths[index]} tokens, the model takes {self.spec.max_tokens} "
                     f"(raise model.max_tokens): {expression[:80]!r}"
                 )
-        return Text(token_ids, mask, mask.unsqueeze(1), torch.arange(len(expressions)))
+        return problems
+
+
+def _only_phrase(name: str, phrases: Sequence[str]) -> str:
+    if len(phrases) != 1:
+        raise DataError(f"{name} has {len(phrases)} phrases, this model takes one expression")
+    return phrases[0]
 
 
 class Prompt(NamedTuple):
@@ -115,15 +139,23 @@ class Prompts:
         image_ids = np.array([i for i, _ in prompts])
         return Text(*map(torch.from_numpy, (token_ids, mask, phrase_tokens, image_ids)))
 
+    def problems(self, samples: Sequence[tuple[str, tuple[str, ...]]]) -> dict[int, str]:
+        """Return the index and the reason of each sample (id, phrases) for which the call raises BadSampleError."""
+        found = {}
+        for index, (name, phrases) in enumerate(samples):
+            try:
+                self._tokenize(name, phrases)
+            except BadSampleError as error:
+                found[index] = str(error)
+        return found
+
     def of_sample(self, sample: Sample) -> list[Prompt]:
         """Make the prompts of one sample, at least one.
 
         Raises:
             BadSampleError: no phrases, or a phrase without letters and digits or too long for a prompt.
         """
-        if not sample.phrases:
-            raise BadSampleError(f"{sample.id} has no phrases; give at least one")
-        tokens = self._tokenize(sample)
+        tokens = self._tokenize(sample.id, sample.phrases)
         phrases = self._fitting(tokens, sample) if self.one_prompt else range(len(tokens))
         prompts: list[Prompt] = []
         previous = None
@@ -157,28 +189,30 @@ class Prompts:
                 known.add(key)
         return fitting
 
-    def _tokenize(self, sample: Sample) -> list[list[int]]:
-        """Return the token ids of each phrase, without full stops at its end."""
+    def _tokenize(self, name: str, phrases: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each phrase, without full stops at its end; raises as of_sample."""
+        if not phrases:
+            raise BadSampleError(f"{name} has no phrases; give at least one")
         if len(self._known) > _CACHE_SIZE:
             self._known.clear()
-        new = [phrase for phrase in dict.fromkeys(sample.phrases) if phrase not in self._known]
+        new = [phrase for phrase in dict.fromkeys(phrases) if phrase not in self._known]
         for phrase in new:
             if not any(character.isalnum() for character in phrase):
-                raise BadSampleError(f"{sample.id}: the phrase {phrase!r} has no letter or digit; use words")
+                raise BadSampleError(f"{name}: the phrase {phrase!r} has no letter or digit; use words")
         if new:  # split_special_tokens: "[SEP]" in a phrase is ordinary text
             encoded = self.tokenizer(new, add_special_tokens=False, split_special_tokens=True, verbose=False)
             for phrase, token_ids in zip(new, encoded["input_ids"], strict=True):
                 while token_ids and token_ids[-1] == self.phrase_end:
                     token_ids.pop()
                 if {self.tokenizer.unk_token_id, *self.delimiters}.issuperset(token_ids):
-                    _report_unknown(sample.id, phrase)
+                    _report_unknown(name, phrase)
                 if len(token_ids) + 3 > self.max_tokens:
                     raise BadSampleError(
-                        f"{sample.id}: a phrase has {len(token_ids)} tokens, at most {self.max_tokens - 3} fit into a "
+                        f"{name}: a phrase has {len(token_ids)} tokens, at most {self.max_tokens - 3} fit into a "
                         f"prompt of {self.max_tokens} (raise model.max_tokens): {phrase[:80]!r}"
                     )
                 self._known[phrase] = token_ids
-        return [self._known[phrase] for phrase in sample.phrases]
+        return [self._known[phrase] for phrase in phrases]
 
 
 def _report_unknown(name: str, phrase: str) -> None:

@@ -7,6 +7,7 @@ A source implements `provenance`, `__len__` and `load`. Each of the protocols be
     HasImageGroups    data.cache.expressions_per_image above 1              error
     HasImageKeys      finding images shared by training and evaluation      overlap is not detected
     HasFingerprint    detecting edited annotations under a feature cache    such a cache is used unnoticed
+    HasPhrases        finding phrases that are too long before the start    such a sample is found when it is loaded
     HasCategoryIds    vg eval --detections                                  error
     HasClasses        denoising labels that are classes                     the model's default number of labels
 """
@@ -79,6 +80,14 @@ class HasFingerprint(Protocol):
 
 
 @runtime_checkable
+class HasPhrases(Protocol):
+    """A source whose phrases are known without reading images, and are the same in every epoch."""
+
+    def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Return the id and the phrases of each sample."""
+
+
+@runtime_checkable
 class HasImageGroups(Protocol):
     """A source that groups samples by image; in one epoch all samples of a group have exactly the same image."""
 
@@ -102,6 +111,11 @@ class HasClasses(Protocol):
     @property
     def num_classes(self) -> int | None:
         """Number of phrases of each prompt; None if it differs."""
+
+
+def phrases_of(source: Source) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the id and the phrases of each sample, or an empty list if the source does not implement HasPhrases."""
+    return source.sample_phrases() if isinstance(source, HasPhrases) else []
 
 
 def with_image_sizes(source: Source) -> HasImageSizes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,9 +90,12 @@ class DatasetEvaluator:
         """Compute the metrics of the last `predict`; every process must call it."""
         provenance, computed = self.data.source.provenance, self.metric.compute()
         bad = mean_over_processes(self.accelerator, self.data.bad.float().to(self.accelerator.device))  # [samples]
+        num_skipped = int(bad.count_nonzero())
+        if num_skipped and provenance.official:
+            provenance = replace(provenance, official=False)
         loss, weight = mean_over_processes(self.accelerator, self.loss).tolist()
         mean = loss / weight if weight else None
-        return DatasetResult(self.name, provenance, self.metric.protocol, *computed, int(bad.count_nonzero()), mean)
+        return DatasetResult(self.name, provenance, self.metric.protocol, *computed, num_skipped, mean)
 
 
 class Evaluator:

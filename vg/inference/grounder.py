@@ -44,11 +44,16 @@ class Grounder:
         model: a model, or a path for `load_model`: the folder of a run or checkpoint, or a published Grounding DINO.
         device: "cpu", "cuda" or "mps"; by default the fastest one available. The model is moved there.
         tokenizer: see `load_model`.
+
+    Raises:
+        ConfigError: this machine does not have the device.
+        CheckpointError: see `load_model`.
     """
 
     def __init__(self, model: str | Path | GroundingModel, device: str | None = None, tokenizer: str | None = None):
+        device = best_device() if device is None else checked_device(device)
         self.model = model if isinstance(model, GroundingModel) else load_model(model, tokenizer)
-        self.model.to(device or best_device()).eval()
+        self.model.to(device).eval()
         self.collate = Collator(self.model.image_spec, self.model.text_spec)
 
     @property
@@ -121,6 +126,16 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def checked_device(device: str) -> str:
+    """Return the device; raises ConfigError if this machine does not have it."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend has its own
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise ConfigError(f"device {device}: {reason}; use {best_device()}") from error
+    return device
 
 
 def load_model(path: str | Path, tokenizer: str | None = None) -> GroundingModel:

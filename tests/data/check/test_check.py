@@ -20,6 +20,7 @@ from vg.data.detection.odvg import OdvgConfig
 from vg.data.detection.voc import VocConfig
 from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.mixture import MixtureConfig
+from vg.data.refcoco.source import RefcocoConfig
 from vg.errors import DataError
 
 Change = tuple[str, int, str | None, Any]  # list of the document, row, key, value
@@ -291,7 +292,20 @@ def test_classes_that_only_the_evaluation_has(tmp_path: Path) -> None:
         "without any box in training",
         "val",
     )
-    assert (issue.severity, issue.count) == ("note", 2), "disjoint classes are intended: zero-shot evaluation"
+    assert (issue.severity, issue.what, issue.count) == ("warning", "all classes are without any box in training", 2)
+    assert "nothing if zero-shot evaluation is intended" in issue.fix
+
+
+@pytest.mark.parametrize(("phrase", "is_reported"), [("red CIRCLE", True), ("the furry dogs", False)])
+def test_phrases_without_a_word_of_the_training_data(phrase: str, is_reported: bool, tmp_path: Path) -> None:
+    expressions = RefcocoConfig.miniature(tmp_path)
+    file = Path(expressions.path, "mini_val.jsonl")
+    rows = [json.loads(line) | {"sent": phrase} for line in file.read_text().splitlines()]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "coco").mkdir()
+    train = write(tmp_path / "coco", valid_coco())  # cats and dogs
+    issues = [issue for issue in check(train, val=expressions).issues if "any word of the training" in issue.what]
+    assert [(issue.severity, issue.examples[0]) for issue in issues] == [("warning", "red circle")] * is_reported
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,6 +137,14 @@ def test_every_published_format_gives_the_same_samples(layout, tmp_path, images)
     assert first.boxes.dtype == np.float32
 
 
+def test_phrases_are_known_without_images(tmp_path, images):
+    rows = [LINES[0], {**LINES[0], "ann_id": 6}, {**LINES[1], "bbox": "no box"}]
+    source = build(write_lines(tmp_path / "mini_val.jsonl", rows), image_root=str(images))
+    expected = [(sample.id, sample.phrases) for sample in (source.load(index, epoch=0) for index in range(2))]
+    assert source.sample_phrases()[:2] == expected
+    assert source.sample_phrases()[2][1] == (LINES[1]["sent"],), "a bad box is reported when its sample is loaded"
+
+
 def test_samples_of_equals_load(tmp_path):
     row = {**LMMS, "image": Image.open(io.BytesIO(jpeg())), "kinds": ["attribute", "relation"], "segmentation": []}
     samples = samples_of(row, dataset="shapes", split="test")

@@ -235,6 +235,38 @@ def test_limited_splits_are_not_official(checkpoints: dict[str, Path], tmp_path:
     assert results["parts"][0]["official"] == "no"
 
 
+@needs_images
+def test_expressions_that_are_too_long_are_found_first_and_skipped_on_request(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = write_tests(tmp_path / "data")
+    rows = json.loads((tmp_path / "data" / "refs.json").read_text())
+    row = next(row for row in rows if row["split"] == "testB")
+    row["sent"] = "left " * 300
+    (tmp_path / "data" / "refs.json").write_text(json.dumps(rows))
+
+    def evaluate_nothing(*_: Any) -> None:
+        raise AssertionError("lengths are checked before anything is evaluated")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vg.evaluation.evaluator.DatasetEvaluator.predict", evaluate_nothing)
+        with pytest.raises(SystemExit) as stopped:
+            benchmark(checkpoints["rec"], tmp_path / "out", *options)
+    message = r"cannot take 1 of \d+ samples:.*testB.*302 tokens.*left left.*--bad-samples skip"
+    assert re.search(message, str(stopped.value), re.DOTALL)
+    results, page = benchmark(checkpoints["rec"], tmp_path / "out", *options, "--bad-samples", "skip")
+    one, other = results["parts"]
+    (pooled,) = results["pooled"]
+    assert ("num_skipped" in one, other["num_skipped"], pooled["num_skipped"]) == (False, 1, 1)
+    assert other["official"] == "no"
+    assert one["num_expressions"] + other["num_expressions"] == pooled["num_expressions"] == 21
+    for labels in other["slices"].values():
+        assert sum(values["num_expressions"] for values in labels.values()) == other["num_expressions"]
+        mean = np.average([v["miou"] for v in labels.values()], weights=[v["num_expressions"] for v in labels.values()])
+        assert mean == pytest.approx(other["miou"])
+    assert "<th>skipped</th>" in page
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -251,6 +283,7 @@ def test_limited_splits_are_not_official(checkpoints: dict[str, Path], tmp_path:
             ["--suite", "refcoco"],
             r"(?s)jxu124/refcoco-benchmark could not be loaded .*--data:.*refs\(unc\).p.*train2014",
         ),
+        (["--bad-samples", "skip"], "--bad-samples belongs to a benchmark"),
         (["--data", "."], "--data belongs to a benchmark: add --suite refcoco"),
     ],
 )

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from vg.data.detection.annotations import AnnotatedBox, AnnotatedImage, Annotations, BoxFormat, ReadsAnnotations
 from vg.data.detection.issues import Issues
-from vg.data.detection.vocabulary import VocabularyConfig
+from vg.data.detection.vocabulary import VocabularyConfig, normalized_name
 from vg.data.images import find_image, image_key, read_image
 from vg.data.source import HasImageKeys, Source, Task, checked
 from vg.errors import BadSampleError, DataError
@@ -55,6 +55,14 @@ class CheckedDataset:
     def classes_with_boxes(self) -> set[str]:
         names, num_classes = self.annotations.names, self.annotations.num_classes
         return {names[label] for label in set(self.annotations.labels.tolist()) if label < num_classes}
+
+    @cached_property
+    def words_with_boxes(self) -> set[str]:
+        """Words of all class names and phrases that have a box."""
+        names = self.annotations.names
+        return {
+            word for label in set(self.annotations.labels.tolist()) for word in normalized_name(names[label]).split()
+        }
 
     @cached_property
     def image_keys(self) -> list[str]:

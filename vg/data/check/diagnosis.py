@@ -11,10 +11,13 @@ import numpy as np
 from vg.data.check.boxes import check_boxes
 from vg.data.check.dataset import CheckedDataset, check_loading, read_dataset, spread
 from vg.data.check.images import check_images
-from vg.data.check.phrases import CountTokens, check_phrases, normalized_name
+from vg.data.check.phrases import CountTokens, check_phrases
 from vg.data.detection.issues import SEVERITIES, Issue, Severity
+from vg.data.detection.vocabulary import normalized_name
 from vg.data.mixture import MixtureConfig, SourceConfig, configs_of
 from vg.errors import BadSampleError
+
+_ZERO_SHOT = "nothing if zero-shot evaluation is intended; otherwise fix names or splits"
 
 
 @dataclass
@@ -129,15 +132,21 @@ def _check_shared_images(train: CheckedDataset, evaluation: CheckedDataset) -> N
 
 
 def _check_classes(training: Sequence[CheckedDataset], evaluation: CheckedDataset) -> None:
-    """Report classes with boxes in an evaluation dataset but not in any training dataset."""
+    """Report classes with boxes in an evaluation dataset but not in any training dataset.
+
+    Referring expressions and other phrases are free text: reported if they have no word in common with the training.
+    """
     known = {name for dataset in training for name in dataset.classes_with_boxes}
-    if not known or not all(dataset.annotations.num_classes for dataset in training):
-        return  # phrases can refer to any class
     evaluated = evaluation.classes_with_boxes
+    if not known or not evaluated or not all(dataset.annotations.num_classes for dataset in training):
+        words = {word for dataset in training for word in dataset.words_with_boxes}
+        if words and evaluation.words_with_boxes and not words & evaluation.words_with_boxes:
+            phrases = [evaluation.annotations.names[label] for label in np.unique(evaluation.annotations.labels)]
+            evaluation.issues.add("warning", "phrases without any word of the training data", _ZERO_SHOT, phrases)
+        return
     similar = {normalized_name(name): name for name in known}
     unknown = {name: similar.get(normalized_name(name)) for name in sorted(evaluated - known)}
     examples = [name + (f" ({match!r} in training)" if match else "") for name, match in unknown.items()]
     is_zero_shot = not evaluated & known and not any(unknown.values())
-    fix = "nothing if zero-shot evaluation is intended; otherwise fix names or splits"
-    severity: Severity = "note" if is_zero_shot else "warning"
-    evaluation.issues.add(severity, "classes without any box in training", fix, examples)
+    all_of = "all classes are " if is_zero_shot else "classes "
+    evaluation.issues.add("warning", f"{all_of}without any box in training", _ZERO_SHOT, examples)

@@ -10,7 +10,7 @@ import numpy as np
 
 from vg.data.check.dataset import CheckedDataset
 from vg.data.detection.issues import Severity
-from vg.data.detection.vocabulary import Vocabulary
+from vg.data.detection.vocabulary import Vocabulary, normalized_name
 from vg.errors import DataError
 
 CountTokens = Callable[[list[str]], list[int]]
@@ -41,12 +41,6 @@ def check_phrases(dataset: CheckedDataset, count_tokens: CountTokens | None, max
         add("note", "only one class", fix, classes)
     _check_shared_phrases(dataset)
     _check_lengths(dataset, class_phrases, count_tokens, max_tokens)
-
-
-def normalized_name(name: str) -> str:
-    """Remove case, punctuation and plural, so that variants of one name are equal."""
-    words = re.sub(r"[\W_]+", " ", name).casefold().split()
-    return " ".join(re.sub(r"(?<=...)(?<!s)s$", "", word) for word in words)
 
 
 def _check_names(dataset: CheckedDataset, names: list[str]) -> list[str]:

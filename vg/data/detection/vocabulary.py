@@ -87,6 +87,12 @@ class Vocabulary:
         return phrases, positions[labels]
 
 
+def normalized_name(name: str) -> str:
+    """Remove case, punctuation and plural, so that variants of one name are equal."""
+    words = re.sub(r"[\W_]+", " ", name).casefold().split()
+    return " ".join(re.sub(r"(?<=...)(?<!s)s$", "", word) for word in words)
+
+
 def _alternatives(names: Sequence[str], config: VocabularyConfig, where: str) -> list[tuple[str, ...]]:
     """Return the phrases of each class, at least one; no two classes share one."""
     short = [_phrase(name, config, keep_brackets=False) for name in names]

@@ -19,7 +19,7 @@ from vg.data.images import list_images
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
-from vg.settings import Settings
+from vg.settings import Settings, parse_yaml
 
 _TOLERANCE = 0.01  # how far beyond 0..1 a coordinate may be
 
@@ -99,7 +99,7 @@ class YoloConfig(Settings):
 def read_yaml(file: Path) -> Mapping[str, Any]:
     """Read a data.yaml; raises DataError if it is not a YAML mapping."""
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+        document = parse_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}; path is the data.yaml of a YOLO dataset") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

@@ -154,6 +154,13 @@ class Refcoco:
         keys = {name: image_key(name, self._image_root) for name in dict.fromkeys(names)}
         return [keys[names[row]] for row in self._indices[:, 0].tolist()]
 
+    def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Return the id and the expression of each sample."""
+        keys = list(map(str, self._table.column(self._schema.key)))
+        expressions = list(map(expressions_of, self._table.column(self._schema.expressions)))
+        rows = enumerate(self._indices[:, :2].tolist())
+        return [(self._id(keys[row], index), (expressions[row][index_in_row],)) for index, (row, index_in_row) in rows]
+
     def annotations(self) -> list[Annotation]:
         """Return the annotations of all samples without reading images; raise BadSampleError for a bad row."""
         rows = list(self._table.select([column for column in COLUMNS if column != "image"]).rows)

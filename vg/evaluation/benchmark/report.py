@@ -97,7 +97,7 @@ def _examples(evaluated: EvaluatedSplit) -> list[tuple[str, list[int]]]:
         titles = "Worst: misses with the highest scores", "Best: boxes with the highest IoU"
     else:
         right = evaluated.values["f1"] == 1
-        wrong, order = ~right, -score
+        wrong, order = evaluated.values["f1"] == 0, -score
         titles = "Worst: F1 < 1 with the highest scores", "Best: F1 = 1 with the highest scores"
     return [
         (titles[0], _one_per_image(evaluated, np.flatnonzero(wrong)[np.argsort(-score[wrong], kind="stable")])),

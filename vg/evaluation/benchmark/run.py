@@ -14,8 +14,7 @@ from accelerate import Accelerator
 from vg.checkpoint import is_checkpoint, read_model
 from vg.config import DataConfig
 from vg.data.collate import Collator
-from vg.data.dataset import GroundingDataset
-from vg.data.overlap import Subset
+from vg.data.dataset import BadSamples, GroundingDataset
 from vg.data.refcoco.source import RefcocoConfig
 from vg.errors import ConfigError
 from vg.evaluation.benchmark.slices import slices
@@ -23,7 +22,7 @@ from vg.evaluation.benchmark.suite import BenchmarkSplit
 from vg.evaluation.benchmark.table import MAIN
 from vg.evaluation.evaluator import DatasetEvaluator
 from vg.evaluation.results import DatasetResult
-from vg.inference.grounder import load_model
+from vg.inference.grounder import Grounder, load_model
 from vg.metrics.collected import CollectingMetric, stable_hash
 from vg.models.base import GroundingModel
 from vg.models.grounding_dino.model import GroundingDino
@@ -109,9 +108,17 @@ def open_model(checkpoint: str, overrides: Sequence[str] = (), tokenizer: str | 
 
 @torch.no_grad()
 def run(
-    model: GroundingModel, splits: Sequence[BenchmarkSplit], accelerator: Accelerator, batch_size: int, workers: int
+    model: GroundingModel,
+    splits: Sequence[BenchmarkSplit],
+    accelerator: Accelerator,
+    batch_size: int,
+    workers: int,
+    bad_samples: BadSamples = "error",
 ) -> tuple[dict[str, Any], list[EvaluatedSplit]]:
     """Evaluate a model on all splits.
+
+    Args:
+        bad_samples: see DataConfig; the lengths of all expressions are checked before anything is evaluated.
 
     Returns:
         results: the content of benchmark.json: `model` and `device`; `parts`, one flat dict per split with its result
@@ -121,10 +128,16 @@ def run(
         evaluated splits, from which the results were computed.
     """
     model = model.to(accelerator.device).eval()
-    for split in splits[:1]:  # compiles kernels and allocates memory before anything is timed
-        one = replace(split, source=Subset(split.source, np.zeros(1, int)))
-        _evaluator(model, one, accelerator, 1, 0).predict(model)
-    evaluated = [_evaluate(model, split, accelerator, batch_size, workers) for split in splits]
+    collate = Collator(model.image_spec, model.text_spec)
+    data = [GroundingDataset(split.source, bad_samples=bad_samples, collate=collate) for split in splits]
+    with accelerator.autocast():  # compiles kernels and allocates memory before anything is timed
+        Grounder(model, str(accelerator.device)).predict_samples([data[0][0]])
+    unused = RefcocoConfig()  # each split has its own source
+    config = DataConfig(train=unused, eval=unused, eval_batch_size=batch_size, workers=workers)
+    evaluated = [
+        _evaluate(model, split, DatasetEvaluator(split.id, samples, config, accelerator))
+        for split, samples in zip(splits, data, strict=True)
+    ]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
     results = {
         "model": {
@@ -148,10 +161,8 @@ def _protocol(model: GroundingModel) -> str:
     return f"the prompt is the expression alone, a box scores the {over} probability over its tokens"
 
 
-def _evaluate(
-    model: GroundingModel, split: BenchmarkSplit, accelerator: Accelerator, batch_size: int, workers: int
-) -> EvaluatedSplit:
-    evaluator = _evaluator(model, split, accelerator, batch_size, workers)
+def _evaluate(model: GroundingModel, split: BenchmarkSplit, evaluator: DatasetEvaluator) -> EvaluatedSplit:
+    accelerator = evaluator.accelerator
     accelerator.wait_for_everyone()
     start = time.perf_counter()
     evaluator.predict(model)
@@ -160,18 +171,11 @@ def _evaluate(
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     ids, columns = evaluator.metric.per_sample()  # [U]
-    indices = np.searchsorted(ids, [stable_hash(annotation.id) for annotation in split.annotations])  # [samples]
-    values = {name: column[indices] for name, column in columns.items()}
+    wanted = np.array([stable_hash(annotation.id) for annotation in split.annotations])  # [samples]
+    indices = np.searchsorted(ids, wanted).clip(max=len(ids) - 1)
+    evaluated = ids[indices] == wanted  # [samples] all but the skipped ones
+    values = {name: np.where(evaluated, column[indices], np.nan) for name, column in columns.items()}
     return EvaluatedSplit(split, evaluator.metric, evaluator.result(), values, seconds)
-
-
-def _evaluator(
-    model: GroundingModel, split: BenchmarkSplit, accelerator: Accelerator, batch_size: int, workers: int
-) -> DatasetEvaluator:
-    unused = RefcocoConfig()  # the split has its own source
-    config = DataConfig(train=unused, eval=unused, eval_batch_size=batch_size, workers=workers)
-    data = GroundingDataset(split.source, collate=Collator(model.image_spec, model.text_spec))
-    return DatasetEvaluator(split.id, data, config, accelerator)
 
 
 def _pooled(evaluated: Sequence[EvaluatedSplit]) -> list[dict[str, Any]]:
@@ -186,12 +190,13 @@ def _pooled(evaluated: Sequence[EvaluatedSplit]) -> list[dict[str, Any]]:
             metric.absorb(split.metric)
         values = {name: np.concatenate([split.means[name] for split in both]) for name in both[0].means}
         official = all(split.result.provenance.official for split in both)
+        num_skipped = sum(split.result.num_skipped for split in both)
         provenance = replace(both[0].result.provenance, split=" + ".join(POOLED), official=official)
         rows.append(
             {
                 "key": key,
                 "title": both[0].split.dataset_title,
-                **DatasetResult("", provenance, metric.protocol, *metric.compute()).flat(),
+                **DatasetResult("", provenance, metric.protocol, *metric.compute(), num_skipped).flat(),
                 "intervals": intervals(values, [image for split in both for image in split.image_keys]),
             }
         )

@@ -55,12 +55,14 @@ def comparison(results: Mapping[str, Any]) -> Rows:
 def metrics(entries: Sequence[Entry]) -> Rows:
     """Return all metrics, a row per entry; the main ones have their intervals."""
     names = [name for name in COLUMNS if any(_known(entry, name) for entry in entries)]
-    rows = [["", *(COLUMNS[name] for name in names), "expressions", "images/s", "expr./s"]]
+    skipped = ["skipped"] * any("num_skipped" in entry for entry in entries)
+    rows = [["", *(COLUMNS[name] for name in names), "expressions", *skipped, "images/s", "expr./s"]]
     for entry in entries:
         cells = [_with_interval(entry, name) if name in MAIN else _cell(entry, name) for name in names]
         rates = ("images_per_second", "expressions_per_second")
         speed = [f"{entry[name]:.1f}" if name in entry else "" for name in rates]
-        rows.append([f"{_title(entry)}{_star(entry)}", *cells, f"{entry['num_expressions']:,}", *speed])
+        counts = [f"{entry['num_expressions']:,}", *(f"{entry.get('num_skipped', 0):,}" for _ in skipped)]
+        rows.append([f"{_title(entry)}{_star(entry)}", *cells, *counts, *speed])
     return rows
 
 
