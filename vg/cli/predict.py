@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 THRESHOLD = 0.3  # boxes with a lower score are not drawn
 
@@ -11,6 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder of a run or checkpoint")
     parser.add_argument("image", help="path or http(s) URL")
     parser.add_argument("phrases", nargs="+", metavar="PHRASE", help='such as "the man in the red shirt"')
+    parser.epilog = "KEY=VALUE after the phrases overrides a setting, such as model.vision.id=/new/folder."
+    parser.set_defaults(overrides=[])  # filled with those after the options
     parser.add_argument("--threshold", type=float, help="drop boxes with a lower score (default: 0.3)")
     parser.add_argument("--output", default="prediction.png", help="image file to write (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
@@ -23,8 +26,11 @@ def run(options: argparse.Namespace) -> None:
     from vg.inference.draw import COLORS, draw_boxes
     from vg.inference.grounder import Grounder, above, to_array
 
-    grounder, image = Grounder(options.checkpoint, options.device), to_array(options.image)
-    prediction = grounder.predict(image, options.phrases)
+    settings = [word for word in options.phrases if re.match(r"model\.[\w.]+=", word)]
+    phrases = [word for word in options.phrases if word not in settings]
+    grounder = Grounder(options.checkpoint, options.device, overrides=settings + options.overrides)
+    image = to_array(options.image)
+    prediction = grounder.predict(image, phrases)
     threshold = options.threshold if options.threshold is not None else THRESHOLD * grounder.takes_many
     shown = above(prediction, threshold)
     if not grounder.takes_many:  # one expression names one object

@@ -13,7 +13,7 @@ from vg.checkpoint import is_checkpoint, read_model
 from vg.data.collate import Collator
 from vg.data.images import read_image
 from vg.data.pixels import array_to_rgb
-from vg.errors import DataError
+from vg.errors import ConfigError, DataError
 from vg.inference.download import download, is_url
 from vg.inference.draw import draw_boxes
 from vg.models.base import GroundingModel
@@ -43,11 +43,17 @@ class Grounder:
     Args:
         model: a model, or a path for `load_model`: the folder of a run or checkpoint, or a published Grounding DINO.
         device: "cpu", "cuda" or "mps"; by default the fastest one available. The model is moved there.
-        tokenizer: see `load_model`.
+        tokenizer, overrides: see `load_model`.
     """
 
-    def __init__(self, model: str | Path | GroundingModel, device: str | None = None, tokenizer: str | None = None):
-        self.model = model if isinstance(model, GroundingModel) else load_model(model, tokenizer)
+    def __init__(
+        self,
+        model: str | Path | GroundingModel,
+        device: str | None = None,
+        tokenizer: str | None = None,
+        overrides: Sequence[str] = (),
+    ):
+        self.model = model if isinstance(model, GroundingModel) else load_model(model, tokenizer, overrides)
         self.model.to(device or best_device()).eval()
         self.collate = Collator(self.model.image_spec, self.model.text_spec)
 
@@ -112,7 +118,7 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load_model(path: str | Path, tokenizer: str | None = None) -> GroundingModel:
+def load_model(path: str | Path, tokenizer: str | None = None, overrides: Sequence[str] = ()) -> GroundingModel:
     """Load a trained model in evaluation mode on the CPU.
 
     Args:
@@ -120,11 +126,17 @@ def load_model(path: str | Path, tokenizer: str | None = None) -> GroundingModel
             transformers folder or its Hub id.
         tokenizer: folder, vocab.txt, tokenizer.json or Hub id for a .pth, which contains no tokenizer; by default that
             of BERT.
+        overrides: of the configuration of a checkpoint of vg, such as "model.vision.id=/new/folder".
 
     Raises:
         CheckpointError: not a checkpoint, damaged, or weights that do not fit the model.
+        ConfigError: unknown overrides, or overrides of a checkpoint without a vg configuration.
     """
-    return read_model(path)[0] if is_checkpoint(path) else open_model(path, tokenizer)
+    if is_checkpoint(path):
+        return read_model(path, overrides)[0]
+    if overrides:
+        raise ConfigError(f"{path} is not a checkpoint of vg, so {', '.join(overrides)} cannot be set")
+    return open_model(path, tokenizer)
 
 
 def predict_and_crop(
@@ -133,6 +145,7 @@ def predict_and_crop(
     model: Grounder | GroundingModel | str | Path,
     device: str | None = None,
     threshold: float | None = None,
+    overrides: Sequence[str] = (),
 ) -> tuple[np.ndarray, tuple[float, float, float, float], np.ndarray]:
     """Ground an expression in an image and crop the best box.
 
@@ -142,6 +155,7 @@ def predict_and_crop(
         model: a Grounder, a model, or a path for `load_model`. For several images, create a Grounder once.
         device: device of a model that is not a Grounder; by default the fastest one available.
         threshold: minimum score of the box; by default any.
+        overrides: see `load_model`.
 
     Returns:
         crop [h, w, 3] uint8; box (left, top, right, bottom) in pixels; image_with_box [H, W, 3] uint8.
@@ -149,7 +163,7 @@ def predict_and_crop(
     Raises:
         DataError: an unreadable image, an empty prompt, or no box with a sufficient score.
     """
-    grounder = model if isinstance(model, Grounder) else Grounder(model, device)
+    grounder = model if isinstance(model, Grounder) else Grounder(model, device, overrides=overrides)
     pixels = to_array(image)
     prediction = grounder.predict(pixels, prompt, threshold)
     if not len(prediction.boxes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,14 @@ def weights_key(name: str, config: EncoderConfig) -> dict[str, str]:
     return {"id": config.id, "revision": str(config.revision), "weights": _files_key(config.id, config.revision)}
 
 
+def encoder_weights(config: EncoderConfig) -> str | None:
+    """Return a digest of the weight files of an encoder, for a Hub id its commit; None if they cannot be read."""
+    try:
+        return _files_key(str(config.id), config.revision, (".safetensors", ".bin"))
+    except Exception:  # no network: the Hub client raises exceptions of many libraries
+        return None
+
+
 def tokenizer_key(config: TextEncoderConfig) -> str:
     """Return a string that identifies the tokenizer of a text encoder."""
     return _files_key(*_tokenizer_source(config))
@@ -210,18 +219,26 @@ def _tokenizer_source(config: TextEncoderConfig) -> tuple[str, str | None]:
     return location, config.revision if location == config.id else None
 
 
-def _files_key(location: str, revision: str | None) -> str:
+def _files_key(
+    location: str, revision: str | None, suffixes: tuple[str, ...] = (".safetensors", ".bin", ".json", ".txt", ".model")
+) -> str:
     """Return a digest of a file or of the files of a folder; for a Hub id its commit, which determines the files."""
     path = Path(location)
     if not path.exists():
         return Path(hf_hub_download(location, "config.json", revision=revision)).parent.name
+    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.suffix in suffixes]
+    return _digest(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Return a digest of names and contents; sizes and times only make the function read a changed file again."""
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.suffix in (".safetensors", ".bin", ".json", ".txt", ".model"):
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:  # in blocks: a file may be larger than the memory
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+    for file, _, _ in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:  # in blocks: a file may be larger than the memory
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 
