@@ -122,7 +122,7 @@ def test_all_mismatched_weights_are_listed(trained: tuple[Trainer, Path]) -> Non
     save_file(weights, folder / "model.safetensors")
     before = {name: value.clone() for name, value in trainer.unwrapped_model.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
-        load_weights(trainer.unwrapped_model, folder)
+        load_weights(trainer.unwrapped_model, folder, trainer.config)
     for line in (
         str(folder / "model.safetensors"),
         f"missing: {names[0]}",

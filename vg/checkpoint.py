@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from vg.errors import CheckpointError, UserError, unpickling_problem
 from vg.files import replacing
 from vg.models.base import GroundingModel
 
+ENCODERS = "frozen_encoders.json"  # only with encoders whose weights are not in WEIGHTS
 WEIGHTS, CONFIG, TOKENIZER, TRAINING = "model.safetensors", "config.yaml", "tokenizer", "training.pt"
 
 
@@ -51,6 +54,8 @@ def write_weights(
     """Like write_model, for weights that are not in a model."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    if encoders := config.model.frozen_weights():
+        (folder / ENCODERS).write_text(json.dumps(encoders, indent=2) + "\n", encoding="utf-8")
     (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
     tokenizer.save_pretrained(str(folder / TOKENIZER))
 
@@ -73,7 +78,7 @@ def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Groun
     config = load_checkpoint_config(folder / CONFIG, overrides)
     model = config.model.rebuild()
     model.load_tokenizer(str(folder / TOKENIZER))
-    load_weights(model, folder)
+    load_weights(model, folder, config)
     return model.eval(), config
 
 
@@ -83,13 +88,27 @@ def is_checkpoint(path: str | Path) -> bool:
     return any((Path(path) / name).exists() for name in files) and not (Path(path) / "config.json").exists()
 
 
-def load_weights(model: GroundingModel, folder: Path) -> None:
-    """Load model.safetensors of a checkpoint; raises CheckpointError that lists every weight that does not match."""
+def load_weights(model: GroundingModel, folder: Path, config: CheckpointConfig) -> None:
+    """Load model.safetensors of a checkpoint; raises CheckpointError that lists every weight that does not match.
+
+    Warns if a frozen encoder of `config` is not the one that the checkpoint was trained with.
+    """
     weights = read_weights(folder)
     try:
         model.load_own_state_dict(weights)
     except ValueError as error:
         raise CheckpointError(f"{folder / WEIGHTS}: {error}") from error
+    file = folder / ENCODERS  # older checkpoints do not have it
+    trained = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for name, now in config.model.frozen_weights().items():
+        before = trained.get(name, now)
+        if before["weights"] != now["weights"]:
+            shown = [f"{x['id']} ({str(x['weights'])[:12]})" for x in (now, before)]
+            warnings.warn(
+                f"{folder}: model.{name} is {shown[0]}, but the checkpoint was trained with {shown[1]}; unless their "
+                f"weights are equal, predictions are wrong. Set model.{name}.id to the encoder of the training",
+                stacklevel=2,
+            )
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 THRESHOLD = 0.3  # boxes with a lower score are not drawn
@@ -13,6 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder of a run or checkpoint")
     parser.add_argument("image", help="path or http(s) URL")
     parser.add_argument("phrases", nargs="+", metavar="PHRASE", help='such as "the man in the red shirt"')
+    parser.epilog = "KEY=VALUE after the phrases overrides a setting, such as model.vision.id=/new/folder."
+    parser.set_defaults(overrides=[])  # filled with those after the options
     parser.add_argument("--threshold", type=float, help="drop boxes with a lower score, 0..1 (default: 0.3)")
     parser.add_argument("--output", default="prediction.png", help="image file to write (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
@@ -25,7 +28,9 @@ def run(options: argparse.Namespace) -> None:
     from vg.inference.draw import COLORS, draw_boxes
     from vg.inference.grounder import Grounder, above, check_threshold, to_array
 
-    for phrase in options.phrases:
+    settings = [word for word in options.phrases if re.match(r"model\.[\w.]+=", word)]
+    phrases = [word for word in options.phrases if word not in settings]
+    for phrase in phrases:
         if phrase.startswith(("http://", "https://")) or (_is_image(phrase) and os.path.isfile(phrase)):
             raise ConfigError(
                 f"{phrase} is an image file, not a phrase: vg predict takes one image and then phrases; for several "
@@ -37,8 +42,9 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--output {options.output} has no suffix of an image format: use .png or .jpg")
     if options.threshold is not None:
         check_threshold(options.threshold, "--threshold")
-    grounder, image = Grounder(options.checkpoint, options.device), to_array(options.image)
-    prediction = grounder.predict(image, options.phrases)
+    grounder = Grounder(options.checkpoint, options.device, overrides=settings + options.overrides)
+    image = to_array(options.image)
+    prediction = grounder.predict(image, phrases)
     threshold = options.threshold if options.threshold is not None else THRESHOLD * grounder.takes_many
     shown = above(prediction, threshold)
     if not grounder.takes_many:  # one expression names one object

@@ -43,16 +43,22 @@ class Grounder:
     Args:
         model: a model, or a path for `load_model`: the folder of a run or checkpoint, or a published Grounding DINO.
         device: "cpu", "cuda" or "mps"; by default the fastest one available. The model is moved there.
-        tokenizer: see `load_model`.
+        tokenizer, overrides: see `load_model`.
 
     Raises:
         ConfigError: this machine does not have the device.
         CheckpointError: see `load_model`.
     """
 
-    def __init__(self, model: str | Path | GroundingModel, device: str | None = None, tokenizer: str | None = None):
+    def __init__(
+        self,
+        model: str | Path | GroundingModel,
+        device: str | None = None,
+        tokenizer: str | None = None,
+        overrides: Sequence[str] = (),
+    ):
         device = best_device() if device is None else checked_device(device)
-        self.model = model if isinstance(model, GroundingModel) else load_model(model, tokenizer)
+        self.model = model if isinstance(model, GroundingModel) else load_model(model, tokenizer, overrides)
         self.model.to(device).eval()
         self.collate = Collator(self.model.image_spec, self.model.text_spec)
 
@@ -138,7 +144,7 @@ def checked_device(device: str) -> str:
     return device
 
 
-def load_model(path: str | Path, tokenizer: str | None = None) -> GroundingModel:
+def load_model(path: str | Path, tokenizer: str | None = None, overrides: Sequence[str] = ()) -> GroundingModel:
     """Load a trained model in evaluation mode on the CPU.
 
     Args:
@@ -146,11 +152,17 @@ def load_model(path: str | Path, tokenizer: str | None = None) -> GroundingModel
             transformers folder or its Hub id.
         tokenizer: folder, vocab.txt, tokenizer.json or Hub id for a .pth, which contains no tokenizer; by default that
             of BERT.
+        overrides: of the configuration of a checkpoint of vg, such as "model.vision.id=/new/folder".
 
     Raises:
         CheckpointError: not a checkpoint, damaged, or weights that do not fit the model.
+        ConfigError: unknown overrides, or overrides of a checkpoint without a vg configuration.
     """
-    return read_model(path)[0] if is_checkpoint(path) else open_model(path, tokenizer)
+    if is_checkpoint(path):
+        return read_model(path, overrides)[0]
+    if overrides:
+        raise ConfigError(f"{path} is not a checkpoint of vg, so {', '.join(overrides)} cannot be set")
+    return open_model(path, tokenizer)
 
 
 def predict_and_crop(
@@ -159,6 +171,7 @@ def predict_and_crop(
     model: Grounder | GroundingModel | str | Path,
     device: str | None = None,
     threshold: float | None = None,
+    overrides: Sequence[str] = (),
 ) -> tuple[np.ndarray, tuple[float, float, float, float], np.ndarray]:
     """Ground an expression in an image and crop the best box.
 
@@ -168,6 +181,7 @@ def predict_and_crop(
         model: a Grounder, a model, or a path for `load_model`. For several images, create a Grounder once.
         device: device of a model that is not a Grounder; by default the fastest one available.
         threshold: minimum score of the box; by default any.
+        overrides: see `load_model`.
 
     Returns:
         crop [h, w, 3] uint8; box (left, top, right, bottom) in pixels; image_with_box [H, W, 3] uint8.
@@ -176,7 +190,7 @@ def predict_and_crop(
         DataError: an unreadable image, an empty prompt, or no box with a sufficient score.
         ConfigError, PredictionError: see `Grounder.predict`.
     """
-    grounder = model if isinstance(model, Grounder) else Grounder(model, device)
+    grounder = model if isinstance(model, Grounder) else Grounder(model, device, overrides=overrides)
     pixels = to_array(image)
     prediction = grounder.predict(pixels, prompt, threshold)
     if not len(prediction.boxes):

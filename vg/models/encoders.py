@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForTextEncoding,
     AutoTokenizer,
     BertTokenizer,
     PretrainedConfig,
@@ -23,6 +26,20 @@ from transformers import (
 from vg.errors import ConfigError
 from vg.models.settings import EncoderConfig, TextEncoderConfig
 
+VISION_TYPES = (
+    *("beit", "clip_vision_model", "convnext", "convnextv2", "deit", "dinov2", "dinov2_with_registers"),
+    *("dinov3_convnext", "dinov3_vit", "resnet", "siglip_vision_model", "swin", "vit"),
+)
+TEXT_TYPES = (
+    *("albert", "bert", "clip_text_model", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta"),
+    *("t5", "xlm-roberta"),
+)
+UNUSED = {  # parameters that do not change the last hidden state, beside poolers and mask tokens
+    "clip_vision_model": r"(.*\.)?post_layernorm\..*",
+    "convnext": r"layernorm\..*",
+    "convnextv2": r"layernorm\..*",
+    "siglip_vision_model": r"(.*\.)?head\..*",
+}
 SMALL_VOCABULARY = Path(__file__).parent / "small_vocabulary.txt"
 
 
@@ -66,19 +83,40 @@ class Encoder(nn.Module):
 
     def _build(self, pretrained: bool) -> PreTrainedModel:
         if self.config.id and pretrained:
-            try:
-                network = AutoModel.from_pretrained(
-                    self.config.id, revision=self.config.revision, trust_remote_code=False, **self.options
-                )
-            except (OSError, ValueError) as error:
-                raise _not_loaded(self.config, error) from error
+            network = self._load()
         else:
-            network = AutoModel.from_config(self.network_config, trust_remote_code=False, **self.options)
+            network = self._auto.from_config(self.network_config, trust_remote_code=False, **self.options)
         for name, parameter in network.named_parameters():
             # These get no gradient, so in distributed training the other processes would wait for it.
-            if self.frozen or "pooler." in name or "mask_token" in name:
+            if self.frozen or self._is_unused(name):
                 parameter.requires_grad_(False)
         return network.eval() if self.frozen else network
+
+    def _load(self) -> PreTrainedModel:
+        config = self.config
+        try:
+            network, loading = self._auto.from_pretrained(
+                config.id,
+                config=self.network_config,
+                revision=config.revision,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **self.options,
+            )
+        except (OSError, ValueError) as error:
+            raise _not_loaded(config, error) from error
+        if missing := [name for name in sorted(loading["missing_keys"]) if not self._is_unused(name)]:
+            raise _not_loaded(config, ValueError(f"its file lacks {len(missing)} weights, such as {missing[0]}"))
+        return network
+
+    @property
+    def _auto(self) -> type[AutoModel]:
+        """The class that builds the network; that of T5 has a decoder, too."""
+        return AutoModelForTextEncoding if self.network_config.model_type == "t5" else AutoModel
+
+    def _is_unused(self, name: str) -> bool:
+        unused = UNUSED.get(self.network_config.model_type, "")
+        return "pooler." in name or "mask_token" in name or bool(re.fullmatch(unused, name))
 
     def train(self, mode: bool = True) -> Encoder:
         return super().train(mode and not self.frozen)
@@ -94,7 +132,7 @@ class Encoder(nn.Module):
         if self.is_loaded:
             return 0
         with torch.device("meta"):
-            network = AutoModel.from_config(self.network_config, trust_remote_code=False, **self.options)
+            network = self._auto.from_config(self.network_config, trust_remote_code=False, **self.options)
         return sum(parameter.numel() for parameter in network.parameters())
 
     def run(self, **inputs: Any) -> Tensor:
@@ -110,7 +148,23 @@ def enable_checkpointing(network: PreTrainedModel) -> None:
 
 
 def network_config(config: EncoderConfig) -> PretrainedConfig:
-    """Return the transformers configuration of an encoder; raises ConfigError if its id cannot be read."""
+    """Return the transformers configuration of an encoder, which may be one of the two in a model such as CLIP.
+
+    Raises:
+        ConfigError: the id cannot be read, or is of a type that is not in VISION_TYPES or TEXT_TYPES.
+    """
+    is_text = isinstance(config, TextEncoderConfig)
+    found = _read_config(config)
+    found = getattr(found, "text_config" if is_text else "vision_config", found)
+    if found.model_type not in (known := TEXT_TYPES if is_text else VISION_TYPES):
+        raise ConfigError(
+            f"{config.key}: {config.id or 'the architecture'} is of the type {found.model_type}, which is not "
+            f"supported; choose one of {', '.join(known)}"
+        )
+    return found
+
+
+def _read_config(config: EncoderConfig) -> PretrainedConfig:
     if config.architecture is not None:
         return AutoConfig.for_model(**config.architecture)
     try:
@@ -146,6 +200,14 @@ def weights_key(name: str, config: EncoderConfig) -> dict[str, str]:
     return {"id": config.id, "revision": str(config.revision), "weights": _files_key(config.id, config.revision)}
 
 
+def encoder_weights(config: EncoderConfig) -> str | None:
+    """Return a digest of the weight files of an encoder, for a Hub id its commit; None if they cannot be read."""
+    try:
+        return _files_key(str(config.id), config.revision, (".safetensors", ".bin"))
+    except Exception:  # no network: the Hub client raises exceptions of many libraries
+        return None
+
+
 def tokenizer_key(config: TextEncoderConfig) -> str:
     """Return a string that identifies the tokenizer of a text encoder."""
     return _files_key(*_tokenizer_source(config))
@@ -157,18 +219,26 @@ def _tokenizer_source(config: TextEncoderConfig) -> tuple[str, str | None]:
     return location, config.revision if location == config.id else None
 
 
-def _files_key(location: str, revision: str | None) -> str:
+def _files_key(
+    location: str, revision: str | None, suffixes: tuple[str, ...] = (".safetensors", ".bin", ".json", ".txt", ".model")
+) -> str:
     """Return a digest of a file or of the files of a folder; for a Hub id its commit, which determines the files."""
     path = Path(location)
     if not path.exists():
         return Path(hf_hub_download(location, "config.json", revision=revision)).parent.name
+    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.suffix in suffixes]
+    return _digest(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Return a digest of names and contents; sizes and times only make the function read a changed file again."""
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.suffix in (".safetensors", ".bin", ".json", ".txt", ".model"):
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:  # in blocks: a file may be larger than the memory
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+    for file, _, _ in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:  # in blocks: a file may be larger than the memory
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 

@@ -79,6 +79,12 @@ class ModelSettings(Settings, ABC):
         """
         return {}
 
+    def frozen_weights(self) -> dict[str, dict[str, str | None]]:
+        """Identify the weights of `frozen_encoders`, which a checkpoint does not contain: id, and digest or commit."""
+        from vg.models.encoders import encoder_weights
+
+        return {name: {"id": x.id, "weights": encoder_weights(x)} for name, x in self.frozen_encoders.items()}
+
     @abstractmethod
     def build(self, pretrained: bool = True) -> GroundingModel:
         """Build the network.

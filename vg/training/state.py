@@ -59,7 +59,7 @@ class TrainingState:
         """
         state = checkpoint.read_training_state(folder)
         if state["weights"] is None or self.config.optim.lora is None:
-            checkpoint.load_weights(self.model, folder)
+            checkpoint.load_weights(self.model, folder, self.config)
         try:
             if state["weights"] is not None:
                 self.model.load_own_state_dict(state["weights"])

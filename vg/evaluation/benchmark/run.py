@@ -11,12 +11,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from vg.checkpoint import is_checkpoint, read_model
 from vg.config import DataConfig
 from vg.data.collate import Collator
 from vg.data.dataset import BadSamples, GroundingDataset
 from vg.data.refcoco.source import RefcocoConfig
-from vg.errors import ConfigError
 from vg.evaluation.benchmark.slices import slices
 from vg.evaluation.benchmark.suite import BenchmarkSplit
 from vg.evaluation.benchmark.table import MAIN
@@ -88,19 +86,13 @@ def open_model(checkpoint: str, overrides: Sequence[str] = (), tokenizer: str | 
     """Load a model in evaluation mode on the CPU; Grounding DINO scores boxes by the REC protocol by default.
 
     Args:
-        checkpoint, tokenizer: see vg.inference.grounder.load_model.
-        overrides: of the configuration, for a checkpoint of vg.
+        checkpoint, tokenizer, overrides: see vg.inference.grounder.load_model.
 
     Raises:
         CheckpointError: not a checkpoint, a damaged one, or its tokenizer is missing.
         ConfigError: unknown overrides, or overrides of a checkpoint without a vg configuration.
     """
-    if not overrides:
-        model = load_model(checkpoint, tokenizer)
-    elif is_checkpoint(checkpoint):
-        model, _ = read_model(checkpoint, overrides)
-    else:
-        raise ConfigError(f"{checkpoint} is not a checkpoint of vg, so {', '.join(overrides)} cannot be set")
+    model = load_model(checkpoint, tokenizer, overrides)
     if isinstance(model, GroundingDino) and not any(item.startswith("model.predict.score=") for item in overrides):
         model.config.predict.score = "max"
     return model

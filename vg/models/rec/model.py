@@ -16,18 +16,34 @@ from vg.models.rec.config import RecConfig
 from vg.models.rec.heads import DenseOutput, PooledOutput
 from vg.types import Batch, EncodedBatch, Features, ImageSpec, LossName, Prediction, StretchedImage, Text, TextSpec
 
+NORMALIZATIONS: dict[str, dict[str, tuple[float, float, float]]] = {  # where it is not that of ImageNet
+    "clip_vision_model": {
+        "mean": (0.48145466, 0.4578275, 0.40821073),
+        "std": (0.26862954, 0.26130258, 0.27577711),
+    },
+    "siglip_vision_model": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+}
+
 
 class VisionEncoder(Encoder):
     """Images [B, 3, H, W] -> tokens [B, R + S, D]: R prefix tokens (class, registers), then the S cells of the grid."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Return the tokens and the grid (rows, columns) of the last S = rows x columns of them."""
-        features = self.run(pixel_values=images)
+        config, (height, width) = self.network_config, images.shape[2:]
+        if config.model_type == "swin":
+            stride = config.patch_size * 2 ** (len(config.depths) - 1)
+            grid = -(-height // stride), -(-width // stride)
+            # transformers fails on a feature map that is smaller than a window, unless the map is padded to one.
+            return self.run(pixel_values=images, always_partition=min(grid) < config.window_size), grid
+        # Position embeddings of a fixed number of patches; the other types adapt theirs without an argument.
+        fixed = config.model_type in ("clip_vision_model", "deit", "siglip_vision_model", "vit")
+        features = self.run(pixel_values=images, **{"interpolate_pos_encoding": True} if fixed else {})
         if features.dim() == 4:  # a convolutional network: [B, D, rows, columns]
             return features.flatten(2).mT, (features.shape[2], features.shape[3])
-        config = self.network_config  # ConvNeXt has no patches: its stem reduces by 4, every further stage by 2
+        # ConvNeXt has no patches: its stem reduces by 4, every further stage by 2
         stride = config.patch_size if hasattr(config, "patch_size") else 4 * 2 ** (len(config.hidden_sizes) - 1)
-        return features, (images.shape[2] // stride, images.shape[3] // stride)
+        return features, (height // stride, width // stride)
 
 
 class RecModel(EncodableModel):
@@ -43,7 +59,8 @@ class RecModel(EncodableModel):
 
     @property
     def image_spec(self) -> ImageSpec:
-        return StretchedImage(self.config.image_size, self.config.image_size)
+        normalization = NORMALIZATIONS.get(self.vision.network_config.model_type, {})
+        return StretchedImage(self.config.image_size, self.config.image_size, **normalization)
 
     @cached_property
     def text_spec(self) -> TextSpec:

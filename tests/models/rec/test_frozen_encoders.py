@@ -1,0 +1,100 @@
+"""Checkpoints of rec and the frozen encoders that they do not contain: which ones, where, and whether they changed."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, BertTokenizer
+
+import vg
+from vg.checkpoint import ENCODERS, read_model, write_model
+from vg.cli import main
+from vg.config import CheckpointConfig
+from vg.errors import ConfigError
+from vg.models.encoders import SMALL_VOCABULARY
+from vg.models.rec.config import BgeConfig, DenseHeadConfig, RecConfig, VisionEncoderConfig
+from vg.models.settings import TINY_BERT
+
+DINO = {"model_type": "dinov3_convnext", "hidden_sizes": [16, 32], "depths": [1, 1], "layer_scale_init_value": 1.0}
+
+
+def save_encoder(folder: Path, architecture: dict, seed: int) -> None:
+    torch.manual_seed(seed)
+    AutoModel.from_config(AutoConfig.for_model(**architecture)).save_pretrained(folder)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint, with its encoders in vision/ and text/ beside it."""
+    save_encoder(tmp_path / "vision", DINO, seed=0)
+    save_encoder(tmp_path / "text", TINY_BERT, seed=0)
+    BertTokenizer(vocab=str(SMALL_VOCABULARY)).save_pretrained(tmp_path / "text")
+    config = RecConfig(
+        image_size=32,
+        vision=VisionEncoderConfig(id=str(tmp_path / "vision")),
+        text=BgeConfig(id=str(tmp_path / "text")),
+        head=DenseHeadConfig(width=32, layers=1, heads=2, feedforward=64),
+    )
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    write_model(folder, config.build(), CheckpointConfig(config))
+    return folder
+
+
+def test_unchanged_encoders_are_not_mentioned(checkpoint: Path) -> None:
+    (checkpoint.parent / "vision" / "README.txt").write_text("not a weight")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_model(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["vision", "text"])
+def test_other_weights_at_the_same_id_are_reported(checkpoint: Path, name: str) -> None:
+    folder = checkpoint.parent / name
+    save_encoder(folder, DINO if name == "vision" else TINY_BERT, seed=1)
+    with pytest.warns(UserWarning, match=rf"model\.{name} is {folder} .*but the checkpoint was trained with {folder}"):
+        read_model(checkpoint)
+
+
+def test_checkpoints_without_the_weights_of_their_encoders_load(checkpoint: Path) -> None:
+    """Those written before have no such file."""
+    (checkpoint / ENCODERS).unlink()
+    save_encoder(checkpoint.parent / "vision", DINO, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_model(checkpoint)
+
+
+def test_a_moved_encoder_is_found_with_an_override(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = checkpoint.parent
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    before = vg.Grounder(checkpoint, "cpu").predict(image, "the red star")
+    shutil.move(root / "vision", root / "moved")
+    override = f"model.vision.id={root / 'moved'}"
+    with pytest.raises(ConfigError, match=rf"{root / 'vision'} cannot be .*set model\.vision\.id to its folder"):
+        vg.load_model(checkpoint)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not vg.load_model(checkpoint, overrides=[override]).training
+        after = vg.Grounder(checkpoint, "cpu", overrides=[override]).predict(image, "the red star")
+        _, box, _ = vg.predict_and_crop(image, "the red star", checkpoint, "cpu", overrides=[override])
+    assert torch.equal(before.boxes, after.boxes)
+    assert box == tuple(before.boxes[0].tolist())
+
+    Image.fromarray(image).save(root / "image.png")
+    arguments = ["predict", str(checkpoint), str(root / "image.png"), "the red star"]
+    options = ["--device", "cpu", "--output", str(root / "out.png")]
+    for words in ([*arguments, override, *options], [*arguments, *options, override]):
+        main(words)
+        assert capsys.readouterr().out.startswith("the red star: left")
+
+
+def test_overrides_of_another_library_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.pth is not a checkpoint of vg, so model\.max_tokens=3 "):
+        vg.load_model(tmp_path / "model.pth", overrides=["model.max_tokens=3"])
