@@ -35,6 +35,7 @@ class Sample:
     crowd: np.ndarray | None = None  # [N] bool, crowd regions (COCO `iscrowd`); None without any
     areas: np.ndarray | None = None  # [N] float32, segmentation areas in square pixels, if known
     shortest: int | None = None  # shorter side in pixels that augmentation chose for resizing, if it did
+    seed: tuple[int, int, int] | None = None  # (seed, epoch, index), which all random choices depend on
 
 
 @dataclass(frozen=True)

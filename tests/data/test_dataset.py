@@ -52,6 +52,12 @@ def ids(samples: Sequence[Sample]) -> list[int]:
     return [int(sample.id.removeprefix("indices/")) for sample in samples]
 
 
+def test_samples_carry_what_their_random_choices_depend_on() -> None:
+    data = GroundingDataset(Indices(5), AugmentConfig(flip=0.5).build(), seed=7)
+    data.begin_epoch(3)
+    assert [data[index].seed for index in (1, 4)] == [(7, 3, 1), (7, 3, 4)]
+
+
 def test_a_bad_sample_is_an_error_that_names_it() -> None:
     data = GroundingDataset(Indices(5, frozenset({2})))
     assert ids([data[1], data[3]]) == [1, 3]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,25 @@ def test_one_prompt_prefers_phrases_with_boxes(tokenizer: PreTrainedTokenizerBas
     text = prompts(tokenizer, sample(*phrases, boxes_of=(3, 4)), max_tokens=6, one_prompt=True)
     assert words_of_phrases(tokenizer, text) == ["", "", "", "big blue cup", ""], "nothing else fits"
     assert text.image_ids.tolist() == [0]
+
+
+def test_what_one_prompt_leaves_out_is_drawn_for_each_sample(tokenizer: PreTrainedTokenizerBase) -> None:
+    many = sample(*(f"red {color}" for color in "abcdefghij"), boxes_of=(7,))
+
+    def asked(seed: tuple[int, int, int] | None, boxes_of: tuple[int, ...] = (7,)) -> frozenset[int]:
+        seeded = replace(many, seed=seed, phrase_ids=np.array(boxes_of, np.int64))
+        text = prompts(tokenizer, seeded, max_tokens=12, one_prompt=True)  # room for three phrases
+        return frozenset(text.phrase_tokens[0].any(dim=1).nonzero().flatten().tolist())
+
+    drawn = [asked((0, 0, index)) for index in range(60)]
+    assert all(7 in phrases and len(phrases) == 3 for phrases in drawn)
+    assert frozenset.union(*drawn) == set(range(10)), "every class is a negative sometimes"
+    assert drawn == [asked((0, 0, index)) for index in range(60)]
+    for other in ((1, 0), (0, 1)):
+        assert drawn != [asked((*other, index)) for index in range(60)]
+    crowded = [asked((0, 0, index), boxes_of=tuple(range(10))) for index in range(60)]
+    assert frozenset.union(*crowded) == set(range(10)), "no class with boxes is always left out"
+    assert asked(None) == {0, 1, 7}
 
 
 @pytest.mark.parametrize(

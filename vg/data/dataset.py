@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -96,8 +97,9 @@ class GroundingDataset(SourceDataset[Sample]):
         self.texts = collate and collate.texts
 
     def _load(self, index: int, epoch: int) -> Sample:
-        sample = checked(super()._load(index, epoch))
-        return self.augment(sample, seed=(self.seed, epoch, index)) if self.augment else sample
+        seed = (self.seed, epoch, index)
+        sample = replace(checked(super()._load(index, epoch)), seed=seed)
+        return self.augment(sample, seed) if self.augment else sample
 
     def _check_text(self, sample: Sample) -> None:
         if self.texts:  # otherwise the collator would raise for the whole batch

@@ -21,6 +21,7 @@ from vg.types import PromptTargets, Sample, Target, Text, TextSpec
 logger = logging.getLogger(__name__)
 
 _CACHE_SIZE = 100_000  # phrases: more than any list of classes; some ten megabytes
+_STREAM = 2  # separates these random numbers from others of the same seed, epoch and index
 
 
 class Expressions:
@@ -65,7 +66,8 @@ class Prompts:
     Args:
         spec: its first delimiter is appended to every phrase.
         one_prompt: for training: one prompt per sample; phrases without boxes, and then those with boxes, are left out
-            if they do not fit. Otherwise, phrases that do not fit go into additional prompts.
+            if they do not fit. Which ones is drawn for each sample (`Sample.seed`), so that every class is a negative.
+            Otherwise, phrases that do not fit go into additional prompts.
 
     Raises:
         ConfigError: the tokenizer has no token for that delimiter or no begin, end or padding token.
@@ -115,7 +117,7 @@ class Prompts:
         if not sample.phrases:
             raise BadSampleError(f"{sample.id} has no phrases; give at least one")
         tokens = self._tokenize(sample)
-        phrases = self._fitting(tokens, sample.phrase_ids.tolist()) if self.one_prompt else range(len(tokens))
+        phrases = self._fitting(tokens, sample) if self.one_prompt else range(len(tokens))
         prompts: list[Prompt] = []
         for phrase in sorted(phrases, key=tokens.__getitem__):
             if not prompts or len(prompts[-1].token_ids) + len(tokens[phrase]) + 2 > self.max_tokens:
@@ -128,10 +130,14 @@ class Prompts:
             prompt.token_ids.append(self.end)
         return prompts
 
-    def _fitting(self, tokens: list[list[int]], with_boxes: list[int]) -> list[int]:
+    def _fitting(self, tokens: list[list[int]], sample: Sample) -> list[int]:
         """Return the indices of the phrases that fit into one prompt, preferring phrases with boxes."""
+        order = np.arange(len(tokens))
+        if sample.seed is not None:
+            order = np.random.default_rng((*sample.seed, _STREAM)).permutation(order)
+        with_boxes = np.isin(order, sample.phrase_ids)
         room, fitting = self.max_tokens - 2, []
-        for phrase in dict.fromkeys([*sorted(with_boxes), *range(len(tokens))]):
+        for phrase in [*order[with_boxes].tolist(), *order[~with_boxes].tolist()]:
             if len(tokens[phrase]) + 1 <= room:
                 room -= len(tokens[phrase]) + 1
                 fitting.append(phrase)

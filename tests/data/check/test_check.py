@@ -179,7 +179,7 @@ def test_prompts_that_are_too_long(tmp_path: Path) -> None:
     config = write(tmp_path, document)
     issue = found(check(config), "more than 256 tokens")
     assert issue.examples == ["89 classes: at least 358 tokens"]
-    assert issue.severity == "warning"
+    assert issue.severity == "note"
     exact = diagnose({"train": config}, 256, lambda phrases: [7] * len(phrases))
     assert found(exact, "more than 256 tokens").examples == ["89 classes: 714 tokens"]
     config.vocabulary = VocabularyConfig(negatives=20)

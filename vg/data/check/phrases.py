@@ -115,13 +115,11 @@ def _check_lengths(
     bound = "" if count_tokens else "at least "
     needed = int(tokens[:num_classes].sum()) + 2
     if class_phrases and needed > max_tokens and dataset.vocabulary.negatives is None:
-        severity: Severity = "note"
         fix = "nothing: it is split into several prompts, which takes longer"
         if dataset.is_training:
-            severity = "warning"
-            fix = "training drops classes that do not fit: set vocabulary.negatives (such as 85), or raise max_tokens"
+            fix = "nothing: classes without boxes that fit are drawn for each image (or set vocabulary.negatives)"
         what = f"a prompt of all classes has more than {max_tokens} tokens"
-        dataset.issues.add(severity, what, fix, [f"{num_classes} classes: {bound}{needed} tokens"])
+        dataset.issues.add("note", what, fix, [f"{num_classes} classes: {bound}{needed} tokens"])
     rows = annotations.labels >= num_classes
     pairs = np.unique(np.column_stack([annotations.image_indices, annotations.labels])[rows], axis=0)
     lengths = np.bincount(pairs[:, 0], tokens[pairs[:, 1]], minlength=len(annotations.ids)).astype(int) + 2  # [I]
