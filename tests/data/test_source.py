@@ -41,6 +41,7 @@ def test_a_box_is_clipped_by_up_to_one_pixel():
         ((80.2, 20, 80.9, 40), "no area"),
         ((10, 20, 82, 40), "lies outside"),
         ((-1.5, 20, 30, 40), "lies outside"),
+        ((0.25, 0.5, 0.75, 1), "in 0..1 of the image .*; multiply left and right by the width"),
         ((40, 30, 20, 10), "was xywh read as xyxy"),
         ((30, 20, 30 + 70, 20 + 55), "was xyxy read as xywh"),
     ],

@@ -146,6 +146,8 @@ def checked(sample: Sample) -> Sample:
     clipped = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))  # [N, 4]
     for box, inside in zip(boxes, clipped, strict=True):
         problem = _box_problem(box, inside)
+        if not problem and len(boxes) == len(sample.phrases) == 1 and box.max() <= 1:
+            problem = "lies in the first pixel, so it is probably in 0..1 of the image"
         if problem:
             hint = _format_hint(box.tolist(), width, height)
             raise BadSampleError(
@@ -167,6 +169,8 @@ def _box_problem(box: np.ndarray, inside: np.ndarray) -> str:
 def _format_hint(box: list[float], width: int, height: int) -> str:
     """Suggest a fix for an impossible box; by far the most frequent cause is confusion of xywh and xyxy."""
     left, top, right, bottom = box
+    if right <= 1 and bottom <= 1:
+        return "multiply left and right by the width, top and bottom by the height"
     if right > 0 and bottom > 0 and left + right <= width and top + bottom <= height:
         return "it would fit as x, y, width, height: was xywh read as xyxy?"
     if left < right - left <= width and top < bottom - top <= height:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from tests.data.detection.detection_files import REAL, annotation, coco_document
 from vg.cli import main
 from vg.data.check import diagnose
 from vg.data.detection.coco import CocoConfig
+from vg.data.detection.odvg import OdvgConfig
+from vg.data.detection.voc import VocConfig
 from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.mixture import MixtureConfig
 from vg.errors import DataError
@@ -107,6 +111,60 @@ def test_coco_boxes_in_xyxy_are_detected(tmp_path: Path) -> None:
     assert [issue.severity for issue in diagnosis.issues if "extend beyond" in issue.what] == []
     drawn = diagnosis.images(1)[0]
     assert drawn[2].tolist() == [[20, 15, 30, 35]], "drawn in the format that fits"
+
+
+def relative(document: Any, width: float = 60, height: float = 40) -> Any:
+    for row in document["annotations"]:
+        row["bbox"] = [side / scale for side, scale in zip(row["bbox"], [width, height] * 2, strict=True)]
+    return document
+
+
+def test_boxes_in_fractions_of_the_image_are_detected(tmp_path: Path) -> None:
+    config = write(tmp_path, relative(valid_coco()))
+    diagnosis = check(config)
+    issue = found(diagnosis, "boxes in 0..1 of the image instead of pixels")
+    assert (issue.severity, issue.count) == ("error", 12)
+    assert "annotation 0 (0.png, cat): [0.33" in issue.examples[0]
+    assert "multiply x and width by the width of the image" in issue.fix
+    assert errors(diagnosis) == [issue.what], "no second diagnosis of the same cause"
+    assert diagnosis.images(1)[0][2].round(3).tolist() == [[20, 15, 30, 35]], "drawn where they are meant"
+    for min_side in (0, 1):  # evaluation drops none of them, training all
+        with pytest.raises(DataError, match=r"set\.json: boxes in 0\.\.1 .*annotation 0 \(0\.png.*\(12 in all\)"):
+            replace(config, min_side=min_side).build()
+
+
+def test_odvg_and_voc_boxes_in_fractions_of_the_image_are_detected(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    instances = [{"bbox": [0.1, 0.2, 0.3 + i / 20, 0.9], "label": 0} for i in range(4)]
+    line = {"filename": "a.png", "height": 40, "width": 60, "detection": {"instances": instances}}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(line)}\n")
+    (tmp_path / "map.json").write_text('{"0": "cat"}')
+    sides = "<xmin>0.1</xmin><ymin>0.2</ymin><xmax>0.5</xmax><ymax>0.9</ymax>"
+    (tmp_path / "a.xml").write_text(
+        f"<annotation><object><name>cat</name><bndbox>{sides}</bndbox></object></annotation>"
+    )
+    odvg = OdvgConfig(path=str(tmp_path / "a.jsonl"), label_map=str(tmp_path / "map.json"))
+    for config in (odvg, VocConfig(path=str(tmp_path))):
+        assert found(check(config), "boxes in 0..1").severity == "error"
+        with pytest.raises(DataError, match=r"boxes in 0\.\.1 of the image"):
+            config.build()
+
+
+def test_losing_more_than_a_few_boxes_is_an_error(tmp_path: Path) -> None:
+    document = valid_coco(60)
+    lost = [[70, 10, 5, 5], [10, 10, 5, 0], [10, 10, 0.5, 5]]
+    for number, row in enumerate(document["annotations"]):
+        row["bbox"] = lost[number] if number < 3 else [number % 20, 10, 30, 20]
+    config = replace(write(tmp_path, document), min_side=1)
+    assert len(config.build()) == 60, "3 of 60 are 5 %"
+    assert not errors(check(config))
+    document["annotations"][3]["bbox"] = [10, 50, 10, 10]
+    write(tmp_path, document, images=False)
+    message = r"set\.json: .*left out.*annotation 0 \(0\.png, cat\): \[70, 10, 5, 5\] \(4 in all\).* 60 boxes"
+    with pytest.raises(DataError, match=message):
+        config.build()
+    assert len(replace(config, min_side=0).build()) == 60, "one of them is thin, but has an area"
+    assert any(re.search(message, issue.examples[0]) for issue in check(config).issues)
 
 
 def test_missing_damaged_resized_and_rotated_images(tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ from functools import partial
 import numpy as np
 
 from vg.data.check.dataset import CheckedDataset
-from vg.data.detection.annotations import CXCYWH, VOC, XYWH, XYXY, BoxFormat
-from vg.data.detection.source import MIN_SIDE
+from vg.data.detection.annotations import CXCYWH, MIN_SIDE, VOC, XYWH, XYXY, BoxFormat
 from vg.data.source import OVERHANG
 
 _MANY = 0.1  # other formats are tried if at least this fraction of the boxes does not fit their image
@@ -23,6 +22,9 @@ def check_boxes(dataset: CheckedDataset) -> None:
     dataset.xyxy = xyxy = dataset.to_pixels(annotations.box_format)
     known = np.asarray((dataset.limits > 0).all(axis=1))
 
+    if annotations.report_relative(issues):
+        dataset.xyxy = xyxy * np.where(known[:, None], dataset.limits, np.nan)[:, [0, 1, 0, 1]]
+        return
     report = partial(annotations.report, issues)
     if (actual := _actual_format(dataset, known)) is not None:
         what = f"boxes that are not {annotations.box_format.description}"

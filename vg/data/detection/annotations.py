@@ -16,6 +16,8 @@ import numpy as np
 
 from vg.data.detection.issues import NUM_EXAMPLES, Issues, Severity
 
+MIN_SIDE = 1.0  # pixels: published training leaves out boxes with a shorter side; the default except for COCO json
+MAX_LOST = 0.05  # fraction of the boxes of a dataset that may be left out; more mean that something else is wrong
 MAX_COORDINATE = 1e15  # larger values are treated as not finite, because boxes are float32 later
 
 
@@ -117,6 +119,31 @@ class Annotations:
         fix = f"boxes are {self.box_format.description}; correct them"
         self.report(issues, "error", "inverted boxes (x2 < x1 or y2 < y1)", fix, inverted)
         return inverted
+
+    def report_relative(self, issues: Issues) -> bool:
+        """Report boxes in 0..1 of the image where pixels are expected; return whether nearly all boxes are."""
+        positive = (self.boxes[:, 2:] > 0).all(axis=1)
+        relative = np.asarray((np.abs(self.boxes - 0.5) < 0.6).all(axis=1) & positive)  # [A]
+        if self.relative or not len(relative) or relative.mean() < 1 - MAX_LOST:
+            return False
+        fix = "multiply x and width by the width of the image in pixels, y and height by its height"
+        self.report(issues, "error", "boxes in 0..1 of the image instead of pixels", fix, relative)
+        return True
+
+    def report_lost(self, issues: Issues, min_side: float = MIN_SIDE) -> None:
+        """Report relative boxes, or more boxes than MAX_LOST that loading leaves out (see DetectionSource)."""
+        if self.report_relative(issues):
+            return
+        sizes = np.where(self.sizes > 0, self.sizes, 1 if self.relative else np.inf)  # [I, 2]
+        visible = np.clip(self.xyxy, 0, sizes[self.image_indices][:, [1, 0, 1, 0]])  # [A, 4]
+        sides = self.xyxy[:, 2:] - self.xyxy[:, :2]  # [A, 2]
+        thin = (sides < (0 if self.relative else min_side)).any(axis=1)
+        outside = (visible[:, 2:] <= visible[:, :2]).any(axis=1)
+        lost = np.asarray((thin | outside) & (sides >= 0).all(axis=1))  # inverted boxes are an error of their own
+        if lost.sum() > max(3, MAX_LOST * len(lost)) or (len(lost) and lost.all()):
+            side = f"with a side below {min_side:g} pixel" if min_side and not self.relative else "without area"
+            fix = f"that is too many of {len(lost)} boxes; check format and unit: {self.box_format.description}"
+            self.report(issues, "error", f"boxes that are left out, {side} or outside of their image", fix, lost)
 
 
 @runtime_checkable

@@ -63,6 +63,7 @@ class CocoConfig(Settings):
         strict = RaiseFirstError(self.path)
         annotations = self.read(strict)
         annotations.report_inverted(strict)
+        annotations.report_lost(strict, self.min_side)
         vocabulary = Vocabulary(annotations.names, self.vocabulary, self.path)
         provenance = Provenance(self._folder().name, Path(self.path).stem.removeprefix("instances_"), "detection")
         return DetectionSource(annotations, vocabulary, provenance, self.min_side)

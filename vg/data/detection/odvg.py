@@ -22,6 +22,8 @@ from vg.errors import BadSampleError
 from vg.settings import Settings
 from vg.types import Sample
 
+_NUM_CHECKED = 1000  # lines whose boxes are checked before training
+
 
 @dataclass
 class OdvgConfig(Settings):
@@ -102,6 +104,7 @@ class OdvgSource:
         self.provenance = Provenance(self._path.resolve().parent.name, self._path.stem, "detection")
         if lines:
             self._parser().items(*self._line(0))
+            self._check_boxes()
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -146,6 +149,13 @@ class OdvgSource:
             size = to_size(row.get("height"), row.get("width"))
             sizes.append(size if all(size) else image_size(find_image(files[-1], self._root), files[-1]))
         return files, np.array(sizes, np.int64).reshape(-1, 2)
+
+    def _check_boxes(self) -> None:
+        """Raise DataError if many boxes of up to `_NUM_CHECKED` lines, evenly spaced, would be left out."""
+        parser = LineParser(self._label_map, Issues())  # invalid lines are errors when they are loaded
+        indices = np.linspace(0, len(self) - 1, min(len(self), _NUM_CHECKED)).astype(int).tolist()
+        images = [image for index in indices if (image := parser.parse(*self._line(index))) is not None]
+        Annotations.of(images, parser.names, parser.num_classes).report_lost(RaiseFirstError(self._path))
 
     def _line(self, index: int) -> tuple[bytes, str]:
         """Content and location of a line."""

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from vg.data.detection.annotations import Annotations
+from vg.data.detection.annotations import MIN_SIDE, Annotations
 from vg.data.detection.vocabulary import Vocabulary
 from vg.data.images import find_image, image_key, image_size, read_image
 from vg.data.source import OVERHANG, Provenance
 from vg.errors import BadSampleError, DataError
 from vg.types import Sample
 
-MIN_SIDE = 1.0  # pixels: published training leaves out boxes with a shorter side; the default except for COCO json
 _SUSPICIOUS = 0.3  # minimum fraction of boxes beyond the image for a warning that their format may be wrong
 
 

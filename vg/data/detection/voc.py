@@ -51,7 +51,9 @@ class VocConfig(Settings):
         Raises:
             DataError: a folder or file is missing or malformed; the message names it.
         """
-        annotations = self.read(RaiseFirstError(self.path))
+        strict = RaiseFirstError(self.path)
+        annotations = self.read(strict)
+        annotations.report_lost(strict)
         vocabulary = Vocabulary(annotations.names, self.vocabulary, self.path)
         provenance = Provenance(Path(self.path).resolve().name, self.split or "all", "detection")
         return DetectionSource(annotations, vocabulary, provenance)

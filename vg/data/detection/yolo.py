@@ -53,7 +53,9 @@ class YoloConfig(Settings):
         Raises:
             DataError: a file or key is missing or malformed; the message names file and line.
         """
-        annotations = self.read(RaiseFirstError(self.path))
+        strict = RaiseFirstError(self.path)
+        annotations = self.read(strict)
+        annotations.report_lost(strict)
         vocabulary = Vocabulary(annotations.names, self.vocabulary, self.path)
         return DetectionSource(
             annotations, vocabulary, Provenance(annotations.image_root.name, self.split, "detection")
