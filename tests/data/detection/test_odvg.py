@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,17 @@ def changed(row: dict[str, Any], items: str, index: int, **values: Any) -> dict[
         (changed(DETECTION, "instances", 0, bbox=[30, 20, 10, 15]), "is inverted .*; was x, y, width, height"),
         (changed(GROUNDING, "regions", 0, bbox=[[1, 2, 3, 4], [1, 2]]), r"region 0: bbox \[\[1, 2, 3, 4\], \[1, 2\]\]"),
         (changed(GROUNDING, "regions", 1, tokens_positive=None), "region 1: phrase None and no tokens_positive"),
-        (
-            changed(GROUNDING, "regions", 1, tokens_positive=[13, 16]),
-            r"region 1: tokens_positive \[13, 16\]; add it, or tokens_positive \[\[begin, end\], \.\.\.\]",
-        ),
+        (changed(GROUNDING, "regions", 1, tokens_positive=[13, 16]), r"tokens_positive \[13, 16\], .*\[begin, end\]"),
         (changed(GROUNDING, "regions", 0, phrase=" "), "region 0: phrase ' '"),
+        *(
+            (
+                changed(GROUNDING, "regions", index, tokens_positive=spans),
+                rf"region {index}: tokens_positive {re.escape(str(spans))}, the caption has 34 characters; .*correct",
+            )
+            for spans in ([[13, 16], [29, 35]], [[-3, 2]], [[16, 13]], [[3, 3]], [[1.0, 3]], [[True, 3]], [5], "5", 5)
+            for index in (1, 2)  # also where the region has a phrase
+        ),
+        (changed(GROUNDING, "regions", 1, tokens_positive=[[1, 2]]), "region 1: phrase None and no tokens_positive"),
     ],
 )
 def test_errors_name_the_line(tmp_path: Path, row: Any, message: str):

@@ -130,21 +130,32 @@ class LineParser:
 
     def _phrase(self, item: Mapping[str, Any], grounding: Mapping[str, Any], location: str) -> int | None:
         """Return the label of the phrase of a region."""
-        phrase, ranges, caption = item.get("phrase"), item.get("tokens_positive"), grounding.get("caption")
-        example = f"{location}: phrase {phrase!r} and no tokens_positive in the caption"
-        if phrase is None and ranges and isinstance(caption, str):
-            try:
-                phrase = " ".join(caption[begin:end].strip() for begin, end in ranges)
-            except (TypeError, ValueError):
-                example = f"{location}: tokens_positive {str(ranges)[:80]}"
+        phrase, caption = item.get("phrase"), str(grounding.get("caption") or "")
+        if (spans := self._spans(item, caption, location)) is None:
+            return None
+        if phrase is None and spans:
+            phrase = " ".join(caption[begin:end].strip() for begin, end in spans)
         if not isinstance(phrase, str) or not (phrase := " ".join(phrase.split())):
             fix = "add it, or tokens_positive [[begin, end], ...]"
+            example = f"{location}: phrase {item.get('phrase')!r} and no tokens_positive in the caption"
             self._issues.add("error", "regions without a phrase", fix, [example])
             return None
         label = self._label_of_phrase.setdefault(phrase.casefold(), len(self.names))
         if label == len(self.names):
             self.names.append(phrase)
         return label
+
+    def _spans(self, item: Mapping[str, Any], caption: str, location: str) -> list[tuple[int, int]] | None:
+        """Return the (begin, end) characters of the caption that name a region; None if any is not in the caption."""
+        spans = item.get("tokens_positive") or []
+        for span in spans if isinstance(spans, list) else [spans]:
+            ends = span if isinstance(span, list) and [*map(type, span)] == [int, int] else (0, 0)
+            if not 0 <= ends[0] < ends[1] <= len(caption):
+                fix = "correct or remove them: tokens_positive is [[begin, end], ...] in characters of the caption"
+                example = f"{location}: tokens_positive {str(spans)[:80]}, the caption has {len(caption)} characters"
+                self._issues.add("error", "spans that are not in the caption", fix, [example])
+                return None
+        return [tuple(span) for span in spans]
 
     def _boxes(self, item: Mapping[str, Any], key: str, location: str) -> list[list[float]]:
         """Return the box of an instance, or the boxes of a region, which has one or a list of them."""
