@@ -83,13 +83,25 @@ def test_tokens_and_phrase_positions(tokenizer: PreTrainedTokenizerBase) -> None
         ("carrot", "car"),
         ("bear", "teddy bear"),
         ("woman", "man", "a man"),
-        ("Dog", "DOG", "dog"),
     ],
 )
 def test_phrases_do_not_share_tokens(tokenizer: PreTrainedTokenizerBase, phrases: tuple[str, ...]) -> None:
     text = prompts(tokenizer, sample(*phrases))
     assert words_of_phrases(tokenizer, text) == [phrase.lower().replace("hot", "h ##o ##t") for phrase in phrases]
     assert text.phrase_tokens.sum(dim=1).max() == 1, "no token belongs to two phrases"
+
+
+def test_phrases_with_equal_tokens_are_in_the_prompt_once(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Otherwise each would be a negative of the boxes of the other."""
+    phrases = ("Dog", "red circle", "dog.", "DOG")
+    text = prompts(tokenizer, sample(*phrases))
+    assert words(tokenizer, text) in ("[CLS] red circle . dog . [SEP]", "[CLS] dog . red circle . [SEP]")
+    assert words_of_phrases(tokenizer, text) == ["dog", "red circle", "dog", "dog"]
+    several = prompts(tokenizer, sample(*phrases), max_tokens=5)
+    assert words_of_phrases(tokenizer, several, 0) == ["", "red circle", "", ""] or len(several.token_ids) == 2
+    assert several.phrase_tokens.any(dim=2).sum(dim=0).tolist() == [1] * 4
+    crowded = prompts(tokenizer, sample(*phrases, boxes_of=(0, 3, 2)), max_tokens=7, one_prompt=True)
+    assert words_of_phrases(tokenizer, crowded) == ["dog", "red circle", "dog", "dog"], "all of them fit"
 
 
 def test_prompt_does_not_depend_on_the_order_of_phrases(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -61,7 +61,8 @@ class Prompts:
     """Makes prompts of many phrases per sample.
 
     The tokens of a phrase are those of its words: the "." after it and delimiters inside it stay in the prompt but are
-    not among them. Phrases are sorted by token ids, so predictions do not depend on the order of the phrases.
+    not among them. Phrases are sorted by token ids, so predictions do not depend on the order of the phrases; phrases
+    with equal tokens share them.
 
     Args:
         spec: its first delimiter is appended to every phrase.
@@ -119,7 +120,12 @@ class Prompts:
         tokens = self._tokenize(sample)
         phrases = self._fitting(tokens, sample) if self.one_prompt else range(len(tokens))
         prompts: list[Prompt] = []
+        previous = None
         for phrase in sorted(phrases, key=tokens.__getitem__):
+            if previous is not None and tokens[phrase] == tokens[previous]:
+                prompts[-1].phrase_tokens[phrase] = prompts[-1].phrase_tokens[previous]
+                continue
+            previous = phrase
             if not prompts or len(prompts[-1].token_ids) + len(tokens[phrase]) + 2 > self.max_tokens:
                 prompts.append(Prompt([self.begin], {}))
             token_ids, phrase_tokens = prompts[-1]
@@ -136,11 +142,13 @@ class Prompts:
         if sample.seed is not None:
             order = np.random.default_rng((*sample.seed, _STREAM)).permutation(order)
         with_boxes = np.isin(order, sample.phrase_ids)
-        room, fitting = self.max_tokens - 2, []
+        room, fitting, known = self.max_tokens - 2, [], set[tuple[int, ...]]()
         for phrase in [*order[with_boxes].tolist(), *order[~with_boxes].tolist()]:
-            if len(tokens[phrase]) + 1 <= room:
-                room -= len(tokens[phrase]) + 1
+            needed = 0 if (key := tuple(tokens[phrase])) in known else len(key) + 1
+            if needed <= room:
+                room -= needed
                 fitting.append(phrase)
+                known.add(key)
         return fitting
 
     def _tokenize(self, sample: Sample) -> list[list[int]]:

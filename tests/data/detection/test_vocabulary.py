@@ -54,7 +54,8 @@ def test_alternatives_are_drawn_except_names_of_other_classes():
     assert phrases(names) == names, "off by default"
     assert phrases(names, alternatives=True) == ["cup", "dog", "hound"], "closed-set prompts use the first"
     vocabulary = Vocabulary(names, VocabularyConfig(negatives=3, alternatives=True), "x")
-    seen = {vocabulary.prompt(np.array([0]), 0, index)[0][0] for index in range(40)}
+    drawn = [vocabulary.prompt(np.array([0]), 0, index) for index in range(40)]
+    seen = {prompt[ids[0]] for prompt, ids in drawn}
     assert seen == {"cup", "mug"}
     assert vocabulary.names == tuple(names), "drawing changes no names"
 
@@ -66,14 +67,14 @@ def test_negatives_as_in_mm_grounding_dino():
     for index in range(400):
         prompt, ids = vocabulary.prompt(labels, 0, index)
         assert [prompt[id] for id in ids] == [NAMES[label] for label in labels]
-        assert set(prompt[:3]) == {NAMES[5], NAMES[150], NAMES[7]}, "those with boxes come first"
         assert len(set(prompt)) == len(prompt)
         counts.append(len(prompt) - 3)
         full += counts[-1] >= 80
     assert max(counts) <= 85
     assert min(counts) < 10
     assert 0.4 < full / 400 < 0.65, "half of them full, and a few others nearly full"
-    assert {vocabulary.prompt(labels, 0, index)[0][0] for index in range(30)} == set(prompt[:3]), "in random order"
+    first = [vocabulary.prompt(labels, 0, index)[1][0] for index in range(400)]
+    assert len(set(first)) > 60, "the phrases of boxes are anywhere among the others: denoising learns their positions"
 
 
 def test_a_prompt_depends_on_seed_epoch_and_index_only():

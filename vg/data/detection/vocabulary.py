@@ -62,8 +62,8 @@ class Vocabulary:
     def prompt(self, labels: np.ndarray, epoch: int, index: int) -> tuple[tuple[str, ...], np.ndarray]:
         """Return the phrases of one sample, and which of them its boxes have.
 
-        With sampled negatives, phrases of boxes come first, and positives and negatives are in random order, so that a
-        prompt that is too long can be cut at its end. Randomness depends on (seed, epoch, index) only.
+        With sampled negatives, all phrases are in random order, as in mmdetection: denoising learns their positions.
+        Randomness depends on (seed, epoch, index) only.
 
         Args:
             labels: [N] int, the class of each box.
@@ -74,12 +74,12 @@ class Vocabulary:
         if self.config.negatives is None:
             return self.phrases, labels.astype(np.int64)
         random = np.random.default_rng((self.config.seed, epoch, index, _STREAM))
-        positives = random.permutation(np.unique(labels))
+        positives = np.unique(labels)
         limit = self.config.negatives
         num = limit if random.random() < self.config.full else int(random.integers(1, limit + 1))
         candidates = random.choice(len(self.names), min(num, len(self.names)), replace=False)
         negatives = candidates[~np.isin(candidates, positives)]
-        classes = np.concatenate([positives, negatives]).astype(np.int64)  # [P]
+        classes = random.permutation(np.concatenate([positives, negatives]).astype(np.int64))  # [P]
         alternatives = (self._alternatives[label] for label in classes.tolist())
         phrases = tuple(a[int(random.integers(len(a)))] if len(a) > 1 else a[0] for a in alternatives)
         positions = np.zeros(len(self.names), np.int64)
