@@ -123,7 +123,8 @@ class ImageConfig(Settings):
     """Upper limit of the longer side in pixels."""
     mix_sizes: bool = False
     """Run images of different sizes through the backbone in one padded pass, as all other implementations do. Padding
-    then leaks into Swin's windows, group norms and query positions, and results depend on the rest of the batch."""
+    then leaks into Swin's windows, group norms and query positions, and results depend on the rest of the batch. Unlike
+    theirs, the query selection never selects a token of the padding, whose box would be infinite."""
 
 
 @dataclass
