@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
+from vg.boxes import from_pixels, to_pixels
 from vg.inference.draw import (
     HIT,
     MISS,
@@ -119,6 +120,16 @@ def test_grid_shows_hit_miss_and_unknown(tmp_path: Path) -> None:
         [False, True, False, False, True],
         [False, False, True, True, False],
     ]
+
+
+def test_an_iou_equal_to_the_threshold_is_a_hit() -> None:
+    size = (480, 640)
+    sample = Sample(
+        "scene/7", gray(*size), ("cat",), np.array([[7.37, 3.25, 21.37, 34.25]], np.float32), np.zeros(1, int)
+    )
+    box = to_pixels(from_pixels(torch.tensor([[7.37, 3.25, 14.37, 34.25]]), size), size)
+    prediction = Prediction("scene/7", box, torch.tensor([0.9]), torch.zeros(1).long(), ("cat",))
+    assert _verdict(sample, prediction) == ("hit   IoU 0.50   score 0.90", HIT)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from vg.types import Prediction, Target
 
 SIZE = (480, 640)
 ONE, TWO, FAR = [10.0, 10.0, 110.0, 110.0], [200.0, 10.0, 300.0, 110.0], [400.0, 300.0, 500.0, 400.0]
+EDGE = [7.37, 3.25, 21.37, 34.25]
 SHIFTED = [10.0, 10.0, 110.0, 70.0]  # IoU and GIoU with ONE: 0.6
 
 
@@ -31,6 +32,8 @@ CASES = {  # name -> the sample, and whether F1 = 1
     "two boxes on one object": (sample("c", [ONE, TWO], [ONE, SHIFTED], [0.9, 0.8]), False),
     "score below the threshold": (sample("d", [ONE], [ONE], [0.6]), False),
     "wrong box": (sample("e", [ONE], [FAR], [0.9]), False),
+    "GIoU of exactly 0.5": (sample("j", [EDGE], [[7.37, 3.25, 14.37, 34.25]], [0.9]), True),
+    "inverted box": (sample("k", [ONE], [ONE[2:] + ONE[:2]], [0.9]), False),
     "absent, low score": (sample("f", [], [FAR], [0.3]), True),
     "absent, no box": (sample("g", [], [], []), True),
     "absent, high score": (sample("h", [], [FAR], [0.95]), False),
@@ -54,10 +57,10 @@ def test_f1_of_single_samples(name: str) -> None:
 
 def test_metrics_of_all_samples() -> None:
     results = metric_of(*CASES).compute().metrics
-    assert results["f1"] == pytest.approx(3 / 9)
+    assert results["f1"] == pytest.approx(4 / 11)
     assert results["n_acc"] == pytest.approx(2 / 3)
-    assert results["t_acc"] == pytest.approx(4 / 6)
-    assert (results["num_expressions"], results["num_absent"]) == (9, 3)
+    assert results["t_acc"] == pytest.approx(6 / 8)
+    assert (results["num_expressions"], results["num_absent"]) == (11, 3)
     assert 0 < results["auc"] < 1
     assert metric_of(*CASES, "both matched", "wrong box").compute().metrics == results, "a repeated sample counts once"
     assert metric_of(*reversed(CASES), batch_size=1).compute().metrics == results

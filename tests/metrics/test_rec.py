@@ -95,6 +95,35 @@ def test_recall_counts_the_given_number_of_best_boxes() -> None:
     assert evaluate([half])["recall@5"] == 1, "an IoU of exactly 0.5 counts"
 
 
+@pytest.mark.parametrize(("threshold", "sides"), [(0.5, (1, 2)), (0.75, (3, 4)), (0.9, (9, 10))])
+def test_an_iou_equal_to_the_threshold_counts_at_any_position(threshold: float, sides: tuple[int, int]) -> None:
+    """Boxes become 0..1 in float32 and pixels again, which alone would turn a third of these into misses."""
+    samples = []
+    for offset in range(7, 207):
+        for unit in (7, 10.25):  # annotations have up to two decimals
+            left, top = offset + 0.37, offset / 4
+            true_box = [left, top, left + unit * sides[1], top + 31]
+            box = torch.tensor([[left, top, left + unit * sides[0], top + 31]])
+            predicted = to_pixels(from_pixels(box, SIZE), SIZE)
+            samples.append(expression(f"{offset} {unit}", true_box, predicted.tolist(), [0.9]))
+    results = evaluate(samples)
+    assert results[f"acc@{threshold}"] == 1
+    assert results["miou"] == pytest.approx(threshold)
+    if threshold == 0.5:
+        assert results["recall@1"] == results["recall@10"] == 1
+
+
+@pytest.mark.parametrize("inverted", [[110, 10, 10, 110], [10, 110, 110, 10], [110, 110, 10, 10]])
+def test_an_inverted_box_is_a_false_one_and_not_an_absent_one(inverted: list[float]) -> None:
+    box = [10, 10, 110, 110]
+    results = evaluate(
+        [expression("inverted", box, [inverted, box], [0.9, 0.5]), expression("right", box, [box], [0.8])]
+    )
+    assert results["acc@0.5"] == 0.5
+    # Best score first: miss, hit, hit. The highest precision at any recall is 2 / 3.
+    assert results["map@50"] == pytest.approx(2 / 3)
+
+
 def test_average_precision_equals_pycocotools_on_json_files(tmp_path: Path) -> None:
     samples = random_expressions(100)
     annotations, found = [], []

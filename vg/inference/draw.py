@@ -183,13 +183,14 @@ def _card(sample: Sample, prediction: Prediction) -> Image.Image:
 
 def _verdict(sample: Sample, prediction: Prediction) -> tuple[str, str]:
     """Return the result line of a card and its color."""
-    from vg.boxes import iou  # needs torch, which the rest of this file does not
+    from vg.boxes import iou, to_thousandths  # needs torch, which the rest of this file does not
 
     score = f"score {float(prediction.scores[0]):.2f}" if len(prediction.boxes) else "no box predicted"
     if not len(sample.boxes):
         return score, UNKNOWN
     boxes = prediction.boxes[: len(sample.boxes)]
-    overlaps = iou(prediction.boxes.new_tensor(sample.boxes)[:, None], boxes[None]).numpy()  # [N, K]
+    true_boxes = prediction.boxes.new_tensor(sample.boxes)  # [N, 4]
+    overlaps = iou(to_thousandths(true_boxes)[:, None], to_thousandths(boxes)[None]).numpy()  # [N, K]
     same_phrase = sample.phrase_ids[:, None] == prediction.phrase_ids[: len(boxes)].numpy()  # [N, K]
     best = overlaps.max(axis=1, initial=0.0, where=same_phrase)  # [N]
     found = int((best >= HIT_IOU).sum())

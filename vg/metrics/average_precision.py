@@ -93,7 +93,8 @@ def to_xywh(boxes: np.ndarray) -> np.ndarray:
 
 
 def _areas(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    """[N, 4] xyxy -> [N]; zero for inverted boxes, because pycocotools ignores boxes of negative area."""
+    return (boxes[:, 2:] - boxes[:, :2]).clip(min=0).prod(axis=1)
 
 
 def _coco(num_images: int, num_categories: int, boxes: Boxes, **columns: np.ndarray) -> COCO:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vg.boxes import giou, to_pixels
+from vg.boxes import giou, to_pixels, to_thousandths
 from vg.metrics.absent import FALSE_POSITIVE_RATES, absence_metrics
 from vg.metrics.collected import CollectingMetric
 from vg.metrics.result import MetricResult
@@ -83,7 +83,7 @@ def is_correct(boxes: Tensor, true_boxes: Tensor) -> bool:
     """
     if len(boxes) != len(true_boxes):
         return False
-    overlap = giou(boxes[:, None], true_boxes[None])  # [K, N]
+    overlap = giou(to_thousandths(boxes)[:, None], to_thousandths(true_boxes)[None])  # [K, N]
     for _ in range(len(boxes)):
         best = int(overlap.argmax())
         row, column = divmod(best, len(true_boxes))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vg.boxes import iou, to_pixels
+from vg.boxes import iou, to_pixels, to_thousandths
 from vg.metrics.absent import FALSE_POSITIVE_RATES, absence_metrics
 from vg.metrics.average_precision import Boxes, mean_defined, precision_and_recall
 from vg.metrics.collected import CollectingMetric
@@ -117,16 +117,17 @@ def _values(unique: _Unique) -> dict[str, np.ndarray]:
     Without a box the score is 0.
     """
     has_box, best, index = np.unique(unique.owner, return_index=True, return_inverse=True)
-    true_boxes = unique.true_boxes[unique.owner]  # [K, 4]
-    overlap = iou(torch.from_numpy(unique.boxes), torch.from_numpy(true_boxes)).nan_to_num().numpy()  # [K]
-    score, top_iou = np.zeros((2, len(unique.ids)))  # [U]
-    score[has_box], top_iou[has_box] = unique.scores[best], overlap[best]
+    boxes, true_boxes = map(torch.from_numpy, (unique.boxes, unique.true_boxes[unique.owner]))  # [K, 4] each
+    overlap = iou(boxes, true_boxes).nan_to_num().numpy()  # [K]
+    rounded = iou(to_thousandths(boxes), to_thousandths(true_boxes)).nan_to_num().numpy()  # [K] as mAP has it
+    score, top_iou, top_rounded = np.zeros((3, len(unique.ids)))  # [U]
+    score[has_box], top_iou[has_box], top_rounded[has_box] = unique.scores[best], overlap[best], rounded[best]
     values = {"miou": top_iou}
-    values |= {f"acc@{threshold}": (top_iou >= threshold).astype(float) for threshold in ACCURACY_THRESHOLDS}
+    values |= {f"acc@{threshold}": (top_rounded >= threshold).astype(float) for threshold in ACCURACY_THRESHOLDS}
     rank = np.arange(len(unique.owner)) - best[index]  # [K] 0 for the best box of an expression
     for limit in RECALL_BOXES:
         values[f"recall@{limit}"] = np.zeros(len(unique.ids))
-        values[f"recall@{limit}"][unique.owner[(rank < limit) & (overlap >= RECALL_THRESHOLD)]] = 1
+        values[f"recall@{limit}"][unique.owner[(rank < limit) & (rounded >= RECALL_THRESHOLD)]] = 1
     absent = np.isnan(unique.true_boxes[:, 0])  # [U]
     return {name: np.where(absent, np.nan, value) for name, value in values.items()} | {"score": score}
 

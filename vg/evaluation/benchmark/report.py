@@ -20,7 +20,6 @@ from vg.models.base import GroundingModel
 
 NUM_EXAMPLES = 6  # worst and best ones of each split
 MAX_SIDE = 420  # pixels
-HIT_IOU = 0.5
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 1280px; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
@@ -94,7 +93,7 @@ def _examples(evaluated: EvaluatedSplit) -> list[tuple[str, list[int]]]:
     score = evaluated.values["score"]
     if "miou" in evaluated.values:
         overlap = evaluated.values["miou"]  # [samples]
-        wrong, right, order = overlap < HIT_IOU, overlap >= HIT_IOU, -overlap
+        wrong, right, order = evaluated.values["acc@0.5"] == 0, evaluated.values["acc@0.5"] == 1, -overlap
         titles = "Worst: misses with the highest scores", "Best: boxes with the highest IoU"
     else:
         right = evaluated.values["f1"] == 1
