@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -132,6 +133,17 @@ def test_all_mismatched_weights_are_listed(trained: tuple[Trainer, Path]) -> Non
     assert all(value.equal(before[name]) for name, value in trainer.unwrapped_model.state_dict().items()), (
         "nothing was loaded"
     )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value: float, trained: tuple[Trainer, Path]) -> None:
+    _, folder = trained
+    weights = load_file(folder / "model.safetensors")
+    name = min(weights)
+    weights[name].view(-1)[0] = value
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"model.safetensors: .* not finite.*: {re.escape(name)}; .*earlier"):
+        read_model(folder)
 
 
 def test_missing_files_are_named(trained: tuple[Trainer, Path], tmp_path: Path) -> None:

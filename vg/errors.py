@@ -42,6 +42,10 @@ class TrainingError(UserError, RuntimeError):
     """Training cannot continue; the message names the first affected step and the reason."""
 
 
+class PredictionError(UserError, RuntimeError):
+    """A model predicts NaN or Inf; the message names the first sample and the reason."""
+
+
 def closest(name: object, known: Iterable[str], limit: int = 1, cutoff: float = 0.4) -> list[str]:
     """The known names most similar to a misspelled one, best first; empty if none is similar."""
     return difflib.get_close_matches(str(name), list(known), n=limit, cutoff=cutoff)

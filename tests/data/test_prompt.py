@@ -15,7 +15,7 @@ import torch
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 import vg
-from vg.data.prompt import Prompts
+from vg.data.prompt import Expressions, Prompts
 from vg.errors import ConfigError, DataError
 from vg.types import Sample, Text, TextSpec
 
@@ -203,10 +203,22 @@ def test_a_phrase_of_unknown_tokens_is_logged_once(
 ) -> None:
     build = Prompts(TextSpec(tokenizer, 8, (".", "?")), one_prompt=False)
     for _ in range(2):
-        build([sample("dog", "猫", name="val/3")])
+        build([sample("dog", "猫", "car?", name="val/3")])
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith("val/3: all tokens of the phrase '猫' are unknown to the tokenizer")
     assert "set model.text.tokenizer" in message
+    build([sample("猫?", name="val/4")])
+    assert "'猫?'" in caplog.records[-1].getMessage(), "a delimiter is not a known word either"
+
+
+def test_an_expression_of_unknown_tokens_is_logged_once(
+    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    build = Expressions(TextSpec(tokenizer, 8))
+    for _ in range(2):
+        build([sample("red dog"), sample("猫 犬", name="val/3"), sample("the 猫")])
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("val/3: all tokens of the phrase '猫 犬' are unknown to the tokenizer")
 
 
 def test_the_longest_phrase_that_fits(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -22,7 +22,8 @@ from vg.config import DataConfig, RunConfig, dump_config, load_config, parse_con
 from vg.data.mixture import MixtureConfig
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import ShapesConfig
-from vg.errors import ConfigError
+from vg.distributed import new_accelerator
+from vg.errors import ConfigError, PredictionError
 from vg.evaluation.evaluator import Evaluator
 from vg.evaluation.results import DatasetResult, EvaluationResult
 from vg.evaluation.table import table
@@ -136,6 +137,15 @@ def test_a_dataset_with_the_name_of_a_class_is_an_error() -> None:
     name = next(iter(evaluator(only=DETECTION).run(Oracle()).datasets[0].groups))
     with pytest.raises(ConfigError, match=rf"data\.eval\.{name}: .*rename the dataset"):
         evaluator(objects=DETECTION, **{name: DETECTION}).run(Oracle())
+
+
+def test_boxes_that_are_not_finite_stop_the_evaluation(tiny_config: MakeConfig) -> None:
+    config = tiny_config()
+    model = config.model.build()
+    with torch.no_grad():
+        next(model.head.parameters()).fill_(torch.nan)
+    with pytest.raises(PredictionError, match=r"boxes or scores .* are not finite"):
+        Evaluator(config.data, model, new_accelerator()).run(model)
 
 
 def test_the_best_metric_is_checked_at_the_start(tiny_config: MakeConfig) -> None:

@@ -21,9 +21,10 @@ from PIL import Image
 from transformers import BertTokenizer
 
 import vg
+from tests.models.grounding_dino.tiny import tiny_model
 from vg.cli import main
 from vg.data.synthetic.shapes import ShapesConfig
-from vg.errors import CheckpointError, DataError
+from vg.errors import CheckpointError, ConfigError, DataError, PredictionError
 from vg.inference.grounder import to_array
 from vg.models.base import GroundingModel
 from vg.types import Batch, FittedImage, Prediction, TextSpec
@@ -150,6 +151,30 @@ def test_boxes_below_the_threshold_are_left_out(grounder: vg.Grounder) -> None:
     assert len(grounder.predict(scene(), "red circle", threshold=1.0).boxes) == 0
     with pytest.raises(DataError, match=r"nothing found for 'red circle': no box reaches the threshold 1\.0"):
         vg.predict_and_crop(scene(), "red circle", grounder, threshold=1.0)
+
+
+@pytest.mark.parametrize("threshold", [30, -0.1, float("nan")])
+def test_a_threshold_that_is_not_a_score_raises(threshold: float, grounder: vg.Grounder) -> None:
+    for predict in (grounder.predict, partial(vg.predict_and_crop, model=grounder)):
+        with pytest.raises(ConfigError, match=f"threshold {threshold}: expected a score from 0 to 1"):
+            predict(scene(), "red circle", threshold=threshold)
+
+
+@pytest.mark.parametrize("family", ["rec", "grounding_dino"])
+def test_boxes_that_are_not_finite_raise(family: str, run: Path) -> None:
+    model = vg.load_model(run) if family == "rec" else tiny_model()
+    name, weights = next((name, weights) for name, weights in model.named_parameters() if "head" in name)
+    with torch.no_grad():
+        weights.fill_(torch.nan)
+    with pytest.raises(PredictionError, match=f"boxes or scores .* are not finite.*: the weights {name} are not"):
+        vg.Grounder(model, device="cpu").predict(scene(), "red circle")
+
+
+def test_unknown_words_are_reported_once(grounder: vg.Grounder, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        grounder.predict(scene(), "猫 猫")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "all tokens of the phrase '猫 猫' are unknown to the tokenizer" in message
 
 
 class Output(NamedTuple):

@@ -81,6 +81,12 @@ def test_no_box_above_the_threshold_is_not_an_error(
     np.testing.assert_array_equal(np.asarray(Image.open(output)), np.asarray(Image.open(image)))
 
 
+@pytest.mark.parametrize("threshold", ["30", "-0.1", "nan"])
+def test_a_threshold_outside_of_0_to_1_is_refused(threshold: str, image: Path) -> None:
+    with pytest.raises(SystemExit, match=rf"--threshold {threshold}: expected a score from 0 to 1"):
+        main(["predict", "nowhere", str(image), "dog", "--threshold", threshold])
+
+
 def test_one_expression_has_one_box(
     expression_model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

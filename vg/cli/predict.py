@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder of a run or checkpoint")
     parser.add_argument("image", help="path or http(s) URL")
     parser.add_argument("phrases", nargs="+", metavar="PHRASE", help='such as "the man in the red shirt"')
-    parser.add_argument("--threshold", type=float, help="drop boxes with a lower score (default: 0.3)")
+    parser.add_argument("--threshold", type=float, help="drop boxes with a lower score, 0..1 (default: 0.3)")
     parser.add_argument("--output", default="prediction.png", help="image file to write (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
 
@@ -20,8 +20,10 @@ def run(options: argparse.Namespace) -> None:
     from PIL import Image
 
     from vg.inference.draw import COLORS, draw_boxes
-    from vg.inference.grounder import Grounder, above, to_array
+    from vg.inference.grounder import Grounder, above, check_threshold, to_array
 
+    if options.threshold is not None:
+        check_threshold(options.threshold, "--threshold")
     grounder, image = Grounder(options.checkpoint, options.device), to_array(options.image)
     prediction = grounder.predict(image, options.phrases)
     threshold = options.threshold if options.threshold is not None else THRESHOLD * grounder.takes_many

@@ -29,6 +29,7 @@ class Expressions:
 
     def __init__(self, spec: TextSpec):
         self.spec = spec
+        self._reported: set[str] = set()  # expressions of unknown words
 
     def __call__(self, samples: Sequence[Sample]) -> Text:
         """Raise DataError if a sample has not exactly one phrase, BadSampleError if that exceeds max_tokens."""
@@ -41,6 +42,11 @@ class Expressions:
         """Return one prompt per expression; raise BadSampleError with the name of one that has too many tokens."""
         tokens = self.spec.tokenizer(list(expressions), padding=True, return_tensors="pt")
         token_ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()  # [R, T]
+        special = set(self.spec.tokenizer.all_special_ids)
+        for name, expression, row in zip(names, expressions, token_ids.tolist(), strict=True):
+            if special.issuperset(row) and expression not in self._reported:
+                self._reported.add(expression)
+                _report_unknown(name, expression)
         for name, expression, length in zip(names, expressions, mask.sum(dim=1).tolist(), strict=True):
             if length > self.spec.max_tokens:
                 raise BadSampleError(
@@ -162,15 +168,10 @@ class Prompts:
         if new:  # split_special_tokens: "[SEP]" in a phrase is ordinary text
             encoded = self.tokenizer(new, add_special_tokens=False, split_special_tokens=True, verbose=False)
             for phrase, token_ids in zip(new, encoded["input_ids"], strict=True):
-                while token_ids[-1] == self.phrase_end:
+                while token_ids and token_ids[-1] == self.phrase_end:
                     token_ids.pop()
-                if set(token_ids) == {self.tokenizer.unk_token_id}:
-                    logger.warning(
-                        "%s: all tokens of the phrase %r are unknown to the tokenizer, so the model confuses "
-                        "it with other unknown phrases; set model.text.tokenizer, or data.*.vocabulary.phrases",
-                        sample.id,
-                        phrase,
-                    )
+                if {self.tokenizer.unk_token_id, *self.delimiters}.issuperset(token_ids):
+                    _report_unknown(sample.id, phrase)
                 if len(token_ids) + 3 > self.max_tokens:
                     raise BadSampleError(
                         f"{sample.id}: a phrase has {len(token_ids)} tokens, at most {self.max_tokens - 3} fit into a "
@@ -178,6 +179,15 @@ class Prompts:
                     )
                 self._known[phrase] = token_ids
         return [self._known[phrase] for phrase in sample.phrases]
+
+
+def _report_unknown(name: str, phrase: str) -> None:
+    logger.warning(
+        "%s: all tokens of the phrase %r are unknown to the tokenizer, so the model confuses it with other unknown "
+        "phrases; use other words, or set model.text.tokenizer or data.*.vocabulary.phrases",
+        name,
+        phrase,
+    )
 
 
 def prompt_targets(text: Text, targets: Sequence[Target]) -> PromptTargets:

@@ -18,7 +18,7 @@ from vg.errors import ConfigError
 from vg.evaluation.results import DatasetResult, EvaluationResult
 from vg.metrics import CocoMetric, GrecMetric, RecMetric
 from vg.metrics.result import flat_key, split_flat_key
-from vg.models.base import GroundingModel
+from vg.models.base import GroundingModel, check_finite
 
 # The data selects the metric, not the model.
 METRICS: dict[Task, type[RecMetric] | type[GrecMetric] | type[CocoMetric]] = {
@@ -61,13 +61,15 @@ class DatasetEvaluator:
         self.metric = METRICS[data.source.provenance.task]().to(accelerator.device)
 
     def predict(self, model: GroundingModel) -> None:
-        """Run inference on all samples and update the (reset) metric."""
+        """Run inference on all samples and update the (reset) metric; raises PredictionError for NaN or Inf."""
         self.metric.reset()
         description = f"evaluate {self.name}".strip()
         for batch in progress_bar(self.accelerator, iterable=self.loader, desc=description, leave=False):
             with self.accelerator.autocast():
                 output = model(batch)
-            self.metric.update(model.predict(output, batch), batch.targets)
+            predictions = model.predict(output, batch)
+            check_finite(predictions, model)
+            self.metric.update(predictions, batch.targets)
 
     def result(self) -> DatasetResult:
         """Compute the metrics of the last `predict`; every process must call it."""

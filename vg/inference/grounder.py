@@ -14,9 +14,9 @@ from vg.checkpoint import is_checkpoint, read_model
 from vg.data.collate import Collator
 from vg.data.images import read_image
 from vg.data.pixels import array_to_rgb
-from vg.errors import DataError
+from vg.errors import ConfigError, DataError
 from vg.inference.draw import draw_boxes
-from vg.models.base import GroundingModel
+from vg.models.base import GroundingModel, check_finite
 from vg.models.grounding_dino.checkpoints import open_model
 from vg.types import Prediction, Sample
 
@@ -76,6 +76,8 @@ class Grounder:
 
         Raises:
             DataError: an unreadable image, no phrase, or a phrase the model cannot process (blank, too long).
+            ConfigError: the threshold is not in 0..1.
+            PredictionError: the model predicts NaN or Inf.
         """
         return self.predict_batch([image], [phrases], threshold)[0]
 
@@ -86,7 +88,7 @@ class Grounder:
 
         Raises:
             ValueError: the number of entries in phrases differs from the number of images.
-            DataError: see `predict`.
+            DataError, ConfigError, PredictionError: see `predict`.
         """
         if isinstance(phrases, str):
             raise ValueError("phrases needs one entry per image; use [phrases] * len(images) to repeat one")
@@ -101,13 +103,22 @@ class Grounder:
 
     @torch.no_grad()
     def predict_samples(self, samples: Sequence[Sample], threshold: float | None = None) -> list[Prediction]:
-        """Predict for samples of a dataset in one batch; the predictions are on the CPU."""
+        """Predict for samples of a dataset in one batch; the predictions are on the CPU; raises as `predict`."""
+        if threshold is not None:
+            check_threshold(threshold)
         for sample in samples:
             if not sample.phrases or not all(phrase.strip() for phrase in sample.phrases):
                 raise DataError("no phrase or an empty phrase; give at least one with words")
         batch = self.collate(samples).to(self.model.device)
         predictions = [prediction.to("cpu") for prediction in self.model.predict(self.model(batch), batch)]
+        check_finite(predictions, self.model)
         return predictions if threshold is None else [above(prediction, threshold) for prediction in predictions]
+
+
+def check_threshold(threshold: float, name: str = "threshold") -> None:
+    """Raise ConfigError unless the threshold is in 0..1, as scores are."""
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"{name} {threshold:g}: expected a score from 0 to 1, such as 0.3")
 
 
 def above(prediction: Prediction, threshold: float) -> Prediction:
@@ -158,6 +169,7 @@ def predict_and_crop(
 
     Raises:
         DataError: an unreadable image, an empty prompt, or no box with a sufficient score.
+        ConfigError, PredictionError: see `Grounder.predict`.
     """
     grounder = model if isinstance(model, Grounder) else Grounder(model, device)
     pixels = to_array(image)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vg.errors import PredictionError
 from vg.types import Batch, EncodedBatch, Features, ImageSpec, LossName, Prediction, Text, TextSpec
 
 
@@ -74,7 +75,11 @@ class GroundingModel(nn.Module, ABC):
         return {key: value for key, value in self.state_dict().items() if not key.startswith(external)}
 
     def load_own_state_dict(self, weights: Mapping[str, Tensor]) -> None:
-        """Load the weights of own_state_dict; raises ValueError listing all missing, unexpected or misshaped ones."""
+        """Load the weights of own_state_dict.
+
+        Raises:
+            ValueError: weights are missing, unexpected, misshaped or not finite; the message lists all of them.
+        """
         own = self.own_state_dict()
         trouble = [f"missing: {key} {tuple(own[key].shape)}" for key in own.keys() - weights.keys()]
         trouble += [f"unexpected: {key} {tuple(weights[key].shape)}" for key in weights.keys() - own.keys()]
@@ -83,6 +88,7 @@ class GroundingModel(nn.Module, ABC):
                 trouble.append(f"shape: {key} is {tuple(weights[key].shape)}, expected {tuple(own[key].shape)}")
         if trouble:
             raise ValueError("the weights do not fit the model:\n  " + "\n  ".join(sorted(trouble)))
+        check_finite_weights(weights)
         self.load_state_dict(weights, strict=False)
 
     @property
@@ -91,6 +97,29 @@ class GroundingModel(nn.Module, ABC):
 
     def num_parameters(self, trainable_only: bool = False) -> int:
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
+
+
+def check_finite_weights(weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError that lists all weights with NaN or Inf; tensors on the meta device have no values."""
+    bad = sorted(key for key, values in weights.items() if not values.is_meta and not values.isfinite().all())
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise ValueError(
+            f"the weights are not finite (NaN or Inf): {', '.join(bad[:3])}{more}; the training has diverged, or the "
+            "file is damaged: use an earlier checkpoint"
+        )
+
+
+def check_finite(predictions: Sequence[Prediction], model: GroundingModel) -> None:
+    """Raise PredictionError if a predicted box or score is NaN or Inf; no metric and no threshold would reveal it."""
+    for prediction in predictions:
+        if not (prediction.boxes.isfinite().all() and prediction.scores.isfinite().all()):
+            bad = next((name for name, weights in model.named_parameters() if not weights.isfinite().all()), None)
+            reason = "its values may exceed the range of fp16 (train.precision or --precision): use bf16 or no"
+            raise PredictionError(
+                f"boxes or scores that the model predicts for {prediction.id!r} are not finite (NaN or Inf): "
+                + (f"the weights {bad} are not; use an earlier checkpoint" if bad else reason)
+            )
 
 
 class EncodableModel(GroundingModel):

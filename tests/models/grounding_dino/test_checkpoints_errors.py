@@ -63,6 +63,14 @@ def test_paths_without_a_checkpoint(tmp_path: Path) -> None:
     assert str(tmp_path) in reading(tmp_path)
 
 
+def test_weights_that_are_not_finite_are_named(official: Path) -> None:
+    def diverge(weights: dict[str, Tensor]) -> None:
+        weights["transformer.level_embed"][0] = torch.nan
+
+    message = reading(changed(official, diverge))
+    assert message.startswith(f"{official}: the weights are not finite (NaN or Inf): transformer.level_embed;")
+
+
 def test_files_that_are_not_checkpoints(tmp_path: Path, official: Path) -> None:
     (tmp_path / "notes.pth").write_text("# Notes")
     assert "notes.pth: cannot be loaded" in reading(tmp_path / "notes.pth")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vg.errors import CheckpointError
+from vg.models.base import check_finite_weights
 from vg.models.grounding_dino.backbone import name_in_file
 from vg.models.grounding_dino.checkpoints.files import load_tensors, local_path
 from vg.models.grounding_dino.checkpoints.names import IGNORABLE, Dialect, Foreign, from_file, on_meta, tensor_names
@@ -62,7 +63,7 @@ def read_checkpoint(path: str | Path, bert: Mapping[str, Any] | None = None) -> 
 
     Raises:
         CheckpointError: not a checkpoint of Grounding DINO, or tensors are missing, unknown or have another shape
-            (the message lists them).
+            (the message lists them), or not finite.
     """
     local = local_path(path)
     try:
@@ -87,6 +88,7 @@ def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
     except (yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"config.yaml is not that of a Grounding DINO: {error}") from error
     weights = load_file(folder / "model.safetensors")
+    check_finite_weights(weights)
     if config.text.architecture is None:
         sizes = detect_text(NamedAsInVg(weights, "vg"), bert)
         config.text = replace(sizes, frozen=config.text.frozen, tokenizer=config.text.tokenizer)
@@ -97,6 +99,7 @@ def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
 def _read_foreign(path: Path, bert: Mapping[str, Any]) -> Checkpoint:
     settings = json.loads((path / "config.json").read_text(encoding="utf-8")) if path.is_dir() else {}
     tensors = load_tensors(path)
+    check_finite_weights({key: tensor for key, tensor in tensors.items() if not re.fullmatch(IGNORABLE, key)})
     if any(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     dialect = _dialect(tensors, settings)
