@@ -12,8 +12,7 @@ from PIL import Image
 
 from vg.checkpoint import is_checkpoint, read_model
 from vg.data.collate import Collator
-from vg.data.images import read_image
-from vg.data.pixels import array_to_rgb
+from vg.data.images import array_to_rgb, read_image
 from vg.errors import ConfigError, DataError
 from vg.inference.draw import draw_boxes
 from vg.models.base import GroundingModel, check_finite
@@ -28,7 +27,7 @@ def to_array(image: ImageLike) -> np.ndarray:
     """Read an image, rotated by its EXIF orientation -> [H, W, 3] uint8, RGB.
 
     Raises:
-        DataError: a URL that cannot be read, or see `vg.data.pixels.array_to_rgb` and `vg.data.images.read_image`.
+        DataError: a URL that cannot be read, or see `vg.data.images.array_to_rgb` and `vg.data.images.read_image`.
     """
     if isinstance(image, np.ndarray):
         return array_to_rgb(image, "given as an array")
