@@ -28,7 +28,7 @@ def find_image(name: str, root: Path) -> Path:
     Raises:
         BadSampleError: the name leads out of `root`, or there is no such file; the message lists what was tried.
     """
-    if not Path(os.path.normpath(root / name)).is_relative_to(os.path.normpath(root)):
+    if not Path(os.path.abspath(root / name)).is_relative_to(os.path.abspath(root)):  # links may lead elsewhere
         raise BadSampleError(f"image {name} is outside {root}; set image_root to a folder that contains all images")
     names = [Path(name).name]
     if coco_id := re.search(r"\d{12}", names[0]):

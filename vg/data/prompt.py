@@ -29,6 +29,7 @@ class Expressions:
 
     def __init__(self, spec: TextSpec):
         self.spec = spec
+        self._special = set(spec.tokenizer.all_special_ids)
         self._reported: set[str] = set()  # expressions of unknown words
 
     def __call__(self, samples: Sequence[Sample]) -> Text:
@@ -42,9 +43,8 @@ class Expressions:
         """Return one prompt per expression; raise BadSampleError with the name of one that has too many tokens."""
         tokens = self.spec.tokenizer(list(expressions), padding=True, return_tensors="pt")
         token_ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()  # [R, T]
-        special = set(self.spec.tokenizer.all_special_ids)
         for name, expression, row in zip(names, expressions, token_ids.tolist(), strict=True):
-            if special.issuperset(row) and expression not in self._reported:
+            if self._special.issuperset(row) and expression not in self._reported:
                 self._reported.add(expression)
                 _report_unknown(name, expression)
         for name, expression, length in zip(names, expressions, mask.sum(dim=1).tolist(), strict=True):
