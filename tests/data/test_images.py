@@ -34,7 +34,7 @@ def test_floating_point_images_are_an_issue_of_check(tmp_path: Path) -> None:
     assert "float32 values" in issue.examples[0]
 
 
-def test_files_outside_the_image_root_are_refused(tmp_path: Path) -> None:
+def test_files_outside_the_image_root_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "images"
     root.mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
@@ -44,6 +44,11 @@ def test_files_outside_the_image_root_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(root / "a.png")
     assert find_image("b/../a.png", root) == root / "a.png"
     assert find_image(str(root / "a.png"), root) == root / "a.png"
+    monkeypatch.chdir(root)  # a relative root
+    with pytest.raises(BadSampleError, match="outside"):
+        find_image("../secret.png", Path())
+    assert find_image("a.png", Path()) == Path("a.png")
+    assert find_image(str(root / "a.png"), Path()) == root / "a.png"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes need POSIX")

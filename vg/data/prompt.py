@@ -29,6 +29,7 @@ class Expressions:
 
     def __init__(self, spec: TextSpec):
         self.spec = spec
+        self._special = set(spec.tokenizer.all_special_ids)
         self._reported: set[str] = set()  # expressions of unknown words
 
     def __call__(self, samples: Sequence[Sample]) -> Text:
@@ -61,9 +62,9 @@ class Expressions:
             rows: the tokens of each expression, and maybe padding.
             lengths: the numbers of tokens without padding.
         """
-        special, problems = set(self.spec.tokenizer.all_special_ids), {}
+        problems = {}
         for index, (name, expression, row) in enumerate(zip(names, expressions, rows, strict=True)):
-            if special.issuperset(row) and expression not in self._reported:
+            if self._special.issuperset(row) and expression not in self._reported:
                 self._reported.add(expression)
                 _report_unknown(name, expression)
             if lengths[index] > self.spec.max_tokens:

@@ -11,8 +11,7 @@ from PIL import Image
 
 from vg.checkpoint import is_checkpoint, read_model
 from vg.data.collate import Collator
-from vg.data.images import read_image
-from vg.data.pixels import array_to_rgb
+from vg.data.images import array_to_rgb, read_image
 from vg.errors import ConfigError, DataError
 from vg.inference.download import download, is_url
 from vg.inference.draw import draw_boxes
@@ -27,7 +26,7 @@ def to_array(image: ImageLike) -> np.ndarray:
     """Read an image, rotated by its EXIF orientation -> [H, W, 3] uint8, RGB.
 
     Raises:
-        DataError: see `vg.inference.download`, `vg.data.pixels.array_to_rgb` and `vg.data.images.read_image`.
+        DataError: see `vg.inference.download`, `vg.data.images.array_to_rgb` and `vg.data.images.read_image`.
     """
     if isinstance(image, np.ndarray):
         return array_to_rgb(image, "given as an array")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vg.data.pixels import array_to_rgb, image_to_rgb
+from vg.data.images import array_to_rgb, image_to_rgb
 from vg.errors import BadSampleError
 
 RAMP = np.linspace(0, 65535, 64).astype(np.uint16).reshape(4, 16)
