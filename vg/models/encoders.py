@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from vg.errors import ConfigError
+from vg.hub import loading
 from vg.models.settings import EncoderConfig, TextEncoderConfig
 
 SMALL_VOCABULARY = Path(__file__).parent / "small_vocabulary.txt"
@@ -66,7 +67,8 @@ class Encoder(nn.Module):
 
     def _build(self, pretrained: bool) -> PreTrainedModel:
         if self.config.id and pretrained:
-            network = AutoModel.from_pretrained(self.config.id, revision=self.config.revision, **self.options)
+            with loading(self.config.id, _setting(self.config), ConfigError):
+                network = AutoModel.from_pretrained(self.config.id, revision=self.config.revision, **self.options)
         else:
             network = AutoModel.from_config(self.network_config, **self.options)
         for name, parameter in network.named_parameters():
@@ -108,10 +110,13 @@ def network_config(config: EncoderConfig) -> PretrainedConfig:
     """Return the transformers configuration of an encoder; raises ConfigError if its id cannot be read."""
     if config.architecture is not None:
         return AutoConfig.for_model(**config.architecture)
-    try:
+    with loading(str(config.id), _setting(config), ConfigError):
         return AutoConfig.from_pretrained(config.id, revision=config.revision)
-    except (OSError, ValueError) as error:  # no such id, no access, no network; not a configuration of transformers
-        raise ConfigError(f"the encoder {config.id} cannot be loaded: check its id and access\n({error})") from error
+
+
+def _setting(config: EncoderConfig) -> str:
+    """Key of the id of an encoder."""
+    return "model.text.id" if isinstance(config, TextEncoderConfig) else "model.vision.id"
 
 
 def weights_key(name: str, config: EncoderConfig) -> dict[str, str]:
@@ -124,12 +129,16 @@ def weights_key(name: str, config: EncoderConfig) -> dict[str, str]:
         raise ConfigError(f"{name}.frozen is false, but only frozen encoders can be cached; set data.cache=null")
     if config.id is None:
         raise ConfigError(f"{name} has no id: its random weights differ in every run; set data.cache=null")
-    return {"id": config.id, "revision": str(config.revision), "weights": _files_key(config.id, config.revision)}
+    return {
+        "id": config.id,
+        "revision": str(config.revision),
+        "weights": _files_key(config.id, config.revision, f"{name}.id"),
+    }
 
 
 def tokenizer_key(config: TextEncoderConfig) -> str:
     """Return a string that identifies the tokenizer of a text encoder."""
-    return _files_key(*_tokenizer_source(config))
+    return _files_key(*_tokenizer_source(config), "model.text.tokenizer")
 
 
 def _tokenizer_source(config: TextEncoderConfig) -> tuple[str, str | None]:
@@ -138,11 +147,12 @@ def _tokenizer_source(config: TextEncoderConfig) -> tuple[str, str | None]:
     return location, config.revision if location == config.id else None
 
 
-def _files_key(location: str, revision: str | None) -> str:
+def _files_key(location: str, revision: str | None, setting: str) -> str:
     """Return a digest of a file or of the files of a folder; for a Hub id its commit, which determines the files."""
     path = Path(location)
     if not path.exists():
-        return Path(hf_hub_download(location, "config.json", revision=revision)).parent.name
+        with loading(location, setting, ConfigError):
+            return Path(hf_hub_download(location, "config.json", revision=revision)).parent.name
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.suffix in (".safetensors", ".bin", ".json", ".txt", ".model"):
@@ -156,7 +166,8 @@ def _files_key(location: str, revision: str | None) -> str:
 def load_tokenizer(config: TextEncoderConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a text encoder; raises ConfigError if it is missing or unreadable."""
     location, revision = _tokenizer_source(config)
-    try:
+    setting = "model.text.id" if location == config.id else "model.text.tokenizer"
+    with loading(location, setting, ConfigError):
         if location.endswith(".json"):
             return PreTrainedTokenizerFast(
                 tokenizer_file=location, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
@@ -164,8 +175,3 @@ def load_tokenizer(config: TextEncoderConfig) -> PreTrainedTokenizerBase:
         if location.endswith(".txt"):
             return BertTokenizer(vocab=location)
         return AutoTokenizer.from_pretrained(location, revision=revision)
-    except Exception as error:  # missing file or id, no network, no vocabulary: each has its own exception class
-        raise ConfigError(
-            f"no tokenizer can be loaded from {location}: set model.text.tokenizer to a folder with one, a vocab.txt, "
-            f"a tokenizer.json or a Hub id\n({error})"
-        ) from error
