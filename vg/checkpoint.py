@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from vg.config import CheckpointConfig, dump_config, load_checkpoint_config
 from vg.errors import CheckpointError, UserError
 from vg.files import replacing
+from vg.hub import loading
 from vg.models.base import GroundingModel
 
 WEIGHTS, CONFIG, TOKENIZER, TRAINING = "model.safetensors", "config.yaml", "tokenizer", "training.pt"
@@ -72,7 +73,8 @@ def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Groun
             raise CheckpointError(f"{folder} is not a checkpoint of vg: {name} is missing")
     config = load_checkpoint_config(folder / CONFIG, overrides)
     model = config.model.rebuild()
-    model.load_tokenizer(str(folder / TOKENIZER))
+    with loading(str(folder / TOKENIZER), "the tokenizer of the checkpoint", CheckpointError):
+        model.load_tokenizer(str(folder / TOKENIZER))
     load_weights(model, folder)
     return model.eval(), config
 

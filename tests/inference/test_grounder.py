@@ -123,6 +123,14 @@ def test_predict_and_crop(grounder: vg.Grounder) -> None:
     assert abs(crop.shape[1] - (right - left)) <= 1.5
 
 
+def test_demo_saves_the_scene_of_the_readme(run: Path) -> None:
+    phrase = (run / "scene.txt").read_text().strip()
+    assert phrase == "the red cross"
+    assert f'vg predict runs/demo runs/demo/scene.png "{phrase}"' in (ROOT / "README.md").read_text()
+    with Image.open(run / "scene.png") as image:
+        assert image.size == (64, 64)
+
+
 def test_published_calling_convention(grounder: vg.Grounder) -> None:
     """Positional as in the published notebook, or by keyword; the images can be shown."""
     pixels, model = scene(), grounder.model

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,8 @@ class Encoder(nn.Module):
             with loading(self.config.id, _setting(self.config), ConfigError):
                 network = AutoModel.from_pretrained(self.config.id, revision=self.config.revision, **self.options)
         else:
-            network = AutoModel.from_config(self.network_config, **self.options)
+            with _building(self.config):
+                network = AutoModel.from_config(self.network_config, **self.options)
         for name, parameter in network.named_parameters():
             # These get no gradient, so in distributed training the other processes would wait for it.
             if self.frozen or "pooler." in name or "mask_token" in name:
@@ -109,9 +112,21 @@ def enable_checkpointing(network: PreTrainedModel) -> None:
 def network_config(config: EncoderConfig) -> PretrainedConfig:
     """Return the transformers configuration of an encoder; raises ConfigError if its id cannot be read."""
     if config.architecture is not None:
-        return AutoConfig.for_model(**config.architecture)
+        with _building(config):
+            return AutoConfig.for_model(**config.architecture)
     with loading(str(config.id), _setting(config), ConfigError):
         return AutoConfig.from_pretrained(config.id, revision=config.revision)
+
+
+@contextmanager
+def _building(config: EncoderConfig) -> Iterator[None]:
+    """Raise ConfigError for values that transformers cannot build a network from."""
+    try:
+        yield
+    except Exception as error:  # each network checks its values in its own way, or not at all
+        reason = str(error).partition(" Should contain one of")[0]
+        setting = _setting(config).removesuffix("id") + "architecture"
+        raise ConfigError(f"{setting}: no network can be built from {config.architecture}: {reason}") from error
 
 
 def _setting(config: EncoderConfig) -> str:
