@@ -16,7 +16,7 @@ FILES = PACKAGE + sorted((ROOT / "scripts").rglob("*.py"))
 
 # Which part of vg may import which other parts, or single modules of them. Imports inside functions count as well.
 # Entry points (cli, scripts) may import anything; everything may import what is in BASE.
-BASE = {"errors", "files", "settings", "types", "boxes"}
+BASE = {"errors", "files", "hub", "settings", "types", "boxes"}
 ARROWS = """
 training   -> evaluation cache checkpoint config data distributed models.base
 evaluation -> cache checkpoint config data distributed inference metrics models

@@ -29,7 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny += ["train.trackers=[]", "data.eval_batch_size=4"]
     for recipe, runs in (("demo_rec", ["demo", "mine"]), ("demo_grounding_dino", ["detector"])):
         for run in runs:
-            main(["train", str(ROOT / f"configs/{recipe}.yaml"), f"train.output={folder / 'runs' / run}", *tiny])
+            verb = ["demo", "--config"] if run == "demo" else ["train"]
+            main([*verb, str(ROOT / f"configs/{recipe}.yaml"), f"train.output={folder / 'runs' / run}", *tiny])
     for name in ("scene.png", "street.jpg", "image.jpg"):
         Image.new("RGB", (128, 128), "gray").save(folder / name)
     return folder

@@ -10,6 +10,7 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import nbformat
@@ -122,6 +123,41 @@ def test_predict_and_crop(grounder: vg.Grounder) -> None:
     assert 0 <= top < bottom <= pixels.shape[0]
     assert abs(crop.shape[0] - (bottom - top)) <= 1.5
     assert abs(crop.shape[1] - (right - left)) <= 1.5
+
+
+def test_demo_saves_the_scene_of_the_readme(run: Path) -> None:
+    phrase = (run / "scene.txt").read_text().strip()
+    assert phrase == "the red cross"
+    assert f'vg predict runs/demo runs/demo/scene.png "{phrase}"' in (ROOT / "README.md").read_text()
+    with Image.open(run / "scene.png") as image:
+        assert image.size == (64, 64)
+
+
+def test_published_calling_convention(grounder: vg.Grounder) -> None:
+    """Positional as in the published notebook, or by keyword; the images can be shown."""
+    pixels, model = scene(), grounder.model
+    tokenizer = model.text_spec.tokenizer
+    expected = vg.predict_and_crop(pixels, "the red circle", model, "cpu", 0.0)
+    assert all(isinstance(part, np.ndarray) for part in (expected[0], expected[2]))
+    for crop, box, drawn in (
+        vg.predict_and_crop(Image.fromarray(pixels), "the red circle", model, tokenizer, lambda image: image, "cpu"),
+        vg.predict_and_crop(pixels, "the red circle", model, None, None, torch.device("cpu")),
+        vg.predict_and_crop(pixels, "the red circle", model, tokenizer, None, device="cpu"),
+        vg.predict_and_crop(pixels, "the red circle", model, tokenizer=tokenizer, transforms=None, device="cpu"),
+    ):
+        assert isinstance(crop, Image.Image)
+        assert isinstance(drawn, Image.Image)
+        np.testing.assert_array_equal(np.asarray(crop), expected[0])
+        np.testing.assert_array_equal(np.asarray(drawn), expected[2])
+        assert box == expected[1]
+    for arguments in (("cpu", 0.0, None, None, None), (tokenizer, None, "cpu", 0.0, 1)):
+        with pytest.raises(TypeError, match="predict_and_crop takes"):
+            vg.predict_and_crop(pixels, "the red circle", model, *arguments)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="predict_and_crop takes"):
+        vg.predict_and_crop(pixels, "the red circle", model, "cpu", device="cpu")  # type: ignore[call-overload]
+    other = SimpleNamespace(get_vocab=lambda: {"other": 0})
+    with pytest.warns(UserWarning, match="not that of the model"):
+        vg.predict_and_crop(pixels, "the red circle", model, other, None, "cpu")
 
 
 def test_a_batch_equals_single_images(grounder: vg.Grounder) -> None:

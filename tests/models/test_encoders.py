@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,21 @@ def test_a_missing_tokenizer_is_an_error(tmp_path: Path, location: str) -> None:
         load_tokenizer(TextEncoderConfig(architecture=ARCHITECTURE, tokenizer=str(tmp_path / "nowhere")))
 
 
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"model_type": "nonsense"}, "Unrecognized model identifier: nonsense"),
+        ({"model_type": "bert", "hidden_size": 30}, "hidden size"),
+        ({"model_type": "bert", "hidden_size": "abc"}, "expected int"),
+        ({"model_type": "bert", "vocab_size": -3}, "negative dimension"),
+    ],
+)
+def test_wrong_architectures_name_the_setting(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"(?s)^model\.text\.architecture: .*{reason}") as caught:
+        Encoder(TextEncoderConfig(architecture=values), pretrained=True)
+    assert len(str(caught.value)) < 500
+
+
 CODE = """
 from pathlib import Path
 Path("{ran}").touch()
@@ -59,7 +75,7 @@ def test_code_of_a_checkpoint_never_runs(tmp_path: Path, monkeypatch: pytest.Mon
     for attempt in (
         lambda: Encoder(settings, pretrained=True),
         lambda: load_tokenizer(settings),
-        lambda: read_tokenizer(str(folder)),
+        lambda: read_tokenizer(str(folder), "model.text.tokenizer"),
     ):
         with pytest.raises(ConfigError, match=r"cannot be loaded|no tokenizer") as error:
             attempt()

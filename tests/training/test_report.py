@@ -25,8 +25,7 @@ def test_plan_names_data_model_and_steps(tiny_config: MakeConfig, capsys: pytest
     trainer = Trainer(tiny_config(train={"max_steps": 3, "epochs": 2}))
     trainer.fit()
     printed = capsys.readouterr().out
-    total, trained = trainer.unwrapped_model.num_parameters(), trainer.unwrapped_model.num_parameters(True)
-    assert f"rec with {total:,} parameters, {trained:,} of them trained" in printed
+    assert f"rec, {trainer.unwrapped_model.num_parameters(trainable_only=True):,} trainable parameters" in printed
     assert "train: 20 expressions of shapes (expression, seed 0) (train), such as " in printed
     assert "eval: 5 expressions of shapes (expression, seed 0) (val), such as " in printed
     assert repr(trainer.data.data.source.load(0, 0).phrases[0]) in printed

@@ -88,7 +88,12 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         VERBS[options.verb].run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
+            sys.exit(0)
         text = str(error)
         if "Original Traceback" in text:  # a DataLoader adds that of its worker
             text = text.split(f"{type(error).__name__}: ")[-1].strip()
@@ -98,6 +103,16 @@ def main(arguments: list[str] | None = None) -> None:
             from vg.distributed import shut_down
 
             shut_down()
+
+
+def _is_output_closed() -> bool:
+    """Whether the reader of standard output has ended, as in `vg config x.yaml | head -1`; the rest is discarded."""
+    try:
+        print(flush=True)
+        return False
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it again at exit
+        return True
 
 
 def new_parser() -> argparse.ArgumentParser:

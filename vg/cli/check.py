@@ -81,4 +81,4 @@ def _token_counter(model: ModelConfig) -> Callable[[list[str]], list[int]] | Non
         if path is None:
             return None
     encode = partial(load_tokenizer(replace(text, tokenizer=path)), add_special_tokens=False, verbose=False)
-    return lambda phrases: [len(ids) for ids in encode(phrases)["input_ids"]]
+    return lambda phrases: [len(ids) for ids in encode(phrases)["input_ids"]] if phrases else []

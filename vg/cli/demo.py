@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vg.cli.arguments import add_overrides
+
+if TYPE_CHECKING:
+    from vg.data.mixture import SourceConfig
+
+SCENE = 3  # index of the sample that is saved: "the red cross" in the README
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train, then evaluate: synthetic scenes on their test split, other data as configured in `data.eval`."""
+    from accelerate import PartialState
+
     from vg.cli.evaluate import evaluate
     from vg.cli.train import train
     from vg.config import load_config
@@ -27,3 +37,18 @@ def run(options: argparse.Namespace) -> None:
     train(config, overwrite=True)
     overrides = ["data.eval.split=test"] if isinstance(config.data.eval, ShapesConfig) else []
     evaluate(Path(config.train.output), overrides, Path(config.train.output))
+    if PartialState().is_main_process:
+        settings = next(iter(config.data.eval_datasets().values()))
+        settings = replace(settings, split="test") if isinstance(settings, ShapesConfig) else settings
+        _save_scene(settings, Path(config.train.output))
+
+
+def _save_scene(settings: SourceConfig, folder: Path) -> None:
+    """Write an image and its phrases to scene.png and scene.txt, and print the command that grounds them."""
+    from PIL import Image
+
+    source = settings.build()
+    sample = source.load(min(SCENE, len(source) - 1), epoch=0)
+    Image.fromarray(sample.image).save(folder / "scene.png")
+    (folder / "scene.txt").write_text("".join(f"{phrase}\n" for phrase in sample.phrases), encoding="utf-8")
+    print(f"try: vg predict {shlex.join([str(folder), str(folder / 'scene.png'), *sample.phrases])}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from vg.models.grounding_dino.checkpoints import open_model
 from vg.types import Prediction, Sample
 
 ImageLike = np.ndarray | Image.Image | str | Path  # an array, a PIL image, a path or an http(s) URL
+Box: TypeAlias = tuple[float, float, float, float]  # (left, top, right, bottom) in pixels
 
 
 def to_array(image: ImageLike) -> np.ndarray:
@@ -164,15 +167,45 @@ def load_model(path: str | Path, tokenizer: str | None = None, overrides: Sequen
     return open_model(path, tokenizer)
 
 
+@overload
 def predict_and_crop(
     image: ImageLike,
     prompt: str,
     model: Grounder | GroundingModel | str | Path,
     device: str | None = None,
     threshold: float | None = None,
+) -> tuple[np.ndarray, Box, np.ndarray]: ...
+
+
+@overload
+def predict_and_crop(
+    image: ImageLike,
+    prompt: str,
+    model: Grounder | GroundingModel | str | Path,
+    tokenizer: Any,
+    transforms: Any,
+    device: str | torch.device | None = None,
+    threshold: float | None = None,
     overrides: Sequence[str] = (),
-) -> tuple[np.ndarray, tuple[float, float, float, float], np.ndarray]:
+) -> tuple[Image.Image, Box, Image.Image]: ...
+
+
+def predict_and_crop(
+    image: ImageLike,
+    prompt: str,
+    model: Grounder | GroundingModel | str | Path,
+    *published: Any,
+    tokenizer: Any = None,
+    transforms: Any = None,
+    device: str | torch.device | None = None,
+    threshold: float | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[Any, Box, Any]:
     """Ground an expression in an image and crop the best box.
+
+    The calling convention of the published code works too: `predict_and_crop(image, prompt, model, tokenizer,
+    transforms, device)` returns PIL images. Its tokenizer and transforms are not used, because a model of vg contains
+    its own; a tokenizer with another vocabulary causes a warning.
 
     Args:
         image: [H, W, 3] uint8 array, PIL image, path or http(s) URL.
@@ -183,15 +216,27 @@ def predict_and_crop(
         overrides: see `load_model`.
 
     Returns:
-        crop [h, w, 3] uint8; box (left, top, right, bottom) in pixels; image_with_box [H, W, 3] uint8.
+        crop [h, w, 3] uint8; box (left, top, right, bottom) in pixels; image_with_box [H, W, 3] uint8. By the published
+        calling convention, crop and image_with_box are PIL images.
 
     Raises:
         DataError: an unreadable image, an empty prompt, or no box with a sufficient score.
         ConfigError, PredictionError: see `Grounder.predict`.
+        TypeError: positional arguments of neither calling convention.
     """
-    grounder = model if isinstance(model, Grounder) else Grounder(model, device, overrides=overrides)
+    ours = len(published) <= 2 and isinstance(published[0] if published else None, (str, torch.device, type(None)))
+    as_published = not ours or tokenizer is not None or transforms is not None
+    names = ("tokenizer", "transforms", "device", "threshold") if as_published else ("device", "threshold")
+    keywords = {"tokenizer": tokenizer, "transforms": transforms, "device": device, "threshold": threshold}
+    if len(published) > len(names) or any(keywords[name] is not None for name in names[: len(published)]):
+        raise TypeError("predict_and_crop takes (image, prompt, model[, tokenizer, transforms][, device, threshold])")
+    tokenizer, _, device, threshold = (keywords | dict(zip(names, published, strict=False))).values()
+    if not isinstance(model, Grounder):
+        model = Grounder(model, None if device is None else str(device), overrides=overrides)
+    if tokenizer is not None and tokenizer.get_vocab() != model.model.text_spec.tokenizer.get_vocab():
+        warnings.warn("the tokenizer is not that of the model, which is used instead", stacklevel=2)
     pixels = to_array(image)
-    prediction = grounder.predict(pixels, prompt, threshold)
+    prediction = model.predict(pixels, prompt, threshold)
     if not len(prediction.boxes):
         limit = "the threshold of the model" if threshold is None else f"the threshold {threshold}"
         raise DataError(f"nothing found for {prompt!r}: no box reaches {limit}; lower it or rephrase the prompt")
@@ -200,4 +245,5 @@ def predict_and_crop(
     left, top = min(int(box[0]), width - 1), min(int(box[1]), height - 1)
     right, bottom = max(left + 1, round(box[2])), max(top + 1, round(box[3]))  # at least one pixel
     drawn = draw_boxes(pixels, [box], [f"{prompt} {prediction.scores[0]:.2f}"])
-    return pixels[top:bottom, left:right].copy(), (box[0], box[1], box[2], box[3]), drawn
+    result = pixels[top:bottom, left:right].copy(), (box[0], box[1], box[2], box[3]), drawn
+    return (Image.fromarray(result[0]), result[1], Image.fromarray(drawn)) if as_published else result

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from transformers import (
 )
 
 from vg.errors import ConfigError
+from vg.hub import loading
 from vg.models.settings import EncoderConfig, TextEncoderConfig
 
 VISION_TYPES = (
@@ -85,7 +88,8 @@ class Encoder(nn.Module):
         if self.config.id and pretrained:
             network = self._load()
         else:
-            network = self._auto.from_config(self.network_config, trust_remote_code=False, **self.options)
+            with _building(self.config):
+                network = self._auto.from_config(self.network_config, trust_remote_code=False, **self.options)
         for name, parameter in network.named_parameters():
             # These get no gradient, so in distributed training the other processes would wait for it.
             if self.frozen or self._is_unused(name):
@@ -94,8 +98,8 @@ class Encoder(nn.Module):
 
     def _load(self) -> PreTrainedModel:
         config = self.config
-        try:
-            network, loading = self._auto.from_pretrained(
+        with loading(str(config.id), f"{config.key}.id", ConfigError):
+            network, info = self._auto.from_pretrained(
                 config.id,
                 config=self.network_config,
                 revision=config.revision,
@@ -103,10 +107,11 @@ class Encoder(nn.Module):
                 trust_remote_code=False,
                 **self.options,
             )
-        except (OSError, ValueError) as error:
-            raise _not_loaded(config, error) from error
-        if missing := [name for name in sorted(loading["missing_keys"]) if not self._is_unused(name)]:
-            raise _not_loaded(config, ValueError(f"its file lacks {len(missing)} weights, such as {missing[0]}"))
+        if missing := [name for name in sorted(info["missing_keys"]) if not self._is_unused(name)]:
+            raise ConfigError(
+                f"{config.id} ({config.key}.id) lacks {len(missing)} weights, such as {missing[0]}; "
+                "use a complete copy of the encoder"
+            )
         return network
 
     @property
@@ -166,25 +171,22 @@ def network_config(config: EncoderConfig) -> PretrainedConfig:
 
 def _read_config(config: EncoderConfig) -> PretrainedConfig:
     if config.architecture is not None:
-        return AutoConfig.for_model(**config.architecture)
-    try:
+        with _building(config):
+            return AutoConfig.for_model(**config.architecture)
+    with loading(str(config.id), f"{config.key}.id", ConfigError):
         return AutoConfig.from_pretrained(config.id, revision=config.revision, trust_remote_code=False)
-    except (OSError, ValueError, RecursionError) as error:  # no such id, no access, no network; not of transformers
-        raise _not_loaded(config, error) from error
 
 
-def _not_loaded(config: EncoderConfig, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"the encoder {config.id} cannot be loaded: check its id and access, or set {config.key}.id to its folder or "
-        f"Hub id\n({_reason(error)})"
-    )
-
-
-def _reason(error: Exception) -> str:
-    """Return the message of an error in one line, without advice to run the code of a checkpoint."""
-    if "trust_remote_code" in str(error):
-        return "it needs the Python code that comes with it, which vg never runs"
-    return " ".join(str(error).split())
+@contextmanager
+def _building(config: EncoderConfig) -> Iterator[None]:
+    """Raise ConfigError for values that transformers cannot build a network from."""
+    try:
+        yield
+    except Exception as error:  # each network checks its values in its own way, or not at all
+        reason = str(error).partition(" Should contain one of")[0]
+        raise ConfigError(
+            f"{config.key}.architecture: no network can be built from {config.architecture}: {reason}"
+        ) from error
 
 
 def weights_key(name: str, config: EncoderConfig) -> dict[str, str]:
@@ -197,20 +199,24 @@ def weights_key(name: str, config: EncoderConfig) -> dict[str, str]:
         raise ConfigError(f"{name}.frozen is false, but only frozen encoders can be cached; set data.cache=null")
     if config.id is None:
         raise ConfigError(f"{name} has no id: its random weights differ in every run; set data.cache=null")
-    return {"id": config.id, "revision": str(config.revision), "weights": _files_key(config.id, config.revision)}
+    return {
+        "id": config.id,
+        "revision": str(config.revision),
+        "weights": _files_key(config.id, config.revision, f"{name}.id"),
+    }
 
 
 def encoder_weights(config: EncoderConfig) -> str | None:
     """Return a digest of the weight files of an encoder, for a Hub id its commit; None if they cannot be read."""
     try:
-        return _files_key(str(config.id), config.revision, (".safetensors", ".bin"))
-    except Exception:  # no network: the Hub client raises exceptions of many libraries
+        return _files_key(str(config.id), config.revision, f"{config.key}.id", (".safetensors", ".bin"))
+    except ConfigError:
         return None
 
 
 def tokenizer_key(config: TextEncoderConfig) -> str:
     """Return a string that identifies the tokenizer of a text encoder."""
-    return _files_key(*_tokenizer_source(config))
+    return _files_key(*_tokenizer_source(config), "model.text.tokenizer")
 
 
 def _tokenizer_source(config: TextEncoderConfig) -> tuple[str, str | None]:
@@ -220,12 +226,16 @@ def _tokenizer_source(config: TextEncoderConfig) -> tuple[str, str | None]:
 
 
 def _files_key(
-    location: str, revision: str | None, suffixes: tuple[str, ...] = (".safetensors", ".bin", ".json", ".txt", ".model")
+    location: str,
+    revision: str | None,
+    setting: str,
+    suffixes: tuple[str, ...] = (".safetensors", ".bin", ".json", ".txt", ".model"),
 ) -> str:
     """Return a digest of a file or of the files of a folder; for a Hub id its commit, which determines the files."""
     path = Path(location)
     if not path.exists():
-        return Path(hf_hub_download(location, "config.json", revision=revision)).parent.name
+        with loading(location, setting, ConfigError):
+            return Path(hf_hub_download(location, "config.json", revision=revision)).parent.name
     files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.suffix in suffixes]
     return _digest(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
@@ -244,17 +254,17 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 def load_tokenizer(config: TextEncoderConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a text encoder; raises ConfigError if it is missing or unreadable."""
-    try:
-        return read_tokenizer(*_tokenizer_source(config))
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error}; set model.text.tokenizer to a folder with one, a vocab.txt, a tokenizer.json or a Hub id"
-        ) from error
+    location, revision = _tokenizer_source(config)
+    return read_tokenizer(location, f"{config.key}.{'id' if location == config.id else 'tokenizer'}", revision)
 
 
-def read_tokenizer(location: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a folder, vocab.txt, tokenizer.json or Hub id; raises ConfigError if it is missing or unreadable."""
-    try:
+def read_tokenizer(location: str, setting: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a folder, vocab.txt, tokenizer.json or Hub id; raises ConfigError if it is missing or unreadable.
+
+    Args:
+        setting: what names the location, for errors.
+    """
+    with loading(location, setting, ConfigError):
         if location.endswith(".json"):
             return PreTrainedTokenizerFast(
                 tokenizer_file=location, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
@@ -262,5 +272,3 @@ def read_tokenizer(location: str, revision: str | None = None) -> PreTrainedToke
         if location.endswith(".txt"):
             return BertTokenizer(vocab=location)
         return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
-    except Exception as error:  # missing file or id, no network, no vocabulary: each has its own exception class
-        raise ConfigError(f"no tokenizer can be loaded from {location} ({_reason(error)})") from error

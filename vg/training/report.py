@@ -40,9 +40,11 @@ class Report:
             return
         config, model, total = trainer.config, trainer.unwrapped_model, trainer.num_steps
         self.first_step = trainer.progress.step
-        parameters = f"{model.num_parameters():,} parameters, {model.num_parameters(trainable_only=True):,} of them"
         self.phrases = example_phrases(trainer.data.data.source)
-        lines = [f"{config.model.name} with {parameters} trained", _describe("train", trainer.data.data.source)]
+        lines = [
+            f"{config.model.name}, {model.num_parameters(trainable_only=True):,} trainable parameters",
+            _describe("train", trainer.data.data.source),
+        ]
         names = [f"eval.{dataset.name}" if dataset.name else "eval" for dataset in trainer.evaluator.datasets]
         lines += map(_describe, names, trainer.evaluator.sources)
         per_step = config.data.batch_size * config.train.accumulate * trainer.accelerator.num_processes

@@ -46,7 +46,7 @@ def reading(path: Path | str, bert: Any = BERT) -> str:
 
 def test_paths_without_a_checkpoint(tmp_path: Path) -> None:
     assert reading(tmp_path / "no.pth") == f"{tmp_path}/no.pth does not exist"
-    assert "nobody/nothing is neither a file or folder here nor an id on the Hub" in reading("nobody/nothing")
+    assert "nobody/nothing (the checkpoint, or model.weights) is neither a local path nor" in reading("nobody/nothing")
     assert "contains neither config.json (transformers) nor config.yaml (vg)" in reading(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "grounding-dino"}))
     assert reading(tmp_path) == f"{tmp_path}: the folder contains no model.safetensors"

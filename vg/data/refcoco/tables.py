@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from vg.data.refcoco.formats import NESTED, flat_rows, reviewed_rows
 from vg.data.refcoco.pickles import partition_of, read_refs, refs_files
 from vg.errors import DataError, NoSuchSplitError
+from vg.hub import loading
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -185,14 +186,8 @@ def _read_json(file: Path) -> list[dict[str, Any]]:
 def _load_hub(path: str, revision: str | None) -> Mapping[str, Dataset]:
     import datasets
 
-    try:
+    with loading(path, "path", DataError, "dataset"):
         return datasets.load_dataset(path, revision=revision)
-    except Exception as error:  # the Hub client raises exceptions of many libraries
-        raise DataError(
-            f"{path} could not be loaded from the Hugging Face Hub ({type(error).__name__}: {error}), and there is no "
-            f"local folder with that name. Without network, run `hf download {path} --repo-type dataset "
-            "--local-dir refcoco` on another machine, copy the folder and set path to it"
-        ) from error
 
 
 def _pick(tables: Mapping[str, Rows], split: str, name: str, folder: Path | None, dataset: str | None = None) -> Table:

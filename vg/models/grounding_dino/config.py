@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
+from vg.errors import ConfigError
+from vg.hub import loading
 from vg.losses.config import LossConfig
 from vg.models.settings import TINY_BERT, ModelSettings, TextEncoderConfig
 from vg.settings import Settings, by_name
@@ -42,7 +44,8 @@ class BackboneConfig(Settings, ABC):
     def _network(self, architecture: type[PreTrainedModel], pretrained: bool) -> PreTrainedModel:
         settings = self.of_transformers()
         if self.id and pretrained:
-            return architecture.from_pretrained(self.id, config=settings, trust_remote_code=False)
+            with loading(self.id, "model.backbone.id", ConfigError):
+                return architecture.from_pretrained(self.id, config=settings, trust_remote_code=False)
         return architecture(settings)
 
 

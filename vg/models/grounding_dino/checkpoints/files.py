@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vg.errors import CheckpointError, unpickling_problem
+from vg.hub import loading
 
 
 def local_path(path: str | Path) -> Path:
@@ -22,10 +23,8 @@ def local_path(path: str | Path) -> Path:
         raise CheckpointError(f"{path} does not exist")
     from huggingface_hub import snapshot_download
 
-    try:
+    with loading(str(path), "the checkpoint, or model.weights", CheckpointError):
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-    except Exception as error:  # no network, no such id, no access: each has its own exception class
-        raise CheckpointError(f"{path} is neither a file or folder here nor an id on the Hub: {error}") from error
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,65 @@
+"""The command line ends without a traceback when it is interrupted, or when nobody reads its output."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vg.cli import VERBS, main
+from vg.errors import CheckpointError
+from vg.inference.grounder import load_model
+from vg.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_closed_output_is_not_an_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "vg", "config", "configs/demo_rec.yaml"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_broken_pipes_elsewhere_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise BrokenPipeError("a worker has ended")
+
+    monkeypatch.setitem(VERBS, "ops", VERBS["ops"]._replace(run=fail))
+    with pytest.raises(SystemExit, match="error: a worker has ended"):
+        main(["ops"])
+
+
+def test_interruption_prints_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(VERBS, "ops", VERBS["ops"]._replace(run=interrupt))
+    with pytest.raises(SystemExit, match="interrupted"):
+        main(["ops"])
+
+
+def test_check_names_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["check", str(ROOT / "configs/own_small.yaml"), f"--output={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert "mine/train.json" in printed
+    assert "mine/val.json" in printed
+
+
+def test_empty_tokenizer_folder_is_named(tiny_config, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    Trainer(config := tiny_config(train={"max_steps": 1})).fit()
+    folder = Path(config.train.output, "best", "tokenizer")
+    for file in folder.iterdir():
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer \(the tokenizer of the checkpoint\) cannot be loaded"):
+        load_model(config.train.output)
