@@ -15,6 +15,7 @@ from vg.cache.datasets import training_dataset
 from vg.config import RunConfig
 from vg.data.samplers import AspectRatioGroupedSampler, EpochSampler, ImageGroupedSampler
 from vg.data.source import Source
+from vg.distributed import start_worker
 from vg.models.base import GroundingModel
 
 
@@ -42,6 +43,7 @@ class TrainingData:
             batch_size=data.batch_size,
             sampler=self.sampler,
             num_workers=data.workers,
+            worker_init_fn=start_worker,
             collate_fn=self.data.collate,
             drop_last=len(self.data) >= data.batch_size * accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",

@@ -107,7 +107,7 @@ class Trainer:
         Raises:
             TrainingError: a loss or a weight is not finite.
             CheckpointError: a checkpoint could not be written (earlier ones are intact).
-            SystemExit: SIGTERM or Ctrl-C was received (see StopSignal); the state is saved.
+            SystemExit: Ctrl-C or another stop signal was received (see StopSignal); the state is saved.
         """
         sections = asdict(self.config).items()
         flat = {f"{section}.{key}": str(value) for section, values in sections for key, value in values.items()}
@@ -129,13 +129,13 @@ class Trainer:
                 self._count(terms)
                 bar.update()
                 finished = self._after_step(bar)
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-        if self.stop.requested():
-            raise SystemExit(
-                f"stopped at step {self.progress.step}, saved in {self.folder.path}; "
-                "repeat the command with --resume to continue"
-            )
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            if self.stop.requested():
+                raise SystemExit(
+                    f"stopped at step {self.progress.step}, saved in {self.folder.path}; "
+                    "repeat the command with --resume to continue"
+                )
         if self.config.train.interpolate:
             self.interpolate(self.config.train.interpolate)
         return json.loads((self.folder.best / VALIDATION).read_text(encoding="utf-8"))
