@@ -104,6 +104,32 @@ def test_processes_stop_within_the_interval(tiny_config: MakeConfig, tmp_path: P
     assert launch(tmp_path).count("stopped at step 5") == 2
 
 
+LEFTOVERS = """
+import atexit, os
+from pathlib import Path
+from vg.cli import main
+
+def list_threads():
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    Path(f"threads_{os.environ['RANK']}").write_text(" ".join(names))
+
+atexit.register(list_threads)
+main(["train", "config.yaml"])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_no_thread_of_gloo_is_left_at_exit(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    """Such a thread may abort the interpreter at exit; see the import in vg/distributed.py."""
+    config = configured(tiny_config, tmp_path / "two", batch_size=32)
+    config.train.max_steps = 1
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    (tmp_path / "train.py").write_text(LEFTOVERS)
+    launch(tmp_path)
+    for rank in range(2):
+        assert "gloo" not in (tmp_path / f"threads_{rank}").read_text()
+
+
 def test_one_process_checks_for_signals_without_a_collective(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
