@@ -174,6 +174,84 @@ def test_killed_and_resumed_from_the_last_checkpoint(tiny_config: MakeConfig, tm
     assert_same_runs(uninterrupted, Path(config.train.output))
 
 
+@pytest.mark.parametrize("moment", ["in the evaluation", "after its row", "in the second save"])
+def test_killed_around_an_evaluation(tiny_config: MakeConfig, tmp_path: Path, moment: str) -> None:
+    """The state is saved before the evaluation, which may take long; the resumed run evaluates again."""
+    uninterrupted = tmp_path / "uninterrupted"
+    Trainer(configured(tiny_config, uninterrupted, trackers=["tensorboard"])).fit()
+    config = configured(tiny_config, tmp_path / "killed", trackers=["tensorboard"])
+    trainer = Trainer(config)
+    if moment == "in the evaluation":
+        trainer.evaluator.run = lambda model: kill()  # type: ignore[assignment, method-assign]
+    elif moment == "after its row":
+        evaluate = trainer.evaluate
+        trainer.evaluate = lambda: [evaluate(), kill()]  # type: ignore[assignment, method-assign]
+    else:
+        saves = iter([trainer.save, kill])
+        trainer.save = lambda: next(saves)()  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        trainer.fit()
+    time.sleep(1)  # TensorBoard orders files by the second in their name
+    resumed = Trainer(config, resume=True)
+    assert resumed.progress.step == 3
+    resumed.fit()
+    assert_same_runs(uninterrupted, Path(config.train.output))
+    assert points(tmp_path / "killed") == points(uninterrupted)
+
+
+def points(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: step and value of the points of every tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "logs" / "vg")).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_a_kill_and_resume_leaves_no_point_twice(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    train = {"save_every": 2, "log_every": 1, "eval_every": 1, "trackers": ["tensorboard"]}
+    uninterrupted = tmp_path / "uninterrupted"
+    Trainer(configured(tiny_config, uninterrupted, **train)).fit()
+    config = configured(tiny_config, tmp_path / "killed", **train)
+    trainer = Trainer(config)
+    stop_in_step(trainer, 6, kill)
+    with pytest.raises(Killed):
+        trainer.fit()
+    time.sleep(1)  # see above
+    Trainer(config, resume=True).fit()
+    assert points(tmp_path / "killed") == points(uninterrupted)
+    assert len(points(uninterrupted)["loss"]) == 6
+
+
+REMOVED = """
+import shutil, sys
+from pathlib import Path
+from vg.cli import main
+from vg.training.trainer import Trainer
+
+step = Trainer.step
+
+def removing(self, batches):
+    if self.progress.step == 2:
+        shutil.rmtree("run")
+    return step(self, batches)
+
+Trainer.step = removing
+main(["train", "config.yaml"])
+"""
+
+
+def test_a_removed_run_folder_ends_with_one_message(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    config = configured(tiny_config, Path("run"), log_every=1, trackers=["tensorboard"])
+    process = start(REMOVED, config, tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert errors.strip().endswith(
+        "error: the folder of this run, run, was removed during training: nothing can be saved"
+    ), errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_can_be_resumed_and_extended(tiny_config: MakeConfig, tmp_path: Path) -> None:
     config = configured(tiny_config, tmp_path / "run")
     results = Trainer(config).fit()

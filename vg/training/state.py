@@ -55,7 +55,8 @@ class TrainingState:
         """Restore weights, average, optimizer and gradient scaler, and return all that `save` wrote.
 
         Raises:
-            CheckpointError: a file is damaged, or does not match the configuration.
+            DamagedCheckpointError: a file is missing or damaged; nothing was restored.
+            CheckpointError: it does not match the configuration.
         """
         state = checkpoint.read_training_state(folder)
         if state["weights"] is None or self.config.optim.lora is None:

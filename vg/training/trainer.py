@@ -99,7 +99,7 @@ class Trainer:
         self.losses = LossLog(self.accelerator)
         self.folder.begin(resume)  # last, because it removes an overwritten run
         if resume:
-            self.restore(self.folder.checkpoints()[-1])
+            self.restore()
 
     def fit(self) -> dict[str, Any]:
         """Train to the end and return the results of the best evaluation.
@@ -109,9 +109,7 @@ class Trainer:
             CheckpointError: a checkpoint could not be written (earlier ones are intact).
             SystemExit: Ctrl-C or another stop signal was received (see StopSignal); the state is saved.
         """
-        sections = asdict(self.config).items()
-        flat = {f"{section}.{key}": str(value) for section, values in sections for key, value in values.items()}
-        self.accelerator.init_trackers("vg", config=flat)
+        self.folder.start_trackers(self.progress.step)
         self.model.train()
         with (
             self.stop.listening(),
@@ -205,9 +203,9 @@ class Trainer:
         path = self.folder.path / "checkpoints" / f"step_{self.progress.step:06d}"
         self.folder.save(path, lambda folder: self.state.save(folder, extra))
 
-    def restore(self, folder: Path) -> None:
-        """Load a checkpoint; with as many processes as before, training continues bit for bit."""
-        state = self.state.load(folder)
+    def restore(self) -> None:
+        """Load the newest checkpoint; with as many processes as before, training continues bit for bit."""
+        folder, state = self.folder.newest(self.state.load)
         self.schedule.load_state_dict(state["schedule"])
         self.progress = Progress(**state["progress"])
         processes = state["processes"]
@@ -218,7 +216,7 @@ class Trainer:
         own = processes[self.accelerator.process_index % len(processes)]
         restore_random_state(own["random"])
         self.losses.load_state(own["unlogged"])
-        self.folder.cut_history(self.progress.step)
+        self.folder.cut_history(self.progress.step, self.progress.evaluated_step == self.progress.step)
 
     def _steps(self) -> Iterator[list[Batch]]:
         """The batches of every optimizer step from the current position, epoch after epoch without end."""
@@ -268,6 +266,8 @@ class Trainer:
         if evaluation_due or save_due:
             self._check_weights()
         if evaluation_due:
+            if save_due:
+                self.save()  # because a kill during the evaluation would lose everything since the last checkpoint
             self.evaluate()
         if config.patience and self.progress.evaluations_since_best >= config.patience:
             logger.info("early stopping: no better %s in %d evaluations", self.evaluator.best_metric, config.patience)
@@ -298,11 +298,11 @@ class Trainer:
         problem, saved = f"the weights {bad} are not finite after step {self.progress.step}", self.folder.checkpoints()
         if self.config.train.on_nan == "stop" or not saved or self.progress.restored == MAX_SKIPPED:
             raise TrainingError(f"{problem}. {REMEDY}")
-        self.state.load(saved[-1])
+        folder, _ = self.folder.newest(self.state.load)
         for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = lr  # of this step, not of the checkpoint
         self.progress.restored += 1
-        logger.warning("%s: restored from %s", problem, saved[-1])
+        logger.warning("%s: restored from %s", problem, folder)
 
     def _log(self, values: dict[str, Any]) -> None:
         self.folder.log({"step": self.progress.step, **values})
