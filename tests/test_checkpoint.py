@@ -99,6 +99,48 @@ def test_a_damaged_training_state_raises_an_error_with_its_path(
         Trainer(trainer.config, resume=True)
 
 
+@pytest.mark.parametrize("damage", [cut_short, emptied, garbled, Path.unlink])
+@pytest.mark.parametrize("name", ["training.pt", "model.safetensors"])
+def test_resuming_passes_over_a_damaged_checkpoint(
+    tiny_config: MakeConfig, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], name: str
+) -> None:
+    config = tiny_config(train={"max_steps": 3, "save_every": 1, "keep": 2})
+    Trainer(config).fit()
+    checkpoints = Path(config.train.output) / "checkpoints"
+    damage(checkpoints / "step_000003" / name)
+    trainer = Trainer(config, resume=True)
+    assert trainer.progress.step == 2
+    if damage is Path.unlink:
+        assert "step_000003 is ignored: model.safetensors or training.pt is missing" in caplog.text
+    else:
+        assert f"step_000003/{name}" in caplog.text
+        assert "continuing from" in caplog.text
+        assert (checkpoints / "step_000003.damaged").exists()
+    trainer.fit()
+    assert trainer.folder.checkpoints() == [checkpoints / "step_000002", checkpoints / "step_000003"]
+
+
+def test_another_configuration_is_not_a_damaged_checkpoint(tiny_config: MakeConfig) -> None:
+    config = tiny_config(train={"max_steps": 2, "save_every": 1})
+    Trainer(config).fit()
+    config.model.head.width = 64  # type: ignore[union-attr]
+    with pytest.raises(CheckpointError, match="shape: head"):
+        Trainer(config, resume=True)
+    assert (Path(config.train.output) / "checkpoints" / "step_000002").exists()
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
+    trained: tuple[Trainer, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(CheckpointError, match="Too many open files") as caught:
+        Trainer(trained[0].config, resume=True)
+    assert type(caught.value) is CheckpointError
+
+
 class Malicious:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("evil",)
@@ -194,6 +236,52 @@ def test_a_full_disk_leaves_earlier_checkpoints_unchanged(
     Trainer(trainer.config, resume=True).save()
 
 
+def test_an_error_that_is_not_about_writing_is_not_reported_as_a_full_disk(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RuntimeError, match=r"^DataLoader worker .* is killed") as caught,
+        new_checkpoint(tmp_path / "a"),
+    ):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+    assert not isinstance(caught.value, CheckpointError)
+    message = r"(?s)Permission denied.*fix this and resume"
+    with pytest.raises(CheckpointError, match=message), new_checkpoint(tmp_path / "a"):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs modes of files")
+def test_weights_respect_the_umask(trained: tuple[Trainer, Path]) -> None:
+    trainer, folder = trained
+    for umask, mode in ((0o022, 0o644), (0o027, 0o640)):
+        before = os.umask(umask)
+        try:
+            trainer.save()
+        finally:
+            os.umask(before)
+        assert {oct(path.stat().st_mode & 0o777) for path in folder.rglob("*") if path.is_file()} == {oct(mode)}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_everything_is_on_the_disk_before_and_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rename that reaches the disk before the files leaves an empty checkpoint after a power loss."""
+    events: list[str] = []
+    rename = Path.rename
+
+    def renamed(self: Path, target: Path) -> Path:
+        events.append(f"{self.name} -> {target.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(Path(f"/proc/self/fd/{file}").readlink().name))
+    monkeypatch.setattr(Path, "rename", renamed)
+    with new_checkpoint(tmp_path / "run" / "checkpoints" / "step") as partial:
+        (partial / "tokenizer").mkdir()
+        for name in ("model.safetensors", "tokenizer/vocabulary.txt"):
+            (partial / name).write_text(name)
+    middle = events.index("step.partial -> step")
+    assert set(events[:middle]) == {"model.safetensors", "tokenizer", "vocabulary.txt", "step.partial"}
+    assert set(events[middle + 1 :]) == {"checkpoints", "run", tmp_path.name}  # created folders need their parents
+
+
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
@@ -267,6 +355,27 @@ def test_leftovers_of_a_crash_are_no_checkpoints(trained: tuple[Trainer, Path]) 
     trainer.progress.step = 2
     trainer.save()
     assert trainer.folder.checkpoints() == [folder, folder.with_name("step_000002")]
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed(tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some files of the checkpoint are removed already: it is not complete, and the resumed run removes the rest."""
+    config = tiny_config(train={"max_steps": 2, "save_every": 1, "keep": 1})
+
+    def killed(folder: Path, **_: Any) -> None:
+        (Path(folder) / "model.safetensors").unlink(missing_ok=True)
+        if "step_000001" in str(folder) and (Path(folder) / "training.pt").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config).fit()
+    monkeypatch.undo()
+    trainer = Trainer(config, resume=True)
+    checkpoints = Path(config.train.output) / "checkpoints"
+    assert trainer.folder.checkpoints() == [checkpoints / "step_000002"] == list(checkpoints.iterdir())
+    (checkpoints / "step_000003").mkdir()
+    (checkpoints / "step_000003" / "training.pt").touch()
+    assert trainer.folder.checkpoints() == [checkpoints / "step_000002"], "without weights it is not complete"
 
 
 def test_files_of_checkpoints(trained: tuple[Trainer, Path]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,12 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vg.config import CheckpointConfig, dump_config, load_checkpoint_config
-from vg.errors import CheckpointError, UserError, unpickling_problem
+from vg.errors import CheckpointError, DamagedCheckpointError, UserError, unpickling_problem
 from vg.files import replacing
 from vg.models.base import GroundingModel
 
 ENCODERS = "frozen_encoders.json"  # only with encoders whose weights are not in WEIGHTS
 WEIGHTS, CONFIG, TOKENIZER, TRAINING = "model.safetensors", "config.yaml", "tokenizer", "training.pt"
+TORCH_WRITER = "inline_container"  # the source file that torch names in errors of writing
 
 
 @contextmanager
@@ -30,6 +33,7 @@ def new_checkpoint(path: Path, is_file: bool = False) -> Iterator[Path]:
 
     Raises:
         CheckpointError: the disk is full or cannot be written to.
+        RuntimeError: an error that is not about writing, such as that of a data worker that died.
     """
     try:
         with replacing(path, is_file) as partial:
@@ -37,9 +41,12 @@ def new_checkpoint(path: Path, is_file: bool = False) -> Iterator[Path]:
     except UserError:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:  # torch, safetensors: other types for a full disk
+        if isinstance(error, RuntimeError) and TORCH_WRITER not in str(error):
+            raise
+        known = isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "fix this and resume" if known else "if the disk is full, make room and resume"
         raise CheckpointError(
-            f"could not write the checkpoint {path}: {error}\n"
-            "Is the disk full? Earlier checkpoints are untouched; make room and resume."
+            f"could not write the checkpoint {path}: {error}\nEarlier checkpoints are untouched; {remedy}."
         ) from error
 
 
@@ -53,10 +60,11 @@ def write_weights(
 ) -> None:
     """Like write_model, for weights that are not in a model."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     if encoders := config.model.frozen_weights():
         (folder / ENCODERS).write_text(json.dumps(encoders, indent=2) + "\n", encoding="utf-8")
     (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors ignores the umask: only the owner could read it
     tokenizer.save_pretrained(str(folder / TOKENIZER))
 
 
@@ -112,14 +120,16 @@ def load_weights(model: GroundingModel, folder: Path, config: CheckpointConfig) 
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint by name; raises CheckpointError if the file is missing or damaged."""
+    """The weights of a checkpoint by name; raises DamagedCheckpointError if the file is missing or damaged."""
     path = folder / WEIGHTS
     try:
         return load_file(path)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
+        raise DamagedCheckpointError(f"{path} does not exist") from error
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or was cut short ({error}); use an older checkpoint") from error
+        raise DamagedCheckpointError(
+            f"{path} is damaged or was cut short ({error}); use an older checkpoint"
+        ) from error
 
 
 def write_training_state(folder: Path, state: dict[str, Any]) -> None:
@@ -127,8 +137,16 @@ def write_training_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_training_state(folder: Path) -> dict[str, Any]:
-    """Load what write_training_state wrote; raises CheckpointError if the file is missing or damaged."""
+    """Load what write_training_state wrote.
+
+    Raises:
+        DamagedCheckpointError: the file is missing or damaged.
+        CheckpointError: it cannot be read for another reason, such as its permissions.
+    """
     try:
         return torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"cannot resume from {folder / TRAINING}: {unpickling_problem(error)}") from error
+        intact = isinstance(error, (OSError, MemoryError)) and not isinstance(error, FileNotFoundError)
+        raise (CheckpointError if intact else DamagedCheckpointError)(
+            f"cannot resume from {folder / TRAINING}: {unpickling_problem(error)}"
+        ) from error

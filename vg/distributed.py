@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -87,8 +88,37 @@ def progress_bar(accelerator: Accelerator, **options: Any) -> tqdm:
     return tqdm(disable=not accelerator.is_main_process, mininterval=interval, dynamic_ncols=True, **options)
 
 
+# Ctrl-C, the end of a job, a closed terminal, and the usual notice before preemption; Windows has the first two.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+
+
+def ignore_stop_signals() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def start_worker(_: int) -> None:
+    """Initialize a data worker (`worker_init_fn`): only its main process, which needs the data to stop, may end it.
+
+    Schedulers, containers and terminals send a stop signal to all processes of a run.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        ignore_stop_signals()
+        return
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    ignore_stop_signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=wait, daemon=True).start()
+
+
 class StopSignal:
-    """SIGTERM, as schedulers send it, or Ctrl-C, received by any process of a run.
+    """A signal that asks a run to stop (STOP_SIGNALS), received by any of its processes.
 
     All processes must check at the same step. Each check is a collective that waits for the device, so several
     processes check every `interval` steps; the interval of a single process is 1.
@@ -108,20 +138,40 @@ class StopSignal:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within the context, the first signal only sets `received`; a second one has its usual effect."""
-        old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Within the context, the first signal sets `received`, and the third one has its usual effect.
 
-        def receive(number: int, frame: FrameType | None) -> None:
-            self.received = signal.Signals(number)
-            signal.signal(number, old[signal.Signals(number)])
-
+        The second one changes nothing, because schedulers and launchers send two. `nohup` is respected.
+        """
         if threading.current_thread() is not threading.main_thread():  # handlers cannot be installed, as in a notebook
             yield
             return
+        old = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        if old.get(getattr(signal, "SIGHUP", None)) is signal.SIG_IGN:
+            del old[signal.SIGHUP]
+
+        def restore() -> None:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+        def receive(number: int, frame: FrameType | None) -> None:
+            name = signal.Signals(number).name
+            if self.received is None:
+                self.received = signal.Signals(number)
+                steps = "this step" if self.interval == 1 else f"at most {self.interval} steps"
+                self._say(f"{name} received: saving after {steps}; a third signal ends the run at once, without saving")
+            else:
+                restore()
+                self._say(f"{name} received again: still saving; one more signal ends the run at once")
+
         try:
             for number in old:
                 signal.signal(number, receive)
             yield
         finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+            restore()
+
+    def _say(self, message: str) -> None:
+        """Write to the file of standard error, because a handler may have interrupted its Python object."""
+        if self.accelerator.is_main_process:
+            with suppress(OSError):  # the terminal is closed
+                os.write(2, f"\n{message}\n".encode())

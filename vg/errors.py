@@ -18,6 +18,10 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be read or written; the message names the file and what to do."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing, empty or torn; an older checkpoint can be used instead."""
+
+
 class DataError(UserError, ValueError):
     """Something is wrong with the data; the message names the file, row or key and how to fix it."""
 

@@ -1,8 +1,9 @@
-"""Atomic writes: a file or folder has its old content or its new content, never half of either."""
+"""Atomic writes: a file or folder has its old or its new content, never half of either, also after a power loss."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,23 +18,52 @@ def replacing(target: Path, is_file: bool = False) -> Iterator[Path]:
     Args:
         target: the file or folder to write; missing parent folders are created.
         is_file: yield the path of a file to create instead of an empty folder.
+
+    Raises:
+        OSError: writing failed; it names `target` if the system named no file, as for a full disk.
     """
     partial, old = target.with_name(target.name + ".partial"), target.with_name(target.name + ".old")
+    # A rename is on the disk once its folder is, and a new folder once its parent is.
+    folders = [target.parent, *(folder.parent for folder in target.parents if not folder.exists())]
     try:
         remove(partial)
         (partial.parent if is_file else partial).mkdir(parents=True, exist_ok=is_file)
         yield partial
+        sync(partial)
         if is_file and not target.is_dir():
             partial.replace(target)
-            return
+        else:
+            remove(old)
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+        for folder in folders:
+            _sync_one(folder)
         remove(old)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        remove(old)
-    except BaseException:
+    except BaseException as error:
         remove(partial)
+        if isinstance(error, OSError) and error.filename is None:
+            failure = OSError(f"{error}: {str(target)!r}")
+            failure.errno = error.errno
+            raise failure from error
         raise
+
+
+def sync(path: Path) -> None:
+    """Write a file, or a folder with all its contents, from the caches of the system to the disk."""
+    for child in path.rglob("*"):
+        _sync_one(child)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    if os.name != "posix":  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove(path: Path) -> None:

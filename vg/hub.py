@@ -31,7 +31,7 @@ def loading(location: str, setting: str, failure: type[UserError], kind: str = "
     is_local = Path(location).exists()
     if not is_local:
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", location):
-            raise failure(f"{location} ({setting}) does not exist")
+            raise failure(f"{location} ({setting}) does not exist; set {setting} to its folder or Hub id")
         _check_network()
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -280,6 +281,22 @@ def test_what_cannot_be_cached_is_an_error(
 
     with pytest.raises(ConfigError, match=message):
         run()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), OSError("512 requested and 128 written")]
+)
+def test_a_full_disk_names_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    config = cached_config(folder, {})
+    with monkeypatch.context() as context:
+        context.setattr(np, "save", fail)
+        message = rf"could not write the cache: .*{error.strerror or error}.*pictures/00000\.npy.*continues where"
+        with pytest.raises(CacheError, match=message):
+            build_cache(config)
+    build_cache(config)
 
 
 def test_the_required_space_is_printed_before_anything_is_written(

@@ -50,7 +50,7 @@ def configured(make: MakeConfig, output: Path, data: dict[str, Any] | None = Non
     )
 
 
-def start(script: str, config: RunConfig, folder: Path) -> subprocess.Popen[str]:
+def start(script: str, config: RunConfig, folder: Path, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
     """Start a script in its own process, in a folder with the script and config.yaml."""
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "train.py").write_text(script)
@@ -58,7 +58,7 @@ def start(script: str, config: RunConfig, folder: Path) -> subprocess.Popen[str]
         [sys.executable, "train.py"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         start_new_session=True,
     )
@@ -174,6 +174,84 @@ def test_killed_and_resumed_from_the_last_checkpoint(tiny_config: MakeConfig, tm
     assert_same_runs(uninterrupted, Path(config.train.output))
 
 
+@pytest.mark.parametrize("moment", ["in the evaluation", "after its row", "in the second save"])
+def test_killed_around_an_evaluation(tiny_config: MakeConfig, tmp_path: Path, moment: str) -> None:
+    """The state is saved before the evaluation, which may take long; the resumed run evaluates again."""
+    uninterrupted = tmp_path / "uninterrupted"
+    Trainer(configured(tiny_config, uninterrupted, trackers=["tensorboard"])).fit()
+    config = configured(tiny_config, tmp_path / "killed", trackers=["tensorboard"])
+    trainer = Trainer(config)
+    if moment == "in the evaluation":
+        trainer.evaluator.run = lambda model: kill()  # type: ignore[assignment, method-assign]
+    elif moment == "after its row":
+        evaluate = trainer.evaluate
+        trainer.evaluate = lambda: [evaluate(), kill()]  # type: ignore[assignment, method-assign]
+    else:
+        saves = iter([trainer.save, kill])
+        trainer.save = lambda: next(saves)()  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        trainer.fit()
+    time.sleep(1)  # TensorBoard orders files by the second in their name
+    resumed = Trainer(config, resume=True)
+    assert resumed.progress.step == 3
+    resumed.fit()
+    assert_same_runs(uninterrupted, Path(config.train.output))
+    assert points(tmp_path / "killed") == points(uninterrupted)
+
+
+def points(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: step and value of the points of every tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "logs" / "vg")).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_a_kill_and_resume_leaves_no_point_twice(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    train = {"save_every": 2, "log_every": 1, "eval_every": 1, "trackers": ["tensorboard"]}
+    uninterrupted = tmp_path / "uninterrupted"
+    Trainer(configured(tiny_config, uninterrupted, **train)).fit()
+    config = configured(tiny_config, tmp_path / "killed", **train)
+    trainer = Trainer(config)
+    stop_in_step(trainer, 6, kill)
+    with pytest.raises(Killed):
+        trainer.fit()
+    time.sleep(1)  # see above
+    Trainer(config, resume=True).fit()
+    assert points(tmp_path / "killed") == points(uninterrupted)
+    assert len(points(uninterrupted)["loss"]) == 6
+
+
+REMOVED = """
+import shutil, sys
+from pathlib import Path
+from vg.cli import main
+from vg.training.trainer import Trainer
+
+step = Trainer.step
+
+def removing(self, batches):
+    if self.progress.step == 2:
+        shutil.rmtree("run")
+    return step(self, batches)
+
+Trainer.step = removing
+main(["train", "config.yaml"])
+"""
+
+
+def test_a_removed_run_folder_ends_with_one_message(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    config = configured(tiny_config, Path("run"), log_every=1, trackers=["tensorboard"])
+    process = start(REMOVED, config, tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert errors.strip().endswith(
+        "error: the folder of this run, run, was removed during training: nothing can be saved"
+    ), errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_can_be_resumed_and_extended(tiny_config: MakeConfig, tmp_path: Path) -> None:
     config = configured(tiny_config, tmp_path / "run")
     results = Trainer(config).fit()
@@ -233,28 +311,141 @@ Waiting(load_config("config.yaml")).fit()
 """
 
 
-@pytest.mark.parametrize("to_all", [False, True], ids=["SIGTERM to the process", "Ctrl-C to the whole group"])
-def test_a_signal_to_a_separate_process(tiny_config: MakeConfig, tmp_path: Path, to_all: bool) -> None:
-    """A terminal sends Ctrl-C to the data-loading workers too; they must not exit before their data is used."""
-    config = configured(tiny_config, tmp_path / "stopped", {"workers": 1})
-    process = start(WAITING, config, tmp_path)
+SLOW_SAVE = WAITING.replace(
+    "Waiting(load_config",
+    """
+from vg import checkpoint
+write = checkpoint.write_training_state
+
+def slow(folder, state):
+    if folder.name == "step_000004.partial":
+        Path("saving").touch()
+        while not Path("go").exists():
+            time.sleep(0.01)
+    write(folder, state)
+
+checkpoint.write_training_state = slow
+Waiting(load_config""",
+)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
-    while not (tmp_path / "waiting").exists():
+    while not path.exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    if to_all:
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        process.send_signal(signal.SIGTERM)
+
+
+SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs process groups")
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_to_the_process_group(tiny_config: MakeConfig, tmp_path: Path, name: str) -> None:
+    """Terminals, Slurm, systemd and containers signal the data workers too, whose data the main process still needs."""
+    config = configured(tiny_config, tmp_path / "stopped", {"workers": 2})
+    process = start(WAITING, config, tmp_path)
+    wait_for(tmp_path / "waiting", process)
+    os.killpg(process.pid, getattr(signal, name))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1, errors
+    assert f"{name} received: saving after this step" in errors
     assert "stopped at step 4, saved in" in errors
     assert "repeat the command with --resume to continue" in errors
     assert "Traceback" not in errors
-    Trainer(config, resume=True).fit()
-    Trainer(configured(tiny_config, tmp_path / "uninterrupted", {"workers": 1})).fit()
-    assert_same_runs(tmp_path / "uninterrupted", tmp_path / "stopped")
+    if name == SIGNALS[0]:
+        Trainer(config, resume=True).fit()
+        Trainer(configured(tiny_config, tmp_path / "uninterrupted", {"workers": 2})).fit()
+        assert_same_runs(tmp_path / "uninterrupted", tmp_path / "stopped")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs process groups")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_further_signals_while_saving(tiny_config: MakeConfig, tmp_path: Path, name: str, count: int) -> None:
+    """A second signal, of the user or of a scheduler, does not interrupt the save; a third one ends at once."""
+    config = configured(tiny_config, tmp_path / "stopped", {"workers": 1})
+    process = start(SLOW_SAVE, config, tmp_path)
+    wait_for(tmp_path / "waiting", process)
+    os.killpg(process.pid, getattr(signal, name))
+    wait_for(tmp_path / "saving", process)
+    for _ in range(count - 1):
+        os.killpg(process.pid, getattr(signal, name))
+        time.sleep(0.3)
+    if count == 2:
+        (tmp_path / "go").touch()
+    _, errors = process.communicate(timeout=60)
+    assert f"{name} received again: still saving" in errors
+    if count == 2:
+        assert process.returncode == 1, errors
+        assert "stopped at step 4, saved in" in errors
+        assert "Traceback" not in errors
+        assert Trainer(config, resume=True).progress.step == 4
+    else:
+        assert process.returncode in (-getattr(signal, name), 1), errors
+        assert "saved in" not in errors
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs sigwaitinfo and /proc")
+def test_only_the_main_process_ends_its_data_workers(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    """A worker that hangs is ended with SIGTERM when the main process ends; the program must not wait for it."""
+    script = """
+import os, subprocess, time
+from pathlib import Path
+from torch.utils.data import DataLoader
+from vg.distributed import start_worker
+
+class Hanging:
+    def __len__(self): return 2
+    def __getitem__(self, index):
+        Path(f"worker_{os.getpid()}").touch()
+        time.sleep(1000)
+
+def run():
+    workers = DataLoader(Hanging(), num_workers=1, worker_init_fn=start_worker)._get_iterator()
+    while not list(Path(".").glob("worker_*")):
+        time.sleep(0.01)
+    worker, = workers._workers
+    for name in ("TERM", "INT", "HUP", "USR1"):
+        subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(5)
+    assert not worker.is_alive()
+
+run()
+"""
+    process = start(script, configured(tiny_config, tmp_path), tmp_path)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a terminal")
+def test_a_closed_terminal_saves(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    """Standard error cannot be written to any more, neither by the progress bar nor by messages."""
+    config = configured(tiny_config, tmp_path / "stopped", {"workers": 1})
+    terminal, slave = os.openpty()
+    script = "import fcntl, termios; fcntl.ioctl(2, termios.TIOCSCTTY, 0)\n" + WAITING
+    process = start(script, config, tmp_path, stderr=slave)
+    os.close(slave)
+    wait_for(tmp_path / "waiting", process)
+    os.close(terminal)
+    process.wait(timeout=60)
+    assert Trainer(config, resume=True).progress.step == 4
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs nohup")
+def test_nohup_is_respected(tiny_config: MakeConfig) -> None:
+    stop = StopSignal(Trainer(tiny_config()).accelerator)
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop.listening():
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested()
+    finally:
+        signal.signal(signal.SIGHUP, inherited)
 
 
 KILLED = """
@@ -304,12 +495,14 @@ def test_killed_while_writing_a_checkpoint(tiny_config: MakeConfig, tmp_path: Pa
     assert not list((tmp_path / "killed").rglob("*.partial"))
 
 
-def test_a_second_signal_interrupts_at_once(tiny_config: MakeConfig) -> None:
+def test_the_third_signal_interrupts_at_once(tiny_config: MakeConfig, capfd: pytest.CaptureFixture[str]) -> None:
     stop = StopSignal(Trainer(tiny_config()).accelerator)
     with stop.listening():
         assert not stop.requested()
         interrupt()
         assert stop.requested()
+        interrupt()
+        assert capfd.readouterr().err.count("SIGINT received") == 2
         with pytest.raises(KeyboardInterrupt):
             interrupt()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

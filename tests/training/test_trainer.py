@@ -101,7 +101,8 @@ def test_checkpoints_are_ordered_by_step(tiny_config: MakeConfig) -> None:
     folder = Trainer(tiny_config()).folder
     for step in (999_999, 1_000_000, 5):
         (folder.path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
-        (folder.path / "checkpoints" / f"step_{step:06d}" / "training.pt").touch()
+        for name in ("training.pt", "model.safetensors"):
+            (folder.path / "checkpoints" / f"step_{step:06d}" / name).touch()
     assert [path.name for path in folder.checkpoints()] == ["step_000005", "step_999999", "step_1000000"]
 
 

@@ -251,11 +251,16 @@ def _distinct(records: Sequence[Record]) -> list[str]:
 
 
 def _write(path: Path, content: np.ndarray | dict[str, np.ndarray]) -> None:
-    with replacing(path, is_file=True) as partial, partial.open("wb") as file:
-        if isinstance(content, dict):
-            np.savez(file, **content)  # type: ignore[arg-type]
-        else:
-            np.save(file, content)
+    try:
+        with replacing(path, is_file=True) as partial, partial.open("wb") as file:
+            if isinstance(content, dict):
+                np.savez(file, **content)  # type: ignore[arg-type]
+            else:
+                np.save(file, content)
+    except OSError as error:
+        raise CacheError(
+            f"could not write the cache: {error}; if the disk is full, make room. `vg cache` continues where it stopped"
+        ) from error
 
 
 def _size(num_bytes: int) -> str:

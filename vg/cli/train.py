@@ -25,12 +25,16 @@ def run(options: argparse.Namespace) -> None:
 
 def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> None:
     """Train to the end, and plot the curves even if training is interrupted."""
+    from vg.distributed import ignore_stop_signals
     from vg.inference.curves import curves
     from vg.training.trainer import Trainer
 
     trainer = Trainer(config, resume, overwrite)
     try:
         trainer.fit()
+    except SystemExit:  # stopped and saved; a further signal would only replace the message
+        ignore_stop_signals()
+        raise
     finally:
         rows = trainer.folder.rows()
         if trainer.accelerator.is_main_process and rows:

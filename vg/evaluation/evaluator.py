@@ -14,7 +14,7 @@ from vg.cache.datasets import RunDataset, evaluation_dataset
 from vg.config import DataConfig
 from vg.data.mixture import sources_of
 from vg.data.source import HasCategoryIds, Source, Task
-from vg.distributed import mean_over_processes, progress_bar
+from vg.distributed import mean_over_processes, progress_bar, start_worker
 from vg.errors import ConfigError
 from vg.evaluation.results import DatasetResult, EvaluationResult
 from vg.evaluation.table import cell
@@ -55,6 +55,7 @@ class DatasetEvaluator:
             self.data,
             batch_size=config.eval_batch_size,
             num_workers=config.workers,
+            worker_init_fn=start_worker,
             collate_fn=data.collate,
             generator=torch.Generator(),  # else every evaluation would advance the generator that training uses
             pin_memory=accelerator.device.type == "cuda",

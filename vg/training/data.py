@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -15,7 +16,10 @@ from vg.cache.datasets import training_dataset
 from vg.config import RunConfig
 from vg.data.samplers import AspectRatioGroupedSampler, EpochSampler, ImageGroupedSampler
 from vg.data.source import Source
+from vg.distributed import start_worker
 from vg.models.base import GroundingModel
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingData:
@@ -37,13 +41,21 @@ class TrainingData:
         self.accumulate = config.train.accumulate
         self.data = training_dataset(config, model, evaluations)
         self.sampler = training_sampler(config, self.data.source, accelerator.num_processes)
+        needed = data.batch_size * accelerator.num_processes
+        if len(self.data) < needed and accelerator.num_processes > 1 and accelerator.is_main_process:
+            logger.warning(
+                "%d training samples are less than one batch (data.batch_size=%d) for each of %d processes: samples "
+                "are repeated in every step; use fewer processes or a smaller batch size",
+                *(len(self.data), data.batch_size, accelerator.num_processes),
+            )
         loader = DataLoader(
             self.data,
             batch_size=data.batch_size,
             sampler=self.sampler,
             num_workers=data.workers,
+            worker_init_fn=start_worker,
             collate_fn=self.data.collate,
-            drop_last=len(self.data) >= data.batch_size * accelerator.num_processes,
+            drop_last=len(self.data) >= needed,
             pin_memory=accelerator.device.type == "cuda",
             generator=torch.Generator(),  # otherwise a resumed run would draw once more from the global generator
             persistent_workers=data.workers > 0,

@@ -7,6 +7,7 @@ runs/demo/
     logs/                     output of trackers (TensorBoard)
     best/                     the checkpoint with the best evaluation so far, and its results in validation.json
     checkpoints/step_000500/  the newest checkpoints, with the state that training needs to continue
+    checkpoints/*.damaged     checkpoints that could not be read on resume, see `RunFolder.newest`
     interpolated/             the best interpolation between the initial weights and `best` (`train.interpolate`)
 """
 
@@ -14,18 +15,24 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
-from vg.checkpoint import CONFIG, TRAINING, new_checkpoint
+from vg.checkpoint import CONFIG, TRAINING, WEIGHTS, new_checkpoint
 from vg.config import RunConfig, dump_config
-from vg.errors import CheckpointError
-from vg.files import write_bytes, write_json
+from vg.errors import CheckpointError, DamagedCheckpointError, TrainingError, UserError
+from vg.files import remove, sync, write_bytes, write_json
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 VALIDATION = "validation.json"
 EPOCHS = "epochs.md"
@@ -41,7 +48,7 @@ def in_main_process(method: Callable[..., None]) -> Callable[..., None]:
         if self.accelerator.is_main_process:
             try:
                 method(self, *args)
-            except (CheckpointError, OSError) as error:
+            except (UserError, OSError, RuntimeError) as error:
                 failure = [error]
         broadcast_object_list(failure)  # other processes wait here
         if failure[0] is not None:
@@ -88,22 +95,72 @@ class RunFolder:
                 shutil.rmtree(self.path / name, ignore_errors=True)
             for file in (self.history, self.path / EPOCHS):
                 file.unlink(missing_ok=True)
+        for leftover in [*self.path.glob("checkpoints/*.partial"), *self.path.glob("checkpoints/*.old")]:  # of a crash
+            remove(leftover)
+        for folder in {*self.path.glob("checkpoints/step_*[0-9]")}.difference(self.checkpoints()):
+            logger.warning("%s is ignored: %s or %s is missing", folder, WEIGHTS, TRAINING)
         write_bytes(self.path / CONFIG, dump_config(self.config).encode())
 
     def checkpoints(self) -> list[Path]:
         """Complete, resumable checkpoints, oldest first."""
         found = [path.parent for path in self.path.glob(f"checkpoints/step_*[0-9]/{TRAINING}")]
+        found = [folder for folder in found if (folder / WEIGHTS).exists()]
         return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
+
+    def newest(self, load: Callable[[Path], T]) -> tuple[Path, T]:
+        """Load the newest checkpoint; one that is damaged is renamed to *.damaged, with a warning, if there are others.
+
+        Raises:
+            CheckpointError: see `load`; DamagedCheckpointError if all checkpoints are damaged.
+        """
+        *older, folder = self.checkpoints()
+        loaded, damage = None, None
+        try:
+            loaded = load(folder)
+        except DamagedCheckpointError as error:
+            damage = error
+        # All processes have listed and read the checkpoints before one of them is renamed.
+        damage = next((error for error in gather_object([damage]) if error), None)
+        if damage is None:
+            return folder, cast("T", loaded)
+        if not older:
+            raise damage
+        if self.accelerator.is_main_process:
+            logger.warning("%s; continuing from %s instead", damage, older[-1])
+        self._set_aside(folder)
+        return self.newest(load)
+
+    @in_main_process
+    def _set_aside(self, folder: Path) -> None:
+        """Rename a damaged checkpoint, which would otherwise count as one of the newest `train.keep`."""
+        damaged = folder.with_name(f"{folder.name}.damaged")
+        remove(damaged)
+        folder.rename(damaged)
 
     @in_main_process
     def save(self, folder: Path, write: Callable[[Path], None], results: dict[str, Any] | None = None) -> None:
         """Write a checkpoint and its evaluation results; remove the oldest resumable ones beyond `train.keep`."""
+        self._check_exists()
+        if self.history.exists():
+            sync(self.history)  # a resumed run continues it
         with new_checkpoint(folder) as partial:
             write(partial)
             if results is not None:
                 write_json(partial / VALIDATION, results)
         for old in self.checkpoints()[: -self.config.train.keep]:
-            shutil.rmtree(old)
+            leftover = old.with_name(f"{old.name}.partial")
+            remove(leftover)
+            old.rename(leftover)  # first, because a crash may remove only some of its files
+            remove(leftover)
+
+    def start_trackers(self, step: int) -> None:
+        """Start the trackers of the run; TensorBoard then ignores what it has from `step` on, which is logged again."""
+        sections = asdict(self.config).items()
+        flat = {f"{section}.{key}": str(value) for section, values in sections for key, value in values.items()}
+        self.accelerator.init_trackers("vg", flat, {"tensorboard": {"purge_step": step}} if step else {})
+        for row in self.rows() if step else ():
+            if row["step"] == step:
+                self.accelerator.log({key: value for key, value in row.items() if key != "step"}, step)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to the history, such as {"step": 20, "loss": 1.2, "loss/l1": 0.4, "lr": 1e-4}.
@@ -111,8 +168,15 @@ class RunFolder:
         Keys of evaluations are those of vg.evaluation.results.EvaluationResult.flat_metrics.
         """
         if self.accelerator.is_main_process:
+            self._check_exists()
             with self.history.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+    def _check_exists(self) -> None:
+        if not self.path.exists():
+            raise TrainingError(
+                f"the folder of this run, {self.path}, was removed during training: nothing can be saved"
+            )
 
     def rows(self) -> list[dict[str, Any]]:
         if not self.history.exists():
@@ -121,7 +185,9 @@ class RunFolder:
         return [json.loads(line) for line in lines if line.endswith("\n")]  # a crash may truncate the last one
 
     @in_main_process
-    def cut_history(self, step: int) -> None:
-        """Remove the rows after a step, because a resumed run logs them again."""
-        rows = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
-        write_bytes(self.history, "".join(rows).encode())
+    def cut_history(self, step: int, evaluated: bool) -> None:
+        """Remove the rows after a step, and its evaluation unless `evaluated`: a resumed run logs them again."""
+        rows = [
+            row for row in self.rows() if row["step"] < step or (row["step"] == step and (evaluated or "loss" in row))
+        ]
+        write_bytes(self.history, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -1,8 +1,10 @@
-"""State of training (weights, their average, optimizer): saving and restoring."""
+"""State of training (position, weights, their average, optimizer): saving and restoring."""
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,21 @@ from vg.errors import CheckpointError
 from vg.models.base import GroundingModel
 from vg.training.lora import merged_weights
 from vg.training.optim import Ema
+
+
+@dataclass
+class Progress:
+    """Position and counters of a run; saved with every checkpoint."""
+
+    step: int = 0  # completed optimizer steps
+    epoch: int = 0
+    batch: int = 0  # completed batches of this epoch, per process
+    evaluated_step: int = 0
+    best: float = -math.inf
+    evaluations_since_best: int = 0
+    skipped: int = 0  # steps skipped because of a non-finite loss or gradient
+    skipped_in_a_row: int = 0
+    restored: int = 0  # how often non-finite weights were restored from a checkpoint
 
 
 class TrainingState:
@@ -55,7 +72,8 @@ class TrainingState:
         """Restore weights, average, optimizer and gradient scaler, and return all that `save` wrote.
 
         Raises:
-            CheckpointError: a file is damaged, or does not match the configuration.
+            DamagedCheckpointError: a file is missing or damaged; nothing was restored.
+            CheckpointError: it does not match the configuration.
         """
         state = checkpoint.read_training_state(folder)
         if state["weights"] is None or self.config.optim.lora is None:

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +36,13 @@ from vg.training.loss_log import REMEDY, TRAIN_IOU, LossLog
 from vg.training.optim import build_optimizer, build_schedule, lr_factor, select_trainable
 from vg.training.report import Report
 from vg.training.run_folder import VALIDATION, RunFolder
-from vg.training.state import TrainingState
+from vg.training.state import Progress, TrainingState
 from vg.types import Batch, LossName
 
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED = 10  # consecutive steps; more mean divergence
 STOP_INTERVAL = 10  # steps between checks for a stop signal with several processes, because each is a collective
-
-
-@dataclass
-class Progress:
-    """Position and counters of a run; saved with every checkpoint."""
-
-    step: int = 0  # completed optimizer steps
-    epoch: int = 0
-    batch: int = 0  # completed batches of this epoch, per process
-    evaluated_step: int = 0
-    best: float = -math.inf
-    evaluations_since_best: int = 0
-    skipped: int = 0  # steps skipped because of a non-finite loss or gradient
-    skipped_in_a_row: int = 0
-    restored: int = 0  # how often non-finite weights were restored from a checkpoint
 
 
 class Trainer:
@@ -105,7 +90,7 @@ class Trainer:
         self.losses = LossLog(self.accelerator)
         self.folder.begin(resume)  # last, because it removes an overwritten run
         if resume:
-            self.restore(self.folder.checkpoints()[-1])
+            self.restore()
         self.report = Report(self)
 
     def fit(self) -> dict[str, Any]:
@@ -114,11 +99,9 @@ class Trainer:
         Raises:
             TrainingError: a loss or a weight is not finite.
             CheckpointError: a checkpoint could not be written (earlier ones are intact).
-            SystemExit: SIGTERM or Ctrl-C was received (see StopSignal); the state is saved.
+            SystemExit: Ctrl-C or another stop signal was received (see StopSignal); the state is saved.
         """
-        sections = asdict(self.config).items()
-        flat = {f"{section}.{key}": str(value) for section, values in sections for key, value in values.items()}
-        self.accelerator.init_trackers("vg", config=flat)
+        self.folder.start_trackers(self.progress.step)
         self.model.train()
         self.report.begin()
         with (
@@ -138,13 +121,13 @@ class Trainer:
                 bar.update()
                 self.report.step()
                 finished = self._after_step(bar)
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-        if self.stop.requested():
-            raise SystemExit(
-                f"stopped at step {self.progress.step}, saved in {self.folder.path}; "
-                "repeat the command with --resume to continue"
-            )
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            if self.stop.requested():
+                raise SystemExit(
+                    f"stopped at step {self.progress.step}, saved in {self.folder.path}; "
+                    "repeat the command with --resume to continue"
+                )
         if self.config.train.interpolate:
             self.interpolate(self.config.train.interpolate)
         best = json.loads((self.folder.best / VALIDATION).read_text(encoding="utf-8"))
@@ -217,9 +200,9 @@ class Trainer:
         path = self.folder.path / "checkpoints" / f"step_{self.progress.step:06d}"
         self.folder.save(path, lambda folder: self.state.save(folder, extra))
 
-    def restore(self, folder: Path) -> None:
-        """Load a checkpoint; with as many processes as before, training continues bit for bit."""
-        state = self.state.load(folder)
+    def restore(self) -> None:
+        """Load the newest checkpoint; with as many processes as before, training continues bit for bit."""
+        folder, state = self.folder.newest(self.state.load)
         self.schedule.load_state_dict(state["schedule"])
         self.progress = Progress(**state["progress"])
         processes = state["processes"]
@@ -230,7 +213,7 @@ class Trainer:
         own = processes[self.accelerator.process_index % len(processes)]
         restore_random_state(own["random"])
         self.losses.load_state(own["unlogged"])
-        self.folder.cut_history(self.progress.step)
+        self.folder.cut_history(self.progress.step, self.progress.evaluated_step == self.progress.step)
 
     def _steps(self) -> Iterator[list[Batch]]:
         """The batches of every optimizer step from the current position, epoch after epoch without end."""
@@ -280,6 +263,8 @@ class Trainer:
         if evaluation_due or save_due:
             self._check_weights()
         if evaluation_due:
+            if save_due:
+                self.save()  # because a kill during the evaluation would lose everything since the last checkpoint
             self.evaluate()
         if config.patience and self.progress.evaluations_since_best >= config.patience:
             logger.info("early stopping: no better %s in %d evaluations", self.evaluator.best_metric, config.patience)
@@ -311,11 +296,11 @@ class Trainer:
         problem, saved = f"the weights {bad} are not finite after step {self.progress.step}", self.folder.checkpoints()
         if self.config.train.on_nan == "stop" or not saved or self.progress.restored == MAX_SKIPPED:
             raise TrainingError(f"{problem}. {REMEDY}")
-        self.state.load(saved[-1])
+        folder, _ = self.folder.newest(self.state.load)
         for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = lr  # of this step, not of the checkpoint
         self.progress.restored += 1
-        logger.warning("%s: restored from %s", problem, saved[-1])
+        logger.warning("%s: restored from %s", problem, folder)
 
     def _log(self, values: dict[str, Any]) -> None:
         self.folder.log({"step": self.progress.step, **values})

@@ -77,7 +77,7 @@ def test_a_moved_encoder_is_found_with_an_override(checkpoint: Path, capsys: pyt
     before = vg.Grounder(checkpoint, "cpu").predict(image, "the red star")
     shutil.move(root / "vision", root / "moved")
     override = f"model.vision.id={root / 'moved'}"
-    with pytest.raises(ConfigError, match=rf"{root / 'vision'} cannot be .*set model\.vision\.id to its folder"):
+    with pytest.raises(ConfigError, match=rf"{root / 'vision'} .*does not exist; set model\.vision\.id to its folder"):
         vg.load_model(checkpoint)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

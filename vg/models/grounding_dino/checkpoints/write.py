@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -60,6 +61,7 @@ def write_checkpoint(
             raise CheckpointError("a transformers folder needs a tokenizer")
         save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
         _write_settings(config, next(iter(tensors.values())).dtype, tokenizer, out)
+        shutil.copymode(out / "config.json", out / "model.safetensors")  # safetensors ignores the umask
 
 
 def _unsupported(config: GroundingDinoConfig, dialect: Foreign) -> str | None:
