@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vg.config import CheckpointConfig, dump_config, load_checkpoint_config
-from vg.errors import CheckpointError, DamagedCheckpointError, UserError, unpickling_problem
+from vg.errors import CheckpointError, ConfigError, DamagedCheckpointError, UserError, unpickling_problem
 from vg.files import replacing
 from vg.models.base import GroundingModel
 
@@ -85,7 +85,10 @@ def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Groun
             raise CheckpointError(f"{folder} is not a checkpoint of vg: {name} is missing")
     config = load_checkpoint_config(folder / CONFIG, overrides)
     model = config.model.rebuild()
-    model.load_tokenizer(str(folder / TOKENIZER))
+    try:
+        model.load_tokenizer(str(folder / TOKENIZER))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
     load_weights(model, folder, config)
     return model.eval(), config
 

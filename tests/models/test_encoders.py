@@ -75,7 +75,7 @@ def test_code_of_a_checkpoint_never_runs(tmp_path: Path, monkeypatch: pytest.Mon
     for attempt in (
         lambda: Encoder(settings, pretrained=True),
         lambda: load_tokenizer(settings),
-        lambda: read_tokenizer(str(folder), "model.text.tokenizer"),
+        lambda: read_tokenizer(str(folder)),
     ):
         with pytest.raises(ConfigError, match=r"cannot be loaded|no tokenizer") as error:
             attempt()

@@ -77,9 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    warnings.formatwarning = lambda message, *_, **__: (
-        f"warning: {printable(str(message))}\n"
-    )  # without path and line of code
+    # Without path and line of code.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     for noisy in ("httpx", "datasets", "accelerate", "albumentations"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

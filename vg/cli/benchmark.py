@@ -10,18 +10,10 @@ from vg import __version__
 from vg.cli.arguments import add_tokenizer
 from vg.errors import ConfigError
 
-OPTIONS = [
-    "data",
-    "images",
-    "datasets",
-    "splits",
-    "limit",
-    "batch_size",
-    "workers",
-    "bad_samples",
-    "precision",
+OPTIONS = (
+    *("data", "images", "datasets", "splits", "limit", "batch_size", "workers", "bad_samples", "precision"),
     "tokenizer",
-]
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

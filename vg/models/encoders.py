@@ -258,7 +258,9 @@ def load_tokenizer(config: TextEncoderConfig) -> PreTrainedTokenizerBase:
     return read_tokenizer(location, f"{config.key}.{'id' if location == config.id else 'tokenizer'}", revision)
 
 
-def read_tokenizer(location: str, setting: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def read_tokenizer(
+    location: str, setting: str = "the tokenizer of the checkpoint", revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load a folder, vocab.txt, tokenizer.json or Hub id; raises ConfigError if it is missing or unreadable.
 
     Args:

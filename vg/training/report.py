@@ -48,11 +48,12 @@ class Report:
         names = [f"eval.{dataset.name}" if dataset.name else "eval" for dataset in trainer.evaluator.datasets]
         lines += map(_describe, names, trainer.evaluator.sources)
         per_step = config.data.batch_size * config.train.accumulate * trainer.accelerator.num_processes
-        epochs = f"{total / trainer.steps_per_epoch:.3g} epochs of {trainer.steps_per_epoch:,} steps"
+        epochs = f"{total / trainer.steps_per_epoch:.3g} epochs of {_count(trainer.steps_per_epoch, 'step')}"
         count = trainer.accelerator.num_processes
         device = f"{trainer.accelerator.device.type}{f' ({count} processes)' * (count > 1)}"
         precision = {"no": "float32"}.get(config.train.precision, config.train.precision)
-        lines.append(f"{total:,} steps of {per_step:,} samples ({epochs}) on {device}, {precision}")
+        per_step = min(per_step, len(trainer.data.data))
+        lines.append(f"{_count(total, 'step')} of {_count(per_step, 'sample')} ({epochs}) on {device}, {precision}")
         lines.append(f"results go to {trainer.folder.path}")
         if self.first_step:
             lines.append(f"continues after step {self.first_step:,}")
@@ -158,6 +159,10 @@ def _describe(name: str, source: Source[Any]) -> str:
     unit = "images" if source.provenance.task == "detection" else "expressions"
     phrases = ", ".join(map(repr, example_phrases(source)))
     return f"{name}: {len(source):,} {unit} of {source.provenance}{f', such as {phrases}' if phrases else ''}"
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number:,} {unit}{'s' * (number != 1)}"
 
 
 def _duration(seconds: float) -> str:

@@ -281,7 +281,7 @@ def test_expressions_that_are_too_long_are_found_first_and_skipped_on_request(
         (["--suite", "refcoco", "--data", ".", "--datasets", "grefcoco"], r"(?s)not all .*grefs\(unc\).json"),
         (
             ["--suite", "refcoco"],
-            r"(?s)jxu124/refcoco-benchmark could not be loaded .*--data:.*refs\(unc\).p.*train2014",
+            r"(?s)jxu124/refcoco-benchmark \(path\) is neither a local path nor .*--data:.*refs\(unc\).p.*train2014",
         ),
         (["--bad-samples", "skip"], "--bad-samples belongs to a benchmark"),
         (["--data", "."], "--data belongs to a benchmark: add --suite refcoco"),

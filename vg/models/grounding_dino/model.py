@@ -157,7 +157,7 @@ class GroundingDino(GroundingModel):
         return self._text_spec(load_tokenizer(self.config.text))
 
     def load_tokenizer(self, folder: str) -> None:
-        self.use_tokenizer(read_tokenizer(folder, "the tokenizer of the checkpoint"))
+        self.use_tokenizer(read_tokenizer(folder))
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.text_spec = self._text_spec(tokenizer)

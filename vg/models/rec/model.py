@@ -67,7 +67,7 @@ class RecModel(EncodableModel):
         return TextSpec(load_tokenizer(self.config.text), self.config.max_tokens)
 
     def load_tokenizer(self, folder: str) -> None:
-        self.text_spec = TextSpec(read_tokenizer(folder, "the tokenizer of the checkpoint"), self.config.max_tokens)
+        self.text_spec = TextSpec(read_tokenizer(folder), self.config.max_tokens)
 
     def num_parameters(self, trainable_only: bool = False) -> int:
         unloaded = 0 if trainable_only else sum(x.num_unloaded_parameters() for x in (self.vision, self.text))
