@@ -183,6 +183,10 @@ def test_sampled_negatives_equal_mm_grounding_dino() -> None:
     assert (vocabulary.clean, vocabulary.alternatives, vocabulary.lower) == (True, True, True)
 
 
+def test_captions_are_prompts_as_a_whole_in_pretraining_as_published() -> None:
+    assert recipe("pretrain_odvg_mm_t").data.train.captions == "whole"  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_learning_rate_decays_at_the_milestones(name: str) -> None:
     optim = recipe(name).optim

@@ -19,6 +19,14 @@ if TYPE_CHECKING:  # keeps `import vg` and the configuration free of torch
     from typing_extensions import Self
 
 
+class Caption(NamedTuple):
+    """A text that is the prompt of a sample as it stands; the phrases of the sample are spans of it."""
+
+    text: str
+    spans: tuple[tuple[tuple[int, int], ...], ...]  # P phrases, each with the (begin, end) of its characters
+    location: str = ""  # file and line, for error messages
+
+
 @dataclass(frozen=True)
 class Sample:
     """One image with phrases and the boxes of the objects that they name.
@@ -36,6 +44,7 @@ class Sample:
     areas: np.ndarray | None = None  # [N] float32, segmentation areas in square pixels, if known
     shortest: int | None = None  # shorter side in pixels that augmentation chose for resizing, if it did
     seed: tuple[int, int, int] | None = None  # (seed, epoch, index), which all random choices depend on
+    caption: Caption | None = None  # the prompt, if it is not made of the phrases
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,7 @@ class Target(Movable):
     expression_type: str = ""
     crowd: Tensor | None = None  # [N] bool, as in Sample
     areas: Tensor | None = None  # [N] float32
+    caption: str | None = None  # the prompt, if it is not made of the phrases
 
 
 class PromptTargets(NamedTuple):

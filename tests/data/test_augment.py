@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vg.data.augment import AugmentConfig, ResizeConfig
-from vg.types import Sample
+from vg.types import Caption, Sample
 
 SEEDS = [(0, 0, index) for index in range(60)]
 
@@ -54,6 +54,23 @@ def test_a_sample_with_a_doubtful_phrase_is_not_flipped() -> None:
     assert result.phrases == sample.phrases
     np.testing.assert_array_equal(result.image, sample.image)
     np.testing.assert_array_equal(result.boxes, sample.boxes)
+
+
+def test_a_caption_is_flipped_only_if_its_words_stay() -> None:
+    """Swapped words would move the characters that its phrases refer to."""
+    augment = AugmentConfig(flip=1).build()
+    assert augment is not None
+    for text, is_flipped in (
+        ("a red box and a box", True),
+        ("a red box left of a box", False),
+        ("half is left", False),
+    ):
+        phrases = ("a red box", "box")
+        sample = replace(make(), phrases=phrases, caption=Caption(text, (((0, 9),), ((6, 9),))))
+        result = augment(sample, (0, 0, 0))
+        assert (result.phrases, result.caption) == (phrases, sample.caption)
+        assert np.array_equal(result.image, sample.image) != is_flipped
+        assert np.array_equal(result.boxes, sample.boxes) != is_flipped
 
 
 def test_flip_probability() -> None:

@@ -48,7 +48,7 @@ class AugmentConfig(Settings):
 
     flip: Share = 0.0
     """Probability of a horizontal flip, with "left" and "right" swapped in the phrases; samples with a doubtful phrase
-    ("half of the pizza left") are not flipped."""
+    ("half of the pizza left"), or with such words in a whole caption, are not flipped."""
     color: Share = 0.0
     """Strength of random brightness, contrast and saturation (0.2 = up to 20 %); hue is kept: phrases name colors."""
     crop: Share = 0.0
@@ -77,10 +77,8 @@ class Augment:
         flip, crop = random.random(2) < (self.config.flip, self.config.crop)
         self.crop.set_random_seed(int(random.integers(2**31)))
         self.color.set_random_seed(int(random.integers(2**31)))
-        if flip:
-            phrases = tuple(swapped for phrase in sample.phrases if (swapped := mirrored(phrase)) is not None)
-            if len(phrases) == len(sample.phrases):
-                sample = replace(_transformed(self.flip, sample), phrases=phrases)
+        if flip and (phrases := _mirrored_phrases(sample)):
+            sample = replace(_transformed(self.flip, sample), phrases=phrases)
         if crop:
             sample = _transformed(self.crop, sample)
         if self.config.resize:
@@ -109,6 +107,14 @@ class Augment:
             top = int(random.integers(height - crop_height + 1))
             sample = _transformed(_with_boxes(A.Crop(left, top, left + crop_width, top + crop_height, p=1)), sample)
         return replace(sample, shortest=int(random.choice(config.shortest)))
+
+
+def _mirrored_phrases(sample: Sample) -> tuple[str, ...]:
+    """Return the phrases of the mirrored sample; none if it should not be mirrored."""
+    if sample.caption is not None:  # other words would have other spans
+        return sample.phrases if mirrored(sample.caption.text) == sample.caption.text else ()
+    phrases = tuple(swapped for phrase in sample.phrases if (swapped := mirrored(phrase)) is not None)
+    return phrases if len(phrases) == len(sample.phrases) else ()
 
 
 def _with_boxes(transform: A.BasicTransform) -> A.Compose:

@@ -93,4 +93,5 @@ def _target(sample: Sample, kept: np.ndarray) -> Target:
         expression_type=sample.expression_type,
         crowd=None if sample.crowd is None else select(sample.crowd, torch.bool),
         areas=None if sample.areas is None else select(sample.areas, torch.float32),
+        caption=None if sample.caption is None else sample.caption.text,
     )

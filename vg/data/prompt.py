@@ -2,7 +2,8 @@
 
 A prompt is `[CLS] phrase . phrase . [SEP]`. Each phrase is tokenized separately and the tokens are concatenated, so the
 position of each phrase is known; searching the prompt for it would find "dog" in "hot dog". Word pieces never cross a
-full stop, so the result equals the tokens of the joined text.
+full stop, so the result equals the tokens of the joined text. The prompt of a sample with a caption is `[CLS] caption .
+[SEP]`, of which the tokens of a phrase are selected by their characters.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vg.errors import BadSampleError, ConfigError, DataError
-from vg.types import PromptTargets, Sample, Target, Text, TextSpec
+from vg.types import Caption, PromptTargets, Sample, Target, Text, TextSpec
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,12 @@ class Expressions:
     def __call__(self, samples: Sequence[Sample]) -> Text:
         """Raise DataError if a sample has not exactly one phrase, BadSampleError if that exceeds max_tokens."""
         names = [sample.id for sample in samples]
+        for sample in samples:
+            if sample.caption is not None:
+                raise DataError(
+                    f"{sample.id}: its phrases are spans of a caption, and this model takes one expression; set "
+                    "captions: phrases for this dataset"
+                )
         return self.text([_only_phrase(sample.id, sample.phrases) for sample in samples], names)
 
     def problems(self, samples: Sequence[tuple[str, tuple[str, ...]]]) -> dict[int, str]:
@@ -95,6 +102,9 @@ class Prompts:
     not among them. Phrases are sorted by token ids, so predictions do not depend on the order of the phrases; phrases
     with equal tokens share them.
 
+    A caption is a prompt by itself, which ends with a full stop. The tokens of a phrase are those that overlap one of
+    its spans, except delimiters (which mmdetection includes in the middle of a span).
+
     Args:
         spec: its first delimiter is appended to every phrase.
         one_prompt: for training: one prompt per sample; phrases without boxes, and then those with boxes, are left out
@@ -115,6 +125,7 @@ class Prompts:
         self.phrase_end = self._token_id(spec.delimiters[0])
         self.delimiters = set(spec.delimiter_ids)  # models split prompts at these, also inside a phrase
         self._known: dict[str, list[int]] = {}  # a detection dataset repeats its class names for every image
+        self._reported: set[str] = set()  # phrases of captions, of unknown words
 
     def _token_id(self, token: str | None) -> int:
         token_id = None if token is None else self.tokenizer.convert_tokens_to_ids(token)
@@ -154,8 +165,12 @@ class Prompts:
         """Make the prompts of one sample, at least one.
 
         Raises:
-            BadSampleError: no phrases, or a phrase without letters and digits or too long for a prompt.
+            BadSampleError: no phrases, or a phrase without letters and digits or too long for a prompt; a caption that
+                is too long, or spans without a token.
+            ConfigError: a caption, and a tokenizer that does not give the characters of its tokens.
         """
+        if sample.caption is not None:
+            return [self._of_caption(sample.caption.location or sample.id, sample.phrases, sample.caption)]
         tokens = self._tokenize(sample.id, sample.phrases)
         phrases = self._fitting(tokens, sample) if self.one_prompt else range(len(tokens))
         prompts: list[Prompt] = []
@@ -174,6 +189,39 @@ class Prompts:
         for prompt in prompts:
             prompt.token_ids.append(self.end)
         return prompts
+
+    def _of_caption(self, name: str, phrases: Sequence[str], caption: Caption) -> Prompt:
+        """Make the prompt of a whole caption; raises as of_sample."""
+        if not self.tokenizer.is_fast:
+            raise ConfigError(
+                f"the tokenizer {type(self.tokenizer).__name__} does not give the characters of its tokens, which "
+                "captions: whole needs; set model.text.tokenizer to one with a tokenizer.json"
+            )
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        encoded = self.tokenizer(caption.text, return_offsets_mapping=True, **options)
+        tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        closing = [self.phrase_end] * (tokens[-1:] != [self.phrase_end])
+        prompt = Prompt([self.begin, *tokens, *closing, self.end], {})
+        if len(prompt.token_ids) > self.max_tokens:
+            raise BadSampleError(
+                f"{name}: the prompt of the caption has {len(prompt.token_ids)} tokens, the model takes "
+                f"{self.max_tokens} (raise model.max_tokens): {caption.text[:80]!r}"
+            )
+        first, last = np.array(offsets, np.int64).reshape(-1, 2).T  # characters of each token
+        is_word = ~np.isin(tokens, [*self.delimiters])
+        for phrase, spans in enumerate(caption.spans):
+            own = is_word & np.any([(first < end) & (last > begin) for begin, end in spans], axis=0)
+            if not own.any():
+                raise BadSampleError(
+                    f"{name}: no token of the caption is in the spans {[*map(list, spans)]} of the phrase "
+                    f"{phrases[phrase]!r}; correct tokens_positive: {caption.text[:80]!r}"
+                )
+            prompt.phrase_tokens[phrase] = (np.flatnonzero(own) + 1).tolist()  # after [CLS]
+            is_unknown = (np.array(tokens)[own] == self.tokenizer.unk_token_id).all()
+            if is_unknown and phrases[phrase] not in self._reported:
+                self._reported.add(phrases[phrase])
+                _report_unknown(name, phrases[phrase])
+        return prompt
 
     def _fitting(self, tokens: list[list[int]], sample: Sample) -> list[int]:
         """Return the indices of the phrases that fit into one prompt, preferring phrases with boxes."""

@@ -144,7 +144,7 @@ def checked(sample: Sample) -> Sample:
     Raises:
         BadSampleError: image not [H, W, 3] uint8; no phrase or a blank one; boxes not [N, 4] float32, not finite,
             without area or outside the image; phrase_ids not [N] int64 or out of range; crowd not [N] bool or areas
-            not [N] float32 where they are given.
+            not [N] float32 where they are given; a caption without spans in it for every phrase.
     """
     image, boxes, phrase_ids = sample.image, sample.boxes, sample.phrase_ids
     where = f"sample {sample.id}"
@@ -166,6 +166,14 @@ def checked(sample: Sample) -> Sample:
             )
     if ((phrase_ids < 0) | (phrase_ids >= len(sample.phrases))).any():
         raise BadSampleError(f"{where}: phrase_ids {phrase_ids.tolist()} exceed the {len(sample.phrases)} phrases")
+    if sample.caption is not None:
+        text, spans, _ = sample.caption
+        valid = [bool(own) and all(0 <= begin < end <= len(text) for begin, end in own) for own in spans]
+        if len(valid) != len(sample.phrases) or not all(valid):
+            raise BadSampleError(
+                f"{where}: spans {spans}, expected (begin, end) characters of the caption for each of the "
+                f"{len(sample.phrases)} phrases; it has {len(text)} characters: {text[:80]!r}"
+            )
     height, width = image.shape[:2]
     clipped = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))  # [N, 4]
     for box, inside in zip(boxes, clipped, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,35 @@ def test_odvg_phrases(tmp_path: Path) -> None:
         check(odvg(tmp_path / "b", swapped, labels={"0": "cat"})), "boxes that are not xyxy (left, top, right, bottom)"
     )
     assert "fit as xywh (left, top, width, height)" in mixed.fix
+
+
+def test_whole_captions(tmp_path: Path) -> None:
+    def row(caption: str, *spans: Any) -> dict[str, Any]:
+        boxes = [[5, 5, 30, 30 + index] for index in range(len(spans))]
+        regions = [{"bbox": box, "tokens_positive": span} for box, span in zip(boxes, spans, strict=True)]
+        return {"grounding": {"caption": caption, "regions": regions}}
+
+    good = row("a cat and a cat", [[0, 5]], [[10, 15]], [[0, 5]])
+    assert errors(check(replace(odvg(tmp_path / "a", good), captions="whole"))) == []
+    several = found(check(replace(odvg(tmp_path / "a", good), captions="whole")), "phrases with several boxes")
+    assert several.examples == ["line 1: 'a cat' has 2 boxes"], "the other cat is another phrase"
+    long = row("a cat and " * 99 + "a dog", [[0, 5]])
+    diagnosis = check(
+        replace(odvg(tmp_path, good, long, row("a cat", None), row("a, cat", [[1, 2]])), captions="whole")
+    )
+    assert found(diagnosis, "captions that do not fit").examples == ["line 2: at least 302 tokens"]
+    assert "set captions: phrases" in found(diagnosis, "captions that do not fit").fix
+    assert found(diagnosis, "without tokens_positive").examples == ["line 3, region 0: phrase None, 'a cat'"]
+    assert found(diagnosis, "without a letter or digit").examples == ["line 4, region 0: phrase None, 'a, cat': ','"]
+    assert not any("whose phrases do not fit" in issue.what for issue in diagnosis.issues)
+    counted = diagnose(
+        {"train": replace(odvg(tmp_path, row("a cat.", [[0, 1]])), captions="whole")}, 5, lambda x: [3] * len(x)
+    )
+    assert errors(counted) == [], "[CLS] a cat . [SEP]"
+    counted = diagnose(
+        {"train": replace(odvg(tmp_path, row("a big cat", [[0, 1]])), captions="whole")}, 5, lambda x: [3] * len(x)
+    )
+    assert found(counted, "captions that do not fit").examples == ["line 1: 6 tokens"]
 
 
 def voc(folder: Path, objects: str, name: str = "a") -> VocConfig:

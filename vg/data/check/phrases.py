@@ -101,11 +101,11 @@ def _check_shared_phrases(dataset: CheckedDataset) -> None:
 def _check_lengths(
     dataset: CheckedDataset, class_phrases: list[str], count_tokens: CountTokens | None, max_tokens: int
 ) -> None:
-    """Report prompts with too many tokens; a prompt is [CLS] phrase . phrase . [SEP]."""
+    """Report prompts with too many tokens; a prompt is [CLS] phrase . phrase . [SEP], or a whole caption."""
     annotations, num_classes = dataset.annotations, len(class_phrases)
     phrases = [*class_phrases, *annotations.names[num_classes:]]
-    counts = count_tokens(phrases) if count_tokens else [len(re.findall(r"\w+|[^\w\s]", phrase)) for phrase in phrases]
-    tokens = np.array(counts, np.int64) + 1  # [names], with separator
+    count = count_tokens or _count_words
+    tokens = np.array(count(phrases), np.int64) + 1  # [names], with separator
     bound = "" if count_tokens else "at least "
     needed = int(tokens[:num_classes].sum()) + 2
     if class_phrases and needed > max_tokens and dataset.vocabulary.negatives is None:
@@ -117,7 +117,21 @@ def _check_lengths(
     rows = annotations.labels >= num_classes
     pairs = np.unique(np.column_stack([annotations.image_indices, annotations.labels])[rows], axis=0)
     lengths = np.bincount(pairs[:, 0], tokens[pairs[:, 1]], minlength=len(annotations.ids)).astype(int) + 2  # [I]
-    long = np.flatnonzero(lengths > max(max_tokens, 2)).tolist()
-    examples = [f"{annotations.locations[index]}: {bound}{lengths[index]} tokens" for index in long]
-    fix = f"raise model.max_tokens (now {max_tokens}), or shorten the phrases"
-    dataset.issues.add("warning", "images whose phrases do not fit in one prompt", fix, examples, long)
+    whole = [index for index, caption in enumerate(annotations.captions) if caption is not None]
+    captions = [caption.rstrip() for caption in annotations.captions if caption is not None]
+    full_stops = [not caption.endswith(".") for caption in captions]
+    lengths[whole] = np.array(count(captions), int) + np.array(full_stops, int) + 2
+    long = set(np.flatnonzero(lengths > max(max_tokens, 2)).tolist())
+
+    def report(severity: Severity, what: str, fix: str, indices: list[int]) -> None:
+        examples = [f"{annotations.locations[index]}: {bound}{lengths[index]} tokens" for index in indices]
+        fix = f"raise model.max_tokens (now {max_tokens}), or {fix}"
+        dataset.issues.add(severity, what, fix, examples, indices)
+
+    report("warning", "images whose phrases do not fit in one prompt", "shorten the phrases", sorted(long - {*whole}))
+    report("error", "captions that do not fit in a prompt", "set captions: phrases", sorted(long & {*whole}))
+
+
+def _count_words(phrases: list[str]) -> list[int]:
+    """Return lower bounds of the numbers of tokens."""
+    return [len(re.findall(r"\w+|[^\w\s]", phrase)) for phrase in phrases]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from vg.data.detection.issues import NUM_EXAMPLES, Issues, Severity
+from vg.types import Caption
 
 MIN_SIDE = 1.0  # pixels: published training leaves out boxes with a shorter side; the default except for COCO json
 MAX_LOST = 0.05  # fraction of the boxes of a dataset that may be left out; more mean that something else is wrong
@@ -50,6 +51,7 @@ class AnnotatedImage(NamedTuple):
     location: str  # where the image is described: "image 17", "line 3"
     size: tuple[int, int]  # (height, width) in pixels as written; 0 where missing
     boxes: list[AnnotatedBox]
+    caption: Caption | None = None  # see Sample.caption
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Annotations:
     files: Sequence[str] = ()  # I
     locations: Sequence[str] = ()  # I
     sizes: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # [I, 2]
+    captions: Sequence[str | None] = ()  # I, or empty; see Sample.caption
     image_indices: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [A]
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))  # [A, 4] float64 as written, in `box_format`
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [A] indices into `names`
@@ -83,6 +86,7 @@ class Annotations:
             files=[image.file for image in images],
             locations=[image.location for image in images],
             sizes=np.array([image.size for image in images], np.int64).reshape(-1, 2),
+            captions=[image.caption and image.caption.text for image in images],
             image_indices=np.repeat(np.arange(len(images)), [len(image.boxes) for image in images]),
             boxes=np.array([box.values for box in boxes], np.float64).reshape(-1, 4),
             labels=np.array([box.label for box in boxes], np.int64),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,8 +34,7 @@ class OdvgConfig(Settings):
 
     - `detection`: {instances: [{bbox, label, category}]}, labels from 0 on;
     - `grounding`: {caption, regions: [{bbox, phrase, tokens_positive}]}: `bbox` is one box or a list of them, and
-      `tokens_positive` [[begin, end], ...] are the characters of the caption that name them, used where `phrase` is
-      missing. Equal phrases become one with all their boxes. The rest of the caption has no boxes and is not used.
+      `tokens_positive` [[begin, end], ...] are the characters of the caption that name them; see `captions`.
 
     All boxes are left, top, right, bottom in pixels.
     """
@@ -47,7 +47,12 @@ class OdvgConfig(Settings):
     image_root: str | None = None
     """Folder of the images; by default the folder of the file."""
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
-    """For lines with numbered classes."""
+    """For lines with numbered classes; captions have no sampled negatives."""
+    captions: Literal["phrases", "whole"] = "phrases"
+    """Prompt of a line with a caption. "phrases": the phrases of its regions, separated by full stops; equal ones are
+    one with all their boxes, and the words at `tokens_positive` are used where `phrase` is missing. "whole": the
+    caption as it stands, as MM-Grounding-DINO is trained on GoldG, Flickr and GRIT; every region needs
+    `tokens_positive`, whose words are its phrase; equal spans are one phrase, equal words elsewhere another one."""
 
     @classmethod
     def miniature(cls, folder: Path) -> OdvgConfig:
@@ -75,7 +80,7 @@ class OdvgConfig(Settings):
         Raises:
             DataError: the file cannot be read.
         """
-        parser = LineParser(read_label_map(self.label_map, issues), issues)
+        parser = LineParser(read_label_map(self.label_map, issues), issues, self.captions == "whole")
         lines = (parser.parse(text, f"line {number}") for number, _, text in read_lines(Path(self.path)))
         images = [image for image in lines if image is not None]
         return Annotations.of(images, parser.names, parser.num_classes, image_root=self.image_folder)
@@ -95,6 +100,7 @@ class OdvgSource:
         self._root = config.image_folder
         check_image_root(self._root)
         self._label_map = read_label_map(config.label_map, RaiseFirstError(self._path))
+        self._whole = config.captions == "whole"
         self.vocabulary: Vocabulary | None = None
         if self._label_map is not None:
             names = [name for _, name in self._label_map.values()]
@@ -102,6 +108,9 @@ class OdvgSource:
         lines = [(number, start) for number, start, _ in read_lines(self._path)]
         self._lines = np.array(lines, np.int64).reshape(-1, 2)  # number and first byte
         self.provenance = Provenance(self._path.resolve().parent.name, self._path.stem, "detection")
+        if self.vocabulary is None and config.vocabulary != VocabularyConfig():
+            unused = "vocabulary is not used: it is for lines with numbered classes, which need a label_map"
+            warnings.warn(f"{self._path}: {unused}", stacklevel=3)
         if lines:
             self._parser().items(*self._line(0))
             self._check_boxes()
@@ -130,7 +139,8 @@ class OdvgSource:
         if not phrases:
             assert self.vocabulary is not None, "a line of classes without a label map has raised"
             phrases, phrase_ids = self.vocabulary.prompt(labels[kept], epoch, index)
-        return Sample(f"{index + 1}/{line.file}", image, phrases, boxes[kept], phrase_ids)
+        caption = line.caption and line.caption._replace(location=f"{self._path}, {location}")
+        return Sample(f"{index + 1}/{line.file}", image, phrases, boxes[kept], phrase_ids, caption=caption)
 
     def image_sizes(self, epoch: int) -> np.ndarray:
         """[lines, 2] (height, width); the first call parses every line."""
@@ -152,7 +162,7 @@ class OdvgSource:
 
     def _check_boxes(self) -> None:
         """Raise DataError if many boxes of up to `_NUM_CHECKED` lines, evenly spaced, would be left out."""
-        parser = LineParser(self._label_map, Issues())  # invalid lines are errors when they are loaded
+        parser = LineParser(self._label_map, Issues(), self._whole)  # invalid lines are errors when they are loaded
         indices = np.linspace(0, len(self) - 1, min(len(self), _NUM_CHECKED)).astype(int).tolist()
         images = [image for index in indices if (image := parser.parse(*self._line(index))) is not None]
         Annotations.of(images, parser.names, parser.num_classes).report_lost(RaiseFirstError(self._path))
@@ -165,4 +175,4 @@ class OdvgSource:
             return file.readline(), f"line {number}"
 
     def _parser(self) -> LineParser:
-        return LineParser(self._label_map, RaiseFirstError(self._path, BadSampleError))
+        return LineParser(self._label_map, RaiseFirstError(self._path, BadSampleError), self._whole)

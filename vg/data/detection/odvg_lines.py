@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from vg.data.detection.annotations import AnnotatedBox, AnnotatedImage, to_box, to_size
 from vg.data.detection.issues import Issues
 from vg.errors import DataError
+from vg.types import Caption
 
+Spans = tuple[tuple[int, int], ...]
 LabelMap = Mapping[int, tuple[int, str]]  # label in a line -> index and name of its class, in the order of the indices
 
 _ITEMS = {"detection": "instances", "grounding": "regions"}
@@ -48,14 +51,19 @@ def read_label_map(path: str | None, issues: Issues) -> LabelMap | None:
 
 
 class LineParser:
-    """Parses lines of one file; items that cannot be used are reported and left out."""
+    """Parses lines of one file; items that cannot be used are reported and left out.
 
-    def __init__(self, label_map: LabelMap | None, issues: Issues) -> None:
+    Args:
+        whole: captions are prompts: equal spans are one phrase, named by their words. Otherwise equal phrases are one.
+    """
+
+    def __init__(self, label_map: LabelMap | None, issues: Issues, whole: bool = False) -> None:
         self.names = [name for _, name in (label_map or {}).values()]  # then the phrases, as first written
         self.num_classes = len(self.names)
         self._label_map = label_map
         self._label_of_phrase: dict[str, int] = {}  # case-folded
         self._issues = issues
+        self._whole = whole
 
     def parse(self, text: bytes, location: str) -> AnnotatedImage | None:
         """Parse one line, xyxy boxes; None if it cannot be used."""
@@ -64,12 +72,14 @@ class LineParser:
         row, key, items = found
         file = str(row["filename"])
         image = AnnotatedImage(file, file, location, to_size(row.get("height"), row.get("width")), [])
+        caption = str(row[key].get("caption") or "")
+        known: dict[Spans, int] = {}
         for where, item in items.items():
-            label = self._label(item, where) if key == "detection" else self._phrase(item, row[key], where)
+            label = self._label(item, where) if key == "detection" else self._phrase(item, caption, known, where)
             boxes = self._boxes(item, key, where)
             if label is not None:
                 image.boxes.extend(AnnotatedBox(label, box, where) for box in boxes)
-        return image
+        return image._replace(caption=Caption(caption, tuple(known))) if known else image
 
     def row(self, text: bytes, location: str) -> dict[str, Any] | None:
         """Decode one line; None if it is not a JSON object."""
@@ -128,24 +138,51 @@ class LineParser:
             self._issues.add("error", "labels that mean another class in the label map", _LABEL_MAP_FIX, [example])
         return index
 
-    def _phrase(self, item: Mapping[str, Any], grounding: Mapping[str, Any], location: str) -> int | None:
-        """Return the label of the phrase of a region."""
-        phrase, caption = item.get("phrase"), str(grounding.get("caption") or "")
+    def _phrase(self, item: Mapping[str, Any], caption: str, known: dict[Spans, int], location: str) -> int | None:
+        """Return the label of the phrase of a region.
+
+        Args:
+            known: the labels of the former regions by their spans, to which this one is added if captions are whole.
+        """
+        phrase = item.get("phrase")
         if (spans := self._spans(item, caption, location)) is None:
             return None
+        words = " ".join(caption[begin:end].strip() for begin, end in spans)
+        if self._whole:
+            return self._label_of_spans(spans, words, known, f"{location}: phrase {phrase!r}, {caption[:80]!r}")
         if phrase is None and spans:
-            phrase = " ".join(caption[begin:end].strip() for begin, end in spans)
+            phrase = words
         if not isinstance(phrase, str) or not (phrase := " ".join(phrase.split())):
             fix = "add it, or tokens_positive [[begin, end], ...]"
             example = f"{location}: phrase {item.get('phrase')!r} and no tokens_positive in the caption"
             self._issues.add("error", "regions without a phrase", fix, [example])
             return None
-        label = self._label_of_phrase.setdefault(phrase.casefold(), len(self.names))
+        return self._label_of_name(phrase)
+
+    def _label_of_spans(self, spans: Spans, words: str, known: dict[Spans, int], example: str) -> int | None:
+        """Return the label of spans of a whole caption; the second phrase "a man" of a caption is named "a man (2)"."""
+        if not spans:
+            fix = "add tokens_positive [[begin, end], ...] in characters of the caption, or set captions: phrases"
+            self._issues.add("error", "regions without tokens_positive", fix, [example])
+            return None
+        if not any(map(str.isalnum, words)):
+            fix = "correct or remove them: tokens_positive is [[begin, end], ...] of words of the caption"
+            self._issues.add("error", "spans without a letter or digit", fix, [f"{example}: {words!r}"])
+            return None
+        key = tuple(sorted(set(spans)))
+        if key not in known:
+            words = " ".join(words.split())
+            names = chain([words], (f"{words} ({number})" for number in count(2)))
+            known[key] = next(label for label in map(self._label_of_name, names) if label not in known.values())
+        return known[key]
+
+    def _label_of_name(self, name: str) -> int:
+        label = self._label_of_phrase.setdefault(name.casefold(), len(self.names))
         if label == len(self.names):
-            self.names.append(phrase)
+            self.names.append(name)
         return label
 
-    def _spans(self, item: Mapping[str, Any], caption: str, location: str) -> list[tuple[int, int]] | None:
+    def _spans(self, item: Mapping[str, Any], caption: str, location: str) -> Spans | None:
         """Return the (begin, end) characters of the caption that name a region; None if any is not in the caption."""
         spans = item.get("tokens_positive") or []
         for span in spans if isinstance(spans, list) else [spans]:
@@ -155,7 +192,7 @@ class LineParser:
                 example = f"{location}: tokens_positive {str(spans)[:80]}, the caption has {len(caption)} characters"
                 self._issues.add("error", "spans that are not in the caption", fix, [example])
                 return None
-        return [tuple(span) for span in spans]
+        return tuple((begin, end) for begin, end in spans)
 
     def _boxes(self, item: Mapping[str, Any], key: str, location: str) -> list[list[float]]:
         """Return the box of an instance, or the boxes of a region, which has one or a list of them."""

@@ -40,7 +40,8 @@ def postprocess(logits: Tensor, boxes: Tensor, batch: Batch, config: PredictConf
 
     As in the COCO protocol, a query may be predicted for several phrases. Boxes are clipped to the image, as in
     mmdetection; the official COCO evaluation does not clip. The "max" score of an image with a single phrase is taken
-    over all tokens of its prompt, [CLS], [SEP] and "." included (published rule of REC).
+    over all tokens of its prompt, [CLS], [SEP] and "." included (published rule of REC), but not if the phrase is a
+    span of a caption.
 
     Args:
         logits: [R, Q, T]
@@ -48,7 +49,8 @@ def postprocess(logits: Tensor, boxes: Tensor, batch: Batch, config: PredictConf
     """
     text = batch.text
     image_ids = text.image_ids.tolist()
-    single = torch.tensor([len(batch.targets[image].phrases) == 1 for image in image_ids], device=text.mask.device)
+    expressions = [len(target.phrases) == 1 and target.caption is None for target in batch.targets]
+    single = torch.tensor([expressions[image] for image in image_ids], device=text.mask.device)
     scores = phrase_scores(logits, text.phrase_tokens, text.mask & single.unsqueeze(1), config.score)  # [R, Q, P]
     predictions = []
     for image_id, target in enumerate(batch.targets):
