@@ -54,6 +54,8 @@ class CacheConfig(Settings):
     swapped in the phrases, cropped without losing a box, or both; all take the same space on disk."""
     expressions_per_image: PositiveInt = 1
     """Largest number of expressions of one image that are batched together, so that the head can share its keys."""
+    trust: bool = False
+    """Use the features without comparing the image files with those that were encoded."""
 
 
 @dataclass

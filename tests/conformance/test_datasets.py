@@ -16,6 +16,7 @@ from vg.data.mixture import Mixture
 from vg.data.source import (
     HasCategoryIds,
     HasFingerprint,
+    HasImageFiles,
     HasImageGroups,
     HasImageKeys,
     HasImageSizes,
@@ -110,6 +111,8 @@ def test_optional_abilities_agree_with_the_samples(config: Any, source: Source) 
         for key in set(keys):
             images = [sample.image for sample, other in zip(samples, keys, strict=True) if other == key]
             assert all(np.array_equal(image, images[0]) for image in images)
+    if isinstance(source, HasImageFiles):
+        assert [file is not None and file.is_file() for file in source.image_files()] == [True] * len(samples)
     if isinstance(source, HasFingerprint):
         assert source.fingerprint() == config.build().fingerprint()
     if isinstance(source, HasCategoryIds):

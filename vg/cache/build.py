@@ -17,7 +17,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vg.cache.datasets import encodable
-from vg.cache.format import INDEX, KEY, CacheFolder, cache_folder
+from vg.cache.format import INDEX, KEY, UNKNOWN, CacheFolder, checksum_of, read_records, write_file, write_records
+from vg.cache.images import NO_FILE
+from vg.cache.key import cache_folder
+from vg.cache.repair import discard_invalid
 from vg.cache.source import CachedSource
 from vg.cache.views import ImageViews, Record
 from vg.config import DataConfig, RunConfig
@@ -28,7 +31,6 @@ from vg.data.prompt import Expressions
 from vg.data.source import Source
 from vg.distributed import new_accelerator, progress_bar
 from vg.errors import BadSampleError, CacheError, ConfigError, printable
-from vg.files import replacing, write_bytes
 from vg.models.base import EncodableModel
 from vg.types import Sample, Text
 
@@ -40,6 +42,8 @@ NUM_PROBES = 32  # images whose expressions are sampled to estimate the size of 
 
 def build_cache(config: RunConfig) -> None:
     """Write the features of all data of a run; existing shards are kept, so an interrupted build continues.
+
+    Shards that are damaged, or of which an image has changed, are written again.
 
     Under `accelerate launch` the shards are distributed over the processes.
 
@@ -55,11 +59,17 @@ def build_cache(config: RunConfig) -> None:
     model.to(accelerator.device).eval()
     views: list[tuple[DatasetConfig, Sequence[str]]] = [(dataset, cache.views) for dataset in configs_of(data.train)]
     views += [(dataset, ["plain"]) for settings in data.eval_datasets().values() for dataset in configs_of(settings)]
-    builds: dict[Path, Build] = {}  # a dataset that is used twice is encoded once
+    found: dict[Path, tuple[Source[Sample], CacheFolder]] = {}  # a dataset that is used twice is encoded once
     for dataset, stored in views:
         source = dataset.build()
         folder = cache_folder(dataset, source, cache, stored, model)
-        builds[folder.path] = Build(data, model, accelerator, source, folder)
+        found[folder.path] = source, folder
+    accelerator.wait_for_everyone()  # all processes have found the same folders before one of them changes a file
+    if accelerator.is_main_process:
+        for _, folder in found.values():
+            discard_invalid(folder)
+    accelerator.wait_for_everyone()
+    builds = {path: Build(data, model, accelerator, source, folder) for path, (source, folder) in found.items()}
 
     root = Path(cache.folder)
     root.mkdir(parents=True, exist_ok=True)
@@ -124,21 +134,21 @@ class Build:
         folder, main = self.folder, self.accelerator.is_main_process
         if main:
             self._warn_about_changing_images()
-            write_bytes(folder.path / KEY, json.dumps(folder.key, indent=1).encode())
+            if not (folder.path / KEY).exists():
+                write_file(folder.path / KEY, json.dumps(folder.key, indent=1).encode())
         missing = folder.missing_shards()
         self.accelerator.wait_for_everyone()  # all processes have listed the files before one of them writes
         self._encode_images(self._own(missing))
         self.accelerator.wait_for_everyone()
         files = [folder.image_records(shard) for shard in range(len(folder.shards))]
-        records = [record for file in files for record in json.loads(file.read_text())]
+        records = [record for file in files for record in read_records(file)]
         expressions = _distinct(records)
-        shards = range(len(folder.text_shards(len(expressions))))
-        missing = [shard for shard in shards if not folder.text_features(shard).exists()]
+        missing = self._missing_texts(expressions)
         self.accelerator.wait_for_everyone()
         self._encode_texts(expressions, self._own(missing))
         self.accelerator.wait_for_everyone()
         if main:
-            _write(folder.path / INDEX, self._index(records, expressions))
+            write_file(folder.path / INDEX, self._index(records, expressions))
             CachedSource(self.source, folder, seed=0)  # reads and checks all files
         self.accelerator.wait_for_everyone()
 
@@ -167,8 +177,24 @@ class Build:
                     features.append(self._to_half(tokens))
                     records += batch
                     bar.update(len(batch))
-                _write(self.folder.image_features(shard), np.concatenate(features))  # [images x V, S, D]
-                write_bytes(self.folder.image_records(shard), json.dumps(records).encode())
+                array = np.concatenate(features)  # [images x V, S, D]
+                for n, record in enumerate(records):
+                    first = n * self.folder.num_views
+                    record["checksums"] = [checksum_of(row) for row in array[first : first + self.folder.num_views]]
+                write_file(self.folder.image_features(shard), array)
+                write_records(self.folder.image_records(shard), records)
+
+    def _missing_texts(self, expressions: Sequence[str]) -> list[int]:
+        """Return the text shards that are not written, or of other expressions because samples have changed."""
+        missing = []
+        for shard, texts in enumerate(self.folder.text_shards(len(expressions))):
+            path = self.folder.text_records(shard)
+            try:
+                if read_records(path)["expressions"] != expressions[texts.start : texts.stop]:
+                    missing.append(shard)
+            except CacheError:
+                missing.append(shard)
+        return missing
 
     @torch.inference_mode()
     def _encode_texts(self, expressions: Sequence[str], shards: Sequence[int]) -> None:
@@ -185,7 +211,9 @@ class Build:
                     for row, values, mask in zip(rows, tokens, text.mask.cpu().numpy(), strict=True):
                         features[row] = values[mask]
                     bar.update(len(rows))
-                _write(self.folder.text_features(shard), np.concatenate(features))  # [tokens, D]
+                write_file(self.folder.text_features(shard), np.concatenate(features))  # [tokens, D]
+                written = {"expressions": chunk, "checksums": [checksum_of(values) for values in features]}
+                write_records(self.folder.text_records(shard), written)
 
     def _text(self, expressions: Sequence[str]) -> Text:
         text = Expressions(self.model.text_spec).text(expressions, [self.folder.name] * len(expressions))
@@ -217,6 +245,8 @@ class Build:
                 boxes[sample] = [view["boxes"][n] for view in record["views"]]
                 texts[sample] = [expression_ids[view["phrases"][n]] for view in record["views"]]
                 ids[sample], types[sample] = record["ids"][n], record["kinds"][n]
+        shards = range(len(self.folder.text_shards(len(expressions))))
+        checksums = [value for shard in shards for value in read_records(self.folder.text_records(shard))["checksums"]]
         strings = {"ids": ids, "kinds": types, "expressions": list(expressions)}
         return {
             "pictures": images,  # [samples]
@@ -226,6 +256,9 @@ class Build:
             "bad": bad,  # [samples]
             "ends": np.cumsum(self._num_tokens(expressions)),  # [E]
             "grid": np.array(self.grid),
+            "files": np.array([record.get("file", NO_FILE) for record in records], np.int64),  # [images, 3]
+            "picture_checksums": np.array([record.get("checksums", [UNKNOWN] * num_views) for record in records]),
+            "word_checksums": np.array(checksums, np.int64),  # [E]
             **{name: np.frombuffer(json.dumps(values).encode(), np.uint8) for name, values in strings.items()},
         }
 
@@ -248,19 +281,6 @@ def _collate(items: Sequence[tuple[Record, Tensor]]) -> tuple[list[Record], Tens
 def _distinct(records: Sequence[Record]) -> list[str]:
     """Return the expressions of all views without repetition, in order of first occurrence."""
     return list(dict.fromkeys(e for record in records for view in record["views"] for e in view["phrases"]))
-
-
-def _write(path: Path, content: np.ndarray | dict[str, np.ndarray]) -> None:
-    try:
-        with replacing(path, is_file=True) as partial, partial.open("wb") as file:
-            if isinstance(content, dict):
-                np.savez(file, **content)  # type: ignore[arg-type]
-            else:
-                np.save(file, content)
-    except OSError as error:
-        raise CacheError(
-            f"could not write the cache: {error}; if the disk is full, make room. `vg cache` continues where it stopped"
-        ) from error
 
 
 def _size(num_bytes: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from vg.cache.format import cache_folder
+from vg.cache.key import cache_folder
 from vg.cache.source import CachedSource, collate_encoded
 from vg.config import CacheConfig, DataConfig, RunConfig
 from vg.data.collate import Collator

@@ -2,56 +2,53 @@
 
 A cache is a folder of shards, each of which is written atomically:
 
-    key.json                    all that the features depend on; its digest is part of the name of the folder
+    key.json                    all that the features depend on, see vg.cache.key
     pictures/00000.npy, .json   [256 images x V views, S, D] float16, and the annotations of these images
-    words/00000.npy             [tokens of 4,096 expressions, D] float16
-    index.npz                   written last: sample -> image, expression, box
+    words/00000.npy, .json      [tokens of 4,096 expressions, D] float16, and the expressions
+    index.npz                   written last: sample -> image, expression, box; files of images; checksums
+
+The checksum of a row of features is compared when the row is first read, that of a .json file whenever it is read; zip
+has its own.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vg.config import CacheConfig
-from vg.data import DatasetConfig
-from vg.data.source import HasFingerprint, HasImageKeys, Source
 from vg.errors import CacheError
-from vg.models.base import EncodableModel
+from vg.files import replacing
 
 # Images and expressions per shard: more is more work lost on interruption, less is more open files.
 FORMAT = {"version": 1, "pictures": 256, "expressions": 4096}
 KEY, INDEX = "key.json", "index.npz"
 
 
+UNKNOWN = -1  # checksum of features that an earlier version wrote, and of those that have been verified
+REPAIR = "`vg cache CONFIG` writes it again"
+
+
 @dataclass(frozen=True)
 class CacheFolder:
     """Paths of the features of one source in certain views."""
 
-    root: Path  # of all caches
+    path: Path
     key: Mapping[str, Any]  # all that the features depend on, as JSON values; "data" and "split" name the source
     num_images: int  # without their views
-
-    @cached_property
-    def path(self) -> Path:
-        return self.root / f"{self._name}-{_digest(self.key)[:16]}"
+    files: Sequence[Path | None]  # of the images; None for images that are not files
+    encoded_as: str  # name of the dataset when it was encoded
+    trust: bool  # do not compare the files with those that were encoded
 
     @property
     def name(self) -> str:
         """Dataset and split for messages."""
         return f"{self.key['data']} ({self.key['split']})"
-
-    @property
-    def _name(self) -> str:
-        return re.sub(r"[^A-Za-z0-9]+", "_", f"{self.key['data']} {self.key['split']}").strip("_")
 
     @property
     def num_views(self) -> int:
@@ -84,80 +81,75 @@ class CacheFolder:
     def text_features(self, shard: int) -> Path:
         return self.path / "words" / f"{shard:05d}.npy"
 
+    def text_records(self, shard: int) -> Path:
+        """Expressions of a shard and the checksums of their features; written after the features."""
+        return self.text_features(shard).with_suffix(".json")
+
     def missing_shards(self) -> list[int]:
         """Return the image shards that are not written yet."""
         return [shard for shard in range(len(self.shards)) if not self.image_records(shard).exists()]
 
-    def check_complete(self) -> None:
-        """Raise CacheError if this cache does not exist, is incomplete, or exists with another key only."""
-        advice = "create it with `vg cache CONFIG` and the same overrides, or set data.cache=null"
-        if (self.path / INDEX).exists():
-            return
-        if self.path.exists():
-            total = len(self.shards)
-            raise CacheError(
-                f"the cache {self.path} is incomplete: {total - len(self.missing_shards())} of {total} image shards "
-                f"are written; {advice}"
-            )
-        found = [json.loads(file.read_text()) for file in sorted(self.root.glob(f"{self._name}-*/{KEY}"))]
-        if not found:
-            raise CacheError(f"{self.root} contains no features of {self.name}; {advice}")
-        differences = sorted((_differences(self.key, key) for key in found), key=len)
-        listed = "\n  ".join("; ".join(lines) for lines in differences[:3])
-        raise CacheError(f"{self.root} contains features of {self.name} with another key:\n  {listed}\n{advice}")
+
+def checksum_of(features: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(features).data)
 
 
-def cache_folder(
-    settings: DatasetConfig, source: Source, cache: CacheConfig, views: Sequence[str], model: EncodableModel
-) -> CacheFolder:
-    """Return the folder for the features of a source; raises ConfigError if an encoder is not frozen.
-
-    The key must not change with names in the code: an entry that is renamed makes all existing caches stale.
-    """
-    key: dict[str, Any] = {
-        "data": source.provenance.data,
-        "split": source.provenance.split,
-        "settings": asdict(settings),
-        "samples": len(source),
-        "annotations": source.fingerprint() if isinstance(source, HasFingerprint) else None,
-        "pictures": _digest(list(source.image_keys())) if isinstance(source, HasImageKeys) else None,
-        "views": list(views),
-        "transform": {"name": type(model.image_spec).__name__, **asdict(model.image_spec)},
-        **model.feature_key(),
-        "format": dict(FORMAT),
-    }
-    return CacheFolder(Path(cache.folder), key, int(image_indices(source).max()) + 1)
+def verify(features: np.ndarray, checksum: int, path: Path) -> None:
+    """Raise CacheError if features of a shard do not have their checksum."""
+    if checksum != UNKNOWN and checksum_of(features) != checksum:
+        raise CacheError(f"{path}: the checksum of these features is wrong, the file is damaged; {REPAIR}")
 
 
-def image_indices(source: Source) -> np.ndarray:
-    """Return the index of the image of each sample, in order of first occurrence: [samples] int."""
-    if not isinstance(source, HasImageKeys):
-        return np.arange(len(source))
-    indices: dict[str, int] = {}
-    return np.array([indices.setdefault(key, len(indices)) for key in source.image_keys()], np.int64)
-
-
-def read_file(path: Path, damaged: Path) -> Any:
-    """Memory-map a shard (.npy) or read the index (.npz); raises CacheError, which advises to remove `damaged`."""
+def read_file(path: Path) -> Any:
+    """Memory-map a shard (.npy) or read the index (.npz); raises CacheError."""
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
         return content if isinstance(content, np.ndarray) else dict(content)
     except Exception as error:  # zipfile, zlib and numpy each have their own exceptions for damaged files
-        raise CacheError(f"{path} cannot be read ({error}); remove {damaged} and run `vg cache` again") from error
+        raise CacheError(f"{path} cannot be read ({error}); {REPAIR}") from error
+
+
+def read_shard(path: Path, length: int) -> np.ndarray:
+    """Memory-map the features of a shard; raises CacheError if they are not `length` rows."""
+    array: np.ndarray = read_file(path)
+    if array.dtype != np.float16 or len(array) != length:
+        found = f"{len(array)} rows" + (f" of {array.dtype}" if array.dtype != np.float16 else "")
+        raise CacheError(f"{path} has {found}, expected {length}; {REPAIR}")
+    return array
+
+
+def read_records(path: Path) -> Any:
+    """Read a .json file that write_records wrote; raises CacheError."""
+    try:
+        values, _, written = path.read_text(encoding="utf-8").partition("\n")
+        if written and int(written, 16) != zlib.crc32(values.encode()):  # earlier versions wrote none
+            raise ValueError("its checksum is wrong")
+        return json.loads(values)
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{path} cannot be read ({error}); {REPAIR}") from error
+
+
+def write_records(path: Path, values: Any) -> None:
+    """Write JSON in one line and its checksum in another."""
+    line = json.dumps(values)
+    write_file(path, f"{line}\n{zlib.crc32(line.encode()):08x}\n".encode())
+
+
+def write_file(path: Path, content: np.ndarray | Mapping[str, np.ndarray] | bytes) -> None:
+    """Write a shard, an index or another file atomically; raises CacheError, which names the file."""
+    try:
+        with replacing(path, is_file=True) as partial, partial.open("wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            elif isinstance(content, Mapping):
+                np.savez(file, **content)  # type: ignore[arg-type]
+            else:
+                np.save(file, content)
+    except OSError as error:
+        raise CacheError(
+            f"could not write the cache: {error}; if the disk is full, make room. `vg cache` continues where it stopped"
+        ) from error
 
 
 def _chunks(total: int, size: int) -> list[range]:
     return [range(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _differences(wanted: Any, found: Any, path: str = "") -> list[str]:
-    """Return one line for each value in which two keys differ."""
-    if isinstance(wanted, Mapping) and isinstance(found, Mapping):
-        names = dict.fromkeys([*wanted, *found])
-        return [line for name in names for line in _differences(wanted.get(name), found.get(name), f"{path}{name}.")]
-    wanted, found = (json.loads(json.dumps(value)) for value in (wanted, found))
-    return [] if wanted == found else [f"{path[:-1]} is {wanted}, the cache has {found}"]

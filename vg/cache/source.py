@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import numpy as np
 import torch
 
 from vg import boxes as box_ops
-from vg.cache.format import INDEX, CacheFolder, read_file
+from vg.cache.format import INDEX, UNKNOWN, CacheFolder, read_file, read_shard, verify
+from vg.cache.images import changed_images
+from vg.cache.key import check_complete
 from vg.data.source import HasImageKeys, Source
 from vg.errors import BadSampleError, CacheError
 from vg.types import EncodedBatch, EncodedSample, Features, Sample, Target
+
+logger = logging.getLogger(__name__)
 
 
 class CachedSource:
@@ -23,31 +28,52 @@ class CachedSource:
     The view of an image is a function of (seed, epoch, image), so all samples of an image have the same view.
 
     Raises:
-        CacheError: the cache is missing, stale, incomplete or damaged.
+        CacheError: the cache is missing, stale, incomplete or damaged; damaged features are found when they are first
+            loaded.
     """
 
     def __init__(self, source: Source[Sample], folder: CacheFolder, seed: int):
-        folder.check_complete()
+        check_complete(folder)
         self.source = source
         self.folder = folder
         self.seed = seed
         self.provenance = source.provenance
-        self._index: dict[str, np.ndarray] = read_file(folder.path / INDEX, damaged=folder.path / INDEX)
+        self._index: dict[str, np.ndarray] = read_file(folder.path / INDEX)
         self._texts = {name: json.loads(self._index[name].tobytes()) for name in ("ids", "kinds", "expressions")}
+        old, new = (f"{name}/{folder.key['split']}/" for name in (folder.encoded_as, folder.key["data"]))
+        if old != new:  # a sample id begins with the name of the dataset, which changes with that of its folder
+            self._texts["ids"] = [new + id[len(old) :] if id.startswith(old) else id for id in self._texts["ids"]]
         self._ends = np.concatenate([[0], self._index["ends"]])  # [E + 1] first token of each expression
         self._grid = (int(self._index["grid"][0]), int(self._index["grid"][1]))
-        self._arrays: dict[Path, np.ndarray] = {}  # opened files
-
+        images, texts = self._index["sizes"].shape[:2], self._ends[1:].shape  # [images, V] and [E]
+        self._unverified = [  # checksums of features that have not been loaded yet
+            self._index.get("picture_checksums", np.full(images, UNKNOWN)),
+            self._index.get("word_checksums", np.full(texts, UNKNOWN)),
+        ]
         # All files are opened once, so a missing or shortened one is found before training.
         lengths = {folder.image_features(n): len(shard) * folder.num_views for n, shard in enumerate(folder.shards)}
         for n, shard in enumerate(folder.text_shards(len(self._ends) - 1)):
             lengths[folder.text_features(n)] = int(self._ends[shard.stop] - self._ends[shard.start])
-        for path, length in lengths.items():
-            if len(self._open(path)) != length:
-                raise CacheError(
-                    f"{path} has {len(self._open(path))} rows, expected {length}; remove {folder.path} and run "
-                    "`vg cache` again"
-                )
+        self._arrays = {path: read_shard(path, length) for path, length in lengths.items()}
+        if not folder.trust:
+            self._compare_images()
+
+    def _compare_images(self) -> None:
+        folder, files = self.folder, self.folder.files
+        if "files" not in self._index:
+            logger.info("%s was written by an earlier version: changed images are not noticed", folder.path)
+            return
+        changes = changed_images(files, self._index["files"])
+        if changes.changed:
+            names = ", ".join(str(files[image]) for image in changes.changed[:3])
+            raise CacheError(
+                f"{len(changes.changed)} of {len(files)} images of {folder.name} differ from those in the cache "
+                f"{folder.path}: {names}{', ...' if len(changes.changed) > 3 else ''}; `vg cache CONFIG` encodes them "
+                "again, data.cache.trust=true uses the old features"
+            )
+        if changes.missing:
+            text = "%s of %s images of %s do not exist any more, so they are not compared with the cache"
+            logger.info(text, f"{len(changes.missing):,}", f"{len(files):,}", folder.name)
 
     def __len__(self) -> int:
         return len(self._index["pictures"])
@@ -69,12 +95,14 @@ class CachedSource:
         text = int(arrays["words"][index, view])
         text_shard, text_row = divmod(text, self.folder.texts_per_shard)
         first, start, end = self._ends[[text - text_row, text, text + 1]]  # tokens; the first one of the shard
+        tokens = slice(start - first, end - first)
+        row = image_row * self.folder.num_views + view
         return EncodedSample(
             id=self._texts["ids"][index],
             image_key=(str(self.folder.path), image * self.folder.num_views + view),
-            image=self._open(self.folder.image_features(image_shard))[image_row * self.folder.num_views + view],
+            image=self._features(self.folder.image_features(image_shard), row, self._unverified[0], (image, view)),
             grid=self._grid,
-            text=self._open(self.folder.text_features(text_shard))[start - first : end - first],
+            text=self._features(self.folder.text_features(text_shard), tokens, self._unverified[1], text),
             size=(int(arrays["sizes"][image, view, 0]), int(arrays["sizes"][image, view, 1])),
             phrase=self._texts["expressions"][text],
             box=arrays["boxes"][index, view],
@@ -100,10 +128,17 @@ class CachedSource:
             return 0
         return int(np.random.default_rng((self.seed, epoch, image)).integers(self.folder.num_views))
 
-    def _open(self, path: Path) -> np.ndarray:
+    def _features(
+        self, path: Path, rows: int | slice, unverified: np.ndarray, index: int | tuple[int, int]
+    ) -> np.ndarray:
+        """Read features of a shard; the first time, compare their checksum, which is `unverified[index]`."""
         if path not in self._arrays:
-            self._arrays[path] = read_file(path, damaged=self.folder.path)
-        return self._arrays[path]
+            self._arrays[path] = read_file(path)
+        features: np.ndarray = self._arrays[path][rows]
+        if unverified[index] != UNKNOWN:
+            verify(features, unverified[index], path)
+            unverified[index] = UNKNOWN
+        return features
 
 
 def collate_encoded(samples: Sequence[EncodedSample]) -> EncodedBatch:

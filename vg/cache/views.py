@@ -10,14 +10,14 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vg.cache.format import image_indices
+from vg.cache.images import files_of, identity, image_indices
 from vg.data.augment import AugmentConfig
 from vg.data.collate import Collator
 from vg.data.source import Source, checked
 from vg.errors import BadSampleError, DataError
 from vg.types import Sample
 
-Record = dict[str, Any]  # annotations of an image as JSON values: samples, bad, ids, kinds, views
+Record = dict[str, Any]  # annotations of an image as JSON values: samples, bad, ids, kinds, views; identity of its file
 
 
 class ImageViews(Dataset[tuple[Record, Tensor]]):
@@ -34,6 +34,7 @@ class ImageViews(Dataset[tuple[Record, Tensor]]):
         self.collate = collate
         self.skip = skip
         images = image_indices(source)  # [samples]
+        self.files = files_of(source, images)
         order = np.argsort(images, kind="stable")
         self.samples = np.split(order, np.cumsum(np.bincount(images))[:-1])  # per image: indices of its samples
 
@@ -42,6 +43,7 @@ class ImageViews(Dataset[tuple[Record, Tensor]]):
 
     def __getitem__(self, image: int) -> tuple[Record, Tensor]:
         indices, samples, bad = [], [], []
+        file = identity(self.files[image])
         for index in self.samples[image].tolist():
             try:
                 samples.append(self._load(index))
@@ -56,6 +58,7 @@ class ImageViews(Dataset[tuple[Record, Tensor]]):
             for position, augment in enumerate(self.views)
         ]
         record = {
+            "file": file,
             "samples": indices,
             "bad": bad,
             "ids": [sample.id for sample in samples],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -28,23 +28,47 @@ def find_image(name: str, root: Path) -> Path:
     Raises:
         BadSampleError: the name leads out of `root`, or there is no such file; the message lists what was tried.
     """
-    if not Path(os.path.abspath(root / name)).is_relative_to(os.path.abspath(root)):  # links may lead elsewhere
+    if _is_outside(name, root):
         raise BadSampleError(f"image {name} is outside {root}; set image_root to a folder that contains all images")
-    names = [Path(name).name]
-    if coco_id := re.search(r"\d{12}", names[0]):
-        names += [f"COCO_train2014_{coco_id[0]}.jpg", f"COCO_val2014_{coco_id[0]}.jpg", f"{coco_id[0]}.jpg"]
-    candidates = [root / name, *(root / folder / file for folder in _FOLDERS for file in names)]
     try:
-        for candidate in candidates:
+        for candidate in _candidates(name, root):
             if candidate.is_file():
                 return candidate
     except OSError as error:  # the name is too long, or a folder cannot be read
         raise BadSampleError(f"image {name[:80]} cannot be opened ({error.strerror}); correct its name") from error
-    tried = ", ".join(dict.fromkeys([name, *(str(candidate.relative_to(root)) for candidate in candidates[1:])]))
+    tried = ", ".join(dict.fromkeys([name, *(str(file.relative_to(root)) for file in [*_candidates(name, root)][1:])]))
     raise BadSampleError(
         f"image {name} not found below {root} (tried {tried}); put the file there or set image_root to the "
         "folder that contains the images"
     )
+
+
+def _is_outside(name: str, root: Path) -> bool:
+    if not os.path.isabs(name) and ".." not in name:
+        return False
+    return not Path(os.path.abspath(root / name)).is_relative_to(os.path.abspath(root))  # links may lead elsewhere
+
+
+def _candidates(name: str, root: Path, folders: Sequence[str] = _FOLDERS) -> Iterator[Path]:
+    """Yield where the file of an image may be."""
+    yield root / name
+    names = [os.path.basename(name)]
+    if coco_id := re.search(r"\d{12}", names[0]):
+        names += [f"COCO_train2014_{coco_id[0]}.jpg", f"COCO_val2014_{coco_id[0]}.jpg", f"{coco_id[0]}.jpg"]
+    yield from (root / folder / file for folder in folders for file in names)
+
+
+def image_files(names: Sequence[str], root: Path) -> list[Path | None]:
+    """Return the files of many images; `root / name` if there is none, None if that is outside `root`."""
+    folders = [folder for folder in _FOLDERS if (root / folder).is_dir()]
+    files: dict[str, Path | None] = {}
+    for name in dict.fromkeys(names):
+        if _is_outside(name, root):
+            files[name] = None
+        else:
+            candidates = _candidates(name, root, folders)
+            files[name] = next((file for file in candidates if os.path.isfile(file)), root / name)
+    return [files[name] for name in names]
 
 
 def list_images(folder: Path) -> list[str]:

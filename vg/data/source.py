@@ -6,6 +6,7 @@ A source implements `provenance`, `__len__` and `load`. Each of the protocols be
     HasImageSizes     data.group_by_aspect_ratio                              error
     HasImageGroups    data.cache.expressions_per_image above 1              error
     HasImageKeys      finding images shared by training and evaluation      overlap is not detected
+    HasImageFiles     detecting replaced images under a feature cache       such a cache is used unnoticed
     HasFingerprint    detecting edited annotations under a feature cache    such a cache is used unnoticed
     HasPhrases        finding phrases that are too long before the start    such a sample is found when it is loaded
     HasCategoryIds    vg eval --detections                                  error
@@ -15,6 +16,7 @@ A source implements `provenance`, `__len__` and `load`. Each of the protocols be
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -69,6 +71,14 @@ class HasImageKeys(Protocol):
 
     def image_keys(self) -> list[str]:
         """Return a key of the image of each sample; equal keys, in any source, mean the same image."""
+
+
+@runtime_checkable
+class HasImageFiles(Protocol):
+    """A source with images in files of their own."""
+
+    def image_files(self) -> list[Path | None]:
+        """Return the file of the image of each sample, which may be missing; None if the image is not a file."""
 
 
 @runtime_checkable

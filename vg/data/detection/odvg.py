@@ -16,7 +16,7 @@ from vg.data.detection.issues import Issues, RaiseFirstError
 from vg.data.detection.odvg_lines import LineParser, read_label_map, read_lines
 from vg.data.detection.source import check_image_root, clip_boxes, read_annotated_image
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
-from vg.data.images import find_image, image_key, image_size
+from vg.data.images import find_image, image_files, image_key, image_size
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import BadSampleError
@@ -148,6 +148,9 @@ class OdvgSource:
 
     def image_keys(self) -> list[str]:
         return [image_key(name, self._root) for name in self._files_and_sizes[0]]
+
+    def image_files(self) -> list[Path | None]:
+        return image_files(self._files_and_sizes[0], self._root)
 
     @cached_property
     def _files_and_sizes(self) -> tuple[list[str], np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from vg.data.detection.annotations import MIN_SIDE, Annotations
 from vg.data.detection.vocabulary import Vocabulary
-from vg.data.images import find_image, image_key, image_size, read_image
+from vg.data.images import find_image, image_files, image_key, image_size, read_image
 from vg.data.source import OVERHANG, Provenance
 from vg.errors import BadSampleError, DataError
 from vg.types import Sample
@@ -94,6 +94,9 @@ class DetectionSource:
 
     def image_keys(self) -> list[str]:
         return [image_key(file, self._root) for file in self._files]
+
+    def image_files(self) -> list[Path | None]:
+        return image_files(self._files, self._root)
 
     def _warn_of_overhang(self) -> None:
         """Warn if many boxes extend beyond the image: their format is wrong, which clipping would hide."""

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from vg.data.images import image_key, image_size, read_image
+from vg.data.images import image_files, image_key, image_size, read_image
 from vg.data.refcoco.official import Counts, check_counts
 from vg.data.refcoco.rows import (
     COLUMNS,
@@ -149,10 +149,19 @@ class Refcoco:
         return self._sizes[self._indices[:, 0]]
 
     def image_keys(self) -> list[str]:
-        rows = self._table.select(("image_path", "file_name")).rows  # without pixels
-        names = [image_name(row) for row in rows]
+        names = self._image_names()
         keys = {name: image_key(name, self._image_root) for name in dict.fromkeys(names)}
         return [keys[names[row]] for row in self._indices[:, 0].tolist()]
+
+    def image_files(self) -> list[Path | None]:
+        table, root = self._table, self._image_root
+        if root is None or table.images is not None or ("image" in table.columns and not isinstance(table.rows, list)):
+            return [None] * len(self)  # in the rows
+        files = image_files(self._image_names(), root)  # [rows]
+        return [files[row] for row in self._indices[:, 0].tolist()]
+
+    def _image_names(self) -> list[str]:
+        return [image_name(row) for row in self._table.select(("image_path", "file_name")).rows]  # without pixels
 
     def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
         """Return the id and the expression of each sample."""

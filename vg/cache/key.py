@@ -1,0 +1,158 @@
+"""What cached features depend on, and the search for a cache with such features.
+
+A key contains paths, but a cache is found by content: paths do not count where other entries determine the content,
+such as the digests of all annotations and of an encoder's weights. The index has sizes and digests of the image files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vg.cache.format import FORMAT, INDEX, KEY, CacheFolder, read_file
+from vg.cache.images import changed_images, files_of, image_indices
+from vg.config import CacheConfig
+from vg.data import DatasetConfig
+from vg.data.source import HasFingerprint, HasImageKeys, Source
+from vg.errors import CacheError
+from vg.models.base import EncodableModel
+
+logger = logging.getLogger(__name__)
+
+PATHS = ("path", "image_root")  # settings of a dataset
+
+
+def cache_folder(
+    settings: DatasetConfig, source: Source, cache: CacheConfig, views: Sequence[str], model: EncodableModel
+) -> CacheFolder:
+    """Return the folder with the features of a source, or the one to write; raises ConfigError as `feature_key`.
+
+    The key must not change with names in the code: an entry that is renamed makes all existing caches stale.
+    """
+    image_keys = list(source.image_keys()) if isinstance(source, HasImageKeys) else None
+    images = image_indices(source, image_keys)  # [samples]
+    key: dict[str, Any] = {
+        "data": source.provenance.data,
+        "split": source.provenance.split,
+        "settings": asdict(settings),
+        "samples": len(source),
+        "annotations": source.fingerprint() if isinstance(source, HasFingerprint) else None,
+        "pictures": None if image_keys is None else _digest(image_keys),  # paths, as far as they are not COCO ids
+        "images": hashlib.sha256(images.astype("<i8").tobytes()).hexdigest(),  # which samples share one
+        "views": list(views),
+        "transform": {"name": type(model.image_spec).__name__, **asdict(model.image_spec)},
+        **model.feature_key(),
+        "format": dict(FORMAT),
+    }
+    key = json.loads(json.dumps(key))  # tuples are lists, as in a file
+    files = files_of(source, images)
+    path = _locate(Path(cache.folder), key, files, cache.trust)
+    encoded_as = _keys(path.parent).get(path, key)["data"]
+    return CacheFolder(path, key, int(images.max()) + 1, files, encoded_as, cache.trust)
+
+
+def check_complete(folder: CacheFolder) -> None:
+    """Raise CacheError if a cache does not exist, is incomplete, or exists with another key only."""
+    advice = "create it with `vg cache CONFIG` and the same overrides, or set data.cache=null"
+    if (folder.path / INDEX).exists():
+        return
+    if folder.path.exists():
+        total = len(folder.shards)
+        raise CacheError(
+            f"the cache {folder.path} is incomplete: {total - len(folder.missing_shards())} of {total} image shards "
+            f"are written; {advice}"
+        )
+    root, key = folder.path.parent, folder.key
+    keys = {
+        path: found
+        for path, found in _keys(root).items()
+        if found["split"] == key["split"]
+        and any(found[name] == key[name] is not None for name in ("data", "annotations"))
+    }
+    if not keys:
+        raise CacheError(f"{root} contains no features of {folder.name}; {advice}")
+    differences = sorted((_differences(key, found, folder.trust) for found in keys.values()), key=len)
+    if not differences[0]:
+        counts = [_num_changed(path, folder.files) for path, found in keys.items() if not _differences(key, found)]
+        differences = [[f"{min(counts)} of its {folder.num_images} images differ"]]
+    if any("images" not in found for found in keys.values()):
+        advice += "; data.cache.trust=true accepts moved images in a cache of an earlier version"
+    listed = "\n  ".join("; ".join(lines) for lines in differences[:3])
+    raise CacheError(f"{root} contains features of {folder.name} with another key:\n  {listed}\n{advice}")
+
+
+def _locate(root: Path, key: Mapping[str, Any], files: Sequence[Path | None], trust: bool) -> Path:
+    name = re.sub(r"[^A-Za-z0-9]+", "_", f"{key['data']} {key['split']}").strip("_")
+    exact = root / f"{name}-{_digest(_without(key, ['images']))[:16]}"  # with all paths, as in earlier versions
+    if exact.exists():
+        return exact
+    counts = {}  # of images that differ
+    for path, found in _keys(root).items():
+        if not _differences(key, found, trust):
+            is_here = trust or found["settings"] == key["settings"]
+            counts[path] = 0 if is_here else _num_changed(path, files)
+    best = min(counts, key=lambda path: counts[path], default=None)
+    if best is not None and counts[best] <= len(files) / 2:
+        return best
+    path = root / f"{name}-{_digest(_content(key))[:16]}"
+    return exact if path in counts else path  # the cache of another version of the images is kept
+
+
+def _keys(root: Path) -> dict[Path, dict[str, Any]]:
+    """Return the keys of all caches in a folder."""
+    keys = {}
+    for file in sorted(root.glob(f"*/{KEY}")):
+        try:
+            keys[file.parent] = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            logger.warning("%s cannot be read (%s), so its features are not used; remove the folder", file, error)
+    return keys
+
+
+def _num_changed(path: Path, files: Sequence[Path | None]) -> int:
+    """Count the images that are not those of a cache, as far as it is complete and both are known."""
+    stored = read_file(path / INDEX).get("files") if (path / INDEX).exists() else None
+    return 0 if stored is None else len(changed_images(files, stored).changed)
+
+
+def _content(key: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a key without the paths of what its other entries determine."""
+    content = {
+        name: _without(value, ["id"]) if isinstance(value, Mapping) and "weights" in value else value
+        for name, value in key.items()
+    }
+    if key["annotations"] is None:
+        return content
+    return _without(content, ["data", "pictures"]) | {"settings": _without(key["settings"], PATHS)}
+
+
+def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any], trust: bool = False) -> list[str]:
+    """Return one line for each value in which the content of two keys differs."""
+    if "images" not in found:  # by an earlier version, which did not record the files of its images
+        wanted = _without(wanted, ["images"])
+        location = found["settings"].get("image_root") or found["settings"].get("path")
+        if not trust and location is not None and Path(location).exists():  # not moved: these may be other images
+            paths = [{name: key[name] for name in ("settings", "pictures")} for key in (wanted, found)]
+            return _lines(_content(wanted) | paths[0], _content(found) | paths[1])
+    return _lines(_content(wanted), _content(found))
+
+
+def _lines(wanted: Any, found: Any, path: str = "") -> list[str]:
+    if isinstance(wanted, Mapping) and isinstance(found, Mapping):
+        names = dict.fromkeys([*wanted, *found])
+        return [line for name in names for line in _lines(wanted.get(name), found.get(name), f"{path}{name}.")]
+    return [] if wanted == found else [f"{path[:-1]} is {wanted}, the cache has {found}"]
+
+
+def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
