@@ -98,25 +98,6 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def start_worker(_: int) -> None:
-    """Initialize a data worker (`worker_init_fn`): only its main process, which needs the data to stop, may end it.
-
-    Schedulers, containers and terminals send a stop signal to all processes of a run.
-    """
-    if not hasattr(signal, "sigwaitinfo"):
-        ignore_stop_signals()
-        return
-
-    def wait() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    ignore_stop_signals()
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    threading.Thread(target=wait, daemon=True).start()
-
-
 class StopSignal:
     """A signal that asks a run to stop (STOP_SIGNALS), received by any of its processes.
 

@@ -104,6 +104,18 @@ class Target(Movable):
     crowd: Tensor | None = None  # [N] bool, as in Sample
     areas: Tensor | None = None  # [N] float32
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle tensors by value: a data worker would otherwise open a shared file for each of them."""
+        return _new_target, tuple(value.numpy() if hasattr(value, "numpy") else value for value in vars(self).values())
+
+
+def _new_target(*values: Any) -> Target:
+    """Make a target of its values, with arrays in place of tensors."""
+    import torch
+
+    restored: list[Any] = [torch.from_numpy(value) if hasattr(value, "dtype") else value for value in values]
+    return Target(*restored)
+
 
 class PromptTargets(NamedTuple):
     """Ground truth of every prompt of a batch: the boxes of its phrases, padded to the most that a prompt has."""

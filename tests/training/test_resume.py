@@ -394,7 +394,7 @@ def test_only_the_main_process_ends_its_data_workers(tiny_config: MakeConfig, tm
 import os, subprocess, time
 from pathlib import Path
 from torch.utils.data import DataLoader
-from vg.distributed import start_worker
+from vg.workers import start_worker
 
 class Hanging:
     def __len__(self): return 2
