@@ -88,9 +88,9 @@ class Trainer:
         self.progress = Progress()
         self.stop = StopSignal(self.accelerator, min(STOP_INTERVAL, config.train.log_every))
         self.losses = LossLog(self.accelerator)
-        self.folder.begin(resume)  # last, because it removes an overwritten run
         if resume:
             self.restore()
+        self.folder.begin(resume)  # last, because it replaces the configuration and removes an overwritten run
         self.report = Report(self)
 
     def fit(self) -> dict[str, Any]:
