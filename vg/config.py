@@ -127,6 +127,9 @@ class TrainConfig(Settings):
     [0.0, 0.25, 0.5, 0.75, 1.0] is a good choice."""
     log_every: PositiveInt = 10
     """Steps between log entries."""
+    preemption_signal: Literal["SIGUSR1", "SIGUSR2"] | None = None
+    """Notice of a scheduler that the job will end: the run saves and stops, as it always does on SIGTERM. null: these
+    signals have their usual effect, which is to end the program at once."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers of Accelerate: tensorboard, wandb, mlflow, comet_ml, ..."""
 

@@ -88,13 +88,14 @@ def progress_bar(accelerator: Accelerator, **options: Any) -> tqdm:
     return tqdm(disable=not accelerator.is_main_process, mininterval=interval, dynamic_ncols=True, **options)
 
 
-# Ctrl-C, the end of a job, a closed terminal, and the usual notice before preemption; Windows has the first two.
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+# Ctrl-C, the end of a job, and a closed terminal; Windows has the first two.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+PREEMPTION_SIGNALS = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 
 def ignore_stop_signals() -> None:
-    for number in STOP_SIGNALS:
+    """Ignore all stop signals, and those that may be configured as a notice of preemption."""
+    for number in STOP_SIGNALS + PREEMPTION_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -103,9 +104,18 @@ class StopSignal:
 
     All processes must check at the same step. Each check is a collective that waits for the device, so several
     processes check every `interval` steps; the interval of a single process is 1.
+
+    Args:
+        preemption: name of a further signal, with which a scheduler gives notice.
+
+    Raises:
+        ConfigError: the system has no such signal.
     """
 
-    def __init__(self, accelerator: Accelerator, interval: int = 1):
+    def __init__(self, accelerator: Accelerator, interval: int = 1, preemption: str | None = None):
+        self.signals = STOP_SIGNALS + [number for number in PREEMPTION_SIGNALS if number.name == preemption]
+        if preemption and self.signals == STOP_SIGNALS:
+            raise ConfigError(f"train.preemption_signal: this system has no {preemption}; set it to null")
         self.accelerator = accelerator
         self.interval = interval if accelerator.num_processes > 1 else 1
         self.received: signal.Signals | None = None
@@ -126,7 +136,7 @@ class StopSignal:
         if threading.current_thread() is not threading.main_thread():  # handlers cannot be installed, as in a notebook
             yield
             return
-        old = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        old = {number: signal.getsignal(number) for number in self.signals}
         if old.get(getattr(signal, "SIGHUP", None)) is signal.SIG_IGN:
             del old[signal.SIGHUP]
 

@@ -86,7 +86,9 @@ class Trainer:
         self.state = TrainingState(config, self.unwrapped_model, self.optimizer, self.accelerator)
 
         self.progress = Progress()
-        self.stop = StopSignal(self.accelerator, min(STOP_INTERVAL, config.train.log_every))
+        self.stop = StopSignal(
+            self.accelerator, min(STOP_INTERVAL, config.train.log_every), config.train.preemption_signal
+        )
         self.losses = LossLog(self.accelerator)
         if resume:
             self.restore()
