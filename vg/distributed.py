@@ -19,14 +19,14 @@ import torch
 # Its functions hold the process group as a default argument if it is imported after the group was made; the group then
 # outlives shut_down(), and a thread of gloo may abort the process at exit.
 import torch.distributed.nn.functional
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
+from accelerate.utils import LoggerType, broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vg.errors import ConfigError
+from vg.errors import ConfigError, UserError
 
 
 def new_accelerator(**options: Any) -> Accelerator:
@@ -80,6 +80,21 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 def mean_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
     return accelerator.reduce(values, reduction="mean") if accelerator.num_processes > 1 else values
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Make all processes raise what the main process raises in the block; they would wait for it in a collective."""
+    failure: list[Exception | None] = [None]
+    try:
+        yield
+    except (UserError, OSError, RuntimeError) as error:
+        if not PartialState().is_main_process:
+            raise
+        failure = [error]
+    broadcast_object_list(failure)  # other processes wait here
+    if failure[0] is not None:
+        raise failure[0]
 
 
 def progress_bar(accelerator: Accelerator, **options: Any) -> tqdm:
