@@ -160,7 +160,8 @@ class RunFolder:
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to the history, such as {"step": 20, "loss": 1.2, "loss/l1": 0.4, "lr": 1e-4}.
 
-        Only the main process does, see `failing_together`. Keys of evaluations are those of vg.evaluation.results.EvaluationResult.flat_metrics.
+        Keys of evaluations are those of vg.evaluation.results.EvaluationResult.flat_metrics. Only the main process
+        appends, see `failing_together`.
         """
         if self.accelerator.is_main_process:
             self._check_exists()
