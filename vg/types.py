@@ -241,6 +241,8 @@ class TextSpec:
     max_tokens: int  # of one prompt, special tokens included
     # Phrase separators; the first is appended to every phrase. Empty: a prompt is one expression, unchanged.
     delimiters: tuple[str, ...] = ()
+    # Position embeddings of the text encoder; None without a limit. With delimiters, positions restart in every phrase.
+    positions: int | None = None
 
     @cached_property
     def delimiter_ids(self) -> tuple[int, ...]:

@@ -174,7 +174,7 @@ class GroundingDino(GroundingModel):
         self.text_spec = self._text_spec(tokenizer)
 
     def _text_spec(self, tokenizer: PreTrainedTokenizerBase) -> TextSpec:
-        return TextSpec(tokenizer, self.config.max_tokens, delimiters=(".", "?"))
+        return TextSpec(tokenizer, self.config.max_tokens, delimiters=(".", "?"), positions=self.text.positions)
 
     def _initialize(self) -> None:
         """Draw random weights as the official implementation does; backbones initialize themselves."""
