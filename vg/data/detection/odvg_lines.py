@@ -133,8 +133,13 @@ class LineParser:
         phrase, caption = item.get("phrase"), str(grounding.get("caption") or "")
         if (spans := self._spans(item, caption, location)) is None:
             return None
+        named = " ".join(caption[begin:end].strip() for begin, end in spans)
         if phrase is None and spans:
-            phrase = " ".join(caption[begin:end].strip() for begin, end in spans)
+            phrase = named
+        elif isinstance(phrase, str) and spans and _letters(phrase) != _letters(named):
+            fix = "correct one of them; the phrase is used, and tokens_positive only where there is none"
+            example = f"{location}: phrase {phrase[:80]!r}, tokens_positive {named[:80]!r}"
+            self._issues.add("warning", "phrases that differ from the text at their tokens_positive", fix, [example])
         if not isinstance(phrase, str) or not (phrase := " ".join(phrase.split())):
             fix = "add it, or tokens_positive [[begin, end], ...]"
             example = f"{location}: phrase {item.get('phrase')!r} and no tokens_positive in the caption"
@@ -172,3 +177,7 @@ class LineParser:
             self._issues.add("warning", what, fix, [location])
             boxes = boxes[:1]
         return [box for box in boxes if box is not None]
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text.casefold()))
