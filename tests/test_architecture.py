@@ -18,9 +18,9 @@ FILES = PACKAGE + sorted((ROOT / "scripts").rglob("*.py"))
 # Entry points (cli, scripts) may import anything; everything may import what is in BASE.
 BASE = {"errors", "files", "hub", "settings", "types", "boxes"}
 ARROWS = """
-training   -> evaluation cache checkpoint config data distributed models.base
-evaluation -> cache checkpoint config data distributed inference metrics models
-cache      -> config data distributed models.base
+training   -> evaluation cache checkpoint config data distributed models.base workers
+evaluation -> cache checkpoint config data distributed inference metrics models workers
+cache      -> config data distributed models.base workers
 inference  -> checkpoint config data metrics.result models.base models.grounding_dino.checkpoints
 checkpoint -> config models.base
 config     -> data models training.optim
@@ -28,6 +28,7 @@ data       ->
 models     -> losses ops
 metrics    ->
 losses     ->
+workers    -> distributed
 distributed ->
 ops        ->
 """

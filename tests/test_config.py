@@ -169,6 +169,11 @@ def test_all_errors_are_reported_at_once_with_their_file(minimal: Path) -> None:
     assert "train.epoch: unknown key; did you mean `epochs`?" in str(caught.value)
 
 
+LAUGHS = b"a0: &a0 [lol]\n" + b"".join(
+    b"a%d: &a%d [%s]\n" % (n, n, b",".join([b"*a%d" % (n - 1)] * 10)) for n in range(1, 10)
+)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -182,6 +187,16 @@ def test_all_errors_are_reported_at_once_with_their_file(minimal: Path) -> None:
         (b"optim:\n  lr: 1\n  clip_norm: 2\n  'lr': 3\n", "the key `lr` in line 4 is already in line 2; remove one"),
         (b"model: rec\ndata: {}\nmodel: grounding_dino\n", "the key `model` in line 3 is already in line 1"),
         (b"\x80\x04\xff\xfe", "is not valid YAML"),
+        ("a: b".encode("utf-16"), "is not encoded in UTF-8"),
+        (b"a: &a [*a]", "does an alias (*name) refer to itself"),
+        (b"model: &a {name: rec, vision: *a}", "does an alias (*name) refer to itself"),
+        (LAUGHS, "more than 200,000 values"),
+        (LAUGHS.replace(b"a9:", b"base:"), "more than 200,000 values"),
+        (b"model: " + b"[" * 2000 + b"]" * 2000, "nested deeper than 100 levels"),
+        (b"model: " + b"[" * 200 + b"]" * 200, "nested deeper than 100 levels"),
+        (b"# nothing\n" * 200_001, "more than 2,000 kB"),
+        (b"date: 2020-99-01", "month must be in 1..12"),
+        (b"".join(b"key%d: 1\n" % n for n in range(1000)), "and 950 more"),
     ],
 )
 def test_files_that_are_not_a_configuration(tmp_path: Path, content: bytes, message: str) -> None:
@@ -191,6 +206,7 @@ def test_files_that_are_not_a_configuration(tmp_path: Path, content: bytes, mess
         load_config(path)
     assert message in str(caught.value)
     assert "bad.yaml" in str(caught.value)
+    assert len(str(caught.value)) < 5000
 
 
 def test_a_key_that_is_twice_in_an_override(minimal: Path) -> None:

@@ -34,6 +34,8 @@ RED = "\x1b[31mred\x1b[0m"
 def test_printable() -> None:
     assert printable("le café 図\u00a0px") == "le café 図\\xa0px"
     assert printable("\x1b[2J\x07\r\n\x9b\u202e\udc80") == r"\x1b[2J\x07\r\n\x9b\u202e\udc80"
+    assert printable("in " + "a" * 5000 + " is wrong") == "in " + "a" * 150 + " [...] " + "a" * 100 + " is wrong"
+    assert len(printable("word " * 1000)) < 2000
 
 
 def test_names_cannot_control_the_terminal(tmp_path: Path) -> None:

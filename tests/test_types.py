@@ -1,10 +1,14 @@
-"""Sizes of resized images with the rounding of the DETR family, computed by hand."""
+"""Sizes of resized images with the rounding of the DETR family, computed by hand; targets between processes."""
 
 from __future__ import annotations
 
-import pytest
+import pickle
+from multiprocessing.reduction import ForkingPickler
 
-from vg.types import FittedImage, ImageSpec, StretchedImage
+import pytest
+import torch
+
+from vg.types import FittedImage, ImageSpec, StretchedImage, Target
 
 
 @pytest.mark.parametrize(
@@ -42,3 +46,15 @@ def test_every_image_spec_has_a_configurable_normalization() -> None:
     assert FittedImage(800, 1333, std=(1.0, 1.0, 1.0)).std == (1.0, 1.0, 1.0)
     with pytest.raises(TypeError, match="abstract"):
         ImageSpec()  # type: ignore[abstract]
+
+
+def test_a_pickled_target_is_equal_and_holds_no_shared_memory() -> None:
+    """Data workers send hundreds of targets at a time, and each tensor in shared memory is an open file."""
+    target = Target("a", (4, 6), ("cat",), torch.rand(2, 4), torch.zeros(2, dtype=torch.long), areas=torch.rand(2))
+    received = pickle.loads(ForkingPickler.dumps(target))
+    assert received.boxes.equal(target.boxes)
+    assert received.areas is not None
+    assert target.areas is not None
+    assert received.areas.equal(target.areas)
+    assert (received.id, received.size, received.phrases, received.crowd) == ("a", (4, 6), ("cat",), None)
+    assert not received.boxes.is_shared()

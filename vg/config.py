@@ -24,7 +24,7 @@ from vg.data.augment import AugmentConfig
 from vg.data.mixture import SourceConfig
 from vg.errors import ConfigError
 from vg.models import ModelConfig
-from vg.settings import Settings, by_name, is_mapping_of_settings, key_path, parse_yaml, unknown_keys
+from vg.settings import Settings, by_name, is_mapping_of_settings, key_path, parse_yaml, read_yaml, unknown_keys
 from vg.training.optim import OptimConfig
 
 RENAMED = {  # former path of a key (* matches any names) -> its name now: old run folders and YAML files still load
@@ -32,6 +32,8 @@ RENAMED = {  # former path of a key (* matches any names) -> its name now: old r
     "data.cache.together": "expressions_per_image",
     "data.*.parts": "datasets",  # of a mixture
 }
+
+MOST_PROBLEMS = 50  # in one message
 
 EvalConfig = Annotated[
     Union[  # noqa: UP007 - pydantic on Python 3.10
@@ -129,6 +131,9 @@ class TrainConfig(Settings):
     [0.0, 0.25, 0.5, 0.75, 1.0] is a good choice."""
     log_every: PositiveInt = 10
     """Steps between log entries."""
+    preemption_signal: Literal["SIGUSR1", "SIGUSR2"] | None = None
+    """Notice of a scheduler that the job will end: the run saves and stops, as it always does on SIGTERM. null: these
+    signals have their usual effect, which is to end the program at once."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers of Accelerate: tensorboard, wandb, mlflow, comet_ml, ..."""
 
@@ -191,7 +196,8 @@ def _parse(values: Mapping[str, Any], origin: str, config_type: type[Config], fi
             cause = error
             problems = [(key_path(item["loc"], values), item["msg"]) for item in error.errors(include_url=False)]
     lines = [f"{'.'.join(map(str, path))}: {message}{_source(path, values, files)}" for path, message in problems]
-    raise ConfigError("\n  ".join([f"{origin}:", *lines])) from cause
+    more = [f"and {len(lines) - MOST_PROBLEMS} more"] if len(lines) > MOST_PROBLEMS else []
+    raise ConfigError("\n  ".join([f"{origin}:", *lines[:MOST_PROBLEMS], *more])) from cause
 
 
 def _source(path: Sequence[Any], values: Any, files: Files) -> str:
@@ -230,16 +236,16 @@ def _read_files(path: Path, chain: tuple[Path, ...] = ()) -> Files:
     if base is None:
         return [(path, _renamed(values))]
     if not isinstance(base, str):
-        raise ConfigError(f"{path}: base must be the path of one YAML file, got {base!r}")
+        raise ConfigError(f"{path}: base must be the path of one YAML file, got a {type(base).__name__}")
     return [(path, _renamed(values)), *_read_files(path.parent / base, (*chain, path))]
 
 
 def _read_yaml(path: Path, role: str) -> dict[str, Any]:
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8")) or {}
+        values = read_yaml(path) or {}
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}{role}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must contain keys such as `model:` and `data:`, not a {type(values).__name__}")
@@ -286,5 +292,5 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = child
     try:
         values[last] = parse_yaml(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"{override[:80]}: the value is not valid YAML ({error})") from error

@@ -19,14 +19,14 @@ import torch
 # Its functions hold the process group as a default argument if it is imported after the group was made; the group then
 # outlives shut_down(), and a thread of gloo may abort the process at exit.
 import torch.distributed.nn.functional
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
+from accelerate.utils import LoggerType, broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vg.errors import ConfigError
+from vg.errors import ConfigError, UserError
 
 
 def new_accelerator(**options: Any) -> Accelerator:
@@ -82,39 +82,36 @@ def mean_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
     return accelerator.reduce(values, reduction="mean") if accelerator.num_processes > 1 else values
 
 
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Make all processes raise what the main process raises in the block; they would wait for it in a collective."""
+    failure: list[Exception | None] = [None]
+    try:
+        yield
+    except (UserError, OSError, RuntimeError) as error:
+        if not PartialState().is_main_process:
+            raise
+        failure = [error]
+    broadcast_object_list(failure)  # other processes wait here
+    if failure[0] is not None:
+        raise failure[0]
+
+
 def progress_bar(accelerator: Accelerator, **options: Any) -> tqdm:
     """Return a progress bar of the main process; in a log file it prints a line every 10 seconds at most."""
     interval = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(disable=not accelerator.is_main_process, mininterval=interval, dynamic_ncols=True, **options)
 
 
-# Ctrl-C, the end of a job, a closed terminal, and the usual notice before preemption; Windows has the first two.
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+# Ctrl-C, the end of a job, and a closed terminal; Windows has the first two.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+PREEMPTION_SIGNALS = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 
 def ignore_stop_signals() -> None:
-    for number in STOP_SIGNALS:
+    """Ignore all stop signals, and those that may be configured as a notice of preemption."""
+    for number in STOP_SIGNALS + PREEMPTION_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def start_worker(_: int) -> None:
-    """Initialize a data worker (`worker_init_fn`): only its main process, which needs the data to stop, may end it.
-
-    Schedulers, containers and terminals send a stop signal to all processes of a run.
-    """
-    if not hasattr(signal, "sigwaitinfo"):
-        ignore_stop_signals()
-        return
-
-    def wait() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    ignore_stop_signals()
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    threading.Thread(target=wait, daemon=True).start()
 
 
 class StopSignal:
@@ -122,9 +119,18 @@ class StopSignal:
 
     All processes must check at the same step. Each check is a collective that waits for the device, so several
     processes check every `interval` steps; the interval of a single process is 1.
+
+    Args:
+        preemption: name of a further signal, with which a scheduler gives notice.
+
+    Raises:
+        ConfigError: the system has no such signal.
     """
 
-    def __init__(self, accelerator: Accelerator, interval: int = 1):
+    def __init__(self, accelerator: Accelerator, interval: int = 1, preemption: str | None = None):
+        self.signals = STOP_SIGNALS + [number for number in PREEMPTION_SIGNALS if number.name == preemption]
+        if preemption and self.signals == STOP_SIGNALS:
+            raise ConfigError(f"train.preemption_signal: this system has no {preemption}; set it to null")
         self.accelerator = accelerator
         self.interval = interval if accelerator.num_processes > 1 else 1
         self.received: signal.Signals | None = None
@@ -145,7 +151,7 @@ class StopSignal:
         if threading.current_thread() is not threading.main_thread():  # handlers cannot be installed, as in a notebook
             yield
             return
-        old = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        old = {number: signal.getsignal(number) for number in self.signals}
         if old.get(getattr(signal, "SIGHUP", None)) is signal.SIG_IGN:
             del old[signal.SIGHUP]
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+LONGEST_WORD, LONGEST_LINE = 300, 2000  # characters that are printed, see `printable`
 
 
 class UserError(Exception):
@@ -57,8 +60,16 @@ def unpickling_problem(error: Exception) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape control characters, such as those that move the cursor of a terminal or hide text; a line stays a line."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    """Escape control characters, such as those that move the cursor of a terminal or hide text; a line stays a line.
+
+    The middle of very long words and lines is left out: names in data and files can have any length.
+    """
+    text = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: _shortened(word[0], LONGEST_WORD), text)
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in _shortened(text, LONGEST_LINE))
+
+
+def _shortened(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]} [...] {text[-limit // 3 :]}"
 
 
 def closest(name: object, known: Iterable[str], limit: int = 1, cutoff: float = 0.4) -> list[str]:

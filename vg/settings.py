@@ -6,12 +6,14 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 
 from vg.errors import closest
 
+LARGEST_YAML, DEEPEST_YAML, MOST_VALUES = 2_000_000, 100, 200_000  # bytes or characters, levels, values
 KeyPath = tuple[Any, ...]  # keys and list indices from the top of a configuration down to a value
 
 
@@ -31,9 +33,43 @@ class _UniqueKeys(yaml.SafeLoader):
         return node
 
 
+def read_yaml(path: Path) -> Any:
+    """Parse a YAML file; raises OSError, or yaml.YAMLError for one that parse_yaml refuses or that is not UTF-8."""
+    with path.open("rb") as file:
+        content = file.read(LARGEST_YAML + 1)
+    try:
+        return parse_yaml(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise yaml.YAMLError(f"it is not encoded in UTF-8 ({error})") from error
+
+
 def parse_yaml(text: str) -> Any:
-    """Parse YAML; raises yaml.YAMLError for invalid YAML, and for a key that a mapping has twice."""
-    return yaml.load(text, _UniqueKeys)
+    """Parse YAML.
+
+    Raises:
+        yaml.YAMLError: for invalid YAML, a key that a mapping has twice, and for documents that are far too large for
+            settings: long, deep, or with aliases that repeat each other or themselves.
+    """
+    if len(text) > LARGEST_YAML:
+        raise yaml.YAMLError(f"it has more than {LARGEST_YAML // 1000:,} kB; is it a file of settings?")
+    try:
+        values = yaml.load(text, _UniqueKeys)
+    except RecursionError as error:
+        raise yaml.YAMLError(f"it is nested deeper than {DEEPEST_YAML} levels") from error
+    except ValueError as error:  # of Python, for a date or a number that does not exist
+        raise yaml.YAMLError(str(error)) from error
+    pending, count = [(values, 0)], 0
+    while pending:
+        value, depth = pending.pop()
+        count += 1
+        if depth > DEEPEST_YAML or count > MOST_VALUES:
+            raise yaml.YAMLError(
+                f"it is nested deeper than {DEEPEST_YAML} levels or has more than {MOST_VALUES:,} values; does an "
+                "alias (*name) refer to itself or repeat others?"
+            )
+        children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        pending += [(child, depth + 1) for child in children]
+    return values
 
 
 class Settings:

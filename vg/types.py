@@ -114,6 +114,18 @@ class Target(Movable):
     areas: Tensor | None = None  # [N] float32
     caption: str | None = None  # the prompt, if it is not made of the phrases
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle tensors by value: a data worker would otherwise open a shared file for each of them."""
+        return _new_target, tuple(value.numpy() if hasattr(value, "numpy") else value for value in vars(self).values())
+
+
+def _new_target(*values: Any) -> Target:
+    """Make a target of its values, with arrays in place of tensors."""
+    import torch
+
+    restored: list[Any] = [torch.from_numpy(value) if hasattr(value, "dtype") else value for value in values]
+    return Target(*restored)
+
 
 class PromptTargets(NamedTuple):
     """Ground truth of every prompt of a batch: the boxes of its phrases, padded to the most that a prompt has."""
@@ -239,6 +251,8 @@ class TextSpec:
     max_tokens: int  # of one prompt, special tokens included
     # Phrase separators; the first is appended to every phrase. Empty: a prompt is one expression, unchanged.
     delimiters: tuple[str, ...] = ()
+    # Position embeddings of the text encoder; None without a limit. With delimiters, positions restart in every phrase.
+    positions: int | None = None
 
     @cached_property
     def delimiter_ids(self) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 import vg
 from vg.data.prompt import Expressions, Prompts
-from vg.errors import ConfigError, DataError
+from vg.errors import BadSampleError, ConfigError, DataError
 from vg.types import Sample, Text, TextSpec
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -209,6 +209,26 @@ def test_a_phrase_of_unknown_tokens_is_logged_once(
     assert "set model.text.tokenizer" in message
     build([sample("猫?", name="val/4")])
     assert "'猫?'" in caplog.records[-1].getMessage(), "a delimiter is not a known word either"
+
+
+def test_many_phrases_of_unknown_tokens_are_not_all_logged(
+    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    for build in (Prompts(TextSpec(tokenizer, 8, (".",)), False), Expressions(TextSpec(tokenizer, 8))):
+        caplog.clear()
+        for number in range(30):
+            build([sample(chr(ord("猫") + number), name=f"val/{number}")])
+        messages = [record.getMessage() for record in caplog.records]
+        assert len(messages) == 11
+        assert messages[-1] == "val/10: and more phrases of unknown words, which are not reported"
+
+
+def test_a_phrase_longer_than_the_text_encoder_takes(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Positions restart in every phrase, so that a prompt may be longer."""
+    build = Prompts(TextSpec(tokenizer, 100, (".", "?"), positions=4), one_prompt=False)
+    assert build([sample("red circle left", "blue circle left")]).token_ids.shape == (1, 10)
+    with pytest.raises(BadSampleError, match=r"val/3: a phrase has 4 tokens, the text encoder takes 3: 'red circle"):
+        build([sample("red circle left of", name="val/3")])
 
 
 def test_an_expression_of_unknown_tokens_is_logged_once(

@@ -45,7 +45,7 @@ shut_down()
 """
 
 
-def launch(folder: Path, *arguments: str, stream: str = "stdout") -> str:
+def launch(folder: Path, *arguments: str, stream: str = "stdout", status: int = 0) -> str:
     """Run the script in two processes and return their output."""
     result = subprocess.run(  # not `accelerate launch --cpu --num_processes 2`, which starts only one process
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *arguments],
@@ -55,7 +55,7 @@ def launch(folder: Path, *arguments: str, stream: str = "stdout") -> str:
         text=True,
         timeout=200,
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == status, result.stderr
     return str(getattr(result, stream))
 
 
@@ -108,6 +108,35 @@ def test_processes_stop_within_the_interval(tiny_config: MakeConfig, tmp_path: P
     (checkpoints / "step_000005" / "training.pt").write_bytes(b"")
     assert "step_000003 instead" in launch(tmp_path, "--resume", stream="stderr")
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000003", "step_000005.damaged", "step_000006"]
+
+
+UNWRITABLE = """
+import errno, os, sys
+from vg.cli import main
+from vg.training import report, run_folder
+
+def fail(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+if os.environ["RANK"] == "0":
+    {failing} = fail
+try:
+    main(["train", "config.yaml"])
+except SystemExit as stop:
+    print(stop)
+    raise
+"""
+
+
+@pytest.mark.parametrize("failing", ["run_folder.RunFolder._check_exists", "report.write_bytes"])
+def test_all_processes_end_if_the_main_process_cannot_write(
+    tiny_config: MakeConfig, tmp_path: Path, failing: str
+) -> None:
+    """The others would wait for it in the next collective."""
+    config = configured(tiny_config, tmp_path / "two", batch_size=4)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    (tmp_path / "train.py").write_text(UNWRITABLE.format(failing=failing))
+    assert launch(tmp_path, status=1).count("No space left on device") == 2
 
 
 LEFTOVERS = """

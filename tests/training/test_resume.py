@@ -337,14 +337,15 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"]
+SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs process groups")
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_to_the_process_group(tiny_config: MakeConfig, tmp_path: Path, name: str) -> None:
     """Terminals, Slurm, systemd and containers signal the data workers too, whose data the main process still needs."""
-    config = configured(tiny_config, tmp_path / "stopped", {"workers": 2})
+    preemption = {"preemption_signal": name} if name.startswith("SIGUSR") else {}
+    config = configured(tiny_config, tmp_path / "stopped", {"workers": 2}, **preemption)
     process = start(WAITING, config, tmp_path)
     wait_for(tmp_path / "waiting", process)
     os.killpg(process.pid, getattr(signal, name))
@@ -358,6 +359,15 @@ def test_a_signal_to_the_process_group(tiny_config: MakeConfig, tmp_path: Path, 
         Trainer(config, resume=True).fit()
         Trainer(configured(tiny_config, tmp_path / "uninterrupted", {"workers": 2})).fit()
         assert_same_runs(tmp_path / "uninterrupted", tmp_path / "stopped")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs process groups")
+def test_other_signals_have_their_usual_effect(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    process = start(WAITING, configured(tiny_config, tmp_path, {"workers": 1}, preemption_signal="SIGUSR2"), tmp_path)
+    wait_for(tmp_path / "waiting", process)
+    os.killpg(process.pid, signal.SIGUSR1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGUSR1, errors
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs process groups")
@@ -394,7 +404,7 @@ def test_only_the_main_process_ends_its_data_workers(tiny_config: MakeConfig, tm
 import os, subprocess, time
 from pathlib import Path
 from torch.utils.data import DataLoader
-from vg.distributed import start_worker
+from vg.workers import start_worker
 
 class Hanging:
     def __len__(self): return 2
@@ -407,7 +417,7 @@ def run():
     while not list(Path(".").glob("worker_*")):
         time.sleep(0.01)
     worker, = workers._workers
-    for name in ("TERM", "INT", "HUP", "USR1"):
+    for name in ("TERM", "INT", "HUP", "USR1", "USR2"):
         subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)
     worker.join(0.5)
     assert worker.is_alive()

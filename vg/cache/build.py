@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vg.cache.datasets import encodable
@@ -33,6 +32,7 @@ from vg.distributed import new_accelerator, progress_bar
 from vg.errors import BadSampleError, CacheError, ConfigError, printable
 from vg.models.base import EncodableModel
 from vg.types import Sample, Text
+from vg.workers import new_loader
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class Build:
         batch_size = max(1, self.data.eval_batch_size // self.folder.num_views)
         ranges = [self.folder.shards[shard] for shard in shards]
         batches = [list(shard[n : n + batch_size]) for shard in ranges for n in range(0, len(shard), batch_size)]
-        loader = DataLoader(self.images, batch_sampler=batches, num_workers=self.data.workers, collate_fn=_collate)
+        loader = new_loader(self.images, self.data.workers, batch_sampler=batches, collate_fn=_collate)
         with self._progress(sum(map(len, ranges)), "images") as bar:
             loaded: Iterator[tuple[list[Record], Tensor]] = iter(loader)
             for shard, indices in zip(shards, ranges, strict=True):

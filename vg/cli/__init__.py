@@ -97,6 +97,12 @@ def main(arguments: list[str] | None = None) -> None:
         if "Original Traceback" in text:  # a DataLoader adds that of its worker
             text = text.split(f"{type(error).__name__}: ")[-1].strip()
         sys.exit("error: " + "\n".join(map(printable, text.split("\n"))))
+    except RuntimeError as error:
+        from vg.workers import dead_worker
+
+        if not (message := dead_worker(error)):
+            raise
+        sys.exit(f"error: {message}")
     finally:
         if "torch" in sys.modules:  # `vg config` does not need it
             from vg.distributed import shut_down

@@ -57,10 +57,16 @@ def run(options: argparse.Namespace) -> None:
 
 def _config_of(found: Mapping[str, dict[str, Any]], overrides: Sequence[str]) -> RunConfig:
     """A run on the datasets found at a path; each override is a setting of all of them."""
+    from yaml import YAMLError
+
     from vg.config import parse_config
+    from vg.errors import ConfigError
     from vg.settings import parse_yaml
 
-    changes = {key: parse_yaml(text) for key, _, text in (override.partition("=") for override in overrides)}
+    try:
+        changes = {key: parse_yaml(text) for key, _, text in (override.partition("=") for override in overrides)}
+    except YAMLError as error:
+        raise ConfigError(f"{' '.join(overrides)}: a value is not valid YAML ({error})") from error
     datasets = {split: settings | changes for split, settings in found.items()}
     train, *evaluation = datasets
     evaluated = {split: datasets[split] for split in evaluation or [train]}

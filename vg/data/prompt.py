@@ -22,6 +22,7 @@ from vg.types import Caption, PromptTargets, Sample, Target, Text, TextSpec
 logger = logging.getLogger(__name__)
 
 _CACHE_SIZE = 100_000  # phrases: more than any list of classes; some ten megabytes
+_MOST_UNKNOWN = 10  # phrases of unknown words that are reported
 _STREAM = 2  # separates these random numbers from others of the same seed, epoch and index
 
 
@@ -31,7 +32,7 @@ class Expressions:
     def __init__(self, spec: TextSpec):
         self.spec = spec
         self._special = set(spec.tokenizer.all_special_ids)
-        self._reported: set[str] = set()  # expressions of unknown words
+        self._unknown = _UnknownWords()
 
     def __call__(self, samples: Sequence[Sample]) -> Text:
         """Raise DataError if a sample has not exactly one phrase, BadSampleError if that exceeds max_tokens."""
@@ -71,9 +72,8 @@ class Expressions:
         """
         problems = {}
         for index, (name, expression, row) in enumerate(zip(names, expressions, rows, strict=True)):
-            if self._special.issuperset(row) and expression not in self._reported:
-                self._reported.add(expression)
-                _report_unknown(name, expression)
+            if self._special.issuperset(row):
+                self._unknown.report(name, expression)
             if lengths[index] > self.spec.max_tokens:
                 problems[index] = (
                     f"{name}: the expression has {lengths[index]} tokens, the model takes {self.spec.max_tokens} "
@@ -119,6 +119,8 @@ class Prompts:
         self.tokenizer = spec.tokenizer
         self.one_prompt = one_prompt
         self.max_tokens = spec.max_tokens
+        self.positions = spec.positions
+        self._unknown = _UnknownWords()
         self.begin = self._token_id(spec.tokenizer.cls_token)
         self.end = self._token_id(spec.tokenizer.sep_token)
         self.padding = self._token_id(spec.tokenizer.pad_token)
@@ -254,23 +256,42 @@ class Prompts:
                 while token_ids and token_ids[-1] == self.phrase_end:
                     token_ids.pop()
                 if {self.tokenizer.unk_token_id, *self.delimiters}.issuperset(token_ids):
-                    _report_unknown(name, phrase)
+                    self._unknown.report(name, phrase)
                 if len(token_ids) + 3 > self.max_tokens:
                     raise BadSampleError(
                         f"{name}: a phrase has {len(token_ids)} tokens, at most {self.max_tokens - 3} fit into a "
                         f"prompt of {self.max_tokens} (raise model.max_tokens): {phrase[:80]!r}"
                     )
+                if self.positions is not None and len(token_ids) + 1 > self.positions:
+                    raise BadSampleError(
+                        f"{name}: a phrase has {len(token_ids)} tokens, the text encoder takes {self.positions - 1}: "
+                        f"{phrase[:80]!r}"
+                    )
                 self._known[phrase] = token_ids
         return [self._known[phrase] for phrase in phrases]
 
 
-def _report_unknown(name: str, phrase: str) -> None:
-    logger.warning(
-        "%s: all tokens of the phrase %r are unknown to the tokenizer, so the model confuses it with other unknown "
-        "phrases; use other words, or set model.text.tokenizer or data.*.vocabulary.phrases",
-        name,
-        phrase,
-    )
+class _UnknownWords:
+    """Reports phrases without a known word, each once and only the first ones."""
+
+    def __init__(self) -> None:
+        self.phrases: set[str] = set()
+        self.count = torch.zeros(1, dtype=torch.long).share_memory_()  # of all data workers together
+
+    def report(self, name: str, phrase: str) -> None:
+        if phrase in self.phrases or self.count > _MOST_UNKNOWN:
+            return
+        self.phrases.add(phrase)
+        self.count += 1
+        if self.count > _MOST_UNKNOWN:
+            logger.warning("%s: and more phrases of unknown words, which are not reported", name)
+            return
+        logger.warning(
+            "%s: all tokens of the phrase %r are unknown to the tokenizer, so the model confuses it with other unknown "
+            "phrases; use other words, or set model.text.tokenizer or data.*.vocabulary.phrases",
+            name,
+            phrase,
+        )
 
 
 def prompt_targets(text: Text, targets: Sequence[Target]) -> PromptTargets:

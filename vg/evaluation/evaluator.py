@@ -14,13 +14,14 @@ from vg.cache.datasets import RunDataset, evaluation_dataset
 from vg.config import DataConfig
 from vg.data.mixture import sources_of
 from vg.data.source import HasCategoryIds, Source, Task
-from vg.distributed import mean_over_processes, progress_bar, start_worker
+from vg.distributed import mean_over_processes, progress_bar
 from vg.errors import ConfigError
 from vg.evaluation.results import DatasetResult, EvaluationResult
 from vg.evaluation.table import cell
 from vg.metrics import CocoMetric, GrecMetric, RecMetric
 from vg.metrics.result import flat_key, split_flat_key
 from vg.models.base import GroundingModel, check_finite
+from vg.workers import new_loader
 
 NUM_PRINTED = 6  # metrics of a dataset in the line of an evaluation
 
@@ -51,13 +52,11 @@ class DatasetEvaluator:
         self.with_loss = with_loss
         self.accelerator = accelerator
         self.data = data
-        loader: DataLoader[Any] = DataLoader(
+        loader = new_loader(
             self.data,
+            config.workers,
             batch_size=config.eval_batch_size,
-            num_workers=config.workers,
-            worker_init_fn=start_worker,
             collate_fn=data.collate,
-            generator=torch.Generator(),  # else every evaluation would advance the generator that training uses
             pin_memory=accelerator.device.type == "cuda",
         )
         accelerator.even_batches = False  # else repeated samples pad the last batch, which the loss would count twice

@@ -132,6 +132,16 @@ class Encoder(nn.Module):
         config = self.network_config
         return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
 
+    @property
+    def positions(self) -> int | None:
+        """Number of tokens for which a text encoder has position embeddings; None if any number will do."""
+        config = self.network_config
+        if config.model_type in ("modernbert", "t5") or not getattr(config, "position_biased_input", True):
+            return None  # relative or rotary
+        # These count positions from the one after that of padding, which is 1 in MPNet whatever its settings say.
+        padding = {"mpnet": 1, "roberta": config.pad_token_id, "xlm-roberta": config.pad_token_id}
+        return int(config.max_position_embeddings) - (padding.get(config.model_type, -1) + 1)
+
     def num_unloaded_parameters(self) -> int:
         """Count the parameters that `parameters()` lacks because the network is not loaded yet."""
         if self.is_loaded:

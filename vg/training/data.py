@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
@@ -16,8 +15,8 @@ from vg.cache.datasets import training_dataset
 from vg.config import RunConfig
 from vg.data.samplers import AspectRatioGroupedSampler, EpochSampler, ImageGroupedSampler
 from vg.data.source import Source
-from vg.distributed import start_worker
 from vg.models.base import GroundingModel
+from vg.workers import new_loader
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +47,14 @@ class TrainingData:
                 "are repeated in every step; use fewer processes or a smaller batch size",
                 *(len(self.data), data.batch_size, accelerator.num_processes),
             )
-        loader = DataLoader(
+        loader = new_loader(
             self.data,
+            data.workers,
             batch_size=data.batch_size,
             sampler=self.sampler,
-            num_workers=data.workers,
-            worker_init_fn=start_worker,
             collate_fn=self.data.collate,
             drop_last=len(self.data) >= needed,
             pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # otherwise a resumed run would draw once more from the global generator
             persistent_workers=data.workers > 0,
         )
         self.loader: DataLoader[Any] = accelerator.prepare_data_loader(loader)

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from vg.checkpoint import CONFIG, TRAINING, WEIGHTS, new_checkpoint
 from vg.config import RunConfig, dump_config
-from vg.errors import CheckpointError, DamagedCheckpointError, TrainingError, UserError
+from vg.distributed import failing_together
+from vg.errors import CheckpointError, DamagedCheckpointError, TrainingError
 from vg.files import remove, sync, write_bytes, write_json
 
 T = TypeVar("T")
@@ -44,15 +45,9 @@ def in_main_process(method: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(method)
     def run(self: RunFolder, *args: Any) -> None:
-        failure: list[Exception | None] = [None]
-        if self.accelerator.is_main_process:
-            try:
+        with failing_together():
+            if self.accelerator.is_main_process:
                 method(self, *args)
-            except (UserError, OSError, RuntimeError) as error:
-                failure = [error]
-        broadcast_object_list(failure)  # other processes wait here
-        if failure[0] is not None:
-            raise failure[0]
 
     return run
 
@@ -165,7 +160,8 @@ class RunFolder:
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to the history, such as {"step": 20, "loss": 1.2, "loss/l1": 0.4, "lr": 1e-4}.
 
-        Keys of evaluations are those of vg.evaluation.results.EvaluationResult.flat_metrics.
+        Keys of evaluations are those of vg.evaluation.results.EvaluationResult.flat_metrics. Only the main process
+        appends, see `failing_together`.
         """
         if self.accelerator.is_main_process:
             self._check_exists()

@@ -21,6 +21,7 @@ from vg.config import RunConfig
 from vg.data.source import HasClasses
 from vg.distributed import (
     StopSignal,
+    failing_together,
     mean_over_processes,
     new_accelerator,
     progress_bar,
@@ -86,11 +87,13 @@ class Trainer:
         self.state = TrainingState(config, self.unwrapped_model, self.optimizer, self.accelerator)
 
         self.progress = Progress()
-        self.stop = StopSignal(self.accelerator, min(STOP_INTERVAL, config.train.log_every))
+        self.stop = StopSignal(
+            self.accelerator, min(STOP_INTERVAL, config.train.log_every), config.train.preemption_signal
+        )
         self.losses = LossLog(self.accelerator)
-        self.folder.begin(resume)  # last, because it removes an overwritten run
         if resume:
             self.restore()
+        self.folder.begin(resume)  # last, because it replaces the configuration and removes an overwritten run
         self.report = Report(self)
 
     def fit(self) -> dict[str, Any]:
@@ -179,7 +182,8 @@ class Trainer:
                 progress.best, progress.evaluations_since_best = result.score, 0
                 self.folder.save(self.folder.best, self.state.export, {"step": progress.step, **result.flat()})
         self._log(result.flat_metrics() | result.losses())
-        self.report.evaluation(result, improved)
+        with failing_together():
+            self.report.evaluation(result, improved)
 
     def interpolate(self, weights: Sequence[float]) -> None:
         """Evaluate interpolations between the initial and the best weights, and save the best one."""
@@ -303,5 +307,6 @@ class Trainer:
         logger.warning("%s: restored from %s", problem, folder)
 
     def _log(self, values: dict[str, Any]) -> None:
-        self.folder.log({"step": self.progress.step, **values})
-        self.accelerator.log(values, step=self.progress.step)
+        with failing_together():
+            self.folder.log({"step": self.progress.step, **values})
+            self.accelerator.log(values, step=self.progress.step)

@@ -134,6 +134,19 @@ def test_boxes_in_fractions_of_the_image_are_detected(tmp_path: Path) -> None:
             replace(config, min_side=min_side).build()
 
 
+def test_boxes_in_thousandths_of_the_image_are_detected(tmp_path: Path) -> None:
+    document = relative(valid_coco(), width=60 / 1000, height=40 / 1000)
+    document["annotations"][0]["bbox"] = [950, 100, 50, 50]
+    config = write(tmp_path, document)
+    diagnosis = check(config)
+    issue = found(diagnosis, "boxes in 0..1000 instead of pixels, many beyond their image")
+    assert (issue.severity, issue.count) == ("error", 12)
+    assert errors(diagnosis) == [issue.what]
+    assert diagnosis.images(1)[0][2].round(3).tolist() == [[57, 4, 60, 6]], "drawn where they are meant"
+    with pytest.raises(DataError, match=r"set\.json: boxes in 0\.\.1000 .*annotation 0 \(0\.png.*\(12 in all\)"):
+        config.build()
+
+
 def test_odvg_and_voc_boxes_in_fractions_of_the_image_are_detected(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png")
     instances = [{"bbox": [0.1, 0.2, 0.3 + i / 20, 0.9], "label": 0} for i in range(4)]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.data.detection.detection_files import write_image
+from vg.data.detection.issues import Issues
 from vg.data.detection.odvg import OdvgConfig, OdvgSource
 from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.source import checked
@@ -50,6 +51,19 @@ def write(folder: Path, *rows: Any, label_map: Any = None, **settings: Any) -> O
         (folder / "map.json").write_text(json.dumps(label_map))
         settings["label_map"] = str(folder / "map.json")
     return OdvgConfig(path=str(folder / "train.jsonl"), **settings).build()
+
+
+def test_phrases_that_contradict_their_spans(tmp_path: Path) -> None:
+    source = write(tmp_path, GROUNDING)
+    issues = Issues()
+    OdvgConfig(path=str(tmp_path / "train.jsonl")).read(issues)
+    assert [issue for issue in issues if "tokens_positive" in issue.what] == [], "spaces and case do not matter"
+    write(tmp_path, changed(GROUNDING, "regions", 2, phrase="a dog"))
+    OdvgConfig(path=str(tmp_path / "train.jsonl")).read(issues)
+    (issue,) = [issue for issue in issues if "tokens_positive" in issue.what]
+    assert (issue.severity, issue.count) == ("warning", 1)
+    assert issue.examples == ["line 1, region 2: phrase 'a dog', tokens_positive 'a man'"]
+    assert len(source) == 1
 
 
 MAP = {"0": "traffic_light", "2": "hot dog", "1": "cat"}

@@ -188,6 +188,7 @@ def test_yolo_errors_name_the_line(tmp_path: Path, line: str, message: str):
     ("changes", "message"),
     [
         ({"names": None}, "names: expected a list .*, got None"),
+        ({"names": {0: "cat", "one": "dog"}}, "expected a list of class names or a mapping 0: name"),
         ({"names": {1: "cat", 2: "dog"}}, "expected a list of class names or a mapping 0: name"),
         ({"nc": 3}, "nc is 3 but there are 2 names"),
         ({"val": None, "train": "images/val"}, "has no split 'val'; it has train"),

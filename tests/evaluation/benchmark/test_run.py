@@ -260,6 +260,7 @@ def test_expressions_that_are_too_long_are_found_first_and_skipped_on_request(
     assert ("num_skipped" in one, other["num_skipped"], pooled["num_skipped"]) == (False, 1, 1)
     assert other["official"] == "no"
     assert one["num_expressions"] + other["num_expressions"] == pooled["num_expressions"] == 21
+    assert other["expressions_per_second"] * other["seconds"] == pytest.approx(other["num_expressions"])
     for labels in other["slices"].values():
         assert sum(values["num_expressions"] for values in labels.values()) == other["num_expressions"]
         mean = np.average([v["miou"] for v in labels.values()], weights=[v["num_expressions"] for v in labels.values()])

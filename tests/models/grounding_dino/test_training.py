@@ -15,6 +15,7 @@ from tests.training.test_resume import assert_same_runs, interrupt, stop_in_step
 from vg.checkpoint import read_model
 from vg.config import RunConfig, load_config
 from vg.data.detection.odvg import OdvgConfig
+from vg.errors import CheckpointError
 from vg.models.grounding_dino.config import BertConfig, ClassHeadConfig, DenoisingConfig
 from vg.training.trainer import Trainer
 
@@ -94,6 +95,26 @@ def test_denoising_labels_are_the_classes_of_the_training_data(tiny_config: Make
             saved, _ = read_model(tmp_path / str(number) / "best")
             assert saved.config.denoising.num_labels == 3
             assert saved.denoising.labels.weight.equal(trainer.unwrapped_model.denoising.labels.weight)
+
+
+def test_resuming_with_another_number_of_denoising_labels(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    """Until a version, `denoising: {}` meant 256 labels for any training data."""
+    data = {"name": "coco", "path": write_coco(tmp_path / "set", "train", range(1, 5))}
+    config = tiny_config(data={"train": data, "eval": data, "batch_size": 2}, train={"max_steps": 1})
+    config.model = tiny_grounding_dino(denoising=DenoisingConfig(num_queries=5, num_labels=256))
+    Trainer(config).fit()
+    run = Path(config.train.output)
+    saved = (run / "config.yaml").read_text()
+    config.model = tiny_grounding_dino(denoising=DenoisingConfig(num_queries=5))
+    with pytest.raises(CheckpointError, match=r"256 denoising labels, the model 3: set model.denoising.num_labels=256"):
+        Trainer(config, resume=True)
+    assert (run / "config.yaml").read_text() == saved
+    config.model.denoising = DenoisingConfig(num_queries=5, num_labels=256)
+    Trainer(config, resume=True).fit()
+
+    config.model = tiny_grounding_dino(denoising=DenoisingConfig(num_queries=5), weights=str(run / "best"))
+    config.train.output = str(tmp_path / "finetuned")
+    assert Trainer(config).unwrapped_model.denoising.labels.num_embeddings == 3
 
 
 def losses(config: RunConfig) -> list[float]:

@@ -72,6 +72,22 @@ def test_swin_does_not_depend_on_former_images() -> None:
 
 
 @pytest.mark.parametrize("model_type", TEXT_TYPES)
+def test_positions_are_the_longest_input(model_type: str) -> None:
+    encoder = Encoder(BgeConfig(architecture=text(model_type), frozen=True), pretrained=False)
+
+    def run(length: int) -> int:
+        token_ids = torch.full((1, length), 7)
+        return encoder.run(input_ids=token_ids, attention_mask=torch.ones_like(token_ids)).shape[1]
+
+    if encoder.positions is None:
+        assert run(200) == 200
+        return
+    assert run(encoder.positions) == encoder.positions
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
+        run(encoder.positions + 1)
+
+
+@pytest.mark.parametrize("model_type", TEXT_TYPES)
 def test_text_encoders(model_type: str) -> None:
     encoder = Encoder(TextEncoderConfig(architecture=text(model_type), frozen=False), pretrained=False)
     tokens = torch.tensor([[2, 5, 6, 3, 0, 0], [2, 5, 6, 7, 8, 3]])

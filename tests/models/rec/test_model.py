@@ -280,6 +280,13 @@ def test_a_prediction_does_not_depend_on_its_batch() -> None:
     np.testing.assert_allclose(first.scores.detach(), second.scores.detach(), atol=1e-5)
 
 
+def test_max_tokens_above_the_positions_of_the_text_encoder() -> None:
+    config = RecConfig.tiny()
+    config.max_tokens = 100
+    with pytest.raises(ConfigError, match=r"model.max_tokens=100, but the text encoder has 64 positions; set .*=64 or"):
+        config.build(pretrained=False)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -25,6 +25,9 @@ def check_boxes(dataset: CheckedDataset) -> None:
     if annotations.report_relative(issues):
         dataset.xyxy = xyxy * np.where(known[:, None], dataset.limits, np.nan)[:, [0, 1, 0, 1]]
         return
+    if not annotations.relative and annotations.report_thousandths(issues, dataset.limits):
+        dataset.xyxy = xyxy * np.where(known[:, None], dataset.limits / 1000, np.nan)[:, [0, 1, 0, 1]]
+        return
     report = partial(annotations.report, issues)
     if (actual := _actual_format(dataset, known)) is not None:
         what = f"boxes that are not {annotations.box_format.description}"

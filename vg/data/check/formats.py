@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vg.data.detection.yolo import read_yaml
+from vg.data.detection.yolo import read_document
 from vg.errors import DataError
 
 _SPLITS = ("train", "val", "valid", "test")  # the first existing one is for training, the others for evaluation
@@ -69,7 +69,7 @@ def _words(file: Path, folder: Path) -> set[str]:
 def _yolo_splits(file: Path) -> dict[str, dict[str, Any]]:
     """Return the settings of all splits of a YOLO data.yaml; an empty dict for any other file."""
     try:
-        document = read_yaml(file)
+        document = read_document(file)
     except DataError:
         return {}  # reading it as a configuration raises the error
     if "names" not in document or "data" in document:

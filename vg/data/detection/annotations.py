@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from vg.data.detection.issues import NUM_EXAMPLES, Issues, Severity
+from vg.data.source import OVERHANG
 from vg.types import Caption
 
 MIN_SIDE = 1.0  # pixels: published training leaves out boxes with a shorter side; the default except for COCO json
@@ -134,9 +135,28 @@ class Annotations:
         self.report(issues, "error", "boxes in 0..1 of the image instead of pixels", fix, relative)
         return True
 
+    def report_thousandths(self, issues: Issues, limits: np.ndarray) -> bool:
+        """Report boxes in 0..1000, as vision-language models write them; return whether nearly all boxes are.
+
+        Args:
+            limits: [A, 2] (width, height) of the image of each box; 0 if unknown.
+        """
+        known = (limits > 0).all(axis=1)  # [A]
+        # A coordinate as written: boxes that are xyxy in place of xywh have none beyond their image.
+        beyond = np.asarray((self.boxes > limits[:, [0, 1, 0, 1]] + OVERHANG).any(axis=1) & known)
+        in_range = ((self.boxes >= 0) & (self.boxes <= 1000)).all(axis=1)
+        if known.sum() < 10 or beyond.sum() < 2 * MAX_LOST * known.sum() or in_range.mean() < 1 - MAX_LOST:
+            return False
+        if self.boxes[in_range].max() < 900:  # pixels of a larger image, for example
+            return False
+        fix = "they look normalized: multiply x and width by the width of the image / 1000, y and height by its height"
+        self.report(issues, "error", "boxes in 0..1000 instead of pixels, many beyond their image", fix, beyond)
+        return True
+
     def report_lost(self, issues: Issues, min_side: float = MIN_SIDE) -> None:
-        """Report relative boxes, or more boxes than MAX_LOST that loading leaves out (see DetectionSource)."""
-        if self.report_relative(issues):
+        """Report boxes in other units, or more boxes than MAX_LOST that loading leaves out (see DetectionSource)."""
+        limits = self.sizes[self.image_indices][:, ::-1]  # [A, 2]
+        if self.report_relative(issues) or (not self.relative and self.report_thousandths(issues, limits)):
             return
         sizes = np.where(self.sizes > 0, self.sizes, 1 if self.relative else np.inf)  # [I, 2]
         visible = np.clip(self.xyxy, 0, sizes[self.image_indices][:, [1, 0, 1, 0]])  # [A, 4]

@@ -152,6 +152,10 @@ class LineParser:
             return self._label_of_spans(spans, words, known, f"{location}: phrase {phrase!r}, {caption[:80]!r}")
         if phrase is None and spans:
             phrase = words
+        elif isinstance(phrase, str) and spans and _letters(phrase) != _letters(words):
+            fix = "correct one of them; the phrase is used, and tokens_positive only where there is none"
+            example = f"{location}: phrase {phrase[:80]!r}, tokens_positive {words[:80]!r}"
+            self._issues.add("warning", "phrases that differ from the text at their tokens_positive", fix, [example])
         if not isinstance(phrase, str) or not (phrase := " ".join(phrase.split())):
             fix = "add it, or tokens_positive [[begin, end], ...]"
             example = f"{location}: phrase {item.get('phrase')!r} and no tokens_positive in the caption"
@@ -209,3 +213,7 @@ class LineParser:
             self._issues.add("warning", what, fix, [location])
             boxes = boxes[:1]
         return [box for box in boxes if box is not None]
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text.casefold()))

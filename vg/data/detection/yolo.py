@@ -19,7 +19,7 @@ from vg.data.images import list_images
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
-from vg.settings import Settings, parse_yaml
+from vg.settings import Settings, read_yaml
 
 _TOLERANCE = 0.01  # how far beyond 0..1 a coordinate may be
 
@@ -70,7 +70,7 @@ class YoloConfig(Settings):
         """
         file = Path(self.path)
         file = file / "data.yaml" if file.is_dir() else file
-        document = read_yaml(file)
+        document = read_document(file)
         names = _class_names(document, file)
         root = (file.resolve().parent / str(document.get("path") or ".")).resolve()
         root = root if root.is_dir() else file.resolve().parent
@@ -96,13 +96,13 @@ class YoloConfig(Settings):
         return Annotations.of(images, names, len(names), image_root=root, box_format=CXCYWH, relative=True)
 
 
-def read_yaml(file: Path) -> Mapping[str, Any]:
+def read_document(file: Path) -> Mapping[str, Any]:
     """Read a data.yaml; raises DataError if it is not a YAML mapping."""
     try:
-        document = parse_yaml(file.read_text(encoding="utf-8"))
+        document = read_yaml(file)
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}; path is the data.yaml of a YOLO dataset") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise DataError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(document, Mapping):
         raise DataError(f"{file} must have the keys names, train and val")
@@ -112,7 +112,7 @@ def read_yaml(file: Path) -> Mapping[str, Any]:
 def _class_names(document: Mapping[str, Any], file: Path) -> list[str]:
     """Return the names by class index; a mapping index -> name must have every index from 0 on."""
     names = document.get("names")
-    if isinstance(names, Mapping) and sorted(names) == list(range(len(names))):
+    if isinstance(names, Mapping) and set(names) == set(range(len(names))):
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list) or not names:
         raise DataError(

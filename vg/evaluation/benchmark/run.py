@@ -37,6 +37,7 @@ class EvaluatedSplit:
     metric: CollectingMetric
     result: DatasetResult
     values: dict[str, np.ndarray]  # name -> [samples], NaN where a sample does not count; also `score`
+    evaluated: np.ndarray  # [samples] bool, all but the skipped ones
     seconds: float
 
     @property
@@ -69,16 +70,17 @@ class EvaluatedSplit:
     def row(self) -> dict[str, Any]:
         """Return the entry of this split in benchmark.json."""
         keys = self.image_keys
+        images = {key for key, evaluated in zip(keys, self.evaluated, strict=True) if evaluated}
         return {
             "key": self.split.dataset,
             "title": self.split.dataset_title,
             **self.result.flat(),
             "intervals": intervals(self.means, keys),
             "slices": self.slices(),
-            "num_images": len(set(keys)),
+            "num_images": len(images),
             "seconds": self.seconds,
-            "expressions_per_second": len(keys) / self.seconds,
-            "images_per_second": len(set(keys)) / self.seconds,
+            "expressions_per_second": int(self.evaluated.sum()) / self.seconds,
+            "images_per_second": len(images) / self.seconds,
         }
 
 
@@ -165,9 +167,9 @@ def _evaluate(model: GroundingModel, split: BenchmarkSplit, evaluator: DatasetEv
     ids, columns = evaluator.metric.per_sample()  # [U]
     wanted = np.array([stable_hash(annotation.id) for annotation in split.annotations])  # [samples]
     indices = np.searchsorted(ids, wanted).clip(max=len(ids) - 1)
-    evaluated = ids[indices] == wanted  # [samples] all but the skipped ones
+    evaluated = ids[indices] == wanted  # [samples]
     values = {name: np.where(evaluated, column[indices], np.nan) for name, column in columns.items()}
-    return EvaluatedSplit(split, evaluator.metric, evaluator.result(), values, seconds)
+    return EvaluatedSplit(split, evaluator.metric, evaluator.result(), values, evaluated, seconds)
 
 
 def _pooled(evaluated: Sequence[EvaluatedSplit]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ Shapes use the legend of vg/types.py; row r of R is one prompt, which belongs to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from vg.models.encoders import enable_checkpointing, load_tokenizer, read_tokeni
 from vg.models.grounding_dino.attention import Attention, DeformableAttention
 from vg.models.grounding_dino.backbone import ImageFeatures, Neck, extract_image_features
 from vg.models.grounding_dino.checkpoints.load import load_into
+from vg.models.grounding_dino.checkpoints.variant import LABELS
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.grounding_dino.decoder import CrossModalityDecoder
 from vg.models.grounding_dino.denoising import Denoising
@@ -76,6 +78,15 @@ class GroundingDino(GroundingModel):
     def use_classes(self, number: int) -> None:
         if self.denoising is not None and not self.denoising.is_sized:
             self.denoising.resize(number)
+
+    def load_own_state_dict(self, weights: Mapping[str, Tensor]) -> None:
+        labels = weights.get(LABELS)
+        if self.denoising is not None and labels is not None and len(labels) != self.denoising.labels.num_embeddings:
+            raise ValueError(
+                f"the checkpoint has {len(labels)} denoising labels, the model {self.denoising.labels.num_embeddings}: "
+                f"set model.denoising.num_labels={len(labels)}"
+            )
+        super().load_own_state_dict(weights)
 
     def forward(self, batch: Batch) -> Output:
         """Run the network; raises ValueError in training if an image has several prompts."""
@@ -163,7 +174,7 @@ class GroundingDino(GroundingModel):
         self.text_spec = self._text_spec(tokenizer)
 
     def _text_spec(self, tokenizer: PreTrainedTokenizerBase) -> TextSpec:
-        return TextSpec(tokenizer, self.config.max_tokens, delimiters=(".", "?"))
+        return TextSpec(tokenizer, self.config.max_tokens, delimiters=(".", "?"), positions=self.text.positions)
 
     def _initialize(self) -> None:
         """Draw random weights as the official implementation does; backbones initialize themselves."""

@@ -55,6 +55,11 @@ class RecModel(EncodableModel):
         self.external = tuple(config.frozen_encoders)
         self.vision = VisionEncoder(config.vision, pretrained, lazy=pretrained and "vision" in self.external)
         self.text = Encoder(config.text, pretrained, lazy=pretrained and "text" in self.external)
+        if self.text.positions is not None and config.max_tokens > self.text.positions:
+            raise ConfigError(
+                f"model.max_tokens={config.max_tokens}, but the text encoder has {self.text.positions} positions; "
+                f"set model.max_tokens={self.text.positions} or less"
+            )
         self.head = config.head.build(self.vision.width, self.text.width)
 
     @property

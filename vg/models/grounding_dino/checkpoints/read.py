@@ -23,6 +23,7 @@ from vg.models.grounding_dino.checkpoints.names import IGNORABLE, Dialect, Forei
 from vg.models.grounding_dino.checkpoints.settings import check_settings, read_image_settings
 from vg.models.grounding_dino.checkpoints.variant import NamedAsInVg, detect_text, detect_variant
 from vg.models.grounding_dino.config import GroundingDinoConfig, SwinConfig
+from vg.settings import read_yaml
 
 if TYPE_CHECKING:
     from vg.models.grounding_dino.model import GroundingDino
@@ -82,11 +83,11 @@ def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
             "not a checkpoint: the folder contains neither config.json (transformers) nor config.yaml (vg)"
         )
     try:
-        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        values = read_yaml(folder / "config.yaml")
         if (family := values["model"]["name"]) != "grounding_dino":
             raise CheckpointError(f"config.yaml is not that of a Grounding DINO, but of {family}, which has one format")
         config = TypeAdapter(GroundingDinoConfig).validate_python(values["model"] | {"weights": None})
-    except (yaml.YAMLError, KeyError, TypeError, ValidationError, RecursionError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"config.yaml is not that of a Grounding DINO: {error}") from error
     weights = load_file(folder / "model.safetensors")
     check_finite_weights(weights)
