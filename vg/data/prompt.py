@@ -127,7 +127,6 @@ class Prompts:
         self.phrase_end = self._token_id(spec.delimiters[0])
         self.delimiters = set(spec.delimiter_ids)  # models split prompts at these, also inside a phrase
         self._known: dict[str, list[int]] = {}  # a detection dataset repeats its class names for every image
-        self._reported: set[str] = set()  # phrases of captions, of unknown words
 
     def _token_id(self, token: str | None) -> int:
         token_id = None if token is None else self.tokenizer.convert_tokens_to_ids(token)
@@ -219,10 +218,8 @@ class Prompts:
                     f"{phrases[phrase]!r}; correct tokens_positive: {caption.text[:80]!r}"
                 )
             prompt.phrase_tokens[phrase] = (np.flatnonzero(own) + 1).tolist()  # after [CLS]
-            is_unknown = (np.array(tokens)[own] == self.tokenizer.unk_token_id).all()
-            if is_unknown and phrases[phrase] not in self._reported:
-                self._reported.add(phrases[phrase])
-                _report_unknown(name, phrases[phrase])
+            if (np.array(tokens)[own] == self.tokenizer.unk_token_id).all():
+                self._unknown.report(name, phrases[phrase])
         return prompt
 
     def _fitting(self, tokens: list[list[int]], sample: Sample) -> list[int]:
