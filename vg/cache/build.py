@@ -27,7 +27,7 @@ from vg.data.prompt import Expressions
 from vg.data.source import Source
 from vg.distributed import new_accelerator, progress_bar
 from vg.errors import BadSampleError, CacheError, ConfigError, printable
-from vg.files import replacing, write_bytes
+from vg.files import read_json, replacing, write_bytes
 from vg.models.base import EncodableModel
 from vg.types import Sample, Text
 from vg.workers import new_loader
@@ -130,7 +130,7 @@ class Build:
         self._encode_images(self._own(missing))
         self.accelerator.wait_for_everyone()
         files = [folder.image_records(shard) for shard in range(len(folder.shards))]
-        records = [record for file in files for record in json.loads(file.read_text())]
+        records = [record for file in files for record in read_json(file, list)]
         expressions = _distinct(records)
         shards = range(len(folder.text_shards(len(expressions))))
         missing = [shard for shard in shards if not folder.text_features(shard).exists()]

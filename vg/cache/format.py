@@ -25,6 +25,7 @@ from vg.config import CacheConfig
 from vg.data import DatasetConfig
 from vg.data.source import HasFingerprint, HasImageKeys, Source
 from vg.errors import CacheError
+from vg.files import read_json
 from vg.models.base import EncodableModel
 
 # Images and expressions per shard: more is more work lost on interruption, less is more open files.
@@ -99,7 +100,7 @@ class CacheFolder:
                 f"the cache {self.path} is incomplete: {total - len(self.missing_shards())} of {total} image shards "
                 f"are written; {advice}"
             )
-        found = [json.loads(file.read_text()) for file in sorted(self.root.glob(f"{self._name}-*/{KEY}"))]
+        found = [read_json(file, dict) for file in sorted(self.root.glob(f"{self._name}-*/{KEY}"))]
         if not found:
             raise CacheError(f"{self.root} contains no features of {self.name}; {advice}")
         differences = sorted((_differences(self.key, key) for key in found), key=len)
