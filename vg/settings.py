@@ -67,6 +67,8 @@ def parse_yaml(text: str) -> Any:
                 f"it is nested deeper than {DEEPEST_YAML} levels or has more than {MOST_VALUES:,} values; does an "
                 "alias (*name) refer to itself or repeat others?"
             )
+        if isinstance(value, str) and "\0" in value:
+            raise yaml.YAMLError("a text has a NUL character, which no name or path can have")
         children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         pending += [(child, depth + 1) for child in children]
     return values

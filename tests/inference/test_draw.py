@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,13 @@ def test_captions_wrap_between_words_and_end_with_an_ellipsis_if_cut() -> None:
     assert _wrap("a star", font, 200, lines=2) == ["a star"]
     assert _wrap("a" * 100, font, 200, lines=2)[0].endswith("…")
     assert _wrap("", font, 200, lines=2) == [""]
+
+
+def test_very_long_captions_take_no_time() -> None:
+    start = time.perf_counter()
+    (line,) = _wrap("word " * 100_000, _font(12), 300, lines=1)
+    assert line.endswith("…")
+    assert time.perf_counter() - start < 5
 
 
 def test_drawing_boxes_imports_neither_torch_nor_pyplot() -> None:

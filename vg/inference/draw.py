@@ -225,7 +225,7 @@ def _legend(canvas: Image.Image) -> None:
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
     """Wrap words into lines of at most `width` pixels; text beyond the last line is replaced by an ellipsis."""
     wrapped: list[str] = []
-    words = text.split()
+    words = text[: int(lines * width)].split()  # no more fit, at a pixel each
     while words and len(wrapped) < lines:
         count = next((n for n in range(len(words), 1, -1) if font.getlength(" ".join(words[:n])) <= width), 1)
         is_last = len(wrapped) == lines - 1
