@@ -136,7 +136,7 @@ def _settings_type(hint: Any, value: Any) -> tuple[type | None, list[str]]:
     if not named or not isinstance(value, (str, Mapping)):
         return (members[0] if members else None), []
     name = value if isinstance(value, str) else value.get("name", next(iter(named)) if len(named) == 1 else None)
-    return (named[name], []) if name in named else (None, sorted(map(str, named)))
+    return (named[name], []) if isinstance(name, str) and name in named else (None, sorted(map(str, named)))
 
 
 def key_path(location: Sequence[str | int], values: Any) -> KeyPath:

@@ -25,6 +25,7 @@ from vg.inference.draw import (
     draw_boxes,
     image_grid,
     prediction_grid,
+    save_image,
 )
 from vg.types import Prediction, Sample
 
@@ -188,6 +189,23 @@ def test_captions_wrap_between_words_and_end_with_an_ellipsis_if_cut() -> None:
     assert _wrap("a star", font, 200, lines=2) == ["a star"]
     assert _wrap("a" * 100, font, 200, lines=2)[0].endswith("…")
     assert _wrap("", font, 200, lines=2) == [""]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named_and_leaves_the_former_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.new("RGB", (4, 4))
+    save_image(image, tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+
+    def fail(self: Path, content: bytes) -> None:
+        with Path("/dev/full").open("wb", buffering=0) as file:
+            file.write(content)
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OSError, match=r"No space left on device.*a\.png"):
+        save_image(Image.new("RGB", (5, 5)), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_very_long_captions_take_no_time() -> None:
