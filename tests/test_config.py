@@ -152,6 +152,8 @@ def test_round_trip(tmp_path: Path, minimal: Path) -> None:
         (["optim.lr"], "an override must read key.subkey=value, for example optim.lr=1e-4; got 'optim.lr'"),
         (["=3"], "an override must read key.subkey=value"),
         (["optim.lr=1", "optim.lr.x=3"], "optim.lr.x=3: lr is 1, which has no keys"),
+        (["data.train.name=[1]"], "data.train.name: [1] is unknown"),
+        (["train.seed=9223372036854775808"], "train.seed: Input should be less than 9223372036854775808"),
         (["optim.betas=[1"], "optim.betas=[1: the value is not valid YAML"),
     ],
 )

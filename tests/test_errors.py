@@ -21,12 +21,19 @@ from vg.data.check import diagnose, to_text
 from vg.data.check.formats import detect_format
 from vg.data.detection.coco import CocoConfig
 from vg.data.detection.odvg import OdvgConfig
+from vg.data.detection.voc import VocConfig
 from vg.data.detection.yolo import YoloConfig
+from vg.data.prompt import Expressions, Prompts
 from vg.data.refcoco.source import RefcocoConfig
 from vg.errors import BadSampleError, CheckpointError, UserError, printable
 from vg.evaluation.table import aligned
+from vg.files import read_text
 from vg.inference.grounder import load_model
+from vg.models.encoders import load_tokenizer
 from vg.models.grounding_dino.checkpoints import bert_settings
+from vg.models.grounding_dino.config import BertConfig
+from vg.models.settings import TINY_BERT
+from vg.types import TextSpec
 
 RED = "\x1b[31mred\x1b[0m"
 
@@ -82,6 +89,42 @@ def test_long_names_of_images_are_bad_samples(tmp_path: Path) -> None:
     source = write_coco(tmp_path, lambda row: row.update(file_name="a" * 300 + ".png"), "images").build()
     with pytest.raises(BadSampleError, match=r"image a+ cannot be opened \(File name too long\)"):
         source.load(0, 0)
+
+
+def test_names_that_are_not_unicode(tmp_path: Path) -> None:
+    config = write_coco(tmp_path, lambda row: row.update(name="cat \ud800"), "categories")
+    assert r"not valid Unicode" in to_text(diagnose({"train": config}, 100, lambda phrases: [len(phrases)], None))
+    tokenizer = load_tokenizer(BertConfig(architecture=TINY_BERT))
+    for texts in (Prompts(TextSpec(tokenizer, 64, (".",)), one_prompt=True), Expressions(TextSpec(tokenizer, 64))):
+        (problem,) = texts.problems([("a", ("cat",)), ("b", ("cat \ud800",))]).items()
+        assert problem == (1, r"b: the phrase 'cat \ud800' is not valid Unicode; correct it")
+    with pytest.raises(BadSampleError, match="not valid Unicode"):
+        texts.text(["cat \ud800"], ["b"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes need POSIX")
+def test_devices_and_named_pipes_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "JPEGImages").mkdir()
+    (tmp_path / "Annotations").mkdir()
+    for name in ("a.json", "a.jsonl", "Annotations/a.xml"):
+        os.mkfifo(tmp_path / name)
+    for config in (
+        CocoConfig(path=str(tmp_path / "a.json")),
+        OdvgConfig(path=str(tmp_path / "a.jsonl")),
+        VocConfig(path=str(tmp_path)),
+        CocoConfig(path="/dev/zero"),
+    ):
+        with pytest.raises((UserError, OSError), match="Not a regular file"):
+            config.build()
+
+
+@pytest.mark.parametrize("content", ["a\n".encode("utf-16"), "é\n".encode("latin1")])
+def test_text_in_other_encodings(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(OSError, match=r"Not encoded in UTF-8 .*a\.txt"):
+        read_text(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_bytes("a\n".encode("utf-8-sig"))
+    assert read_text(tmp_path / "a.txt") == "a\n"
 
 
 def deep(opening: str, closing: str) -> str:

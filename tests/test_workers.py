@@ -83,6 +83,16 @@ def test_a_batch_that_cannot_be_sent(tmp_path: Path) -> None:
     assert last.endswith("set data.workers=0")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_little_memory(tiny_config: MakeConfig, tmp_path: Path, workers: int) -> None:
+    config = tiny_config(data={"workers": workers})
+    config.model.image_size = 1_000_000  # type: ignore[union-attr]
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    errors = run(MAIN, tmp_path, "train", "config.yaml")
+    assert "use a smaller data.batch_size" in errors
+    assert "Traceback" not in errors
+
+
 def test_a_killed_worker(tiny_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump_config(tiny_config(data={"workers": 1})))
     errors = run(KILLED, tmp_path, "train", "config.yaml")

@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from vg.config import CheckpointConfig, dump_config, load_checkpoint_config
 from vg.errors import CheckpointError, ConfigError, DamagedCheckpointError, UserError, unpickling_problem
-from vg.files import replacing
+from vg.files import read_json, replacing
 from vg.models.base import GroundingModel
 
 ENCODERS = "frozen_encoders.json"  # only with encoders whose weights are not in WEIGHTS
 WEIGHTS, CONFIG, TOKENIZER, TRAINING = "model.safetensors", "config.yaml", "tokenizer", "training.pt"
+STATE = {"weights", "optimizer", "schedule", "progress", "processes"}  # keys of TRAINING, at least
 TORCH_WRITER = "inline_container"  # the source file that torch names in errors of writing
 
 
@@ -110,9 +111,11 @@ def load_weights(model: GroundingModel, folder: Path, config: CheckpointConfig) 
     except ValueError as error:
         raise CheckpointError(f"{folder / WEIGHTS}: {error}") from error
     file = folder / ENCODERS  # older checkpoints do not have it
-    trained = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    trained = read_json(file, dict) if file.exists() else {}
     for name, now in config.model.frozen_weights().items():
         before = trained.get(name, now)
+        if not isinstance(before, dict) or not {"id", "weights"} <= before.keys():
+            raise DamagedCheckpointError(f"{file} is damaged: {name} has no id and weights; use an older checkpoint")
         if before["weights"] != now["weights"]:
             shown = [f"{x['id']} ({str(x['weights'])[:12]})" for x in (now, before)]
             warnings.warn(
@@ -129,6 +132,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         return load_file(path)
     except FileNotFoundError as error:
         raise DamagedCheckpointError(f"{path} does not exist") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
     except SafetensorError as error:
         raise DamagedCheckpointError(
             f"{path} is damaged or was cut short ({error}); use an older checkpoint"
@@ -147,9 +152,14 @@ def read_training_state(folder: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read for another reason, such as its permissions.
     """
     try:
-        return torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
+        state = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
     except Exception as error:
         intact = isinstance(error, (OSError, MemoryError)) and not isinstance(error, FileNotFoundError)
         raise (CheckpointError if intact else DamagedCheckpointError)(
             f"cannot resume from {folder / TRAINING}: {unpickling_problem(error)}"
         ) from error
+    if not isinstance(state, dict) or not state.keys() >= STATE:
+        raise DamagedCheckpointError(
+            f"cannot resume from {folder / TRAINING}: it lacks some of {', '.join(sorted(STATE))}"
+        )
+    return state

@@ -99,7 +99,7 @@ class TrainConfig(Settings):
 
     output: str = "runs/default"
     """Folder of the run: configuration, checkpoints, history, curves."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     epochs: PositiveInt = 10
     max_steps: PositiveInt | None = None
     """Optimizer steps after which the run ends, if the epochs have not ended it before."""

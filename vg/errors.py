@@ -53,6 +53,18 @@ class PredictionError(UserError, RuntimeError):
     """A model predicts NaN or Inf; the message names the first sample and the reason."""
 
 
+def out_of_memory(error: BaseException) -> str:
+    """Return the message for the user if there was too little memory, of a GPU or the machine, else ""."""
+    found = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # of torch, not imported here
+    if not found and "DefaultCPUAllocator" not in str(error):
+        return ""
+    reason = str(error).strip().partition("\n")[0] or "out of memory"
+    return (
+        f"{reason}: use a smaller data.batch_size (train.accumulate keeps the samples per step), smaller images, or "
+        "model.gradient_checkpointing=true where the model has it"
+    )
+
+
 def unpickling_problem(error: Exception) -> str:
     """Return why torch.load failed in one line, without its advice to load the file in a way that runs its code."""
     lines = str(error).split("WeightsUnpickler error:")[-1].splitlines()

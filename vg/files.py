@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def refuse_special(path: Path) -> Path:
+    """Return the path of a file or folder, or one that does not exist; raise OSError for a device or a named pipe.
+
+    Reading those would wait, or never end.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return path
+
+
+def read_text(path: Path) -> str:
+    """Read UTF-8 with or without a byte order mark; raises OSError, also for other encodings and special files."""
+    try:
+        return refuse_special(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OSError(errno.EILSEQ, f"Not encoded in UTF-8 ({error})", str(path)) from error
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """Read a JSON file whose content is a dict or a list; raises OSError for anything else, see `read_text`."""
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise OSError(errno.EILSEQ, f"Not JSON ({error})", str(path)) from error
+    if not isinstance(value, kind):
+        raise OSError(errno.EILSEQ, f"Not a JSON {kind.__name__}", str(path))
+    return value
 
 
 @contextmanager

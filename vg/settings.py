@@ -67,6 +67,8 @@ def parse_yaml(text: str) -> Any:
                 f"it is nested deeper than {DEEPEST_YAML} levels or has more than {MOST_VALUES:,} values; does an "
                 "alias (*name) refer to itself or repeat others?"
             )
+        if isinstance(value, str) and "\0" in value:
+            raise yaml.YAMLError("a text has a NUL character, which no name or path can have")
         children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         pending += [(child, depth + 1) for child in children]
     return values
@@ -134,7 +136,7 @@ def _settings_type(hint: Any, value: Any) -> tuple[type | None, list[str]]:
     if not named or not isinstance(value, (str, Mapping)):
         return (members[0] if members else None), []
     name = value if isinstance(value, str) else value.get("name", next(iter(named)) if len(named) == 1 else None)
-    return (named[name], []) if name in named else (None, sorted(map(str, named)))
+    return (named[name], []) if isinstance(name, str) and name in named else (None, sorted(map(str, named)))
 
 
 def key_path(location: Sequence[str | int], values: Any) -> KeyPath:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,20 @@ def test_large_images_are_refused_before_they_are_decoded(tmp_path: Path, monkey
         read_image(tmp_path / "a.png", "a.png")
     with pytest.raises(BadSampleError, match=message):
         to_array(tmp_path / "a.png")
+
+
+def test_a_limit_above_that_of_pil(tmp_path: Path) -> None:
+    Image.new("1", (15_000, 15_000)).save(tmp_path / "a.png")
+    with pytest.raises(BadSampleError, match=r"more than 100,000,000.*VG_MAX_PIXELS"):
+        read_image(tmp_path / "a.png", "a.png")
+    script = (
+        "from pathlib import Path; from vg.data.images import image_size; print(image_size(Path('a.png'), 'a.png'))"
+    )
+    environment = os.environ | {"VG_MAX_PIXELS": "300000000", "PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert (result.stdout, result.stderr) == ("(15000, 15000)\n", "")
 
 
 def test_orientation(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from vg.inference.draw import (
     draw_boxes,
     image_grid,
     prediction_grid,
+    save_image,
 )
 from vg.types import Prediction, Sample
 
@@ -187,6 +189,30 @@ def test_captions_wrap_between_words_and_end_with_an_ellipsis_if_cut() -> None:
     assert _wrap("a star", font, 200, lines=2) == ["a star"]
     assert _wrap("a" * 100, font, 200, lines=2)[0].endswith("…")
     assert _wrap("", font, 200, lines=2) == [""]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named_and_leaves_the_former_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.new("RGB", (4, 4))
+    save_image(image, tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+
+    def fail(self: Path, content: bytes) -> None:
+        with Path("/dev/full").open("wb", buffering=0) as file:
+            file.write(content)
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OSError, match=r"No space left on device.*a\.png"):
+        save_image(Image.new("RGB", (5, 5)), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_very_long_captions_take_no_time() -> None:
+    start = time.perf_counter()
+    (line,) = _wrap("word " * 100_000, _font(12), 300, lines=1)
+    assert line.endswith("…")
+    assert time.perf_counter() - start < 5
 
 
 def test_drawing_boxes_imports_neither_torch_nor_pyplot() -> None:

@@ -14,7 +14,7 @@ from tests.conftest import NO_DROPOUT, history, scripted
 from vg.config import RunConfig
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.training import report
-from vg.training.report import epoch_table
+from vg.training.report import epoch_table, print_above_bar
 from vg.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
@@ -54,6 +54,11 @@ def test_several_datasets_in_one_line(tiny_config: MakeConfig, capsys: pytest.Ca
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     number = r"\d\.\d{4}"
     assert re.match(rf"step 1 \(epoch 0\.2\): new: miou {number}, acc@0\.5 {number}, .*; base: miou {number}", line)
+
+
+def test_control_characters_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    print_above_bar("next: vg predict '\x1b[31mred'\nsecond line")
+    assert capsys.readouterr().out == "next: vg predict '\\x1b[31mred'\nsecond line\n"
 
 
 def test_epoch_table_of_the_published_card(tiny_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
 from vg.config import RunConfig, dump_config
 from vg.distributed import StopSignal
-from vg.errors import CheckpointError
+from vg.errors import CheckpointError, UserError
 from vg.models.grounding_dino.config import DenoisingConfig
 from vg.models.rec.config import PooledHeadConfig
 from vg.training.optim import GroupConfig
@@ -262,6 +262,38 @@ def test_a_finished_run_can_be_resumed_and_extended(tiny_config: MakeConfig, tmp
     longer = Trainer(config, resume=True)
     longer.fit()
     assert longer.progress.step == 9
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (
+            "history.jsonl",
+            b'{"step": 1, "loss": 1}\n[1]\n',
+            r"history\.jsonl, line 2: not a row of a history",
+        ),
+        ("history.jsonl", b'{"step": "a"}\n', r"history\.jsonl, line 1: not a row"),
+        ("history.jsonl", b"\xff\xfe\n", r"Not encoded in UTF-8 .*history\.jsonl"),
+        ("best/validation.json", b"x", r"Not JSON .*validation\.json"),
+        ("best/validation.json", b"[]", r"Not a JSON dict.*validation\.json"),
+        ("checkpoints/step_000001/training.pt", b"", r"cannot resume from .*training\.pt"),
+        ("checkpoints/step_000001/training.pt", [1], r"training\.pt: it lacks some of optimizer, "),
+        ("checkpoints/step_000001/training.pt", {"weights": None}, r"training\.pt: it lacks some of optimizer, "),
+        ("checkpoints/step_000001/frozen_encoders.json", b"[" * 100_000, r"Not JSON .*frozen_encoders\.json"),
+    ],
+)
+def test_files_of_a_run_that_were_damaged(
+    tiny_config: MakeConfig, tmp_path: Path, file: str, content: Any, message: str
+) -> None:
+    config = configured(tiny_config, tmp_path / "run", max_steps=1)
+    Trainer(config).fit()
+    (tmp_path / "run" / "checkpoints" / "step_1x1").mkdir()  # not of vg
+    (tmp_path / "run" / "checkpoints" / "step_1x1" / "training.pt").touch()
+    (tmp_path / "run" / "checkpoints" / "step_1x1" / "model.safetensors").touch()
+    path = tmp_path / "run" / file
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises((UserError, OSError), match=message):
+        Trainer(config, resume=True).fit()
 
 
 def test_resuming_with_the_pooled_head(tiny_config: MakeConfig, tmp_path: Path) -> None:

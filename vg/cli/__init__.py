@@ -16,7 +16,7 @@ from typing import NamedTuple
 from vg import __version__
 from vg.cli import check, convert, demo, evaluate, interpolate, predict, train
 from vg.cli.arguments import add_config
-from vg.errors import UserError, printable
+from vg.errors import UserError, out_of_memory, printable
 
 
 class Verb(NamedTuple):
@@ -97,10 +97,10 @@ def main(arguments: list[str] | None = None) -> None:
         if "Original Traceback" in text:  # a DataLoader adds that of its worker
             text = text.split(f"{type(error).__name__}: ")[-1].strip()
         sys.exit("error: " + "\n".join(map(printable, text.split("\n"))))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         from vg.workers import dead_worker
 
-        if not (message := dead_worker(error)):
+        if not (message := dead_worker(error) or out_of_memory(error)):
             raise
         sys.exit(f"error: {message}")
     finally:

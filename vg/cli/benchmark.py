@@ -52,7 +52,7 @@ def run(options: argparse.Namespace, output: Path) -> None:
     from vg.evaluation.benchmark.run import run as run_benchmark
     from vg.evaluation.benchmark.suite import open_splits
     from vg.evaluation.benchmark.table import text
-    from vg.files import write_json
+    from vg.files import write_bytes, write_json
 
     if options.detections:
         raise ConfigError("--detections is for detection datasets, and this benchmark has none; remove it")
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace, output: Path) -> None:
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "benchmark.json", results)
-        (output / "benchmark.html").write_text(report(results, evaluated, model), encoding="utf-8")
+        write_bytes(output / "benchmark.html", report(results, evaluated, model).encode())
         print(text(results))
         print(f"\nwritten to {output}: benchmark.json, benchmark.html")
 

@@ -43,7 +43,7 @@ def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: b
     from vg.distributed import new_accelerator
     from vg.evaluation.evaluator import Evaluator
     from vg.evaluation.table import table
-    from vg.files import write_json
+    from vg.files import write_bytes, write_json
 
     model, config = load_with_data(checkpoint, overrides)
     accelerator = new_accelerator(mixed_precision=config.train.precision)
@@ -54,7 +54,7 @@ def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: b
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "metrics.json", {"checkpoint": str(checkpoint), **result.flat()})
         for name, rows in rows_of.items():
-            (output / f"detections{name and '_'}{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+            write_bytes(output / f"detections{name and '_'}{name}.json", json.dumps(rows).encode())
         print(table(result))
         _draw(model, config, output / "predictions.png")
         print(f"written to {output}: metrics.json, predictions.png")

@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
     from PIL import Image
 
     from vg.errors import ConfigError, printable
-    from vg.inference.draw import COLORS, draw_boxes
+    from vg.inference.draw import COLORS, draw_boxes, save_image
     from vg.inference.grounder import Grounder, above, check_threshold, to_array
 
     settings = [word for word in options.phrases if re.match(r"model\.[\w.]+=", word)]
@@ -58,8 +58,7 @@ def run(options: argparse.Namespace) -> None:
     if not labels:
         best = f"best: {prediction.scores[0]:.3g}" if len(prediction.scores) else "no box was predicted"
         print(f"no box scores >= {threshold} ({best}); lower --threshold")
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(draw_boxes(image, shown.boxes, labels, colors or COLORS)).save(options.output)
+    save_image(Image.fromarray(draw_boxes(image, shown.boxes, labels, colors or COLORS)), options.output)
     print(f"drawn in {options.output}")
 
 

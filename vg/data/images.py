@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 from vg.errors import BadSampleError
 
 MAX_PIXELS = int(os.environ.get("VG_MAX_PIXELS", 100_000_000))  # larger images are refused: a bomb, or a mistake
+Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, MAX_PIXELS)  # of PIL, which must not be lower
 _FOLDERS = ("", "train2014", "train2017", "val2014", "val2017", "images")  # 2017 has the images of 2014
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _COCO = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})(?:_\d+)?")  # RefCOCO appends the id of an annotation
@@ -104,6 +105,11 @@ def _opened(source: Path | bytes | Image.Image, name: str) -> Iterator[Image.Ima
                 yield image
     except BadSampleError:
         raise
+    except Image.DecompressionBombError as error:
+        raise BadSampleError(
+            f"image {name} has more than {MAX_PIXELS:,} pixels; resize it, or set the environment variable "
+            "VG_MAX_PIXELS"
+        ) from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
         raise BadSampleError(f"image {name} cannot be read ({error}); replace the file by an intact copy") from error
 

@@ -49,11 +49,20 @@ class Expressions:
         """Return the index and the reason of each sample (id, phrases) for which the call raises BadSampleError."""
         names = [name for name, _ in samples]
         expressions = [_only_phrase(name, phrases) for name, phrases in samples]
-        rows = self.spec.tokenizer(expressions, verbose=False)["input_ids"]
-        return self._problems(names, expressions, rows, [len(row) for row in rows])
+        invalid = {
+            index: _not_unicode(name, expression)
+            for index, (name, expression) in enumerate(zip(names, expressions, strict=True))
+            if not is_unicode(expression)
+        }
+        valid = ["" if index in invalid else expression for index, expression in enumerate(expressions)]
+        rows = self.spec.tokenizer(valid, verbose=False)["input_ids"]
+        return self._problems(names, expressions, rows, [len(row) for row in rows]) | invalid
 
     def text(self, expressions: Sequence[str], names: Sequence[str]) -> Text:
-        """Return one prompt per expression; raise BadSampleError with the name of one that has too many tokens."""
+        """Return one prompt per expression; raise BadSampleError with the name of one that the model cannot take."""
+        for name, expression in zip(names, expressions, strict=True):
+            if not is_unicode(expression):
+                raise BadSampleError(_not_unicode(name, expression))
         tokens = self.spec.tokenizer(list(expressions), padding=True, return_tensors="pt")
         token_ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()  # [R, T]
         problems = self._problems(names, expressions, token_ids.tolist(), mask.sum(dim=1).tolist())
@@ -86,6 +95,15 @@ def _only_phrase(name: str, phrases: Sequence[str]) -> str:
     if len(phrases) != 1:
         raise DataError(f"{name} has {len(phrases)} phrases, this model takes one expression")
     return phrases[0]
+
+
+def is_unicode(phrase: str) -> bool:
+    """Whether a tokenizer can read a phrase: JSON and file names may contain halves of surrogate pairs."""
+    return phrase.encode("utf-8", "ignore").decode() == phrase
+
+
+def _not_unicode(name: str, phrase: str) -> str:
+    return f"{name}: the phrase {phrase[:80]!r} is not valid Unicode; correct it"
 
 
 class Prompt(NamedTuple):
@@ -245,6 +263,8 @@ class Prompts:
             self._known.clear()
         new = [phrase for phrase in dict.fromkeys(phrases) if phrase not in self._known]
         for phrase in new:
+            if not is_unicode(phrase):
+                raise BadSampleError(_not_unicode(name, phrase))
             if not any(character.isalnum() for character in phrase):
                 raise BadSampleError(f"{name}: the phrase {phrase!r} has no letter or digit; use words")
         if new:  # split_special_tokens: "[SEP]" in a phrase is ordinary text

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vg.files import write_bytes
 from vg.inference.draw import FAINT_INK, INK
 from vg.metrics.result import split_flat_key
 
@@ -52,7 +54,9 @@ def curves(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
             axes.set_ylim(0, 1.02)
     axes.set_xlabel("step", color=FAINT_INK)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path)
+    content = BytesIO()
+    figure.savefig(content, format=Path(path).suffix[1:])
+    write_bytes(Path(path), content.getvalue())
 
 
 def losses_of(history: Sequence[Mapping[str, float]]) -> dict[str, Line]:

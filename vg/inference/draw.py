@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from vg.files import write_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -82,7 +85,7 @@ def prediction_grid(items: Sequence[tuple[Sample, Prediction]], columns: int, pa
     cards = [_card(sample, prediction) for sample, prediction in items]
     canvas = _grid(cards, columns, top=GAP + LINE_HEIGHT + GAP, min_width=LEGEND_WIDTH)
     _legend(canvas)
-    canvas.save(path)
+    save_image(canvas, path)
 
 
 def image_grid(
@@ -106,7 +109,14 @@ def image_grid(
         text = "\n".join(_wrap(caption, font, CARD_WIDTH, lines=2))
         ImageDraw.Draw(card).text((0, IMAGE_HEIGHT), text, fill=INK, font=font)
         cards.append(card)
-    _grid(cards, columns).save(path)
+    save_image(_grid(cards, columns), path)
+
+
+def save_image(image: Image.Image, path: str | Path) -> None:
+    """Write an image in the format of the suffix; an existing file stays if that fails, see vg.files.replacing."""
+    content = BytesIO()
+    image.save(content, Image.registered_extensions()[Path(path).suffix.lower()])
+    write_bytes(Path(path), content.getvalue())
 
 
 def _grid(cards: Sequence[Image.Image], columns: int, top: int = GAP, min_width: int = 0) -> Image.Image:
@@ -225,7 +235,7 @@ def _legend(canvas: Image.Image) -> None:
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
     """Wrap words into lines of at most `width` pixels; text beyond the last line is replaced by an ellipsis."""
     wrapped: list[str] = []
-    words = text.split()
+    words = text[: int(lines * width)].split()  # no more fit, at a pixel each
     while words and len(wrapped) < lines:
         count = next((n for n in range(len(words), 1, -1) if font.getlength(" ".join(words[:n])) <= width), 1)
         is_last = len(wrapped) == lines - 1

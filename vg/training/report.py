@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from vg.data.source import Source
-from vg.errors import DataError
+from vg.errors import DataError, printable
 from vg.files import write_bytes
 from vg.training.run_folder import EPOCHS
 
@@ -115,8 +115,8 @@ class Report:
 
 
 def print_above_bar(text: str) -> None:
-    """Print to standard output without breaking a progress bar in the terminal."""
-    tqdm.write(text)
+    """Print to standard output without breaking a progress bar in the terminal; see `printable`."""
+    tqdm.write("\n".join(map(printable, text.split("\n"))))
 
 
 def example_phrases(source: Source[Any]) -> list[str]:

@@ -29,7 +29,7 @@ from vg.checkpoint import CONFIG, TRAINING, WEIGHTS, new_checkpoint
 from vg.config import RunConfig, dump_config
 from vg.distributed import failing_together
 from vg.errors import CheckpointError, DamagedCheckpointError, TrainingError
-from vg.files import remove, sync, write_bytes, write_json
+from vg.files import read_text, remove, sync, write_bytes, write_json
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """Complete, resumable checkpoints, oldest first."""
         found = [path.parent for path in self.path.glob(f"checkpoints/step_*[0-9]/{TRAINING}")]
-        found = [folder for folder in found if (folder / WEIGHTS).exists()]
+        found = [x for x in found if (x / WEIGHTS).exists() and x.name.removeprefix("step_").isdecimal()]
         return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
 
     def newest(self, load: Callable[[Path], T]) -> tuple[Path, T]:
@@ -177,8 +177,17 @@ class RunFolder:
     def rows(self) -> list[dict[str, Any]]:
         if not self.history.exists():
             return []
-        lines = self.history.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # a crash may truncate the last one
+        lines = read_text(self.history).splitlines(keepends=True)
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith("\n"):  # a crash may truncate the last one
+                continue
+            try:
+                rows.append({**json.loads(line)})
+                int(rows[-1]["step"])
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise CheckpointError(f"{self.history}, line {number}: not a row of a history; remove it") from error
+        return rows
 
     @in_main_process
     def cut_history(self, step: int, evaluated: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from vg.distributed import (
 )
 from vg.errors import TrainingError
 from vg.evaluation.evaluator import Evaluator
+from vg.files import read_json
 from vg.training.data import TrainingData
 from vg.training.interpolation import Interpolation, Sweep
 from vg.training.loss_log import REMEDY, TRAIN_IOU, LossLog
@@ -133,7 +133,7 @@ class Trainer:
                 )
         if self.config.train.interpolate:
             self.interpolate(self.config.train.interpolate)
-        best = json.loads((self.folder.best / VALIDATION).read_text(encoding="utf-8"))
+        best = read_json(self.folder.best / VALIDATION, dict)
         self.report.end(best)
         return best
 

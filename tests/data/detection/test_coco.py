@@ -131,6 +131,18 @@ VALID = {"images": coco_document()["images"], "annotations": [], "categories": C
             r"duplicate ids in images: images\[1\]: {'id': 25, 'file_name': 'a.png'.*; renumber them",
         ),
         (VALID | {"categories": []}, "there are no classes"),
+        (
+            VALID | {"categories": [{"id": 1, "name": ["cat", "dog"]}]},
+            r"categories without id or name: categories\[0\]",
+        ),
+        (
+            VALID | {"annotations": [annotation(8, 25, 3, [0, 0, 5, 5]) | {"iscrowd": "0"}]},
+            "values of iscrowd that are not 0 or 1: annotation 8: iscrowd '0'",
+        ),
+        (
+            VALID | {"annotations": [annotation(8, 25, 3, [0, 0, 5, 5]) | {"area": float("nan")}]},
+            "areas that are not numbers: annotation 8: area nan",
+        ),
         (VALID | {"categories": [{"id": 1}]}, r"categories without id or name: categories\[0\]: {'id': 1}"),
         (
             VALID | {"annotations": [annotation(8, 1, 3, [0, 0, 5, 5])]},

@@ -11,6 +11,7 @@ import numpy as np
 from vg.data.check.dataset import CheckedDataset
 from vg.data.detection.issues import Severity
 from vg.data.detection.vocabulary import Vocabulary, normalized_name
+from vg.data.prompt import is_unicode
 from vg.errors import DataError
 
 CountTokens = Callable[[list[str]], list[int]]
@@ -30,6 +31,8 @@ def check_phrases(dataset: CheckedDataset, count_tokens: CountTokens | None, max
     """
     annotations, add = dataset.annotations, dataset.issues.add
     classes = annotations.names[: annotations.num_classes]
+    broken = [repr(name) for name in annotations.names if not is_unicode(name)]
+    add("error", "names or phrases that are not valid Unicode", "correct them", broken)
     counts = np.bincount(annotations.labels, minlength=len(classes)).tolist()
     class_phrases = _check_names(dataset, classes) if classes else []
     rare = [f"{name}: {count}" for name, count in zip(classes, counts, strict=False) if 0 < count < _RARE]
@@ -104,6 +107,7 @@ def _check_lengths(
     """Report prompts with too many tokens; a prompt is [CLS] phrase . phrase . [SEP], or a whole caption."""
     annotations, num_classes = dataset.annotations, len(class_phrases)
     phrases = [*class_phrases, *annotations.names[num_classes:]]
+    phrases = [phrase if is_unicode(phrase) else "" for phrase in phrases]
     count = count_tokens or _count_words
     tokens = np.array(count(phrases), np.int64) + 1  # [names], with separator
     bound = "" if count_tokens else "at least "

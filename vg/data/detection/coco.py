@@ -19,6 +19,7 @@ from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
+from vg.files import refuse_special
 from vg.settings import Settings
 
 _Id: TypeAlias = int | float | str
@@ -99,7 +100,9 @@ class CocoConfig(Settings):
         ]
         issues.add("warning", "images listed twice", "merge the entries: each lacks the boxes of the other", twice)
 
-        columns = {key: [row.get(key) for row in rows] for key in ("image_id", "category_id", "bbox", "area")}
+        columns = {
+            key: [row.get(key) for row in rows] for key in ("image_id", "category_id", "bbox", "area", "iscrowd")
+        }
         image_indices = _look_up(columns["image_id"], image_of_id)  # [A], -1 where unknown
         labels = _look_up(columns["category_id"], names)  # [A], -1 where unknown
         boxes = to_boxes(columns["bbox"])  # [A, 4] xywh, NaN where invalid
@@ -110,12 +113,14 @@ class CocoConfig(Settings):
             return f"annotation {row['id']}" if "id" in row else f"annotations[{document['annotations'].index(row)}]"
 
         add = "add it to {} (numbers and strings differ: 7 is not '7'), or remove the annotation"
+        crowd, invalid_crowd = _to_flags(columns["iscrowd"])  # [A] both
         not_a_box = "write x, y, width, height in pixels, or remove the annotation"
         for key, invalid, what, fix in (
             ("image_id", image_indices < 0, "annotations whose image_id is not in images", add.format("images")),
             ("category_id", labels < 0, "annotations whose category_id is not in categories", add.format("categories")),
             ("bbox", np.isnan(boxes[:, 0]), "boxes that are not four finite numbers", not_a_box),
             ("area", invalid_areas, "areas that are not numbers", "correct or remove them"),
+            ("iscrowd", invalid_crowd, "values of iscrowd that are not 0 or 1", "correct or remove them"),
         ):
             indices = np.flatnonzero(invalid)
             examples = (f"{locate(i)}: {key} {repr(columns[key][i])[:80]}" for i in indices[:NUM_EXAMPLES])
@@ -134,7 +139,7 @@ class CocoConfig(Settings):
             image_indices=image_indices[valid],
             boxes=boxes,
             labels=labels[valid],
-            crowd=np.array([bool(row.get("iscrowd")) for row in rows], bool)[valid],
+            crowd=crowd[valid],
             areas=np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas),
             locate=lambda index: locate(positions[index]),
             box_format=XYWH,
@@ -143,7 +148,7 @@ class CocoConfig(Settings):
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_bytes())
+        return json.loads(refuse_special(file).read_bytes())
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}; path is a json file in COCO format") from error
     except (ValueError, RecursionError) as error:
@@ -169,7 +174,7 @@ def _by_id(rows: Sequence[dict[str, Any]], key: str, names: Sequence[str], issue
     found: dict[_Id, dict[str, Any]] = {}
     for index, row in enumerate(rows):
         if not isinstance(id := row.get("id"), (int, float, str)) or not any(
-            str(row.get(name) or "").strip() for name in names
+            str(row.get(name) or "").strip() and not isinstance(row[name], (list, dict)) for name in names
         ):
             what, fix = f"{key} without id or {names[0]}", f"add both, id and {' or '.join(names)}"
         elif found.setdefault(id, row) is not row:
@@ -189,10 +194,25 @@ def _look_up(ids: Sequence[Any], rows: Iterable[_Id]) -> np.ndarray:
         return _look_up([id if isinstance(id, Hashable) else None for id in ids], rows)
 
 
+def _to_flags(values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """[A] bool flags, False where missing; [A] bool, which are given but not 0, 1, false or true."""
+    try:
+        if {*values} <= {0, 1, None}:
+            return np.array(values, bool), np.zeros(len(values), bool)
+    except TypeError:  # lists and objects cannot be hashed
+        pass
+    valid = [value is None or (isinstance(value, (int, float)) and value in (0, 1)) for value in values]
+    flags = [bool(value) and known for value, known in zip(values, valid, strict=True)]
+    return np.array(flags, bool), ~np.array(valid, bool)
+
+
 def _to_areas(values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     """[A] float64 areas, NaN where missing; [A] bool, which are given but not numbers."""
     try:
-        return np.array(values, np.float64).reshape(len(values)), np.zeros(len(values), bool)
+        areas = np.array(values, np.float64).reshape(len(values))
+        if np.isfinite(areas).all():
+            return areas, np.zeros(len(values), bool)
     except (TypeError, ValueError, OverflowError):
-        areas = np.array([to_float(value) for value in values])
-        return areas, np.isnan(areas) & np.array([value is not None for value in values])
+        pass
+    areas = np.array([to_float(value) for value in values])
+    return areas, np.isnan(areas) & np.array([value is not None for value in values], bool)

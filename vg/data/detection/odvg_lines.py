@@ -11,6 +11,7 @@ from typing import Any
 from vg.data.detection.annotations import AnnotatedBox, AnnotatedImage, to_box, to_size
 from vg.data.detection.issues import Issues
 from vg.errors import DataError
+from vg.files import refuse_special
 from vg.types import Caption
 
 Spans = tuple[tuple[int, int], ...]
@@ -24,7 +25,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """Yield line number (from 1), first byte and content of each line that is not blank."""
     start = 0
     try:
-        with path.open("rb") as file:
+        with refuse_special(path).open("rb") as file:
             for number, text in enumerate(file, start=1):
                 if text.strip():
                     yield number, start, text
@@ -37,7 +38,7 @@ def read_label_map(path: str | None, issues: Issues) -> LabelMap | None:
     if path is None:
         return None
     try:
-        names = {int(label): str(name) for label, name in json.loads(Path(path).read_bytes()).items()}
+        names = {int(label): str(name) for label, name in json.loads(refuse_special(Path(path)).read_bytes()).items()}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         fix = 'expected a json file such as {"0": "person", "1": "bicycle"}'
         issues.add("error", "label_map cannot be read", fix, [f"{path}: {error}"])

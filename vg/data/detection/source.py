@@ -51,6 +51,8 @@ class DetectionSource:
         self._areas = None if areas is None else areas[order].astype(np.float32)  # [A]
         self._relative = annotations.relative
         self._min_side = min_side
+        if not len(self._boxes):
+            warnings.warn(f"{provenance}: no image has a box; annotate them, or use the right file", stacklevel=3)
         self._warn_of_overhang()
 
     def __len__(self) -> int:

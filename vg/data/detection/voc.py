@@ -16,6 +16,7 @@ from vg.data.images import list_images
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
+from vg.files import read_text, refuse_special
 from vg.settings import Settings
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
@@ -91,7 +92,7 @@ class VocConfig(Settings):
         for position, stem in enumerate([*selected, *sorted(stems.keys() - set(selected))]):
             file, index = f"{stem}.xml", len(images) if position < len(selected) else -1
             try:
-                root = ElementTree.parse(xml_folder / file).getroot()
+                root = ElementTree.parse(refuse_special(xml_folder / file)).getroot()
             except (ElementTree.ParseError, OSError) as error:
                 issues.add("error", "invalid xml files", "fix or remove them", [f"{file}: {error}"])
                 continue
@@ -135,7 +136,9 @@ def _split_stems(folder: Path, split: str) -> list[str]:
     """Return the names in a list of ImageSets, which has a second column if it is about one class."""
     file = folder / "ImageSets" / "Main" / f"{split}.txt"
     try:
-        return [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.split()[0] for line in read_text(file).splitlines() if line.strip()]
     except OSError as error:
         known = ", ".join(sorted(path.stem for path in file.parent.glob("*.txt"))) or "none"
-        raise DataError(f"{file} cannot be read; existing splits: {known}; split: null selects all images") from error
+        raise DataError(
+            f"{file} cannot be read ({error.strerror}); existing splits: {known}; split: null selects all images"
+        ) from error

@@ -19,6 +19,7 @@ from vg.data.images import list_images
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
+from vg.files import read_text
 from vg.settings import Settings, read_yaml
 
 _TOLERANCE = 0.01  # how far beyond 0..1 a coordinate may be
@@ -81,7 +82,7 @@ class YoloConfig(Settings):
             name, label_name = (p.relative_to(root) if p.is_relative_to(root) else p for p in (image, label_file))
             boxes = []
             if label_file.is_file():
-                text = label_file.read_text(encoding="utf-8", errors="replace")
+                text = label_file.read_text(encoding="utf-8-sig", errors="replace")
                 for number, line in enumerate(text.splitlines(), start=1):
                     location = f"{label_name}, line {number}"
                     if line.strip() and (box := _read_line(line, len(names), location, index, issues)) is not None:
@@ -114,7 +115,7 @@ def _class_names(document: Mapping[str, Any], file: Path) -> list[str]:
     names = document.get("names")
     if isinstance(names, Mapping) and set(names) == set(range(len(names))):
         names = [names[index] for index in range(len(names))]
-    if not isinstance(names, list) or not names:
+    if not isinstance(names, list) or not names or any(isinstance(name, (list, dict)) for name in names):
         raise DataError(
             f"{file}: names: expected a list of class names or a mapping 0: name, ..., got {str(names)[:80]}"
         )
@@ -130,15 +131,15 @@ def _split_images(document: Mapping[str, Any], split: str, root: Path, file: Pat
         known = ", ".join(key for key in ("train", "val", "test") if document.get(key)) or "none"
         raise DataError(f"{file} has no split {split!r}; it has {known}")
     images: list[Path] = []
-    for name in entry if isinstance(entry, list) else [entry]:
+    for name in map(str, entry if isinstance(entry, list) else [entry]):
         # Exports of Roboflow contain ../train/images and mean train/images.
-        path = next((p for p in (root / name, root / str(name).removeprefix("../")) if p.exists()), None)
+        path = next((p for p in (root / name, root / name.removeprefix("../")) if p.exists()), None)
         if path is None:
             raise DataError(f"{file}: {split} is {name}, but {root / name} does not exist; correct it or the key path")
         if path.is_dir():
             images += [path / image for image in list_images(path)]
         else:
-            lines = path.read_text(encoding="utf-8").split("\n")
+            lines = read_text(path).split("\n")
             images += [root / line.strip() for line in lines if line.strip()]
     return images
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from vg.data.refcoco.formats import NESTED, flat_rows, reviewed_rows
 from vg.data.refcoco.pickles import partition_of, read_refs, refs_files
 from vg.errors import DataError, NoSuchSplitError
+from vg.files import read_text
 from vg.hub import loading
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def _read_files(files: Sequence[Path], root: Path) -> Rows:
 
 def _read_json(file: Path) -> list[dict[str, Any]]:
     """Read the objects of a .json file (one list) or of a .jsonl file (one object per line)."""
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file)
     documents = [text] if file.suffix == ".json" else text.split("\n")
     rows: list[Any] = []
     for line, document in enumerate(documents, start=1):

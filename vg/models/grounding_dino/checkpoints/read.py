@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vg.errors import CheckpointError
+from vg.files import read_json
 from vg.models.base import check_finite_weights
 from vg.models.grounding_dino.backbone import name_in_file
 from vg.models.grounding_dino.checkpoints.files import load_tensors, local_path
@@ -99,7 +99,7 @@ def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
 
 
 def _read_foreign(path: Path, bert: Mapping[str, Any]) -> Checkpoint:
-    settings = json.loads((path / "config.json").read_text(encoding="utf-8")) if path.is_dir() else {}
+    settings = read_json(path / "config.json", dict) if path.is_dir() else {}
     tensors = load_tensors(path)
     check_finite_weights({key: tensor for key, tensor in tensors.items() if not re.fullmatch(IGNORABLE, key)})
     if any(key.startswith("module.") for key in tensors):
