@@ -216,6 +216,8 @@ class Prompts:
                 f"the tokenizer {type(self.tokenizer).__name__} does not give the characters of its tokens, which "
                 "captions: whole needs; set model.text.tokenizer to one with a tokenizer.json"
             )
+        if not is_unicode(caption.text):
+            raise BadSampleError(_not_unicode(name, caption.text))
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         encoded = self.tokenizer(caption.text, return_offsets_mapping=True, **options)
         tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]

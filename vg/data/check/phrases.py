@@ -123,6 +123,7 @@ def _check_lengths(
     lengths = np.bincount(pairs[:, 0], tokens[pairs[:, 1]], minlength=len(annotations.ids)).astype(int) + 2  # [I]
     whole = [index for index, caption in enumerate(annotations.captions) if caption is not None]
     captions = [caption.rstrip() for caption in annotations.captions if caption is not None]
+    captions = [caption if is_unicode(caption) else "" for caption in captions]
     full_stops = [not caption.endswith(".") for caption in captions]
     lengths[whole] = np.array(count(captions), int) + np.array(full_stops, int) + 2
     long = set(np.flatnonzero(lengths > max(max_tokens, 2)).tolist())
