@@ -16,12 +16,14 @@ FILES = PACKAGE + sorted((ROOT / "scripts").rglob("*.py"))
 
 # Which part of vg may import which other parts, or single modules of them. Imports inside functions count as well.
 # Entry points (cli, scripts) may import anything; everything may import what is in BASE.
-BASE = {"errors", "files", "hub", "settings", "types", "boxes"}
+BASE = {"errors", "files", "hub", "settings", "types", "boxes", "nms"}
 ARROWS = """
+finetuning -> checkpoint config data distributed evaluation inference models training
 training   -> evaluation cache checkpoint config data distributed models.base workers
 evaluation -> cache checkpoint config data distributed inference metrics models workers
 cache      -> config data distributed models.base workers
 inference  -> checkpoint config data metrics.result models.base models.grounding_dino.checkpoints
+web        -> data inference
 checkpoint -> config models.base
 config     -> data models training.optim
 data       ->

@@ -102,35 +102,3 @@ def test_degenerate_boxes_are_finite_with_finite_gradients(measure) -> None:
 
 def test_area() -> None:
     assert box_ops.area(torch.tensor([[1.0, 2.0, 3.0, 5.0], [3.0, 2.0, 1.0, 5.0]])).tolist() == [6, 0]
-
-
-def test_nms_worked_out_by_hand() -> None:
-    boxes = torch.tensor([[0.0, 0, 10, 10], [4, 0, 14, 10], [8, 0, 18, 10], [50, 50, 60, 60], [0, 0, 10, 10]])
-    scores = torch.tensor([0.5, 0.9, 0.4, 0.1, 0.5])
-    one_group = torch.zeros(5, dtype=torch.long)
-    assert box_ops.nms(boxes, scores, 0.4, one_group).tolist() == [1, 3], "IoU of neighbors is 6/14 = 0.43"
-    assert box_ops.nms(boxes, scores, 0.45, one_group).tolist() == [1, 0, 2, 3], "the second of twins goes"
-    assert box_ops.nms(boxes, scores, 1.0, one_group).tolist() == [1, 0, 4, 2, 3], "IoU must be above the threshold"
-    scores = torch.tensor([0.9, 0.8, 0.7, 0.1, 0.2])
-    assert box_ops.nms(boxes, scores, 0.4, one_group).tolist() == [0, 2, 3], "what is suppressed suppresses no other"
-    groups = torch.tensor([0, 1, 1, 0, 2])
-    assert box_ops.nms(boxes, scores, 0.4, groups).tolist() == [0, 1, 4, 3]
-
-
-@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.7])
-def test_nms_equals_the_loop_over_boxes(threshold: float) -> None:
-    for seed in range(20):
-        generator = torch.Generator().manual_seed(seed)
-        boxes, scores = random_boxes(60, seed), torch.rand(60, generator=generator).mul(20).round()  # with ties
-        groups = torch.randint(0, 3, (60,), generator=generator)
-        stay: list[int] = []
-        for i in sorted(range(60), key=lambda i: -float(scores[i])):
-            rivals = [j for j in stay if groups[j] == groups[i]]
-            if not rivals or box_ops.iou(boxes[i], boxes[rivals]).max() <= threshold:
-                stay.append(i)
-        assert box_ops.nms(boxes, scores, threshold, groups).tolist() == stay
-
-
-def test_nms_of_nothing() -> None:
-    nothing = torch.zeros(0, dtype=torch.long)
-    assert box_ops.nms(torch.zeros(0, 4), torch.zeros(0), 0.5, nothing).tolist() == []

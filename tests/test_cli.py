@@ -11,7 +11,7 @@ import pytest
 
 from vg.cli import VERBS, main
 from vg.errors import CheckpointError
-from vg.inference.grounder import load_model
+from vg.inference.torch_backend import load_model
 from vg.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]

@@ -10,22 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vg.config import load_config
-    from vg.inference.grounder import Grounder, load_model, predict_and_crop
+    from vg.finetuning.run import finetune
+    from vg.inference.crop import predict_and_crop
+    from vg.inference.formats import write_results
+    from vg.inference.grounder import Grounder
+    from vg.inference.result import Result
+    from vg.inference.torch_backend import load_model
     from vg.training.trainer import Trainer
     from vg.types import Prediction, Sample
 
 __version__ = "0.1.0"
 
-__all__ = ["Grounder", "Prediction", "Sample", "Trainer", "load_config", "load_model", "predict_and_crop"]
+__all__ = ["Grounder", "Prediction", "Result", "Sample", "Trainer"]
+__all__ += ["finetune", "load_config", "load_model", "predict_and_crop", "write_results"]
 
 _MODULES = {
     "Grounder": "vg.inference.grounder",
     "Prediction": "vg.types",
+    "Result": "vg.inference.result",
     "Sample": "vg.types",
     "Trainer": "vg.training.trainer",
+    "finetune": "vg.finetuning.run",
     "load_config": "vg.config",
-    "load_model": "vg.inference.grounder",
-    "predict_and_crop": "vg.inference.grounder",
+    "load_model": "vg.inference.torch_backend",
+    "predict_and_crop": "vg.inference.crop",
+    "write_results": "vg.inference.formats",
 }
 
 

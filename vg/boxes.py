@@ -1,4 +1,4 @@
-"""Box formats (cxcywh and xyxy), IoU, GIoU, DIoU and NMS; torchvision has them, but no build for every platform."""
+"""Box formats (cxcywh and xyxy), IoU, GIoU and DIoU; torchvision has them, but no build for every platform."""
 
 from __future__ import annotations
 
@@ -76,26 +76,3 @@ def diou(a: Tensor, b: Tensor) -> Tensor:
     distance = ((a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]) / 2).square().sum(dim=-1)
     diagonal = _enclosing_size(a, b).square().sum(dim=-1)
     return iou(a, b) - distance / diagonal.clamp(min=torch.finfo(a.dtype).eps)
-
-
-def nms(boxes: Tensor, scores: Tensor, threshold: float, groups: Tensor) -> Tensor:
-    """Non-maximum suppression: drop a box if its IoU with a better kept box of its group is above the threshold.
-
-    Args:
-        boxes: [K, 4] xyxy.
-        scores: [K]
-        groups: [K] int64, such as phrase_ids.
-
-    Returns:
-        Indices of the kept boxes, best first (equal scores in the order given). Memory grows with K x K.
-    """
-    order = scores.argsort(descending=True, stable=True)
-    boxes, groups = boxes[order], groups[order]
-    suppresses = (iou(boxes[:, None], boxes[None]) > threshold) & (groups[:, None] == groups[None])  # [K, K]
-    suppresses = suppresses.triu(diagonal=1)  # only a better box suppresses a worse one
-    kept = torch.ones_like(groups, dtype=torch.bool)
-    while True:  # each pass settles at least the best box that is not settled; chains of suppressions are short
-        settled = ~(suppresses & kept[:, None]).any(dim=0)
-        if torch.equal(settled, kept):
-            return order[kept]
-        kept = settled

@@ -15,7 +15,7 @@ from tests.data.check.cases import check, found, valid_coco, write
 from vg.data import images
 from vg.data.images import find_image, image_size, is_rotated, read_image
 from vg.errors import BadSampleError
-from vg.inference.grounder import to_array
+from vg.inference.images import to_array
 
 RAMP = np.linspace(0, 65535, 40 * 60).astype(np.uint16).reshape(40, 60)
 

@@ -15,7 +15,7 @@ import pytest
 from vg.errors import DataError
 from vg.inference import download as module
 from vg.inference.download import download
-from vg.inference.grounder import to_array
+from vg.inference.images import to_array
 
 Send = Callable[[bytes], Any]
 

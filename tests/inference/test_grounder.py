@@ -1,10 +1,9 @@
-"""Inference: all image types, one or more phrases, crops, the command line and the notebook."""
+"""Inference: all image types, one or more phrases, crops and the command line."""
 
 from __future__ import annotations
 
 import http.server
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -13,11 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import nbformat
 import numpy as np
 import pytest
 import torch
-from nbclient import NotebookClient
 from PIL import Image
 from transformers import BertTokenizer
 
@@ -26,7 +23,7 @@ from tests.models.grounding_dino.tiny import tiny_model
 from vg.cli import main
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import CheckpointError, ConfigError, DataError, PredictionError
-from vg.inference.grounder import to_array
+from vg.inference.images import to_array
 from vg.models.base import GroundingModel
 from vg.types import Batch, FittedImage, Prediction, TextSpec
 
@@ -193,7 +190,7 @@ def test_boxes_below_the_threshold_are_left_out(grounder: vg.Grounder) -> None:
 @pytest.mark.parametrize("threshold", [30, -0.1, float("nan")])
 def test_a_threshold_that_is_not_a_score_raises(threshold: float, grounder: vg.Grounder) -> None:
     for predict in (grounder.predict, partial(vg.predict_and_crop, model=grounder)):
-        with pytest.raises(ConfigError, match=f"threshold {threshold}: expected a score from 0 to 1"):
+        with pytest.raises(ConfigError, match=f"threshold {threshold}: expected a score or IoU from 0 to 1"):
             predict(scene(), "red circle", threshold=threshold)
 
 
@@ -265,7 +262,7 @@ def test_each_image_of_a_batch_has_its_own_phrases() -> None:
     first, second = vg.Grounder(Echo(), device="cpu").predict_batch([pixels, pixels[:40]], ["dog", ["car", "red cup"]])
     assert (first.phrases, second.phrases) == (("dog",), ("car", "red cup"))
     assert (len(first.boxes), len(second.boxes)) == (1, 2)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="1 entries in phrases for 2 images"):
         vg.Grounder(Echo(), device="cpu").predict_batch([pixels, pixels], ["dog"])
 
 
@@ -274,9 +271,26 @@ def test_unusable_phrase_raises() -> None:
         vg.Grounder(Echo(), device="cpu").predict(scene(), ["dog", "?!"])
 
 
-def test_several_phrases_raise_for_an_expression_model(grounder: vg.Grounder) -> None:
-    with pytest.raises(DataError, match="2 phrases, this model takes one expression"):
-        grounder.predict(scene(), ["red circle", "blue square"])
+def test_an_expression_model_answers_each_phrase_by_itself(grounder: vg.Grounder) -> None:
+    phrases = ["red circle", "blue square", "red circle"]
+    together = grounder(scene(), phrases)
+    assert together.labels == phrases, "the best box of each, in their order"
+    for number, phrase in enumerate(phrases):
+        single = grounder(scene(), phrase)
+        np.testing.assert_allclose(together.boxes[number], single.boxes[0], atol=1e-3)
+    everything = grounder.predict(scene(), phrases)
+    assert len(everything) == 3 * len(grounder.predict(scene(), "red circle"))
+    assert (np.diff(everything.scores) <= 0).all()
+
+
+def test_images_of_several_expressions_are_encoded_once(grounder: vg.Grounder, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    encode = grounder.model.encode_images
+    monkeypatch.setattr(
+        grounder.model, "encode_images", lambda images: (encoded.append(len(images)), encode(images))[1]
+    )
+    assert len(grounder([scene(), scene()], ["red circle", "blue square", "star"])) == 2
+    assert encoded == [2]
 
 
 def test_load_model(run: Path) -> None:
@@ -334,11 +348,3 @@ def test_public_names() -> None:
         assert getattr(vg, name) is not None
     with pytest.raises(AttributeError, match="Grounder"):
         vg.grounder  # noqa: B018
-
-
-def test_notebook_runs(run: Path, tmp_path: Path) -> None:
-    notebook = nbformat.read(ROOT / "notebooks" / "predict_and_crop.ipynb", as_version=4)
-    environment = {**os.environ, "VG_MODEL": str(run), "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path)}
-    NotebookClient(notebook, timeout=120, kernel_name="python3").execute(cwd=str(ROOT / "notebooks"), env=environment)
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3

@@ -27,13 +27,10 @@ def run(options: argparse.Namespace) -> None:
 
     from vg.cli.evaluate import evaluate
     from vg.cli.train import train
-    from vg.config import load_config
+    from vg.config import load_config, recipe_path
     from vg.data.synthetic.shapes import ShapesConfig
 
-    package = Path(__file__).parents[1]
-    in_wheel = package / "configs"  # in a checkout, the folder is beside the package
-    folder = in_wheel if in_wheel.exists() else package.parent / "configs"
-    config = load_config(options.config or folder / "demo_rec.yaml", options.overrides)
+    config = load_config(options.config or recipe_path("demo_rec.yaml"), options.overrides)
     train(config, overwrite=True)
     overrides = ["data.eval.split=test"] if isinstance(config.data.eval, ShapesConfig) else []
     evaluate(Path(config.train.output), overrides, Path(config.train.output))

@@ -5,16 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vg.cli import benchmark
 from vg.cli.arguments import add_overrides
-
-if TYPE_CHECKING:
-    from vg.config import RunConfig
-    from vg.models.base import GroundingModel
-
-NUM_DRAWN = 24  # samples in predictions.png
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +37,7 @@ def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: b
     from vg.evaluation.evaluator import Evaluator
     from vg.evaluation.table import table
     from vg.files import write_bytes, write_json
+    from vg.inference.sample_grid import draw_samples
 
     model, config = load_with_data(checkpoint, overrides)
     accelerator = new_accelerator(mixed_precision=config.train.precision)
@@ -56,22 +50,5 @@ def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: b
         for name, rows in rows_of.items():
             write_bytes(output / f"detections{name and '_'}{name}.json", json.dumps(rows).encode())
         print(table(result))
-        _draw(model, config, output / "predictions.png")
+        draw_samples(model, config.data, output / "predictions.png")
         print(f"written to {output}: metrics.json, predictions.png")
-
-
-def _draw(model: GroundingModel, config: RunConfig, path: Path) -> None:
-    """Draw a grid of samples and predictions, evenly spaced over the first evaluation dataset."""
-    from vg.data.collate import Collator
-    from vg.data.dataset import GroundingDataset
-    from vg.inference.draw import prediction_grid
-    from vg.inference.grounder import Grounder
-
-    settings = next(iter(config.data.eval_datasets().values()))
-    collate = Collator(model.image_spec, model.text_spec)
-    data = GroundingDataset(settings.build(), bad_samples=config.data.bad_samples, collate=collate)
-    count = min(NUM_DRAWN, len(data))
-    # Rounded, so that the spacing is not constant: consecutive samples may cycle through the expression types.
-    samples = [data[round(index * (len(data) - 1) / max(1, count - 1))] for index in range(count)]
-    predictions = Grounder(model, str(model.device)).predict_samples(samples)
-    prediction_grid(list(zip(samples, predictions, strict=True)), 6, path)

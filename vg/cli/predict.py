@@ -1,65 +1,187 @@
-"""`vg predict`: ground phrases in an image."""
+"""`vg predict`: find what phrases name in images, and draw, crop or list it."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-THRESHOLD = 0.3  # boxes with a lower score are not drawn
+from tqdm import tqdm
+
+from vg.cli.arguments import add_tokenizer
+from vg.errors import ConfigError, printable
+
+if TYPE_CHECKING:
+    from vg.inference.grounder import Grounder
+    from vg.inference.result import Result
+
+SOME_FAILED = 3  # exit status: images were left out, the results of the others are written
+SETTINGS = ("threshold", "nms", "tile", "overlap", "masks", "dtype", "every")  # that change results
+EPILOG = """
+INPUT is an image, a folder, a pattern such as 'photos/*.jpg', a video, a URL, a COCO json file, a dataset of the Hub
+(hf://datasets/ORG/NAME:SPLIT), or - for a list of them on standard input. One image is drawn in prediction.png; the
+results of several go to the folder predictions/, which a repeated command completes. KEY=VALUE overrides a setting of
+the checkpoint, such as model.vision.id=/new/folder. Exit status: 0 done, 1 error, 2 wrong usage, 3 some images were
+unusable.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="folder of a run or checkpoint")
-    parser.add_argument("image", help="path or http(s) URL")
-    parser.add_argument("phrases", nargs="+", metavar="PHRASE", help='such as "the man in the red shirt"')
-    parser.epilog = "KEY=VALUE after the phrases overrides a setting, such as model.vision.id=/new/folder."
+    from vg.inference.formats import FORMATS
+
+    parser.epilog = EPILOG
+    parser.add_argument("checkpoint", help="folder of a run or checkpoint, its Hub id, or an .onnx file")
+    parser.add_argument("words", nargs="+", metavar="INPUT", help="images; without -p one image and then the phrases")
     parser.set_defaults(overrides=[])  # filled with those after the options
-    parser.add_argument("--threshold", type=float, help="drop boxes with a lower score, 0..1 (default: 0.3)")
-    parser.add_argument("--output", default="prediction.png", help="image file to write (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
+    add = parser.add_argument
+    add("-p", "--phrases", nargs="+", action="extend", metavar="PHRASE", help='such as "the man in the red shirt"')
+    add("--threshold", type=float, help="drop boxes with a lower score, 0..1 (default: 0.3; rec: the best box)")
+    add("--nms", type=float, metavar="IOU", help="drop boxes that overlap more with a better one of their phrase")
+    add("--tile", type=int, metavar="PIXELS", help="also look at tiles of this side, for small objects in large images")
+    add("--overlap", type=float, default=0.2, help="least fraction that neighboring tiles share (default: %(default)s)")
+    add("--masks", nargs="?", const=True, default=False, metavar="ID", help="also segment every box with SAM or SAM 2")
+    add("--output", help="image file for one image (default: prediction.png), else folder (default: predictions)")
+    add("--format", choices=FORMATS, action="append", help="also write the results in this format; may be repeated")
+    add("--crops", action="store_true", help="also write every box as an image")
+    add("--no-draw", action="store_true", help="do not write images with boxes")
+    add("--json", action="store_true", help="print one JSON record per image on standard output, and nothing else")
+    add("--batch-size", type=int, default=8, help="images in a pass of the network (default: %(default)s)")
+    add("--every", type=int, default=1, metavar="N", help="of a video, take each N-th frame")
+    add("--overwrite", action="store_true", help="replace the results in the output folder")
+    add("--device", help="cpu, cuda or mps (default: the fastest available)")
+    add("--dtype", choices=["fp32", "bf16", "fp16"], help="precision of the network (default: fp32)")
+    add_tokenizer(parser)
 
 
 def run(options: argparse.Namespace) -> None:
+    from vg.inference.grounder import Grounder, check_fraction, checked_phrases
+    from vg.inference.images import is_single
+
+    overrides = [word for word in options.words if _is_override(word)] + options.overrides
+    words = [word for word in options.words if not _is_override(word)]
+    inputs, phrases = (words, options.phrases) if options.phrases else (words[:1], words[1:])
+    if not options.phrases:
+        _check_phrases(phrases)
+    wanted = checked_phrases(phrases)
+    for name in ("threshold", "nms"):
+        if (value := getattr(options, name)) is not None:
+            check_fraction(value, f"--{name}")
+    to_folder = options.crops or options.format or (options.output and not Path(options.output).suffix)
+    if inputs == ["-"]:
+        inputs = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    elif len(inputs) == 1 and is_single(inputs[0]) and not (to_folder or options.json):
+        return _draw_one(inputs[0], wanted, options, overrides)
+    if options.output and Path(options.output).suffix:
+        raise ConfigError(f"--output {options.output}: several images need a folder, such as predictions")
+    grounder = Grounder(options.checkpoint, options.device, options.tokenizer, overrides, dtype=options.dtype)
+    num_failed = (_print_records if options.json and not to_folder else _fill_folder)(grounder, inputs, wanted, options)
+    if num_failed:
+        print(f"{num_failed} image{'s' * (num_failed > 1)} could not be used, see above", file=sys.stderr)
+        sys.exit(SOME_FAILED)
+
+
+def _draw_one(image: str, phrases: tuple[str, ...], options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Print the boxes of one image and draw them."""
     from PIL import Image
 
-    from vg.errors import ConfigError, printable
-    from vg.inference.draw import COLORS, draw_boxes, save_image
-    from vg.inference.grounder import Grounder, above, check_threshold, to_array
+    from vg.inference.draw import save_image
+    from vg.inference.grounder import Grounder
+    from vg.inference.result import READABLE_SIDE
 
-    settings = [word for word in options.phrases if re.match(r"model\.[\w.]+=", word)]
-    phrases = [word for word in options.phrases if word not in settings]
+    output = Path(options.output or "prediction.png")
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a folder: name a file in it, such as prediction.png")
+    if not _is_image(str(output)):
+        raise ConfigError(f"--output {output} has no suffix of an image format: use .png or .jpg")
+    grounder = Grounder(options.checkpoint, options.device, options.tokenizer, overrides, dtype=options.dtype)
+    result = grounder(image, phrases, 0.0, tile=options.tile, overlap=options.overlap)
+    shown = grounder.select(result, options.threshold, options.nms)
+    if options.masks:
+        shown = grounder.with_masks(shown, options.masks)
+    for phrase, score, box in shown:
+        left, top, right, bottom = (f"{side:.1f}" for side in box)
+        print(f"{printable(phrase)}: left {left}, top {top}, right {right}, bottom {bottom}, score {score:.2f}")
+    if not len(shown):
+        best = f"best: {result.scores[0]:.3g}" if len(result) else "no box was predicted"
+        print(f"no box scores >= {grounder.threshold(options.threshold)} ({best}); lower --threshold")
+    save_image(Image.fromarray(shown.draw(max(READABLE_SIDE, *shown.size), legend=None)), output)
+    print(f"drawn in {output}")
+
+
+def _print_records(
+    grounder: Grounder, inputs: Sequence[str], phrases: tuple[str, ...], options: argparse.Namespace
+) -> int:
+    """Print a record per image on standard output; return how many images could not be used."""
+    failed = _Failed()
+    for result in _stream(grounder, inputs, phrases, options, failed):
+        print(result.to_json(), flush=True)
+    return failed.count
+
+
+def _fill_folder(
+    grounder: Grounder, inputs: Sequence[str], phrases: tuple[str, ...], options: argparse.Namespace
+) -> int:
+    """Complete the folder of results; return how many images could not be used."""
+    from vg.inference.images import named_images
+    from vg.inference.results_folder import ResultsFolder
+
+    settings = {"checkpoint": options.checkpoint, "phrases": list(phrases)}
+    settings |= {name: getattr(options, name) for name in SETTINGS}
+    folder = ResultsFolder(Path(options.output or "predictions"), settings, options.overwrite)
+    images, total = named_images(list(inputs), options.every)
+    missing = (image for image in images if folder.lacks(image.name))
+    if folder.names:
+        print(f"{folder.path}: {len(folder.names)} images are done, continuing", file=sys.stderr)
+    failed = _Failed()
+    left = None if total is None else total - len(folder.names)
+    for result in _stream(grounder, missing, phrases, options, failed, left):
+        folder.add(result, draw=not options.no_draw, crops=options.crops)
+        if options.json:
+            print(result.to_json(), flush=True)
+    for path in folder.finish(options.format or []):
+        print(f"written: {path}", file=sys.stderr if options.json else sys.stdout)
+    return failed.count
+
+
+def _stream(
+    grounder: Grounder,
+    images: Any,
+    phrases: tuple[str, ...],
+    options: argparse.Namespace,
+    failed: _Failed,
+    total: int | None = None,
+) -> Iterator[Result]:
+    names = ("threshold", "nms", "tile", "overlap", "masks", "batch_size", "every")
+    settings: dict[str, Any] = {name: getattr(options, name) for name in names}
+    return grounder.stream(images, phrases, **settings, progress=True, total=total, failed=failed)
+
+
+class _Failed:
+    """Reports images that cannot be used, and counts them."""
+
+    count = 0
+
+    def __call__(self, name: str, error: Exception) -> None:
+        self.count += 1
+        tqdm.write(printable(f"error: {error}"), file=sys.stderr)
+
+
+def _check_phrases(phrases: Sequence[str]) -> None:
+    """Raise ConfigError for image files among the phrases of the short form."""
     for phrase in phrases:
         if phrase.startswith(("http://", "https://")) or (_is_image(phrase) and os.path.isfile(phrase)):
             raise ConfigError(
-                f"{phrase} is an image file, not a phrase: vg predict takes one image and then phrases; for several "
-                'images, run it in a loop: for image in *.jpg; do vg predict CHECKPOINT "$image" PHRASE; done'
+                f"{phrase} is an image file, not a phrase: without -p, vg predict takes one image and then phrases; "
+                f"for several images: vg predict CHECKPOINT IMAGE... -p PHRASE..."
             )
-    if os.path.isdir(options.output):
-        raise ConfigError(f"--output {options.output} is a folder: name a file in it, such as prediction.png")
-    if not _is_image(options.output):
-        raise ConfigError(f"--output {options.output} has no suffix of an image format: use .png or .jpg")
-    if options.threshold is not None:
-        check_threshold(options.threshold, "--threshold")
-    grounder = Grounder(options.checkpoint, options.device, overrides=settings + options.overrides)
-    image = to_array(options.image)
-    prediction = grounder.predict(image, phrases)
-    threshold = options.threshold if options.threshold is not None else THRESHOLD * grounder.takes_many
-    shown = above(prediction, threshold)
-    if not grounder.takes_many:  # one expression names one object
-        shown = shown.map(lambda values: values[:1])
-    labels, colors = [], []
-    for box, score, id in zip(shown.boxes.tolist(), shown.scores.tolist(), shown.phrase_ids.tolist(), strict=True):
-        name, (left, top, right, bottom) = printable(shown.phrases[id]), box
-        print(f"{name}: left {left:.1f}, top {top:.1f}, right {right:.1f}, bottom {bottom:.1f}, score {score:.2f}")
-        labels.append(f"{name} {score:.2f}")
-        colors.append(COLORS[id % len(COLORS)])
-    if not labels:
-        best = f"best: {prediction.scores[0]:.3g}" if len(prediction.scores) else "no box was predicted"
-        print(f"no box scores >= {threshold} ({best}); lower --threshold")
-    save_image(Image.fromarray(draw_boxes(image, shown.boxes, labels, colors or COLORS)), options.output)
-    print(f"drawn in {options.output}")
+
+
+def _is_override(word: str) -> bool:
+    return bool(re.match(r"model\.[\w.]+=", word))
 
 
 def _is_image(name: str) -> bool:

@@ -39,9 +39,15 @@ class Collator:
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Make a batch; raises DataError naming a sample whose phrases do not fit the model."""
         text = self.texts(samples)
-        images, sizes = self.images(samples)
         targets = [_target(sample, self._kept_boxes(sample, text, i)) for i, sample in enumerate(samples)]
-        return Batch(images, sizes, text, targets, prompt_targets(text, targets))
+        boxes = prompt_targets(text, targets)
+        if isinstance(self.texts, Expressions):  # expressions that refer to one array share its image
+            numbers: dict[int, int] = {}
+            image_ids = [numbers.setdefault(id(sample.image), len(numbers)) for sample in samples]
+            text = text._replace(image_ids=torch.tensor(image_ids))
+            samples = [samples[image_ids.index(number)] for number in range(len(numbers))]
+        images, sizes = self.images(samples)
+        return Batch(images, sizes, text, targets, boxes)
 
     def images(self, samples: Sequence[Sample]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
         """Return the images [B, 3, H, W], resized, normalized and padded, and the (height, width) without padding."""

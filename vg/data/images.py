@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vg.errors import BadSampleError
 
@@ -110,6 +110,8 @@ def _opened(source: Path | bytes | Image.Image, name: str) -> Iterator[Image.Ima
             f"image {name} has more than {MAX_PIXELS:,} pixels; resize it, or set the environment variable "
             "VG_MAX_PIXELS"
         ) from error
+    except UnidentifiedImageError as error:  # its message has the path of a temporary file, or the address of the bytes
+        raise BadSampleError(f"image {name} cannot be read (unknown format); replace the file by an image") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
         raise BadSampleError(f"image {name} cannot be read ({error}); replace the file by an intact copy") from error
 

@@ -14,8 +14,8 @@ from vg.files import write_bytes
 from vg.inference.draw import FAINT_INK, INK
 from vg.metrics.result import split_flat_key
 
-# draw.COLORS, darker for a white background
-LINE_COLORS = ("#1c2430", "#e08a00", "#0f86c9", "#c23d83", "#3d9b35", "#7a52c7")
+# Distinguishable like draw.COLORS, but on a white background.
+LINE_COLORS = (INK, "#e08a00", "#0f86c9", "#ff4466", "#663300", "#8800ff")
 SECONDARY = ("recall@", "ar@", "ar_")  # metrics that are printed, but not plotted, like those with "@1000"
 
 Line = list[tuple[float, float]]  # (step, value) of each row

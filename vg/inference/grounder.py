@@ -1,54 +1,47 @@
-"""Inference with a trained model: image and phrases in, boxes out."""
+"""Inference: images and phrases in, results out, for one image, a list, or a stream of any length."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from PIL import Image
+from tqdm import tqdm
 
-from vg.checkpoint import is_checkpoint, read_model
-from vg.data.collate import Collator
-from vg.data.images import array_to_rgb, read_image
 from vg.errors import ConfigError, DataError
-from vg.inference.download import download, is_url
-from vg.inference.draw import draw_boxes
-from vg.models.base import GroundingModel, check_finite
-from vg.models.grounding_dino.checkpoints import open_model
-from vg.types import Prediction, Sample
+from vg.inference.images import ImageLike, NamedImage, is_single, named_images
+from vg.inference.read_ahead import Failed, read_ahead
+from vg.inference.result import Boxes, Result
+from vg.inference.tiles import predict_tiled
 
-ImageLike = np.ndarray | Image.Image | str | Path  # an array, a PIL image, a path or an http(s) URL
-Box: TypeAlias = tuple[float, float, float, float]  # (left, top, right, bottom) in pixels
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from typing_extensions import Self
 
+    from vg.config import CheckpointConfig
+    from vg.inference.masks import Segmenter
+    from vg.models.base import GroundingModel
 
-def to_array(image: ImageLike) -> np.ndarray:
-    """Read an image, rotated by its EXIF orientation -> [H, W, 3] uint8, RGB.
-
-    Raises:
-        DataError: see `vg.inference.download`, `vg.data.images.array_to_rgb` and `vg.data.images.read_image`.
-    """
-    if isinstance(image, np.ndarray):
-        return array_to_rgb(image, "given as an array")
-    if isinstance(image, Image.Image):
-        return read_image(image, "given", upright=True)
-    content = download(str(image)) if is_url(str(image)) else Path(image)
-    return read_image(content, str(image), upright=True)
+THRESHOLD = 0.3  # boxes of a model for many phrases that score less are left out by default
 
 
 class Grounder:
-    """Runs inference: grounds phrases in images.
+    """Finds what phrases name in images.
+
+        grounder = vg.Grounder.from_pretrained("runs/demo")
+        result = grounder("street.jpg", ["dog", "traffic light"])
+        for phrase, score, box in result: ...  # box: (left, top, right, bottom) in pixels
 
     Args:
         model: a model, or a path for `load_model`: the folder of a run or checkpoint, or a published Grounding DINO.
         device: "cpu", "cuda" or "mps"; by default the fastest one available. The model is moved there.
-        tokenizer, overrides: see `load_model`.
+        tokenizer, overrides, revision: see `load_model`.
+        dtype: "fp32", "bf16" or "fp16": precision of the network; the weights stay float32.
 
     Raises:
-        ConfigError: this machine does not have the device.
+        ConfigError: this machine does not have the device, or no such dtype.
         CheckpointError: see `load_model`.
     """
 
@@ -58,192 +51,250 @@ class Grounder:
         device: str | None = None,
         tokenizer: str | None = None,
         overrides: Sequence[str] = (),
+        *,
+        dtype: str | None = None,
+        revision: str | None = None,
     ):
+        from vg.inference.torch_backend import TorchBackend, best_device, checked_device, load
+
         device = best_device() if device is None else checked_device(device)
-        self.model = model if isinstance(model, GroundingModel) else load_model(model, tokenizer, overrides)
-        self.model.to(device).eval()
-        self.collate = Collator(self.model.image_spec, self.model.text_spec)
+        self.config: CheckpointConfig | None = None
+        self.results: dict[str, Any] | None = None
+        if isinstance(model, (str, Path)):
+            model, self.config, self.results = load(model, tokenizer, overrides, revision)
+        self.backend = TorchBackend(model, device, dtype)
+        self._segmenters: dict[str, Segmenter] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        tokenizer: str | None = None,
+        overrides: Sequence[str] = (),
+    ) -> Self:
+        """Load a model of either family and any dialect from a path or Hub id; arguments as in `Grounder`."""
+        return cls(path, device, tokenizer, overrides, dtype=dtype, revision=revision)
+
+    @property
+    def model(self) -> GroundingModel:
+        return self.backend.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.model.text_spec.tokenizer
 
     @property
     def takes_many(self) -> bool:
         """Whether the model takes any number of phrases with any number of boxes, not one expression with one box."""
-        return bool(self.model.text_spec.delimiters)
+        return self.backend.takes_many
 
-    def predict(self, image: ImageLike, phrases: str | Sequence[str], threshold: float | None = None) -> Prediction:
-        """Predict boxes for one or more phrases, xyxy in pixels of the image, best first.
+    def to(self, device: str) -> Self:
+        """Move the model; raises ConfigError if this machine does not have the device."""
+        self.backend.to(device)
+        return self
+
+    def half(self) -> Self:
+        """Run the network in float16."""
+        self.backend.set_dtype("fp16")
+        return self
+
+    def bfloat16(self) -> Self:
+        """Run the network in bfloat16."""
+        self.backend.set_dtype("bf16")
+        return self
+
+    def compile(self) -> Self:
+        """Compile the network at the next call."""
+        self.backend.compile()
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a checkpoint with a model card that `from_pretrained` reads; an existing folder is replaced."""
+        from vg.inference.publish import save_model
+
+        save_model(Path(folder), self.model, self._saved_config(), self.results, str(folder))
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes; return the URL. Raises CheckpointError if that fails."""
+        from vg.inference.publish import push_model
+
+        return push_model(repo_id, self.model, self._saved_config(), self.results, private, token)
+
+    def _saved_config(self) -> CheckpointConfig:
+        from vg.config import CheckpointConfig
+
+        return self.config or CheckpointConfig(self.model.config)  # type: ignore[arg-type]
+
+    def __call__(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        phrases: str | Sequence[str],
+        threshold: float | None = None,
+        *,
+        nms: float | None = None,
+        tile: int | None = None,
+        overlap: float = 0.2,
+        masks: bool | str = False,
+        batch_size: int = 8,
+    ) -> Any:
+        """Find phrases in one or more images.
 
         Args:
-            image: [H, W, 3] uint8 array, PIL image, path or http(s) URL.
-            phrases: one or more phrases to ground; box k of the prediction belongs to ``phrases[phrase_ids[k]]``.
-            threshold: minimum score of a box; by default all boxes of the model are returned.
+            images: a path, http(s) URL, PIL image, array [H, W, 3] uint8 (or gray, RGBA, 16 bits) or the bytes of a
+                file; or a list of them; or a folder, a pattern such as "photos/*.jpg", a video, or a generator.
+            phrases: one phrase or several; a model of one expression (rec) answers each by itself.
+            threshold: minimum score of a box, 0..1. By default 0.3 for a model of many phrases, and the best box of
+                each phrase for a model of one expression.
+            nms: drop a box if its IoU with a better one of the same phrase is above this, 0..1; by default none.
+            tile: also look at tiles of this side in pixels, to find what is too small in the resized image.
+            overlap: least fraction of a tile that its neighbors share with it, 0..0.9.
+            masks: also segment every box, with the SAM or SAM 2 of a folder or Hub id; True for `masks.DEFAULT_ID`.
+            batch_size: images in a pass of the network.
+
+        Returns:
+            A `Result` for one image, a list of them for a list, and an iterator for a folder, pattern, video or
+            generator, whose images are read while the network runs.
 
         Raises:
             DataError: an unreadable image, no phrase, or a phrase the model cannot process (blank, too long).
-            ConfigError: the threshold is not in 0..1.
+            ConfigError: an argument is out of range, no such model for masks, or tiles for a model of one expression,
+                which cannot compare the boxes of different tiles.
             PredictionError: the model predicts NaN or Inf.
         """
-        return self.predict_batch([image], [phrases], threshold)[0]
+        options: Any = {"nms": nms, "tile": tile, "overlap": overlap, "masks": masks, "batch_size": batch_size}
+        results = self.stream(images, phrases, threshold, **options)
+        if is_single(images):
+            return next(results)
+        return list(results) if isinstance(images, (list, tuple)) else results
+
+    def predict(self, image: ImageLike, phrases: str | Sequence[str], threshold: float | None = None) -> Result:
+        """Find phrases in one image; like a call, but by default all boxes of the model are returned."""
+        return next(self.stream([image], phrases, threshold or 0.0))
 
     def predict_batch(
         self, images: Sequence[ImageLike], phrases: Sequence[str | Sequence[str]], threshold: float | None = None
-    ) -> list[Prediction]:
-        """Predict for several images in one batch; every image has its own phrase or phrases.
+    ) -> list[Result]:
+        """Find phrases in several images in one pass of the network; every image has its own phrase or phrases.
 
         Raises:
             ValueError: the number of entries in phrases differs from the number of images.
-            DataError, ConfigError, PredictionError: see `predict`.
+            DataError, ConfigError, PredictionError: as in a call.
         """
         if isinstance(phrases, str):
             raise ValueError("phrases needs one entry per image; use [phrases] * len(images) to repeat one")
-        if not images:
-            return []
-        no_boxes = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
-        samples = [
-            Sample(str(i), to_array(image), (entry,) if isinstance(entry, str) else tuple(entry), *no_boxes)
-            for i, (image, entry) in enumerate(zip(images, phrases, strict=True))
-        ]
-        return self.predict_samples(samples, threshold)
+        check_fraction(threshold or 0.0, "threshold")
+        named = list(named_images(list(images))[0])
+        wanted = list(map(checked_phrases, phrases))
+        pixels = [image.read() for image in named]
+        if len(wanted) != len(pixels):
+            raise ValueError(f"{len(wanted)} entries in phrases for {len(pixels)} images: give one per image")
+        found = self.backend.predict(self.backend.prepare(pixels, wanted)) if pixels else []
+        parts = zip(named, pixels, wanted, found, strict=True)
+        results = (Result(image.name, array, prompt, *boxes) for image, array, prompt, boxes in parts)
+        return [result.above(threshold or 0.0) for result in results]
 
-    @torch.no_grad()
-    def predict_samples(self, samples: Sequence[Sample], threshold: float | None = None) -> list[Prediction]:
-        """Predict for samples of a dataset in one batch; the predictions are on the CPU; raises as `predict`."""
-        if threshold is not None:
-            check_threshold(threshold)
-        for sample in samples:
-            if not sample.phrases or not all(phrase.strip() for phrase in sample.phrases):
-                raise DataError("no phrase or an empty phrase; give at least one with words")
-        batch = self.collate(samples).to(self.model.device)
-        predictions = [prediction.to("cpu") for prediction in self.model.predict(self.model(batch), batch)]
-        check_finite(predictions, self.model)
-        return predictions if threshold is None else [above(prediction, threshold) for prediction in predictions]
+    def stream(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        phrases: str | Sequence[str],
+        threshold: float | None = None,
+        *,
+        nms: float | None = None,
+        tile: int | None = None,
+        overlap: float = 0.2,
+        masks: bool | str = False,
+        batch_size: int = 8,
+        every: int = 1,
+        progress: bool = False,
+        total: int | None = None,
+        failed: Failed | None = None,
+    ) -> Iterator[Result]:
+        """Find phrases in any number of images, one result after the other; arguments and errors as in a call.
+
+        Args:
+            every: of a video, take each `every`-th frame.
+            progress: show a progress bar with the remaining time on standard error.
+            total: number of images of a generator, for the remaining time.
+            failed: called for an image that cannot be read; such an image is left out. By default it is an error.
+        """
+        wanted = checked_phrases(phrases)
+        for name, value in (("threshold", threshold), ("nms", nms)):
+            if value is not None:
+                check_fraction(value, name)
+        for name, number in (("batch_size", batch_size), ("every", every), ("tile", 1 if tile is None else tile)):
+            if number < 1:
+                raise ConfigError(f"{name} {number}: expected at least 1")
+        if not 0 <= overlap <= 0.9:
+            raise ConfigError(f"overlap {overlap:g}: expected a fraction of a tile from 0 to 0.9")
+        if tile is not None and not self.takes_many:
+            raise ConfigError("tile: the model answers one expression with one box, and cannot compare those of tiles")
+        named, count = named_images(images, every)
+        results = tqdm(
+            self._run(named, wanted, batch_size, tile, overlap, failed),
+            total=count if total is None else total,
+            unit="image",
+            dynamic_ncols=True,
+            disable=not progress,
+        )
+        selected = (self.select(result, threshold, nms) for result in results)
+        return (self.with_masks(result, masks) if masks else result for result in selected)
+
+    def with_masks(self, result: Result, model: bool | str = True) -> Result:
+        """Return a result with the mask of every box, see the argument `masks` of a call."""
+        from vg.inference.masks import DEFAULT_ID, Segmenter
+
+        path = DEFAULT_ID if model is True else str(model)
+        if path not in self._segmenters:
+            self._segmenters = {path: Segmenter(path, self.backend.device)}
+        return replace(result, masks=self._segmenters[path](result.image, result.boxes))
+
+    def select(self, result: Result, threshold: float | None = None, nms: float | None = None) -> Result:
+        """Return the boxes of a result that a call with these arguments returns."""
+        best_only = threshold is None and not self.takes_many
+        result = result.best() if best_only else result.above(self.threshold(threshold))
+        return result if nms is None else result.nms(nms)
+
+    def threshold(self, threshold: float | None) -> float:
+        """Return the minimum score of a box; None stands for the default of the model."""
+        return THRESHOLD * self.takes_many if threshold is None else threshold
+
+    def _run(
+        self,
+        images: Iterator[NamedImage],
+        phrases: tuple[str, ...],
+        batch_size: int,
+        tile: int | None,
+        overlap: float,
+        failed: Failed | None,
+    ) -> Iterator[Result]:
+        def prepare(images: Sequence[np.ndarray]) -> Any:
+            return self.backend.prepare(images, [phrases] * len(images))
+
+        def predict(images: Sequence[np.ndarray]) -> list[Boxes]:
+            return self.backend.predict(prepare(images))
+
+        for names, pixels, prepared in read_ahead(images, batch_size, None if tile else prepare, failed):
+            if tile is None:
+                found = self.backend.predict(prepared)
+            else:
+                found = [predict_tiled(predict, image, tile, overlap, batch_size) for image in pixels]
+            for name, image, boxes in zip(names, pixels, found, strict=True):
+                yield Result(name, image, phrases, *boxes)
 
 
-def check_threshold(threshold: float, name: str = "threshold") -> None:
-    """Raise ConfigError unless the threshold is in 0..1, as scores are."""
-    if not 0 <= threshold <= 1:
-        raise ConfigError(f"{name} {threshold:g}: expected a score from 0 to 1, such as 0.3")
+def checked_phrases(phrases: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one phrase or several as a tuple; raises DataError if there is none, or an empty one."""
+    wanted = (phrases,) if isinstance(phrases, str) else tuple(phrases)
+    if not wanted or not all(phrase.strip() for phrase in wanted):
+        raise DataError("no phrase or an empty phrase; give at least one with words")
+    return wanted
 
 
-def above(prediction: Prediction, threshold: float) -> Prediction:
-    """Return the prediction without boxes whose score is below the threshold."""
-    kept = prediction.scores >= threshold  # [K]
-    return prediction.map(lambda values: values[kept])
-
-
-def best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def checked_device(device: str) -> str:
-    """Return the device; raises ConfigError if this machine does not have it."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend has its own
-        reason = str(error).split("\n")[0].rstrip(".")
-        raise ConfigError(f"device {device}: {reason}; use {best_device()}") from error
-    return device
-
-
-def load_model(path: str | Path, tokenizer: str | None = None, overrides: Sequence[str] = ()) -> GroundingModel:
-    """Load a trained model in evaluation mode on the CPU.
-
-    Args:
-        path: folder of a run or checkpoint of vg, or a published Grounding DINO: an official or mmdetection .pth, a
-            transformers folder or its Hub id.
-        tokenizer: folder, vocab.txt, tokenizer.json or Hub id for a .pth, which contains no tokenizer; by default that
-            of BERT.
-        overrides: of the configuration of a checkpoint of vg, such as "model.vision.id=/new/folder".
-
-    Raises:
-        CheckpointError: not a checkpoint, damaged, or weights that do not fit the model.
-        ConfigError: unknown overrides, or overrides of a checkpoint without a vg configuration.
-    """
-    if is_checkpoint(path):
-        return read_model(path, overrides)[0]
-    if overrides:
-        raise ConfigError(f"{path} is not a checkpoint of vg, so {', '.join(overrides)} cannot be set")
-    return open_model(path, tokenizer)
-
-
-@overload
-def predict_and_crop(
-    image: ImageLike,
-    prompt: str,
-    model: Grounder | GroundingModel | str | Path,
-    device: str | None = None,
-    threshold: float | None = None,
-) -> tuple[np.ndarray, Box, np.ndarray]: ...
-
-
-@overload
-def predict_and_crop(
-    image: ImageLike,
-    prompt: str,
-    model: Grounder | GroundingModel | str | Path,
-    tokenizer: Any,
-    transforms: Any,
-    device: str | torch.device | None = None,
-    threshold: float | None = None,
-    overrides: Sequence[str] = (),
-) -> tuple[Image.Image, Box, Image.Image]: ...
-
-
-def predict_and_crop(
-    image: ImageLike,
-    prompt: str,
-    model: Grounder | GroundingModel | str | Path,
-    *published: Any,
-    tokenizer: Any = None,
-    transforms: Any = None,
-    device: str | torch.device | None = None,
-    threshold: float | None = None,
-    overrides: Sequence[str] = (),
-) -> tuple[Any, Box, Any]:
-    """Ground an expression in an image and crop the best box.
-
-    The calling convention of the published code works too: `predict_and_crop(image, prompt, model, tokenizer,
-    transforms, device)` returns PIL images. Its tokenizer and transforms are not used, because a model of vg contains
-    its own; a tokenizer with another vocabulary causes a warning.
-
-    Args:
-        image: [H, W, 3] uint8 array, PIL image, path or http(s) URL.
-        prompt: a referring expression, such as "the man in the red shirt".
-        model: a Grounder, a model, or a path for `load_model`. For several images, create a Grounder once.
-        device: device of a model that is not a Grounder; by default the fastest one available.
-        threshold: minimum score of the box; by default any.
-        overrides: see `load_model`.
-
-    Returns:
-        crop [h, w, 3] uint8; box (left, top, right, bottom) in pixels; image_with_box [H, W, 3] uint8. By the published
-        calling convention, crop and image_with_box are PIL images.
-
-    Raises:
-        DataError: an unreadable image, an empty prompt, or no box with a sufficient score.
-        ConfigError, PredictionError: see `Grounder.predict`.
-        TypeError: positional arguments of neither calling convention.
-    """
-    ours = len(published) <= 2 and isinstance(published[0] if published else None, (str, torch.device, type(None)))
-    as_published = not ours or tokenizer is not None or transforms is not None
-    names = ("tokenizer", "transforms", "device", "threshold") if as_published else ("device", "threshold")
-    keywords = {"tokenizer": tokenizer, "transforms": transforms, "device": device, "threshold": threshold}
-    if len(published) > len(names) or any(keywords[name] is not None for name in names[: len(published)]):
-        raise TypeError("predict_and_crop takes (image, prompt, model[, tokenizer, transforms][, device, threshold])")
-    tokenizer, _, device, threshold = (keywords | dict(zip(names, published, strict=False))).values()
-    if not isinstance(model, Grounder):
-        model = Grounder(model, None if device is None else str(device), overrides=overrides)
-    if tokenizer is not None and tokenizer.get_vocab() != model.model.text_spec.tokenizer.get_vocab():
-        warnings.warn("the tokenizer is not that of the model, which is used instead", stacklevel=2)
-    pixels = to_array(image)
-    prediction = model.predict(pixels, prompt, threshold)
-    if not len(prediction.boxes):
-        limit = "the threshold of the model" if threshold is None else f"the threshold {threshold}"
-        raise DataError(f"nothing found for {prompt!r}: no box reaches {limit}; lower it or rephrase the prompt")
-    box = prediction.boxes[0].tolist()
-    height, width = pixels.shape[:2]
-    left, top = min(int(box[0]), width - 1), min(int(box[1]), height - 1)
-    right, bottom = max(left + 1, round(box[2])), max(top + 1, round(box[3]))  # at least one pixel
-    drawn = draw_boxes(pixels, [box], [f"{prompt} {prediction.scores[0]:.2f}"])
-    result = pixels[top:bottom, left:right].copy(), (box[0], box[1], box[2], box[3]), drawn
-    return (Image.fromarray(result[0]), result[1], Image.fromarray(drawn)) if as_published else result
+def check_fraction(value: float, name: str) -> None:
+    """Raise ConfigError unless a score or IoU is in 0..1."""
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name} {value:g}: expected a score or IoU from 0 to 1, such as 0.3")

@@ -22,7 +22,7 @@ from vg.checkpoint import write_model
 from vg.cli import main
 from vg.config import CheckpointConfig, DataConfig, RunConfig, TrainConfig
 from vg.data.refcoco.source import RefcocoConfig
-from vg.inference.grounder import Grounder
+from vg.inference.torch_backend import TorchBackend
 from vg.models.grounding_dino.checkpoints import open_tokenizer, read_checkpoint, write_checkpoint
 from vg.models.rec.config import RecConfig
 from vg.training.trainer import Trainer
@@ -69,13 +69,13 @@ def overlap(box: np.ndarray, other: np.ndarray) -> float:
     return float(masks.iou(*([[*xyxy[:2], *(xyxy[2:] - xyxy[:2])]] for xyxy in (box, other)), [0])[0, 0])
 
 
-def expected_metrics(grounder: Grounder, dataset: str) -> dict[str, float]:
+def expected_metrics(backend: TorchBackend, dataset: str) -> dict[str, float]:
     """The metrics of one dataset, from predictions of single samples."""
     source = RefcocoConfig(path=str(REAL / "refs.json"), split="val", dataset=dataset).build()
     tops, hits, ranked = [], defaultdict(list), defaultdict(list)
     for index in range(len(source)):
         sample = source.load(index, epoch=0)
-        (prediction,) = grounder.predict_samples([sample])
+        (prediction,) = backend.predict_samples([sample])
         overlaps = [overlap(box, sample.boxes[0]) for box in prediction.boxes.numpy().astype(float)]
         tops.append(overlaps[0])
         for limit in (1, 5, 10):
@@ -106,13 +106,13 @@ def test_table_json_and_page(
     shown = capsys.readouterr().out
     assert [split["key"] for split in results["parts"]] == (list(TOP) if family == "rec" else ["refcoco"])
     if family != "transformers":
-        grounder = Grounder(checkpoints[family], "cpu")
+        backend = TorchBackend(checkpoints[family], "cpu")
         if family == "grounding_dino":
-            grounder.model.config.predict.score = "max"
+            backend.model.config.predict.score = "max"
         for split in results["parts"]:
-            expected = expected_metrics(grounder, TOP[split["key"]])
+            expected = expected_metrics(backend, TOP[split["key"]])
             assert {name: split[name] for name in expected} == pytest.approx(expected, abs=1e-6)
-        model = grounder.model
+        model = backend.model
         assert results["model"]["parameters"] == sum(weights.numel() for weights in model.parameters())
         trained = sum(weights.numel() for weights in model.parameters() if weights.requires_grad)
         assert results["model"]["trainable_parameters"] == trained

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from vg.data.collate import Collator
 from vg.errors import CheckpointError
-from vg.inference.grounder import Grounder, load_model
+from vg.inference.grounder import Grounder
+from vg.inference.torch_backend import load_model
 from vg.models.grounding_dino.checkpoints.files import local_path
 from vg.models.grounding_dino.model import GroundingDino
 from vg.types import Sample

@@ -9,13 +9,13 @@ from html import escape
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vg.evaluation.benchmark import table
 from vg.evaluation.benchmark.run import EvaluatedSplit
 from vg.evaluation.results import DatasetResult
-from vg.inference.draw import PREDICTED, TRUE, draw_boxes
-from vg.inference.grounder import Grounder
+from vg.inference.draw import PREDICTED, TRUE
+from vg.inference.grids import draw_comparison
+from vg.inference.torch_backend import TorchBackend
 from vg.models.base import GroundingModel
 
 NUM_EXAMPLES = 6  # worst and best ones of each split
@@ -36,7 +36,7 @@ figure { margin: 0; width: 300px } figure img { width: 100% } figcaption { font-
 def report(results: Mapping[str, Any], evaluated: Sequence[EvaluatedSplit], model: GroundingModel) -> str:
     """Return the HTML page; predicts the example images again to draw them."""
     about = results["model"]
-    grounder = Grounder(model, str(model.device))
+    backend = TorchBackend(model, str(model.device))
     lines = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         f"<title>RefCOCO benchmark</title><style>{_STYLE}</style></head><body>",
@@ -54,7 +54,7 @@ def report(results: Mapping[str, Any], evaluated: Sequence[EvaluatedSplit], mode
     for split, row in zip(evaluated, results["parts"], strict=True):
         lines += [*_section(split.split.title, table.slices(row)), *_provenance(split.result)]
         for title, indices in _examples(split):
-            figures = [_figure(split, index, grounder) for index in indices]
+            figures = [_figure(split, index, backend) for index in indices]
             lines += [f"<h3>{title}</h3>", '<div class="examples">', *figures, "</div>"] if figures else []
     return "\n".join([*lines, "</body></html>\n"])
 
@@ -76,7 +76,7 @@ def _provenance(result: DatasetResult) -> list[str]:
     return [
         f"<p>{escape('; '.join(known))}</p>",
         f'<p><span class="swatch" style="border-color:{PREDICTED}"></span> predicted, '
-        f'<span class="swatch" style="border-color:{TRUE}"></span> ground truth</p>',
+        f'<span class="swatch" style="border: 3px dashed {TRUE}"></span> ground truth</p>',
     ]
 
 
@@ -112,18 +112,16 @@ def _one_per_image(evaluated: EvaluatedSplit, indices: Iterable[Any]) -> list[in
     return list(chosen.values())[:NUM_EXAMPLES]
 
 
-def _figure(evaluated: EvaluatedSplit, index: int, grounder: Grounder) -> str:
+def _figure(evaluated: EvaluatedSplit, index: int, backend: TorchBackend) -> str:
     """Draw the ground-truth boxes and the same number of predicted boxes, at least one."""
     sample = evaluated.split.source.load(index, epoch=0)
-    (prediction,) = grounder.predict_samples([sample])
+    (prediction,) = backend.predict_samples([sample])
     overlap = evaluated.values.get("miou")
     caption = f"score {evaluated.values['score'][index]:.2f}"
     if overlap is not None and not np.isnan(overlap[index]):
         caption = f"IoU {overlap[index]:.2f}, {caption}"
     boxes = prediction.boxes[: max(1, len(sample.boxes))].numpy()
-    colors = [*[TRUE] * len(sample.boxes), *[PREDICTED] * len(boxes)]
-    image = Image.fromarray(draw_boxes(sample.image, np.concatenate((sample.boxes, boxes)), colors=colors))
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    image = draw_comparison(sample.image, sample.boxes, boxes, (MAX_SIDE, MAX_SIDE))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)
     code = base64.b64encode(file.getvalue()).decode()

@@ -20,7 +20,7 @@ from vg.evaluation.benchmark.suite import BenchmarkSplit
 from vg.evaluation.benchmark.table import MAIN
 from vg.evaluation.evaluator import DatasetEvaluator
 from vg.evaluation.results import DatasetResult
-from vg.inference.grounder import Grounder, load_model
+from vg.inference.torch_backend import TorchBackend, load_model
 from vg.metrics.collected import CollectingMetric, stable_hash
 from vg.models.base import GroundingModel
 from vg.models.grounding_dino.model import GroundingDino
@@ -125,7 +125,7 @@ def run(
     collate = Collator(model.image_spec, model.text_spec)
     data = [GroundingDataset(split.source, bad_samples=bad_samples, collate=collate) for split in splits]
     with accelerator.autocast():  # compiles kernels and allocates memory before anything is timed
-        Grounder(model, str(accelerator.device)).predict_samples([data[0][0]])
+        TorchBackend(model, str(accelerator.device)).predict_samples([data[0][0]])
     unused = RefcocoConfig()  # each split has its own source
     config = DataConfig(train=unused, eval=unused, eval_batch_size=batch_size, workers=workers)
     evaluated = [

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vg.data.overlap import Subset
 from vg.data.refcoco.source import Annotation, Refcoco, RefcocoConfig
+from vg.data.subset import Subset
 from vg.errors import ConfigError, DataError, NoSuchSplitError
 
 logger = logging.getLogger(__name__)

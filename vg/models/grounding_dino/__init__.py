@@ -14,7 +14,7 @@ Where each equation is implemented, and the setting that belongs to it:
 | class logits: cosine q't / (|q| |t|) / temperature | query_selection.ClassHead | model.classes.similarity=cosine |
 | box refinement, sigmoid(logit(box) + MLP(query)) | decoder.CrossModalityDecoder | model.logit_eps |
 | score of a phrase, mean or max over its tokens | postprocess.phrase_scores | model.predict.score |
-| non-maximum suppression | vg.boxes.nms | model.predict.nms |
+| non-maximum suppression | vg.nms.nms | model.predict.nms |
 | Hungarian matching, argmin over assignments of the costs | vg.losses.matcher.match | model.loss.matching |
 | focal loss, -alpha (1 - p)^gamma log p | vg.losses.terms.focal | model.loss.class_weight |
 | L1 distance of boxes | vg.losses.terms.l1 | model.loss.l1 |

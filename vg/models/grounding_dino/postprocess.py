@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vg import boxes as box_ops
 from vg.models.grounding_dino.config import PredictConfig
+from vg.nms import nms
 from vg.types import Batch, Prediction
 
 
@@ -62,7 +63,8 @@ def postprocess(logits: Tensor, boxes: Tensor, batch: Batch, config: PredictConf
         phrase_ids = indices % scores.shape[2]
         pixels = box_ops.to_pixels(boxes[rows].flatten(0, 1)[indices // scores.shape[2]], target.size)
         if config.nms is not None:
-            kept = box_ops.nms(pixels, values, config.nms, phrase_ids)
+            arrays = [x.detach().cpu().numpy() for x in (pixels, values.float(), phrase_ids)]
+            kept = torch.from_numpy(nms(arrays[0], arrays[1], config.nms, arrays[2])).to(pixels.device)
             pixels, values, phrase_ids = pixels[kept], values[kept], phrase_ids[kept]
         predictions.append(Prediction(target.id, pixels, values, phrase_ids, target.phrases))
     return predictions

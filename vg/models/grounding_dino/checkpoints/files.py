@@ -14,8 +14,8 @@ from vg.errors import CheckpointError, unpickling_problem
 from vg.hub import loading
 
 
-def local_path(path: str | Path) -> Path:
-    """Return the path, or the folder that a Hub id was downloaded to; raises CheckpointError."""
+def local_path(path: str | Path, revision: str | None = None) -> Path:
+    """Return the path, or the folder that a revision of a Hub id was downloaded to; raises CheckpointError."""
     local = Path(path)
     if local.exists():
         return local
@@ -24,7 +24,8 @@ def local_path(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     with loading(str(path), "the checkpoint, or model.weights", CheckpointError):
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+        patterns = ["*.json", "*.txt", "*.safetensors", "*.yaml"]
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

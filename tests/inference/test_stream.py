@@ -1,0 +1,276 @@
+"""Images of all kinds for a call, streams of them, and the results folder of `vg predict`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+import vg
+from tests.inference.bright import Bright
+from tests.models.grounding_dino.tiny import tiny_model
+from vg.checkpoint import write_model
+from vg.cli import main
+from vg.config import CheckpointConfig
+from vg.errors import BadSampleError, ConfigError
+from vg.inference.images import is_single, named_images, to_array
+
+COUNT = 12
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Images of different sizes with one bright rectangle, in a folder and a subfolder."""
+    for number in range(COUNT):
+        path = tmp_path / "photos" / ("more" if number % 3 else "") / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.zeros((60 + number, 80, 3), np.uint8)
+        pixels[10:30, 5 + number : 40] = 255
+        Image.fromarray(pixels).save(path)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def grounder() -> vg.Grounder:
+    return vg.Grounder(Bright(), device="cpu")
+
+
+def left_sides(results: Iterator[vg.Result]) -> list[float]:
+    return sorted(round(float(result.boxes[0, 0])) for result in results)
+
+
+def test_one_image_a_list_and_streams(grounder: vg.Grounder, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = sorted(map(str, folder.rglob("*.png")))
+    single = grounder(files[0], "square")
+    assert isinstance(single, vg.Result)
+    assert single.name == files[0]
+    pixels = [to_array(file) for file in files]
+    forms = (np.asarray(pixels[0]), Image.fromarray(pixels[0]), Path(files[0]).read_bytes(), Path(files[0]))
+    for form in forms:
+        assert is_single(form)
+        np.testing.assert_array_equal(grounder(form, "square").boxes, single.boxes)
+    listed = grounder([*files[:2], *forms], ("square",))
+    assert [result.name for result in listed] == [*files[:2], "image 2", "image 3", "image 4", files[0]]
+    expected = list(range(5, 5 + COUNT))
+    monkeypatch.chdir(folder.parent)
+    for several in (folder, str(folder), "photos/**/*.png", iter(files), (image for image in pixels)):
+        results = grounder(several, "square", batch_size=5)
+        assert iter(results) is results
+        assert left_sides(results) == expected
+    assert grounder([], "square") == []
+
+
+def test_an_image_is_found_under_its_other_coco_name(tmp_path: Path, grounder: vg.Grounder) -> None:
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "000000000716.jpg")
+    assert len(grounder(tmp_path / "COCO_train2014_000000000716.jpg", "square")) == 0
+    with pytest.raises(BadSampleError, match=r"717\.jpg does not exist"):
+        grounder(tmp_path / "COCO_train2014_000000000717.jpg", "square")
+
+
+def test_a_stream_is_lazy_and_in_order(grounder: vg.Grounder) -> None:
+    drawn = 0
+
+    def images() -> Iterator[np.ndarray]:
+        nonlocal drawn
+        for _ in itertools.count():
+            drawn += 1
+            yield np.zeros((8, 8, 3), np.uint8)
+
+    results = grounder.stream(images(), "square", batch_size=2)
+    assert [next(results).name for _ in range(3)] == ["image 0", "image 1", "image 2"]
+    assert drawn <= 8
+
+
+def test_frames_of_a_video(tmp_path: Path, grounder: vg.Grounder) -> None:
+    path = str(tmp_path / "clip.avi")
+    video = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
+    for number in range(10):
+        frame = np.zeros((48, 64, 3), np.uint8)
+        frame[10:30, 4 * number : 4 * number + 20] = 255
+        video.write(frame)
+    video.release()
+    assert not is_single(path)
+    assert named_images(path, every=3)[1] == 4
+    results = list(grounder.stream(path, "square", every=3))
+    assert [result.name for result in results] == [f"{path}#{number}" for number in (0, 3, 6, 9)]
+    assert [round(result.boxes[0, 0] / 4) for result in results] == [0, 3, 6, 9]
+    (tmp_path / "broken.mp4").write_text("no video")
+    with pytest.raises(BadSampleError, match=r"broken\.mp4 cannot be read"):
+        grounder(tmp_path / "broken.mp4", "square")
+
+
+def test_images_of_a_coco_file(folder: Path, grounder: vg.Grounder) -> None:
+    images = [{"id": 7, "file_name": "00.png"}, {"id": 9, "file_name": "more/01.png"}]
+    (folder / "coco.json").write_text(json.dumps({"images": images}))
+    assert [result.name for result in grounder(folder / "coco.json", "square")] == ["00.png", "more/01.png"]
+    (folder / "odd.json").write_text('{"images": [{"id": 1}]}')
+    with pytest.raises(BadSampleError, match=r"odd\.json is not a COCO file with images that have a file_name"):
+        grounder(folder / "odd.json", "square")
+
+
+def test_images_of_a_dataset(folder: Path, grounder: vg.Grounder, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"label": [1, 2], "photo": sorted(map(str, folder.glob("*.png")))[:2]}
+    table = datasets.Dataset.from_dict(rows).cast_column("photo", datasets.Image())
+    table.to_parquet(folder / "train.parquet")
+    monkeypatch.chdir(folder.parent)
+    results = list(grounder("hf://datasets/photos", "square"))
+    assert [result.name for result in results] == ["hf://datasets/photos#0", "hf://datasets/photos#1"]
+    assert left_sides(results) == [5, 8]
+
+
+def test_unusable_images_are_reported_or_raise(folder: Path, grounder: vg.Grounder) -> None:
+    (folder / "05x.jpg").write_text("broken")
+    failed: list[str] = []
+    results = grounder.stream(folder, "square", failed=lambda name, error: failed.append(f"{name}: {error}"))
+    assert len(list(results)) == COUNT
+    (message,) = failed
+    assert "05x.jpg cannot be read" in message
+    with pytest.raises(BadSampleError, match=r"05x\.jpg cannot be read"):
+        list(grounder(folder, "square"))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [("empty", "empty contains no images"), ("none/*.jpg", r"no file matches none/\*\.jpg")],
+)
+def test_nothing_to_predict_on(
+    images: str, message: str, tmp_path: Path, grounder: vg.Grounder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadSampleError, match=message):
+        grounder(images, "square")
+
+
+def test_wrong_arguments(grounder: vg.Grounder) -> None:
+    image = np.zeros((8, 8, 3), np.uint8)
+    for arguments, message in (
+        ({"threshold": 2}, "threshold 2: expected"),
+        ({"nms": -0.1}, "nms -0.1: expected"),
+        ({"batch_size": 0}, "batch_size 0: expected at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            grounder(image, "square", **arguments)
+
+
+def test_precision(grounder: vg.Grounder) -> None:
+    model = tiny_model()
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
+    exact = vg.Grounder(model, "cpu").predict(image, ["dog", "cat"])
+    for rough in (vg.Grounder(model, "cpu", dtype="bf16"), vg.Grounder(model, "cpu").bfloat16()):
+        found = rough.predict(image, ["dog", "cat"])
+        assert found.scores.dtype == np.float32
+        np.testing.assert_allclose(found.scores, exact.scores, atol=0.05)
+    assert next(model.parameters()).dtype.itemsize == 4
+    assert vg.Grounder(model, "cpu").half().backend.dtype.itemsize == 2
+    with pytest.raises(ConfigError, match="dtype int8: expected one of fp32"):
+        vg.Grounder(model, "cpu", dtype="int8")
+
+
+# ---- vg predict ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("detector")
+    model = tiny_model()
+    write_model(folder, model, CheckpointConfig(model.config))
+    return folder
+
+
+def predict(*arguments: object) -> None:
+    main(["predict", *map(str, arguments), "--device", "cpu"])
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_folder_of_results(detector: Path, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    options = ("--crops", "--threshold", 0.01, "--format", "coco", "--format", "csv", "--output", out)
+    predict(detector, folder, "-p", "dog", "hot dog", *options)
+    assert len(records(out)) == COUNT
+    names = {path.name for path in out.iterdir()}
+    assert names == {"settings.json", "results.jsonl", "results.coco.json", "results.csv", "drawn", "crops"}
+    assert len(list((out / "drawn").iterdir())) == COUNT
+    assert len(list((out / "crops").iterdir())) == sum(len(record["boxes"]) for record in records(out))
+    text = capfd.readouterr()
+    assert f"written: {out / 'results.csv'}" in text.out
+    assert f"{COUNT}/{COUNT}" in text.err
+
+
+def test_json_is_all_of_standard_output(detector: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "bad.png").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        predict(detector, folder, "-p", "dog", "--json")
+    assert stopped.value.code == 3
+    output = capfd.readouterr()
+    assert [json.loads(line)["image"] for line in output.out.splitlines()] == sorted(
+        str(path) for path in folder.rglob("??.png")
+    )
+    assert "error: image" in output.err
+    assert "1 image could not be used" in output.err
+
+
+def test_images_from_standard_input(
+    detector: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", iter([f"{folder / '00.png'}\n", "\n", f"{folder / 'more'}\n"]))
+    predict(detector, "-", "-p", "dog", "--output", tmp_path / "out", "--no-draw")
+    assert len(records(tmp_path / "out")) == 1 + 8
+    assert not (tmp_path / "out/drawn").exists()
+
+
+def test_files_of_equal_names_are_kept_apart(detector: Path, tmp_path: Path) -> None:
+    for name in ("a b.png", "a_b.png", "a?b.png"):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / name)
+    predict(detector, tmp_path, "-p", "dog", "--output", tmp_path / "out")
+    assert len(list((tmp_path / "out/drawn").iterdir())) == 3
+
+
+def test_other_settings_need_another_folder(detector: Path, folder: Path, tmp_path: Path) -> None:
+    out = ("--output", tmp_path / "out", "--no-draw")
+    predict(detector, folder, "-p", "dog", *out)
+    with pytest.raises(SystemExit, match=r"has results with other settings \(phrases\): use another --output, or --ov"):
+        predict(detector, folder, "-p", "cat", *out)
+    predict(detector, folder, "-p", "cat", *out, "--overwrite")
+    assert {phrase for record in records(tmp_path / "out") for phrase in record["phrases"]} == {"cat"}
+
+
+def test_an_interrupted_command_is_completed(detector: Path, tmp_path: Path) -> None:
+    """Killed, and its last line torn: the file equals that of an undisturbed run."""
+    random = np.random.default_rng(0)
+    for number in range(60):
+        Image.fromarray(random.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / f"{number:02d}.png")
+    command = [sys.executable, "-m", "vg", "predict", detector, tmp_path, "-p", "dog", "cat", "--device", "cpu"]
+    command += ["--no-draw", "--batch-size", "1", "--threshold", "0.01", "--format", "coco", "--output"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*map(str, command), tmp_path / "quiet"], check=True, env=environment, capture_output=True)
+    results = tmp_path / "killed" / "results.jsonl"
+    process = subprocess.Popen([*map(str, command), tmp_path / "killed"], env=environment, stderr=subprocess.DEVNULL)
+    while not (results.exists() and results.read_bytes().count(b"\n") >= 5) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 5 <= results.read_bytes().count(b"\n") < 60
+    with results.open("ab") as file:
+        file.write(b'{"image": "torn')
+    done = subprocess.run(
+        [*map(str, command), tmp_path / "killed"], check=True, env=environment, capture_output=True, text=True
+    )
+    assert "images are done, continuing" in done.stderr
+    for name in ("results.jsonl", "results.coco.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes()

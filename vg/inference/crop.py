@@ -1,0 +1,99 @@
+"""`predict_and_crop`: one expression, one image, one box, also with the arguments of the published code."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+from PIL import Image
+
+from vg.errors import DataError
+from vg.inference.grounder import Grounder
+from vg.inference.images import ImageLike
+from vg.inference.result import Box
+
+if TYPE_CHECKING:
+    import torch
+
+    from vg.models.base import GroundingModel
+
+
+@overload
+def predict_and_crop(
+    image: ImageLike,
+    prompt: str,
+    model: Grounder | GroundingModel | str | Path,
+    device: str | None = None,
+    threshold: float | None = None,
+) -> tuple[np.ndarray, Box, np.ndarray]: ...
+
+
+@overload
+def predict_and_crop(
+    image: ImageLike,
+    prompt: str,
+    model: Grounder | GroundingModel | str | Path,
+    tokenizer: Any,
+    transforms: Any,
+    device: str | torch.device | None = None,
+    threshold: float | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[Image.Image, Box, Image.Image]: ...
+
+
+def predict_and_crop(
+    image: ImageLike,
+    prompt: str,
+    model: Grounder | GroundingModel | str | Path,
+    *published: Any,
+    tokenizer: Any = None,
+    transforms: Any = None,
+    device: str | torch.device | None = None,
+    threshold: float | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[Any, Box, Any]:
+    """Ground an expression in an image and crop the best box.
+
+    The calling convention of the published code works too: `predict_and_crop(image, prompt, model, tokenizer,
+    transforms, device)` returns PIL images. Its tokenizer and transforms are not used, because a model of vg contains
+    its own; a tokenizer with another vocabulary causes a warning.
+
+    Args:
+        image: [H, W, 3] uint8 array, PIL image, path or http(s) URL.
+        prompt: a referring expression, such as "the man in the red shirt".
+        model: a Grounder, a model, or a path for `load_model`. For several images, create a Grounder once.
+        device: device of a model that is not a Grounder; by default the fastest one available.
+        threshold: minimum score of the box, 0..1; by default any.
+        overrides: see `load_model`.
+
+    Returns:
+        crop [h, w, 3] uint8; box (left, top, right, bottom) in pixels; image_with_box [H, W, 3] uint8. By the published
+        calling convention, crop and image_with_box are PIL images.
+
+    Raises:
+        DataError: an unreadable image, an empty prompt, or no box with a sufficient score.
+        ConfigError, PredictionError: see `Grounder.predict`.
+        TypeError: positional arguments of neither calling convention.
+    """
+    given = published[0] if published else None
+    ours = len(published) <= 2 and (isinstance(given, (str, type(None))) or type(given).__name__ == "device")
+    as_published = not ours or tokenizer is not None or transforms is not None
+    names = ("tokenizer", "transforms", "device", "threshold") if as_published else ("device", "threshold")
+    keywords = {"tokenizer": tokenizer, "transforms": transforms, "device": device, "threshold": threshold}
+    if len(published) > len(names) or any(keywords[name] is not None for name in names[: len(published)]):
+        raise TypeError("predict_and_crop takes (image, prompt, model[, tokenizer, transforms][, device, threshold])")
+    tokenizer, _, device, threshold = (keywords | dict(zip(names, published, strict=False))).values()
+    if not isinstance(model, Grounder):
+        model = Grounder(model, None if device is None else str(device), overrides=overrides)
+    if tokenizer is not None and tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        warnings.warn("the tokenizer is not that of the model, which is used instead", stacklevel=2)
+    found = model.predict(image, prompt, threshold)
+    if not len(found):
+        limit = "the threshold of the model" if threshold is None else f"the threshold {threshold}"
+        raise DataError(f"nothing found for {prompt!r}: no box reaches {limit}; lower it or rephrase the prompt")
+    found = found.select(np.array([0]))
+    crop, box, drawn = found.crop()[0], found[0].box, found.draw()
+    return (Image.fromarray(crop), box, Image.fromarray(drawn)) if as_published else (crop, box, drawn)

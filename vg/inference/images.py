@@ -1,0 +1,194 @@
+"""The images to predict on: files, folders, globs, videos, URLs, bytes and pixels, read one at a time."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from vg.data.images import array_to_rgb, find_image, list_images, read_image
+from vg.errors import BadSampleError, DataError
+from vg.hub import loading
+from vg.inference.download import download, is_url
+
+# [H, W, 3] or [H, W, 4] (RGBA) or [H, W] array of 8 or 16 bits, PIL image, content of a file, its path or http(s) URL
+ImageLike: TypeAlias = np.ndarray | Image.Image | bytes | str | Path
+HUB = "hf://datasets/"
+VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
+
+
+class NamedImage(NamedTuple):
+    """An image that is not read yet."""
+
+    name: str
+    read: Callable[[], np.ndarray]  # -> [H, W, 3] uint8, RGB; raises BadSampleError
+
+
+def to_array(image: ImageLike, name: str = "given") -> np.ndarray:
+    """Read an image, rotated by its EXIF orientation -> [H, W, 3] uint8, RGB.
+
+    A file that does not exist is also looked for under its other COCO name, see `vg.data.images.find_image`.
+
+    Args:
+        name: the image in errors, for pixels and bytes.
+
+    Raises:
+        DataError: see `vg.inference.download`, `vg.data.images.array_to_rgb` and `vg.data.images.read_image`.
+    """
+    if isinstance(image, np.ndarray):
+        return array_to_rgb(image, f"{name} as an array")
+    if isinstance(image, (Image.Image, bytes)):
+        return read_image(image, name, upright=True)
+    if is_url(str(image)):
+        return read_image(download(str(image)), str(image), upright=True)
+    path = Path(image)
+    if not path.exists():
+        try:
+            path = find_image(path.name, path.parent)
+        except BadSampleError as error:
+            raise BadSampleError(f"image {image} does not exist") from error
+    return read_image(path, str(image), upright=True)
+
+
+def is_single(images: Any) -> bool:
+    """Whether an argument is one image, not several: neither a collection nor a folder, pattern or video."""
+    if isinstance(images, (str, Path)):
+        several = _is_video(images) or str(images).endswith(".json") or str(images).startswith(HUB)
+        return is_url(str(images)) or not (several or Path(images).is_dir() or _is_pattern(str(images)))
+    return isinstance(images, (np.ndarray, Image.Image, bytes))
+
+
+def named_images(
+    images: ImageLike | Iterable[ImageLike | NamedImage], every: int = 1
+) -> tuple[Iterator[NamedImage], int | None]:
+    """Return the images of an argument, and how many there are if that is known without reading them.
+
+    Args:
+        images: an image, or any number of them. A folder stands for the images in it and its subfolders, a pattern with
+            `*` for the files that match, a video for its frames, a COCO json file for its images (in its folder), and
+            hf://datasets/ORG/NAME:SPLIT for the images of a dataset on the Hub.
+        every: of a video, take each `every`-th frame.
+
+    Raises:
+        BadSampleError: no images in a folder, or none that match a pattern; an unreadable video or json file.
+        DataError: a dataset that cannot be loaded, or without images.
+    """
+    if isinstance(images, (np.ndarray, Image.Image, bytes)):
+        images = [images]
+    if isinstance(images, (str, Path)):
+        return _of_path(str(images), every)
+    if isinstance(images, (list, tuple)):
+        parts = [
+            _of_path(str(image), every)
+            if isinstance(image, (str, Path))
+            else (iter([_pixels(image, f"image {number}")]), 1)
+            for number, image in enumerate(images)
+        ]
+        counts = [count for _, count in parts]
+        total = None if None in counts else sum(filter(None, counts))
+        return (image for part, _ in parts for image in part), total
+    return _of_stream(images, every), None
+
+
+def _of_stream(images: Iterable[ImageLike | NamedImage], every: int) -> Iterator[NamedImage]:
+    for number, image in enumerate(images):
+        if isinstance(image, NamedImage):
+            yield image
+        elif isinstance(image, (str, Path)):
+            yield from _of_path(str(image), every)[0]
+        else:
+            yield _pixels(image, f"image {number}")
+
+
+def _of_path(path: str, every: int) -> tuple[Iterator[NamedImage], int | None]:
+    if is_url(path):
+        return iter([NamedImage(path, partial(to_array, path))]), 1
+    if path.startswith(HUB):
+        return _of_dataset(path.removeprefix(HUB))
+    if _is_video(path) and Path(path).is_file():
+        return _frames(path, every)
+    if path.endswith(".json"):
+        return _of_coco(Path(path))
+    if Path(path).is_dir():
+        files = [str(Path(path, name)) for name in list_images(Path(path))]
+        if not files:
+            raise BadSampleError(f"{path} contains no images")
+    elif _is_pattern(path):
+        if not (files := sorted(glob.glob(path, recursive=True))):
+            raise BadSampleError(f"no file matches {path}")
+    else:
+        files = [path]
+    return (NamedImage(file, partial(to_array, file)) for file in files), len(files)
+
+
+def _pixels(image: np.ndarray | Image.Image | bytes, name: str) -> NamedImage:
+    return NamedImage(name, partial(to_array, image, name))
+
+
+def _frames(path: str, every: int) -> tuple[Iterator[NamedImage], int | None]:
+    """The frames of a video, which OpenCV decodes; their number is an estimate of the file."""
+    import cv2
+
+    video = cv2.VideoCapture(path)
+    if not video.isOpened():
+        raise BadSampleError(f"video {path} cannot be read; convert it to another format, such as mp4 with H.264")
+    count = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+
+    def frames() -> Iterator[NamedImage]:
+        number = 0
+        while video.grab():
+            if number % every == 0:
+                _, pixels = video.retrieve()
+                rgb = np.ascontiguousarray(pixels[..., ::-1])
+                yield NamedImage(f"{path}#{number}", lambda rgb=rgb: rgb)  # type: ignore[misc]
+            number += 1
+        video.release()
+
+    return frames(), -(-count // every) if count > 0 else None
+
+
+def _of_coco(file: Path) -> tuple[Iterator[NamedImage], int]:
+    """The images of a COCO json file, in its folder or the usual ones below it."""
+    try:
+        names = [str(image["file_name"]) for image in json.loads(file.read_bytes())["images"]]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise BadSampleError(f"{file} is not a COCO file with images that have a file_name: {error!r}") from error
+    return (NamedImage(name, partial(_read_below, name, file.parent)) for name in names), len(names)
+
+
+def _read_below(name: str, root: Path) -> np.ndarray:
+    return read_image(find_image(name, root), name)
+
+
+def _of_dataset(name: str) -> tuple[Iterator[NamedImage], int | None]:
+    """The first column of images of a dataset on the Hub, read while it is downloaded."""
+    import datasets
+
+    id, _, split = name.partition(":")
+    with loading(id, "the dataset", DataError, "dataset"):
+        rows = datasets.load_dataset(id, split=split or "train", streaming=True)
+    column = next((key for key, value in (rows.features or {}).items() if isinstance(value, datasets.Image)), None)
+    if column is None:
+        raise DataError(f"{HUB}{name} has no column of images; its columns are {', '.join(rows.features or ())}")
+    rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+    def images() -> Iterator[NamedImage]:
+        for number, row in enumerate(rows):
+            content = row[column]["bytes"] or row[column]["path"]
+            yield NamedImage(f"{HUB}{name}#{number}", partial(to_array, content, f"{HUB}{name}#{number}"))
+
+    return images(), rows.info.splits[split or "train"].num_examples if rows.info.splits else None
+
+
+def _is_video(path: str | Path) -> bool:
+    return str(path).lower().endswith(VIDEOS)
+
+
+def _is_pattern(path: str) -> bool:
+    return glob.has_magic(path) and not Path(path).exists()

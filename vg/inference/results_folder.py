@@ -1,0 +1,98 @@
+"""The folder of the results of `vg predict`, which a repeated command completes.
+
+predictions/
+    settings.json    the checkpoint, the phrases and the thresholds: a folder has results of one command
+    results.jsonl    a record per image, written as soon as it is done, see `Result.to_dict`
+    drawn/           the images with boxes, small ones enlarged for readable labels
+    crops/           an image per box
+    results.csv, results.coco.json, ...   other formats, written last
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vg.errors import ConfigError
+from vg.files import remove, write_json
+from vg.inference.formats import SUFFIXES, Format, read_records, write_results
+from vg.inference.result import READABLE_SIDE, Result
+
+
+class ResultsFolder:
+    """Appends results, and knows which images have one.
+
+    Args:
+        settings: JSON values that determine the results.
+        overwrite: remove earlier results.
+
+    Raises:
+        ConfigError: the folder has results with other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool = False):
+        self.path = path
+        self._results = path / "results.jsonl"
+        file = path / "settings.json"
+        if overwrite:
+            for name in ("settings.json", "results.jsonl", "drawn", "crops"):
+                remove(path / name)
+        elif file.exists() and (found := json.loads(file.read_text(encoding="utf-8"))) != settings:
+            changed = [key for key in settings if found.get(key) != settings[key]]
+            raise ConfigError(
+                f"{path} has results with other settings ({', '.join(changed)}): use another --output, or --overwrite"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(file, settings)
+        self.names = set(self._completed())
+        self._stems: dict[str, str] = {}  # names of images -> of their files, which differ
+
+    def _completed(self) -> list[str]:
+        """Return the names of the images that have a record; the last line may be torn by a crash, and is removed."""
+        if not self._results.exists():
+            return []
+        content = self._results.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            with self._results.open("r+b") as file:
+                file.truncate(end)
+        return [str(record["image"]) for record in read_records(self._results)]
+
+    def lacks(self, name: str) -> bool:
+        """Whether an image has no result yet; called for all images in order, it gives each a file name of its own."""
+        stem = re.sub(r"[^\w.#-]+", "_", re.sub(r"\.\w{3,4}$", "", name)).strip("_.")[-150:] or "image"
+        if name not in self._stems:
+            taken = set(self._stems.values())
+            self._stems[name] = next(x for x in chain([stem], (f"{stem}_{n}" for n in count(2))) if x not in taken)
+        return name not in self.names
+
+    def add(self, result: Result, draw: bool, crops: bool) -> None:
+        """Write the images of a result, then its record."""
+        if draw:
+            self._save("drawn", result.name, "", result.draw(max(READABLE_SIDE, *result.size)))
+        for number, pixels in enumerate(result.crop() if crops else ()):
+            self._save("crops", result.name, f"_{number}", pixels)
+        with self._results.open("a", encoding="utf-8") as file:
+            file.write(result.to_json() + "\n")
+        self.names.add(result.name)
+
+    def finish(self, formats: Sequence[Format]) -> list[Path]:
+        """Write the other formats; return all files and folders."""
+        self._results.touch()
+        for format in formats:
+            path = self.path / f"results{SUFFIXES[format]}"
+            if format != "jsonl":
+                write_results(read_records(self._results), path, format)
+        return sorted(path for path in self.path.iterdir() if path.name != "settings.json")
+
+    def _save(self, folder: str, name: str, suffix: str, pixels: np.ndarray) -> None:
+        path = self.path / folder / f"{self._stems[name]}{suffix}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)

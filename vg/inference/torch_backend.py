@@ -1,0 +1,178 @@
+"""Runs a model of PyTorch for `vg.inference.grounder`: loading, device, precision, batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from vg.checkpoint import is_checkpoint, read_model
+from vg.config import CheckpointConfig
+from vg.data.collate import Collator
+from vg.errors import ConfigError
+from vg.inference.result import Boxes
+from vg.models.base import GroundingModel, check_finite
+from vg.models.grounding_dino.checkpoints import open_model
+from vg.models.grounding_dino.checkpoints.files import local_path
+from vg.types import Batch, Prediction, Sample, map_tensors
+
+DTYPES = {
+    **dict.fromkeys(("fp32", "float32"), torch.float32),
+    **dict.fromkeys(("bf16", "bfloat16"), torch.bfloat16),
+    **dict.fromkeys(("fp16", "float16", "half"), torch.float16),
+}
+NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+
+
+class Prepared(NamedTuple):
+    """Input of the network."""
+
+    batch: Batch
+    counts: list[int]  # samples of the batch that belong to each image
+
+
+class TorchBackend:
+    """A model on a device.
+
+    Args:
+        device: "cpu", "cuda" or "mps"; the model is moved there.
+        dtype: "fp32", "bf16" or "fp16" (see DTYPES), or of torch: precision of the network; the weights stay float32.
+
+    Raises:
+        ConfigError: this machine does not have the device, or no such dtype.
+    """
+
+    def __init__(self, model: GroundingModel, device: str, dtype: str | torch.dtype | None = None):
+        self.model = model.eval()
+        self.network = model  # possibly compiled
+        self.takes_many = bool(model.text_spec.delimiters)
+        self.collate = Collator(model.image_spec, model.text_spec)
+        self.dtype = torch.float32
+        self.to(device)
+        self.set_dtype(dtype or torch.float32)
+
+    @property
+    def device(self) -> str:
+        return str(self.model.device)
+
+    def to(self, device: str) -> None:
+        self.model.to(checked_device(device))
+
+    def set_dtype(self, dtype: str | torch.dtype) -> None:
+        if isinstance(dtype, str):
+            if dtype not in DTYPES:
+                raise ConfigError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
+            dtype = DTYPES[dtype]
+        self.dtype = dtype
+
+    def compile(self) -> None:
+        """Compile the network at the next call; images of other sizes may compile it again."""
+        self.network = torch.compile(self.model, dynamic=True)  # type: ignore[assignment]
+
+    def prepare(self, images: Sequence[np.ndarray], phrases: Sequence[tuple[str, ...]]) -> Prepared:
+        """Make the batch of images [H, W, 3] uint8 and the phrases of each; may run in a thread.
+
+        Raises:
+            DataError: a phrase that the model cannot process (blank, too long).
+        """
+        prompts = [[x] if self.takes_many else [(phrase,) for phrase in x] for x in phrases]
+        samples = [
+            Sample("the prompt", image, prompt, *NO_BOXES)
+            for image, of_image in zip(images, prompts, strict=True)
+            for prompt in of_image
+        ]
+        return Prepared(self.collate(samples), [len(of_image) for of_image in prompts])
+
+    def predict(self, prepared: Prepared) -> list[Boxes]:
+        """Return the boxes of every image; raises PredictionError if one is NaN or Inf."""
+        found = (
+            Boxes(*(values.numpy() for values in (prediction.boxes, prediction.scores, prediction.phrase_ids)))
+            for prediction in self._predictions(prepared.batch)
+        )
+        return [_merged(list(islice(found, count))) for count in prepared.counts]
+
+    def predict_samples(self, samples: Sequence[Sample]) -> list[Prediction]:
+        """Predict for samples of a dataset in one batch; the predictions are on the CPU; raises as `predict`."""
+        return self._predictions(self.collate(samples))
+
+    @torch.no_grad()
+    def _predictions(self, batch: Batch) -> list[Prediction]:
+        batch = batch.to(self.model.device)
+        with nullcontext() if self.dtype == torch.float32 else torch.autocast(self.model.device.type, self.dtype):
+            output = self.network(batch)
+        predictions = [prediction.to("cpu") for prediction in self.model.predict(_float32(output), batch)]
+        check_finite(predictions, self.model)
+        return predictions
+
+
+def _float32(output: tuple) -> tuple:
+    """Undo the precision of autocast, as Accelerate does in evaluations."""
+    return map_tensors(output, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+
+
+def _merged(parts: Sequence[Boxes]) -> Boxes:
+    """Join the boxes of the prompts of one image; several prompts have one phrase each."""
+    if len(parts) == 1:
+        return parts[0]
+    boxes = np.concatenate([part.boxes for part in parts])
+    scores = np.concatenate([part.scores for part in parts])
+    phrase_ids = np.repeat(np.arange(len(parts)), [len(part.scores) for part in parts])
+    order = np.argsort(-scores, kind="stable")
+    return Boxes(boxes[order], scores[order], phrase_ids[order])
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def checked_device(device: str) -> str:
+    """Return the device; raises ConfigError if this machine does not have it."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend has its own
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise ConfigError(f"device {device}: {reason}; use {best_device()}") from error
+    return device
+
+
+def load_model(
+    path: str | Path, tokenizer: str | None = None, overrides: Sequence[str] = (), revision: str | None = None
+) -> GroundingModel:
+    """Load a trained model in evaluation mode on the CPU.
+
+    Args:
+        path: folder of a run or checkpoint of vg, or a published Grounding DINO: an official or mmdetection .pth, a
+            transformers folder; or the Hub id of any of these folders.
+        tokenizer: folder, vocab.txt, tokenizer.json or Hub id for a .pth, which contains no tokenizer; by default that
+            of BERT.
+        overrides: of the configuration of a checkpoint of vg, such as "model.vision.id=/new/folder".
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        CheckpointError: not a checkpoint, damaged, or weights that do not fit the model.
+        ConfigError: unknown overrides, or overrides of a checkpoint without a vg configuration.
+    """
+    return load(path, tokenizer, overrides, revision)[0]
+
+
+def load(
+    path: str | Path, tokenizer: str | None, overrides: Sequence[str], revision: str | None
+) -> tuple[GroundingModel, CheckpointConfig | None, dict[str, Any] | None]:
+    """Like `load_model`; also return the configuration and the evaluation results of a checkpoint of vg."""
+    folder = local_path(path, revision)
+    if is_checkpoint(folder):
+        model, config = read_model(folder, overrides)
+        files = (folder / name for name in ("best/validation.json", "validation.json"))
+        results = next((json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()), None)
+        return model, config, results
+    if overrides:
+        raise ConfigError(f"{path} is not a checkpoint of vg, so {', '.join(overrides)} cannot be set")
+    return open_model(folder, tokenizer), None, None
