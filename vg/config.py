@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, is_dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
@@ -177,14 +178,41 @@ def load_checkpoint_config(path: str | Path, overrides: Sequence[str] = ()) -> C
     return _parse(values, str(path), CheckpointConfig if values.keys() == {"model"} else RunConfig, files)
 
 
-def parse_config(values: Mapping[str, Any], origin: str = "the configuration") -> RunConfig:
-    """Validate nested dictionaries; raises ConfigError, whose message begins with `origin`."""
-    return _parse(_renamed(values), origin, RunConfig, [])
+def parse_config(
+    values: Mapping[str, Any], origin: str = "the configuration", overrides: Sequence[str] = ()
+) -> RunConfig:
+    """Validate nested dictionaries and overrides of them; raises ConfigError, whose message begins with `origin`."""
+    changed: dict[str, Any] = deepcopy(_renamed(values))
+    for override in overrides:
+        _apply(changed, override)
+    return _parse(_renamed(changed), origin, RunConfig, [])
 
 
-def dump_config(config: CheckpointConfig) -> str:
-    """The resolved configuration as YAML; loading it gives an equal configuration."""
+def dump_config(config: CheckpointConfig, defaults: bool = True) -> str:
+    """Return a configuration as YAML, optionally without defaults; loading it gives an equal configuration."""
+    if not defaults:
+        return yaml.safe_dump(differences(config), sort_keys=False, default_flow_style=None, width=120)
     return yaml.safe_dump(TypeAdapter(type(config)).dump_python(config, mode="json"), sort_keys=False)
+
+
+def differences(value: Any) -> Any:
+    """Return the fields of settings that differ from their defaults, and the names that select settings."""
+    if isinstance(value, Mapping):
+        return {key: differences(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [differences(entry) for entry in value]
+    if not is_dataclass(value):
+        return value
+    own = {f.name: getattr(value, f.name) for f in fields(value)}
+    defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(value)}
+    return {key: differences(entry) for key, entry in own.items() if key == "name" or entry != defaults[key]}
+
+
+def recipe_path(name: str) -> Path:
+    """Return the path of a YAML file of configs/, which is in the package if that is installed from a wheel."""
+    package = Path(__file__).parent
+    folder = package / "configs"
+    return (folder if folder.exists() else package.parent / "configs") / name
 
 
 def _parse(values: Mapping[str, Any], origin: str, config_type: type[Config], files: Files) -> Config:

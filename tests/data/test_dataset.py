@@ -16,9 +16,9 @@ from vg.data.augment import AugmentConfig
 from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
 from vg.data.mixture import Mixture
-from vg.data.overlap import Subset
 from vg.data.samplers import AspectRatioGroupedSampler, EpochSampler
 from vg.data.source import Provenance
+from vg.data.subset import Subset
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import BadSampleError, DataError
 from vg.models.encoders import load_tokenizer

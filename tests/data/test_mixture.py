@@ -15,9 +15,10 @@ from vg.config import parse_config
 from vg.data.detection.coco import CocoConfig
 from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.mixture import Mixture, MixtureConfig
-from vg.data.overlap import Subset, without_overlap
+from vg.data.overlap import without_overlap
 from vg.data.refcoco.source import RefcocoConfig
 from vg.data.source import HasImageSizes, Provenance, checked
+from vg.data.subset import Subset
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import BadSampleError, ConfigError, DataError
 from vg.types import Sample

@@ -23,9 +23,8 @@ from vg.cache.repair import discard_invalid
 from vg.cache.source import CachedSource
 from vg.cache.views import ImageViews, Record
 from vg.config import DataConfig, RunConfig
-from vg.data import DatasetConfig
 from vg.data.collate import Collator
-from vg.data.mixture import configs_of
+from vg.data.mixture import OneDatasetConfig, configs_of
 from vg.data.prompt import Expressions
 from vg.data.source import Source
 from vg.distributed import new_accelerator, progress_bar
@@ -57,7 +56,7 @@ def build_cache(config: RunConfig) -> None:
     accelerator = new_accelerator()
     model = encodable(config.model.build())
     model.to(accelerator.device).eval()
-    views: list[tuple[DatasetConfig, Sequence[str]]] = [(dataset, cache.views) for dataset in configs_of(data.train)]
+    views: list[tuple[OneDatasetConfig, Sequence[str]]] = [(dataset, cache.views) for dataset in configs_of(data.train)]
     views += [(dataset, ["plain"]) for settings in data.eval_datasets().values() for dataset in configs_of(settings)]
     found: dict[Path, tuple[Source[Sample], CacheFolder]] = {}  # a dataset that is used twice is encoded once
     for dataset, stored in views:

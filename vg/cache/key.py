@@ -18,7 +18,7 @@ from typing import Any
 from vg.cache.format import FORMAT, INDEX, KEY, CacheFolder, read_file
 from vg.cache.images import changed_images, files_of, image_indices
 from vg.config import CacheConfig
-from vg.data import DatasetConfig
+from vg.data.mixture import OneDatasetConfig
 from vg.data.source import HasFingerprint, HasImageKeys, Source
 from vg.errors import CacheError
 from vg.models.base import EncodableModel
@@ -29,7 +29,7 @@ PATHS = ("path", "image_root")  # settings of a dataset
 
 
 def cache_folder(
-    settings: DatasetConfig, source: Source, cache: CacheConfig, views: Sequence[str], model: EncodableModel
+    settings: OneDatasetConfig, source: Source, cache: CacheConfig, views: Sequence[str], model: EncodableModel
 ) -> CacheFolder:
     """Return the folder with the features of a source, or the one to write; raises ConfigError as `feature_key`.
 

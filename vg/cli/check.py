@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +12,12 @@ from vg.cli.arguments import add_overrides
 
 if TYPE_CHECKING:
     from vg.config import RunConfig
-    from vg.models import ModelConfig
 
 NUM_DRAWN = 24  # images in images.png
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", help="YAML file of a run, COCO .json, ODVG .jsonl, Pascal VOC or YOLO folder")
+    parser.add_argument("data", help="YAML file of a run; or a folder or file in COCO, ODVG, Pascal VOC, YOLO or CSV")
     add_overrides(parser)
     parser.add_argument("--quick", type=int, metavar="N", help="read N images of each dataset (default: all)")
     parser.add_argument("--output", default="runs/check", help="folder for report and images (default: %(default)s)")
@@ -32,7 +29,8 @@ def run(options: argparse.Namespace) -> None:
     from vg.data.check import detect_format, diagnose, to_json, to_text
     from vg.errors import ConfigError
     from vg.files import write_json
-    from vg.inference.draw import image_grid
+    from vg.inference.grids import image_grid
+    from vg.models.encoders import cached_token_counter
 
     if options.quick is not None and options.quick < 1:
         raise ConfigError(f"--quick {options.quick}: read at least one image of each dataset")
@@ -41,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     datasets = {"train": config.data.train}
     if len(found) != 1:
         datasets |= {f"eval.{name}" if name else "eval": data for name, data in config.data.eval_datasets().items()}
-    count_tokens = _token_counter(config.model)
+    count_tokens = cached_token_counter(config.model.text)
     diagnosis = diagnose(datasets, config.model.max_tokens, count_tokens, options.quick)
     output = Path(options.output)
     write_json(output / "report.json", to_json(diagnosis))
@@ -71,20 +69,3 @@ def _config_of(found: Mapping[str, dict[str, Any]], overrides: Sequence[str]) ->
     train, *evaluation = datasets
     evaluated = {split: datasets[split] for split in evaluation or [train]}
     return parse_config({"model": {"name": "grounding_dino"}, "data": {"train": datasets[train], "eval": evaluated}})
-
-
-def _token_counter(model: ModelConfig) -> Callable[[list[str]], list[int]] | None:
-    """Counts the tokens of phrases if the model's tokenizer is cached locally; the Hub is not contacted."""
-    from huggingface_hub import try_to_load_from_cache
-
-    from vg.models.encoders import load_tokenizer
-
-    text = model.text
-    path = text.tokenizer or text.id
-    if path is not None and not Path(path).exists():
-        cached = (try_to_load_from_cache(path, name) for name in ("tokenizer.json", "vocab.txt"))
-        path = next((file for file in cached if isinstance(file, str)), None)
-        if path is None:
-            return None
-    encode = partial(load_tokenizer(replace(text, tokenizer=path)), add_special_tokens=False, verbose=False)
-    return lambda phrases: [len(ids) for ids in encode(phrases)["input_ids"]] if phrases else []

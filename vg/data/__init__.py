@@ -10,10 +10,11 @@ from vg.data.detection.coco import CocoConfig
 from vg.data.detection.odvg import OdvgConfig
 from vg.data.detection.voc import VocConfig
 from vg.data.detection.yolo import YoloConfig
+from vg.data.expressions import CsvConfig
 from vg.data.refcoco.source import RefcocoConfig
 from vg.data.synthetic.shapes import ShapesConfig
 
 DatasetConfig: TypeAlias = Annotated[
-    Union[ShapesConfig, RefcocoConfig, CocoConfig, OdvgConfig, VocConfig, YoloConfig],  # noqa: UP007
+    Union[ShapesConfig, RefcocoConfig, CocoConfig, OdvgConfig, VocConfig, YoloConfig, CsvConfig],  # noqa: UP007
     Field(discriminator="name"),
 ]

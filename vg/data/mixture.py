@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeInt
 
 from vg.data import DatasetConfig
 from vg.data.source import HasClasses, Loaded, Provenance, Source, with_image_groups, with_image_sizes
+from vg.data.subset import SplitConfig
 from vg.errors import DataError
 from vg.settings import Settings
 from vg.types import Sample
@@ -31,7 +32,11 @@ class MixtureConfig(Settings):
         return Mixture([dataset.build() for dataset in self.datasets], self.weights, self.seed)
 
 
-SourceConfig: TypeAlias = Annotated[Union[DatasetConfig, MixtureConfig], Field(discriminator="name")]  # noqa: UP007
+OneDatasetConfig: TypeAlias = DatasetConfig | SplitConfig
+SourceConfig: TypeAlias = Annotated[
+    Union[DatasetConfig, MixtureConfig, SplitConfig],  # noqa: UP007
+    Field(discriminator="name"),
+]
 
 
 class Mixture(Generic[Loaded]):
@@ -128,6 +133,6 @@ def sources_of(source: Source) -> Sequence[Source]:
     return source.sources if isinstance(source, Mixture) else [source]
 
 
-def configs_of(config: SourceConfig) -> Sequence[DatasetConfig]:
+def configs_of(config: SourceConfig) -> Sequence[OneDatasetConfig]:
     """Return the datasets of a mixture, or the one dataset."""
     return config.datasets if isinstance(config, MixtureConfig) else [config]

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Generic
 
 import numpy as np
 
 from vg.data.detection.vocabulary import normalized_name
 from vg.data.mixture import Mixture, sources_of
-from vg.data.source import (
-    HasCategoryIds,
-    HasClasses,
-    HasImageKeys,
-    Loaded,
-    Source,
-    phrases_of,
-    with_image_groups,
-    with_image_sizes,
-)
+from vg.data.source import HasCategoryIds, HasImageKeys, Loaded, Source, phrases_of
+from vg.data.subset import Subset
 from vg.errors import DataError
 
 
@@ -95,32 +86,3 @@ def _units(names: set[str], by_word: bool) -> set[str]:
     """Return what is compared: normalized names, or all their words."""
     normalized = set(map(normalized_name, names))
     return {word for name in normalized for word in name.split()} if by_word else normalized
-
-
-class Subset(Generic[Loaded]):
-    """Some samples of a source, in its order."""
-
-    def __init__(self, source: Source[Loaded], indices: np.ndarray):
-        self.source: Source[Loaded] = source
-        self.indices = indices  # [kept samples] int
-        self.provenance = source.provenance
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def load(self, index: int, epoch: int) -> Loaded:
-        return self.source.load(int(self.indices[index]), epoch)
-
-    @property
-    def num_classes(self) -> int | None:
-        return self.source.num_classes if isinstance(self.source, HasClasses) else None
-
-    def image_sizes(self, epoch: int) -> np.ndarray:
-        return with_image_sizes(self.source).image_sizes(epoch)[self.indices]
-
-    def image_groups(self, epoch: int) -> np.ndarray:
-        return with_image_groups(self.source).image_groups(epoch)[self.indices]
-
-    def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
-        known = phrases_of(self.source)
-        return [known[index] for index in self.indices] if known else []

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -284,3 +285,15 @@ def read_tokenizer(
         if location.endswith(".txt"):
             return BertTokenizer(vocab=location)
         return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
+
+
+def cached_token_counter(settings: TextEncoderConfig) -> Callable[[list[str]], list[int]] | None:
+    """Count the tokens of phrases if the tokenizer is on this machine; otherwise None: the Hub is not contacted."""
+    path = settings.tokenizer or settings.id
+    if path is not None and not Path(path).exists():
+        cached = (try_to_load_from_cache(path, name) for name in ("tokenizer.json", "vocab.txt"))
+        path = next((file for file in cached if isinstance(file, str)), None)
+        if path is None:
+            return None
+    encode = partial(load_tokenizer(replace(settings, tokenizer=path)), add_special_tokens=False, verbose=False)
+    return lambda phrases: [len(ids) for ids in encode(phrases)["input_ids"]] if phrases else []

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from tests.data.detection.detection_files import write_coco
+from vg.data import CocoConfig, OdvgConfig
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.errors import DataError
 
@@ -94,3 +99,24 @@ def test_few_classes_and_no_boxes():
     assert ids.shape == (0,)
     one = Vocabulary(["cat"], VocabularyConfig(negatives=1, full=0), "x")
     assert one.prompt(np.zeros(0, np.int64), 0, 0)[0] == ("cat",), "at least one phrase"
+
+
+def test_only_some_classes_are_used(tmp_path: Path) -> None:
+    """Boxes of the other classes are left out, ids for result files stay those of the annotations."""
+    config = CocoConfig(path=str(write_coco(tmp_path)), vocabulary=VocabularyConfig(only=["hot dog", "cat"]))
+    source = config.build()
+    assert source.category_ids == {"cat": 3, "hot dog": 90}
+    assert source.num_classes == 2
+    sample = source.load(0, epoch=0)
+    assert sample.phrases == ("cat", "hot dog")
+    assert sample.phrase_ids.tolist() == [1, 0, 0]  # the traffic lights are gone
+    with pytest.raises(DataError, match=r"vocabulary.only has \['zebra'\], the classes are 'cat'"):
+        CocoConfig(path=config.path, vocabulary=VocabularyConfig(only=["zebra"])).build()
+    row = {"filename": "a.png", "height": 40, "width": 60}
+    instances = [{"bbox": [0, 0, 9, 9], "label": 0, "category": "cat"}, {"bbox": [1, 1, 9, 9], "label": 1}]
+    (tmp_path / "a.jsonl").write_text(json.dumps(row | {"detection": {"instances": instances}}))
+    (tmp_path / "labels.json").write_text('{"0": "cat", "1": "dog"}')
+    odvg = OdvgConfig(path=str(tmp_path / "a.jsonl"), label_map=str(tmp_path / "labels.json"))
+    odvg.vocabulary = VocabularyConfig(only=["dog"])
+    sample = odvg.build().load(0, epoch=0)
+    assert (sample.phrases, sample.boxes.tolist(), sample.phrase_ids.tolist()) == (("dog",), [[1, 1, 9, 9]], [0])

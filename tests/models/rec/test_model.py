@@ -11,10 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModel, BertTokenizer
 
 from tests.conftest import TEXT
-from vg.config import load_config, parse_config
+from vg.checkpoint import write_model
+from vg.config import CheckpointConfig, load_config, parse_config
 from vg.data.collate import Collator
 from vg.data.synthetic.shapes import ShapesConfig
-from vg.errors import ConfigError
+from vg.errors import CheckpointError, ConfigError
 from vg.models.encoders import SMALL_VOCABULARY
 from vg.models.rec.config import BgeConfig, DenseHeadConfig, PooledHeadConfig, RecConfig, VisionEncoderConfig
 from vg.models.rec.model import VisionEncoder
@@ -330,3 +331,17 @@ def test_impossible_heads_are_refused_by_name(head: dict, message: str) -> None:
     data = {"train": {"name": "shapes"}, "eval": {"name": "shapes"}}
     with pytest.raises(ConfigError, match=message):
         parse_config({"model": {"name": "rec", "head": head}, "data": data})
+
+
+def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
+    config = RecConfig.tiny()
+    trained = config.build()
+    write_model(tmp_path, trained, CheckpointConfig(config))
+    started = replace(config, weights=str(tmp_path)).build()
+    for name, tensor in started.own_state_dict().items():
+        assert tensor.equal(trained.own_state_dict()[name]), name
+    assert replace(config, weights="gone").rebuild().num_parameters() == trained.num_parameters()
+    with pytest.raises(CheckpointError, match=r"(?s)model\.weights: .*missing: head\."):
+        replace(config, weights=str(tmp_path), head=PooledHeadConfig(width=32, layers=1, heads=2)).build()
+    with pytest.raises(CheckpointError, match=r"gone.*No such file"):
+        replace(config, weights="gone").build()

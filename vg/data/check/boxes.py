@@ -8,6 +8,7 @@ import numpy as np
 
 from vg.data.check.dataset import CheckedDataset
 from vg.data.detection.annotations import CXCYWH, MIN_SIDE, VOC, XYWH, XYXY, BoxFormat
+from vg.data.detection.issues import Severity
 from vg.data.source import OVERHANG
 
 _MANY = 0.1  # other formats are tried if at least this fraction of the boxes does not fit their image
@@ -39,10 +40,13 @@ def check_boxes(dataset: CheckedDataset) -> None:
     clipped = np.clip(xyxy, 0, np.where(known[:, None], dataset.limits, np.inf)[:, [0, 1, 0, 1]])
     outside = (clipped[:, 2:] <= clipped[:, :2]).any(axis=1) & ~inverted & ~thin
     beyond = (np.abs(clipped - xyxy) > OVERHANG).any(axis=1) & ~inverted & ~outside & ~thin
-    fix = "remove them; all datasets but COCO json (min_side) leave them out"
-    report("warning", f"boxes with a side below {MIN_SIDE:g} pixel", fix, thin)
-    report("warning", "boxes outside of their image", "they are left out; check that it is the right image", outside)
-    report("warning", "boxes that extend beyond their image", "they are clipped; correct them", beyond)
+    severity: Severity = "warning"
+    fixes = "remove them; all datasets but COCO json (min_side) leave them out", "they are left out", "they are clipped"
+    if dataset.task == "expressions":  # a sample has one box, which cannot be left out
+        severity, fixes = "error", ("remove these rows", "remove these rows", "clip them")
+    report(severity, f"boxes with a side below {MIN_SIDE:g} pixel", fixes[0], thin)
+    report(severity, "boxes outside of their image", f"{fixes[1]}; check that it is the right image", outside)
+    report(severity, "boxes that extend beyond their image", f"{fixes[2]}; correct them", beyond)
     rows = np.column_stack([annotations.image_indices, annotations.labels, xyxy])
     duplicate = np.ones(len(rows), bool)
     duplicate[np.unique(rows, axis=0, return_index=True)[1]] = False

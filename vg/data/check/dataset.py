@@ -106,6 +106,7 @@ def read_dataset(name: str, config: Any, limit: int | None) -> CheckedDataset:
     try:
         if isinstance(config, ReadsAnnotations):
             dataset.annotations = config.read(dataset.issues)
+            dataset.task = getattr(config, "task", dataset.task)
         else:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vg.data import DatasetConfig
 from vg.data.check.boxes import check_boxes
 from vg.data.check.dataset import CheckedDataset, check_loading, read_dataset, spread
 from vg.data.check.images import check_images
@@ -15,6 +16,7 @@ from vg.data.check.phrases import CountTokens, check_phrases
 from vg.data.detection.issues import SEVERITIES, Issue, Severity
 from vg.data.detection.vocabulary import normalized_name
 from vg.data.mixture import MixtureConfig, SourceConfig, configs_of
+from vg.data.subset import SplitConfig
 from vg.errors import BadSampleError
 
 _ZERO_SHOT = "nothing if zero-shot evaluation is intended; otherwise fix names or splits"
@@ -71,16 +73,19 @@ def diagnose(
 
     Args:
         configs: settings by name; training datasets have the name "train". The components of a mixture are checked
-            separately, with names such as "train.datasets.0".
+            separately, with names such as "train.datasets.0"; a dataset that is split is checked as a whole.
         max_tokens: tokens of the model's longest prompt.
         count_tokens: number of tokens of each phrase; None uses lower bounds.
         limit: number of images to read of each dataset; None for all.
     """
-    components = {
-        f"{name}.datasets.{index}" if isinstance(config, MixtureConfig) else name: component
-        for name, config in configs.items()
-        for index, component in enumerate(configs_of(config))
-    }
+    components: dict[str, DatasetConfig] = {}
+    for name, config in configs.items():
+        for index, component in enumerate(configs_of(config)):
+            if isinstance(component, SplitConfig):
+                component = component.dataset
+                if component in components.values():
+                    continue
+            components[f"{name}.datasets.{index}" if isinstance(config, MixtureConfig) else name] = component
     datasets = []
     for name, config in components.items():
         dataset = read_dataset(name, config, limit)

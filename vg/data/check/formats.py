@@ -1,16 +1,21 @@
-"""Detects the dataset format at a path: COCO json, ODVG jsonl, a Pascal VOC folder or a YOLO folder."""
+"""Detects the dataset format at a path: COCO json, ODVG jsonl, Pascal VOC, YOLO, or a table of expressions."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from vg.data.detection.yolo import read_document
+from vg.data.expressions import IMAGE, PHRASE, SPLIT, read_rows
 from vg.errors import DataError
 
-_SPLITS = ("train", "val", "valid", "test")  # the first existing one is for training, the others for evaluation
+Kind: TypeAlias = Literal["coco", "odvg", "csv"]
+_TITLES: dict[Kind, str] = {"coco": "COCO", "odvg": "ODVG", "csv": "expressions"}
+_SUFFIXES = (".json", ".jsonl", ".csv")
+# The first existing one is for training, the others are for evaluation.
+_SPLITS = ("train", "val", "valid", "validation", "test")
 
 
 def detect_format(path: Path) -> dict[str, dict[str, Any]]:
@@ -28,36 +33,90 @@ def detect_format(path: Path) -> dict[str, dict[str, Any]]:
         return _detect_folder(path)
     if path.suffix in (".yaml", ".yml"):
         return _yolo_splits(path)
-    if path.suffix == ".jsonl":
-        return {"train": {"name": "odvg", "path": str(path), **_label_map(path)}}
-    if path.suffix == ".json":
-        return {"train": {"name": "coco", "path": str(path)}}
+    if path.suffix in _SUFFIXES:
+        return _file_splits(path)
     raise DataError(
-        f"{path} is not a dataset: expected a .json (COCO), a .jsonl (ODVG), a folder with Annotations and JPEGImages "
-        "(Pascal VOC), or a folder with data.yaml (YOLO)"
+        f"{path} is not a dataset: expected a .json (COCO), a .jsonl (ODVG, or expressions), a .csv (expressions), a "
+        "folder with Annotations and JPEGImages (Pascal VOC), or a folder with data.yaml (YOLO)"
     )
 
 
 def _detect_folder(folder: Path) -> dict[str, dict[str, Any]]:
-    for file in (folder / "data.yaml", folder / "data.yml"):
-        if file.is_file():
-            return _yolo_splits(file) or {"train": {"name": "yolo", "path": str(file)}}
-    if (folder / "Annotations").is_dir() or next(folder.glob("*.xml"), None):
-        splits = [split for split in _SPLITS if (folder / "ImageSets" / "Main" / f"{split}.txt").is_file()]
-        voc = {"name": "voc", "path": str(folder)}
-        return {split: voc | {"split": split} for split in splits} if splits else {"train": voc}
+    yolo = next((file for file in (folder / "data.yaml", folder / "data.yml") if file.is_file()), None)
+    voc = (folder / "Annotations").is_dir() or next(folder.glob("*.xml"), None) is not None
     roboflow = list(folder.glob("*/_annotations.coco.json"))
-    files = sorted([*folder.glob("*.json"), *folder.glob("annotations/*.json"), *roboflow])
+    patterns = [f"{place}*{suffix}" for place in ("", "annotations/") for suffix in _SUFFIXES]
+    files = sorted({*roboflow, *(file for pattern in patterns for file in folder.glob(pattern))})
+    files = [file for file in files if not _is_label_map(file)]
+    if yolo or voc:
+        files = [file for file in files if file.suffix != ".json" or b'"annotations"' in file.read_bytes()]
+    file_of = {_kind(file): file for file in files}
+    found = ["data.yaml (YOLO)"] * bool(yolo) + ["xml files (Pascal VOC)"] * voc
+    found += [f"{file.relative_to(folder)} ({_TITLES[kind]})" for kind, file in file_of.items()]
+    if len(found) > 1:
+        raise DataError(
+            f"{folder} has annotations in several formats, {' and '.join(found)}: name the file to use, or move the "
+            "others to another folder"
+        )
+    if yolo:
+        return _yolo_splits(yolo) or {"train": {"name": "yolo", "path": str(yolo)}}
+    if voc:
+        splits = [split for split in _SPLITS if (folder / "ImageSets" / "Main" / f"{split}.txt").is_file()]
+        settings = {"name": "voc", "path": str(folder)}
+        return {split: settings | {"split": split} for split in splits} if splits else {"train": settings}
+    root = {} if roboflow else {"image_root": str(folder)}
     if len(files) == 1:
-        return {"train": {"name": "coco", "path": str(files[0])}}
+        settings = root if file_of.keys() != {"coco"} and files[0].parent != folder else {}
+        return {split: values | settings for split, values in _file_splits(files[0]).items()}
     by_split = {split: [file for file in files if split in _words(file, folder)] for split in _SPLITS}
     if any(by_split.values()) and all(len(named) <= 1 for named in by_split.values()):
-        root = {} if roboflow else {"image_root": str(folder)}
-        return {split: {"name": "coco", "path": str(named[0]), **root} for split, named in by_split.items() if named}
-    known = ", ".join(str(file.relative_to(folder)) for file in files[:10]) or "no json file either"
+        return {split: _settings(named[0]) | root for split, named in by_split.items() if named}
+    known = ", ".join(str(file.relative_to(folder)) for file in files[:10]) or "no .json, .jsonl or .csv file either"
     raise DataError(
-        f"{folder} has neither data.yaml (YOLO) nor Annotations (Pascal VOC); it has {known}: name the file to check"
+        f"{folder} has neither data.yaml (YOLO) nor Annotations (Pascal VOC); it has {known}: name the file to use"
     )
+
+
+def _kind(file: Path) -> Kind:
+    """Return the name of the dataset that reads a file; raises DataError for JSON lines that none reads."""
+    if file.suffix == ".csv":
+        return "csv"
+    if file.suffix == ".json":
+        return "coco"
+    with file.open("rb") as lines:
+        text = next((line for line in lines if line.strip()), b"")
+    try:
+        keys = set(json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return "odvg"  # whose reader reports the line
+    return "csv" if keys & {*PHRASE} and keys & {*IMAGE} else "odvg"
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    kind = _kind(file)
+    return {"name": kind, "path": str(file), **(_label_map(file) if kind == "odvg" else {})}
+
+
+def _file_splits(file: Path) -> dict[str, dict[str, Any]]:
+    """Return the settings for one file, or for each split that its column `split` names.
+
+    Raises:
+        DataError: no row has the split "train".
+    """
+    settings = _settings(file)
+    values = {str(row[SPLIT]) for _, row in read_rows(file) if SPLIT in row} if settings["name"] == "csv" else set()
+    if not values:
+        return {"train": settings}
+    if "train" not in values:
+        raise DataError(
+            f"{file}: the column {SPLIT!r} has {', '.join(sorted(values))}, but no row has 'train'; write it there, or "
+            "rename the column to use all rows"
+        )
+    return {split: settings | {"split": split} for split in _SPLITS if split in values}
+
+
+def _is_label_map(file: Path) -> bool:
+    return bool(re.fullmatch(r".*label.*map.*\.json", file.name)) and str(file) == _label_map(file).get("label_map")
 
 
 def _words(file: Path, folder: Path) -> set[str]:

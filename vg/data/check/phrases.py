@@ -120,7 +120,9 @@ def _check_lengths(
         dataset.issues.add("note", what, fix, [f"{num_classes} classes: {bound}{needed} tokens"])
     rows = annotations.labels >= num_classes
     pairs = np.unique(np.column_stack([annotations.image_indices, annotations.labels])[rows], axis=0)
-    lengths = np.bincount(pairs[:, 0], tokens[pairs[:, 1]], minlength=len(annotations.ids)).astype(int) + 2  # [I]
+    lengths = np.zeros(len(annotations.ids), np.int64)  # [I]
+    (np.maximum if dataset.task == "expressions" else np.add).at(lengths, pairs[:, 0], tokens[pairs[:, 1]])
+    lengths += 2
     whole = [index for index, caption in enumerate(annotations.captions) if caption is not None]
     captions = [caption.rstrip() for caption in annotations.captions if caption is not None]
     captions = [caption if is_unicode(caption) else "" for caption in captions]

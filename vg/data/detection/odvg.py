@@ -138,6 +138,8 @@ class OdvgSource:
         phrases, phrase_ids = tuple(parser.names[parser.num_classes :]), labels[kept] - parser.num_classes
         if not phrases:
             assert self.vocabulary is not None, "a line of classes without a label map has raised"
+            labels = self.vocabulary.labels[labels]
+            kept &= labels >= 0
             phrases, phrase_ids = self.vocabulary.prompt(labels[kept], epoch, index)
         caption = line.caption and line.caption._replace(location=f"{self._path}, {location}")
         return Sample(f"{index + 1}/{line.file}", image, phrases, boxes[kept], phrase_ids, caption=caption)

@@ -39,15 +39,18 @@ class DetectionSource:
     ):
         check_image_root(annotations.image_root)
         self.vocabulary, self.provenance = vocabulary, provenance
-        self.category_ids = dict(zip(vocabulary.phrases, annotations.category_ids, strict=True))
+        category_ids = [annotations.category_ids[label] for label in vocabulary.used]
+        self.category_ids = dict(zip(vocabulary.phrases, category_ids, strict=True))
         """Phrase -> id that the annotations, and files of results, have for the class."""
+        labels = vocabulary.labels[annotations.labels]  # [A]
         order = np.argsort(annotations.image_indices, kind="stable")
+        order = order[labels[order] >= 0]  # from here on, A is the number of boxes of the classes in use
         areas, indices = annotations.areas, np.arange(len(annotations.ids) + 1)
         self._root, self._ids, self._files = annotations.image_root, annotations.ids, annotations.files
         self._annotated_sizes = annotations.sizes  # [I, 2]
         self._starts = np.searchsorted(annotations.image_indices[order], indices)  # [I + 1] first box of each image
         self._boxes = annotations.xyxy[order].astype(np.float32)  # [A, 4] in pixels or, if relative, in 0..1
-        self._labels, self._crowd = annotations.labels[order], annotations.crowd[order]  # [A] both
+        self._labels, self._crowd = labels[order], annotations.crowd[order]  # [A] both
         self._areas = None if areas is None else areas[order].astype(np.float32)  # [A]
         self._relative = annotations.relative
         self._min_side = min_side

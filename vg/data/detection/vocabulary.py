@@ -35,6 +35,8 @@ class VocabularyConfig(Settings):
     null the first one is used."""
     phrases: dict[str, str] = field(default_factory=dict)
     """Phrases that replace uninformative names: {WBC: white blood cell}."""
+    only: Annotated[list[str], Field(min_length=1)] | None = None
+    """Names of the classes to use; boxes of the others are left out. null: all classes."""
 
 
 class Vocabulary:
@@ -44,17 +46,24 @@ class Vocabulary:
         where: beginning of error messages.
 
     Raises:
-        DataError: there are no classes, a class has no words, two have the same phrase, or `config.phrases` has an
-            unknown name.
+        DataError: there are no classes, a class has no words, two have the same phrase, or `config.phrases` or
+            `config.only` has an unknown name.
     """
 
     def __init__(self, names: Sequence[str], config: VocabularyConfig, where: str):
         if not names:
             raise DataError(f"{where}: there are no classes; a detection dataset has at least one")
-        if unknown := config.phrases.keys() - set(names):
-            known = ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-            raise DataError(f"{where}: vocabulary.phrases has {sorted(unknown)}, the classes are {known}")
+        for key, given in (("phrases", config.phrases.keys()), ("only", {*(config.only or ())})):
+            if unknown := given - set(names):
+                known = ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+                raise DataError(f"{where}: vocabulary.{key} has {sorted(unknown)}, the classes are {known}")
         self.config = config
+        self.used = [label for label, name in enumerate(names) if config.only is None or name in config.only]
+        """Label of each class in the annotations."""
+        self.labels = np.full(len(names), -1)
+        """[labels in the annotations] int, the class of a label; -1 if it is not used."""
+        self.labels[self.used] = np.arange(len(self.used))
+        names = [names[label] for label in self.used]
         self.names = tuple(names)
         self._alternatives = _alternatives(names, config, where)
         self.phrases = tuple(phrases[0] for phrases in self._alternatives)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import BeforeValidator, Field, PositiveInt
@@ -115,6 +115,8 @@ class RecConfig(ModelSettings):
     """Referring expression comprehension: one box for one expression."""
 
     name: Literal["rec"] = "rec"
+    weights: str | None = None
+    """Run or checkpoint of vg to start from, whose settings are the same."""
     image_size: PositiveInt = 224
     """Side of the square to which images are stretched, in pixels."""
     max_tokens: PositiveInt = 64
@@ -132,6 +134,9 @@ class RecConfig(ModelSettings):
         from vg.models.rec.model import RecModel
 
         return RecModel(self, pretrained)
+
+    def rebuild(self) -> RecModel:
+        return replace(self, weights=None).build(pretrained=bool(self.frozen_encoders))
 
     @classmethod
     def tiny(cls) -> RecConfig:

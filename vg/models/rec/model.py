@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vg import boxes as box_ops
-from vg.errors import ConfigError
+from vg.errors import CheckpointError, ConfigError
 from vg.models.base import EncodableModel
 from vg.models.encoders import Encoder, load_tokenizer, read_tokenizer, tokenizer_key, weights_key
 from vg.models.rec.config import RecConfig
@@ -61,6 +64,18 @@ class RecModel(EncodableModel):
                 f"set model.max_tokens={self.text.positions} or less"
             )
         self.head = config.head.build(self.vision.width, self.text.width)
+        if pretrained and config.weights is not None:
+            self._load(Path(config.weights))
+
+    def _load(self, folder: Path) -> None:
+        """Load the weights and the tokenizer of a run or checkpoint."""
+        folder = folder / "best" if (folder / "best").is_dir() else folder
+        try:
+            self.load_own_state_dict(load_file(folder / "model.safetensors"))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise CheckpointError(f"model.weights: {folder}: {error}") from error
+        if self.config.text.tokenizer is None:
+            self.load_tokenizer(str(folder / "tokenizer"))
 
     @property
     def image_spec(self) -> ImageSpec:

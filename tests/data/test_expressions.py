@@ -1,0 +1,141 @@
+"""Tables of expressions: columns, boxes, splits, and what vg predict writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.data.detection.detection_files import write_image
+from vg.data.check import detect_format, diagnose
+from vg.data.expressions import Columns, CsvConfig
+from vg.errors import BadSampleError, DataError
+from vg.inference.formats import write_results
+from vg.inference.result import Result
+
+BOX = [5.0, 6.0, 25.0, 36.0]  # xyxy
+XYXY = {"left": 5, "top": 6, "right": 25, "bottom": 36}
+XYWH = {"x": 5, "y": 6, "width": 20, "height": 30}
+
+
+def write(folder: Path, *rows: dict[str, Any], name: str = "set.csv") -> CsvConfig:
+    """Write rows and an image of 60 x 40 pixels for each."""
+    for row in rows:
+        for key in {"image", "file_name", "filename"} & row.keys():
+            if row[key]:
+                write_image(folder / str(row[key]), 40, 60)
+    if name.endswith(".jsonl"):
+        (folder / name).write_text("\n".join(map(json.dumps, rows)))
+    else:
+        with (folder / name).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return CsvConfig(path=str(folder / name))
+
+
+@pytest.mark.parametrize("name", ["set.csv", "set.jsonl"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": "a.png", "phrase": "the cat", **XYXY},
+        {"file_name": "a.png", "expression": "the cat", "x1": 5, "y1": 6, "x2": 25, "y2": 36},
+        {"filename": "a.png", "caption": "the cat", **XYWH},
+        {"image": "a.png", "text": "the cat", "bbox_xywh": [5, 6, 20, 30], "id": 7},
+        {"image": "a.png", "text": "the cat", "box_xyxy": BOX, "box": "other"},
+    ],
+    ids=lambda row: ",".join(row),
+)
+def test_columns(tmp_path: Path, row: dict[str, Any], name: str) -> None:
+    source = write(tmp_path, row, name=name).build()
+    sample = source.load(0, epoch=0)
+    assert sample.phrases == ("the cat",)
+    assert sample.boxes.tolist() == [BOX]
+    assert source.provenance.task == "expressions"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (["phrase", *XYXY], "no column for the image file; name it image or file_name or filename"),
+        (["image", *XYXY], "no column for the phrase; name it phrase or expression or caption or text"),
+        (["image", "phrase", "text", *XYXY], "phrase and text could each be the phrase; rename"),
+        (["image", "phrase", "bbox"], "'bbox' does not say what its four numbers are; rename it to bbox_xyxy"),
+        (["image", "phrase", *XYXY, *XYWH], "left, top, right, bottom and x, y, width, height could each be the box"),
+        (["image", "phrase", "xmin", "ymin", "xmax", "ymax"], "no column for the box .* The columns are image, phrase"),
+    ],
+)
+def test_unclear_columns_are_errors(columns: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Columns.of(columns, "set.csv")
+
+
+def test_all_faulty_rows_are_reported(tmp_path: Path) -> None:
+    good = {"image": "a.png", "phrase": "the cat", **XYXY}
+    rows = [good, good | {"left": "five"}, good | {"phrase": " "}, good | {"image": ""}, good | {"right": ""}]
+    rows += [good | {"right": 500}, good | {"phrase": "", **dict.fromkeys(XYXY, "")}]
+    config = write(tmp_path, *rows)
+    diagnosis = diagnose({"train": config}, max_tokens=64)
+    found = {issue.what: (issue.severity, issue.count) for issue in diagnosis.issues}
+    assert found["boxes that are not four finite numbers"] == ("error", 2)
+    assert found["rows without a phrase"] == found["rows without an image"] == ("error", 1)
+    assert found["boxes that extend beyond their image"] == ("error", 1)
+    assert found["rows with an image only"] == ("note", 1)
+    with pytest.raises(DataError, match=r"set\.csv: boxes that are not four finite numbers: line 3.*five"):
+        config.build()
+
+
+def test_damaged_tables(tmp_path: Path) -> None:
+    file = tmp_path / "set.csv"
+    for text, message in (
+        ("image,phrase,x1,y1,x2,y2\na.png,the cat, on top,1,2,3,4\n", "line 2: not as many cells"),
+        ("image,image\na,b\n", "two columns have the same name"),
+    ):
+        file.write_text(text)
+        with pytest.raises(DataError, match=message):
+            CsvConfig(path=str(file)).build()
+    (tmp_path / "set.jsonl").write_text("[1]")
+    with pytest.raises(DataError, match="line 1: not an object"):
+        CsvConfig(path=str(tmp_path / "set.jsonl")).build()
+    with pytest.raises(DataError, match="cannot read"):
+        CsvConfig(path=str(tmp_path / "none.csv")).build()
+
+
+def test_missing_image_names_the_row(tmp_path: Path) -> None:
+    config = write(tmp_path, {"image": "a.png", "phrase": "the cat", **XYXY})
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(BadSampleError, match=r"set\.csv, line 2: image a\.png not found"):
+        config.build().load(0, epoch=0)
+
+
+def test_rows_of_a_split(tmp_path: Path) -> None:
+    row = {"phrase": "the cat", **XYXY}
+    splits = ["train", "train", "val", "testA"]
+    config = write(tmp_path, *({"image": f"{i}.png", **row, "split": split} for i, split in enumerate(splits)))
+    assert detect_format(tmp_path) == {
+        split: {"name": "csv", "path": config.path, "split": split} for split in ("train", "val")
+    }
+    assert [len(CsvConfig(path=config.path, split=split).build()) for split in (None, "train", "val")] == [4, 2, 1]
+    write(tmp_path, {"image": "0.png", **row, "split": "val"})
+    with pytest.raises(DataError, match="the column 'split' has val, but no row has 'train'"):
+        detect_format(tmp_path)
+
+
+def test_predictions_are_a_dataset(tmp_path: Path) -> None:
+    """The CSV of vg predict, with words of any script; an image without boxes is not lost, but has no sample."""
+    phrases = ("der Hund, links", '"dog"', "🐕", "كلب")
+    boxes = np.array([[i, i, 20 + i, 30 + i] for i in range(4)], np.float32)
+    image = np.zeros((40, 60, 3), np.uint8)
+    found = Result("a.png", image, phrases, boxes, np.full(4, 0.5, np.float32), np.arange(4))
+    nothing = Result("b.png", image, phrases, boxes[:0], np.zeros(0, np.float32), np.zeros(0, np.int64))
+    for name in ("a", "b"):
+        write_image(tmp_path / f"{name}.png", 40, 60)
+    write_results([found, nothing], tmp_path / "results.csv", "csv")
+    source = CsvConfig(path=str(tmp_path / "results.csv")).build()
+    samples = [source.load(index, epoch=0) for index in range(len(source))]
+    assert [sample.phrases[0] for sample in samples] == list(phrases)
+    assert np.concatenate([sample.boxes for sample in samples]).tolist() == boxes.tolist()

@@ -1,0 +1,62 @@
+"""Parts of a dataset without a validation split."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from vg.data import CocoConfig, CsvConfig, ShapesConfig, VocConfig, YoloConfig
+from vg.data.check import diagnose
+from vg.data.mixture import SourceConfig
+from vg.data.source import HasCategoryIds
+from vg.data.subset import Part, SplitConfig
+from vg.errors import DataError
+
+
+def parts(dataset: Any, **settings: Any) -> tuple[Part, Part]:
+    train, val = (SplitConfig(dataset=dataset, part=part, **settings) for part in ("train", "val"))
+    assert TypeAdapter(SourceConfig).validate_python(asdict(train)) == train
+    return train.build(), val.build()
+
+
+@pytest.mark.parametrize("member", [CocoConfig, CsvConfig, VocConfig, YoloConfig])
+def test_parts_share_no_image_and_lose_no_sample(tmp_path: Path, member: Any) -> None:
+    dataset = member.miniature(tmp_path)
+    train, val = parts(dataset, fraction=0.25)
+    keys = [set(part.image_keys()) for part in (train, val)]
+    assert not keys[0] & keys[1]
+    assert list(map(len, keys)) == [3, 1]
+    assert len(train) + len(val) == len(dataset.build())
+    assert isinstance(val, HasCategoryIds) == isinstance(dataset.build(), HasCategoryIds)
+    assert val.provenance.split.startswith("25 % of ")
+
+
+def test_the_seed_selects_the_images(tmp_path: Path) -> None:
+    dataset = CocoConfig.miniature(tmp_path)
+    drawn = {seed: parts(dataset, seed=seed)[1].image_keys()[0] for seed in range(8)}
+    assert parts(dataset, seed=3)[1].image_keys() == [drawn[3]]
+    assert len(set(drawn.values())) > 1
+    assert len(parts(dataset, fraction=0.01)[1]) == len(parts(dataset, fraction=0.99)[0]) == 1
+
+
+def test_datasets_that_cannot_be_split(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not name its images"):
+        parts(ShapesConfig(size=4))
+    config = CsvConfig.miniature(tmp_path)
+    lines = Path(config.path).read_text().splitlines()
+    Path(config.path).write_text("\n".join(lines[:2]))
+    with pytest.raises(DataError, match="has 1 image; a training and a validation part need two"):
+        parts(config)
+
+
+def test_both_parts_are_checked_as_one(tmp_path: Path) -> None:
+    configs = {
+        "train": SplitConfig(dataset=CocoConfig.miniature(tmp_path), part="train"),
+        "eval": SplitConfig(dataset=CocoConfig.miniature(tmp_path), part="val"),
+    }
+    diagnosis = diagnose(configs, max_tokens=64)
+    assert [(dataset.name, len(dataset.annotations.ids)) for dataset in diagnosis.datasets] == [("train", 4)]

@@ -1,0 +1,183 @@
+"""From a folder to a plan: formats, splits, classes, models, and what cannot be planned."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vg.checkpoint import write_model
+from vg.cli import main
+from vg.config import CheckpointConfig, load_config, parse_config
+from vg.data import CocoConfig, CsvConfig, OdvgConfig, VocConfig, YoloConfig
+from vg.data.subset import SplitConfig
+from vg.errors import ConfigError, DataError
+from vg.finetuning.plan import make_plan
+from vg.models.grounding_dino.checkpoints import write_checkpoint
+from vg.models.grounding_dino.config import GroundingDinoConfig
+from vg.models.rec.config import RecConfig
+
+FORMATS: dict[str, Any] = {
+    "coco": CocoConfig,
+    "voc": VocConfig,
+    "yolo": YoloConfig,
+    "odvg": OdvgConfig,
+    "csv": CsvConfig,
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_split_and_planned(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    FORMATS[name].miniature(folder)
+    plan = make_plan(folder, "small")
+    train, val = plan.config.data.train, plan.config.data.eval
+    assert isinstance(train, SplitConfig)
+    assert isinstance(val, SplitConfig)
+    assert (train.dataset.name, train.part, val.part) == (name, "train", "val")
+    assert len(set(train.build().image_keys())) == 3
+    assert "no validation split: 20% of the images are set aside" in plan.to_yaml()
+    assert plan.config.train.output == str(Path("runs", name))
+    assert plan.config.train.eval_first
+
+
+def test_the_dry_run_is_a_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is printed is accepted by vg train, and equals the plan."""
+    CocoConfig.miniature(tmp_path)
+    main(["finetune", str(tmp_path), "--model", "small", "--dry-run", "train.max_steps=7", "optim.lr=3e-4"])
+    printed = capsys.readouterr().out
+    (tmp_path / "plan.yaml").write_text(printed)
+    config = load_config(tmp_path / "plan.yaml")
+    expected = make_plan(tmp_path / "instances_val.json", "small", overrides=["train.max_steps=7", "optim.lr=3e-4"])
+    assert config.data == parse_config(yaml.safe_load(printed)).data
+    assert (config.train.max_steps, config.optim.lr) == (7, 3e-4)
+    assert config.model == expected.config.model
+    assert config.optim == expected.config.optim
+    assert not Path("runs", tmp_path.name).exists()
+
+
+def test_splits_of_the_folder_are_used(tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        (tmp_path / split).mkdir()
+        CocoConfig.miniature(tmp_path / split)
+        (tmp_path / split / "instances_val.json").rename(tmp_path / split / "_annotations.coco.json")
+    plan = make_plan(tmp_path, "small")
+    train, val = plan.config.data.train, plan.config.data.eval
+    assert isinstance(train, CocoConfig)
+    assert isinstance(val, CocoConfig)
+    assert (Path(train.path).parent.name, Path(val.path).parent.name) == ("train", "valid")
+    assert any("not used: the splits test" in note for note in plan.notes)
+
+
+def classes(folder: Path) -> list[str]:
+    return [row["name"] for row in json.loads((folder / "instances_val.json").read_text())["categories"]]
+
+
+def test_phrases_select_and_rename_classes(tmp_path: Path) -> None:
+    CocoConfig.miniature(tmp_path)
+    first, second, *rest = classes(tmp_path)
+    plan = make_plan(tmp_path, "small", phrases=[first.upper(), f"{second}=the other one"])
+    source = plan.config.data.train.build()
+    assert set(source.load(0, 0).phrases) == {first.upper(), "the other one"}
+    assert any(note == f"classes left out, with their boxes: {', '.join(rest)}" for note in plan.notes)
+    assert make_plan(tmp_path, "small", phrases={second: "the other one"}).config.data.train.build().load(
+        0, 0
+    ).phrases == ("the other one",)
+    with pytest.raises(ConfigError, match=f"--phrases: 'zebra' is not one of {first}"):
+        make_plan(tmp_path, "small", phrases=["zebra"])
+    (tmp_path / "csv").mkdir()
+    CsvConfig.miniature(tmp_path / "csv")
+    with pytest.raises(ConfigError, match="its phrases are free text"):
+        make_plan(tmp_path / "csv", "small", phrases=["zebra"])
+
+
+def saved(folder: Path, config: CheckpointConfig) -> Path:
+    folder.mkdir()
+    write_model(folder, config.model.build(), config)
+    return folder
+
+
+def test_models(tmp_path: Path, tiny_config: Callable[..., Any]) -> None:
+    """Published weights, other dialects, runs of both families: settings come from the recipes or from the run."""
+    expressions, detection = tmp_path / "expressions", tmp_path / "detection"
+    for folder, member in ((expressions, CsvConfig), (detection, CocoConfig)):
+        folder.mkdir()
+        member.miniature(folder)
+    own = load_config("configs/grounding_dino/finetune_own.yaml")
+    config = make_plan(detection).config
+    assert config.model.weights == "IDEA-Research/grounding-dino-tiny"
+    assert (config.optim.lr, config.optim.freeze) == (own.optim.lr, own.optim.freeze)
+    assert config.data.batch_size * config.train.accumulate == 16
+    config = make_plan(expressions).config
+    assert isinstance(config.model, GroundingDinoConfig)
+    assert (config.optim.lr, config.model.predict.score, config.train.best_metric) == (2e-4, "max", "acc@0.5")
+    assert config.data.batch_size * config.train.accumulate == 32
+    config = make_plan(detection, lora=True).config
+    assert config.optim.lora
+    tiny = GroundingDinoConfig.tiny()
+    network = tiny.build()
+    tokenizer = network.text_spec.tokenizer
+    (tmp_path / "transformers").mkdir()
+    write_checkpoint(network.own_state_dict(), tiny, tokenizer, tmp_path / "transformers", "transformers")
+    for model in (tmp_path / "transformers", saved(tmp_path / "vg", CheckpointConfig(tiny))):
+        config = make_plan(detection, model).config
+        assert config.model.weights == str(model)
+        assert config.optim.lr == own.optim.lr
+        assert config.model.build().num_parameters() > 0
+    rec = saved(tmp_path / "rec", tiny_config(optim={"lr": 0.123}))
+    config = make_plan(expressions, rec).config
+    assert isinstance(config.model, RecConfig)
+    assert (config.model.weights, config.optim.lr) == (str(rec), 0.123)
+    with pytest.raises(ConfigError, match="is a rec model, which finds one box for one expression"):
+        make_plan(detection, rec)
+    with pytest.raises(ConfigError, match="leave out --lora"):
+        make_plan(detection, "small", lora=True)
+
+
+def test_errors_name_the_problem(tmp_path: Path) -> None:
+    empty, mixed, data = tmp_path / "empty", tmp_path / "mixed", tmp_path / "data"
+    for folder in (empty, mixed, data):
+        folder.mkdir()
+    with pytest.raises(DataError, match=r"neither data\.yaml.*no \.json, \.jsonl or \.csv file"):
+        make_plan(empty, "small")
+    CocoConfig.miniature(mixed)
+    CsvConfig.miniature(mixed)
+    with pytest.raises(DataError, match=r"several formats, instances_val\.json \(COCO\) and mini\.csv \(expressions\)"):
+        make_plan(mixed, "small")
+    VocConfig.miniature(mixed)
+    with pytest.raises(DataError, match=r"xml files \(Pascal VOC\) and instances_val\.json"):
+        make_plan(mixed, "small")
+    config = CsvConfig.miniature(data)
+    text = Path(config.path).read_text()
+    Path(config.path).write_text(text.replace("right", "xmax"))
+    with pytest.raises(DataError, match="no column for the box"):
+        make_plan(data, "small")
+    Path(config.path).write_text(text + "1.png,the blue one,10,10,500,20\n")
+    with pytest.raises(DataError, match=r"(?s)has errors; correct.*boxes that extend beyond their image \(1"):
+        make_plan(data, "small")
+    with pytest.raises(DataError, match="is the configuration of a run, not data"):
+        make_plan("configs/demo_rec.yaml")
+
+
+def test_images_in_another_folder(tmp_path: Path) -> None:
+    CsvConfig.miniature(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for image in tmp_path.glob("*.png"):
+        shutil.move(image, tmp_path / "photos" / image.name)
+    (tmp_path / "elsewhere").mkdir()
+    table = shutil.move(tmp_path / "mini.csv", tmp_path / "elsewhere" / "mini.csv")
+    with pytest.raises(DataError, match="missing images"):
+        make_plan(table, "small")
+    assert make_plan(table, "small", images=tmp_path / "photos").config.train.output == str(Path("runs", "mini"))
+    (tmp_path / "voc").mkdir()
+    VocConfig.miniature(tmp_path / "voc")
+    with pytest.raises(ConfigError, match="names its images"):
+        make_plan(tmp_path / "voc", "small", images=tmp_path)

@@ -1,0 +1,78 @@
+"""Runs of vg finetune from a folder to a model, with both kinds of data and both families."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vg
+from vg.checkpoint import write_model
+from vg.cli import main
+from vg.config import load_config
+from vg.data import CsvConfig, YoloConfig
+from vg.finetuning.run import comparison
+
+QUICK = ["train.max_steps=2", "train.trackers=[]", "data.workers=0", "data.batch_size=2", "train.eval_every=2"]
+
+
+def test_detection_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").mkdir()
+    YoloConfig.miniature(tmp_path / "shapes")
+    command = ["finetune", "shapes", "--model", "small", *QUICK]
+    main(command)
+    printed = capsys.readouterr().out
+    run = tmp_path / "runs" / "shapes"
+    assert "no validation split" in printed
+    assert "before and after 0 steps" in printed or "before and after 2 steps" in printed
+    assert f"predictions on it: {Path('runs', 'shapes', 'predictions.png')}" in printed
+    assert (run / "comparison.txt").read_text().splitlines()[0].split() == ["before", "after"]
+    assert Image.open(run / "predictions.png").width > 400
+    assert load_config(run / "config.yaml").train.max_steps == 2
+    words = printed.splitlines()[-1].removeprefix("predict: vg ")
+    assert words.startswith("predict runs/shapes runs/shapes/example.png ")
+    main([*shlex.split(words), "--threshold", "0"])
+    assert (tmp_path / "prediction.png").exists()
+    with pytest.raises(SystemExit, match="already contains a run"):
+        main(command)
+    main(["finetune", "shapes", "--resume", "train.max_steps=3"])
+    assert "continues after step 2" in capsys.readouterr().out
+
+
+def test_expressions_in_python(tmp_path: Path, tiny_config: Callable[..., Any]) -> None:
+    """A rec model is fine-tuned on a table; its weights are where it starts."""
+    (tmp_path / "data").mkdir()
+    CsvConfig.miniature(tmp_path / "data")
+    config = tiny_config()
+    start = config.model.build()
+    (tmp_path / "start").mkdir()
+    write_model(tmp_path / "start", start, config)
+    overrides = [*QUICK, "optim.lr=0", "data.augment={}"]
+    grounder = vg.finetune(tmp_path / "data", tmp_path / "start", output=tmp_path / "run", overrides=overrides)
+    trained = grounder.model.own_state_dict()
+    assert all(tensor.equal(trained[name]) for name, tensor in start.own_state_dict().items())
+    result = grounder(np.zeros((40, 60, 3), np.uint8), "the red one")
+    assert len(result) == 1
+    assert "miou" in (tmp_path / "run" / "comparison.txt").read_text()
+    (tmp_path / "start" / "model.safetensors").unlink()
+    assert vg.Grounder(tmp_path / "run").model.config.weights is None, "a checkpoint has all weights itself"
+
+
+def test_comparison() -> None:
+    before = {"step": 0, "ap": 0.1, "ap50": 0.2, "cat/ap": 0.1}
+    after = {"step": 9, "ap": 0.5, "ap50": 0.75, "cat/ap": 0.5, "cat/ap50": 0.75, "num_images": 4, "data": "x"}
+    assert comparison(before, after).splitlines() == [
+        "        before   after",
+        "ap      0.1000  0.5000",
+        "ap50    0.2000  0.7500",
+        "cat/ap  0.1000  0.5000",
+    ]
+    assert "     -  0.5000" in comparison({}, after)

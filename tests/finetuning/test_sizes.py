@@ -1,0 +1,38 @@
+"""Epochs by the number of samples, batches by the memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from vg.finetuning import sizes
+from vg.finetuning.recipe import choose_recipe
+from vg.finetuning.sizes import GIB, sized
+
+OWN = choose_recipe(None, "detection", lora=False, tokenizer=None)
+
+
+@pytest.mark.parametrize(
+    ("memory", "batch_size", "accumulate"), [(80, 16, 1), (24, 4, 4), (10, 1, 16), (1, 1, 16)], ids=str
+)
+def test_batches_fit_and_steps_have_the_samples_of_the_recipe(
+    monkeypatch: pytest.MonkeyPatch, memory: int, batch_size: int, accumulate: int
+) -> None:
+    monkeypatch.setattr(sizes, "available_memory", lambda: ("cuda", memory * GIB))
+    config, notes = sized(OWN, 144)
+    assert (config.data.batch_size, config.train.accumulate) == (batch_size, accumulate)
+    assert config.train.precision == "bf16"
+    assert any("WARNING" in note for note in notes) == (memory < 8)
+
+
+@pytest.mark.parametrize(("samples", "epochs"), [(10, 180), (144, 20), (1000, 20), (100_000, 12)])
+def test_epochs_follow_the_size_of_the_data(monkeypatch: pytest.MonkeyPatch, samples: int, epochs: int) -> None:
+    monkeypatch.setattr(sizes, "available_memory", lambda: ("cuda", 100 * GIB))
+    config, _ = sized(OWN, samples)
+    assert config.train.epochs == epochs
+    assert config.optim.milestones == [round(0.75 * epochs)]
+
+
+def test_the_memory_of_this_machine() -> None:
+    device, memory = sizes.available_memory()
+    assert device in ("cpu", "cuda")
+    assert memory > GIB / 4

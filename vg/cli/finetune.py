@@ -1,0 +1,43 @@
+"""`vg finetune`: train on a folder of annotated images, without a configuration."""
+
+from __future__ import annotations
+
+import argparse
+
+from vg.cli.arguments import add_overrides, add_tokenizer
+
+EPILOG = """
+FOLDER has images with boxes in COCO json, Pascal VOC, YOLO or ODVG, or a CSV or jsonl of expressions with the columns
+image, phrase and left, top, right, bottom. Without a validation split, a fifth of the images becomes one. The plan is
+printed before training; it is a configuration for vg train (--dry-run > plan.yaml). KEY=VALUE changes it, such as
+train.max_steps=100.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="folder of annotated images, or the file with the annotations")
+    add_overrides(parser)
+    add("--model", help='run, .pth, folder or Hub id to start from, or "small" (default: Grounding DINO Swin-T)')
+    phrases = "classes to train, of all; NAME=PHRASE gives one another phrase"
+    add("--phrases", nargs="+", action="extend", metavar="PHRASE", help=phrases)
+    add("--images", metavar="DIR", help="folder of the images, if they are not where the annotations are")
+    add("--output", help="folder of the run (default: runs/NAME of the folder)")
+    add("--lora", action="store_true", help="train low-rank adapters, which needs less memory")
+    add("--dry-run", action="store_true", help="only check the data and print the plan on standard output")
+    add("--resume", action="store_true", help="continue the run in --output")
+    add("--overwrite", action="store_true", help="replace the run in --output")
+    add_tokenizer(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    from vg.finetuning.plan import make_plan
+    from vg.finetuning.run import finetune
+
+    names = ("folder", "model", "phrases", "images", "output", "lora", "tokenizer", "overrides")
+    chosen = {name: getattr(options, name) for name in names}
+    if options.dry_run:
+        print(make_plan(**chosen).to_yaml(), end="")
+    else:
+        finetune(**chosen, resume=options.resume, overwrite=options.overwrite)

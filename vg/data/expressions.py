@@ -1,0 +1,261 @@
+"""Referring expressions in a table, CSV or JSON lines: a row has an image, a phrase and the box that it refers to."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+
+from vg.data.detection.annotations import (
+    XYWH,
+    XYXY,
+    AnnotatedBox,
+    AnnotatedImage,
+    Annotations,
+    BoxFormat,
+    to_box,
+    without_gc,
+)
+from vg.data.detection.issues import Issues, RaiseFirstError
+from vg.data.detection.odvg_lines import read_lines
+from vg.data.detection.source import check_image_root, read_annotated_image
+from vg.data.images import find_image, image_key, image_size
+from vg.data.source import Provenance, Task
+from vg.data.synthetic.shapes import write_scenes
+from vg.errors import BadSampleError, DataError
+from vg.settings import Settings
+from vg.types import Sample
+
+IMAGE = ("image", "file_name", "filename")
+PHRASE = ("phrase", "expression", "caption", "text")
+BOX: dict[tuple[str, ...], BoxFormat] = {
+    ("left", "top", "right", "bottom"): XYXY,
+    ("x1", "y1", "x2", "y2"): XYXY,
+    ("x", "y", "width", "height"): XYWH,
+    ("box_xyxy",): XYXY,
+    ("bbox_xyxy",): XYXY,
+    ("box_xywh",): XYWH,
+    ("bbox_xywh",): XYWH,
+}
+SPLIT = "split"
+
+
+class Columns(NamedTuple):
+    """The names of the columns that are used."""
+
+    image: str
+    phrase: str
+    box: tuple[str, ...]  # four numbers, or one list of them
+
+    @classmethod
+    def of(cls, names: Sequence[str], where: object) -> Columns:
+        """Select the columns of a table by their names; raises DataError if that is not possible without a guess."""
+        image = _only([name for name in IMAGE if name in names], "image file", " or ".join(IMAGE), names, where)
+        phrase = _only([name for name in PHRASE if name in names], "phrase", " or ".join(PHRASE), names, where)
+        unclear = [name for name in ("box", "bbox") if name in names]
+        known = "left, top, right, bottom, or x1, y1, x2, y2, or x, y, width, height, or box_xyxy, or box_xywh"
+        boxes = [group for group in BOX if set(group) <= set(names)]
+        if unclear and not boxes:
+            raise DataError(
+                f"{where}: the column {unclear[0]!r} does not say what its four numbers are; rename it to "
+                f"{unclear[0]}_xyxy (left, top, right, bottom) or {unclear[0]}_xywh (left, top, width, height)"
+            )
+        return cls(image, phrase, _only(boxes, "box (in pixels)", known, names, where))
+
+
+@dataclass
+class CsvConfig(Settings):
+    """Which table to read, and where its images are.
+
+    The first line of a .csv file names the columns; a line of a .jsonl file is an object with these keys:
+
+    - `image`, `file_name` or `filename`: the file below `image_root`;
+    - `phrase`, `expression`, `caption` or `text`;
+    - the box in pixels: `left, top, right, bottom`, or `x1, y1, x2, y2`, or `x, y, width, height`, or one list of four
+      numbers in `box_xyxy` or `box_xywh`;
+    - optionally `split`.
+
+    Other columns are ignored. This includes what `vg predict --format csv` writes.
+    """
+
+    name: Literal["csv"] = "csv"
+    path: str = field(kw_only=True)
+    """The .csv or .jsonl file."""
+    image_root: str | None = None
+    """Folder of the images; by default the folder of the file."""
+    split: str | None = None
+    """Use the rows with this value in the column `split`; null uses all rows."""
+
+    task: ClassVar[Task] = "expressions"
+
+    @classmethod
+    def miniature(cls, folder: Path) -> CsvConfig:
+        """Write a tiny dataset and return its settings, for tests."""
+        with (folder / "mini.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "phrase", "left", "top", "right", "bottom"])
+            writer.writerows([f"{i}.png", phrase, *box] for i, phrase, box in write_scenes(folder, "expression"))
+        return cls(path=str(folder / "mini.csv"))
+
+    def build(self) -> CsvExpressions:
+        """Read all rows.
+
+        Raises:
+            DataError: the file cannot be read, or a row or the names of the columns cannot be used.
+        """
+        return CsvExpressions(self)
+
+    @without_gc()
+    def read(self, issues: Issues) -> Annotations:
+        """Parse all rows; images are in the order of their first row.
+
+        Raises:
+            DataError: the file cannot be read, or the names of its columns cannot be used.
+        """
+        names: dict[str, int] = {}
+        images: dict[str, AnnotatedImage] = {}
+        columns = None
+        for location, row in read_rows(Path(self.path)):
+            columns = columns or Columns.of(list(row), self.path)
+            if self.split is not None and row.get(SPLIT) != self.split:
+                continue
+            file, phrase = (str(row.get(name) or "").strip() for name in (columns.image, columns.phrase))
+            cells = [row.get(name) for name in columns.box]
+            shown = f"{location}: {str(dict(row))[:120]}"
+            if not file:
+                issues.add("error", "rows without an image", f"fill in the column {columns.image}", [shown])
+                continue
+            image = images.setdefault(file, AnnotatedImage(file, file, location, (0, 0), []))
+            if not phrase and not any(cells):
+                what, fix = "rows with an image only", "nothing: vg predict writes them where it finds no box"
+                issues.add("note", what, fix, [shown])
+            elif not phrase:
+                issues.add("error", "rows without a phrase", f"fill in the column {columns.phrase}", [shown])
+            elif (box := _to_box(cells)) is None:
+                fix = f"write four numbers in pixels: {BOX[columns.box].description}"
+                issues.add("error", "boxes that are not four finite numbers", fix, [shown])
+            else:
+                image.boxes.append(AnnotatedBox(names.setdefault(phrase, len(names)), box, location))
+        root = Path(self.image_root) if self.image_root is not None else Path(self.path).resolve().parent
+        box_format = BOX[columns.box] if columns else XYXY
+        return Annotations.of(list(images.values()), list(names), 0, image_root=root, box_format=box_format)
+
+
+class CsvExpressions:
+    """The rows as a vg.data.source.Source, sorted by image: one expression and one box per sample.
+
+    Raises:
+        DataError: see CsvConfig.build.
+    """
+
+    def __init__(self, config: CsvConfig):
+        strict = RaiseFirstError(config.path)
+        annotations = config.read(strict)
+        check_image_root(annotations.image_root)
+        annotations.report_inverted(strict)
+        annotations.report_lost(strict)
+        self.provenance = Provenance(Path(config.path).name, config.split or "all", config.task)
+        self._path, self._root = config.path, annotations.image_root
+        self._files, self._phrases = annotations.files, annotations.names
+        self._locations = [annotations.locate(index) for index in range(len(annotations.boxes))]  # A
+        self._images, self._labels = annotations.image_indices, annotations.labels  # [A] both
+        self._boxes = annotations.xyxy.astype(np.float32)  # [A, 4] pixels
+
+    def __len__(self) -> int:
+        return len(self._boxes)
+
+    def load(self, index: int, epoch: int) -> Sample:
+        """Return the sample of one row; raises BadSampleError that names it if its image cannot be read."""
+        try:
+            image = read_annotated_image(self._files[self._images[index]], self._root, (0, 0))
+        except BadSampleError as error:
+            raise BadSampleError(f"{self._path}, {self._locations[index]}: {error}") from error
+        return Sample(self._id(index), image, self._phrase(index), self._boxes[[index]], np.zeros(1, np.int64))
+
+    def image_keys(self) -> list[str]:
+        keys = [image_key(file, self._root) for file in self._files]
+        return [keys[image] for image in self._images.tolist()]
+
+    def image_groups(self, epoch: int) -> np.ndarray:
+        return self._images
+
+    def image_sizes(self, epoch: int) -> np.ndarray:
+        """Return [A, 2] (height, width); the first call reads the header of every image."""
+        return self._sizes[self._images]
+
+    def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
+        return [(self._id(index), self._phrase(index)) for index in range(len(self))]
+
+    def fingerprint(self) -> str:
+        rows = [self._files, self._phrases, self._images.tolist(), self._labels.tolist(), self._boxes.tolist()]
+        return hashlib.sha256(json.dumps([list(column) for column in rows]).encode()).hexdigest()
+
+    def _id(self, index: int) -> str:
+        return f"{self._files[self._images[index]]}, {self._locations[index]}"
+
+    def _phrase(self, index: int) -> tuple[str]:
+        return (self._phrases[self._labels[index]],)
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:  # [I, 2] (height, width)
+        files = [find_image(file, self._root) for file in self._files]
+        return np.array([image_size(file, str(file)) for file in files], np.int64).reshape(-1, 2)
+
+
+def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the location ("line 3") and the cells by name of every row.
+
+    Raises:
+        DataError: the file cannot be read, or has a line that is not a row.
+    """
+    if file.suffix == ".jsonl":
+        for number, _, text in read_lines(file):
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{file}, line {number}: not JSON ({error}); correct or remove it") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{file}, line {number}: not an object with keys such as image, but {str(row)[:80]}")
+            yield f"line {number}", row
+        return
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as opened:
+            reader = csv.DictReader(opened)
+            if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
+                raise DataError(f"{file}: two columns have the same name; rename one of {reader.fieldnames}")
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{file}, line {reader.line_num}: not as many cells as the first line, which names "
+                        f"{len(reader.fieldnames or ())} columns; separate them with commas, and quote phrases with one"
+                    )
+                yield f"line {reader.line_num}", row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read {file}: {error}; path is a CSV file in UTF-8") from error
+
+
+def _only(found: list[Any], what: str, known: str, names: Sequence[str], where: object) -> Any:
+    """Return the only candidate for a column."""
+    if len(found) == 1:
+        return found[0]
+    if found:
+        columns = " and ".join(name if isinstance(name, str) else ", ".join(name) for name in found)
+        raise DataError(f"{where}: {columns} could each be the {what}; rename those that are not")
+    raise DataError(f"{where}: no column for the {what}; name it {known}. The columns are {', '.join(names)}")
+
+
+def _to_box(cells: list[Any]) -> list[float] | None:
+    """Return four floats; None if the cells are not four numbers, or a list of them (in CSV as JSON)."""
+    if len(cells) == 4:
+        return to_box(cells)
+    try:
+        return to_box(json.loads(cells[0]) if isinstance(cells[0], str) else cells[0])
+    except (ValueError, RecursionError):
+        return None

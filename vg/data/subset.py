@@ -1,0 +1,106 @@
+"""Some samples of a dataset, and the two parts, without a common image, that a dataset is split into."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Generic, Literal
+
+import numpy as np
+from pydantic import Field, NonNegativeInt
+
+from vg.data import DatasetConfig
+from vg.data.source import (
+    HasCategoryIds,
+    HasClasses,
+    HasFingerprint,
+    HasImageKeys,
+    Loaded,
+    Source,
+    phrases_of,
+    with_image_groups,
+    with_image_sizes,
+)
+from vg.errors import DataError
+from vg.settings import Settings
+from vg.types import Sample
+
+
+class Subset(Generic[Loaded]):
+    """Some samples of a source, in its order."""
+
+    def __init__(self, source: Source[Loaded], indices: np.ndarray):
+        self.source: Source[Loaded] = source
+        self.indices = indices  # [kept samples] int
+        self.provenance = source.provenance
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int, epoch: int) -> Loaded:
+        return self.source.load(int(self.indices[index]), epoch)
+
+    @property
+    def num_classes(self) -> int | None:
+        return self.source.num_classes if isinstance(self.source, HasClasses) else None
+
+    def image_sizes(self, epoch: int) -> np.ndarray:
+        return with_image_sizes(self.source).image_sizes(epoch)[self.indices]
+
+    def image_groups(self, epoch: int) -> np.ndarray:
+        return with_image_groups(self.source).image_groups(epoch)[self.indices]
+
+    def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
+        known = phrases_of(self.source)
+        return [known[index] for index in self.indices] if known else []
+
+
+@dataclass
+class SplitConfig(Settings):
+    """One part of a dataset that has no validation split; the images of "train" and "val" are disjoint."""
+
+    name: Literal["split"] = "split"
+    dataset: DatasetConfig = field(kw_only=True)
+    part: Literal["train", "val"] = field(kw_only=True)
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Of the images that is in "val"."""
+    seed: NonNegativeInt = 0
+    """Another seed selects other images."""
+
+    def build(self) -> Part:
+        """Read the dataset.
+
+        Raises:
+            DataError: see `dataset`; or it does not name its images, or has only one.
+        """
+        return Part(self)
+
+
+class Part(Subset[Sample]):
+    """The samples of one part; it depends only on the names of the images in the dataset and on the settings."""
+
+    def __init__(self, config: SplitConfig):
+        source: Source[Sample] = config.dataset.build()
+        if not isinstance(source, HasImageKeys):
+            raise DataError(f"{source.provenance} does not name its images, so it cannot be split by image")
+        self._keys = source.image_keys()
+        images = sorted(set(self._keys))
+        if len(images) < 2:
+            raise DataError(f"{source.provenance} has {len(images)} image; a training and a validation part need two")
+        count = min(max(1, round(config.fraction * len(images))), len(images) - 1)
+        drawn = np.random.default_rng(config.seed).permutation(len(images))[:count].tolist()
+        val = {images[index] for index in drawn}
+        wanted = config.part == "val"
+        super().__init__(source, np.flatnonzero([(key in val) == wanted for key in self._keys]))
+        share = config.fraction if wanted else 1 - config.fraction
+        name = f"{100 * share:g} % of {source.provenance.split} as {config.part}"
+        self.provenance = replace(source.provenance, split=name, official=None)
+        if isinstance(source, HasCategoryIds):
+            self.category_ids: Any = source.category_ids  # an attribute, because not all datasets have it
+
+    def image_keys(self) -> list[str]:
+        return [self._keys[index] for index in self.indices]
+
+    def fingerprint(self) -> str:
+        of_source = self.source.fingerprint() if isinstance(self.source, HasFingerprint) else ""
+        return hashlib.sha256(of_source.encode() + self.indices.tobytes()).hexdigest()

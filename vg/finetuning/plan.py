@@ -1,0 +1,170 @@
+"""From a folder of annotated images to the configuration of a run on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from vg.config import RunConfig, differences, dump_config, parse_config
+from vg.data import DatasetConfig
+from vg.data.check import detect_format, diagnose, to_text
+from vg.data.detection.annotations import Annotations, ReadsAnnotations
+from vg.data.detection.issues import Issues
+from vg.data.detection.vocabulary import normalized_name
+from vg.data.source import HasImageKeys, Source, Task
+from vg.errors import ConfigError, DataError, printable
+from vg.finetuning.recipe import Recipe, choose_recipe
+from vg.finetuning.sizes import sized
+from vg.models.encoders import cached_token_counter
+
+NUM_CHECKED = 2000  # images of each dataset that are opened; `vg check` opens all
+FRACTION = 0.2  # of the images, for validation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The configuration of a run, and what was decided for it."""
+
+    config: RunConfig
+    notes: list[str]  # a sentence each
+
+    def to_yaml(self) -> str:
+        """Return a file for `vg train`: what differs from the defaults, with the decisions as comments."""
+        comments = "".join(f"# {line}\n" for note in self.notes for line in printable(note).split("\n"))
+        return comments + dump_config(self.config, defaults=False)
+
+
+def make_plan(
+    folder: str | Path,
+    model: str | Path | None = None,
+    *,
+    phrases: Sequence[str] | Mapping[str, str] | None = None,
+    images: str | Path | None = None,
+    output: str | Path | None = None,
+    lora: bool = False,
+    tokenizer: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Plan:
+    """Find the data in a folder, check it, and choose how to train on it; for the arguments see `finetune`.
+
+    Raises:
+        DataError: there is no dataset, or several; or the data has errors, which the message lists.
+        ConfigError: unknown overrides or phrases, or a model that cannot learn this data.
+        CheckpointError: see `choose_recipe`.
+    """
+    path = Path(folder)
+    if not (found := detect_format(path)):
+        raise DataError(f"{path} is the configuration of a run, not data: vg train {path}")
+    data, notes = _data(found, phrases, images)
+    of_data = [override for override in overrides if override.startswith("data.")]
+    draft = parse_config({"model": {"name": "grounding_dino"}, "data": data}, str(path), of_data)
+    task: Task = "expressions" if next(iter(found.values()))["name"] == "csv" else "detection"
+    recipe = choose_recipe(model, task, lora, tokenizer)
+    warnings = _check(draft, recipe, path)
+    train, *evaluations = (config.build() for config in (draft.data.train, *draft.data.eval_datasets().values()))
+    counts = " and ".join(map(_count, evaluations))
+    notes = [f"data: {_count(train)} to train on, {counts} to evaluate on", *notes, *warnings]
+    notes.append(f"model: {recipe.config.model.weights or 'random weights'}; settings of {recipe.title}")
+    config, decisions = sized(recipe, len(train))
+    config = replace(
+        config,
+        data=replace(config.data, train=draft.data.train, eval=draft.data.eval, drop_overlap=True),
+        train=replace(config.train, output=str(output or default_output(path))),
+    )
+    return Plan(parse_config(differences(config), str(path), overrides), [*notes, *decisions])
+
+
+def default_output(folder: str | Path) -> Path:
+    """Return the folder of the run on a folder of data."""
+    return Path("runs", Path(folder).resolve().stem)
+
+
+def _data(
+    found: Mapping[str, dict[str, Any]], phrases: Sequence[str] | Mapping[str, str] | None, images: str | Path | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of data.train and data.eval for the splits of a folder, and what was decided."""
+    first, *rest = found
+    notes = []
+    datasets = {split: dict(settings) for split, settings in found.items()}
+    if images is not None:
+        for settings in datasets.values():
+            if settings["name"] in ("voc", "yolo"):
+                raise ConfigError(f"--images {images}: {settings['path']} names its images; leave the option out")
+            settings["image_root"] = str(images)
+    if phrases:
+        vocabulary, remark = _vocabulary(datasets[first], phrases)
+        notes.append(remark)
+        for settings in datasets.values():
+            settings["vocabulary"] = vocabulary
+    if not rest:
+        notes.append(
+            f"no validation split: {FRACTION:.0%} of the images are set aside for it, drawn with seed 0; these are the "
+            "settings fraction and seed of data.train and data.eval, which must be the same in both"
+        )
+        split = {"name": "split", "dataset": datasets[first], "fraction": FRACTION, "seed": 0}
+        return {"train": split | {"part": "train"}, "eval": split | {"part": "val"}}, notes
+    if rest[1:]:
+        notes.append(f"not used: the splits {', '.join(rest[1:])}; evaluate on them at the very end (vg eval)")
+    return {"train": datasets[first], "eval": datasets[rest[0]]}, notes
+
+
+def _vocabulary(settings: dict[str, Any], phrases: Sequence[str] | Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """Return the settings for a choice of classes, and which classes are left out.
+
+    Args:
+        settings: of a dataset.
+        phrases: names of classes, or NAME=PHRASE; names may differ in case, punctuation and plural.
+
+    Raises:
+        ConfigError: the dataset has no classes, or not these.
+    """
+    config = TypeAdapter(DatasetConfig).validate_python(settings)
+    annotations = config.read(Issues()) if isinstance(config, ReadsAnnotations) else Annotations()
+    names = annotations.names[: annotations.num_classes]
+    if not names:
+        raise ConfigError(f"--phrases selects classes, but {settings['path']} has none: its phrases are free text")
+    chosen = dict(phrases) if isinstance(phrases, Mapping) else {}
+    for phrase in () if isinstance(phrases, Mapping) else phrases:
+        name, _, renamed = (phrase, "", "") if phrase in names else phrase.partition("=")
+        chosen[name] = renamed or name
+    only = {}
+    for name, phrase in chosen.items():
+        matches = [own for own in names if own == name] or [
+            own for own in names if normalized_name(own) == normalized_name(name)
+        ]
+        if len(matches) != 1:
+            listed = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
+            raise ConfigError(f"--phrases: {name!r} is not one of {listed}; to rename one: {names[0]}=PHRASE")
+        only[matches[0]] = phrase
+    left_out = [name for name in names if name not in only]
+    remark = "classes left out, with their boxes: " + ", ".join(left_out) if left_out else "all classes are used"
+    other_words = {name: phrase for name, phrase in only.items() if name != phrase}
+    return {"only": list(only), "phrases": other_words}, remark
+
+
+def _check(draft: RunConfig, recipe: Recipe, path: Path) -> list[str]:
+    """Check the datasets; return the warnings in short, or raise DataError with the report if there are errors."""
+    datasets = {"train": draft.data.train}
+    datasets |= {f"eval.{name}" if name else "eval": config for name, config in draft.data.eval_datasets().items()}
+    text = recipe.config.model.text
+    count_tokens = cached_token_counter(replace(text, tokenizer=recipe.tokenizer or text.tokenizer))
+    diagnosis = diagnose(datasets, recipe.config.model.max_tokens, count_tokens, NUM_CHECKED)
+    if diagnosis.count("error"):
+        advice = f"correct them first (vg check {path} also draws images)"
+        raise DataError(f"{path} has errors; {advice}\n{to_text(diagnosis)}")
+    warnings = {issue.what: issue for issue in reversed(diagnosis.issues) if issue.severity == "warning"}
+    return [
+        f"WARNING {issue.dataset}: {what} ({issue.count}), such as {issue.examples[0]}; {issue.fix}"
+        for what, issue in reversed(warnings.items())
+    ]
+
+
+def _count(source: Source) -> str:
+    if source.provenance.task == "detection":
+        return f"{len(source):,} images"
+    images = f" of {len(set(source.image_keys())):,} images" if isinstance(source, HasImageKeys) else ""
+    return f"{len(source):,} expressions{images}"

@@ -1,0 +1,137 @@
+"""Fine-tuning: trains a plan, and reports what it gained and how to use the model."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from vg.checkpoint import CONFIG
+from vg.config import RunConfig, load_config
+from vg.distributed import ignore_stop_signals
+from vg.evaluation.evaluator import NUM_PRINTED
+from vg.evaluation.table import aligned, cell
+from vg.files import write_bytes
+from vg.finetuning.plan import default_output, make_plan
+from vg.inference.curves import curves
+from vg.inference.draw import save_image
+from vg.inference.sample_grid import draw_samples
+from vg.inference.torch_backend import load_model
+from vg.training.report import print_above_bar
+from vg.training.run_folder import VALIDATION
+from vg.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from vg.inference.grounder import Grounder
+
+PICTURE, COMPARISON, EXAMPLE = "predictions.png", "comparison.txt", "example.png"
+NUM_PHRASES = 5  # in the command that is printed
+
+
+def finetune(
+    folder: str | Path,
+    model: str | Path | None = None,
+    *,
+    phrases: Sequence[str] | Mapping[str, str] | None = None,
+    images: str | Path | None = None,
+    output: str | Path | None = None,
+    lora: bool = False,
+    tokenizer: str | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Grounder:
+    """Fine-tune on a folder of annotated images; what is decided and how it goes is printed.
+
+        grounder = vg.finetune("raccoons")
+        grounder("image.jpg", "raccoon")
+
+    Args:
+        folder: images with boxes in COCO json, Pascal VOC, YOLO or ODVG, or a CSV or jsonl of image, phrase, box (see
+            `vg.data.expressions.CsvConfig`); or the file with the annotations. Without a validation split a fifth of
+            the images becomes one.
+        model: a Grounding DINO of any dialect (a .pth, a transformers folder, its Hub id), a run of either family, or
+            "small", a small network with random weights. By default Grounding DINO with Swin-T, from the Hub.
+        phrases: the classes to train; the boxes of others are left out. "NAME=PHRASE", or a dict, gives a class another
+            phrase. By default all classes, by their names.
+        images: folder of the images, if they are not where the annotations are.
+        output: folder of the run; by default runs/NAME of the folder.
+        lora: train low-rank adapters instead of all weights, which needs less memory.
+        tokenizer: see `vg.inference.torch_backend.load_model`.
+        overrides: of the planned configuration, such as "train.max_steps=100" or "optim.lr=1e-5".
+        resume, overwrite: continue, or replace, the run in `output`.
+
+    Returns:
+        The best checkpoint.
+
+    Raises:
+        DataError: there is no dataset, or several; or the data has errors, which the message lists.
+        ConfigError, CheckpointError: see `make_plan`; or `output` contains a run.
+    """
+    from vg.inference.grounder import Grounder
+
+    if resume:
+        config = load_config(Path(output or default_output(folder)) / CONFIG, overrides)
+    else:
+        plan = make_plan(
+            folder,
+            model,
+            phrases=phrases,
+            images=images,
+            output=output,
+            lora=lora,
+            tokenizer=tokenizer,
+            overrides=overrides,
+        )
+        print(plan.to_yaml())
+        config = plan.config
+    train(config, resume, overwrite)
+    return Grounder(config.train.output)
+
+
+def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> None:
+    """Train, and write and print the report; after an interruption only the curves are written."""
+    trainer = Trainer(config, resume, overwrite)
+    is_main = trainer.accelerator.is_main_process
+    folder = trainer.folder
+    try:
+        trainer.fit()
+    except SystemExit:  # stopped and saved; a further signal would only replace the message
+        ignore_stop_signals()
+        raise
+    finally:
+        if is_main and folder.rows():
+            curves(folder.rows(), folder.path / "curves.png")
+    if not is_main:
+        return
+    after = json.loads((folder.best / VALIDATION).read_text(encoding="utf-8"))
+    before = next((row for row in folder.rows() if row["step"] == 0 and "loss" not in row), {})
+    table = comparison(before, after)
+    write_bytes(folder.path / COMPARISON, f"{table}\n".encode())
+    model = load_model(folder.path).to(trainer.accelerator.device)
+    draw_samples(model, config.data, folder.path / PICTURE)
+    sample = trainer.evaluator.sources[0].load(0, epoch=0)
+    save_image(Image.fromarray(sample.image), folder.path / EXAMPLE)
+    words = [str(folder.path), str(folder.path / EXAMPLE), *sample.phrases[:NUM_PHRASES]]
+    print_above_bar(
+        f"{after['data']}, {after['split']}, before and after {after['step']:,} steps:\n{table}\n"
+        f"predictions on it: {folder.path / PICTURE}\n"
+        f"predict: vg predict {shlex.join(words)}"
+    )
+
+
+def comparison(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Return a table of the first metrics, and of the first one for each group, before and after training.
+
+    Args:
+        before: row of the first evaluation in history.jsonl; empty if there was none.
+        after: results of the best evaluation.
+    """
+    names = [name for name, value in after.items() if isinstance(value, float) and "/" not in name][:NUM_PRINTED]
+    names += [name for name in after if name.endswith(f"/{names[0]}")]
+    rows = [[name, cell(before.get(name)), cell(after[name])] for name in names]
+    return aligned([["", "before", "after"], *rows])

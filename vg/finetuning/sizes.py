@@ -1,0 +1,83 @@
+"""The length of a run by the size of its data, and its batches by the size of the memory.
+
+The memory of a step, in bytes:
+
+    16 x parameters + batch_size x pixels x 3 x width x layers, half of the latter with gradient checkpointing
+
+16 bytes are a weight, its gradient and the two moments of AdamW in float32. `pixels` are those of the largest resized
+image. The tensors that the backward pass of a Grounding DINO needs are 2.1 x width x (encoder + decoder layers) bytes
+per pixel, in float32 and without gradient checkpointing: measured as 6,416 for Swin-T (width 256, 12 layers) at 480 x
+480 pixels, and 782 for configs/own_small.yaml (width 96, 4 layers); the 3 leaves room for temporary ones.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+
+from vg.config import RunConfig
+from vg.finetuning.recipe import Recipe
+from vg.models.grounding_dino.config import GroundingDinoConfig
+from vg.models.rec.config import RecConfig
+
+LARGE, LARGE_EPOCHS = 2000, 12  # samples; epochs for more than that, as on COCO
+MAX_EPOCHS = 1000
+GIB = 2**30
+
+
+def sized(recipe: Recipe, num_samples: int) -> tuple[RunConfig, list[str]]:
+    """Set batch size, accumulation, precision, epochs and evaluations; also return why, a sentence each."""
+    device, memory = available_memory()
+    config = recipe.config
+    per_step = config.data.batch_size * config.train.accumulate
+    fixed, per_sample = 16 * recipe.num_parameters, sample_bytes(config.model)
+    sizes = [size for size in range(1, per_step + 1) if per_step % size == 0]
+    fitting = [size for size in sizes if fixed + size * per_sample <= memory]
+    batch_size = max(fitting, default=1)
+    need = fixed + batch_size * per_sample
+    notes = [
+        f"memory: {memory / GIB:.1f} GiB usable on {device}; a batch of {batch_size} needs about {need / GIB:.1f} GiB"
+        f" (16 bytes x {recipe.num_parameters / 1e6:.0f} M parameters + {per_sample / GIB:.2g} GiB per sample), "
+        f"{per_step // batch_size} of them are a step of {per_step} samples"
+    ]
+    if not fitting:
+        notes.append("WARNING: even a batch of one may not fit: use another machine, --model small, or --lora")
+    steps_per_epoch = max(1, math.ceil((num_samples // batch_size) / (per_step // batch_size)))
+    epochs = min(recipe.epochs, LARGE_EPOCHS) if num_samples > LARGE else recipe.epochs
+    epochs = min(max(epochs, math.ceil(recipe.steps / steps_per_epoch)), MAX_EPOCHS)
+    steps = epochs * steps_per_epoch
+    notes.append(f"length: {epochs} epochs, {steps} steps; an evaluation per epoch, but at most {recipe.evaluations}")
+    schedule = config.optim
+    scale = epochs / config.train.epochs
+    optim = replace(
+        schedule,
+        milestones=[max(1, round(scale * milestone)) for milestone in schedule.milestones],
+        warmup_steps=min(schedule.warmup_steps, steps // 5),
+    )
+    train = replace(
+        config.train,
+        epochs=epochs,
+        accumulate=per_step // batch_size,
+        precision=config.train.precision if device != "cpu" else "no",
+        eval_first=True,
+        eval_every=max(steps_per_epoch, math.ceil(steps / recipe.evaluations)),
+    )
+    return replace(config, optim=optim, train=train, data=replace(config.data, batch_size=batch_size)), notes
+
+
+def available_memory() -> tuple[str, int]:
+    """Return the device of a run and the bytes that it may use: 0.8 of what is free on a GPU, or half of the RAM."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda", int(0.8 * torch.cuda.mem_get_info()[0])
+    return "cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def sample_bytes(model: GroundingDinoConfig | RecConfig) -> int:
+    """Return the memory that one sample needs in a step."""
+    if isinstance(model, RecConfig):
+        return 3 * model.head.width * model.head.layers * model.image_size**2
+    pixels, layers = model.image.shortest * model.image.longest, model.encoder_layers + model.decoder_layers
+    return 3 * model.width * layers * pixels // (1 + model.gradient_checkpointing)
