@@ -1,4 +1,4 @@
-"""The command line: `vg train | eval | predict | check | convert | interpolate | cache | config | demo | ops`.
+"""The command line: `vg train | eval | predict | finetune | web | check | convert | interpolate | cache | ...`.
 
 The functions that run a verb import what they need, so that `vg --help` starts without torch.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from vg import __version__
-from vg.cli import check, convert, demo, evaluate, interpolate, predict, train
+from vg.cli import check, convert, demo, evaluate, finetune, interpolate, predict, train, web
 from vg.cli.arguments import add_config
 from vg.errors import UserError, out_of_memory, printable
 
@@ -47,8 +47,10 @@ def ops(options: argparse.Namespace) -> None:
 
 VERBS = {
     "train": Verb("train a model", train.add_arguments, train.run),
+    "finetune": Verb("train on a folder of annotated images", finetune.add_arguments, finetune.run),
     "eval": Verb("evaluate a checkpoint and draw its predictions", evaluate.add_arguments, evaluate.run),
     "predict": Verb("ground phrases in an image", predict.add_arguments, predict.run),
+    "web": Verb("serve a page on which a model can be tried", web.add_arguments, web.run),
     "check": Verb("validate a dataset before training and suggest fixes", check.add_arguments, check.run),
     "convert": Verb("convert a Grounding DINO checkpoint to another format", convert.add_arguments, convert.run),
     "interpolate": Verb("mix weights before and after fine-tuning", interpolate.add_arguments, interpolate.run),

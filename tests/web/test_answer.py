@@ -1,0 +1,140 @@
+"""Boxes of the page: selections, corrections by hand, files."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vg.errors import DataError
+from vg.inference.result import Result
+from vg.web.answer import BY_HAND, NUM_SHOWN, PREVIEW, Answer
+
+BOXES = [(10, 10, 30, 30), (11, 10, 31, 30), (50, 20, 90, 40), (0, 0, 100, 50)]
+
+
+def answer(height: int = 50, width: int = 100) -> Answer:
+    boxes = np.array(BOXES, np.float32) * (width / 100)
+    image = np.zeros((height, width, 3), np.uint8)
+    scores = np.array([0.9, 0.8, 0.6, 0.1], np.float32)
+    return Answer.of(Result("photo.jpg", image, ("dog", "cat"), boxes, scores, np.array([0, 0, 1, 0])))
+
+
+def scores(shown: Answer, threshold: float = 0.3, iou: float = 1) -> list[float]:
+    return [round(score, 2) for _, score, _ in shown.shown(threshold, iou).result]
+
+
+def test_sliders_select() -> None:
+    assert scores(answer()) == [0.9, 0.8, 0.6]
+    assert scores(answer(), 0.7) == [0.9, 0.8]
+    assert scores(answer(), 0.3, 0.5) == [0.9, 0.6]
+    assert scores(answer(), 0) == [0.9, 0.8, 0.6, 0.1]
+
+
+def test_at_most_some_boxes_are_shown() -> None:
+    many = np.linspace(1, 0.5, 3 * NUM_SHOWN, dtype=np.float32)
+    boxes = np.tile(np.array([[0, 0, 9, 9]], np.float32), (len(many), 1))
+    image = np.zeros((9, 9, 3), np.uint8)
+    shown = Answer.of(Result("x", image, ("dog",), boxes, many, np.zeros(len(many), np.int64))).shown(0, 1)
+    assert (len(shown.result), shown.num_selected) == (NUM_SHOWN, len(many))
+
+
+@pytest.mark.parametrize(("width", "longest"), [(100, PREVIEW[0]), (1000, 1000), (5000, PREVIEW[1])])
+def test_preview_is_bounded(width: int, longest: int) -> None:
+    shown = answer(width // 2, width).shown(0.7, 0.5)
+    on_preview = shown.on_preview()
+    assert on_preview.image.shape == (longest // 2, longest, 3)
+    assert on_preview.boxes.tolist() == [pytest.approx([0.1 * longest, 0.1 * longest, 0.3 * longest, 0.3 * longest])]
+    assert json.loads(shown.text("jsonl")[1])["width"] == width
+
+
+def test_extreme_image() -> None:
+    image = np.zeros((1, 100_000, 3), np.uint8)
+    thin = Result("x", image, ("dog",), np.array([[0, 0, 50_000, 1]], np.float32), np.ones(1), np.zeros(1, np.int64))
+    shown = Answer.of(thin).shown(0, 1)
+    assert shown.on_preview().draw().shape == (1, PREVIEW[1], 3)
+
+
+def edited(change: Any, threshold: float = 0.3) -> Answer:
+    table = answer().shown(threshold, 1).table()
+    change(table)
+    return answer().with_table(table, threshold, 1)
+
+
+def test_unchanged_table_changes_nothing() -> None:
+    as_numbers = edited(lambda table: None)
+    assert scores(as_numbers, 0) == [0.9, 0.8, 0.6, 0.1]
+    assert as_numbers.result.phrase_ids.tolist() == [0, 0, 1, 0]
+
+
+def test_rows_can_be_changed_deleted_and_added() -> None:
+    deleted = edited(lambda table: table.pop(0))
+    assert scores(deleted, 0) == [0.8, 0.6, 0.1]  # the one below the threshold stays
+    moved = edited(lambda table: table[2].__setitem__(4, "95.5"))
+    assert moved.result[0] == ("cat", BY_HAND, (50, 20, 95.5, 40))
+    renamed = edited(lambda table: table[1].__setitem__(0, "  wild   cat "))
+    assert renamed.result[0].phrase == "wild cat"
+    assert renamed.result.phrases == ("dog", "cat", "wild cat")
+    added = edited(lambda table: table.append(["bird", None, -5, 0, 500, 20]))
+    assert added.result[0] == ("bird", BY_HAND, (0, 0, 100, 20))  # clipped
+    empty = edited(lambda table: table.append(["", None, None, "", "", ""]))
+    assert empty.result[0].box == pytest.approx((33.3, 16.7, 66.7, 33.3))
+    assert scores(empty.original(), 0) == [0.9, 0.8, 0.6, 0.1]
+
+
+def test_a_repeated_edit_changes_nothing() -> None:
+    """The table of Gradio reports an edit twice."""
+    table = answer().shown(0.3, 1).table()
+    table[2][0] = "bird"
+    table.append([None] * 6)
+    once = answer().with_table(table, 0.3, 1)
+    twice = once.with_table(table, 0.3, 1)
+    assert sorted(twice.shown(0, 1).table()) == sorted(once.shown(0, 1).table())
+    assert len(twice.result) == len(BOXES) + 1
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        (0, " ", "row 3 has no phrase"),
+        (0, "a\x00", "control character"),
+        (2, "left", "row 3: left, top, right and bottom must be numbers"),
+        (2, None, "row 3: .* numbers"),
+        (3, "nan", "row 3: .* numbers"),
+        (3, "inf", "row 3: .* numbers"),
+        (2, 95, "row 3: left must be less than right.* 100 x 50 pixels"),
+        (5, 10, "row 3: .*top less than bottom"),
+        (2, 120, "row 3: left must"),
+    ],
+)
+def test_unusable_rows(column: int, value: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        edited(lambda table: table[2].__setitem__(column, value))
+
+
+def test_columns_are_fixed() -> None:
+    with pytest.raises(DataError, match="columns"):
+        edited(lambda table: table[0].pop())
+
+
+def test_box_between_two_clicks() -> None:
+    drawn = answer().with_box("bird", [(400, 200), (80, 80)])  # the preview has 800 x 400 pixels
+    assert drawn.result[0] == ("bird", BY_HAND, (10, 10, 50, 25))
+    with pytest.raises(DataError, match="left must be less"):
+        answer().with_box("bird", [(400, 200), (400, 200)])
+
+
+def test_files() -> None:
+    shown = answer().shown(0.3, 0.5)
+    name, record = shown.text("jsonl")
+    assert name == "photo.json"
+    assert [box["box"] for box in json.loads(record)["boxes"]] == [[10, 10, 30, 30], [50, 20, 90, 40]]
+    name, coco = shown.text("coco")
+    assert name == "photo.coco.json"
+    assert json.loads(coco)["images"] == [{"id": 1, "file_name": "photo.jpg", "height": 50, "width": 100}]
+    assert json.loads(coco)["annotations"][1]["bbox"] == [50, 20, 40, 20]
+    name, task = shown.text("label-studio")
+    value = json.loads(task)[0]["predictions"][0]["result"][0]["value"]
+    assert (name, value["x"], value["y"], value["width"]) == ("photo.label-studio.json", 10, 20, 20)

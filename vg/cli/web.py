@@ -1,0 +1,41 @@
+"""`vg web`: a page in the browser to try a model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vg.cli.arguments import add_overrides, add_tokenizer
+from vg.errors import ConfigError
+
+EPILOG = """
+The page is served to this machine only; with --host 0.0.0.0 to everybody who reaches it, without passwords. URLs of
+images are fetched from public addresses only. The environment variable VG_MAX_PIXELS limits the size of images.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.add_argument("checkpoint", help="folder of a run or checkpoint, or its Hub id")
+    add_overrides(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860 on)")
+    parser.add_argument("--share", action="store_true", help="also open a public link, through a server of Gradio")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="precision of the network (default: fp32)")
+    add_tokenizer(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    from vg.inference.grounder import Grounder
+
+    try:
+        from vg.web.page import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ConfigError("vg web needs gradio: pip install 'visual-grounding[web]'") from error
+    grounder = Grounder(options.checkpoint, options.device, options.tokenizer, options.overrides, dtype=options.dtype)
+    is_local = Path(options.checkpoint).exists()
+    title = Path(options.checkpoint).resolve().name if is_local else options.checkpoint  # not the path of this machine
+    serve(grounder, title, options.host, options.port, options.share)

@@ -1,0 +1,172 @@
+"""The boxes of one image: those of the model, corrected by hand, and those that are shown."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vg.errors import DataError
+from vg.inference.formats import SUFFIXES, Format, write_results
+from vg.inference.result import Result
+from vg.nms import nms
+from vg.web.phrases import checked_label
+
+PREVIEW = (800, 1280)  # least and most pixels of its longest side: small images need room for labels
+NUM_SHOWN = 100  # best boxes; more would hide the image
+BY_HAND = 1.0  # score of boxes that were drawn or changed by hand
+HEADERS = ["phrase", "score", "left", "top", "right", "bottom"]
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """All boxes of an image; selections and corrections need no other pass of the network.
+
+    Boxes are in pixels of the original image, of which only a preview is kept.
+    """
+
+    result: Result  # its image is the preview
+    size: tuple[int, int]  # (height, width) of the original image
+    found: Result  # as predicted, without corrections
+
+    @classmethod
+    def of(cls, result: Result) -> Answer:
+        image = Image.fromarray(result.image)
+        longest = max(image.size)
+        scale = min(max(longest, PREVIEW[0]), PREVIEW[1]) / longest
+        if scale != 1:
+            size = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        preview = replace(result, image=np.array(image))
+        return cls(preview, result.size, preview)
+
+    def original(self) -> Answer:
+        """Return the answer without corrections."""
+        return replace(self, result=self.found)
+
+    def indices(self, threshold: float, iou: float) -> np.ndarray:
+        """Return the indices of the boxes that score at least `threshold` and pass NMS, best first."""
+        kept = np.flatnonzero(self.result.scores >= threshold)
+        part = self.result.select(kept)
+        return kept[nms(part.boxes, part.scores, iou, part.phrase_ids)]
+
+    def shown(self, threshold: float, iou: float) -> Shown:
+        """Return the best boxes of a selection."""
+        indices = self.indices(threshold, iou)
+        return Shown(self.result.select(indices[:NUM_SHOWN]), self.size, len(indices))
+
+    def with_table(self, rows: Sequence[Sequence[Any]], threshold: float, iou: float) -> Answer:
+        """Replace the boxes of a selection by rows of HEADERS; what was not selected stays.
+
+        A row that differs from those of the selection is a box by hand, with the score BY_HAND. An empty row becomes a
+        box in the center, to be moved.
+
+        Raises:
+            DataError: a phrase or side is missing, or a box is inverted or outside the image.
+        """
+        indices = self.indices(threshold, iou)[:NUM_SHOWN]
+        table = self.shown(threshold, iou).table()
+        unchanged = {_key(row): index for row, index in zip(table, indices.tolist(), strict=True)}
+        kept, added = [], []
+        for number, row in enumerate(rows, start=1):
+            if (index := unchanged.pop(_key(row), None)) is not None:
+                kept.append(index)
+            elif any(str(value).strip() for value in row if value is not None):
+                added.append(self._checked(row, number))
+            else:
+                added.append(self._centered())
+        hidden = np.setdiff1d(np.arange(len(self.result)), indices)
+        return self._with_boxes(np.sort([*hidden, *kept]).astype(np.int64), added)
+
+    def with_box(self, phrase: str, corners: Sequence[tuple[float, float]]) -> Answer:
+        """Add a box by hand between two opposite corners in pixels of the preview."""
+        sides = np.sort(np.array(corners, float), axis=0) / _scale(self.result, self.size)
+        row = [phrase, BY_HAND, *sides.flatten().tolist()]
+        return self._with_boxes(np.arange(len(self.result)), [self._checked(row, len(self.result) + 1)])
+
+    def _centered(self) -> tuple[str, list[float]]:
+        height, width = self.size
+        return self.result.phrases[0], [round(x, 1) for x in (width / 3, height / 3, 2 * width / 3, 2 * height / 3)]
+
+    def _checked(self, row: Sequence[Any], number: int) -> tuple[str, list[float]]:
+        """Return the phrase and the sides of a row, clipped to the image; raises DataError that names the row."""
+        if len(row) != len(HEADERS):
+            raise DataError(f"the table needs the columns {', '.join(HEADERS)}; neither add nor delete columns")
+        try:
+            phrase = checked_label(str(row[0] or ""))
+            sides = [float(side) for side in row[2:6]]
+        except (ValueError, TypeError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"row {number}: left, top, right and bottom must be numbers of pixels") from error
+        height, width = self.size
+        if not phrase:
+            raise DataError(f"row {number} has no phrase")
+        if not all(map(math.isfinite, sides)):
+            raise DataError(f"row {number}: left, top, right and bottom must be numbers of pixels")
+        left, top, right, bottom = np.clip(sides, 0, (width, height, width, height)).tolist()
+        if left >= right or top >= bottom:
+            raise DataError(
+                f"row {number}: left must be less than right, top less than bottom, within the image of "
+                f"{width} x {height} pixels"
+            )
+        return phrase, [left, top, right, bottom]
+
+    def _with_boxes(self, kept: np.ndarray, added: Sequence[tuple[str, list[float]]]) -> Answer:
+        """Return the answer with the boxes `kept` and hidden by hand, best first."""
+        part = self.result.select(kept)
+        phrases = tuple(dict.fromkeys((*part.phrases, *(phrase for phrase, _ in added))))
+        number = {phrase: index for index, phrase in enumerate(phrases)}
+        boxes = np.concatenate([np.array([box for _, box in added], np.float32).reshape(-1, 4), part.boxes])
+        scores = np.concatenate([np.full(len(added), BY_HAND, np.float32), part.scores])
+        phrase_ids = np.concatenate([np.array([number[phrase] for phrase, _ in added], np.int64), part.phrase_ids])
+        order = np.argsort(-scores, kind="stable")
+        corrected = Result(part.name, part.image, phrases, boxes[order], scores[order], phrase_ids[order])
+        return replace(self, result=corrected)
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """The boxes that are drawn, listed and downloaded."""
+
+    result: Result  # in pixels of the original image; its image is the preview
+    size: tuple[int, int]  # (height, width) of the original image
+    num_selected: int  # boxes before the limit of NUM_SHOWN
+
+    def on_preview(self) -> Result:
+        """Return the boxes in pixels of the preview, to be drawn and cropped."""
+        return replace(self.result, boxes=self.result.boxes * np.tile(_scale(self.result, self.size), 2))
+
+    def table(self) -> list[list[Any]]:
+        """Return a row of HEADERS per box."""
+        return [[phrase, round(score, 2), *(round(side, 1) for side in box)] for phrase, score, box in self.result]
+
+    def text(self, format: Format) -> tuple[str, str]:
+        """Return name and content of a file in a format; jsonl is one record, so plain JSON."""
+        height, width = self.size
+        record = self.result.to_dict() | {"height": height, "width": width}
+        stem = Path(self.result.name).stem or "image"
+        if format == "jsonl":
+            return f"{stem}.json", json.dumps(record, ensure_ascii=False, indent=1)
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "results")
+            write_results([record], path, format)
+            return stem + SUFFIXES[format], path.read_text(encoding="utf-8")
+
+
+def _scale(result: Result, size: tuple[int, int]) -> np.ndarray:
+    """Pixels of the preview per pixel of the original image -> [2], x and y."""
+    return np.array(result.size[::-1], float) / size[::-1]
+
+
+def _key(row: Sequence[Any]) -> tuple[str, ...]:
+    """A row without its score, as text: the page returns 10 for 10.0."""
+    values = [row[0], *row[2:]]
+    return tuple(f"{value:.1f}" if isinstance(value, (int, float)) else str(value) for value in values)

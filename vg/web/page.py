@@ -1,0 +1,312 @@
+"""The web page: an image and phrases in; boxes out, which can be filtered, corrected and downloaded."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial, wraps
+from html import escape
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import gradio as gr
+import numpy as np
+from gradio.utils import get_upload_folder
+from PIL import Image
+from starlette.middleware import Middleware
+
+from vg.data.synthetic.shapes import ShapesConfig
+from vg.errors import ConfigError, DataError, UserError, printable
+from vg.inference.draw import COLORS
+from vg.inference.formats import Format
+from vg.inference.grounder import Grounder
+from vg.web.answer import HEADERS, NUM_SHOWN, Answer, Shown
+from vg.web.guard import Guard
+from vg.web.phrases import split_phrases
+from vg.web.uploads import MAX_BYTES, check_image, fetch, named_upload, read_upload
+
+QUEUE_SIZE = 40  # waiting requests; further ones are refused with a message
+NUM_SESSIONS = 100  # pages whose answer is kept, at most 8 MB each
+SECONDS_KEPT = 3600  # files and answers
+NUM_EXAMPLES = 4
+WEBCAM = gr.WebcamOptions(mirror=False, constraints={"video": {"facingMode": "environment"}})  # left stays left
+DOWNLOADS: dict[str, Format] = {"JSON": "jsonl", "COCO": "coco", "Label Studio": "label-studio"}
+SHOW = "() => document.querySelector('#drawn').scrollIntoView({block: 'nearest', behavior: 'smooth'})"  # on phones
+SAVE = """(file) => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([file.content], {type: "application/json"}));
+    link.download = file.name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}"""
+CSS = """
+.legend { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; min-height: 1.6em; }
+.legend i { display: inline-block; width: 0.8em; height: 0.8em; border-radius: 2px; margin-right: 0.4em; }
+#crops .caption-label { left: 0; right: 0; bottom: 0; max-width: 100%; font-size: 0.75em; padding: 2px 4px; }
+#crops .grid-container { grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)) !important; margin-top: 2em; }
+#crops .grid-wrap { min-height: 0; max-height: 420px; }
+.legend .none { opacity: 0.6; }
+"""
+
+
+def reported(callback: Callable) -> Callable:
+    """Turn user errors of a callback into messages on the page; their text may contain what strangers chose."""
+
+    @wraps(callback)
+    def call(*arguments: Any) -> Any:
+        try:
+            return callback(*arguments)
+        except UserError as error:
+            text = "<br>".join(escape(printable(line)) for line in str(error).splitlines())
+            raise gr.Error(text, print_exception=False) from error
+
+    return call
+
+
+class Callbacks:
+    """What the page calls; none needs a browser."""
+
+    def __init__(self, grounder: Grounder, folder: Path):
+        self.grounder = grounder
+        self.folder = folder  # of downloaded images
+
+    def check(self, upload: Any) -> Any:
+        """Empty the image field, with a warning, if the file is not a usable image."""
+        if upload is None:
+            return gr.skip()
+        try:
+            check_image(*named_upload(upload))
+        except UserError as error:
+            gr.Warning(escape(printable(str(error))))
+            return None
+        return gr.skip()
+
+    def fetch(self, url: str) -> str:
+        return str(fetch(url, self.folder))
+
+    def find(self, upload: Any, text: Any, threshold: float, iou: float) -> tuple:
+        """Run the model."""
+        phrases = split_phrases(str(text or ""))
+        image, name = read_upload(upload)
+        result = self.grounder.predict(image, phrases)
+        if not self.grounder.takes_many:
+            result = result.best()
+        return self.changed(Answer.of(replace(result, name=name)), threshold, iou)
+
+    def changed(self, answer: Answer, threshold: float, iou: float) -> tuple:
+        """Return a new answer, no corner, and what is shown."""
+        return answer, None, *self.redraw(answer, threshold, iou)
+
+    def redraw(self, answer: Answer | None, threshold: float, iou: float) -> tuple:
+        """Return the legend, the drawn image, the crops and the table."""
+        if answer is None:
+            return "", None, None, None
+        shown = answer.shown(threshold, iou)
+        boxes = shown.on_preview()
+        captions = [f"{score:.2f} {phrase}" for phrase, score, _ in boxes]
+        crops = list(zip(boxes.crop(), captions, strict=True))
+        return legend(shown, answer), boxes.draw(), crops, shown.table()
+
+    def edit(self, answer: Answer | None, table: list[list[Any]], threshold: float, iou: float) -> tuple:
+        return self.changed(existing(answer).with_table(table, threshold, iou), threshold, iou)
+
+    def undo(self, answer: Answer | None, threshold: float, iou: float) -> tuple:
+        return self.changed(existing(answer).original(), threshold, iou)
+
+    def corner(
+        self,
+        answer: Answer | None,
+        corner: tuple | None,
+        phrase: str,
+        threshold: float,
+        iou: float,
+        event: gr.SelectData,
+    ) -> tuple:
+        """Add a box at the second click on the drawn image."""
+        answer, clicked = existing(answer), tuple(event.index)
+        if corner is None:
+            gr.Info("First corner set; click on the opposite corner of the new box.", duration=4)
+            return answer, clicked, *[gr.skip()] * 4
+        return self.changed(answer.with_box(phrase or answer.result.phrases[0], [corner, clicked]), threshold, iou)
+
+    def download(self, format: Format, answer: Answer | None, threshold: float, iou: float) -> dict[str, str]:
+        name, content = existing(answer).shown(threshold, iou).text(format)
+        return {"name": name, "content": content}
+
+
+def existing(answer: Answer | None) -> Answer:
+    if answer is None:
+        raise DataError("no boxes yet; choose an image and enter phrases first")
+    return answer
+
+
+def legend(shown: Shown, answer: Answer) -> str:
+    """Return HTML: each phrase with its color and number of boxes, and what is not shown."""
+    phrases, counts = shown.result.phrases, np.bincount(shown.result.phrase_ids, minlength=len(shown.result.phrases))
+    entries = [
+        f'<span class="{"some" if count else "none"}"><i style="background:{COLORS[index % len(COLORS)]}"></i>'
+        f"{escape(phrase)}: <b>{count}</b></span>"
+        for index, (phrase, count) in enumerate(zip(phrases, counts, strict=True))
+    ]
+    if shown.num_selected > NUM_SHOWN:
+        entries.append(f"<span>the best {NUM_SHOWN} of {shown.num_selected} boxes; raise the threshold</span>")
+    elif not len(shown.result):
+        best = f"the best box scores {answer.result.scores[0]:.2f}" if len(answer.result) else "no box was predicted"
+        entries.append(f"<span>no box reaches the threshold ({best})</span>")
+    return f'<div class="legend">{"".join(entries)}</div>'
+
+
+def examples(grounder: Grounder) -> list[list[Any]]:
+    """Draw scenes; return the image of each and its phrases."""
+    source = ShapesConfig(split="test", view="detection" if grounder.takes_many else "expression").build()
+    rows = []
+    for index in range(NUM_EXAMPLES):
+        sample = source.load(index, epoch=0)
+        rows.append([Image.fromarray(sample.image), ", ".join(sample.phrases)])
+    return rows
+
+
+def new_page(grounder: Grounder, title: str) -> gr.Blocks:
+    """Return the page of a model."""
+    call = Callbacks(grounder, Path(get_upload_folder()))  # whose old files are deleted
+    many = grounder.takes_many
+    threshold_value = grounder.threshold(None)
+    with gr.Blocks(title=f"vg: {title}", analytics_enabled=False, delete_cache=(300, SECONDS_KEPT)) as page:
+        answer = gr.State(time_to_live=SECONDS_KEPT)
+        corner = gr.State()
+        file = gr.JSON(visible="hidden")
+        answers = "every phrase with any number of boxes" if many else "every phrase with its best box"
+        gr.HTML(f"<h2>Find in an image what phrases describe</h2>{escape(title)} answers {answers}.")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                image = gr.Image(
+                    label="Image",
+                    height=300,
+                    format="png",
+                    elem_id="image",
+                    buttons=["fullscreen"],
+                    webcam_options=WEBCAM,
+                )
+                with gr.Row(equal_height=True):
+                    url = gr.Textbox(
+                        show_label=False, placeholder="or the URL of an image", max_lines=1, scale=4, elem_id="url"
+                    )
+                    load = gr.Button("Load", min_width=80, scale=1)
+                text = gr.Textbox(
+                    label="Phrases",
+                    placeholder="cat, remote control" if many else "the man in the red shirt",
+                    info='separated by commas; quotes keep "a red, round thing" together',
+                    max_lines=1,
+                    elem_id="phrases",
+                )
+                run = gr.Button("Find", variant="primary", elem_id="find")
+                with gr.Row():
+                    threshold = gr.Slider(0, 1, threshold_value, step=0.01, label="Threshold", elem_id="threshold")
+                    iou = gr.Slider(0, 1, 0.7 if many else 1, step=0.01, label="NMS (IoU)", elem_id="nms")
+                samples = gr.Examples(examples(grounder), [image, text], label="Examples", visible_columns=[0])
+            with gr.Column(scale=3, min_width=320):
+                drawn = gr.Image(
+                    show_label=False,  # it would cover boxes
+                    interactive=False,
+                    format="jpeg",
+                    buttons=["download", "fullscreen"],
+                    elem_id="drawn",
+                )
+                summary = gr.HTML(elem_id="legend")
+                crops = gr.Gallery(
+                    label="Crops", columns=5, height="auto", object_fit="contain", fit_columns=False, elem_id="crops"
+                )
+                with gr.Accordion("Correct the boxes", open=False, elem_id="correct"):
+                    gr.HTML(
+                        "Edit a cell, or add and delete rows by the menu of a cell. To draw a new box, click on two "
+                        "opposite corners in the image. Changed and new boxes have score 1."
+                    )
+                    phrase = gr.Textbox(label="Phrase of the next new box", placeholder="the first phrase", max_lines=1)
+                    table = gr.Dataframe(
+                        headers=HEADERS,
+                        datatype=["str", "number", "number", "number", "number", "number"],
+                        type="array",
+                        static_columns=[1],
+                        column_count=(len(HEADERS), "fixed"),
+                        interactive=True,
+                        show_label=False,
+                        elem_id="table",
+                    )
+                    undo = gr.Button("Discard all corrections")
+                gr.HTML("<b>Download the boxes</b>")
+                with gr.Row():
+                    buttons = {format: gr.Button(name, size="md", min_width=90) for name, format in DOWNLOADS.items()}
+
+        shown = [summary, drawn, crops, table]
+        sliders = [threshold, iou]
+        private: dict[str, Any] = {"api_visibility": "private"}
+        model: dict[str, Any] = private | {"concurrency_limit": 1, "concurrency_id": "model", "preprocess": False}
+        light: dict[str, Any] = private | {"concurrency_limit": 4, "concurrency_id": "light", "show_progress": "hidden"}
+        find = (reported(call.find), [image, text, *sliders], [answer, corner, *shown])
+        for finding in (gr.on([text.submit, run.click], *find, **model), samples.load_input_event.then(*find, **model)):
+            finding.success(None, js=SHOW, **private)
+        image.upload(reported(call.check), image, image, **light, preprocess=False)
+        gr.on([url.submit, load.click], reported(call.fetch), url, image, **private, concurrency_limit=4)
+        for slider in sliders:
+            slider.input(reported(call.redraw), [answer, *sliders], shown, **light, trigger_mode="always_last")
+        hand = light | {"concurrency_limit": 1, "concurrency_id": "hand", "trigger_mode": "multiple"}  # none is lost
+        corrected = [answer, corner, *shown]
+        table.input(reported(call.edit), [answer, table, *sliders], corrected, **hand)
+        undo.click(reported(call.undo), [answer, *sliders], corrected, **hand)
+        drawn.select(reported(call.corner), [answer, corner, phrase, *sliders], corrected, **hand)
+        for format, button in buttons.items():
+            saved = button.click(reported(partial(call.download, format)), [answer, *sliders], file, **light)
+            saved.success(None, file, js=SAVE, **private)
+    page.queue(max_size=QUEUE_SIZE)
+    return page
+
+
+def launch(page: gr.Blocks, host: str, port: int | None, share: bool) -> tuple[str, str | None]:
+    """Start to serve a page in a thread; return its URL and its public URL, if any.
+
+    Raises:
+        ConfigError: the port is taken, or this machine does not have the address.
+    """
+    theme = gr.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="blue"
+    )  # fonts of the system: no request to another host
+    try:
+        _, url, public_url = page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            prevent_thread_lock=True,
+            quiet=True,
+            theme=theme,
+            css=CSS,
+            max_file_size=MAX_BYTES,
+            state_session_capacity=NUM_SESSIONS,
+            app_kwargs={"middleware": [Middleware(Guard)]},
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            mcp_server=False,
+            inline=False,
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}, port {port or 'from 7860 on'}; choose another one by --port"
+        ) from error
+    return url, public_url
+
+
+def serve(grounder: Grounder, title: str, host: str, port: int | None, share: bool) -> None:
+    """Serve the page of a model until the process is interrupted; raises as `launch`."""
+    with tempfile.TemporaryDirectory(prefix="vg_web_") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # by default all servers of a machine share one
+        page = new_page(grounder, title)
+        url, public_url = launch(page, host, port, share)
+        print(f"{title}: {url} (Ctrl-C stops)", flush=True)
+        if public_url:
+            print(f"for everybody: {public_url}", flush=True)
+        page.block_thread()

@@ -1,0 +1,61 @@
+"""Images that visitors upload or link to, checked before anything is decoded."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vg.data.images import image_size, read_image
+from vg.errors import DataError
+from vg.inference.download import download, is_url
+
+MAX_PIXELS = int(os.environ.get("VG_MAX_PIXELS", 25_000_000))  # less than for files of one's own: strangers upload
+MAX_BYTES = 30_000_000
+
+
+def check_image(source: Path | bytes, name: str) -> None:
+    """Raise DataError unless the header is that of an image with at most MAX_PIXELS."""
+    height, width = image_size(source, name)
+    if height * width > MAX_PIXELS:
+        raise DataError(f"image {name} has {width} x {height} pixels, more than {MAX_PIXELS:,}; resize it")
+
+
+def named_upload(upload: Any) -> tuple[Path, str]:
+    """Return file and original name of what an image field of the page contains; raises DataError if it is empty."""
+    path = upload.get("path") if isinstance(upload, dict) else None
+    if not isinstance(path, str):
+        raise DataError("no image; upload, paste or take one, or enter its URL")
+    name = Path(str(upload.get("orig_name") or path)).name
+    return Path(path), name[:100]
+
+
+def read_upload(upload: Any) -> tuple[np.ndarray, str]:
+    """Return the pixels [H, W, 3] uint8, RGB, of an upload and its name; raises DataError."""
+    path, name = named_upload(upload)
+    check_image(path, name)
+    return read_image(path, name, upright=True), name
+
+
+def fetch(url: str, folder: Path) -> Path:
+    """Download an image from a public address into a new folder below `folder`; return the file.
+
+    Raises:
+        DataError: not an http(s) URL, see `vg.inference.download`, or not an image that can be used.
+    """
+    url = url.strip()
+    if not is_url(url):
+        raise DataError("a URL of an image begins with http:// or https://")
+    content = download(url)
+    check_image(content, url)
+    with Image.open(BytesIO(content)) as image:
+        suffix = f".{(image.format or 'png').lower()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = Path(tempfile.mkdtemp(dir=folder), f"image{suffix}")
+    file.write_bytes(content)
+    return file
