@@ -72,7 +72,7 @@ SMALL = ["data.train.size=64", "data.workers=0", "data.eval_batch_size=8", "trai
 
 def test_examples_follow_the_house_rules(scratch: Path) -> None:
     """Imports, length and first sentences, by the same tests as the package; and they are formatted."""
-    added = "csv_expressions or toy or median or pairwise_l1 or import_each_other"
+    added = "sidecar or toy or median or pairwise_l1 or import_each_other"
     run(scratch, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_architecture.py", "-k", added)
     files = [block.file for block in EXAMPLES if block.language == "python"]
     ruff = shutil.which("ruff", path=str(Path(sys.executable).parent))
@@ -89,10 +89,10 @@ def test_examples_follow_the_house_rules(scratch: Path) -> None:
 
 
 def test_example_dataset_and_family(scratch: Path) -> None:
-    """Check, train and predict with the CSV dataset and the toy family, as the commands there say."""
+    """Check, train and predict with the example dataset and the toy family, as the commands there say."""
     prepare = (
-        "from pathlib import Path\nfrom vg.data.csv_expressions import CsvConfig\n"
-        "Path('mine').mkdir()\nprint(CsvConfig.miniature(Path('mine')))\n"
+        "from pathlib import Path\nfrom vg.data.sidecar import SidecarConfig\n"
+        "Path('mine').mkdir()\nprint(SidecarConfig.miniature(Path('mine')))\n"
     )
     shown = [words for words in CONTRIBUTING_COMMANDS if "mine" in " ".join(words)]
     assert [words[0] for words in shown] == ["check", "train", "predict"]
@@ -125,4 +125,4 @@ def test_example_operator(scratch: Path) -> None:
 
 
 def test_examples_pass_the_conformance_tests(scratch: Path) -> None:
-    run(scratch, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/conformance", "-k", "csv or toy")
+    run(scratch, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/conformance", "-k", "sidecar or toy")
