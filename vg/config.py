@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
@@ -25,7 +25,16 @@ from vg.data.augment import AugmentConfig
 from vg.data.mixture import SourceConfig
 from vg.errors import ConfigError
 from vg.models import ModelConfig
-from vg.settings import Settings, by_name, is_mapping_of_settings, key_path, parse_yaml, read_yaml, unknown_keys
+from vg.settings import (
+    Settings,
+    by_name,
+    differences,
+    is_mapping_of_settings,
+    key_path,
+    parse_yaml,
+    read_yaml,
+    unknown_keys,
+)
 from vg.training.optim import OptimConfig
 
 RENAMED = {  # former path of a key (* matches any names) -> its name now: old run folders and YAML files still load
@@ -193,19 +202,6 @@ def dump_config(config: CheckpointConfig, defaults: bool = True) -> str:
     if not defaults:
         return yaml.safe_dump(differences(config), sort_keys=False, default_flow_style=None, width=120)
     return yaml.safe_dump(TypeAdapter(type(config)).dump_python(config, mode="json"), sort_keys=False)
-
-
-def differences(value: Any) -> Any:
-    """Return the fields of settings that differ from their defaults, and the names that select settings."""
-    if isinstance(value, Mapping):
-        return {key: differences(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [differences(entry) for entry in value]
-    if not is_dataclass(value):
-        return value
-    own = {f.name: getattr(value, f.name) for f in fields(value)}
-    defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(value)}
-    return {key: differences(entry) for key, entry in own.items() if key == "name" or entry != defaults[key]}
 
 
 def recipe_path(name: str) -> Path:

@@ -152,3 +152,18 @@ def key_path(location: Sequence[str | int], values: Any) -> KeyPath:
         except (KeyError, IndexError, TypeError):  # this key is the missing one
             values = None
     return tuple(path)
+
+
+def differences(value: Any) -> Any:
+    """Return the fields of settings that differ from their defaults, and the names that select settings."""
+    if isinstance(value, Mapping):
+        return {key: differences(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [differences(entry) for entry in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    own = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    defaults = {
+        f.name: f.default_factory() if callable(f.default_factory) else f.default for f in dataclasses.fields(value)
+    }
+    return {key: differences(entry) for key, entry in own.items() if key == "name" or entry != defaults[key]}

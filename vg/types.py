@@ -175,7 +175,7 @@ class Batch(Movable):
     sizes: tuple[tuple[int, int], ...]  # B times (height, width) without padding; boxes are relative to Target.size
     text: Text
     targets: list[Target]
-    prompt_targets: PromptTargets  # the boxes of `targets` by prompt, see vg.data.prompt.prompt_targets
+    prompt_targets: PromptTargets  # the boxes of `targets` by prompt, see vg.data.collate.prompt_targets
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vg.data.prompt import prompt_targets
+from vg.data.collate import prompt_targets
 from vg.types import Batch, PromptTargets, Target, Text
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.golden.files import recorded_json, recorded_tensors
-from vg.data.prompt import prompt_targets
+from vg.data.collate import prompt_targets
 from vg.losses.config import LossConfig, MatchingConfig
 from vg.losses.matcher import match, match_costs
 from vg.losses.set_loss import SetLoss

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from vg.errors import BadSampleError, ConfigError, DataError
-from vg.types import Caption, PromptTargets, Sample, Target, Text, TextSpec
+from vg.types import Caption, Sample, Text, TextSpec
 
 logger = logging.getLogger(__name__)
 
@@ -311,23 +310,3 @@ class _UnknownWords:
             name,
             phrase,
         )
-
-
-def prompt_targets(text: Text, targets: Sequence[Target]) -> PromptTargets:
-    """Select the boxes of every prompt: those of its image whose phrase it contains, in their order, without crowds.
-
-    Called once per batch, on the CPU: on a GPU the counts would cost a synchronization.
-    """
-    rows = text.image_ids
-    boxes = pad_sequence([target.boxes for target in targets], batch_first=True)[rows]  # [R, N, 4]
-    phrase_ids = pad_sequence([target.phrase_ids for target in targets], batch_first=True)[rows]  # [R, N]
-    single = [torch.ones_like(t.phrase_ids, dtype=torch.bool) if t.crowd is None else ~t.crowd for t in targets]
-    phrase_of_box = phrase_ids.unsqueeze(-1).expand(-1, -1, text.mask.shape[1])
-    tokens = text.phrase_tokens.gather(1, phrase_of_box)  # [R, N, T]
-    tokens = tokens & pad_sequence(single, batch_first=True)[rows].unsqueeze(-1)
-    selected = tokens.any(dim=-1)  # [R, N]
-    counts = selected.sum(dim=1)  # [R]
-    mask = torch.arange(int(counts.max()), device=rows.device) < counts.unsqueeze(1)  # [R, most boxes of a prompt]
-    order = (~selected).int().argsort(dim=1, stable=True)[:, : mask.shape[1]]
-    row = torch.arange(len(rows), device=rows.device).unsqueeze(1)
-    return PromptTargets(boxes[row, order], tokens[row, order], phrase_ids[row, order], mask, tuple(counts.tolist()))

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from vg.config import RunConfig, differences, dump_config, parse_config
+from vg.config import RunConfig, dump_config, parse_config
 from vg.data import DatasetConfig
 from vg.data.check import detect_format, diagnose, to_text
 from vg.data.detection.annotations import Annotations, ReadsAnnotations
@@ -20,6 +20,7 @@ from vg.errors import ConfigError, DataError, printable
 from vg.finetuning.recipe import Recipe, choose_recipe
 from vg.finetuning.sizes import sized
 from vg.models.encoders import cached_token_counter
+from vg.settings import differences
 
 NUM_CHECKED = 2000  # images of each dataset that are opened; `vg check` opens all
 FRACTION = 0.2  # of the images, for validation

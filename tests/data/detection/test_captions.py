@@ -19,12 +19,12 @@ import vg
 from tests.data.detection.detection_files import REAL, write_image
 from tests.models.grounding_dino.tiny import tiny_model
 from vg.config import RunConfig
-from vg.data.collate import Collator
+from vg.data.collate import Collator, prompt_targets
 from vg.data.dataset import GroundingDataset
 from vg.data.detection.odvg import OdvgConfig, OdvgSource
 from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.mixture import Mixture
-from vg.data.prompt import Expressions, Prompts, prompt_targets
+from vg.data.prompt import Expressions, Prompts
 from vg.data.source import checked
 from vg.errors import BadSampleError, ConfigError, DataError
 from vg.models.grounding_dino.config import DenoisingConfig, PredictConfig

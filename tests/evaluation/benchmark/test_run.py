@@ -22,7 +22,7 @@ from vg.checkpoint import write_model
 from vg.cli import main
 from vg.config import CheckpointConfig, DataConfig, RunConfig, TrainConfig
 from vg.data.refcoco.source import RefcocoConfig
-from vg.inference.torch_backend import TorchBackend
+from vg.inference.torch_backend import TorchBackend, load_model
 from vg.models.grounding_dino.checkpoints import open_tokenizer, read_checkpoint, write_checkpoint
 from vg.models.rec.config import RecConfig
 from vg.training.trainer import Trainer
@@ -106,7 +106,7 @@ def test_table_json_and_page(
     shown = capsys.readouterr().out
     assert [split["key"] for split in results["parts"]] == (list(TOP) if family == "rec" else ["refcoco"])
     if family != "transformers":
-        backend = TorchBackend(checkpoints[family], "cpu")
+        backend = TorchBackend(load_model(checkpoints[family]), "cpu")
         if family == "grounding_dino":
             backend.model.config.predict.score = "max"
         for split in results["parts"]:

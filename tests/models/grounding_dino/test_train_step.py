@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from tests.golden.files import recorded_json, recorded_path, recorded_tensors
 from tests.models.grounding_dino.golden import golden_checkpoint, golden_images
-from vg.data.prompt import prompt_targets
+from vg.data.collate import prompt_targets
 from vg.losses.config import LossConfig, MatchingConfig
 from vg.losses.matcher import match
 from vg.models.grounding_dino.checkpoints import write_checkpoint
