@@ -45,7 +45,7 @@ from scripts.benchmarks.grounding_dino import (
     set_up,
 )
 from scripts.benchmarks.transformers_loss import SETTINGS
-from vg.data.prompt import prompt_targets
+from vg.data.collate import prompt_targets
 from vg.models.grounding_dino.model import GroundingDino
 from vg.types import Batch, Target
 
