@@ -13,7 +13,7 @@ from transformers import BertTokenizer
 
 import vg
 from vg.models.base import GroundingModel
-from vg.types import Batch, FittedImage, Prediction, TextSpec
+from vg.types import Batch, FittedImage, Prediction, Target, TextSpec
 
 VOCABULARY = Path(vg.__file__).parent / "models/small_vocabulary.txt"
 
@@ -48,21 +48,21 @@ class Bright(GroundingModel):
     def predict(self, output: Output, batch: Batch) -> list[Prediction]:
         return [self._found(*item) for item in zip(output.images, batch.sizes, batch.targets, strict=True)]
 
-    def _found(self, image: Tensor, size: tuple[int, int], target: object) -> Prediction:
+    def _found(self, image: Tensor, size: tuple[int, int], target: Target) -> Prediction:
         mean, std = self.image_spec.mean[0], self.image_spec.std[0]
         pixels = (image[0, : size[0], : size[1]] * std + mean).numpy()
-        scale = np.array(target.size) / size  # type: ignore[attr-defined]
+        scale = np.array(target.size) / size
         boxes, scores = [], []
         for rows, columns in find_objects(label(pixels > 0.25)[0]):
             corners = np.array([[rows.start, columns.start], [rows.stop, columns.stop]]) * scale
             boxes.append(corners[:, ::-1].flatten().tolist())
             scores.append(float(pixels[rows, columns].mean()))
         order = np.argsort(scores)[::-1]
-        count = len(target.phrases)  # type: ignore[attr-defined]
+        count = len(target.phrases)
         return Prediction(
-            target.id,  # type: ignore[attr-defined]
+            target.id,
             torch.tensor(boxes).reshape(-1, 4)[order.copy()].repeat_interleave(count, dim=0),
             torch.tensor(scores)[order.copy()].repeat_interleave(count),
             torch.arange(count).repeat(len(boxes)),
-            target.phrases,  # type: ignore[attr-defined]
+            target.phrases,
         )

@@ -241,6 +241,13 @@ def test_files_of_equal_names_are_kept_apart(detector: Path, tmp_path: Path) -> 
     assert len(list((tmp_path / "out/drawn").iterdir())) == 3
 
 
+def test_an_image_that_is_given_twice_has_one_result(detector: Path, folder: Path, tmp_path: Path) -> None:
+    image = folder / "00.png"
+    predict(detector, image, folder, image, "-p", "dog", "--output", tmp_path / "out", "--no-draw", "--batch-size", 1)
+    names = [record["image"] for record in records(tmp_path / "out")]
+    assert len(names) == len(set(names)) == COUNT
+
+
 def test_other_settings_need_another_folder(detector: Path, folder: Path, tmp_path: Path) -> None:
     out = ("--output", tmp_path / "out", "--no-draw")
     predict(detector, folder, "-p", "dog", *out)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vg.inference.result import Result
 
 SOME_FAILED = 3  # exit status: images were left out, the results of the others are written
-SETTINGS = ("threshold", "nms", "tile", "overlap", "masks", "dtype", "every")  # that change results
+SETTINGS = ("overrides", "tokenizer", "threshold", "nms", "tile", "overlap", "masks", "dtype", "every")
 EPILOG = """
 INPUT is an image, a folder, a pattern such as 'photos/*.jpg', a video, a URL, a COCO json file, a dataset of the Hub
 (hf://datasets/ORG/NAME:SPLIT), or - for a list of them on standard input. One image is drawn in prediction.png; the
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     from vg.inference.grounder import Grounder, check_fraction, checked_phrases
     from vg.inference.images import is_single
 
-    overrides = [word for word in options.words if _is_override(word)] + options.overrides
+    overrides = options.overrides = [word for word in options.words if _is_override(word)] + options.overrides
     words = [word for word in options.words if not _is_override(word)]
     inputs, phrases = (words, options.phrases) if options.phrases else (words[:1], words[1:])
     if not options.phrases:

@@ -28,7 +28,7 @@ from vg.training.trainer import Trainer
 if TYPE_CHECKING:
     from vg.inference.grounder import Grounder
 
-PICTURE, COMPARISON, EXAMPLE = "predictions.png", "comparison.txt", "example.png"
+PREDICTIONS, COMPARISON, EXAMPLE = "predictions.png", "comparison.txt", "example.png"
 NUM_PHRASES = 5  # in the command that is printed
 
 
@@ -113,13 +113,13 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     table = comparison(before, after)
     write_bytes(folder.path / COMPARISON, f"{table}\n".encode())
     model = load_model(folder.path).to(trainer.accelerator.device)
-    draw_samples(model, config.data, folder.path / PICTURE)
+    draw_samples(model, config.data, folder.path / PREDICTIONS)
     sample = trainer.evaluator.sources[0].load(0, epoch=0)
     save_image(Image.fromarray(sample.image), folder.path / EXAMPLE)
     words = [str(folder.path), str(folder.path / EXAMPLE), *sample.phrases[:NUM_PHRASES]]
     print_above_bar(
         f"{after['data']}, {after['split']}, before and after {after['step']:,} steps:\n{table}\n"
-        f"predictions on it: {folder.path / PICTURE}\n"
+        f"predictions on it: {folder.path / PREDICTIONS}\n"
         f"predict: vg predict {shlex.join(words)}"
     )
 

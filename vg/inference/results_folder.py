@@ -66,11 +66,12 @@ class ResultsFolder:
         return [str(record["image"]) for record in read_records(self._results)]
 
     def lacks(self, name: str) -> bool:
-        """Whether an image has no result yet; called for all images in order, it gives each a file name of its own."""
+        """Whether an image has no result yet, False if asked again; called for all in order, it names their files."""
+        if name in self._stems:  # given twice; its result may not be there yet
+            return False
         stem = re.sub(r"[^\w.#-]+", "_", re.sub(r"\.\w{3,4}$", "", name)).strip("_.")[-150:] or "image"
-        if name not in self._stems:
-            taken = set(self._stems.values())
-            self._stems[name] = next(x for x in chain([stem], (f"{stem}_{n}" for n in count(2))) if x not in taken)
+        taken = set(self._stems.values())
+        self._stems[name] = next(x for x in chain([stem], (f"{stem}_{n}" for n in count(2))) if x not in taken)
         return name not in self.names
 
     def add(self, result: Result, draw: bool, crops: bool) -> None:
