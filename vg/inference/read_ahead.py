@@ -25,6 +25,9 @@ class Ready(NamedTuple):
     prepared: Any
 
 
+Read: TypeAlias = tuple[Ready, list[tuple[str, BadSampleError]]]  # with the images that cannot be read
+
+
 def read_ahead(
     images: Iterator[NamedImage],
     batch_size: int,
@@ -38,7 +41,7 @@ def read_ahead(
         failed: called for an image that cannot be read, which is left out; None raises its BadSampleError.
     """
 
-    def read(batch: list[NamedImage]) -> tuple[Ready, list[tuple[str, BadSampleError]]]:
+    def read(batch: list[NamedImage]) -> Read:
         names, pixels, bad = [], [], []
         for image in batch:
             try:
@@ -49,14 +52,23 @@ def read_ahead(
         return Ready(names, pixels, prepare(pixels) if prepare and pixels else None), bad
 
     batches = iter(lambda: list(islice(images, batch_size)), [])
+    for ready, bad in _ahead(read, batches):
+        for name, error in bad:
+            if failed is None:
+                raise error
+            failed(name, error)
+        if ready.names:
+            yield ready
+
+
+def _ahead(read: Callable[[list[NamedImage]], Read], batches: Iterator[list[NamedImage]]) -> Iterator[Read]:
+    first = list(islice(batches, NUM_THREADS))
+    if len(first) < NUM_THREADS:  # nothing to read while the network runs
+        yield from map(read, first)
+        return
     with ThreadPoolExecutor(NUM_THREADS, "vg-images") as pool:
-        waiting: list[Future[Any]] = [pool.submit(read, batch) for batch in islice(batches, NUM_THREADS)]
+        waiting: list[Future[Read]] = [pool.submit(read, batch) for batch in first]
         while waiting:
-            ready, bad = waiting.pop(0).result()
+            done = waiting.pop(0).result()
             waiting += [pool.submit(read, batch) for batch in islice(batches, 1)]
-            for name, error in bad:
-                if failed is None:
-                    raise error
-                failed(name, error)
-            if ready.names:
-                yield ready
+            yield done
