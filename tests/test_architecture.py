@@ -22,6 +22,7 @@ finetuning -> checkpoint config data distributed evaluation inference models tra
 training   -> evaluation cache checkpoint config data distributed models.base workers
 evaluation -> cache checkpoint config data distributed inference metrics models workers
 cache      -> config data distributed models.base workers
+export     -> cache.datasets config evaluation inference models ops
 inference  -> checkpoint config data metrics.result models.base models.grounding_dino.checkpoints
 web        -> data inference
 checkpoint -> config models.base

@@ -99,7 +99,7 @@ def test_names_that_are_not_unicode(tmp_path: Path) -> None:
         (problem,) = texts.problems([("a", ("cat",)), ("b", ("cat \ud800",))]).items()
         assert problem == (1, r"b: the phrase 'cat \ud800' is not valid Unicode; correct it")
     with pytest.raises(BadSampleError, match="not valid Unicode"):
-        texts.text(["cat \ud800"], ["b"])
+        texts.arrays(["cat \ud800"], ["b"])
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes need POSIX")

@@ -56,9 +56,12 @@ class PredictionError(UserError, RuntimeError):
 def out_of_memory(error: BaseException) -> str:
     """Return the message for the user if there was too little memory, of a GPU or the machine, else ""."""
     found = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # of torch, not imported here
-    if not found and "DefaultCPUAllocator" not in str(error):
+    lines = str(error).strip().splitlines() or ["out of memory"]
+    # The errors of torch and NumPy; that of a data worker is at the end of a traceback.
+    reasons = [line.strip() for line in lines if "DefaultCPUAllocator" in line or "ArrayMemoryError: " in line]
+    if not found and not reasons:
         return ""
-    reason = str(error).strip().partition("\n")[0] or "out of memory"
+    reason = reasons[-1] if reasons else lines[0]
     return (
         f"{reason}: use a smaller data.batch_size (train.accumulate keeps the samples per step), smaller images, or "
         "model.gradient_checkpointing=true where the model has it"

@@ -100,6 +100,20 @@ class Text(NamedTuple):
     image_ids: Tensor  # [R] int64, index of the image that a prompt belongs to: 0, 1, 1, 2, ...
 
 
+class TextArrays(NamedTuple):
+    """Text in NumPy, for inference without torch."""
+
+    token_ids: np.ndarray  # [R, T] int64
+    mask: np.ndarray  # [R, T] bool
+    phrase_tokens: np.ndarray  # [R, P, T] bool
+    image_ids: np.ndarray  # [R] int64
+
+    def tensors(self) -> Text:
+        import torch
+
+        return Text(*map(torch.from_numpy, self))
+
+
 @dataclass(frozen=True)
 class Target(Movable):
     """Ground truth of one sample."""

@@ -215,7 +215,8 @@ class Build:
                 write_records(self.folder.text_records(shard), written)
 
     def _text(self, expressions: Sequence[str]) -> Text:
-        text = Expressions(self.model.text_spec).text(expressions, [self.folder.name] * len(expressions))
+        names = [self.folder.name] * len(expressions)
+        text = Expressions(self.model.text_spec).arrays(expressions, names).tensors()
         return Text(*(tensor.to(self.accelerator.device) for tensor in text))
 
     def _to_half(self, features: Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The command line: `vg train | eval | predict | finetune | web | check | convert | interpolate | cache | ...`.
+"""The command line: `vg train | eval | predict | finetune | web | export | check | convert | interpolate | ...`.
 
 The functions that run a verb import what they need, so that `vg --help` starts without torch.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from vg import __version__
-from vg.cli import check, convert, demo, evaluate, finetune, interpolate, predict, train, web
+from vg.cli import check, convert, demo, evaluate, export, finetune, interpolate, predict, train, web
 from vg.cli.arguments import add_config
 from vg.errors import UserError, out_of_memory, printable
 
@@ -53,6 +53,7 @@ VERBS = {
     "web": Verb("serve a page on which a model can be tried", web.add_arguments, web.run),
     "check": Verb("validate a dataset before training and suggest fixes", check.add_arguments, check.run),
     "convert": Verb("convert a Grounding DINO checkpoint to another format", convert.add_arguments, convert.run),
+    "export": Verb("write a model as ONNX, or for torch.export, and compare it", export.add_arguments, export.run),
     "interpolate": Verb("mix weights before and after fine-tuning", interpolate.add_arguments, interpolate.run),
     "cache": Verb("run frozen encoders once and write their features to data.cache.folder", add_config, cache),
     "config": Verb("print a configuration with its bases, all defaults and overrides", add_config, config),

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vg import boxes as box_ops
+from vg.data.images import normalized
 from vg.data.prompt import Expressions, Prompts
 from vg.types import Batch, ImageSpec, PromptTargets, Sample, Target, Text, TextSpec
 
@@ -32,8 +32,6 @@ class Collator:
     def __init__(self, image_spec: ImageSpec, text_spec: TextSpec, one_prompt: bool = False):
         self.image_spec = image_spec
         self.texts = Prompts(text_spec, one_prompt) if text_spec.delimiters else Expressions(text_spec)
-        self.mean = torch.tensor(image_spec.mean).view(3, 1, 1) * 255
-        self.std = torch.tensor(image_spec.std).view(3, 1, 1) * 255
         # Shared memory: only the first worker of a DataLoader that drops boxes warns.
         self._warned = torch.zeros(1, dtype=torch.bool).share_memory_()
 
@@ -54,12 +52,7 @@ class Collator:
         """Return the images [B, 3, H, W], resized, normalized and padded, and the (height, width) without padding."""
         resized = self.image_spec.resized
         sizes = tuple(resized(sample.image.shape[0], sample.image.shape[1], sample.shortest) for sample in samples)
-        height, width = np.max(sizes, axis=0).tolist()
-        images = torch.zeros(len(samples), 3, height, width)
-        for image, sample, size in zip(images, samples, sizes, strict=True):
-            pixels = torch.tensor(_resized(sample.image, size)).permute(2, 0, 1)  # [3, h, w] uint8
-            image[:, : size[0], : size[1]].copy_(pixels).sub_(self.mean).div_(self.std)
-        return images, sizes
+        return torch.from_numpy(normalized([sample.image for sample in samples], sizes, self.image_spec)), sizes
 
     def _kept_boxes(self, sample: Sample, text: Text, image_id: int) -> np.ndarray:
         """Return which boxes have their phrase in a prompt: [N] bool."""
@@ -75,13 +68,6 @@ class Collator:
                 len(kept),
             )
         return kept
-
-
-def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize [H, W, 3] uint8 to (height, width) with PIL, because other libraries compute other pixels."""
-    if image.shape[:2] == size:
-        return image
-    return np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 def _target(sample: Sample, kept: np.ndarray) -> Target:

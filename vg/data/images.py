@@ -1,4 +1,4 @@
-"""Image files: finding an image under its COCO names, and decoding it."""
+"""Image files: finding an image under its COCO names, decoding it, and making the pixels of a batch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vg.errors import BadSampleError
+from vg.types import ImageSpec
 
 MAX_PIXELS = int(os.environ.get("VG_MAX_PIXELS", 100_000_000))  # larger images are refused: a bomb, or a mistake
 Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, MAX_PIXELS)  # of PIL, which must not be lower
@@ -191,3 +192,26 @@ def array_to_rgb(array: np.ndarray, name: str) -> np.ndarray:
         alpha = array[..., 3:] / np.float32(255)
         array = np.round(array[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
     return np.array(np.broadcast_to(array, (*array.shape[:2], 3)))
+
+
+def normalized(images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]], spec: ImageSpec) -> np.ndarray:
+    """Resize images [H, W, 3] uint8 to (height, width) each and normalize them -> [B, 3, H, W] float32.
+
+    Images smaller than the largest height and width are padded with zeros on the right and below.
+    """
+    mean, std = (np.array(values, np.float32).reshape(3, 1, 1) * 255 for values in (spec.mean, spec.std))
+    height, width = np.max(sizes, axis=0).tolist()
+    batch = np.zeros((len(images), 3, height, width), np.float32)
+    for target, image, size in zip(batch, images, sizes, strict=True):
+        pixels = target[:, : size[0], : size[1]]
+        pixels[:] = _resized(image, size).transpose(2, 0, 1)
+        pixels -= mean
+        pixels /= std
+    return batch
+
+
+def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize [H, W, 3] uint8 to (height, width) with PIL, because other libraries compute other pixels."""
+    if image.shape[:2] == size:
+        return image
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from multiprocessing import Value
+from multiprocessing.context import get_spawning_popen
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from vg.errors import BadSampleError, ConfigError, DataError
-from vg.types import Caption, Sample, Text, TextSpec
+from vg.types import Caption, Sample, Text, TextArrays, TextSpec
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Expressions:
                     f"{sample.id}: its phrases are spans of a caption, and this model takes one expression; set "
                     "captions: phrases for this dataset"
                 )
-        return self.text([_only_phrase(sample.id, sample.phrases) for sample in samples], names)
+        return self.arrays([_only_phrase(sample.id, sample.phrases) for sample in samples], names).tensors()
 
     def problems(self, samples: Sequence[tuple[str, tuple[str, ...]]]) -> dict[int, str]:
         """Return the index and the reason of each sample (id, phrases) for which the call raises BadSampleError."""
@@ -57,17 +58,16 @@ class Expressions:
         rows = self.spec.tokenizer(valid, verbose=False)["input_ids"]
         return self._problems(names, expressions, rows, [len(row) for row in rows]) | invalid
 
-    def text(self, expressions: Sequence[str], names: Sequence[str]) -> Text:
+    def arrays(self, expressions: Sequence[str], names: Sequence[str]) -> TextArrays:
         """Return one prompt per expression; raise BadSampleError with the name of one that the model cannot take."""
         for name, expression in zip(names, expressions, strict=True):
             if not is_unicode(expression):
                 raise BadSampleError(_not_unicode(name, expression))
-        tokens = self.spec.tokenizer(list(expressions), padding=True, return_tensors="pt")
-        token_ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()  # [R, T]
-        problems = self._problems(names, expressions, token_ids.tolist(), mask.sum(dim=1).tolist())
-        for problem in problems.values():
+        tokens = self.spec.tokenizer(list(expressions), padding=True, return_tensors="np")
+        token_ids, mask = tokens["input_ids"], tokens["attention_mask"].astype(bool)  # [R, T]
+        for problem in self._problems(names, expressions, token_ids.tolist(), mask.sum(axis=1).tolist()).values():
             raise BadSampleError(problem)
-        return Text(token_ids, mask, mask.unsqueeze(1), torch.arange(len(expressions)))
+        return TextArrays(token_ids, mask, mask[:, None], np.arange(len(expressions)))
 
     def _problems(
         self, names: Sequence[str], expressions: Sequence[str], rows: Sequence[list[int]], lengths: Sequence[int]
@@ -156,6 +156,10 @@ class Prompts:
 
     def __call__(self, samples: Sequence[Sample]) -> Text:
         """Make the prompts of all samples, in their order; raises BadSampleError as `of_sample`."""
+        return self.arrays(samples).tensors()
+
+    def arrays(self, samples: Sequence[Sample]) -> TextArrays:
+        """Like a call, without torch."""
         prompts = [(i, prompt) for i, sample in enumerate(samples) for prompt in self.of_sample(sample)]
         num_tokens = max(len(prompt.token_ids) for _, prompt in prompts)
         token_ids = np.full((len(prompts), num_tokens), self.padding)  # [R, T]
@@ -167,7 +171,7 @@ class Prompts:
             for phrase, positions in prompt.phrase_tokens.items():
                 phrase_tokens[row, phrase, positions] = True
         image_ids = np.array([i for i, _ in prompts])
-        return Text(*map(torch.from_numpy, (token_ids, mask, phrase_tokens, image_ids)))
+        return TextArrays(token_ids, mask, phrase_tokens, image_ids)
 
     def problems(self, samples: Sequence[tuple[str, tuple[str, ...]]]) -> dict[int, str]:
         """Return the index and the reason of each sample (id, phrases) for which the call raises BadSampleError."""
@@ -294,19 +298,23 @@ class _UnknownWords:
 
     def __init__(self) -> None:
         self.phrases: set[str] = set()
-        self.count = torch.zeros(1, dtype=torch.long).share_memory_()  # of all data workers together
+        self.count = Value("i", 0)  # of all data workers together
+
+    def __reduce__(self) -> Any:
+        """Share the count with a data worker that is being started; other copies count from 0."""
+        return object.__reduce_ex__(self, 2) if get_spawning_popen() else (_UnknownWords, ())
 
     def report(self, name: str, phrase: str) -> None:
-        if phrase in self.phrases or self.count > _MOST_UNKNOWN:
+        if phrase in self.phrases or self.count.value > _MOST_UNKNOWN:
             return
         self.phrases.add(phrase)
-        self.count += 1
-        if self.count > _MOST_UNKNOWN:
+        with self.count:
+            self.count.value += 1
+        if self.count.value > _MOST_UNKNOWN:
             logger.warning("%s: and more phrases of unknown words, which are not reported", name)
             return
         logger.warning(
             "%s: all tokens of the phrase %r are unknown to the tokenizer, so the model confuses it with other unknown "
             "phrases; use other words, or set model.text.tokenizer or data.*.vocabulary.phrases",
-            name,
-            phrase,
+            *(name, phrase),
         )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from vg.config import CheckpointConfig
     from vg.inference.masks import Segmenter
+    from vg.inference.onnx_backend import OnnxBackend
+    from vg.inference.torch_backend import TorchBackend
     from vg.models.base import GroundingModel
 
 THRESHOLD = 0.3  # boxes of a model for many phrases that score less are left out by default
@@ -35,7 +37,8 @@ class Grounder:
         for phrase, score, box in result: ...  # box: (left, top, right, bottom) in pixels
 
     Args:
-        model: a model, or a path for `load_model`: the folder of a run or checkpoint, or a published Grounding DINO.
+        model: a model, or a path for `load_model`: the folder of a run or checkpoint, or a published Grounding DINO; or
+            an .onnx file of `vg export`, which runs without torch.
         device: "cpu", "cuda" or "mps"; by default the fastest one available. The model is moved there.
         tokenizer, overrides, revision: see `load_model`.
         dtype: "fp32", "bf16" or "fp16": precision of the network; the weights stay float32.
@@ -55,15 +58,25 @@ class Grounder:
         dtype: str | None = None,
         revision: str | None = None,
     ):
+        self.backend: TorchBackend | OnnxBackend
+        self.config: CheckpointConfig | None = None
+        self.results: dict[str, Any] | None = None
+        self._segmenters: dict[str, Segmenter] = {}
+        if isinstance(model, (str, Path)) and Path(model).suffix == ".onnx":
+            from vg.inference.onnx_backend import OnnxBackend
+
+            if any((tokenizer, overrides, dtype, revision)):
+                raise ConfigError(
+                    f"{model} takes no tokenizer, overrides, dtype or revision; apply them when exporting it: vg export"
+                )
+            self.backend = OnnxBackend(model, device)
+            return
         from vg.inference.torch_backend import TorchBackend, best_device, checked_device, load
 
         device = best_device() if device is None else checked_device(device)
-        self.config: CheckpointConfig | None = None
-        self.results: dict[str, Any] | None = None
         if isinstance(model, (str, Path)):
             model, self.config, self.results = load(model, tokenizer, overrides, revision)
         self.backend = TorchBackend(model, device, dtype)
-        self._segmenters: dict[str, Segmenter] = {}
 
     @classmethod
     def from_pretrained(
@@ -81,11 +94,16 @@ class Grounder:
 
     @property
     def model(self) -> GroundingModel:
+        """The network; raises ConfigError for an ONNX model."""
+        from vg.inference.onnx_backend import OnnxBackend
+
+        if isinstance(self.backend, OnnxBackend):
+            raise ConfigError("an ONNX model has no network of torch; use the model that it was exported from")
         return self.backend.model
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.model.text_spec.tokenizer
+        return self.backend.tokenizer
 
     @property
     def takes_many(self) -> bool:
@@ -192,7 +210,8 @@ class Grounder:
         pixels = [image.read() for image in named]
         if len(wanted) != len(pixels):
             raise ValueError(f"{len(wanted)} entries in phrases for {len(pixels)} images: give one per image")
-        found = self.backend.predict(self.backend.prepare(pixels, wanted)) if pixels else []
+        prepared: Any = self.backend.prepare(pixels, wanted) if pixels else None
+        found = self.backend.predict(prepared) if pixels else []
         parts = zip(named, pixels, wanted, found, strict=True)
         results = (Result(image.name, array, prompt, *boxes) for image, array, prompt, boxes in parts)
         return [result.above(threshold or 0.0) for result in results]

@@ -17,7 +17,7 @@ _NUM_SHOWN = 20  # boxes in the text of a result
 
 
 class Boxes(NamedTuple):
-    """The boxes of one image, best first."""
+    """The boxes of one image, best first, as a backend predicts them."""
 
     boxes: np.ndarray  # [K, 4] float32, xyxy in pixels
     scores: np.ndarray  # [K] float32, 0..1

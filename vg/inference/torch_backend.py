@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from vg.checkpoint import is_checkpoint, read_model
 from vg.config import CheckpointConfig
@@ -60,6 +61,10 @@ class TorchBackend:
     @property
     def device(self) -> str:
         return str(self.model.device)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.model.text_spec.tokenizer
 
     def to(self, device: str) -> None:
         self.model.to(checked_device(device))

@@ -48,8 +48,8 @@ def sine_encoding(positions: Tensor, dim: int, temperature: float = 20.0, interl
 def rotary_encoding(positions: Tensor, head_width: int, temperature: float = 100.0) -> Tensor:
     """Rotary encoding of 2D positions (Su et al. 2021; half of the channels per axis, as in DINOv3).
 
-    Return [S, head_width / 2] complex values of magnitude 1. With query and key multiplied by those of their positions,
-    their dot product depends on the relative position only.
+    Return [S, head_width / 2, 2], pairs (cosine, sine): complex numbers of magnitude 1. With query and key multiplied
+    by those of their positions, their dot product depends on the relative position only.
 
     Args:
         positions: [S, 2] as (x, y) in 0..1; the highest frequency has two periods per image side.
@@ -58,7 +58,17 @@ def rotary_encoding(positions: Tensor, head_width: int, temperature: float = 100
     steps = torch.arange(head_width // 4, device=positions.device, dtype=torch.float32)
     frequency = 4 * math.pi * temperature ** (-4 * steps / head_width)
     angle = (positions.float().unsqueeze(-1) * frequency).flatten(1)  # [S, head_width / 2]
-    return torch.polar(torch.ones_like(angle), angle)
+    if torch.compiler.is_exporting():  # ONNX has no complex numbers
+        return torch.stack((angle.cos(), angle.sin()), dim=-1)
+    return torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
+
+
+def complex_product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply complex numbers, given as pairs (real, imaginary) that broadcast: [..., 2] each -> [..., 2]."""
+    if torch.compiler.is_exporting():
+        (real, imaginary), (cosine, sine) = a.unbind(-1), b.unbind(-1)
+        return torch.stack((real * cosine - imaginary * sine, real * sine + imaginary * cosine), dim=-1)
+    return torch.view_as_real(torch.view_as_complex(a) * torch.view_as_complex(b))  # one pass over memory, not six
 
 
 def index_in_group(groups: Tensor) -> Tensor:
@@ -120,7 +130,7 @@ class RotaryTransformerLayer(nn.Module):
         """Return [B, S, D] for x [B, S, D].
 
         Args:
-            rotation: [S, D / heads / 2] complex, see rotary_encoding; 1 for a token without position.
+            rotation: [S, D / heads / 2, 2], see rotary_encoding; (1, 0) for a token without position.
             mask: [B, S] bool, False = padding, which no token attends to.
         """
         x = x + self.dropout(self._attend(self.attention_norm(x), rotation, mask))
@@ -130,8 +140,7 @@ class RotaryTransformerLayer(nn.Module):
         value = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, S, D / heads]
         # [B, S, 2 heads, D / heads / 2, 2]
         query_key = self.query_key(x).float().unflatten(-1, (2 * self.heads, -1, 2))
-        # Complex multiplication takes one pass over memory instead of six.
-        rotated = torch.view_as_real(torch.view_as_complex(query_key) * rotation.unsqueeze(1))
+        rotated = complex_product(query_key, rotation.unsqueeze(1))
         query, key = rotated.flatten(-2).to(value.dtype).transpose(1, 2).chunk(2, dim=1)  # [B, heads, S, D / heads]
         dropout = self.dropout.p if self.training else 0.0
         x = F.scaled_dot_product_attention(query, key, value, mask[:, None, None], dropout)

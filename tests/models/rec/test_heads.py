@@ -169,7 +169,7 @@ def test_rotary_encoding_depends_on_relative_positions_only() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.view_as_complex(torch.randn(head_width // 2, 2, generator=generator)) for _ in range(2))
     positions = torch.tensor([[0.1, 0.2], [0.4, 0.3], [0.5, 0.6], [0.8, 0.7]])  # 0 -> 1 equals 2 -> 3
-    rotation = rotary_encoding(positions, head_width)
+    rotation = torch.view_as_complex(rotary_encoding(positions, head_width))
     products = [(query * rotation[a] * (key * rotation[b]).conj()).real.sum() for a, b in ((0, 1), (2, 3), (1, 0))]
     torch.testing.assert_close(products[0], products[1])
     assert not torch.isclose(products[0], products[2])  # the opposite direction differs

@@ -30,9 +30,12 @@ def phrase_scores(logits: Tensor, phrase_tokens: Tensor, extra_tokens: Tensor, s
         weights = phrase_tokens / phrase_tokens.sum(dim=-1, keepdim=True).clamp(min=1)  # [R, P, T]
         scores = probability @ weights.to(probability.dtype).mT
     else:
-        tokens_by_phrase = (phrase_tokens | extra_tokens.unsqueeze(1)).unbind(dim=1)  # P times [R, T]
-        highest = [probability.masked_fill(~tokens.unsqueeze(1), 0).amax(dim=-1) for tokens in tokens_by_phrase]
-        scores = torch.stack(highest, dim=-1)
+        tokens = phrase_tokens | extra_tokens.unsqueeze(1)
+        if torch.compiler.is_exporting():  # with any number of phrases; takes P times the memory
+            scores = probability.unsqueeze(2).masked_fill(~tokens.unsqueeze(1), 0).amax(dim=-1)
+        else:
+            highest = [probability.masked_fill(~x.unsqueeze(1), 0).amax(dim=-1) for x in tokens.unbind(dim=1)]
+            scores = torch.stack(highest, dim=-1)
     return scores.masked_fill(~present, -1.0)
 
 

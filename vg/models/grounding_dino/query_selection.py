@@ -82,21 +82,27 @@ class QuerySelection(nn.Module):
         valid = proposals.isfinite().all(dim=-1, keepdim=True)  # [R, S, 1]
         memory = self.memory_norm(self.memory_projection(image.tokens.masked_fill(~valid, 0.0)))
         logits = self.class_head(memory, text)  # [R, S, T]
-        count = min(len(self.content), logits.shape[1])  # small images have fewer tokens than there are queries
+        count = torch.sym_min(len(self.content), logits.shape[1])  # small images have fewer tokens than Q
         scores = logits.amax(dim=-1)  # [R, S]
         if image.mask is not None:  # padded tokens are all alike and would fill the top-k
             scores = scores.masked_fill(~image.mask, -torch.inf)
-        top = scores.topk(count, dim=1)
-        selected = top.indices.unsqueeze(-1)  # [R, Q, 1]
+        best, indices = best_tokens(scores, count)
+        selected = indices.unsqueeze(-1)  # [R, Q, 1]
 
         boxes = self.box_head(memory.take_along_dim(selected, 1)) + proposals.take_along_dim(selected, 1)
         return Queries(
-            content=self.content[:count].expand(len(logits), -1, -1),
+            content=self.content[:count].expand(logits.shape[0], -1, -1),
             references=boxes.detach(),
             logits=logits.take_along_dim(selected, 1),
             boxes=boxes.sigmoid(),
-            mask=None if image.mask is None else top.values.isfinite(),
+            mask=None if image.mask is None else best.isfinite(),
         )
+
+
+def best_tokens(scores: Tensor, count: int | torch.SymInt) -> tuple[Tensor, Tensor]:
+    """[R, S] -> the highest scores [R, count], best first, and the indices of their tokens [R, count]."""
+    top = scores.topk(count, dim=1)
+    return top.values, top.indices
 
 
 def box_proposals(image: ImageFeatures) -> Tensor:

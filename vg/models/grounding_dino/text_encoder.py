@@ -41,10 +41,10 @@ def sub_sentence_masks(token_ids: Tensor, delimiters: tuple[int, ...]) -> tuple[
     length = token_ids.shape[1]
     column = torch.arange(length, device=token_ids.device)
     is_delimiter = torch.stack([token_ids == delimiter for delimiter in delimiters]).any(dim=0)  # [R, T]
+    is_delimiter, row = is_delimiter.unsqueeze(1), column.unsqueeze(1)  # [R, 1, T], [T, 1]
     # [R, T] column of the next delimiter (or of the token itself, if it is one), and of the last one before it
-    end = torch.where(is_delimiter, column, length).flip(1).cummin(dim=1).values.flip(1)
-    before = torch.where(is_delimiter, column, -1).cummax(dim=1).values.roll(1, dims=1)
-    before[:, :1] = -1
+    end = torch.where(is_delimiter & (column >= row), column, length).amin(dim=2)
+    before = torch.where(is_delimiter & (column < row), column, -1).amax(dim=2)
     closed = (end > 0) & (end < length - 1)
     same_phrase = (end.unsqueeze(1) == end.unsqueeze(2)) & closed.unsqueeze(1)
     diagonal = torch.eye(length, dtype=torch.bool, device=token_ids.device)

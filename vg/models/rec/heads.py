@@ -107,7 +107,8 @@ class DenseHead(nn.Module):
         x = torch.cat((image, self.text_projection(text)), dim=1)  # [R, S + T, D]
         mask = torch.cat((text_mask.new_ones(image.shape[:2]), text_mask), dim=1)  # [R, S + T]
         rotation = rotary_encoding(centers, self.config.width // self.config.heads)
-        rotation = torch.cat((rotation, rotation.new_ones(text.shape[1], rotation.shape[1])))  # words have no position
+        unrotated = rotation.new_tensor([1.0, 0.0]).expand(text.shape[1], rotation.shape[1], -1)
+        rotation = torch.cat((rotation, unrotated))  # [S + T, D / heads / 2, 2]: words have no position
         for layer in self.layers:
             x = layer(x, rotation, mask)
         x = self.norm(x[:, :num_cells])  # [R, S, D]
@@ -149,8 +150,8 @@ class DenseHead(nn.Module):
         boxes, scores = [], []
         for _ in range(min(limit or self.config.num_boxes, weights.shape[1])):
             score, best = (overlap @ weights.unsqueeze(-1)).squeeze(-1).max(dim=1)  # [R]
-            row = torch.arange(len(best), device=best.device)
-            boxes.append(candidates[row, best])
+            best = best[:, None, None]  # [R, 1, 1]
+            boxes.append(candidates.take_along_dim(best, 1).squeeze(1))  # [R, 4]
             scores.append(score.clamp(max=1))  # rounding may exceed 1
-            weights = weights * (1 - overlap[row, best])  # [R, C]
+            weights = weights * (1 - overlap.take_along_dim(best, 1).squeeze(1))  # [R, C]
         return torch.stack(boxes, dim=1), torch.stack(scores, dim=1)

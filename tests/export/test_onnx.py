@@ -1,0 +1,263 @@
+"""Exported models predict what the model predicts, at other sizes than those they were traced with, without torch."""
+
+from __future__ import annotations
+
+import collections
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vg
+from tests.conftest import TINY
+from tests.models.grounding_dino.tiny import tiny_model
+from vg.checkpoint import write_model
+from vg.cli import main
+from vg.config import parse_config
+from vg.errors import CheckpointError, ConfigError, DataError, PredictionError
+from vg.models.base import GroundingModel
+from vg.models.grounding_dino.config import PredictConfig, ResNetConfig
+
+REASON = "optional packages of vg export: pip install onnx onnxscript onnxruntime"
+onnx = pytest.importorskip("onnx", reason=REASON)
+onnxruntime = pytest.importorskip("onnxruntime", reason=REASON)
+pytest.importorskip("onnxscript", reason=REASON)
+
+from vg.export.onnx_file import write_onnx  # noqa: E402
+from vg.export.parity import differences, largest_difference  # noqa: E402
+from vg.inference.onnx_backend import OnnxBackend  # noqa: E402
+from vg.inference.result import Boxes  # noqa: E402
+from vg.inference.torch_backend import TorchBackend  # noqa: E402
+
+SHORT = {"encoder_layers": 1, "decoder_layers": 1}  # tracing takes seconds per layer
+PHRASES = ("hot dog", "dog", "the small red circle", "a cat", "dog")
+
+
+def image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def assert_equal(model: GroundingModel, file: Path, phrases: Iterable[tuple[str, ...]] = (("dog",), PHRASES)) -> None:
+    cases = differences(TorchBackend(model, "cpu"), file, ((64, 96), (40, 33), (90, 90)), phrases)
+    for case in cases:
+        assert case.largest < 1e-4, str(case)
+
+
+def operators(file: Path) -> collections.Counter[str]:
+    graph = onnx.load(file).graph
+    assert {node.domain for node in graph.node} <= {"", "ai.onnx"}, "no custom operator"
+    return collections.Counter(node.op_type for node in graph.node)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of rec with evaluation data."""
+    folder = tmp_path_factory.mktemp("run")
+    data = {"name": "shapes", "image_size": 64, "size": 3}
+    config = parse_config({"model": TINY, "data": {"train": data, "eval": data | {"split": "val"}}})
+    write_model(folder, config.model.build(), config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rec(run: Path) -> Path:
+    """The rec model as an ONNX file, written by the command."""
+    file = run / "rec.onnx"
+    main(["export", str(run), str(file)])
+    return file
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> tuple[GroundingModel, Path]:
+    """A Grounding DINO with Swin, and its ONNX file."""
+    file = tmp_path_factory.mktemp("onnx") / "detector.onnx"
+    model = tiny_model(**SHORT)
+    write_onnx(model, file)
+    return model, file
+
+
+def test_rec_equals_the_model(run: Path, rec: Path) -> None:
+    model = vg.load_model(run)
+    assert_equal(model, rec)
+    assert not operators(rec)["GridSample"]
+
+
+def test_grounding_dino_equals_the_model(detector: tuple[GroundingModel, Path]) -> None:
+    model, file = detector
+    assert_equal(model, file)
+    assert not operators(file)["GridSample"]
+
+
+def test_phrases_in_several_prompts(detector: tuple[GroundingModel, Path]) -> None:
+    """The tokens of a prompt are limited; the boxes of an image come from all of its prompts."""
+    model, file = detector
+    many = tuple(
+        f"{a} {b} {c}" for a in ("red", "blue", "green") for b in ("small", "big") for c in ("dog", "cat", "box")
+    )
+    backend = OnnxBackend(file)
+    (group,) = backend.prepare([image(64, 96)], [many]).groups
+    assert len(group.text.mask) > 1
+    limited = TorchBackend(model, "cpu")
+    limited.collate.texts.max_tokens = backend.settings.max_tokens  # type: ignore[union-attr]
+    for case in differences(limited, file, ((64, 96),), (many,)):
+        assert case.largest < 1e-4, str(case)
+
+
+def test_grid_sample_form_split_with_max_scores(tmp_path: Path) -> None:
+    predict = PredictConfig(score="max", top_k=15, threshold=0.3, nms=0.7)
+    backbone = ResNetConfig(depths=[1, 1, 1, 1], widths=[16, 16, 32, 32])
+    model = tiny_model(**SHORT, backbone=backbone, predict=predict)
+    file = tmp_path / "split.onnx"
+    write_onnx(model, file, "grid-sample", split=True)
+    assert_equal(model, file)
+    assert operators(file)["GridSample"] == 2 * model.config.levels  # type: ignore[union-attr]
+    assert not operators(tmp_path / "split.text.onnx")["GridSample"]
+    expected, found = (grounder(image(64, 96), PHRASES) for grounder in (vg.Grounder(model, "cpu"), vg.Grounder(file)))
+    assert expected.labels == found.labels, "threshold and NMS are applied"
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=0.01)
+    backend = OnnxBackend(file)
+    encoded = []
+    session = backend.text_session
+    backend.text_session = type(
+        "Counting",
+        (),
+        {
+            "run": lambda self, *x: encoded.append(1) or session.run(*x),
+            "get_outputs": lambda self: session.get_outputs(),
+        },
+    )()
+    for seed in range(3):
+        backend.predict(backend.prepare([image(64, 96, seed)], [PHRASES]))
+    assert len(encoded) == 1, "a prompt that repeats is encoded once"
+    (tmp_path / "split.text.onnx").unlink()
+    with pytest.raises(CheckpointError, match=r"split\.text\.onnx does not exist"):
+        OnnxBackend(file)
+
+
+def test_grounder_has_the_same_interface(run: Path, rec: Path, tmp_path: Path) -> None:
+    images = [image(60, 80), image(48, 48, 1)]
+    expected, found = vg.Grounder(run, "cpu"), vg.Grounder(rec)
+    for a, b in zip(expected(images, PHRASES), found(images, PHRASES), strict=True):
+        assert (a.labels, a.phrases) == (b.labels, b.phrases)
+        np.testing.assert_allclose(a.boxes, b.boxes, atol=0.01)
+        np.testing.assert_allclose(a.scores, b.scores, atol=1e-4)
+    assert found.tokenizer("a dog")["input_ids"] == expected.tokenizer("a dog")["input_ids"]
+    with pytest.raises(DataError, match="tokens"):
+        found(images, "dog " * 300)
+    for refused in (found.half, found.bfloat16, found.compile, lambda: found.to("cuda"), lambda: found.model):
+        with pytest.raises(ConfigError, match="an ONNX model"):
+            refused()
+    with pytest.raises(ConfigError, match="vg export"):
+        vg.Grounder(rec, dtype="fp16")
+    with pytest.raises(ConfigError, match="device tpu"):
+        vg.Grounder(rec, "tpu")
+    foreign = tmp_path / "foreign.onnx"
+    model = onnx.load(rec)
+    del model.metadata_props[:]
+    onnx.save(model, foreign)
+    with pytest.raises(CheckpointError, match="not written by vg export"):
+        vg.Grounder(foreign)
+    foreign.write_bytes(b"no model")
+    with pytest.raises(CheckpointError, match="cannot be opened"):
+        vg.Grounder(foreign)
+
+
+WITHOUT_TORCH = """
+import sys
+import vg
+from vg.cli import main
+main(["predict", sys.argv[1], sys.argv[2], "a red circle", "--output", sys.argv[3]])
+print(vg.Grounder(sys.argv[1])(sys.argv[2], ["dog", "cat"]))
+assert "torch" not in sys.modules
+"""
+
+
+def test_prediction_needs_no_torch(rec: Path, tmp_path: Path) -> None:
+    Image.fromarray(image(64, 96)).save(tmp_path / "image.png")
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(rec), str(tmp_path / "image.png"), str(tmp_path / "drawn.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 boxes" in done.stdout
+    assert (tmp_path / "drawn.png").exists()
+
+
+def test_int8_reports_its_loss(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["export", str(run), str(tmp_path / "int8.onnx"), "--int8"])
+    assert "after int8" in capsys.readouterr().out
+    assert operators_of_all_domains(tmp_path / "int8.onnx")["MatMulInteger"] > 0
+    assert len(vg.Grounder(tmp_path / "int8.onnx")(image(64, 64), "dog")) == 1
+
+
+def operators_of_all_domains(file: Path) -> collections.Counter[str]:
+    return collections.Counter(node.op_type for node in onnx.load(file).graph.node)
+
+
+def test_a_difference_is_an_error_and_leaves_no_file(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_network = OnnxBackend.run
+
+    def wrong(self: OnnxBackend, *arguments: Any) -> list[np.ndarray]:
+        boxes, scores, *rest = run_network(self, *arguments)
+        return [boxes, scores + 0.01, *rest]
+
+    monkeypatch.setattr(OnnxBackend, "run", wrong)
+    with pytest.raises(SystemExit, match=r"differs from PyTorch by 0\.01"):
+        main(["export", str(run), str(tmp_path / "wrong.onnx")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_program_of_torch_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rec.pt2"
+    main(["export", str(run), str(file)])
+    assert "largest difference" in capsys.readouterr().out
+    model = TorchBackend(vg.load_model(run), "cpu")
+    images = [image(64, 64), image(64, 64, 1), image(64, 64, 2)]
+    prepared = model.prepare(images, [("dog",)] * 3)
+    batch = prepared.batch
+    program = torch.export.load(file).module(check_guards=False)
+    with torch.no_grad():
+        boxes, scores, _ = program(batch.images, batch.text.token_ids[:1], batch.text.mask[:1])
+    for expected, *found in zip(model.predict(prepared), boxes, scores, strict=True):
+        np.testing.assert_allclose(found[0] * 64, expected.boxes, atol=0.01)
+        np.testing.assert_allclose(found[1], expected.scores, atol=1e-4)
+
+
+def test_wrong_options(run: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (["out.bin"], r"must end with \.onnx or \.pt2"),
+        (["out.pt2", "--split"], r"options of \.onnx"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["export", str(run), *arguments])
+
+
+def test_largest_difference_of_boxes() -> None:
+    boxes = np.array([[0, 0, 10, 10], [5, 5, 20, 20]], np.float32)
+    a = Boxes(boxes, np.array([0.5, 0.4], np.float32), np.array([0, 1]))
+    assert largest_difference(a, a, (100, 100)) == (0, 0)
+    assert largest_difference(Boxes(*(x[:1] for x in a)), a, (100, 100)) == (0, 0), "the others are candidates"
+    moved = a._replace(boxes=boxes + np.array([2, 0, 0, 0], np.float32))
+    assert largest_difference(a, moved, (100, 100))[0] == pytest.approx(0.02)
+    assert largest_difference(a, a._replace(phrase_ids=np.array([1, 0])), (100, 100))[0] == pytest.approx(0.1)
+    assert largest_difference(a, a._replace(phrase_ids=np.array([0, 2])), (100, 100))[0] == np.inf
+    equal = a._replace(scores=np.array([1, 1], np.float32))
+    assert largest_difference(equal, equal._replace(boxes=boxes + 1), (100, 100))[0] == pytest.approx(0.01)
+    none = Boxes(*(x[:0] for x in a))
+    assert largest_difference(none, a, (100, 100)) == (np.inf, np.inf)
+    assert largest_difference(a, none, (100, 100)) == (np.inf, np.inf)
+    assert largest_difference(none, none, (100, 100)) == (0, 0)
+
+
+def test_nan_is_an_error(rec: Path) -> None:
+    backend = OnnxBackend(rec)
+    prepared = backend.prepare([image(64, 64)], [("dog",)])
+    prepared.groups[0].pixels[:] = np.nan
+    with pytest.raises(PredictionError, match="not finite"):
+        backend.predict(prepared)

@@ -1,0 +1,1 @@
+"""Export of models: ONNX files, checked against PyTorch, and programs of torch.export."""
