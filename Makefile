@@ -1,5 +1,6 @@
 # make demo           install, train on embedded drawn scenes, evaluate, draw (runs/demo/)
 # make test           install, run all tests
+# make test-extras    install the optional packages, run the tests that need them
 # make lint           style and types
 # make check-wheel    build the wheel, install it in an empty environment, train 30 steps and predict without the checkout
 # make test-lowest    run the tests with the lowest versions that pyproject.toml allows
@@ -8,13 +9,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint check-wheel test-lowest clean
+.PHONY: demo test test-extras lint check-wheel test-lowest clean
 
 demo: $(VENV)/installed
 	$(BIN)/vg demo
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+test-extras: $(VENV)/installed-extras
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/web tests/export tests/inference tests/test_notebooks.py
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
@@ -43,6 +47,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-lint: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lint]'
+	touch $@
+
+$(VENV)/installed-extras: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,web,export,diffusion]' supervision playwright
 	touch $@
 
 clean:

@@ -18,7 +18,7 @@ from vg.inference.grounder import Grounder
 from vg.models.base import GroundingModel
 from vg.types import Batch, Prediction, TextSpec
 
-web_page = pytest.importorskip("vg.web.page", reason="gradio is not installed: pip install 'visual-grounding[web]'")
+web_page = pytest.importorskip("vg.web.page", reason="gradio is not installed: pip install gradio")
 httpx = pytest.importorskip("httpx")
 
 BOXES = [(20, 10, 60, 40), (100, 50, 180, 90)]  # of the scene, xyxy

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise ConfigError("vg web needs gradio: pip install 'visual-grounding[web]'") from error
+        raise ConfigError("vg web needs gradio: pip install gradio") from error
     grounder = Grounder(options.checkpoint, options.device, options.tokenizer, options.overrides, dtype=options.dtype)
     is_local = Path(options.checkpoint).exists()
     title = Path(options.checkpoint).resolve().name if is_local else options.checkpoint  # not the path of this machine

@@ -49,7 +49,7 @@ def add_adapters(model: GroundingModel, config: LoraConfig) -> None:
     try:
         import peft
     except ImportError as error:
-        raise ConfigError("optim.lora needs the package peft: pip install 'visual-grounding[lora]'") from error
+        raise ConfigError("optim.lora needs the package peft: pip install peft") from error
 
     # Not subclasses: nn.MultiheadAttention, for example, uses the weight of one without calling it, past any adapter.
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
