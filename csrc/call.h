@@ -35,6 +35,12 @@ Tensor as(const Tensor& tensor, ScalarType type) {
 
 Tensor contiguous_as(const Tensor& tensor, ScalarType type) { return torch::stable::contiguous(as(tensor, type)); }
 
+// Returns a copy of a view whose address is not a multiple of 16 bytes, because the CUDA kernels read several numbers at
+// once, and a GPU stops at such an address.
+Tensor aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 ? tensor : torch::stable::clone(tensor);
+}
+
 void check_sizes(const Tensor& tensor, const Sizes& sizes, const char* name) {
   const auto found = tensor.sizes();
   STD_TORCH_CHECK(
@@ -53,12 +59,13 @@ struct Call {
   bool fused() const { return queries.size() == 3; }
   int64_t rows() const { return problem.batch * problem.queries; }
 
-  // half_kernels: whether the kernels support float16 values, and weights, offsets and logits in the dtype of value.
-  Call(const Tensor& given, const Sizes& shapes, const std::vector<Tensor>& tensors, bool half_kernels)
+  // cuda_kernels: whether the kernels are those of deform_attn.cu, which support float16 values, and weights, offsets and
+  // logits in the dtype of value, and need aligned addresses.
+  Call(const Tensor& given, const Sizes& shapes, const std::vector<Tensor>& tensors, bool cuda_kernels)
       : value(given), queries(tensors) {
     sum_type = given.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     query_type = sum_type;
-    if (half_kernels) {
+    if (cuda_kernels) {
       const ScalarType type = given.scalar_type();
       bool same = true;
       for (size_t i = 1; i < queries.size(); ++i) same = same && queries[i].scalar_type() == type;
@@ -69,6 +76,10 @@ struct Call {
     queries[0] = as(queries[0], sum_type);
     if (!fused()) queries[0] = torch::stable::contiguous(queries[0]);
     for (size_t i = 1; i < queries.size(); ++i) queries[i] = contiguous_as(queries[i], query_type);
+    if (cuda_kernels) {
+      value = aligned(value);
+      for (Tensor& tensor : queries) tensor = aligned(tensor);
+    }
     describe_value(shapes);
     describe_queries();
   }

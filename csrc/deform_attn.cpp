@@ -37,7 +37,7 @@ namespace {
 
 #if !defined(VG_LAUNCHERS)
 struct Kernels {
-  static constexpr bool kHalf = false;
+  static constexpr bool kCuda = false;
 
   static void forward(const Call& call, void* output) {
     const CpuKernels kernels = cpu_kernels(call.problem.value_dtype);
@@ -84,7 +84,7 @@ struct Kernels {
 bool deterministic() { return !at::globalContext || at::globalContext().deterministicAlgorithms(); }
 
 struct Kernels {
-  static constexpr bool kHalf = true;
+  static constexpr bool kCuda = true;
 
   static void check(int code) { STD_TORCH_CHECK(code == 0, "deform_attn: ", deform_attn_cuda_error(code)); }
 
@@ -119,7 +119,7 @@ Tensor run_forward(const Tensor& value, const Sizes& shapes, const std::vector<T
 #if defined(VG_WITH_CUDA)
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
 #endif
-  const Call call(value, shapes, queries, Kernels::kHalf);
+  const Call call(value, shapes, queries, Kernels::kCuda);
   const Tensor output = torch::stable::new_empty(call.value, call.output_sizes());
   if (output.numel() > 0) Kernels::forward(call, output.mutable_data_ptr());
   return as(output, value.scalar_type());
@@ -130,9 +130,10 @@ std::vector<Tensor> run_backward(const Tensor& grad, const Tensor& value, const 
 #if defined(VG_WITH_CUDA)
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
 #endif
-  const Call call(value, shapes, queries, Kernels::kHalf);
+  const Call call(value, shapes, queries, Kernels::kCuda);
   const Gradients gradients(call, needs);
-  const Tensor output_gradient = contiguous_as(grad, call.value.scalar_type());  // [B, Q, H * D]
+  Tensor output_gradient = contiguous_as(grad, call.value.scalar_type());  // [B, Q, H * D]
+  if (Kernels::kCuda) output_gradient = aligned(output_gradient);
   check_sizes(output_gradient, call.output_sizes(), "the gradient");
   Kernels::backward(call, output_gradient.const_data_ptr(), gradients.pointers);
   std::vector<Tensor> results;
@@ -163,13 +164,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_attn_fused_backward(
 
 }  // namespace
 
+// Registers the kernels and returns null, or returns why they do not run on this machine. Not a static initializer like
+// STABLE_TORCH_LIBRARY_IMPL, because registered kernels replace the PyTorch implementation for good.
+extern "C" const char* deform_attn_register() {
 #if defined(VG_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(vg, CUDA, library) {
+  if (const int code = deform_attn_cuda_probe()) return deform_attn_cuda_error(code);
+  const char* device = "CUDA";
 #else
-STABLE_TORCH_LIBRARY_IMPL(vg, CPU, library) {
+  const char* device = "CPU";
 #endif
-  library.impl("deform_attn", TORCH_BOX(&deform_attn));
-  library.impl("deform_attn_backward", TORCH_BOX(&deform_attn_backward));
-  library.impl("deform_attn_fused", TORCH_BOX(&deform_attn_fused));
-  library.impl("deform_attn_fused_backward", TORCH_BOX(&deform_attn_fused_backward));
+  using torch::stable::detail::StableLibrary;
+  static StableLibrary library(StableLibrary::Kind::IMPL, "vg", device, __FILE__, __LINE__);
+  static const bool registered = [] {
+    library.impl("deform_attn", TORCH_BOX(&deform_attn));
+    library.impl("deform_attn_backward", TORCH_BOX(&deform_attn_backward));
+    library.impl("deform_attn_fused", TORCH_BOX(&deform_attn_fused));
+    library.impl("deform_attn_fused_backward", TORCH_BOX(&deform_attn_fused_backward));
+    return true;
+  }();
+  (void)registered;
+  return nullptr;
 }

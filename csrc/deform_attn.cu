@@ -256,6 +256,26 @@ int deform_attn_cuda_backward(
   });
 }
 
+#ifndef VG_EMULATE
+__global__ void probe_kernel() {}
+
+int deform_attn_cuda_probe() {
+  constexpr int architectures[] = {__CUDA_ARCH_LIST__};  // in ascending order, 900 for sm_90
+  int count = 0;
+  cudaError_t failure = cudaGetDeviceCount(&count);
+  for (int device = 0; !failure && device < count; ++device) {
+    int major = 0, minor = 0;
+    failure = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (!failure) failure = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (!failure && 100 * major + 10 * minor < architectures[0]) failure = cudaErrorNoKernelImageForDevice;
+  }
+  if (failure) return failure;
+  probe_kernel<<<1, 1>>>();
+  failure = cudaGetLastError();
+  return failure ? failure : cudaDeviceSynchronize();
+}
+#endif
+
 const char* deform_attn_cuda_error(int code) {
   switch (code) {
     case kNone: return "no error";

@@ -81,6 +81,10 @@ int deform_attn_cuda_backward(
     const DeformAttnProblem* problem, const DeformAttnInputs* inputs, const void* grad_output,
     const DeformAttnGradients* gradients, void* workspace, void* stream);
 
+// Returns 0 if these kernels run on the current device and no visible device is older than all architectures they were
+// compiled for. It launches an empty kernel and synchronizes: GPUs and drivers that are too old differ in how they fail.
+int deform_attn_cuda_probe(void);
+
 const char* deform_attn_cuda_error(int code);
 
 #ifdef __cplusplus

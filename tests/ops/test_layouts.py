@@ -11,12 +11,13 @@ from vg.ops import deform_attn, deform_attn_fused, reference
 from vg.ops.reference import compute_dtype
 
 FOUR = ((6, 9), (4, 5), (0, 0), (1, 3))
-# Levels, channels D, points P, and the offset of value from an aligned address in elements.
+# Levels, channels D, points P, and the offset of all inputs from an aligned address in elements.
 LAYOUTS = {
     "published": (FOUR, 32, 4, 0),
     "published, not aligned": (FOUR, 32, 4, 1),
     "wide head": (FOUR[:2], 64, 4, 0),
     "narrow head": (FOUR, 8, 1, 0),
+    "narrow head, not aligned": (FOUR, 8, 1, 1),
     "channels that leave lanes idle": (FOUR[:1], 40, 3, 0),
     "channels that no vector divides": (FOUR[:2], 30, 4, 0),
     "more points than lanes": ((*FOUR, (3, 2)), 16, 8, 0),
@@ -41,7 +42,7 @@ def test_every_layout_equals_the_reference(form: str, layout: str, dtype: torch.
     value, positions, *rest = (x.detach() for x in make(shapes, B=2, Q=7, H=3, D=D, P=P, dtype=dtype, device=device))
     if form.endswith("value"):
         rest = [x.to(dtype) for x in rest]
-    inputs = tuple(x.requires_grad_() for x in (at_offset(value, elements), positions, *rest))
+    inputs = tuple(at_offset(x, elements).requires_grad_() for x in (value, positions, *rest))
     exact = [x.detach().to(compute_dtype(value)) for x in inputs]
 
     op = deform_attn if form == "plain" else deform_attn_fused
@@ -60,3 +61,15 @@ def test_every_layout_equals_the_reference(form: str, layout: str, dtype: torch.
     for x, y, given in zip(found, expected, inputs, strict=True):
         assert x.dtype == given.dtype
         assert_near(x, y, given.dtype, times=4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_gradient_at_an_odd_address(device: str) -> None:
+    shapes, D, P, _ = LAYOUTS["published"]
+    inputs = plain(shapes, D=D, P=P, dtype=torch.float32, device=device)
+    output = deform_attn(inputs[0], shapes, *inputs[1:])
+    weight = torch.linspace(-1, 1, output.numel(), device=device).view(output.shape)
+    expected = torch.autograd.grad(output, inputs, weight, retain_graph=True)
+    found = torch.autograd.grad(output, inputs, at_offset(weight, 1))
+    for x, y in zip(found, expected, strict=True):
+        assert_near(x, y, torch.float32)

@@ -9,6 +9,7 @@ A library comes from the wheel or is built once into the user's cache. Environme
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ SETTINGS = ("auto", "reference", "cpp", "emulate")
 PACKAGE = Path(__file__).parents[1]
 # No -ffast-math: results depend on NaN and infinity. Libraries of the stable ABI of torch 2.10 load in later versions.
 FLAGS = ("-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-WHEEL_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))  # GPUs that a wheel contains kernels for
+WHEEL_CAPABILITIES = ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))  # GPUs that a wheel contains kernels for
 HOST_FLAGS = ("-fPIC", "-fno-math-errno", "-fno-trapping-math")
 
 
@@ -69,18 +69,35 @@ def backend(device: str) -> Backend:
 
 
 def _load(name: str) -> str:
-    """Load a library into torch and return its origin."""
-    prebuilt = prebuilt_path(name)
+    """Register the kernels of a library with torch and return its origin, and why a prebuilt one was not used."""
+    prebuilt, unusable = prebuilt_path(name), ""
     if prebuilt.exists():
-        with suppress(OSError):  # made for a newer system: build one for this system
-            torch.ops.load_library(prebuilt)
+        try:
+            _register(prebuilt)
             return f"prebuilt: {prebuilt}"
-    path = library_in_cache(name)
+        except BuildError as error:  # made for a newer system or for other GPUs: build one for this system
+            unusable = f"; {error}"
     try:
-        torch.ops.load_library(path)
+        path = library_in_cache(name)
+        _register(path)
+    except BuildError as error:
+        raise BuildError(f"{error}{unusable}") from error
+    return f"built from source: {path}{unusable}"
+
+
+def _register(path: Path) -> None:
+    """Load a library and register its kernels, which for CUDA runs one of them first.
+
+    Raises:
+        BuildError: the library does not load, or its kernels do not run on this GPU or with this driver.
+    """
+    try:
+        register = ctypes.CDLL(str(path)).deform_attn_register
     except OSError as error:
         raise BuildError(f"{path} does not load: {error}") from error
-    return f"built from source: {path}"
+    register.restype = ctypes.c_char_p
+    if (problem := register()) is not None:
+        raise BuildError(f"{path} does not run on this machine: {problem.decode()}")
 
 
 def prebuilt_path(name: str) -> Path:
@@ -95,25 +112,36 @@ def library_in_cache(name: str) -> Path:
     """Return the library in the user's cache; if it is missing, one process builds it while the others wait."""
     command = _command(name)
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vg" / "ops"
+    cache = _cache() / "vg" / "ops"
     path = cache / f"{name}-{_hash_of_sources(*command, version, torch.__version__)}.so"
-    if path.exists():
-        return path
-    if os.environ.get("VG_BUILD") == "0":
-        raise BuildError("VG_BUILD=0 forbids building the kernels, and no earlier build is in the cache.")
-    if sys.platform == "win32":
-        raise BuildError("There are no kernels for Windows yet; use Linux in WSL.")
-    import fcntl
-
     try:
+        if path.exists():
+            return path
+        if os.environ.get("VG_BUILD") == "0":
+            raise BuildError("VG_BUILD=0 forbids building the kernels, and no earlier build is in the cache.")
+        if sys.platform == "win32":
+            raise BuildError("There are no kernels for Windows yet; use Linux in WSL.")
+        import fcntl
+
         cache.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, even if the process dies
             if not path.exists():
                 compile_library(name, path)
     except OSError as error:
-        raise BuildError(f"The kernel cache is not writable: {error}. Set XDG_CACHE_HOME to another folder.") from error
+        raise BuildError(
+            f"The kernel cache cannot be read or written: {error}. Set XDG_CACHE_HOME to another folder."
+        ) from error
     return path
+
+
+def _cache() -> Path:
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError as error:  # a user without an entry in the password database, as in some containers
+        raise BuildError(f"There is no folder for the kernel cache: {error} Set XDG_CACHE_HOME to a folder.") from error
 
 
 def compile_library(name: str, path: Path) -> None:

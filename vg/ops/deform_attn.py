@@ -164,7 +164,8 @@ def _default(name: str, function: Any) -> Any:
     def run(*inputs: Any) -> Any:
         device = inputs[0].device.type
         if device not in loaded:
-            chosen = backend(device)
+            with torch.cuda.device_of(inputs[0]):  # loading runs a kernel on the current device
+                chosen = backend(device)
             loaded.add(device)  # after loading: if a required library fails to load, the next call must fail too
             if chosen.name != "reference":
                 return getattr(torch.ops.vg, name)(*inputs)
