@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from scripts.benchmarks.machine import machine
 from scripts.benchmarks.trainer import WARM_UP, trainer_times
 from vg.config import load_config
 from vg.training.trainer import Trainer
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    machine("cpu")
     rows = [train(name, ROWS[name], options.minutes, options.split) for name in options.only]
     columns = ["head", "steps", "Acc@0.5", *EXPRESSION_TYPES, "mIoU", "mAP@50", "Acc@0.5 squared"]
     print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

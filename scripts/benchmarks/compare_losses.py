@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from scripts.benchmarks.machine import machine
 from scripts.benchmarks.transformers_loss import SETTINGS, transformers_loss
 from vg.config import RunConfig, load_config
 from vg.data.collate import Collator
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help="(default: all)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    machine("cpu")
     config = load_config(DEMO, [DENOISING, f"train.max_steps={options.steps}", f"train.seed={options.seed}"])
     curves = {name: train(name, config, max(1, options.steps // options.points)) for name in options.only}
 

@@ -14,13 +14,11 @@ import argparse
 import ctypes
 import gc
 import json
-import os
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ import torch
 from torch import Tensor
 
 from scripts.benchmarks.deform_attn_contenders import Case, Contender, contenders, ours
+from scripts.benchmarks.machine import machine
 from vg.ops import reference
 
 HEADS, CHANNELS, POINTS, DECODER_QUERIES = 8, 32, 4, 900  # of Grounding DINO
@@ -42,6 +41,7 @@ TOLERANCE = {
     torch.bfloat16: 3e-2,
 }  # of our kernels, relative to largest entry
 MIN_ROUNDS = 3
+SLEEP_CYCLES = 10_000_000  # 5 to 7 ms, more than Python needs to launch the kernels of a call
 
 
 # ---- inputs -------------------------------------------------------------------------------------------------------
@@ -118,7 +118,10 @@ class Clock:
         self.l2 = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if self.cuda else None
 
     def milliseconds(self, run: Callable[[], object], cold: bool = False) -> float:
-        """Measure a call after a warm-up call; `cold` (CUDA) clears the L2 cache first, as other layers would."""
+        """Measure a call after a warm-up call; `cold` (CUDA) clears the L2 cache first, as other layers would.
+
+        The GPU waits until all kernels of the call are queued, because launching them takes longer than running them.
+        """
         run()
         if self.l2 is None:
             start = self.now()
@@ -127,6 +130,7 @@ class Clock:
         if cold:
             self.l2.zero_()
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(SLEEP_CYCLES)
         before.record()
         run()
         after.record()
@@ -173,8 +177,8 @@ def measure(
             print(f"{case.name}: {name} fails: {str(error).splitlines()[0][:100]}")
             runs.pop(name, None)
             continue
-        if contender is ours and row["error"] > (limit := TOLERANCE[case.inputs[0].dtype]):
-            raise AssertionError(f"{case.name}: {name} is wrong: relative error {row['error']:.1e} > {limit:.0e}")
+        if contender is ours and not row["error"] <= (limit := TOLERANCE[case.inputs[0].dtype]):  # also for NaN
+            row["fault"] = f"{case.name}: {name} is wrong: relative error {row['error']:.1e}, allowed {limit:.0e}"
         rows[name] = {**row, "contender": name}
     times: dict[tuple[str, bool], list[float]] = {(name, cold): [] for name in runs for cold in {False, clock.cuda}}
     start = time.perf_counter()
@@ -190,20 +194,6 @@ def measure(
 
 
 # ---- output -------------------------------------------------------------------------------------------------------
-
-
-def machine(device: str) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        cpu = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
-    return {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "load": [round(x, 1) for x in os.getloadavg()],  # more than the number of cores: the machine was busy
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-    }
 
 
 def print_table(rows: list[dict[str, Any]], baseline: str) -> None:
@@ -234,7 +224,6 @@ def main() -> None:
         torch.set_num_threads(options.threads)
 
     about = machine(options.device)
-    print("  ".join(f"{key} {value}" for key, value in about.items()))
     everyone = {name: run for name, run in contenders(options.device).items() if name not in options.without}
     baseline = "official" if "official" in everyone else "transformers"
     print(f"ratios: speed relative to {baseline}; memory: peak during the call above the memory before it")
@@ -246,8 +235,10 @@ def main() -> None:
             rows = measure(case, backward, everyone, clock, options.seconds)
             print_table(rows, baseline)
             results += rows
-    if options.json:
-        options.json.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
+            if options.json:  # after each case, so an interrupted run keeps its results
+                options.json.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
+    if faults := [row["fault"] for row in results if "fault" in row]:
+        sys.exit("\n".join(faults))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,15 +28,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
+from transformers.models.grounding_dino import modeling_grounding_dino
 from transformers.utils.logging import disable_progress_bar
 
-from scripts.benchmarks.deform_attn import DTYPES, Clock, machine
+from scripts.benchmarks.deform_attn import DTYPES, Clock
+from scripts.benchmarks.machine import machine
+from scripts.benchmarks.text_positions import correct_text_positions
 from vg.models.grounding_dino.checkpoints import read_checkpoint
 from vg.models.grounding_dino.model import GroundingDino
 from vg.ops import backend_info
 from vg.types import Batch, PromptTargets, Text
 
 TRANSFORMERS, NEW, SAME = "transformers", "vg, new prompt", "vg, same prompt"
+SAME_QUERY = "same query at the same rank"  # share
 TOLERANCE = 1e-4  # absolute for boxes in 0..1; relative to the largest entry for other outputs
 SPECIAL = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?"}
 FIRST_WORD = 2000
@@ -67,6 +72,7 @@ def model_of_transformers(config: GroundingDinoConfig) -> GroundingDinoForObject
     Otherwise half of the model would not affect the outputs. Box updates are small because the images are noise: with
     large updates the features at a box would change so much that rounding errors double in each layer.
     """
+    correct_text_positions(modeling_grounding_dino)
     torch.manual_seed(0)
     model = GroundingDinoForObjectDetection(config)
     for name, weights in model.named_parameters():
@@ -148,13 +154,10 @@ def call(case: Case, contender: str, forward: Forward) -> Callable[[], Any]:
 
 @torch.no_grad()
 def differences(case: Case, theirs: GroundingDinoForObjectDetection, ours: GroundingDino) -> dict[str, float]:
-    """Return the largest differences of the float32 outputs for the same images and prompts.
+    """Return the largest differences of the float32 outputs for the same images and prompts; see `faults_of`.
 
     The selected image tokens and their order may differ if two scores are almost equal. The scores are therefore
     compared rank by rank, and our decoder starts from the queries that transformers selected.
-
-    Raises:
-        SystemExit: a difference is above TOLERANCE.
     """
     images, ids = pixels(case), prompts(case)
     torch.backends.cudnn.allow_tf32 = False
@@ -178,9 +181,13 @@ def differences(case: Case, theirs: GroundingDinoForObjectDetection, ours: Groun
     }
     summary = ", ".join(f"{name} {difference:.0e}" for name, difference in found.items())
     print(f"{case.images} images, {case.phrases} phrases, {length} tokens: largest differences: {summary}", flush=True)
-    if not all(difference < TOLERANCE for difference in found.values()):  # also stops for NaN
-        raise SystemExit(f"the outputs differ by more than {TOLERANCE}")
-    return found | {"same query at the same rank": float(same.float().mean())}
+    return found | {SAME_QUERY: float(same.float().mean())}
+
+
+def faults_of(case: Case, found: dict[str, float]) -> list[str]:
+    """Return a message per difference that is NaN or above TOLERANCE."""
+    wrong = {name: x for name, x in found.items() if name != SAME_QUERY and not x < TOLERANCE}
+    return [f"{case}: {name} differ by more than {TOLERANCE} from transformers: {x:.1e}" for name, x in wrong.items()]
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -271,7 +278,7 @@ def set_up(
     if options.threads:
         torch.set_num_threads(options.threads)
     about = machine(options.device) | {"operator": backend_info()[options.device].name}
-    print("  ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"operator {about['operator']}")
     theirs = model_of_transformers(config)
     ours = model_of_vg(theirs).to(options.device)
     return about, theirs.to(options.device), ours
@@ -287,10 +294,15 @@ def main(config: GroundingDinoConfig | None = None) -> None:
     config = config or GroundingDinoConfig()
     about, theirs, ours = set_up(options, config)
     contenders = forwards(theirs, ours)
-    results, compared = [], []
+    results, compared, faults = [], [], []
     for images, phrases in product(options.images, options.phrases):
         plain = Case(images, phrases, size=tuple(options.size), device=options.device)
-        compared.append(asdict(plain) | differences(plain, theirs, ours))
+        try:  # faults are reported at the end: the figures do not depend on them
+            found = differences(plain, theirs, ours)
+            compared.append(asdict(plain) | found)
+            faults += faults_of(plain, found)
+        except Exception as error:
+            faults.append(f"{plain}: the comparison with transformers failed: {error!r}")
         for dtype, compiled in product(options.dtypes, (False, True) if options.compile else (False,)):
             case = replace(plain, dtype=dtype, compiled=compiled)
             torch.compiler.reset()
@@ -298,8 +310,10 @@ def main(config: GroundingDinoConfig | None = None) -> None:
             print_table(case, rows)
             results += rows
             if options.json:  # after each case, so an interrupted run keeps its results
-                found = {"machine": about, "differences": compared, "results": results}
-                options.json.write_text(json.dumps(found, indent=1) + "\n")
+                everything = {"machine": about, "differences": compared, "faults": faults, "results": results}
+                options.json.write_text(json.dumps(everything, indent=1) + "\n")
+    if faults:
+        sys.exit("\n".join(faults))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from scripts.benchmarks.machine import machine
 from vg.inference.onnx_backend import OnnxBackend
 from vg.inference.torch_backend import TorchBackend, load_model
 
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    machine("cpu")
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, (*options.size, 3), dtype=np.uint8) for _ in range(options.batch)]
     words = [

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 import torch
 from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 
+from scripts.benchmarks.machine import machine
 from vg.ops import backend_info, patch_transformers
 
 TOKENS = [101, 1037, 4937, 1012, 1037, 6556, 2491, 1012, 102]  # "a cat. a remote control."
@@ -31,6 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    machine(options.device)
 
     torch.manual_seed(0)
     model = GroundingDinoForObjectDetection(GroundingDinoConfig()).eval().to(options.device)

@@ -9,7 +9,6 @@ of a row run in turn in one process after one warm-up call each, and the median 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -22,8 +21,8 @@ from PIL import Image
 from transformers import GroundingDinoConfig
 
 import vg
-from scripts.benchmarks.deform_attn import machine
 from scripts.benchmarks.grounding_dino import model_of_transformers, model_of_vg
+from scripts.benchmarks.machine import machine
 
 WORDS = [f"word{number}" for number in range(3000, 3080)]
 
@@ -53,6 +52,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    machine("cpu")
 
     model = model_of_vg(model_of_transformers(GroundingDinoConfig()))
     model.config.image.shortest, model.config.image.longest = options.side, round(options.side * 1333 / 800)
@@ -87,7 +87,6 @@ def main() -> None:
             lambda: list(grounder(folder, WORDS[:1])),
             lambda: [backend.predict(batch) for batch in batches],
         )
-    print(json.dumps(machine("cpu")))
     print("| row | s | s | ratio |\n|---|---:|---:|---:|")
     for name, (first, second, ratio) in rows.items():
         print(f"| {name} | {first:.2f} | {second:.2f} | {ratio:.2f} |")

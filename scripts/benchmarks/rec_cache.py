@@ -22,6 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModel
 
+from scripts.benchmarks.machine import machine
 from vg.cache.build import build_cache
 from vg.cache.datasets import training_dataset
 from vg.config import RunConfig, parse_config
@@ -144,6 +145,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    machine(options.device)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from scripts.benchmarks.machine import machine
 from vg.config import RunConfig, load_config
 from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="steps of each loop per round (default: %(default)s)")
     options = parser.parse_args()
+    machine("cuda" if torch.cuda.is_available() else "cpu")
 
     rates: dict[str, list[float]] = {"bare loop": [], "trainer": []}
     for _ in range(options.rounds):

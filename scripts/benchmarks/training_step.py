@@ -16,8 +16,11 @@ during a step above weights and AdamW state, so it includes gradients; on a CPU 
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -36,12 +39,12 @@ from scripts.benchmarks.grounding_dino import (
     Case,
     batch_of,
     differences,
+    faults_of,
     model_of_transformers,
     model_of_vg,
     parser_of,
     pixels,
     prompts,
-    seconds,
     set_up,
 )
 from scripts.benchmarks.transformers_loss import SETTINGS
@@ -80,11 +83,11 @@ def optimizer_of(model: nn.Module) -> AdamW:
 
 
 def with_checkpointing(ours: GroundingDino) -> GroundingDino:
-    """Build a second model with the same parameters."""
+    """Build a second model with the same parameters, on the same device."""
     model = replace(ours.config, gradient_checkpointing=True).build(pretrained=False)
     model.load_state_dict(ours.state_dict(keep_vars=True), assign=True)
     model.text_spec = ours.text_spec  # its vocabulary file is deleted
-    return model
+    return model.to(next(ours.parameters()).device)  # buffers that a state dict lacks, such as the indices of Swin
 
 
 def loss_of_transformers(model: GroundingDinoForObjectDetection, batch: Batch) -> Tensor:
@@ -143,21 +146,23 @@ def call(case: Case, contender: Contender) -> Callable[[], Tensor]:
 
 
 @torch.no_grad()
-def losses(case: Case, theirs: GroundingDinoForObjectDetection, ours: GroundingDino) -> dict[str, float]:
-    """Return our loss terms of the last decoder layer, after comparing them with those of transformers.
-
-    Raises:
-        SystemExit: a term differs by more than TOLERANCE.
-    """
+def losses(case: Case, theirs: GroundingDinoForObjectDetection, ours: GroundingDino) -> dict[str, tuple[float, float]]:
+    """Return the loss terms of the last decoder layer, ours and those of transformers; see `loss_faults`."""
     batch = labeled(case)
     terms = outputs_of_transformers(theirs, batch).loss_dict
     expected = {"class": SETTINGS.class_weight * terms["loss_ce"], "l1": SETTINGS.l1 * terms["loss_bbox"]}
     expected |= {"giou": SETTINGS.giou * terms["loss_giou"]}
     found = {str(name): value for name, value in ours.loss(ours(batch), batch).items()}
-    for name, value in expected.items():
-        if not abs(found[name] - value) < TOLERANCE * value:
-            raise SystemExit(f"the {name} loss is {found[name]:.4f}, that of transformers {value:.4f}")
-    return {name: float(found[name]) for name in expected}
+    return {name: (float(found[name]), float(value)) for name, value in expected.items()}
+
+
+def loss_faults(terms: dict[str, tuple[float, float]]) -> list[str]:
+    """Return a message per loss term that is NaN or differs by more than TOLERANCE."""
+    return [
+        f"the {name} loss is {ours:.4f}, that of transformers {theirs:.4f}"
+        for name, (ours, theirs) in terms.items()
+        if not abs(ours - theirs) < TOLERANCE * theirs
+    ]
 
 
 def peak_bytes_alone(config: GroundingDinoConfig, case: Case, name: str, threads: int) -> int | None:
@@ -180,44 +185,59 @@ def peak_bytes(config: GroundingDinoConfig, case: Case, name: str, step: Callabl
 
 def measure(
     config: GroundingDinoConfig, case: Case, everyone: dict[str, Contender], rounds: int, memory: bool
-) -> list[dict[str, Any]]:
-    """Return one row per contender; on a CPU memory is measured first, before this process allocates gradients."""
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield one row per contender after every round; transformers may fail or lose its weights to NaN, vg may not.
+
+    On a CPU memory is measured first, before this process allocates gradients.
+    """
     steps = {name: call(case, contender) for name, contender in everyone.items()}
     peaks: dict[str, int | None] = {}
     if memory and case.device == "cpu":
         peaks = {name: peak_bytes(config, case, name, steps[name]) for name in steps}
-    for name, step in steps.items():
-        if not step().isfinite():
-            raise SystemExit(f"the loss of {name} is not finite")
-    if memory and case.device == "cuda":
-        peaks = {name: peak_bytes(config, case, name, steps[name]) for name in steps}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(seconds(case, step))
-            print(f"{name}: {times[name][-1]:.3f} s", flush=True)
-    medians = {name: statistics.median(times[name]) for name in steps}
-    return [
-        {
-            **asdict(case),
-            "boxes": BOXES,
-            "rounds": rounds,
-            "contender": name,
-            "seconds": medians[name],
-            "samples_per_second": case.images / medians[name],
-            "times_as_fast": medians[TRANSFORMERS] / medians[name],
-            "peak_bytes": peaks.get(name),
-        }
-        for name in steps
-    ]
+    last_losses: dict[str, float] = {}
+    times: dict[str, list[float]] = {}
+    for index in range(-1, rounds):
+        for name in list(steps):
+            try:
+                start = time.perf_counter()
+                last_losses[name] = float(steps[name]())  # waits for the GPU
+                seconds = time.perf_counter() - start
+                if index < 0 and memory and case.device == "cuda":
+                    peaks[name] = peak_bytes(config, case, name, steps[name])
+            except Exception as error:  # keeps the times of earlier rounds
+                if name != TRANSFORMERS:
+                    raise
+                print(f"{name} fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}", flush=True)
+                del steps[name]
+                continue
+            if index >= 0:  # the first round warms up
+                times.setdefault(name, []).append(seconds)
+                print(f"{name}: {seconds:.3f} s", flush=True)
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        yield [
+            {
+                **asdict(case),
+                "boxes": BOXES,
+                "rounds": len(times[name]),
+                "contender": name,
+                "seconds": medians[name],
+                "samples_per_second": case.images / medians[name],
+                "times_as_fast": medians[TRANSFORMERS] / medians[name] if TRANSFORMERS in medians else None,
+                "peak_bytes": peaks.get(name),
+                "loss_is_finite": math.isfinite(last_losses[name]),
+            }
+            for name in times
+        ]
 
 
 def print_table(case: Case, rows: list[dict[str, Any]]) -> None:
     base = next(row["peak_bytes"] for row in rows if row["contender"] == VG)
     for row in rows:
-        speed = f"{row['samples_per_second']:8.3f} samples/s {row['times_as_fast']:5.2f}x"
+        ratio = "" if row["times_as_fast"] is None else f"{row['times_as_fast']:5.2f}x"
+        speed = f"{row['samples_per_second']:8.3f} samples/s {ratio:6}"
         peak = "" if not base else f"{row['peak_bytes'] / 2**20:7.0f} MiB, {row['peak_bytes'] / base:4.0%} of vg"
-        print(f"{case!s:42} {row['contender']:18} {row['seconds'] * 1e3:9.1f} ms {speed} {peak}", flush=True)
+        note = "" if row["loss_is_finite"] else "  the loss is not finite"
+        print(f"{case!s:42} {row['contender']:18} {row['seconds'] * 1e3:9.1f} ms {speed} {peak}{note}", flush=True)
 
 
 def main(config: GroundingDinoConfig | None = None) -> None:
@@ -230,12 +250,27 @@ def main(config: GroundingDinoConfig | None = None) -> None:
     about, theirs, ours = set_up(options, config)
     everyone = contenders(theirs, ours)
     plain = Case(options.images, options.phrases, size=tuple(options.size), device=options.device)
-    compared = differences(plain, theirs, ours) | losses(plain, theirs, ours)
-    case = replace(plain, dtype=options.dtype)
-    rows = measure(config, case, everyone, options.rounds, not options.no_memory)
-    print_table(case, rows)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": about, "same": compared, "results": rows}, indent=1) + "\n")
+    compared: dict[str, Any] = {}
+    faults: list[str] = []  # reported at the end: the figures do not depend on them
+    try:
+        compared["differences"] = differences(plain, theirs, ours)
+        compared["losses"] = losses(plain, theirs, ours)
+        faults = faults_of(plain, compared["differences"]) + loss_faults(compared["losses"])
+    except Exception as error:  # such as NaN in the matching costs of transformers
+        faults = [f"the comparison with transformers failed: {error!r}"]
+    rows: list[dict[str, Any]] = []
+    for rows in measure(config, replace(plain, dtype=options.dtype), everyone, options.rounds, not options.no_memory):
+        if options.json:  # after each round, so an interrupted run keeps its results
+            found = {"machine": about, **compared, "faults": faults, "results": rows}
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+    print_table(replace(plain, dtype=options.dtype), rows)
+    faults += [
+        f"the loss of {row['contender']} is not finite"
+        for row in rows
+        if not row["loss_is_finite"] and row["contender"] != TRANSFORMERS
+    ]
+    if faults:
+        sys.exit("\n".join(faults))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor
 
 from tests.models.grounding_dino.published import BERT, random_model
 from vg.config import dump_config, load_config
@@ -62,10 +64,13 @@ def test_outputs_are_compared_and_differences_are_an_error(benchmark: ModuleType
         weights = ours.get_parameter(name)
         before = weights.detach().clone()
         torch.nn.init.uniform_(weights)
-        with pytest.raises(SystemExit, match="differ by more than"):
-            benchmark.differences(case, theirs, ours)
+        faults = benchmark.faults_of(case, benchmark.differences(case, theirs, ours))
+        assert any("logits differ by more than 0.0001 from transformers" in fault for fault in faults)
         weights.data = before
-    benchmark.differences(case, theirs, ours)
+    assert benchmark.faults_of(case, benchmark.differences(case, theirs, ours)) == []
+    assert benchmark.faults_of(case, {"boxes": float("nan")}) == [
+        f"{case}: boxes differ by more than 0.0001 from transformers: nan"
+    ]
 
 
 def test_new_prompts_are_encoded_and_equal_prompts_are_cached(benchmark: ModuleType, models: tuple[Any, Any]) -> None:
@@ -162,10 +167,12 @@ def test_training_steps_have_equal_losses_and_update_weights(
     ours = benchmark.model_of_vg(theirs)
     case = benchmark.Case(2, 3, size=(96, 128))
     everyone = training.contenders(theirs, ours)
-    assert training.losses(case, theirs, ours).keys() == {"class", "l1", "giou"}
+    terms = training.losses(case, theirs, ours)
+    assert terms.keys() == {"class", "l1", "giou"}
+    assert training.loss_faults(terms) == []
+    assert training.loss_faults({"l1": (float("nan"), 1.0)}) == ["the l1 loss is nan, that of transformers 1.0000"]
     monkeypatch.setattr(ours.config, "loss", LossConfig())  # class weight 1 instead of 2
-    with pytest.raises(SystemExit, match="the class loss is"):
-        training.losses(case, theirs, ours)
+    assert training.loss_faults(training.losses(case, theirs, ours))[0].startswith("the class loss is")
 
     for name, (model, _, optimizer) in everyone.items():
         before = [weights.detach().clone() for weights in model.parameters()]
@@ -205,6 +212,105 @@ def test_ablation_rows_differ_and_their_commands_repeat_them(
     output = capsys.readouterr().out
     assert f"OMP_NUM_THREADS={torch.get_num_threads()} vg train configs/rec/small.yaml" in output
     assert f"| {pooled} | {row['steps']} | {100 * row['acc@0.5']:.1f} |" in output
+
+
+def test_faults_and_nan_of_transformers_do_not_end_the_training_benchmark(
+    config: transformers.GroundingDinoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts.benchmarks import training_step as training
+
+    path = tmp_path / "results.json"
+    command = "benchmark --device cpu --threads 1 --rounds 2 --size 96 128 --images 1 --no-memory --json"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(path)])
+    loss = training.loss_of_transformers
+    monkeypatch.setattr(training, "loss_of_transformers", lambda *inputs: loss(*inputs) * float("nan"))
+    monkeypatch.setattr(training, "loss_faults", lambda terms: ["the class loss is wrong"])
+    with pytest.raises(SystemExit, match="the class loss is wrong"):
+        training.main(config)
+    found = json.loads(path.read_text())
+    assert found["faults"] == ["the class loss is wrong"]
+    assert {
+        row["contender"]: row["loss_is_finite"] for row in found["results"] if row["contender"] != "transformers"
+    } == {
+        "vg": True,
+        "vg, checkpointing": True,
+    }
+    assert all(row["rounds"] == 2 for row in found["results"] if row["contender"] != "transformers")
+
+    def fails(*_: Any) -> None:
+        raise ValueError("matrix contains invalid numeric entries")
+
+    monkeypatch.setattr(training, "losses", fails)
+    with pytest.raises(SystemExit, match="the comparison with transformers failed"):
+        training.main(config)
+    assert len(json.loads(path.read_text())["results"]) >= 2
+
+
+def test_all_tensors_of_the_checkpointing_model_are_on_the_device(models: tuple[Any, Any]) -> None:
+    from scripts.benchmarks import training_step as training
+
+    ours = copy.deepcopy(models[1]).to("meta")
+    model = training.with_checkpointing(ours)
+    tensors = dict(model.named_buffers()) | dict(model.named_parameters())
+    assert any("relative_position_index" in name for name in tensors)
+    assert [name for name, tensor in tensors.items() if not tensor.is_meta] == []
+    assert {id(p) for p in model.parameters()} == {id(p) for p in ours.parameters()}
+
+
+def test_the_clock_of_a_gpu_starts_when_all_kernels_are_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scripts.benchmarks.deform_attn import Clock
+
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+
+        def elapsed_time(self, other: object) -> float:
+            return 1.0
+
+    clock = Clock("cpu", False)
+    clock.l2 = torch.zeros(1)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append(f"sleep {cycles}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    assert clock.milliseconds(lambda: calls.append("call")) == 1.0
+    assert calls == ["call", "sleep 10000000", "record", "call", "record", "synchronize"]
+
+
+def test_wrong_text_positions_of_transformers_are_corrected(capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers.models.grounding_dino import modeling_grounding_dino
+
+    from scripts.benchmarks.text_positions import FUNCTION, SINES, correct_text_positions
+
+    right = getattr(modeling_grounding_dino, FUNCTION)
+    special = torch.tensor([101, 102, 1012, 1029])
+
+    def wrong(input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As in transformers 5.17: a delimiter counts from itself."""
+        mask, positions = right(input_ids, special)
+        return mask, positions.masked_fill(torch.isin(input_ids, special), 0)
+
+    module = ModuleType("modeling")
+    setattr(module, SINES, getattr(modeling_grounding_dino, SINES))
+    setattr(module, FUNCTION, right)
+    assert not correct_text_positions(module)
+    assert getattr(module, FUNCTION) is right
+    setattr(module, FUNCTION, wrong)
+    assert correct_text_positions(module)
+    assert not correct_text_positions(module)
+    assert "wrong before 5.23" in capsys.readouterr().out
+    choices = torch.tensor([2000, 2001, 2002, 1012, 1029])
+    words = choices[torch.randint(5, (50, 12), generator=torch.Generator().manual_seed(0))]
+    ids = torch.cat((torch.full((50, 1), 101), words, torch.full((50, 1), 102)), dim=1)
+    ids[0, 9:] = 0  # padding
+    for found, expected in zip(getattr(module, FUNCTION)(ids), right(ids, special), strict=True):
+        assert torch.equal(found, expected)
+    sines = getattr(module, SINES)(torch.tensor([[1]]), num_pos_feats=4)
+    assert torch.equal(sines, getattr(modeling_grounding_dino, SINES)(torch.tensor([[1.0]]), num_pos_feats=4))
 
 
 WITHOUT_DATA_PACKAGES = """

@@ -12,10 +12,11 @@ from torch import Tensor
 from tests.models.grounding_dino.tiny import tiny_config
 from vg.models import grounding_dino as package
 from vg.models.grounding_dino.attention import drop_path, inverse_sigmoid
-from vg.models.grounding_dino.config import ClassHeadConfig, GroundingDinoConfig
+from vg.models.grounding_dino.config import BertConfig, ClassHeadConfig, GroundingDinoConfig
 from vg.models.grounding_dino.feature_enhancer import FusionLayer, GatedFusionLayer
 from vg.models.grounding_dino.query_selection import ClassHead
-from vg.models.grounding_dino.text_encoder import TextFeatures
+from vg.models.grounding_dino.text_encoder import TextEncoder, TextFeatures
+from vg.models.settings import TINY_BERT
 
 B, S, T, D = 2, 30, 7, 64
 
@@ -160,3 +161,16 @@ def test_the_table_of_equations_points_to_existing_code_and_settings() -> None:
         value: object = GroundingDinoConfig()
         for key in setting.strip().partition("=")[0].split(".")[1:]:
             value = getattr(value, key)
+
+
+def test_eager_attention_of_the_text_encoder_equals_sdpa() -> None:
+    ids = torch.tensor([[101, 1035, 1036, 1012, 1037, 1012, 102], [101, 1038, 1012, 102, 0, 0, 0]])
+    features = []
+    for implementation in ("sdpa", "eager"):
+        torch.manual_seed(0)
+        architecture = TINY_BERT | {"vocab_size": 1040, "attn_implementation": implementation}
+        encoder = TextEncoder(BertConfig(architecture=architecture), D, pretrained=False).eval()
+        assert encoder.network.config._attn_implementation == implementation
+        with torch.no_grad():
+            features.append(encoder(ids, ids > 0, (101, 102, 1012)))
+    torch.testing.assert_close(features[1].tokens, features[0].tokens, rtol=0, atol=1e-6)

@@ -69,9 +69,12 @@ class TextEncoder(Encoder):
     def forward(self, token_ids: Tensor, mask: Tensor, delimiters: tuple[int, ...]) -> TextFeatures:
         """token_ids [R, T] int64, mask [R, T] bool (False = padding), delimiters as in sub_sentence_masks."""
         sub_sentences, position_ids = sub_sentence_masks(token_ids, delimiters)
+        attention_mask = sub_sentences.unsqueeze(1)  # [R, 1, T, T]
+        if self.network.config._attn_implementation == "eager":  # adds the mask to the logits of attention
+            attention_mask = torch.where(attention_mask, 0.0, -torch.inf)
         x = self.run(
             input_ids=token_ids,
-            attention_mask=sub_sentences.unsqueeze(1),  # [R, 1, T, T]
+            attention_mask=attention_mask,
             position_ids=position_ids,
             token_type_ids=torch.zeros_like(token_ids),
         )
