@@ -1,10 +1,13 @@
-"""Check the project on a GPU: build the kernels, test and measure them, and write the results as JSON and a table.
+"""Check the project on a GPU in three parts of less than 8 minutes each: build and test the kernels, measure all.
 
-    PYTHONPATH=. python scripts/gpu_check.py [--output gpu_check.json] [--only SECTION ...]
+    PYTHONPATH=. python scripts/gpu_check.py [--part 1] [--output gpu_check.json] [--only SECTION ...]
 
-It takes less than 10 minutes and needs torch, pytest, the CUDA toolkit (nvcc) and g++; the Grounding DINO sections also
-need transformers, pydantic, accelerate and scipy, but none of the packages for data. To add a section, write a function
-that returns its results and raises an error if a check fails, and add it to SECTIONS.
+Part 1 builds and tests the CUDA kernels, part 2 measures them and runs the other tests of the operator, and part 3
+compares and measures Grounding DINO; without --part all of them run. It needs torch, the CUDA toolkit (nvcc) and g++;
+sections that need more packages are skipped without them, and the table names the packages to install.
+Sections are in scripts/benchmarks/gpu_sections.py. Each runs in its own process with a time limit, because an error of
+a kernel ends all CUDA calls of a process. The results are written after each section: JSON, and tables for
+scripts/benchmarks/README.md. A run with the same output file adds to it and keeps measurements that it does not repeat.
 """
 
 from __future__ import annotations
@@ -12,300 +15,95 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from vg.ops import backend_info, deform_attn, deform_attn_fused, reference
+from scripts.benchmarks.gpu_sections import ROOT, SECTIONS, Results
+from scripts.benchmarks.gpu_tables import measurements, summary
+from vg.files import replacing
 
-ROOT = Path(__file__).parents[1]
-Results = dict[str, Any]
-DEVICE = "cuda"
-ENCODER = ((100, 167), (50, 84), (25, 42), (13, 21))  # levels of an 800 x 1333 image; each pixel is a query
-# Relative to the largest entry. Half precision rounds inputs and outputs; sums are float32 for all dtypes.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
-def machine() -> Results:
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "gpu": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "memory_gib": round(properties.total_memory / 2**30),
-        "multiprocessors": properties.multi_processor_count,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", seconds=30).strip(),
-    }
-
-
-def build() -> Results:
-    """Build both libraries, as on first use, and measure the time."""
-    start = time.perf_counter()
-    info = backend_info()
-    seconds = time.perf_counter() - start
-    names = {device: backend.name for device, backend in info.items()}
-    if names != {"cpu": "cpp", "cuda": "cuda"}:
-        raise RuntimeError("\n".join(f"{device}: {backend.name}, {backend.reason}" for device, backend in info.items()))
-    return {"seconds": round(seconds, 1), **names}
-
-
-def op_tests() -> Results:
-    """Run the tests of the operator; tests with a device run on the CPU and on the GPU."""
-    # No conftest: it imports the trainer, which needs packages that this check must work without.
-    command = (sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-rs", "tests/ops")
-    return {"summary": _run(*command, seconds=240).strip().splitlines()[-1]}
-
-
-def real_sizes() -> Results:
-    """Measure the largest errors of outputs and gradients at the encoder's size; the tests use smaller inputs."""
-    worst: dict[str, float] = {}
-    for dtype, tolerance in TOLERANCE.items():
-        for name, op, forward, backward in (
-            ("plain", deform_attn, reference.forward, reference.backward),
-            ("fused", deform_attn_fused, reference.fused_forward, reference.fused_backward),
-        ):
-            value, *rest = _encoder_inputs(dtype, fused=name == "fused")
-            output = op(value, ENCODER, *rest)
-            weight = torch.randn_like(output)  # [B, S, H * D]
-            found = [output, *torch.autograd.grad(output, (value, *rest), weight)]
-            exact, *exact_rest = (x.detach().float() for x in (value, *rest))
-            expected = [forward(exact, ENCODER, *exact_rest)]
-            expected += backward(weight.float(), exact, ENCODER, *exact_rest)
-            tensors = ("output", "of value", "of 2nd", "of 3rd", "of 4th")
-            for tensor, x, y in zip(tensors, found, expected, strict=False):
-                error = ((x.float() - y).abs().max() / y.abs().max()).item()
-                key = f"{name} {str(dtype).removeprefix('torch.')} {tensor}"
-                worst[key] = float(f"{error:.1e}")
-                if not error < tolerance:  # also raises for NaN
-                    raise AssertionError(f"{key}: error {error:.1e} of the largest entry, allowed {tolerance:.1e}")
-    return worst
-
-
-def determinism() -> Results:
-    """Check that gradients are bit-equal in deterministic mode, and measure its cost."""
-    inputs = _encoder_inputs(torch.float32, fused=True)
-    weight = torch.randn(1, inputs[0].shape[1], 256, device=DEVICE)
-
-    def gradients() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(deform_attn_fused(inputs[0], ENCODER, *inputs[1:]), inputs, weight)
-
-    seconds = {}
-    for deterministic in (False, True):
-        torch.use_deterministic_algorithms(deterministic)
-        try:
-            runs = [gradients() for _ in range(5)]
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            runs += [gradients() for _ in range(5)]
-            torch.cuda.synchronize()
-            seconds[deterministic] = (time.perf_counter() - start) / 5
-        finally:
-            torch.use_deterministic_algorithms(False)
-    different = sum(not torch.equal(x, y) for run in runs[1:] for x, y in zip(runs[0], run, strict=True))
-    if different:
-        raise AssertionError(f"{different} gradients differ between runs")
-    return {"runs": len(runs), "times_slower": round(seconds[True] / seconds[False], 1)}
-
-
-def op_benchmark() -> Results:
-    """Measure our kernels and every other implementation that is installed."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "benchmark.json"
-        script = ROOT / "scripts" / "benchmarks" / "deform_attn.py"
-        table = _run(sys.executable, str(script), "--device", "cuda", "--json", str(path), seconds=180)
-        print(table, flush=True)
-        return {"measured": json.loads(path.read_text())}
-
-
-def grounding_dino() -> Results:
-    """Compare a small model on CPU and GPU, and the full-size model with that of transformers."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = grounding_dino_parity()
-        path = Path(folder) / "benchmark.json"
-        script = ROOT / "scripts" / "benchmarks" / "grounding_dino.py"
-        options = ("--device", DEVICE, "--images", "1", "8", "--phrases", "1", "80", "--json", str(path))
-        print(_run(sys.executable, str(script), *options, seconds=240), flush=True)
-        return found | {"measured": json.loads(path.read_text())}
-
-
-def grounding_dino_training() -> Results:
-    """Measure a full-size bfloat16 training step of vg and transformers; the goal, which is not checked, is 2x."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "benchmark.json"
-        script = ROOT / "scripts" / "benchmarks" / "training_step.py"
-        options = ("--device", DEVICE, "--size", "800", "1333", "--images", "4", "--dtype", "bfloat16")
-        print(_run(sys.executable, str(script), *options, "--json", str(path), seconds=240), flush=True)
-        measured = json.loads(path.read_text())
-    rows = {row["contender"]: row for row in measured["results"]}
-    found = {f"{name}, samples/s": round(row["samples_per_second"], 2) for name, row in rows.items()}
-    found |= {f"{name}, MiB": row["peak_bytes"] >> 20 for name, row in rows.items()}
-    return found | {"times as fast": round(rows["vg"]["times_as_fast"], 2), "measured": measured}
-
-
-@torch.no_grad()
-def grounding_dino_parity() -> Results:
-    """Return the largest differences between CPU and GPU, relative to the largest entry, for two images and prompts.
-
-    The decoder starts from the CPU's queries, because the order of two almost equal scores may differ.
-    """
-    from vg.models.grounding_dino.config import BertConfig, GroundingDinoConfig, SwinConfig
-    from vg.types import Batch, PromptTargets, Text
-
-    torch.manual_seed(0)
-    bert = {"model_type": "bert", "vocab_size": 1040, "hidden_size": 64, "num_hidden_layers": 2}
-    bert |= {"num_attention_heads": 1, "intermediate_size": 64}
-    swin = SwinConfig(width=16, depths=[1, 1, 2, 1], heads=[1, 2, 4, 8])
-    config = GroundingDinoConfig(backbone=swin, text=BertConfig(architecture=bert), width=64, feedforward=128)
-    model = config.build(pretrained=False).eval()
-    for weights in model.parameters():  # weights that are initialized to zero
-        if not weights.any():
-            torch.nn.init.uniform_(weights, -0.1, 0.1)
-    ids = torch.tensor([[101, 1035, 1036, 1012, 1037, 1012, 102], [101, 1038, 1012, 102, 0, 0, 0]])
-    text = Text(ids, ids > 0, (ids > 0).unsqueeze(1), torch.arange(2))
-    images = torch.randn(2, 3, 320, 416)
-    images[1, :, :, 320:] = 0
-    batch = Batch(images, ((320, 416), (320, 320)), text, [], PromptTargets.without_boxes(text))
-
-    def run(batch: Batch, references: Tensor | None = None) -> dict[str, Tensor]:
-        text_features = model.text(batch.text.token_ids, batch.text.mask, (101, 102, 1012, 1029))
-        image, encoded = model.encoder(model.encode_image(batch), text_features)
-        queries = model.queries(image, encoded)
-        if references is None:
-            references = queries.references
-        logits, boxes, _ = model.decoder(queries.content, references, image, encoded)
-        outputs = {"image tokens": image.tokens[image.mask], "text tokens": encoded.tokens[text.mask]}
-        outputs |= {"logits": logits.nan_to_num(neginf=0), "boxes": boxes, "references": references}
-        return {name: x.float().cpu() for name, x in outputs.items()}
-
-    expected = run(batch)
-    references = expected.pop("references").to(DEVICE)
-    model, batch, text = model.to(DEVICE), batch.to(DEVICE), Text(*(x.to(DEVICE) for x in text))
-    torch.backends.cudnn.allow_tf32 = False
-    found = run(batch, references)
-    torch.backends.cudnn.allow_tf32 = True
-    errors = {f"error of {name}": float((found[name] - x).abs().max() / x.abs().max()) for name, x in expected.items()}
-    with torch.autocast(DEVICE, torch.bfloat16):
-        half = run(batch, references)
-    half.pop("references")  # boxes proposed by image tokens at the border are infinite
-    if wrong := [name for name, error in errors.items() if not error < 1e-4]:
-        raise AssertionError(f"CPU and GPU differ: {', '.join(f'{name} {errors[name]:.1e}' for name in wrong)}")
-    if wrong := [name for name, x in half.items() if not x.isfinite().all()]:
-        raise AssertionError(f"non-finite in bfloat16: {', '.join(wrong)}")
-    off = float((half["boxes"] - expected["boxes"]).abs().mean())
-    return {name: float(f"{error:.1e}") for name, error in errors.items()} | {"bfloat16 boxes off by": round(off, 4)}
-
-
-SECTIONS: dict[str, Callable[[], Results]] = {
-    "machine": machine,
-    "build": build,
-    "op_tests": op_tests,
-    "real_sizes": real_sizes,
-    "determinism": determinism,
-    "op_benchmark": op_benchmark,
-    "grounding_dino": grounding_dino,
-    "grounding_dino_training": grounding_dino_training,
-}
-
-
-# ---- inputs, processes and output ---------------------------------------------------------------------------------
-
-
-def _encoder_inputs(dtype: torch.dtype, fused: bool) -> list[Tensor]:
-    """Return the inputs of one encoder layer: offsets of every pixel are normal with a deviation of 2 pixels.
-
-    Points keep a distance from the edges of cells, where gradients are discontinuous, so rounding cannot cross an edge.
-    """
-    generator = torch.Generator(DEVICE).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=DEVICE, generator=generator)
-
-    grids = [
-        torch.cartesian_prod((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width).flip(-1)
-        for height, width in ENCODER
-    ]
-    points = torch.cat(grids).to(DEVICE)[None, :, None]  # [1, S, 1, 2]
-    S, H, L, P, D = points.shape[1], 8, 4, 4, 32
-    sizes = points.new_tensor([(width, height) for height, width in ENCODER])[:, None]  # [L, 1, 2]
-    start = points[:, :, None, None] * sizes - 0.5  # [1, S, 1, L, 1, 2] in pixels
-    pixels = start + 2 * normal(1, S, H, L, P, 2)
-    offsets = pixels.floor() + 0.1 + 0.8 * pixels.frac().abs() - start
-    logits = normal(1, S, H, L * P)
-    if fused:
-        tensors = [points, offsets.to(dtype), logits.to(dtype)]
-    else:
-        locations = reference.sampling_locations(ENCODER, points, offsets)
-        tensors = [locations, reference.attention_weights(logits, L).to(dtype)]
-    return [x.detach().requires_grad_() for x in (normal(1, S, H, D).to(dtype), *tensors)]
-
-
-def _run(*command: str, seconds: float) -> str:
-    """Return the output of a command, which must succeed within this time."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    return done.stdout
-
-
-def check(name: str) -> Results:
-    start = time.perf_counter()
-    try:
-        result = {"passed": True, **SECTIONS[name]()}
-    except Exception as error:  # the other sections must still run
-        traceback.print_exc()
-        result = {"passed": False, "error": f"{type(error).__name__}: {error}"}
-    return {**result, "section_seconds": round(time.perf_counter() - start, 1)}
+MODULES = {"pillow": "PIL"}  # modules that are not named like their package
 
 
 def run_sections(names: list[str], output: Path) -> dict[str, Results]:
-    """Run the sections and write both files after each one, so an interrupted run keeps its results."""
-    found: dict[str, Results] = {}
+    """Run the sections, add them to the results in the file, and write both files after each one."""
+    found: dict[str, Results] = json.loads(output.read_text()) if output.exists() else {}
     for name in names:
         print(f"== {name}", flush=True)
-        found[name] = check(name)
-        output.write_text(json.dumps(found, indent=2) + "\n")
-        output.with_suffix(".md").write_text(table_of(found) + "\n")
+        result = run_section(name)
+        earlier = found.get(name, {})
+        if not result["passed"] and "measured" not in result and "measured" in earlier:
+            result["measured"] = earlier["measured"]  # which has its own date and machine
+        found = {key: {**found, name: result}[key] for key in SECTIONS if key == name or key in found}
+        with replacing(output, is_file=True) as path:
+            path.write_text(json.dumps(found, indent=2) + "\n")
+        with replacing(output.with_suffix(".md"), is_file=True) as path:
+            path.write_text(f"{summary(found)}\n\n{measurements(found)}\n")
     return found
 
 
-def table_of(found: dict[str, Results]) -> str:
-    lines = ["| section | passed | seconds | found |", "|---|---|---|---|"]
-    for name, result in found.items():
-        shown = {k: v for k, v in result.items() if k not in ("passed", "section_seconds", "measured")}
-        words = re.sub(r"\s+", " ", ", ".join(f"{k} {v}" for k, v in shown.items())).replace("|", "/")
-        passed = "yes" if result["passed"] else "NO"
-        lines.append(f"| {name} | {passed} | {result['section_seconds']} | {words[:600]} |")
-    return "\n".join(lines)
+def run_section(name: str) -> Results:
+    """Run a section in a new process and return its results, what its benchmark measured so far, and its error."""
+    section = SECTIONS[name]
+    missing = [package for package in section.needs if find_spec(MODULES.get(package, package)) is None]
+    if missing:
+        return {"passed": None, "install": " ".join(missing), "section_seconds": 0.0}
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, sys.argv[0], "--section", name, "--output", folder]
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        try:
+            problem = f"the process ended with {process.wait(section.seconds)}"
+        except subprocess.TimeoutExpired:
+            problem = f"stopped after {section.seconds} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+            process.wait()
+        result: Results = {"passed": False, "error": problem}
+        with suppress(OSError, ValueError):  # missing, or cut off
+            result = json.loads(Path(folder, "results.json").read_text())
+        with suppress(OSError, ValueError):
+            result["measured"] = json.loads(Path(folder, "measured.json").read_text())
+    return {**result, "section_seconds": round(time.perf_counter() - start, 1)}
+
+
+def check(name: str, folder: Path) -> None:
+    """Run a section in this process and write its results or its error to the folder."""
+    try:
+        result = {"passed": True, **SECTIONS[name].run(folder)}
+    except Exception as error:
+        traceback.print_exc()
+        result = {"passed": False, "error": f"{type(error).__name__}: {error}"}
+    Path(folder, "results.json").write_text(json.dumps(result))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     path, names = Path("gpu_check.json"), list(SECTIONS)
-    parser.add_argument("--output", type=Path, default=path, help="JSON file; the table is .md (default: %(default)s)")
+    parser.add_argument("--part", type=int, choices=(1, 2, 3), help="only the sections of this part (default: all)")
+    parser.add_argument("--output", type=Path, default=path, help="JSON file; tables: .md (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="SECTION", help=", ".join(names))
-    arguments = parser.parse_args()
+    parser.add_argument("--section", help=argparse.SUPPRESS)  # in the process of a section, whose output is a folder
+    options = parser.parse_args()
+    if options.section:
+        return check(options.section, options.output)
     if not torch.cuda.is_available():
         sys.exit("torch finds no CUDA GPU: run this check on a machine with a GPU")
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["XDG_CACHE_HOME"] = cache  # empty, so the kernels are built
-        found = run_sections(arguments.only, arguments.output)
-    print(table_of(found))
-    sys.exit(not all(result["passed"] for result in found.values()))
+    chosen = [name for name in options.only if options.part in (None, SECTIONS[name].part)]
+    found = run_sections(chosen, options.output)
+    print(f"{summary(found)}\n\n{measurements(found)}")
+    sys.exit(any(found[name]["passed"] is False for name in chosen))
 
 
 if __name__ == "__main__":
