@@ -17,6 +17,14 @@
 
 #include <vector>
 
+// CUDA's vector types.
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
 namespace emulation {
 
 constexpr int kLanes = 32;

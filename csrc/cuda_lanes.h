@@ -168,11 +168,53 @@ VG_DEVICE void narrow(float x, Half* to) {
 #endif
 }
 
-// BYTES that move as one load or store; addresses must be multiples of BYTES.
+// Two half-precision numbers of a 32-bit word. The compiler does not find the single instruction that each takes.
+VG_DEVICE void widen_pair(uint32_t word, float* to, BFloat) {
+  to[0] = bits_as_float(word << 16);
+  to[1] = bits_as_float(word & 0xffff0000u);
+}
+VG_DEVICE void widen_pair(uint32_t word, float* to, Half) {
+#ifdef VG_EMULATE
+  to[0] = widened_from_half(static_cast<uint16_t>(word));
+  to[1] = widened_from_half(static_cast<uint16_t>(word >> 16));
+#else
+  __half2 pair;
+  memcpy(&pair, &word, sizeof pair);
+  to[0] = __low2float(pair);
+  to[1] = __high2float(pair);
+#endif
+}
+
+VG_DEVICE uint32_t narrow_pair(const float* from, BFloat) {
+#ifdef VG_EMULATE
+  return rounded_to_bfloat(float_as_bits(from[0])) | rounded_to_bfloat(float_as_bits(from[1])) << 16;
+#else
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(from[0], from[1]);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+#endif
+}
+VG_DEVICE uint32_t narrow_pair(const float* from, Half) {
+#ifdef VG_EMULATE
+  return rounded_to_half(from[0]) | rounded_to_half(from[1]) << 16;
+#else
+  const __half2 pair = __floats2half2_rn(from[0], from[1]);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+#endif
+}
+
+template <typename T>
+constexpr bool kHalfPrecision = std::is_same_v<T, BFloat> || std::is_same_v<T, Half>;
+
+// What moves as one load or store of BYTES; addresses must be multiples of BYTES. The type decides: a structure of
+// chars would be stored in up to 11 pieces.
 template <int BYTES>
-struct alignas(BYTES) Words {
-  char bytes[BYTES];
-};
+using Words = std::conditional_t<
+    BYTES == 16, uint4,
+    std::conditional_t<BYTES == 8, uint2, std::conditional_t<BYTES == 4, unsigned, unsigned short>>>;
 
 template <int BYTES>
 VG_DEVICE Words<BYTES> load_words(const void* from) {
@@ -181,48 +223,21 @@ VG_DEVICE Words<BYTES> load_words(const void* from) {
   return *static_cast<const Words<BYTES>*>(from);
 #else
   // Through the read-only cache, and free to move ahead of earlier additions to the gradients.
-  Words<BYTES> words;
-  if constexpr (BYTES == 16) {
-    const uint4 raw = __ldg(static_cast<const uint4*>(from));
-    memcpy(&words, &raw, BYTES);
-  } else if constexpr (BYTES == 8) {
-    const uint2 raw = __ldg(static_cast<const uint2*>(from));
-    memcpy(&words, &raw, BYTES);
-  } else if constexpr (BYTES == 4) {
-    const unsigned raw = __ldg(static_cast<const unsigned*>(from));
-    memcpy(&words, &raw, BYTES);
-  } else {
-    const unsigned short raw = __ldg(static_cast<const unsigned short*>(from));
-    memcpy(&words, &raw, BYTES);
-  }
-  return words;
+  return __ldg(static_cast<const Words<BYTES>*>(from));
 #endif
+}
+
+template <int BYTES>
+VG_DEVICE void store_words(const Words<BYTES>& words, void* to) {
+#ifdef VG_EMULATE
+  if (reinterpret_cast<uintptr_t>(to) % BYTES != 0) abort();
+#endif
+  *static_cast<Words<BYTES>*>(to) = words;
 }
 
 // Bytes per load or store of COUNT values.
 template <int COUNT, typename T>
 constexpr int kBytesAtOnce = COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16;
-
-// The values in BYTES of one load.
-template <typename T, int BYTES, typename A>
-VG_DEVICE void unpack(const Words<BYTES>& words, A* to) {
-  T numbers[BYTES / sizeof(T)];
-  memcpy(numbers, &words, BYTES);
-  VG_UNROLL
-  for (int i = 0; i < BYTES / static_cast<int>(sizeof(T)); ++i) to[i] = widen(numbers[i]);
-}
-
-// Unpacking two bfloat16 values of a 32-bit word takes one instruction each; the compiler does not find this.
-template <int BYTES>
-VG_DEVICE void unpack_pairs(const Words<BYTES>& words, float* to) {
-  uint32_t pairs[BYTES / 4];
-  memcpy(pairs, &words, BYTES);
-  VG_UNROLL
-  for (int i = 0; i < BYTES / 4; ++i) {
-    to[2 * i] = bits_as_float(pairs[i] << 16);
-    to[2 * i + 1] = bits_as_float(pairs[i] & 0xffff0000u);
-  }
-}
 
 // Loads COUNT consecutive values, up to 16 bytes at once; the address must be aligned accordingly.
 template <int COUNT, typename T, typename A>
@@ -231,10 +246,16 @@ VG_DEVICE void load(const T* from, A (&to)[COUNT]) {
   VG_UNROLL
   for (int first = 0; first < COUNT; first += each) {
     const Words<bytes> words = load_words<bytes>(from + first);
-    if constexpr (std::is_same_v<T, BFloat> && each > 1) {
-      unpack_pairs(words, to + first);
+    if constexpr (kHalfPrecision<T> && each > 1) {
+      uint32_t pairs[each / 2];
+      memcpy(pairs, &words, bytes);
+      VG_UNROLL
+      for (int i = 0; i < each / 2; ++i) widen_pair(pairs[i], to + first + 2 * i, T());
     } else {
-      unpack<T>(words, to + first);
+      T numbers[each];
+      memcpy(numbers, &words, bytes);
+      VG_UNROLL
+      for (int i = 0; i < each; ++i) to[first + i] = widen(numbers[i]);
     }
   }
 }
@@ -244,12 +265,19 @@ VG_DEVICE void store(const A (&from)[COUNT], T* to) {
   constexpr int bytes = kBytesAtOnce<COUNT, T>, each = bytes / sizeof(T);
   VG_UNROLL
   for (int first = 0; first < COUNT; first += each) {
-    T numbers[each];
-    VG_UNROLL
-    for (int i = 0; i < each; ++i) narrow(from[first + i], &numbers[i]);
     Words<bytes> words;
-    memcpy(&words, numbers, bytes);
-    *reinterpret_cast<Words<bytes>*>(to + first) = words;
+    if constexpr (kHalfPrecision<T> && each > 1) {
+      uint32_t pairs[each / 2];
+      VG_UNROLL
+      for (int i = 0; i < each / 2; ++i) pairs[i] = narrow_pair(from + first + 2 * i, T());
+      memcpy(&words, pairs, bytes);
+    } else {
+      T numbers[each];
+      VG_UNROLL
+      for (int i = 0; i < each; ++i) narrow(from[first + i], &numbers[i]);
+      memcpy(&words, numbers, bytes);
+    }
+    store_words<bytes>(words, to + first);
   }
 }
 
