@@ -25,17 +25,15 @@ struct PointGradient {
 // Adds to the gradient of value around the point and returns this lane's share of the point's own gradients.
 template <typename C, typename Sums>
 VG_DEVICE PointGradient<typename C::Sum> point_backward(
-    const DeformAttnProblem& problem, const Point<typename C::Sum>& point, int level, bool all_inside, const Row& row,
+    const DeformAttnProblem& problem, const Point<typename C::Sum>& point, int width, bool all_inside, const Row& row,
     int lane, const typename C::Value* value, const typename C::Value* grad_output,
     const typename C::Sum (&grad_at_once)[C::VECTOR], bool needs_value, const Sums& sums) {
   using A = typename C::Sum;
-  const int channels = C::channels(problem), token = static_cast<int>(problem.value_token_stride);
-  const int line = problem.level[level].width, sums_token = problem.heads * channels;
+  const int channels = C::channels(problem);
+  const int token = static_cast<int>(problem.value_token_stride), sums_token = problem.heads * channels;
   const Shares<A> shares = shares_of(point, A(1)), weighted = shares_of(point, point.weight);
-  const typename C::Value* pixel =
-      value + problem.level[level].start * problem.value_token_stride + point.corner * token;
-  const int64_t sums_pixel =
-      (row.batch * problem.tokens + problem.level[level].start + point.corner) * sums_token + row.head * channels;
+  const typename C::Value* pixel = value + static_cast<int64_t>(point.corner) * token;
+  const int64_t sums_pixel = (row.batch * problem.tokens + point.corner) * sums_token + row.head * channels;
 
   A dots[4] = {};  // dot product of each corner's pixel and the gradient of the output
   const auto visit_corners = [&](auto all_inside_constant) {
@@ -53,9 +51,8 @@ VG_DEVICE PointGradient<typename C::Sum> point_backward(
       VG_UNROLL
       for (int k = 0; k < 4; ++k) {
         if (!ALL_INSIDE && !(point.inside >> k & 1)) continue;
-        const int step = (k & 1) + (k >> 1) * line;
         A values[C::VECTOR];
-        load(pixel + channel + step * token, values);
+        load(pixel + channel + (k & 1) * token + (k >> 1) * (width * token), values);
         VG_UNROLL
         for (int c = 0; c < C::VECTOR; ++c) dots[k] += grad[c] * values[c];
       }
@@ -63,11 +60,10 @@ VG_DEVICE PointGradient<typename C::Sum> point_backward(
       VG_UNROLL
       for (int k = 0; k < 4; ++k) {
         if (!ALL_INSIDE && !(point.inside >> k & 1)) continue;
-        const int step = (k & 1) + (k >> 1) * line;
         A parts[C::VECTOR];
         VG_UNROLL
         for (int c = 0; c < C::VECTOR; ++c) parts[c] = weighted.of[k] * grad[c];
-        sums.add(sums_pixel + step * sums_token + channel, parts);
+        sums.add(sums_pixel + channel + (k & 1) * sums_token + (k >> 1) * (width * sums_token), parts);
       }
     }
   };
@@ -92,24 +88,21 @@ VG_DEVICE void store_position_gradients(
   using A = typename C::Sum;
   using T = typename C::Value;
   const int64_t start = 2 * (row.head_row * C::count(problem) + index);
+  const int level = index / C::points(problem);
+  const A width = problem.level[level].width, height = problem.level[level].height;
+  const bool box = C::FUSED && problem.reference_size == 4;
+  Reference<A> reference{};
+  if (box) reference = reference_of<A>(problem, inputs, row.batch, row.query, level);
+  const A part = A(0.5) / C::points(problem);
   A of_locations[2 * C::SLOTS], of_offsets[2 * C::SLOTS];
   VG_UNROLL
   for (int i = 0; i < C::SLOTS; ++i) {
-    const int level = (index + i) / C::points(problem);
     const A x = found[i].x * points[i].weight, y = found[i].y * points[i].weight;
-    of_locations[2 * i] = x * problem.level[level].width;
-    of_locations[2 * i + 1] = y * problem.level[level].height;
-    if constexpr (C::FUSED) {
-      of_offsets[2 * i] = x;
-      of_offsets[2 * i + 1] = y;
-      if (problem.reference_size == 4) {
-        const Reference<A> reference = reference_of<A>(problem, inputs, row.batch, row.query, level);
-        const A part = A(0.5) / C::points(problem);
-        // A gradient of 0 stays 0 even if the size is not finite.
-        of_offsets[2 * i] = x == 0 ? 0 : of_locations[2 * i] * reference.width * part;
-        of_offsets[2 * i + 1] = y == 0 ? 0 : of_locations[2 * i + 1] * reference.height * part;
-      }
-    }
+    of_locations[2 * i] = x * width;
+    of_locations[2 * i + 1] = y * height;
+    // A gradient of 0 stays 0 even if the size of the box is not finite.
+    of_offsets[2 * i] = !box || x == 0 ? x : of_locations[2 * i] * reference.width * part;
+    of_offsets[2 * i + 1] = !box || y == 0 ? y : of_locations[2 * i + 1] * reference.height * part;
   }
   if constexpr (C::FUSED) {
     if (gradients.offsets) store_parameters<T>(of_offsets, wide(problem), start, gradients.offsets);
@@ -131,7 +124,7 @@ VG_DEVICE void softmax_backward(
     const int64_t element = row.head_row * count + index;
     A numbers[1];
     load_parameters<typename C::Value>(inputs.logits, wide(problem), element, numbers);
-    numbers[0] = exp(numbers[0] - softmax.largest) / softmax.total * (scratch.weights[element] - mean);
+    numbers[0] = softmax.of(numbers[0]) * (scratch.weights[element] - mean);
     store_parameters<typename C::Value>(numbers, wide(problem), element, gradients.logits);
   }
 }
@@ -159,13 +152,13 @@ VG_DEVICE void backward_row(
     prepare<C>(problem, inputs, row, softmax, index, mine);
     PointGradient<A> found[C::SLOTS] = {};
     for (int owner = 0; owner < C::GROUP && (C::EXACT || batch + owner < count); ++owner) {
+      const int width = problem.level[(batch + owner * C::SLOTS) / C::points(problem)].width;
       VG_UNROLL
       for (int slot = 0; slot < C::SLOTS; ++slot) {
-        const int level = (batch + owner * C::SLOTS + slot) / C::points(problem);
         Point<A> point;
         const bool all_inside = hand_out<C>(mine[slot], lane, owner, &point);
         PointGradient<A> part = point_backward<C>(
-            problem, point, level, all_inside, row, lane, head, grad_output, grad, gradients.value, sums);
+            problem, point, width, all_inside, row, lane, head, grad_output, grad, gradients.value, sums);
         part.weight = group_sum<C::GROUP>(part.weight);
         part.x = group_sum<C::GROUP>(part.x);
         part.y = group_sum<C::GROUP>(part.y);

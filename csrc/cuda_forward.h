@@ -26,14 +26,13 @@ VG_DEVICE void forward_row(
       Point<A> mine[C::SLOTS];
       prepare<C>(problem, inputs, row, softmax, batch + lane * C::SLOTS, mine);
       for (int owner = 0; owner < C::GROUP && (C::EXACT || batch + owner < count); ++owner) {
+        const int line = problem.level[(batch + owner * C::SLOTS) / C::points(problem)].width * token;
         VG_UNROLL
         for (int slot = 0; slot < C::SLOTS; ++slot) {
-          const int level = (batch + owner * C::SLOTS + slot) / C::points(problem);
           Point<A> point;
           const bool all_inside = hand_out<C>(mine[slot], lane, owner, &point);
           const Shares<A> shares = shares_of(point, point.weight);
-          const int line = problem.level[level].width * token;
-          const T* pixel = head + problem.level[level].start * problem.value_token_stride + point.corner * token;
+          const T* pixel = head + static_cast<int64_t>(point.corner) * token;
           A values[4][C::VECTOR];
           if (all_inside && (C::EXACT || real)) {
             VG_UNROLL

@@ -28,8 +28,9 @@ struct Cut {
   static constexpr int GROUP = GROUP_;    // lanes per row
   static constexpr bool FUSED = FUSED_;
   static constexpr bool EXACT = LEVELS > 0;  // sizes known at compile time: D = VECTOR * GROUP, one batch of points
-  static constexpr int SLOTS = EXACT ? LEVELS * POINTS / GROUP : 1;  // points per lane and batch
+  static constexpr int SLOTS = EXACT ? LEVELS * POINTS / GROUP : 1;  // points per lane and batch, all of one level
   static constexpr int BATCH = SLOTS * GROUP;                        // points per batch
+  static_assert(!EXACT || POINTS % SLOTS == 0);
 
   VG_DEVICE static int points(const DeformAttnProblem& problem) { return EXACT ? POINTS : problem.points; }
   VG_DEVICE static int count(const DeformAttnProblem& problem) {
@@ -78,9 +79,14 @@ VG_DEVICE void store_parameters(const A (&from)[COUNT], bool wide, int64_t index
 
 VG_DEVICE bool wide(const DeformAttnProblem& problem) { return problem.query_dtype != problem.value_dtype; }
 
+// The softmax of a row, and with EXACT the results of this lane's slots.
 template <typename C>
 struct Softmax {
-  typename C::Sum largest, total;
+  using A = typename C::Sum;
+  A largest, scale;  // 1 / sum of exp(logit - largest)
+  A results[C::SLOTS];
+
+  VG_DEVICE A of(A logit) const { return exp(logit - largest) * scale; }
 };
 
 template <typename C>
@@ -89,31 +95,31 @@ VG_DEVICE Softmax<C> softmax_of_row(
   using A = typename C::Sum;
   const int count = C::count(problem);
   const int64_t start = row.head_row * count;
-  A largest = -INFINITY, logits[C::SLOTS];
-  for (int batch = 0; batch < count; batch += C::BATCH) {
-    const int index = batch + lane * C::SLOTS;
-    if (!C::EXACT && index >= count) break;
+  Softmax<C> softmax{-INFINITY, 0};
+  A logits[C::SLOTS];
+  for (int index = lane * C::SLOTS; index < count; index += C::BATCH) {
     load_parameters<typename C::Value>(inputs.logits, wide(problem), start + index, logits);
     VG_UNROLL
-    for (int i = 0; i < C::SLOTS; ++i) largest = largest < logits[i] ? logits[i] : largest;
+    for (int i = 0; i < C::SLOTS; ++i) softmax.largest = softmax.largest < logits[i] ? logits[i] : softmax.largest;
   }
-  largest = group_max<C::GROUP>(largest);
+  softmax.largest = group_max<C::GROUP>(softmax.largest);
   A total = 0;
-  for (int batch = 0; batch < count; batch += C::BATCH) {
-    const int index = batch + lane * C::SLOTS;
-    if (!C::EXACT && index >= count) break;
-    load_parameters<typename C::Value>(inputs.logits, wide(problem), start + index, logits);
+  for (int index = lane * C::SLOTS; index < count; index += C::BATCH) {
+    if (!C::EXACT) load_parameters<typename C::Value>(inputs.logits, wide(problem), start + index, logits);
     VG_UNROLL
-    for (int i = 0; i < C::SLOTS; ++i) total += exp(logits[i] - largest);
+    for (int i = 0; i < C::SLOTS; ++i) total += softmax.results[i] = exp(logits[i] - softmax.largest);
   }
-  return {largest, group_sum<C::GROUP>(total)};
+  softmax.scale = 1 / group_sum<C::GROUP>(total);
+  VG_UNROLL
+  for (int i = 0; i < C::SLOTS; ++i) softmax.results[i] *= softmax.scale;
+  return softmax;
 }
 
 // ---- points -------------------------------------------------------------------------------------------------------
 
 template <typename A>
 struct Point {
-  int corner;  // pixel of the level above and left of the point; may be outside
+  int corner;  // token above and left of the point; may be outside the level
   int inside;  // bit k: corner k (0 that pixel, 1 right of it, 2 below it, 3 both) is inside the level
   A right, down;  // distance from that pixel, 0..1
   A weight;
@@ -128,7 +134,8 @@ VG_DEVICE Point<A> no_point() {
 }
 
 template <typename A>
-VG_DEVICE Point<A> point_at(A x, A y, A weight, int height, int width) {
+VG_DEVICE Point<A> point_at(A x, A y, A weight, const DeformAttnLevel& level) {
+  const int height = level.height, width = level.width;
   Point<A> point = no_point<A>();
   point.weight = weight;
   // Comparisons with NaN are false; coordinates that pass fit into an int.
@@ -136,7 +143,7 @@ VG_DEVICE Point<A> point_at(A x, A y, A weight, int height, int width) {
   const A left = floor(x), top = floor(y);
   const int column = static_cast<int>(left), line = static_cast<int>(top);
   const bool in_left = column >= 0, in_right = column + 1 < width, in_top = line >= 0, in_bottom = line + 1 < height;
-  point.corner = line * width + column;
+  point.corner = static_cast<int>(level.start) + line * width + column;
   point.inside = (in_left && in_top) | (in_right && in_top) << 1 | (in_left && in_bottom) << 2 |
                  (in_right && in_bottom) << 3;
   point.right = x - left;
@@ -175,28 +182,27 @@ VG_DEVICE void prepare(
   const int64_t start = row.head_row * count + index;
   load_parameters<typename C::Value>(
       C::FUSED ? inputs.offsets : inputs.locations, !C::FUSED || wide(problem), 2 * start, positions);
-  load_parameters<typename C::Value>(C::FUSED ? inputs.logits : inputs.weights, wide(problem), start, weights);
+  if constexpr (!C::FUSED || !C::EXACT) {
+    load_parameters<typename C::Value>(C::FUSED ? inputs.logits : inputs.weights, wide(problem), start, weights);
+  }
+  const int level_index = index / C::points(problem);
+  const DeformAttnLevel& level = problem.level[level_index];
+  const A width = level.width, height = level.height;
+  // location = origin + position * step, in pixels
+  A origin_x = 0, origin_y = 0, step_x = width, step_y = height;
+  if constexpr (C::FUSED) {
+    const Reference<A> reference = reference_of<A>(problem, inputs, row.batch, row.query, level_index);
+    const bool box = problem.reference_size == 4;  // else offsets are pixels
+    const A part = A(0.5) / C::points(problem);
+    origin_x = reference.x * width, origin_y = reference.y * height;
+    step_x = box ? reference.width * part * width : 1;
+    step_y = box ? reference.height * part * height : 1;
+  }
   VG_UNROLL
   for (int i = 0; i < C::SLOTS; ++i) {
-    const int level = (index + i) / C::points(problem);
-    const A width = problem.level[level].width, height = problem.level[level].height;
-    A x = positions[2 * i], y = positions[2 * i + 1], weight = weights[i];
-    if constexpr (C::FUSED) {
-      weight = exp(weight - softmax.largest) / softmax.total;
-      const Reference<A> reference = reference_of<A>(problem, inputs, row.batch, row.query, level);
-      if (problem.reference_size == 2) {  // offsets are pixels
-        x += reference.x * width;
-        y += reference.y * height;
-      } else {
-        const A part = A(0.5) / C::points(problem);
-        x = (reference.x + x * reference.width * part) * width;
-        y = (reference.y + y * reference.height * part) * height;
-      }
-    } else {
-      x *= width;
-      y *= height;
-    }
-    points[i] = point_at<A>(x - A(0.5), y - A(0.5), weight, problem.level[level].height, problem.level[level].width);
+    const A x = origin_x + positions[2 * i] * step_x, y = origin_y + positions[2 * i + 1] * step_y;
+    const A weight = !C::FUSED ? weights[i] : C::EXACT ? softmax.results[i] : softmax.of(weights[i]);
+    points[i] = point_at<A>(x - A(0.5), y - A(0.5), weight, level);
   }
 }
 

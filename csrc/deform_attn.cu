@@ -55,10 +55,11 @@ int64_t values_of(const DeformAttnProblem& problem) {
 
 // ---- limits of the kernels ----------------------------------------------------------------------------------------
 
-// Row indices of a batch element and pixel offsets of a level are 32-bit.
+// Indices of rows and tokens of a batch element and pixel offsets within a level are 32-bit, all others 64-bit.
 int check(const DeformAttnProblem& problem) {
   if (problem.value_dtype < kFloat64 || problem.value_dtype > kBFloat16) return kUnknownDtype;
   if (problem.queries * problem.heads > INT_MAX / 32) return kTooManyRows;
+  if (problem.tokens > INT_MAX) return kLevelTooLarge;
   const int64_t dense = static_cast<int64_t>(problem.heads) * problem.channels;
   const int64_t token = problem.value_token_stride < dense ? dense : problem.value_token_stride;
   for (int level = 0; level < problem.levels; ++level) {
@@ -279,7 +280,7 @@ int deform_attn_cuda_probe() {
 const char* deform_attn_cuda_error(int code) {
   switch (code) {
     case kNone: return "no error";
-    case kLevelTooLarge: return "a level of value spans more than 2^31 elements in memory";
+    case kLevelTooLarge: return "value has more than 2^31 tokens, or a level more than 2^31 elements in memory";
     case kTooManyRows: return "queries times heads is more than 2^26";
     case kUnknownDtype: return "the kernels do not support the dtype of value";
   }

@@ -79,3 +79,18 @@ def test_float16_costs_what_bfloat16_costs(kind: str, compiled: tuple[dict[str, 
     pairs = zip(published(compiled[0], kind, "4HalfE"), published(compiled[0], kind, "6BFloatE"), strict=True)
     for half, brain in pairs:
         assert half.total() < 1.05 * brain.total()
+
+
+# Instructions of the kernels, plain and fused. Address arithmetic, a division or an exponential per point exceed them.
+LONGEST = {
+    ("14forward_kernel", "f"): (450, 770),
+    ("14forward_kernel", "6BFloatE"): (1150, 1600),
+    ("15backward_kernel", "f"): (750, 1110),
+    ("15backward_kernel", "6BFloatE"): (1880, 2400),
+}
+
+
+@pytest.mark.parametrize(("kind", "dtype"), LONGEST)
+def test_kernels_stay_short(kind: str, dtype: str, compiled: tuple[dict[str, Counter[str]], str]) -> None:
+    for instructions, most in zip(published(compiled[0], kind, dtype), LONGEST[kind, dtype], strict=True):
+        assert instructions.total() - instructions["NOP"] <= most
