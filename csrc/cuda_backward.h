@@ -32,8 +32,8 @@ VG_DEVICE PointGradient<typename C::Sum> point_backward(
   const int channels = C::channels(problem);
   const int token = static_cast<int>(problem.value_token_stride), sums_token = problem.heads * channels;
   const Shares<A> shares = shares_of(point, A(1)), weighted = shares_of(point, point.weight);
-  const typename C::Value* pixel = value + static_cast<int64_t>(point.corner) * token;
-  const int64_t sums_pixel = (row.batch * problem.tokens + point.corner) * sums_token + row.head * channels;
+  const typename C::Value* pixel = value + static_cast<int64_t>(point.corner()) * token;
+  const int64_t sums_pixel = (row.batch * problem.tokens + point.corner()) * sums_token + row.head * channels;
 
   A dots[4] = {};  // dot product of each corner's pixel and the gradient of the output
   const auto visit_corners = [&](auto all_inside_constant) {
@@ -46,11 +46,11 @@ VG_DEVICE PointGradient<typename C::Sum> point_backward(
         VG_UNROLL
         for (int c = 0; c < C::VECTOR; ++c) grad[c] = grad_at_once[c];
       } else {
-        load(grad_output + row.head_row * channels + channel, grad);
+        load(grad_output + row.index * channels + channel, grad);
       }
       VG_UNROLL
       for (int k = 0; k < 4; ++k) {
-        if (!ALL_INSIDE && !(point.inside >> k & 1)) continue;
+        if (!ALL_INSIDE && !point.inside(k)) continue;
         A values[C::VECTOR];
         load(pixel + channel + (k & 1) * token + (k >> 1) * (width * token), values);
         VG_UNROLL
@@ -59,7 +59,7 @@ VG_DEVICE PointGradient<typename C::Sum> point_backward(
       if (!needs_value) continue;
       VG_UNROLL
       for (int k = 0; k < 4; ++k) {
-        if (!ALL_INSIDE && !(point.inside >> k & 1)) continue;
+        if (!ALL_INSIDE && !point.inside(k)) continue;
         A parts[C::VECTOR];
         VG_UNROLL
         for (int c = 0; c < C::VECTOR; ++c) parts[c] = weighted.of[k] * grad[c];
@@ -87,12 +87,12 @@ VG_DEVICE void store_position_gradients(
     const Point<typename C::Sum> (&points)[C::SLOTS], const PointGradient<typename C::Sum> (&found)[C::SLOTS]) {
   using A = typename C::Sum;
   using T = typename C::Value;
-  const int64_t start = 2 * (row.head_row * C::count(problem) + index);
+  const int64_t start = 2 * (row.index * C::count(problem) + index);
   const int level = index / C::points(problem);
   const A width = problem.level[level].width, height = problem.level[level].height;
   const bool box = C::FUSED && problem.reference_size == 4;
   Reference<A> reference{};
-  if (box) reference = reference_of<A>(problem, inputs, row.batch, row.query, level);
+  if (box) reference = reference_of<A>(problem, inputs, row, level);
   const A part = A(0.5) / C::points(problem);
   A of_locations[2 * C::SLOTS], of_offsets[2 * C::SLOTS];
   VG_UNROLL
@@ -121,7 +121,7 @@ VG_DEVICE void softmax_backward(
   using A = typename C::Sum;
   const int count = C::count(problem);
   for (int index = lane; index < count; index += C::GROUP) {
-    const int64_t element = row.head_row * count + index;
+    const int64_t element = row.index * count + index;
     A numbers[1];
     load_parameters<typename C::Value>(inputs.logits, wide(problem), element, numbers);
     numbers[0] = softmax.of(numbers[0]) * (scratch.weights[element] - mean);
@@ -143,7 +143,7 @@ VG_DEVICE void backward_row(
   Softmax<C> softmax{};
   if constexpr (C::FUSED) softmax = softmax_of_row<C>(problem, inputs, row, lane);
   A grad[C::VECTOR] = {};
-  if constexpr (C::EXACT) load(grad_output + row.head_row * channels + lane * C::VECTOR, grad);
+  if constexpr (C::EXACT) load(grad_output + row.index * channels + lane * C::VECTOR, grad);
 
   A mean = 0;  // of the gradients of the softmax's results, weighted by the results
   for (int batch = 0; batch < count; batch += C::BATCH) {
@@ -180,7 +180,7 @@ VG_DEVICE void backward_row(
     if (!row.real || (!C::EXACT && index >= count)) continue;
     store_position_gradients<C>(problem, inputs, gradients, scratch, row, index, mine, found);
     if (!needs_weights) continue;
-    const int64_t element = row.head_row * count + index;
+    const int64_t element = row.index * count + index;
     if constexpr (C::FUSED && !C::EXACT) {
       store(of_weights, scratch.weights + element);
     } else {
@@ -195,28 +195,26 @@ VG_DEVICE void backward_row(
   }
 }
 
-// rows_at_once: rows of a batch element that are processed in parallel. One row per head, instead of all rows, puts the
-// additions to each sum into a fixed order.
+// queries_at_once: queries that are processed in parallel. One, instead of all, puts the additions to each sum into a
+// fixed order.
 template <typename C, bool FIXED_POINT>
 VG_KERNEL(2) void backward_kernel(
     const VG_PARAMETER DeformAttnProblem problem, const DeformAttnInputs inputs, const typename C::Value* grad_output,
-    const DeformAttnGradients gradients, const Scratch<typename C::Sum> scratch, int rows_at_once) {
+    const DeformAttnGradients gradients, const Scratch<typename C::Sum> scratch, int queries_at_once) {
   using A = typename C::Sum;
   const int lane = thread_of_block() % C::GROUP;
-  const int group = block_x() * (kThreads / C::GROUP) + thread_of_block() / C::GROUP;
-  const int rows = static_cast<int>(problem.queries) * problem.heads;
-  for (int64_t batch = block_y(); batch < problem.batch; batch += blocks_y()) {
-    for (int first = 0; first < rows; first += rows_at_once) {
-      const bool real = group < rows_at_once && first + group < rows;
-      const Row row = row_of(problem, batch, first + group, real);
-      if constexpr (FIXED_POINT) {
-        const FixedPointSums sums{
-            static_cast<unsigned long long*>(scratch.value_sums), fixed_point_scale(problem, scratch.limits)};
-        backward_row<C>(problem, inputs, grad_output, gradients, scratch, row, lane, sums);
-      } else {
-        const FloatingSums<A> sums{static_cast<A*>(scratch.value_sums)};
-        backward_row<C>(problem, inputs, grad_output, gradients, scratch, row, lane, sums);
-      }
+  const BlockPart part = block_part<C>(problem, queries_at_once);
+  for (int first = 0; first < problem.queries; first += queries_at_once) {
+    const int position = first + part.position;
+    const Row row = row_of(problem, part, position, part.position < queries_at_once && position < problem.queries);
+    if (all_of_warp(!row.real)) continue;
+    if constexpr (FIXED_POINT) {
+      const FixedPointSums sums{
+          static_cast<unsigned long long*>(scratch.value_sums), fixed_point_scale(problem, scratch.limits)};
+      backward_row<C>(problem, inputs, grad_output, gradients, scratch, row, lane, sums);
+    } else {
+      const FloatingSums<A> sums{static_cast<A*>(scratch.value_sums)};
+      backward_row<C>(problem, inputs, grad_output, gradients, scratch, row, lane, sums);
     }
   }
 }

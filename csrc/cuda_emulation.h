@@ -131,7 +131,7 @@ inline Warp& warp() {
 }
 
 struct Position {
-  int block_x, block_y, blocks_x, blocks_y, thread;
+  int block, blocks, thread;
 };
 
 // Indices of the first lane of the current warp.
@@ -142,13 +142,12 @@ inline Position& position() {
 
 // Runs a kernel, given as a function object, for all threads of all blocks, one warp after the other.
 template <typename Kernel>
-void launch(int blocks_x, int blocks_y, int threads, Kernel kernel) {
-  for (int y = 0; y < blocks_y; ++y)
-    for (int x = 0; x < blocks_x; ++x)
-      for (int thread = 0; thread < threads; thread += kLanes) {
-        position() = {x, y, blocks_x, blocks_y, thread};
-        warp().run([](void* data) { (*static_cast<Kernel*>(data))(); }, &kernel);
-      }
+void launch(int blocks, int threads, Kernel kernel) {
+  for (int block = 0; block < blocks; ++block)
+    for (int thread = 0; thread < threads; thread += kLanes) {
+      position() = {block, blocks, thread};
+      warp().run([](void* data) { (*static_cast<Kernel*>(data))(); }, &kernel);
+    }
 }
 
 }  // namespace emulation

@@ -31,42 +31,44 @@ VG_DEVICE void forward_row(
         for (int slot = 0; slot < C::SLOTS; ++slot) {
           Point<A> point;
           const bool all_inside = hand_out<C>(mine[slot], lane, owner, &point);
-          const Shares<A> shares = shares_of(point, point.weight);
-          const T* pixel = head + static_cast<int64_t>(point.corner) * token;
-          A values[4][C::VECTOR];
-          if (all_inside && (C::EXACT || real)) {
-            VG_UNROLL
-            for (int k = 0; k < 4; ++k) load(pixel + (k & 1) * token + (k >> 1) * line, values[k]);
-            VG_UNROLL
-            for (int k = 0; k < 4; ++k) {
-              VG_UNROLL
-              for (int c = 0; c < C::VECTOR; ++c) sums[c] += shares.of[k] * values[k][c];
-            }
-          } else if (real) {
+          Shares<A> shares = shares_of(point, point.weight);
+          const T* pixel = head + static_cast<int64_t>(point.corner()) * token;
+          Packed<C::VECTOR, T> corners[4];
+          const bool read = C::EXACT || real;  // in exact kernels, a row that is not real has no points
+          if (all_inside && read) {
             VG_UNROLL
             for (int k = 0; k < 4; ++k) {
-              if (!(point.inside >> k & 1)) continue;
-              load(pixel + (k & 1) * token + (k >> 1) * line, values[k]);
-              VG_UNROLL
-              for (int c = 0; c < C::VECTOR; ++c) sums[c] += shares.of[k] * values[k][c];
+              corners[k] = load_packed<C::VECTOR>(pixel + (k & 1) * token + (k >> 1) * line);
             }
+          } else {
+            VG_UNROLL
+            for (int k = 0; k < 4; ++k) {
+              const bool inside = read && point.inside(k);
+              corners[k] = load_packed<C::VECTOR>(pixel + (k & 1) * token + (k >> 1) * line, inside);
+              shares.of[k] = inside ? shares.of[k] : 0;
+            }
+          }
+          VG_UNROLL
+          for (int k = 0; k < 4; ++k) {
+            A values[C::VECTOR];
+            unpack(corners[k], values);
+            VG_UNROLL
+            for (int c = 0; c < C::VECTOR; ++c) sums[c] += shares.of[k] * values[c];
           }
         }
       }
     }
-    if (real) store(sums, output + row.head_row * channels + channel);
+    if (real) store(sums, output + row.index * channels + channel);
   }
 }
 
 template <typename C>
 VG_KERNEL(4) void forward_kernel(
     const VG_PARAMETER DeformAttnProblem problem, const DeformAttnInputs inputs, typename C::Value* output) {
-  const int lane = thread_of_block() % C::GROUP;
-  const int row = block_x() * (kThreads / C::GROUP) + thread_of_block() / C::GROUP;
-  for (int64_t batch = block_y(); batch < problem.batch; batch += blocks_y()) {
-    forward_row<C>(
-        problem, inputs, row_of(problem, batch, row, row < problem.queries * problem.heads), lane, output);
-  }
+  const BlockPart part = block_part<C>(problem, static_cast<int>(problem.queries));
+  const Row row = row_of(problem, part, part.position, part.position < problem.queries);
+  if (all_of_warp(!row.real)) return;
+  forward_row<C>(problem, inputs, row, thread_of_block() % C::GROUP, output);
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 // each lane sums its own channels, 16 bytes at a time. csrc/README.md has a diagram and the reasons.
 #pragma once
 
-#include "cuda_lanes.h"
+#include "cuda_words.h"
 #include "deform_attn.h"
 
 namespace {
@@ -41,19 +41,44 @@ struct Cut {
   }
 };
 
-// The row of a lane. Lanes beyond the last row work on row 0, because shuffles need whole warps.
+// ---- rows ---------------------------------------------------------------------------------------------------------
+
+// The query that is processed at a position. Queries that are the pixels of the levels, as in an encoder, come in
+// strips of 8 lines, column by column: 64 queries in a row are a tile of 8 x 8 pixels, which sample the same pixels.
+// No position stays empty: at the end of a strip or level a tile continues in the next. Other queries keep their order.
+VG_DEVICE int query_at(const DeformAttnProblem& problem, int position) {
+  if (problem.queries != problem.tokens) return position;
+  int index = problem.levels - 1;
+  while (position < problem.level[index].start) --index;
+  const DeformAttnLevel& level = problem.level[index];
+  const int start = static_cast<int>(level.start), first_line = (position - start) / (8 * level.width) * 8;
+  const int lines = level.height - first_line < 8 ? level.height - first_line : 8;
+  const int position_in_strip = position - start - first_line * level.width, column = position_in_strip / lines;
+  return start + (first_line + position_in_strip - column * lines) * level.width + column;
+}
+
 struct Row {
-  bool real;
-  int64_t batch, query;  // query: index over all batches, like head_row
-  int head;
-  int64_t head_row;
+  bool real;  // lanes without a row work on row 0, because shuffles need whole warps
+  int batch, query, head;
+  int64_t index;  // in [B, Q, H]
 };
 
-VG_DEVICE Row row_of(const DeformAttnProblem& problem, int64_t batch, int row, bool real) {
-  row = real ? row : 0;
-  const int query = row / problem.heads, head = row - query * problem.heads;
-  const int64_t queries = batch * problem.queries;
-  return {real, batch, queries + query, head, queries * problem.heads + row};
+// The rows of a block are of one head and of consecutive positions, to share pixels in L1. Blocks are ordered by batch,
+// position, head.
+struct BlockPart {
+  int batch, head, position;  // position: of this lane
+};
+
+template <typename C>
+VG_DEVICE BlockPart block_part(const DeformAttnProblem& problem, int positions) {
+  const int rows = kThreads / C::GROUP, blocks = (positions + rows - 1) / rows, block = block_of_grid() / problem.heads;
+  const int batch = block / blocks;
+  return {batch, block_of_grid() % problem.heads, (block - batch * blocks) * rows + thread_of_block() / C::GROUP};
+}
+
+VG_DEVICE Row row_of(const DeformAttnProblem& problem, const BlockPart& part, int position, bool real) {
+  const int query = query_at(problem, real ? position : 0);
+  return {real, part.batch, query, part.head, (part.batch * problem.queries + query) * problem.heads + part.head};
 }
 
 // ---- parameters: locations or offsets, weights or logits ----------------------------------------------------------
@@ -94,7 +119,7 @@ VG_DEVICE Softmax<C> softmax_of_row(
     const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const Row& row, int lane) {
   using A = typename C::Sum;
   const int count = C::count(problem);
-  const int64_t start = row.head_row * count;
+  const int64_t start = row.index * count;
   Softmax<C> softmax{-INFINITY, 0};
   A logits[C::SLOTS];
   for (int index = lane * C::SLOTS; index < count; index += C::BATCH) {
@@ -119,18 +144,21 @@ VG_DEVICE Softmax<C> softmax_of_row(
 
 template <typename A>
 struct Point {
-  int corner;  // token above and left of the point; may be outside the level
-  int inside;  // bit k: corner k (0 that pixel, 1 right of it, 2 below it, 3 both) is inside the level
+  int corner_and_inside;  // 16 * corner + inside: one register and one shuffle for two numbers
   A right, down;  // distance from that pixel, 0..1
   A weight;
-};
 
-constexpr int kAllInside = 15;
+  // Token above and left of the point; may be outside the level.
+  VG_DEVICE int corner() const { return corner_and_inside >> 4; }
+  // Whether corner k (0 that pixel, 1 right of it, 2 below it, 3 both) is inside the level.
+  VG_DEVICE bool inside(int k) const { return corner_and_inside >> k & 1; }
+  VG_DEVICE bool all_inside() const { return (corner_and_inside & 15) == 15; }
+};
 
 // A point that samples nothing.
 template <typename A>
 VG_DEVICE Point<A> no_point() {
-  return {0, 0, 0, 0, 0};
+  return {0, 0, 0, 0};
 }
 
 template <typename A>
@@ -143,9 +171,10 @@ VG_DEVICE Point<A> point_at(A x, A y, A weight, const DeformAttnLevel& level) {
   const A left = floor(x), top = floor(y);
   const int column = static_cast<int>(left), line = static_cast<int>(top);
   const bool in_left = column >= 0, in_right = column + 1 < width, in_top = line >= 0, in_bottom = line + 1 < height;
-  point.corner = static_cast<int>(level.start) + line * width + column;
-  point.inside = (in_left && in_top) | (in_right && in_top) << 1 | (in_left && in_bottom) << 2 |
+  const int corner = static_cast<int>(level.start) + line * width + column;
+  const int inside = (in_left && in_top) | (in_right && in_top) << 1 | (in_left && in_bottom) << 2 |
                  (in_right && in_bottom) << 3;
+  point.corner_and_inside = 16 * corner + inside;
   point.right = x - left;
   point.down = y - top;
   return point;
@@ -159,9 +188,9 @@ struct Reference {
 
 template <typename A>
 VG_DEVICE Reference<A> reference_of(
-    const DeformAttnProblem& problem, const DeformAttnInputs& inputs, int64_t batch, int64_t query, int level) {
-  const A* from = static_cast<const A*>(inputs.reference) + batch * problem.reference_batch_stride +
-                  (query - batch * problem.queries) * problem.reference_query_stride +
+    const DeformAttnProblem& problem, const DeformAttnInputs& inputs, const Row& row, int level) {
+  const A* from = static_cast<const A*>(inputs.reference) + row.batch * problem.reference_batch_stride +
+                  row.query * problem.reference_query_stride +
                   (problem.reference_levels == 1 ? 0 : level) * problem.reference_level_stride;
   const bool box = problem.reference_size == 4;
   return {from[0], from[1], box ? from[2] : 0, box ? from[3] : 0};
@@ -179,7 +208,7 @@ VG_DEVICE void prepare(
   if (!row.real || (!C::EXACT && index >= count)) return;
 
   A positions[2 * C::SLOTS], weights[C::SLOTS];
-  const int64_t start = row.head_row * count + index;
+  const int64_t start = row.index * count + index;
   load_parameters<typename C::Value>(
       C::FUSED ? inputs.offsets : inputs.locations, !C::FUSED || wide(problem), 2 * start, positions);
   if constexpr (!C::FUSED || !C::EXACT) {
@@ -191,7 +220,7 @@ VG_DEVICE void prepare(
   // location = origin + position * step, in pixels
   A origin_x = 0, origin_y = 0, step_x = width, step_y = height;
   if constexpr (C::FUSED) {
-    const Reference<A> reference = reference_of<A>(problem, inputs, row.batch, row.query, level_index);
+    const Reference<A> reference = reference_of<A>(problem, inputs, row, level_index);
     const bool box = problem.reference_size == 4;  // else offsets are pixels
     const A part = A(0.5) / C::points(problem);
     origin_x = reference.x * width, origin_y = reference.y * height;
@@ -207,17 +236,14 @@ VG_DEVICE void prepare(
 }
 
 // Distributes the point of lane `owner` to its group. Returns whether all corners of the points of the warp, which has
-// several rows, are inside; only if not, `inside` is exchanged.
+// several rows, are inside.
 template <typename C>
 VG_DEVICE bool hand_out(const Point<typename C::Sum>& mine, int lane, int owner, Point<typename C::Sum>* point) {
-  point->corner = from_lane<C::GROUP>(mine.corner, owner);
+  point->corner_and_inside = from_lane<C::GROUP>(mine.corner_and_inside, owner);
   point->right = from_lane<C::GROUP>(mine.right, owner);
   point->down = from_lane<C::GROUP>(mine.down, owner);
   point->weight = from_lane<C::GROUP>(mine.weight, owner);
-  point->inside = kAllInside;
-  const bool all_inside = all_of_warp(lane != owner || mine.inside == kAllInside);
-  if (!all_inside) point->inside = from_lane<C::GROUP>(mine.inside, owner);
-  return all_inside;
+  return all_of_warp(point->all_inside());
 }
 
 // Bilinear weights of the four corners.

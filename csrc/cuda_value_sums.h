@@ -78,19 +78,29 @@ VG_KERNEL(4) void limits_kernel(
   }
 }
 
-template <typename T, bool FIXED_POINT>
-VG_KERNEL(4) void finish_value_kernel(
-    const VG_PARAMETER DeformAttnProblem problem, const void* sums, const Limits* limits, int64_t count,
+// Rounds floating-point sums to half precision, 8 per thread: 16 bytes per load and store. Memory of sums and gradient
+// is aligned; the last count % 8 values are rounded one at a time.
+template <typename T>
+VG_KERNEL(4) void round_sums_kernel(const float* sums, int64_t count, T* grad_value) {
+  const int64_t eights = reinterpret_cast<uintptr_t>(grad_value) % 16 == 0 ? count / 8 : 0;
+  for (int64_t i = thread_of_grid(); i < eights; i += threads_of_grid()) {
+    float numbers[8];
+    load(sums + 8 * i, numbers);
+    store(numbers, grad_value + 8 * i);
+  }
+  for (int64_t i = 8 * eights + thread_of_grid(); i < count; i += threads_of_grid()) narrow(sums[i], grad_value + i);
+}
+
+// Turns fixed-point sums into the gradient.
+template <typename T>
+VG_KERNEL(4) void finish_fixed_point_kernel(
+    const VG_PARAMETER DeformAttnProblem problem, const long long* sums, const Limits* limits, int64_t count,
     T* grad_value) {
   using A = typename SumOf<T>::type;
-  const double scale = FIXED_POINT ? fixed_point_scale(problem, limits) : 1;
+  const double scale = fixed_point_scale(problem, limits);
   for (int64_t i = thread_of_grid(); i < count; i += threads_of_grid()) {
-    if constexpr (FIXED_POINT) {
-      // Fixed point cannot represent infinity and NaN: the whole gradient becomes NaN, which every check detects.
-      narrow(scale > 0 ? static_cast<A>(static_cast<const long long*>(sums)[i] / scale) : A(NAN), grad_value + i);
-    } else {
-      narrow(static_cast<const A*>(sums)[i], grad_value + i);
-    }
+    // Fixed point cannot represent infinity and NaN: the whole gradient becomes NaN, which every check detects.
+    narrow(scale > 0 ? static_cast<A>(sums[i] / scale) : A(NAN), grad_value + i);
   }
 }
 

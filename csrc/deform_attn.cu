@@ -14,15 +14,16 @@ namespace {
 enum Failure { kNone = 0, kLevelTooLarge = -1, kTooManyRows = -2, kUnknownDtype = -3 };
 
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), int64_t blocks_x, int64_t blocks_y, void* stream, Arguments... arguments) {
-  if (blocks_x == 0 || blocks_y == 0) return kNone;
-  const int x = static_cast<int>(blocks_x), y = static_cast<int>(blocks_y);
+int launch(void (*kernel)(Parameters...), int64_t blocks, void* stream, Arguments... arguments) {
+  if (blocks == 0) return kNone;
+  if (blocks > INT_MAX) return kTooManyRows;
+  const int grid = static_cast<int>(blocks);
 #ifdef VG_EMULATE
   (void)stream;
-  emulation::launch(x, y, kThreads, [=] { kernel(arguments...); });
+  emulation::launch(grid, kThreads, [=] { kernel(arguments...); });
   return kNone;
 #else
-  kernel<<<dim3(x, y), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();
 #endif
 }
@@ -42,8 +43,11 @@ int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads
 // Element-wise kernels loop, so more blocks than fill a GPU several times bring nothing.
 int64_t blocks_for_elements(int64_t count) { return count < (1 << 20) ? blocks_for(count) : (1 << 20) / kThreads; }
 
-// The y dimension of the grid is the batch; kernels loop over elements beyond the grid limit.
-int64_t grid_y_for(int64_t batch) { return batch < 65535 ? batch : 65535; }
+// Blocks that process `positions` queries of every head and batch element at once; see block_part().
+template <typename C>
+int64_t blocks_for_rows(const DeformAttnProblem& problem, int64_t positions) {
+  return problem.batch * problem.heads * blocks_for(positions * C::GROUP);
+}
 
 int64_t rows_of(const DeformAttnProblem& problem) { return problem.batch * problem.queries * problem.heads; }
 
@@ -59,7 +63,7 @@ int64_t values_of(const DeformAttnProblem& problem) {
 int check(const DeformAttnProblem& problem) {
   if (problem.value_dtype < kFloat64 || problem.value_dtype > kBFloat16) return kUnknownDtype;
   if (problem.queries * problem.heads > INT_MAX / 32) return kTooManyRows;
-  if (problem.tokens > INT_MAX) return kLevelTooLarge;
+  if (problem.tokens > INT_MAX / 32) return kLevelTooLarge;  // see Point
   const int64_t dense = static_cast<int64_t>(problem.heads) * problem.channels;
   const int64_t token = problem.value_token_stride < dense ? dense : problem.value_token_stride;
   for (int level = 0; level < problem.levels; ++level) {
@@ -175,7 +179,7 @@ struct BackwardCall {
     failure = zero(limits(), sizeof(Limits), stream);
     if (failure) return failure;
     return launch(
-        limits_kernel<T>, blocks_for_elements(rows_of(problem) * problem.channels), 1, stream, problem, grad_output,
+        limits_kernel<T>, blocks_for_elements(rows_of(problem) * problem.channels), stream, problem, grad_output,
         inputs.weights, limits());
   }
 
@@ -187,35 +191,47 @@ struct BackwardCall {
     const Scratch<A> scratch{value_sums(), limits(), locations, weights};
     const auto* grad = static_cast<const typename C::Value*>(grad_output);
     const bool in_order = problem.deterministic && !plan.fixed_point && gradients.value;
-    const int rows = static_cast<int>(problem.queries) * problem.heads, at_once = in_order ? problem.heads : rows;
-    const int64_t blocks = blocks_for(static_cast<int64_t>(at_once) * C::GROUP);
-    if (rows == 0) return kNone;
+    if (rows_of(problem) == 0) return kNone;
+    const int at_once = in_order ? 1 : static_cast<int>(problem.queries);
+    const int64_t blocks = blocks_for_rows<C>(problem, at_once);
     if constexpr (sizeof(A) < 8 && !C::EXACT) {
       if (plan.fixed_point) {
         return launch(
-            backward_kernel<C, true>, blocks, grid_y_for(problem.batch), stream, problem, inputs, grad, gradients,
-            scratch, at_once);
+            backward_kernel<C, true>, blocks, stream, problem, inputs, grad, gradients, scratch, at_once);
       }
     }
     return launch(
-        backward_kernel<C, false>, blocks, grid_y_for(problem.batch), stream, problem, inputs, grad, gradients, scratch,
-        at_once);
+        backward_kernel<C, false>, blocks, stream, problem, inputs, grad, gradients, scratch, at_once);
+  }
+
+  template <typename T>
+  int finish_value(T* grad_value, int64_t count) const {
+    if constexpr (sizeof(T) < 8) {
+      if (plan.fixed_point) {
+        return launch(
+            finish_fixed_point_kernel<T>, blocks_for_elements(count), stream, problem,
+            reinterpret_cast<const long long*>(workspace), limits(), count, grad_value);
+      }
+    }
+    if constexpr (kHalfPrecision<T>) {
+      return launch(
+          round_sums_kernel<T>, blocks_for_elements(count / 8 + 8), stream, reinterpret_cast<const float*>(workspace),
+          count, grad_value);
+    }
+    return kNone;
   }
 
   template <typename T>
   int finish() const {
     using A = typename SumOf<T>::type;
     if (gradients.value && plan.value_sums_bytes) {
-      const auto kernel = plan.fixed_point ? finish_value_kernel<T, true> : finish_value_kernel<T, false>;
-      const int failure = launch(
-          kernel, blocks_for_elements(values_of(problem)), 1, stream, problem, static_cast<const void*>(workspace),
-          limits(), values_of(problem), static_cast<T*>(gradients.value));
+      const int failure = finish_value(static_cast<T*>(gradients.value), values_of(problem));
       if (failure) return failure;
     }
     if (!gradients.reference) return kNone;
     const int64_t references = problem.batch * problem.queries * problem.reference_levels;
     return launch(
-        reference_kernel<A, T>, blocks_for_elements(references), 1, stream, problem, inputs,
+        reference_kernel<A, T>, blocks_for_elements(references), stream, problem, inputs,
         reinterpret_cast<const A*>(workspace + plan.locations), static_cast<A*>(gradients.reference));
   }
 };
@@ -230,9 +246,8 @@ int deform_attn_cuda_forward(
   if (failure) return failure;
   return with_cut(*problem, *inputs, output, DeformAttnGradients{}, [&](auto cut) {
     using C = decltype(cut);
-    const int64_t blocks = blocks_for(problem->queries * problem->heads * C::GROUP);
     return launch(
-        forward_kernel<C>, blocks, grid_y_for(problem->batch), stream, *problem, *inputs,
+        forward_kernel<C>, blocks_for_rows<C>(*problem, problem->queries), stream, *problem, *inputs,
         static_cast<typename C::Value*>(output));
   });
 }
@@ -280,8 +295,8 @@ int deform_attn_cuda_probe() {
 const char* deform_attn_cuda_error(int code) {
   switch (code) {
     case kNone: return "no error";
-    case kLevelTooLarge: return "value has more than 2^31 tokens, or a level more than 2^31 elements in memory";
-    case kTooManyRows: return "queries times heads is more than 2^26";
+    case kLevelTooLarge: return "value has more than 2^26 tokens, or a level more than 2^31 elements in memory";
+    case kTooManyRows: return "queries times heads is more than 2^26, or there are more than 2^31 blocks of rows";
     case kUnknownDtype: return "the kernels do not support the dtype of value";
   }
 #ifdef VG_EMULATE

@@ -36,12 +36,13 @@ def device(request: pytest.FixtureRequest) -> str:
     ("shapes", "sizes"),
     [
         (((9, 11), (5, 6), (3, 3), (2, 2)), {"B": 2, "Q": 37, "H": 8, "D": 32, "P": 4}),  # as in Grounding DINO
+        (((9, 11), (5, 6), (3, 3), (2, 2)), {"B": 2, "Q": 142, "H": 8, "D": 32, "P": 4}),  # queries are the pixels
         (SHAPES, {"B": 3, "Q": 7, "H": 3, "D": 30, "P": 1}),
         (((1, 9), (9, 1), (1, 1), (2, 1), (1, 2)), {"B": 1, "Q": 11, "H": 2, "D": 16, "P": 8}),
         (((6, 5),), {"B": 2, "Q": 13, "H": 1, "D": 64, "P": 3}),
         (((4, 6), (2, 3)), {"B": 1, "Q": 1, "H": 5, "D": 1, "P": 2}),
     ],
-    ids=["main", "odd", "thin", "one_level", "one_channel"],
+    ids=["main", "encoder", "odd", "thin", "one_level", "one_channel"],
 )
 def test_equals_grid_sample(shapes: Shapes, sizes: dict[str, int], dtype: torch.dtype, device: str) -> None:
     inputs = plain(shapes, dtype=dtype, device=device, **sizes)
