@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from types import FrameType
 from typing import Any
 
@@ -117,7 +118,7 @@ def ignore_stop_signals() -> None:
 class StopSignal:
     """A signal that asks a run to stop (STOP_SIGNALS), received by any of its processes.
 
-    All processes must check at the same step. Each check is a collective that waits for the device, so several
+    All processes must check at the same step. Each check waits for the other processes (not for the device), so several
     processes check every `interval` steps; the interval of a single process is 1.
 
     Args:
@@ -135,12 +136,17 @@ class StopSignal:
         self.interval = interval if accelerator.num_processes > 1 else 1
         self.received: signal.Signals | None = None
 
+    @cached_property
+    def _group(self) -> torch.distributed.ProcessGroup:
+        """All processes, with tensors on the host: reading one from a GPU would wait for all work before it."""
+        return torch.distributed.new_group(backend="gloo")
+
     def requested(self) -> bool:
         """Whether any process received a signal."""
-        if self.accelerator.num_processes == 1:
-            return self.received is not None
-        flag = torch.tensor(float(self.received is not None), device=self.accelerator.device)
-        return mean_over_processes(self.accelerator, flag).item() > 0
+        flag = torch.tensor(self.received is not None, dtype=torch.int32)
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, self._group)
+        return bool(flag)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -179,6 +179,7 @@ class Features(NamedTuple):
     text: Tensor  # [R, T, D of the text encoder]
     text_mask: Tensor  # [R, T] bool, False = padding
     image_ids: Tensor  # [R] int64, index of the image that an expression refers to
+    most: int | None = None  # expressions that refer to the same image; None: to be read from image_ids
 
 
 @dataclass(frozen=True)

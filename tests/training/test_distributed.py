@@ -177,6 +177,20 @@ def test_one_process_checks_for_signals_without_a_collective(
     assert StopSignal(trainer.accelerator, 10).interval == 10
 
 
+def test_several_processes_check_for_signals_on_the_host(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, flags = Trainer(tiny_config()), []
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(type(trainer.accelerator), "device", torch.device("meta"))
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: backend)
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda flag, *options: flags.append((flag.device.type, options))
+    )
+    assert not trainer.stop.requested()
+    assert flags == [("cpu", (torch.distributed.ReduceOp.MAX, "gloo"))]
+
+
 def test_random_state_is_restored(tmp_path: Path) -> None:
     def draw() -> list[float]:
         import random

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,7 @@ def collate_encoded(samples: Sequence[EncodedSample]) -> EncodedBatch:
     """Make a batch in which samples with the same view of an image share its features."""
     images = {sample.image_key: sample.image for sample in samples}
     indices = {key: index for index, key in enumerate(images)}
+    image_ids = [indices[sample.image_key] for sample in samples]
     lengths = [len(sample.text) for sample in samples]
     text = np.zeros((len(samples), max(lengths), samples[0].text.shape[1]), np.float16)  # [R, T, D]
     for row, sample in zip(text, samples, strict=True):
@@ -154,7 +156,8 @@ def collate_encoded(samples: Sequence[EncodedSample]) -> EncodedBatch:
         grid=samples[0].grid,
         text=torch.from_numpy(text),
         text_mask=torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1),  # [R, T]
-        image_ids=torch.tensor([indices[sample.image_key] for sample in samples]),
+        image_ids=torch.tensor(image_ids),
+        most=max(Counter(image_ids).values()),
     )
     targets = []
     for sample in samples:

@@ -28,13 +28,20 @@ def match(logits: Tensor, boxes: Tensor, targets: PromptTargets, mask: Tensor, c
         [L, R, Q] int64, the index of the matched box, -1 for background. If there are more boxes than queries, the
         subset with the lowest cost is matched. Non-finite costs rank below all finite ones.
     """
-    costs = match_costs(logits, boxes, targets, mask, config).cpu().numpy()  # [L, R, Q, N]
-    assignment = np.full(costs.shape[:3], -1)
+    costs = match_costs(logits, boxes, targets, mask, config)
+    values = _to_host(costs).numpy()  # [L, R, Q, N]
+    # Page-locked, so that the copy back does not wait for the device.
+    assignment = torch.full(costs.shape[:3], -1, pin_memory=costs.is_cuda)
     for row, count in enumerate(targets.counts):
-        for layer in range(len(costs)):
-            queries, matched = linear_sum_assignment(_finite(costs[layer, row, :, :count]))
-            assignment[layer, row, queries] = matched
-    return torch.from_numpy(assignment).to(logits.device, non_blocking=True)
+        for layer in range(len(values)):
+            queries, matched = linear_sum_assignment(_finite(values[layer, row, :, :count]))
+            assignment.numpy()[layer, row, queries] = matched
+    return assignment.to(costs.device, non_blocking=True)
+
+
+def _to_host(costs: Tensor) -> Tensor:
+    """Copy the costs to the host: the only time that it waits for the device in a training step."""
+    return torch.empty(costs.shape, dtype=costs.dtype, pin_memory=costs.is_cuda).copy_(costs)
 
 
 def match_costs(logits: Tensor, boxes: Tensor, targets: PromptTargets, mask: Tensor, config: LossConfig) -> Tensor:

@@ -85,25 +85,25 @@ class SharedMemoryDecoderLayer(nn.TransformerDecoderLayer):
     """
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, memory: Tensor, padding: Tensor, rows: tuple[Tensor, Tensor] | None
+        self, x: Tensor, memory: Tensor, padding: Tensor, rows: tuple[Tensor, Tensor, int] | None
     ) -> Tensor:
         """Return [R, T, D] for x [R, T, D] and memory [B, S, D].
 
         Args:
             padding: [R, T] bool, True = padding.
-            rows: [R] index of the memory of each row, and [R] index among the rows with the same memory; None if row r
-                has memory r.
+            rows: [R] index of the memory of each row, [R] index among the rows with the same memory, and the most rows
+                of a memory; None if row r has memory r.
         """
         attended = self.self_attn(x, x, x, key_padding_mask=padding, need_weights=False)[0]
         x = self.norm1(x + self.dropout1(attended))
         if rows is None:
             attended = self.multihead_attn(x, memory, memory, need_weights=False)[0]
         else:
-            most = int(rows[1].max()) + 1
+            group, order, most = rows
             queries = x.new_zeros(len(memory), most, *x.shape[1:])  # [B, most, T, D]
-            queries = queries.index_put(rows, x).flatten(1, 2)  # [B, most x T, D]
+            queries = queries.index_put((group, order), x).flatten(1, 2)  # [B, most x T, D]
             attended = self.multihead_attn(queries, memory, memory, need_weights=False)[0]
-            attended = attended.unflatten(1, (most, -1))[rows]  # [R, T, D]
+            attended = attended.unflatten(1, (most, -1))[group, order]  # [R, T, D]
         x = self.norm2(x + self.dropout2(attended))
         return self.norm3(x + self.dropout3(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 

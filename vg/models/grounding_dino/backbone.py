@@ -32,21 +32,15 @@ class ImageFeatures(NamedTuple):
     tokens: Tensor  # [B, S, D]
     positions: Tensor  # [B, S, D] encoding of position and level, added to queries
     centers: Tensor  # [B, S, 2] (x, y) of the token, 0..1 of the image without padding
-    sizes: Tensor  # [B, L, 2] (width, height) of the image without padding, in tokens of the level
+    valid_ratios: Tensor  # [B, L, 2] fraction (x, y) of each level that is not padding
     mask: Tensor | None  # [B, S] bool, False = padding; None if nothing is padded
     shapes: Shapes  # (height, width) of each level
 
     def select(self, image_ids: Tensor) -> ImageFeatures:
         """Return the features of the images image_ids [R] int64, one row per prompt."""
-        tokens, positions, centers, sizes = (x[image_ids] for x in self[:4])
+        tokens, positions, centers, valid_ratios = (x[image_ids] for x in self[:4])
         mask = None if self.mask is None else self.mask[image_ids]
-        return ImageFeatures(tokens, positions, centers, sizes, mask, self.shapes)
-
-    @property
-    def valid_ratios(self) -> Tensor:
-        """[B, L, 2] fraction (x, y) of each level that is not padding."""
-        height_width = self.sizes.new_tensor(self.shapes)  # [L, 2]
-        return self.sizes / height_width.flip(-1)
+        return ImageFeatures(tokens, positions, centers, valid_ratios, mask, self.shapes)
 
 
 class Backbone(nn.Module):
@@ -127,7 +121,10 @@ class Neck(nn.Module):
             valid: (rows, columns) without padding, for each image and level.
         """
         shapes = tuple((x.shape[-2], x.shape[-1]) for x in levels)
-        sizes = torch.tensor(valid, device=levels[0].device, dtype=torch.float32).flip(-1)  # [B, L, 2] as (x, y)
+        device = levels[0].device
+        # From page-locked memory the copy does not wait for the device.
+        numbers = torch.tensor([*valid, shapes], dtype=torch.float32, pin_memory=device.type == "cuda")
+        sizes, padded_sizes = numbers.to(device, non_blocking=True).flip(-1).split([len(valid), 1])  # as (x, y)
         padded = any(tuple(image) != shapes for image in valid)
         positions, centers, masks = [], [], []
         for level, (rows, columns) in enumerate(shapes):
@@ -148,7 +145,7 @@ class Neck(nn.Module):
             tokens=torch.cat([x.flatten(2).mT for x in levels], dim=1),
             positions=torch.cat(positions, dim=1),
             centers=torch.cat(centers, dim=1),
-            sizes=sizes,
+            valid_ratios=sizes / padded_sizes,  # [B, L, 2]
             mask=torch.cat(masks, dim=1) if padded else None,
             shapes=shapes,
         )
@@ -176,7 +173,8 @@ def extract_image_features(
     maps: list[list[Tensor]] = [[] for _ in sizes]  # [D, h, w] of each image and level
     for size in dict.fromkeys(sizes):
         image_ids = [image_id for image_id, other in enumerate(sizes) if other == size]
-        for x in neck(backbone(images[image_ids, :, : size[0], : size[1]])):
+        same_size = torch.stack([images[image_id, :, : size[0], : size[1]] for image_id in image_ids])
+        for x in neck(backbone(same_size)):
             for image_id, level in zip(image_ids, x, strict=True):
                 maps[image_id].append(level)
     valid = [[(x.shape[-2], x.shape[-1]) for x in levels] for levels in maps]

@@ -107,7 +107,7 @@ class CrossModalityDecoder(nn.Module):
 
     def _positions(self, reference: Tensor) -> Tensor:
         """[R, Q, 4] -> [R, Q, D]; the coordinates are encoded in the order y, x, width, height."""
-        order = reference[..., (1, 0, 2, 3)]
+        order = torch.cat((reference[..., :2].flip(-1), reference[..., 2:]), dim=-1)
         width = self.norm.normalized_shape[0]
         return self.query_position(sine_encoding(order, 2 * width, 10000.0, interleaved=True))
 

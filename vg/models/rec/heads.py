@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vg import boxes as box_ops
 from vg.losses import terms
@@ -54,11 +55,25 @@ class PooledHead(nn.Module):
         self.box = MLP(config.width, config.width // 2, 4)
 
     def forward(
-        self, image: Tensor, grid: tuple[int, int], text: Tensor, text_mask: Tensor, image_ids: Tensor | None = None
+        self,
+        image: Tensor,
+        grid: tuple[int, int],
+        text: Tensor,
+        text_mask: Tensor,
+        image_ids: Tensor | None = None,
+        most: int | None = None,
     ) -> PooledOutput:
-        """image_ids: [R] index of the image of each expression; None if expression r belongs to image r."""
+        """Predict a box for every expression.
+
+        Args:
+            image_ids: [R] index of the image of each expression; None if expression r belongs to image r.
+            most: expressions that refer to the same image; None waits for the device to read it.
+        """
         x, memory = self.text_projection(text), self.vision_projection(image)  # [R, T, D], [B, S, D]
-        rows = None if image_ids is None else (image_ids, index_in_group(image_ids))
+        rows = None
+        if image_ids is not None:
+            order = index_in_group(image_ids)  # [R]
+            rows = image_ids, order, int(order.max()) + 1 if most is None else most
         for layer in self.decoder.layers:
             x = layer(x, memory, ~text_mask, rows)  # [R, T, D]
         weights = text_mask / text_mask.sum(dim=1, keepdim=True)  # [R, T]
@@ -95,9 +110,15 @@ class DenseHead(nn.Module):
         self.box = MLP(config.width, config.width, 4)
 
     def forward(
-        self, image: Tensor, grid: tuple[int, int], text: Tensor, text_mask: Tensor, image_ids: Tensor | None = None
+        self,
+        image: Tensor,
+        grid: tuple[int, int],
+        text: Tensor,
+        text_mask: Tensor,
+        image_ids: Tensor | None = None,
+        most: int | None = None,
     ) -> DenseOutput:
-        """image_ids: [R] index of the image of each expression; None if expression r belongs to image r."""
+        """Predict as PooledHead, which needs `most`."""
         num_cells = grid[0] * grid[1]
         centers = token_centers(grid, image.device)  # [S, 2]
         image = self.vision_projection(image[:, -num_cells:])  # [B, S, D] without class and register tokens
@@ -107,7 +128,7 @@ class DenseHead(nn.Module):
         x = torch.cat((image, self.text_projection(text)), dim=1)  # [R, S + T, D]
         mask = torch.cat((text_mask.new_ones(image.shape[:2]), text_mask), dim=1)  # [R, S + T]
         rotation = rotary_encoding(centers, self.config.width // self.config.heads)
-        unrotated = rotation.new_tensor([1.0, 0.0]).expand(text.shape[1], rotation.shape[1], -1)
+        unrotated = F.pad(rotation.new_ones(text.shape[1], rotation.shape[1], 1), (0, 1))  # (1, 0)
         rotation = torch.cat((rotation, unrotated))  # [S + T, D / heads / 2, 2]: words have no position
         for layer in self.layers:
             x = layer(x, rotation, mask)

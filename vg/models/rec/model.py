@@ -26,6 +26,8 @@ NORMALIZATIONS: dict[str, dict[str, tuple[float, float, float]]] = {  # where it
     },
     "siglip_vision_model": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
 }
+# Text encoders that take a bool mask [R, 1, T, T]; the others add it, or combine masks of their own with a 2-D one.
+FOUR_DIMENSIONAL_MASK = ("albert", "bert", "distilbert", "electra", "roberta", "xlm-roberta")
 
 
 class VisionEncoder(Encoder):
@@ -103,11 +105,14 @@ class RecModel(EncodableModel):
         return self.vision(images)
 
     def encode_text(self, text: Text) -> Tensor:
-        return self.text.run(input_ids=text.token_ids, attention_mask=text.mask.long())
+        # transformers reads from the device whether a 2-D mask has any padding; it takes a 4-D one as it is.
+        four_dims = self.text.network_config.model_type in FOUR_DIMENSIONAL_MASK
+        mask = text.mask[:, None, None].expand(-1, -1, text.mask.shape[1], -1) if four_dims else text.mask.long()
+        return self.text.run(input_ids=text.token_ids, attention_mask=mask)
 
     def decode(self, features: Features) -> PooledOutput | DenseOutput:
-        image, grid, text, mask, image_ids = features
-        return self.head(image, grid, text, mask, image_ids if len(image) < len(text) else None)
+        image, grid, text, mask, image_ids, most = features
+        return self.head(image, grid, text, mask, image_ids if len(image) < len(text) else None, most)
 
     def loss(self, output: PooledOutput | DenseOutput, batch: Batch | EncodedBatch) -> dict[LossName, Tensor]:
         """Return the loss terms of the head; raises ConfigError naming a sample that does not have exactly one box."""

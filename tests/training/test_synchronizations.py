@@ -1,0 +1,144 @@
+"""A training step makes the host wait for the device once, for the costs of the matcher, and a step of rec never."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cache.feature_data import cached_config, write_encoders, write_expressions
+from tests.conftest import HEAD, TEXT, TINY
+from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
+from tests.training.synchronizations import synchronizations
+from vg.cache.build import build_cache
+from vg.config import RunConfig
+from vg.losses import matcher
+from vg.models.grounding_dino.config import BertConfig, DenoisingConfig, ImageConfig
+from vg.training.trainer import Trainer
+
+MakeConfig = Callable[..., RunConfig]
+
+MATCHING = ["vg/losses/matcher.py _to_host copy to the host"]
+POOLED = {"name": "pooled", "width": 64, "layers": 2, "heads": 2, "feedforward": 128}
+
+
+def detection(make: MakeConfig, mix_sizes: bool) -> RunConfig:
+    """Images of several sizes, with denoising queries, dropout and the losses of all layers."""
+    scenes = {"name": "shapes", "split": "train", "view": "detection", "image_size": 64, "size": 20}
+    config = make(data={"train": scenes, "eval": scenes, "augment": {"resize": {"shortest": [48, 64], "crop": 0.5}}})
+    config.model = tiny_grounding_dino(
+        text=BertConfig(architecture=TEXT),
+        image=ImageConfig(shortest=64, longest=120, mix_sizes=mix_sizes),
+        denoising=DenoisingConfig(num_queries=6, num_labels=8),
+        dropout=0.1,
+        fusion_dropout=0.1,
+        fusion_drop_path=0.1,
+    )
+    return config
+
+
+@contextmanager
+def on_gpu(trainer: Trainer) -> Iterator[list[str]]:
+    """Raise at every synchronization with the GPU but that of the matcher, which is counted."""
+    found, to_host = [], matcher._to_host
+
+    def counted(costs: Tensor) -> Tensor:
+        found.extend(MATCHING)
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return to_host(costs)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matcher, "_to_host", counted)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def synchronizations_of_a_step(config: RunConfig) -> list[str]:
+    trainer = Trainer(config)
+    trainer.model.train()
+    batches = next(trainer.data.steps(0, 0))
+    trainer.model(batches[0])  # loads frozen encoders
+    if trainer.accelerator.device.type == "cuda":
+        trainer.step(batches)  # allocates page-locked memory and loads kernels
+        with on_gpu(trainer) as found:
+            trainer.step(batches)
+        return found
+    trainer.accelerator.state.device = torch.device("meta")
+    trainer.unwrapped_model.to("meta")
+    with synchronizations() as found:
+        trainer.step([batch.to("meta", non_blocking=True) for batch in batches])
+    return found
+
+
+ON_META = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool((x > 0).all()),
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "to": lambda x: torch.zeros(2).to(x.device),
+    "copy_ to the host": lambda x: torch.zeros(3, 4).copy_(x),
+    "copy_ to the device": lambda x: x.copy_(torch.zeros(3, 4)),
+    "tensor": lambda x: torch.tensor([1.0], device=x.device),
+    "new_tensor": lambda x: x.new_tensor([1.0]),
+    "nonzero": lambda x: x.nonzero(),
+    "where": lambda x: torch.where(x > 0),
+    "unique": lambda x: x.unique(),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "index by a mask": lambda x: x[x > 0],
+    "index by a list": lambda x: x[..., [0, 2]],
+    "set by a mask": lambda x: x.__setitem__(x[:, 0] > 0, torch.zeros(1, 4)),
+    "repeats": lambda x: torch.arange(3, device=x.device).repeat_interleave(x[:, 0].long()),
+}
+
+
+@pytest.mark.parametrize("wait", ON_META.values(), ids=ON_META)
+def test_the_guard_finds_what_waits(wait: Callable[[Tensor], Any]) -> None:
+    x = torch.empty(3, 4, device="meta")
+    with synchronizations() as found, suppress(NotImplementedError, RuntimeError):  # sizes are unknown
+        wait(x)
+    assert found
+
+
+def test_the_guard_leaves_what_does_not_wait() -> None:
+    x = torch.empty(3, 4, device="meta", requires_grad=True)
+    with synchronizations() as found:
+        y = x[torch.arange(2, device="meta")].masked_fill(x[:2] > 0, 1.0).sum() * 2.0
+        y.backward()
+        torch.zeros(3).to("meta", non_blocking=True)
+        torch.full((), 1.0, device="meta")
+        torch.tensor([1.0]).item()
+    assert found == []
+
+
+@pytest.mark.parametrize("mix_sizes", [False, True])
+def test_detection(tiny_config: MakeConfig, mix_sizes: bool) -> None:
+    assert synchronizations_of_a_step(detection(tiny_config, mix_sizes)) == MATCHING
+
+
+@pytest.mark.parametrize("head", [HEAD, POOLED], ids=["dense", "pooled"])
+def test_expressions(tiny_config: MakeConfig, head: dict[str, Any]) -> None:
+    assert synchronizations_of_a_step(tiny_config(model=TINY | {"text": {"architecture": TEXT}, "head": head})) == []
+
+
+@pytest.mark.parametrize("head", [HEAD, POOLED], ids=["dense", "pooled"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_frozen_encoders(tmp_path: Path, head: dict[str, Any], cached: bool) -> None:
+    """Three expressions of an image are in a batch, and share its features if these are read from a cache."""
+    write_expressions(tmp_path)
+    write_encoders(tmp_path)
+    cache = {"expressions_per_image": 3} if cached else None
+    config = cached_config(tmp_path, cache, data={"batch_size": 6}, model={"head": head})
+    if cached:
+        build_cache(config)
+    assert synchronizations_of_a_step(config) == []
