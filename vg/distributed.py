@@ -23,7 +23,7 @@ import torch.distributed.nn.functional
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, broadcast_object_list
+from accelerate.utils import DataLoaderConfiguration, LoggerType, broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -41,7 +41,8 @@ def new_accelerator(**options: Any) -> Accelerator:
         if name.upper() in LoggerType.__members__ and LoggerType(name) not in get_available_trackers():
             raise ConfigError(f"train.trackers: {name} is not installed; install its package or leave it out")
     try:
-        return Accelerator(**options)
+        # Batches in page-locked memory (vg.training.data) are copied while the device computes.
+        return Accelerator(dataloader_config=DataLoaderConfiguration(non_blocking=True), **options)
     except ValueError as error:
         raise ConfigError(f"train.precision or train.trackers: {error}") from error
 

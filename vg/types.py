@@ -7,9 +7,11 @@ S image tokens of all levels, D channels, K predicted boxes of one image, H and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # keeps `import vg` and the configuration free of torch
@@ -62,6 +64,9 @@ class EncodedSample:
     expression_type: str
 
 
+ALIGNMENT = 256  # bytes, that of memory on a GPU
+
+
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Apply a function to every tensor in a Movable, a NamedTuple or a list."""
     from torch import Tensor
@@ -83,12 +88,50 @@ class Movable:
         """Return a copy in which the function has been applied to every tensor."""
         return map_tensors(self, function)
 
-    def to(self, device: object, non_blocking: bool = False) -> Self:
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))  # type: ignore[call-overload]
+    def to(self, device: Any, non_blocking: bool = False) -> Self:
+        """Return a copy on a device; tensors that share memory, as after `pack`, are copied at once."""
+        import torch
+
+        sharing = Counter(tensor.untyped_storage()._cdata for tensor in self.tensors())
+        moved: dict[int, Tensor] = {}  # [bytes] of each memory that tensors share
+
+        def move(tensor: Tensor) -> Tensor:
+            memory = tensor.untyped_storage()
+            if sharing[memory._cdata] == 1:
+                return tensor.to(device, non_blocking=non_blocking)
+            if memory._cdata not in moved:
+                whole = tensor.new_empty(0, dtype=torch.uint8).set_(memory)
+                moved[memory._cdata] = whole.to(device, non_blocking=non_blocking)
+            there = moved[memory._cdata].untyped_storage()
+            empty = tensor.new_empty(0, device=device)
+            return empty.set_(there, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+        return self.map(move)
 
     def pin_memory(self) -> Self:
-        """Return a copy in page-locked memory; a DataLoader with pin_memory=True calls this."""
-        return self.map(lambda tensor: tensor.pin_memory())
+        """Return a packed copy in page-locked memory; a DataLoader with pin_memory=True calls this."""
+        return self.pack(pin_memory=True)
+
+    def pack(self, pin_memory: bool = False) -> Self:
+        """Return a copy whose tensors are parts of one block of memory."""
+        import torch
+
+        ends = [0, *accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in self.tensors())]
+        block = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=pin_memory)
+        starts = iter(ends)
+
+        def place(tensor: Tensor) -> Tensor:
+            start = next(starts)
+            part = block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            return part.copy_(tensor)
+
+        return self.map(place)
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, in the order of `map`."""
+        found: list[Tensor] = []
+        self.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return found
 
 
 class Text(NamedTuple):

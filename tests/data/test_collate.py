@@ -6,11 +6,13 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertTokenizer
 
 import vg
@@ -208,6 +210,37 @@ def test_an_encoded_batch_moves_as_a_whole() -> None:
     tensors += [moved.targets[0].boxes, moved.targets[0].phrase_ids, moved.targets[1].crowd]
     assert len(tensors) == 7
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_a_packed_batch_moves_in_one_copy(text: TextSpec) -> None:
+    """Among its tensors are some without elements."""
+    annotated = replace(make(), crowd=np.array([True]), areas=np.array([3.0], np.float32))
+    without = replace(make("b"), boxes=np.zeros((0, 4), np.float32), phrase_ids=np.zeros(0, np.int64))
+    batch = Collator(SPEC, replace(text, delimiters=(".", "?")))([annotated, without])
+    packed = batch.pack()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in packed.tensors()}) == 1
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default:
+                copies.append((kwargs["device"].type, kwargs["non_blocking"]))
+            return func(*args, **kwargs or {})
+
+    with Copies():
+        moved = packed.to("meta", non_blocking=True)
+    assert copies == [("meta", True)]
+    assert len(batch.tensors()) == 1 + 4 + 2 * 2 + 2 + 4
+    for tensor, original in zip(moved.tensors(), packed.tensors(), strict=True):
+        assert (tensor.device.type, tensor.dtype, tensor.shape) == ("meta", original.dtype, original.shape)
+        assert tensor.storage_offset() == original.storage_offset()
+    for value in (packed, packed.to("cpu")):
+        assert value.sizes == batch.sizes
+        for tensor, original in zip(value.tensors(), batch.tensors(), strict=True):
+            assert tensor.dtype == original.dtype
+            assert tensor.equal(original)
+            assert tensor.is_contiguous()
+            assert tensor.data_ptr() % 64 == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA has page-locked memory")

@@ -77,7 +77,7 @@ def synchronizations_of_a_step(config: RunConfig) -> list[str]:
     trainer.accelerator.state.device = torch.device("meta")
     trainer.unwrapped_model.to("meta")
     with synchronizations() as found:
-        trainer.step([batch.to("meta", non_blocking=True) for batch in batches])
+        trainer.step([batch.pack().to("meta", non_blocking=trainer.accelerator.non_blocking) for batch in batches])
     return found
 
 
