@@ -18,7 +18,7 @@ from transformers import BertTokenizer
 import vg
 from vg.data.collate import Collator
 from vg.errors import DataError
-from vg.types import EncodedBatch, Features, FittedImage, Sample, StretchedImage, Target, TextSpec
+from vg.types import Batch, EncodedBatch, Features, FittedImage, Sample, StretchedImage, Target, TextSpec
 
 CATS = Path(__file__).parents[2] / ".." / "shared" / "data" / "hf_coco_sample"
 SPEC = StretchedImage(height=16, width=24)
@@ -210,6 +210,22 @@ def test_an_encoded_batch_moves_as_a_whole() -> None:
     tensors += [moved.targets[0].boxes, moved.targets[0].phrase_ids, moved.targets[1].crowd]
     assert len(tensors) == 7
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_pixels_that_are_normalized_on_the_device_are_equal_bit_for_bit(text: TextSpec, packed: bool) -> None:
+    spec = FittedImage(20, 100, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.7))
+    samples = [make(height=20, width=40), make("b", 40, 20), make("c", 30, 30)]
+    expected = Collator(spec, text)(samples)
+    batch = Collator(spec, text, normalize=False)(samples)
+    assert batch.images.dtype == torch.uint8
+    moved = (batch.pack() if packed else batch).to("cpu", non_blocking=True)
+    assert type(moved) is Batch
+    assert moved.images.is_contiguous()
+    assert moved.sizes == expected.sizes
+    for found, tensor in zip(moved.tensors(), expected.tensors(), strict=True):
+        assert found.dtype == tensor.dtype
+        assert found.equal(tensor)
 
 
 def test_a_packed_batch_moves_in_one_copy(text: TextSpec) -> None:

@@ -121,6 +121,19 @@ def test_the_guard_leaves_what_does_not_wait() -> None:
     assert found == []
 
 
+def test_a_batch_moves_without_waiting(tiny_config: MakeConfig) -> None:
+    trainer = Trainer(detection(tiny_config, mix_sizes=False))
+    loader = trainer.data.loader
+    assert loader.collate_fn is not None
+    batch = loader.collate_fn([trainer.data.data[index] for index in range(4)])
+    assert batch.images.dtype == torch.uint8
+    assert len(set(batch.sizes)) > 1
+    with synchronizations() as found:
+        moved = batch.pack().to("meta", non_blocking=trainer.accelerator.non_blocking)
+    assert moved.images.dtype == torch.float32
+    assert found == []
+
+
 @pytest.mark.parametrize("mix_sizes", [False, True])
 def test_detection(tiny_config: MakeConfig, mix_sizes: bool) -> None:
     assert synchronizations_of_a_step(detection(tiny_config, mix_sizes)) == MATCHING

@@ -38,7 +38,7 @@ def training_dataset(config: RunConfig, model: GroundingModel, evaluations: Sequ
     everything = data.train.build()
     warn_of_unknown_phrases(everything, evaluations)
     source = without_overlap(everything, evaluations, data.drop_overlap)
-    collate = Collator(model.image_spec, model.text_spec, one_prompt=True)
+    collate = Collator(model.image_spec, model.text_spec, one_prompt=True, normalize=False)
     return GroundingDataset(source, data.augment.build(), seed, data.bad_samples, collate)
 
 
@@ -47,7 +47,7 @@ def evaluation_dataset(settings: SourceConfig, data: DataConfig, model: Groundin
     if data.cache:
         cached = cached_source(settings, data.cache, ["plain"], model, seed=0)
         return SourceDataset(cached, collate_encoded, data.bad_samples)
-    collate = Collator(model.image_spec, model.text_spec)
+    collate = Collator(model.image_spec, model.text_spec, normalize=False)
     return GroundingDataset(settings.build(), bad_samples=data.bad_samples, collate=collate)
 
 

@@ -199,14 +199,28 @@ def normalized(images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]], s
 
     Images smaller than the largest height and width are padded with zeros on the right and below.
     """
-    mean, std = (np.array(values, np.float32).reshape(3, 1, 1) * 255 for values in (spec.mean, spec.std))
-    height, width = np.max(sizes, axis=0).tolist()
-    batch = np.zeros((len(images), 3, height, width), np.float32)
-    for target, image, size in zip(batch, images, sizes, strict=True):
-        pixels = target[:, : size[0], : size[1]]
-        pixels[:] = _resized(image, size).transpose(2, 0, 1)
+    mean, std = normalization(spec)
+    batch = padded(images, sizes, np.float32)
+    for pixels, (height, width) in zip(batch, sizes, strict=True):
+        pixels = pixels[:, :height, :width]
         pixels -= mean
         pixels /= std
+    return batch
+
+
+def normalization(spec: ImageSpec) -> np.ndarray:
+    """Return mean and standard deviation of pixels in 0..255: [2, 3, 1, 1] float32."""
+    return np.array((spec.mean, spec.std), np.float32).reshape(2, 3, 1, 1) * 255
+
+
+def padded(
+    images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]], dtype: type[np.generic] = np.uint8
+) -> np.ndarray:
+    """Resize images [H, W, 3] uint8 to (height, width) each and pad them with zeros -> [B, 3, H, W]."""
+    height, width = np.max(sizes, axis=0).tolist()
+    batch = np.zeros((len(images), 3, height, width), dtype)
+    for pixels, image, size in zip(batch, images, sizes, strict=True):
+        pixels[:, : size[0], : size[1]] = _resized(image, size).transpose(2, 0, 1)
     return batch
 
 
