@@ -19,7 +19,7 @@ FILES = PACKAGE + sorted((ROOT / "scripts").rglob("*.py"))
 BASE = {"errors", "files", "hub", "settings", "types", "boxes", "nms"}
 ARROWS = """
 finetuning -> checkpoint config data distributed evaluation inference models training
-training   -> evaluation cache checkpoint config data distributed models.base workers
+training   -> evaluation cache checkpoint config data distributed losses models.base workers
 evaluation -> cache checkpoint config data distributed inference metrics models workers
 cache      -> config data distributed models.base workers
 export     -> cache.datasets config evaluation inference models ops

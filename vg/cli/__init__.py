@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from vg import __version__
-from vg.cli import check, convert, demo, evaluate, export, finetune, interpolate, predict, train, web
+from vg.cli import check, config, convert, demo, evaluate, export, finetune, interpolate, predict, train, web
 from vg.cli.arguments import add_config
 from vg.errors import UserError, out_of_memory, printable
 
@@ -30,12 +30,6 @@ def cache(options: argparse.Namespace) -> None:
     from vg.config import load_config
 
     build_cache(load_config(options.config, options.overrides))
-
-
-def config(options: argparse.Namespace) -> None:
-    from vg.config import dump_config, load_config
-
-    print(dump_config(load_config(options.config, options.overrides)), end="")
 
 
 def ops(options: argparse.Namespace) -> None:
@@ -56,7 +50,7 @@ VERBS = {
     "export": Verb("write a model as ONNX, or for torch.export, and compare it", export.add_arguments, export.run),
     "interpolate": Verb("mix weights before and after fine-tuning", interpolate.add_arguments, interpolate.run),
     "cache": Verb("run frozen encoders once and write their features to data.cache.folder", add_config, cache),
-    "config": Verb("print a configuration with its bases, all defaults and overrides", add_config, config),
+    "config": Verb("print a configuration with all defaults, or the memory it needs", config.add_arguments, config.run),
     "demo": Verb("train, evaluate and draw on synthetic scenes, in minutes on a CPU", demo.add_arguments, demo.run),
     "ops": Verb("print which kernels run on this machine and why; build them if needed", lambda parser: None, ops),
 }

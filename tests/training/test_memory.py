@@ -1,0 +1,72 @@
+"""The estimate of the memory of a training step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vg.cli import main
+from vg.config import load_config
+from vg.training.memory import MemoryEstimate, StorageCounter
+
+ROOT = Path(__file__).parents[2]
+REC, GROUNDING_DINO = "configs/demo_rec.yaml", "configs/demo_grounding_dino.yaml"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured with /proc and glibc")
+@pytest.mark.parametrize(
+    ("config", "batch_size", "overrides"),
+    [(REC, 128, []), (GROUNDING_DINO, 12, []), (GROUNDING_DINO, 24, ["model.gradient_checkpointing=true"])],
+    ids=["rec", "grounding_dino", "checkpointing"],
+)
+def test_estimate_is_within_15_percent_of_a_measurement(config: str, batch_size: int, overrides: list[str]) -> None:
+    command = [sys.executable, "-m", "tests.training.measured_step", config, str(batch_size), *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    estimate, measured = map(int, done.stdout.split()[-2:])
+    assert estimate == pytest.approx(measured, rel=0.15)
+
+
+def test_settings_change_the_estimate() -> None:
+    def peak(*overrides: str, batch_size: int = 4) -> int:
+        estimate = MemoryEstimate(load_config(ROOT / GROUNDING_DINO, list(overrides)))
+        return estimate.step(batch_size, estimate.sizes[-1])
+
+    plain = peak()
+    assert peak("model.gradient_checkpointing=true") < plain
+    assert peak("train.precision=bf16") < plain
+    assert peak("train.ema=0.999") > plain
+    assert peak("optim.freeze=[backbone]") < plain
+
+
+def test_nothing_is_left_after_a_step() -> None:
+    estimate = MemoryEstimate(load_config(ROOT / REC, ["train.ema=null"]))
+    parameters = sum(p.nbytes for p in (*estimate.model.parameters(), *estimate.model.buffers()))
+    assert estimate.weights == pytest.approx(parameters, rel=0.01)
+    before = estimate.counter.now
+    estimate.step(4, estimate.sizes[-1])
+    assert estimate.counter.now == before
+
+
+def test_counter_counts_storages_once() -> None:
+    with StorageCounter() as counter:
+        x = torch.zeros(1000)
+        view = x[:10]
+        y = x + 1
+        assert counter.now == 8000
+        del x, y
+        assert counter.now == 4000, "a view keeps its storage"
+        del view
+        assert (counter.now, counter.peak) == (0, 8000)
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["config", str(ROOT / REC), "--memory", "data.batch_size=8"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["images", "batch", "of", "1", "batch", "of", "8", "batch", "of", "16"]
+    assert lines[1].split()[:3] == ["64", "x", "64"]
+    assert "moments of AdamW 0.01 GiB" in lines[2]
