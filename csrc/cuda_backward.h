@@ -63,7 +63,7 @@ VG_DEVICE PointGradient<typename C::Sum> point_backward(
         A parts[C::VECTOR];
         VG_UNROLL
         for (int c = 0; c < C::VECTOR; ++c) parts[c] = weighted.of[k] * grad[c];
-        sums.add(sums_pixel + channel + (k & 1) * sums_token + (k >> 1) * (width * sums_token), parts);
+        sums.add(sums_pixel + (k & 1) * sums_token + (k >> 1) * (width * sums_token), channel, parts);
       }
     }
   };
@@ -202,18 +202,18 @@ VG_KERNEL(2) void backward_kernel(
     const VG_PARAMETER DeformAttnProblem problem, const DeformAttnInputs inputs, const typename C::Value* grad_output,
     const DeformAttnGradients gradients, const Scratch<typename C::Sum> scratch, int queries_at_once) {
   using A = typename C::Sum;
-  const int lane = thread_of_block() % C::GROUP;
+  const int lane = thread_of_block() % C::GROUP, queries = static_cast<int>(problem.queries);
   const BlockPart part = block_part<C>(problem, queries_at_once);
-  for (int first = 0; first < problem.queries; first += queries_at_once) {
+  for (int first = 0; first < queries; first += queries_at_once) {
     const int position = first + part.position;
-    const Row row = row_of(problem, part, position, part.position < queries_at_once && position < problem.queries);
+    const Row row = row_of(problem, part, position, part.position < queries_at_once && position < queries);
     if (all_of_warp(!row.real)) continue;
     if constexpr (FIXED_POINT) {
       const FixedPointSums sums{
           static_cast<unsigned long long*>(scratch.value_sums), fixed_point_scale(problem, scratch.limits)};
       backward_row<C>(problem, inputs, grad_output, gradients, scratch, row, lane, sums);
     } else {
-      const FloatingSums<A> sums{static_cast<A*>(scratch.value_sums)};
+      const FloatingSums<C> sums{static_cast<A*>(scratch.value_sums)};
       backward_row<C>(problem, inputs, grad_output, gradients, scratch, row, lane, sums);
     }
   }

@@ -6,18 +6,28 @@
 
 namespace {
 
-template <typename A>
-struct FloatingSums {
-  A* sums;  // [B, S, H, D]
+// Where the first four of 8 sums at `index` are; the last four are 16 further. Of every 32 sums, the first fours of all 8
+// come before the last fours: lanes add four sums at a time, so neighboring lanes fill sectors of 32 bytes, where the
+// order of the channels would make them add to twice as many halves.
+VG_DEVICE int64_t first_four(int64_t index) { return index - (index & 31) / 2; }
 
-  template <int VECTOR>
-  VG_DEVICE void add(int64_t index, const A (&x)[VECTOR]) const {
-    if constexpr (VECTOR % 4 == 0 && sizeof(A) == 4) {
-      VG_UNROLL
-      for (int c = 0; c < VECTOR; c += 4) add_shared_four(sums + index + c, x + c);
+template <typename C>
+struct FloatingSums {
+  using A = typename C::Sum;
+  A* sums;  // [B, S, H, D]; if VECTOR is 8, in the order of first_four()
+
+  // pixel: index of its first channel
+  VG_DEVICE void add(int64_t pixel, int channel, const A (&x)[C::VECTOR]) const {
+    if constexpr (C::VECTOR == 8) {
+      // Both are the same if heads have 32 channels; the first costs no instruction per pixel.
+      A* first = sums + (C::EXACT ? pixel + channel / 2 : first_four(pixel + channel));
+      add_shared_four(first, x);
+      add_shared_four(first + 16, x + 4);
+    } else if constexpr (C::VECTOR == 4) {
+      add_shared_four(sums + pixel + channel, x);
     } else {
       VG_UNROLL
-      for (int c = 0; c < VECTOR; ++c) add_shared(sums + index + c, x[c]);
+      for (int c = 0; c < C::VECTOR; ++c) add_shared(sums + pixel + channel + c, x[c]);
     }
   }
 };
@@ -28,10 +38,10 @@ struct FixedPointSums {
   double scale;
 
   template <int VECTOR>
-  VG_DEVICE void add(int64_t index, const float (&x)[VECTOR]) const {
+  VG_DEVICE void add(int64_t pixel, int channel, const float (&x)[VECTOR]) const {
     VG_UNROLL
     for (int c = 0; c < VECTOR; ++c) {
-      add_shared(sums + index + c, static_cast<unsigned long long>(llrint(x[c] * scale)));
+      add_shared(sums + pixel + channel + c, static_cast<unsigned long long>(llrint(x[c] * scale)));
     }
   }
 };
@@ -78,17 +88,20 @@ VG_KERNEL(4) void limits_kernel(
   }
 }
 
-// Rounds floating-point sums to half precision, 8 per thread: 16 bytes per load and store. Memory of sums and gradient
-// is aligned; the last count % 8 values are rounded one at a time.
-template <typename T>
+// Rounds floating-point sums to half precision, VECTOR per thread, as lanes with VECTOR values have added them.
+template <typename T, int VECTOR>
 VG_KERNEL(4) void round_sums_kernel(const float* sums, int64_t count, T* grad_value) {
-  const int64_t eights = reinterpret_cast<uintptr_t>(grad_value) % 16 == 0 ? count / 8 : 0;
-  for (int64_t i = thread_of_grid(); i < eights; i += threads_of_grid()) {
-    float numbers[8];
-    load(sums + 8 * i, numbers);
-    store(numbers, grad_value + 8 * i);
+  for (int64_t i = VECTOR * thread_of_grid(); i < count; i += VECTOR * threads_of_grid()) {
+    if constexpr (VECTOR == 8) {
+      float fours[2][4], numbers[8];
+      VG_UNROLL
+      for (int k = 0; k < 2; ++k) load(sums + first_four(i) + 16 * k, fours[k]);
+      memcpy(numbers, fours, sizeof numbers);
+      store(numbers, grad_value + i);
+    } else {
+      narrow(sums[i], grad_value + i);
+    }
   }
-  for (int64_t i = 8 * eights + thread_of_grid(); i < count; i += threads_of_grid()) narrow(sums[i], grad_value + i);
 }
 
 // Turns fixed-point sums into the gradient.

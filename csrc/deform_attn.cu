@@ -146,8 +146,11 @@ Workspace plan(const DeformAttnProblem& problem, const DeformAttnGradients& grad
     if (wanted) workspace.bytes += (bytes + 255) / 256 * 256;
     return start;
   };
-  if (workspace.fixed_point) workspace.value_sums_bytes = 8 * values_of(problem);
-  else if (gradients.value && halves) workspace.value_sums_bytes = 4 * values_of(problem);
+  if (workspace.fixed_point) {
+    workspace.value_sums_bytes = 8 * values_of(problem);
+  } else if (gradients.value && halves) {
+    workspace.value_sums_bytes = (values_of(problem) + 31) / 32 * 128;  // whole 32, see first_four()
+  }
   reserve(true, workspace.value_sums_bytes);
   workspace.limits = reserve(workspace.fixed_point, sizeof(Limits));
   workspace.locations = reserve(workspace.needs_locations, 2 * sum_bytes * points_of(problem));
@@ -204,8 +207,11 @@ struct BackwardCall {
         backward_kernel<C, false>, blocks, stream, problem, inputs, grad, gradients, scratch, at_once);
   }
 
-  template <typename T>
-  int finish_value(T* grad_value, int64_t count) const {
+  template <typename C>
+  int finish_value() const {
+    using T = typename C::Value;
+    T* grad_value = static_cast<T*>(gradients.value);
+    const int64_t count = values_of(problem);
     if constexpr (sizeof(T) < 8) {
       if (plan.fixed_point) {
         return launch(
@@ -215,23 +221,23 @@ struct BackwardCall {
     }
     if constexpr (kHalfPrecision<T>) {
       return launch(
-          round_sums_kernel<T>, blocks_for_elements(count / 8 + 8), stream, reinterpret_cast<const float*>(workspace),
-          count, grad_value);
+          round_sums_kernel<T, C::VECTOR>, blocks_for_elements(count / C::VECTOR), stream,
+          reinterpret_cast<const float*>(workspace), count, grad_value);
     }
     return kNone;
   }
 
-  template <typename T>
+  template <typename C>
   int finish() const {
-    using A = typename SumOf<T>::type;
+    using A = typename C::Sum;
     if (gradients.value && plan.value_sums_bytes) {
-      const int failure = finish_value(static_cast<T*>(gradients.value), values_of(problem));
+      const int failure = finish_value<C>();
       if (failure) return failure;
     }
     if (!gradients.reference) return kNone;
     const int64_t references = problem.batch * problem.queries * problem.reference_levels;
     return launch(
-        reference_kernel<A, T>, blocks_for_elements(references), stream, problem, inputs,
+        reference_kernel<A, typename C::Value>, blocks_for_elements(references), stream, problem, inputs,
         reinterpret_cast<const A*>(workspace + plan.locations), static_cast<A*>(gradients.reference));
   }
 };
@@ -267,7 +273,7 @@ int deform_attn_cuda_backward(
     using C = decltype(cut);
     failure = call.prepare<typename C::Value>();
     if (!failure) failure = call.rows<C>();
-    if (!failure) failure = call.finish<typename C::Value>();
+    if (!failure) failure = call.finish<C>();
     return failure;
   });
 }

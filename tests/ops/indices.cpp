@@ -1,4 +1,4 @@
-// Tests the indices of the CUDA kernels on the host: the order of queries, and offsets beyond 2^31 elements.
+// Tests the indices of the CUDA kernels on the host: the order of queries and sums, and offsets beyond 2^31 elements.
 //
 // Prints what is wrong and returns 1. Memory is reserved, but only pages in use exist: some 500 MB of up to 110 GB.
 #include <sys/mman.h>
@@ -53,6 +53,34 @@ void check_tiles() {
     const int pixel = query_at(problem, 15 + 2 * 64 + position) - 15;  // the third tile of the second level
     expect(pixel / 24 < 8 && pixel % 24 / 8 == 2, "64 positions are not a tile of 8 x 8 pixels");
   }
+}
+
+// One instruction adds four sums per lane.
+template <typename C>
+void check_sectors() {
+  int sectors = 0;
+  for (int first = 0; first < C::VECTOR; first += 4) {
+    float sums[64] = {};
+    for (int lane = 0; lane < C::GROUP; ++lane) {
+      float x[C::VECTOR] = {};
+      for (int c = first; c < first + 4; ++c) x[c] = 1;
+      FloatingSums<C>{sums}.add(32, lane * C::VECTOR, x);
+    }
+    for (int sector = 0; sector < 8; ++sector) {
+      float touched = 0;
+      for (int i = 0; i < 8; ++i) touched += sums[8 * sector + i];
+      sectors += touched > 0;
+    }
+  }
+  expect(sectors == 4, "the sums of a pixel take more operations than it has sectors of 8 sums");
+}
+
+void check_last_sums() {
+  DeformAttnProblem problem = problem_of(1, {{1, 3}});
+  problem.heads = 1, problem.channels = 8, problem.value_dtype = problem.query_dtype = kBFloat16;
+  DeformAttnGradients gradients{};
+  gradients.value = &problem;
+  expect(plan(problem, gradients).value_sums_bytes >= 4 * (first_four(16) + 20), "sums are not in the workspace");
 }
 
 // Memory of zeros for any number of elements.
@@ -137,6 +165,10 @@ int main() {
   check_order({{100, 167}, {50, 84}, {25, 42}, {13, 21}});
   check_order({{0, 0}, {1, 9}, {9, 1}, {0, 3}, {8, 8}, {17, 5}, {0, 0}});
   check_tiles();
+  check_sectors<Cut<BFloat, 8, 4, 4, 4, false>>();
+  check_sectors<Cut<Half, 8, 4, 0, 0, false>>();
+  check_sectors<Cut<float, 4, 8, 4, 4, false>>();
+  check_last_sums();
   for (int batch : {64, 192}) {  // 1.4 and 4.3 billion elements
     check_large<Cut<float, 4, 8, 4, 4, false>>(batch);
     check_large<Cut<float, 1, 8, 0, 0, false>>(batch);

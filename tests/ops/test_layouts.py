@@ -73,3 +73,15 @@ def test_a_gradient_at_an_odd_address(device: str) -> None:
     found = torch.autograd.grad(output, inputs, at_offset(weight, 1))
     for x, y in zip(found, expected, strict=True):
         assert_near(x, y, torch.float32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fewer_gradients_of_value_than_a_block_of_sums(device: str) -> None:
+    shapes = ((1, 3),)
+    inputs = plain(shapes, B=1, Q=7, H=1, D=8, P=1, dtype=torch.bfloat16, device=device)
+    output = deform_attn(inputs[0], shapes, *inputs[1:])
+    weight = torch.linspace(-1, 1, output.numel(), device=device).view(output.shape).bfloat16()
+    (found,) = torch.autograd.grad(output, inputs[:1], weight)
+    exact = [x.detach().float() for x in inputs]
+    expected = reference.backward(weight.float(), exact[0], shapes, *exact[1:])[0]
+    assert_near(found, expected, torch.bfloat16, times=4)

@@ -76,7 +76,8 @@ def test_vectors_are_stored_whole(kind: str, dtype: str, compiled: tuple[dict[st
 
 @pytest.mark.parametrize("dtype", ["4HalfE", "6BFloatE"])
 def test_sums_are_rounded_8_at_a_time(dtype: str, compiled: tuple[dict[str, Counter[str]], str]) -> None:
-    (kernel,) = [found for name, found in compiled[0].items() if re.search(rf"17round_sums_kernelINS_{dtype}", name)]
+    pattern = rf"17round_sums_kernelINS_{dtype}Li8E"
+    (kernel,) = [found for name, found in compiled[0].items() if re.search(pattern, name)]
     assert (kernel["LDG.16"], kernel["STG.16"]) == (2, 1)
 
 
