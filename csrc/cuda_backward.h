@@ -36,8 +36,7 @@ VG_DEVICE PointGradient<typename C::Sum> point_backward(
   const int64_t sums_pixel = (row.batch * problem.tokens + point.corner()) * sums_token + row.head * channels;
 
   A dots[4] = {};  // dot product of each corner's pixel and the gradient of the output
-  const auto visit_corners = [&](auto all_inside_constant) {
-    constexpr bool ALL_INSIDE = decltype(all_inside_constant)::value;
+  const auto visit_corners = [&](auto inside) {
     for (int first = 0; first < channels; first += C::VECTOR * C::GROUP) {
       const int channel = first + lane * C::VECTOR;
       if (!C::EXACT && channel >= channels) break;
@@ -48,18 +47,22 @@ VG_DEVICE PointGradient<typename C::Sum> point_backward(
       } else {
         load(grad_output + row.index * channels + channel, grad);
       }
+      Packed<C::VECTOR, typename C::Value> corners[4];
       VG_UNROLL
       for (int k = 0; k < 4; ++k) {
-        if (!ALL_INSIDE && !point.inside(k)) continue;
+        corners[k] = load_packed<C::VECTOR>(pixel + channel + (k & 1) * token + (k >> 1) * (width * token), inside(k));
+      }
+      VG_UNROLL
+      for (int k = 0; k < 4; ++k) {
         A values[C::VECTOR];
-        load(pixel + channel + (k & 1) * token + (k >> 1) * (width * token), values);
+        unpack(corners[k], values);
         VG_UNROLL
         for (int c = 0; c < C::VECTOR; ++c) dots[k] += grad[c] * values[c];
       }
       if (!needs_value) continue;
       VG_UNROLL
       for (int k = 0; k < 4; ++k) {
-        if (!ALL_INSIDE && !point.inside(k)) continue;
+        if (!inside(k)) continue;
         A parts[C::VECTOR];
         VG_UNROLL
         for (int c = 0; c < C::VECTOR; ++c) parts[c] = weighted.of[k] * grad[c];
@@ -67,11 +70,13 @@ VG_DEVICE PointGradient<typename C::Sum> point_backward(
       }
     }
   };
-  // Without a branch per corner all loads start together.
+  // In both cases the four loads start together.
   if (all_inside) {
-    visit_corners(std::true_type());
+    visit_corners([](int) { return true; });
   } else {
-    visit_corners(std::false_type());
+    visit_corners([&](int k) { return point.inside(k); });
+    VG_UNROLL
+    for (int k = 0; k < 4; ++k) dots[k] = point.inside(k) ? dots[k] : 0;  // NaN if the gradient is infinite
   }
   return {
       shares.of[0] * dots[0] + shares.of[1] * dots[1] + shares.of[2] * dots[2] + shares.of[3] * dots[3],

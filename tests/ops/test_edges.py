@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.ops.cases import DEVICES, DTYPES, assert_near, fused, gradients, plain
 from vg.ops import deform_attn, deform_attn_fused
+from vg.ops.reference import compute_dtype
 
 SHAPES = ((5, 7), (3, 4), (1, 1))
 
@@ -131,3 +134,20 @@ def test_without_pixels_the_output_is_zero(device: str) -> None:
     assert output.shape == (2, 5, 64)
     assert (output == 0).all()
     assert all((grad == 0).all() for grad in gradients(output, inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("levels", "D", "P"), [(4, 32, 4), (1, 30, 1)])
+def test_an_infinite_gradient_does_not_meet_corners_outside(
+    levels: int, D: int, P: int, dtype: torch.dtype, device: str
+) -> None:
+    if device == "cpu" and os.environ.get("VG_DEFORM_ATTN") != "emulate":
+        pytest.skip("the CPU kernels and the reference multiply an infinite gradient by 0")
+    shapes = ((3, 3),) * levels
+    value = torch.ones(1, 9 * levels, 1, D, dtype=dtype, device=device)
+    # Left of the center of the first pixel, so that two corners are outside.
+    locations = torch.tensor([0.05, 0.4], dtype=compute_dtype(value), device=device).repeat(1, 1, 1, levels, P, 1)
+    weights = torch.ones(1, 1, 1, levels, P, dtype=dtype, device=device, requires_grad=True)
+    output = deform_attn(value, shapes, locations, weights)
+    (found,) = torch.autograd.grad(output, [weights], torch.full_like(output, float("inf")))
+    assert (found == float("inf")).all()

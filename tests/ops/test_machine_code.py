@@ -14,7 +14,7 @@ import pytest
 SOURCES = Path(__file__).parents[2] / "csrc"
 STORE = "STG"
 # Bits 0-11 of an instruction of 16 bytes.
-OPCODES = {0x981: "LDG", 0x986: STORE, 0x98E: "RED", 0x9A6: "RED", 0x918: "NOP"}
+OPCODES = {0x981: "LDG", 0x986: STORE, 0x98E: "RED", 0x9A6: "RED", 0x947: "BRA", 0x918: "NOP"}
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 8, 6: 16}  # bytes of a load or store by bits 73-75
 
 pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
@@ -86,6 +86,12 @@ def test_float16_costs_what_bfloat16_costs(kind: str, compiled: tuple[dict[str, 
     pairs = zip(published(compiled[0], kind, "4HalfE"), published(compiled[0], kind, "6BFloatE"), strict=True)
     for half, brain in pairs:
         assert half.total() < 1.05 * brain.total()
+
+
+def test_corners_outside_are_read_without_branches(compiled: tuple[dict[str, Counter[str]], str]) -> None:
+    plain, fused = published(compiled[0], "15backward_kernel", "6BFloatE")
+    assert plain["BRA"] <= 50  # a branch around each load: 16 more
+    assert fused["BRA"] <= 66
 
 
 # Instructions of the kernels, plain and fused. Address arithmetic, a division or an exponential per point exceed them.
