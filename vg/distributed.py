@@ -80,6 +80,11 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def processes_per_machine(accelerator: Accelerator) -> int:
+    """Return how many processes share the cores and the memory of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+
+
 def mean_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
     return accelerator.reduce(values, reduction="mean") if accelerator.num_processes > 1 else values
 

@@ -1,9 +1,13 @@
 """Measure training with the feature cache and with encoders in every step, in expressions per second.
 
     python scripts/benchmarks/rec_cache.py [--rounds 5] [--threads 1] [--device cuda --precision bf16]
+    python scripts/benchmarks/rec_cache.py --data-only [--images 1024] [--batch-size 512] [--threads 1]
 
 DINOv3 ViT-B/16, BGE-small and the published head at full size with random weights, on random images with seven
 expressions each. All variants run in turn in one process, one step per round. Prints medians of the rates and ratios.
+
+With --data-only, no network runs: the rates are those at which batches are made on the device, from files and from
+features in its memory, over whole epochs in turn.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModel
@@ -27,7 +32,7 @@ from vg.cache.build import build_cache
 from vg.cache.datasets import training_dataset
 from vg.config import RunConfig, parse_config
 from vg.models.encoders import SMALL_VOCABULARY
-from vg.training.data import training_sampler
+from vg.training.data import TrainingData, training_sampler
 from vg.training.optim import build_optimizer
 from vg.types import Batch, EncodedBatch
 
@@ -133,16 +138,65 @@ class Variant:
             self.reading.append((read - start) / (end - start))
 
 
+class DataPath:
+    """The training batches of a run as its trainer gets them, without the network."""
+
+    def __init__(self, config: RunConfig):
+        start = time.perf_counter()
+        self.data = TrainingData(config, config.model.build(), Accelerator(), evaluations=[])
+        self.seconds_to_load = time.perf_counter() - start
+        self.rates: list[float] = []  # expressions per second of each epoch
+        self.epoch = 0
+
+    def run_epoch(self, measured: bool) -> None:
+        start, count = time.perf_counter(), 0
+        for (batch,) in self.data.steps(self.epoch, 0):
+            count += len(batch)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.epoch += 1
+        if measured:
+            self.rates.append(count / (time.perf_counter() - start))
+
+
+def measure_data(folder: Path, options: argparse.Namespace) -> None:
+    """Print the rates of the data path, by where the features are and how many expressions share an image."""
+    write_data(folder / "data", "train", options.images, len(EXPRESSIONS))
+    write_data(folder / "data", "val", 1, 1)
+    for encoder, settings in ENCODERS.items():  # one layer: features of the same shape, soon written
+        config = AutoConfig.for_model(**settings | {"num_hidden_layers": 1})
+        AutoModel.from_config(config).save_pretrained(folder / encoder)
+    options.workers = 0
+    build_cache(configured(folder, "train", {"folder": str(folder / "cache")}, options))
+    running: dict[str, DataPath] = {}
+    for shared in (1, len(EXPRESSIONS)):
+        for resident, workers in ((False, 0), (False, 2), (True, 0)):
+            options.workers = workers
+            cache = {"folder": str(folder / "cache"), "expressions_per_image": shared, "resident": resident}
+            place = "in memory" if resident else f"files, {workers} data workers"
+            running[f"{place}, {shared} of an image together"] = DataPath(configured(folder, "train", cache, options))
+    for round_index in range(-1, options.rounds):  # the first round warms up
+        for data_path in running.values():
+            data_path.run_epoch(measured=round_index >= 0)
+    for title, data_path in running.items():
+        rates = data_path.rates
+        text = f"{statistics.median(rates):9,.0f} expressions/s ({min(rates):,.0f} to {max(rates):,.0f})"
+        print(f"{title:45} {text}, loaded in {data_path.seconds_to_load:.1f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="expressions per batch (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, help="expressions per batch (default: 32, with --data-only 512)")
     parser.add_argument("--head", default="pooled", help="pooled or dense (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="bf16 is autocast")
+    parser.add_argument("--data-only", action="store_true", help="measure how fast batches are made, without a network")
+    parser.add_argument("--images", type=int, default=1024, help="of --data-only (default: %(default)s)")
     options = parser.parse_args()
+    options.batch_size = options.batch_size or (512 if options.data_only else 32)
     if options.threads:
         torch.set_num_threads(options.threads)
     machine(options.device)
@@ -150,6 +204,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "data").mkdir()
+        if options.data_only:
+            return measure_data(folder, options)
         write_data(folder / "data", "train", 2 * options.batch_size, 1)  # no batch contains an image twice
         write_data(folder / "data", "val", max(1, options.batch_size // 2), len(EXPRESSIONS))
         for encoder, settings in ENCODERS.items():

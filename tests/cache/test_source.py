@@ -81,9 +81,9 @@ def test_every_view_has_its_own_expression_box_and_features(folder: Path) -> Non
             np.testing.assert_allclose(view.box[2:] - view.box[:2], [right - left, bottom - top], atol=1e-3)
             assert (view.box >= 0).all()
             assert (view.box[2:] <= view.size[::-1]).all()
-        _, images = image_views[int(image_indices(pixels)[index])]  # [V, 3, H, W]
+        images = image_views.batch([image_views[int(image_indices(pixels)[index])]])  # V views
         with torch.no_grad():
-            tokens, _ = model.encode_images(images)
+            tokens, _ = model.encode_images(images.normalized())
             words = model.encode_text(image_views.collate.texts.arrays([flip.phrase], ["flip"]).tensors())[0]
         for view, wanted in zip((plain, flip, crop, both), tokens, strict=True):
             np.testing.assert_allclose(view.image, wanted, rtol=2**-10, atol=1e-4)

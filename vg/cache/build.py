@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,18 +17,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vg.cache.datasets import encodable
-from vg.cache.format import INDEX, KEY, UNKNOWN, CacheFolder, checksum_of, read_records, write_file, write_records
+from vg.cache.format import (
+    INDEX,
+    KEY,
+    UNKNOWN,
+    CacheFolder,
+    checksum_of,
+    gigabytes,
+    read_records,
+    write_file,
+    write_records,
+)
 from vg.cache.images import NO_FILE
 from vg.cache.key import cache_folder
 from vg.cache.repair import discard_invalid
 from vg.cache.source import CachedSource
-from vg.cache.views import ImageViews, Record
+from vg.cache.views import ImageViews, Record, ViewBatch
 from vg.config import DataConfig, RunConfig
 from vg.data.collate import Collator
 from vg.data.mixture import OneDatasetConfig, configs_of
 from vg.data.prompt import Expressions
 from vg.data.source import Source
-from vg.distributed import new_accelerator, progress_bar
+from vg.distributed import new_accelerator, processes_per_machine, progress_bar
 from vg.errors import BadSampleError, CacheError, ConfigError, printable
 from vg.models.base import EncodableModel
 from vg.types import Sample, Text
@@ -36,6 +47,7 @@ from vg.workers import new_loader
 logger = logging.getLogger(__name__)
 
 BYTES_PER_VALUE = 2  # float16
+MOST_WORKERS = 16  # more cores decode faster than a GPU encodes
 NUM_PROBES = 32  # images whose expressions are sampled to estimate the size of the text features
 
 
@@ -75,12 +87,12 @@ def build_cache(config: RunConfig) -> None:
     free = shutil.disk_usage(root).free
     needed = sum(build.image_bytes + build.text_bytes for build in builds.values())
     if accelerator.is_main_process:
-        total = f"to be written: {_size(needed)}; free on the disk: {_size(free)}"
+        total = f"to be written: {gigabytes(needed)}; free on the disk: {gigabytes(free)}"
         print(*map(printable, map(str, builds.values())), total, sep="\n", flush=True)
     if needed > free:
         raise CacheError(
-            f"the features need {_size(needed)}, the disk of {root} has {_size(free)} left; free some space, set "
-            "data.cache.folder to another disk, or use fewer data.cache.views"
+            f"the features need {gigabytes(needed)}, the disk of {root} has {gigabytes(free)} left; free some space, "
+            "set data.cache.folder to another disk, or use fewer data.cache.views"
         )
     for build in builds.values():
         build.run()
@@ -123,7 +135,7 @@ class Build:
     def __str__(self) -> str:
         views = ", ".join(self.folder.key["views"])
         counts = f"{len(self.images):,} images ({views}), {len(self.source):,} expressions"
-        size = f"to write: images {_size(self.image_bytes)}, text at most about {_size(self.text_bytes)}"
+        size = f"to write: images {gigabytes(self.image_bytes)}, text at most about {gigabytes(self.text_bytes)}"
         return f"{self.folder.name}: {counts}; {'complete' if self.done else size} -> {self.folder.path}"
 
     def run(self) -> None:
@@ -164,18 +176,21 @@ class Build:
         batch_size = max(1, self.data.eval_batch_size // self.folder.num_views)
         ranges = [self.folder.shards[shard] for shard in shards]
         batches = [list(shard[n : n + batch_size]) for shard in ranges for n in range(0, len(shard), batch_size)]
-        loader = new_loader(self.images, self.data.workers, batch_sampler=batches, collate_fn=_collate)
+        device = self.accelerator.device
+        options = {"collate_fn": self.images.batch, "pin_memory": device.type == "cuda"}
+        loader = new_loader(self.images, self._num_workers(), batch_sampler=batches, **options)
         with self._progress(sum(map(len, ranges)), "images") as bar:
-            loaded: Iterator[tuple[list[Record], Tensor]] = iter(loader)
+            loaded: Iterator[ViewBatch] = iter(loader)
             for shard, indices in zip(shards, ranges, strict=True):
                 records: list[Record] = []
                 features = []
                 while len(records) < len(indices):
-                    batch, images = next(loaded)
-                    tokens, _ = self.model.encode_images(images.to(self.accelerator.device))  # [batch x V, S, D]
+                    batch = next(loaded).to(device, non_blocking=True)
+                    with self._autocast():
+                        tokens, _ = self.model.encode_images(batch.normalized())  # [batch x V, S, D]
                     features.append(self._to_half(tokens))
-                    records += batch
-                    bar.update(len(batch))
+                    records += batch.records
+                    bar.update(len(batch.records))
                 array = np.concatenate(features)  # [images x V, S, D]
                 for n, record in enumerate(records):
                     first = n * self.folder.num_views
@@ -206,13 +221,27 @@ class Build:
                 for first in range(0, len(chunk), self.data.eval_batch_size):
                     rows = order[first : first + self.data.eval_batch_size]
                     text = self._text([chunk[row] for row in rows])
-                    tokens = self._to_half(self.model.encode_text(text))  # [R, T, D]
+                    with self._autocast():
+                        encoded = self.model.encode_text(text)  # [R, T, D]
+                    tokens = self._to_half(encoded)
                     for row, values, mask in zip(rows, tokens, text.mask.cpu().numpy(), strict=True):
                         features[row] = values[mask]
                     bar.update(len(rows))
                 write_file(self.folder.text_features(shard), np.concatenate(features))  # [tokens, D]
                 written = {"expressions": chunk, "checksums": [checksum_of(values) for values in features]}
                 write_records(self.folder.text_records(shard), written)
+
+    def _num_workers(self) -> int:
+        """Return data workers: on a GPU, which encodes faster than some cores decode, all cores of this process."""
+        workers = self.data.workers
+        if workers == 0 or self.accelerator.device.type != "cuda":
+            return workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(workers, min(MOST_WORKERS, cores // processes_per_machine(self.accelerator)))
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.folder.key.get("precision") == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
 
     def _text(self, expressions: Sequence[str]) -> Text:
         names = [self.folder.name] * len(expressions)
@@ -274,14 +303,6 @@ class Build:
             logger.warning("%s has new images in every epoch; the cache keeps those of the first", self.folder.name)
 
 
-def _collate(items: Sequence[tuple[Record, Tensor]]) -> tuple[list[Record], Tensor]:
-    return [record for record, _ in items], torch.cat([images for _, images in items])
-
-
 def _distinct(records: Sequence[Record]) -> list[str]:
     """Return the expressions of all views without repetition, in order of first occurrence."""
     return list(dict.fromkeys(e for record in records for view in record["views"] for e in view["phrases"]))
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:.2f} MB"

@@ -151,5 +151,10 @@ def write_file(path: Path, content: np.ndarray | Mapping[str, np.ndarray] | byte
         ) from error
 
 
+def gigabytes(num_bytes: int) -> str:
+    """Return a size for a message, such as "5.30 GB"."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:.2f} MB"
+
+
 def _chunks(total: int, size: int) -> list[range]:
     return [range(start, min(start + size, total)) for start in range(0, total, size)]

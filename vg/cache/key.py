@@ -50,6 +50,8 @@ def cache_folder(
         **model.feature_key(),
         "format": dict(FORMAT),
     }
+    if cache.precision != "no":  # keys of earlier versions have no such entry
+        key["precision"] = cache.precision
     key = json.loads(json.dumps(key))  # tuples are lists, as in a file
     files = files_of(source, images)
     path = _locate(Path(cache.folder), key, files, cache.trust)

@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,32 +40,32 @@ class CachedSource:
         self.folder = folder
         self.seed = seed
         self.provenance = source.provenance
-        self._index: dict[str, np.ndarray] = read_file(folder.path / INDEX)
-        self._texts = {name: json.loads(self._index[name].tobytes()) for name in ("ids", "kinds", "expressions")}
+        self.index: dict[str, np.ndarray] = read_file(folder.path / INDEX)
+        self.texts = {name: json.loads(self.index[name].tobytes()) for name in ("ids", "kinds", "expressions")}
         old, new = (f"{name}/{folder.key['split']}/" for name in (folder.encoded_as, folder.key["data"]))
         if old != new:  # a sample id begins with the name of the dataset, which changes with that of its folder
-            self._texts["ids"] = [new + id[len(old) :] if id.startswith(old) else id for id in self._texts["ids"]]
-        self._ends = np.concatenate([[0], self._index["ends"]])  # [E + 1] first token of each expression
-        self._grid = (int(self._index["grid"][0]), int(self._index["grid"][1]))
-        images, texts = self._index["sizes"].shape[:2], self._ends[1:].shape  # [images, V] and [E]
+            self.texts["ids"] = [new + id[len(old) :] if id.startswith(old) else id for id in self.texts["ids"]]
+        self.ends = np.concatenate([[0], self.index["ends"]])  # [E + 1] first token of each expression
+        self.grid = (int(self.index["grid"][0]), int(self.index["grid"][1]))
+        images, texts = self.index["sizes"].shape[:2], self.ends[1:].shape  # [images, V] and [E]
         self._unverified = [  # checksums of features that have not been loaded yet
-            self._index.get("picture_checksums", np.full(images, UNKNOWN)),
-            self._index.get("word_checksums", np.full(texts, UNKNOWN)),
+            self.index.get("picture_checksums", np.full(images, UNKNOWN)),
+            self.index.get("word_checksums", np.full(texts, UNKNOWN)),
         ]
         # All files are opened once, so a missing or shortened one is found before training.
         lengths = {folder.image_features(n): len(shard) * folder.num_views for n, shard in enumerate(folder.shards)}
-        for n, shard in enumerate(folder.text_shards(len(self._ends) - 1)):
-            lengths[folder.text_features(n)] = int(self._ends[shard.stop] - self._ends[shard.start])
+        for n, shard in enumerate(folder.text_shards(len(self.ends) - 1)):
+            lengths[folder.text_features(n)] = int(self.ends[shard.stop] - self.ends[shard.start])
         self._arrays = {path: read_shard(path, length) for path, length in lengths.items()}
         if not folder.trust:
             self._compare_images()
 
     def _compare_images(self) -> None:
         folder, files = self.folder, self.folder.files
-        if "files" not in self._index:
+        if "files" not in self.index:
             logger.info("%s was written by an earlier version: changed images are not noticed", folder.path)
             return
-        changes = changed_images(files, self._index["files"])
+        changes = changed_images(files, self.index["files"])
         if changes.changed:
             names = ", ".join(str(files[image]) for image in changes.changed[:3])
             raise CacheError(
@@ -77,46 +78,78 @@ class CachedSource:
             logger.info(text, f"{len(changes.missing):,}", f"{len(files):,}", folder.name)
 
     def __len__(self) -> int:
-        return len(self._index["pictures"])
+        return len(self.index["pictures"])
 
     def __getstate__(self) -> dict[str, Any]:  # a spawned worker opens the files itself
         return self.__dict__ | {"_arrays": {}}
 
     def load(self, index: int, epoch: int) -> EncodedSample:
         """Load one sample; raises BadSampleError if the sample was bad when the cache was written."""
-        arrays = self._index
-        if arrays["bad"][index]:
+        arrays = self.index
+        image, view = self.locate(index, epoch)
+        image_shard, image_row = divmod(image, self.folder.images_per_shard)
+        text = int(arrays["words"][index, view])
+        text_shard, text_row = divmod(text, self.folder.texts_per_shard)
+        first, start, end = self.ends[[text - text_row, text, text + 1]]  # tokens; the first one of the shard
+        tokens = slice(start - first, end - first)
+        row = image_row * self.folder.num_views + view
+        return EncodedSample(
+            id=self.texts["ids"][index],
+            image_key=(str(self.folder.path), image * self.folder.num_views + view),
+            image=self._features(self.folder.image_features(image_shard), row, self._unverified[0], (image, view)),
+            grid=self.grid,
+            text=self._features(self.folder.text_features(text_shard), tokens, self._unverified[1], text),
+            size=(int(arrays["sizes"][image, view, 0]), int(arrays["sizes"][image, view, 1])),
+            phrase=self.texts["expressions"][text],
+            box=arrays["boxes"][index, view],
+            expression_type=self.texts["kinds"][index],
+        )
+
+    def locate(self, index: int, epoch: int) -> tuple[int, int]:
+        """Return the indices of the image and the view of a sample; raises as `load`."""
+        if self.index["bad"][index]:
             raise BadSampleError(
                 f"{self.folder.name}, sample {index}: was unusable when the cache was written; fix it and remove "
                 f"{self.folder.path}, or set data.bad_samples=skip"
             )
-        image = int(arrays["pictures"][index])
-        view = self._view(image, epoch)
-        image_shard, image_row = divmod(image, self.folder.images_per_shard)
-        text = int(arrays["words"][index, view])
-        text_shard, text_row = divmod(text, self.folder.texts_per_shard)
-        first, start, end = self._ends[[text - text_row, text, text + 1]]  # tokens; the first one of the shard
-        tokens = slice(start - first, end - first)
-        row = image_row * self.folder.num_views + view
-        return EncodedSample(
-            id=self._texts["ids"][index],
-            image_key=(str(self.folder.path), image * self.folder.num_views + view),
-            image=self._features(self.folder.image_features(image_shard), row, self._unverified[0], (image, view)),
-            grid=self._grid,
-            text=self._features(self.folder.text_features(text_shard), tokens, self._unverified[1], text),
-            size=(int(arrays["sizes"][image, view, 0]), int(arrays["sizes"][image, view, 1])),
-            phrase=self._texts["expressions"][text],
-            box=arrays["boxes"][index, view],
-            expression_type=self._texts["kinds"][index],
-        )
+        image = int(self.index["pictures"][index])
+        return image, self._view(image, epoch)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], int]:
+        """Tokens S and channels D of the features of an image, and channels of those of an expression."""
+        image, text = (self._arrays[path(0)].shape for path in (self.folder.image_features, self.folder.text_features))
+        return (image[1], image[2]), text[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all features."""
+        return sum(array.nbytes for array in self._arrays.values())
+
+    def image_shard(self, shard: int) -> np.ndarray:
+        """Read all features of a shard, [images x V, S, D] float16, and compare their checksums."""
+        path, images = self.folder.image_features(shard), self.folder.shards[shard]
+        array = np.array(self._arrays[path])
+        for row, checksum in zip(array, self._unverified[0][images.start : images.stop].flat, strict=True):
+            verify(row, checksum, path)
+        return array
+
+    def text_shard(self, shard: int) -> np.ndarray:
+        """Read the features of all expressions of a shard, [tokens, D] float16, and compare their checksums."""
+        path, texts = self.folder.text_features(shard), self.folder.text_shards(len(self.ends) - 1)[shard]
+        array = np.array(self._arrays[path])
+        ends = self.ends[texts.start + 1 : texts.stop] - self.ends[texts.start]
+        for row, checksum in zip(np.split(array, ends), self._unverified[1][texts.start : texts.stop], strict=True):
+            verify(row, checksum, path)
+        return array
 
     def image_groups(self, epoch: int) -> np.ndarray:
-        return self._index["pictures"]
+        return self.index["pictures"]
 
     def image_sizes(self, epoch: int) -> np.ndarray:
-        images = self._index["pictures"]
+        images = self.index["pictures"]
         views = np.array([self._view(image, epoch) for image in range(self.folder.num_images)])
-        return self._index["sizes"][images, views[images]]
+        return self.index["sizes"][images, views[images]]
 
     def image_keys(self) -> list[str]:
         """Return the keys of the source; if it has none, all are different."""
@@ -125,9 +158,7 @@ class CachedSource:
         return [f"{self.folder.path}/{index}" for index in range(len(self))]
 
     def _view(self, image: int, epoch: int) -> int:
-        if self.folder.num_views == 1:
-            return 0
-        return int(np.random.default_rng((self.seed, epoch, image)).integers(self.folder.num_views))
+        return _drawn_view(self.seed, epoch, image, self.folder.num_views)
 
     def _features(
         self, path: Path, rows: int | slice, unverified: np.ndarray, index: int | tuple[int, int]
@@ -140,6 +171,11 @@ class CachedSource:
             verify(features, unverified[index], path)
             unverified[index] = UNKNOWN
         return features
+
+
+@lru_cache(maxsize=1 << 17)  # drawing takes longer than all else, and the samples of an image share their view
+def _drawn_view(seed: int, epoch: int, image: int, num_views: int) -> int:
+    return int(np.random.default_rng((seed, epoch, image)).integers(num_views)) if num_views > 1 else 0
 
 
 def collate_encoded(samples: Sequence[EncodedSample]) -> EncodedBatch:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from vg.cache.images import files_of, identity, image_indices
 from vg.data.augment import AugmentConfig
 from vg.data.collate import Collator
+from vg.data.images import normalization, padded
 from vg.data.source import Source, checked
 from vg.errors import BadSampleError, DataError
-from vg.types import Sample
+from vg.types import Movable, Sample
 
 Record = dict[str, Any]  # annotations of an image as JSON values: samples, bad, ids, kinds, views; identity of its file
 
 
 class ImageViews(Dataset[tuple[Record, Tensor]]):
-    """Image index -> its record, and its views [V, 3, H, W] as model input.
+    """Image index -> its record, and its views [V, 3, H, W] uint8 in the size of the model, not normalized.
 
     Args:
         views: see CacheConfig; crops are a function of the image and the position in this list.
@@ -32,6 +34,7 @@ class ImageViews(Dataset[tuple[Record, Tensor]]):
         self.source = source
         self.views = [AugmentConfig(flip="flip" in view, crop="crop" in view).build() for view in views]
         self.collate = collate
+        self.normalization = normalization(collate.image_spec)
         self.skip = skip
         images = image_indices(source)  # [samples]
         self.files = files_of(source, images)
@@ -67,7 +70,14 @@ class ImageViews(Dataset[tuple[Record, Tensor]]):
                 {"size": view.image.shape[:2], "boxes": view.boxes.tolist(), "phrases": view.phrases} for view in views
             ],
         }
-        return record, self.collate.images(views)[0]
+        images = [view.image for view in views]
+        sizes = [self.collate.image_spec.resized(*image.shape[:2]) for image in images]  # all equal: no padding
+        return record, torch.from_numpy(padded(images, sizes))
+
+    def batch(self, items: Sequence[tuple[Record, Tensor]]) -> ViewBatch:
+        """Make a batch of items: the `collate_fn` of a DataLoader."""
+        images = torch.cat([images for _, images in items])
+        return ViewBatch([record for record, _ in items], images, torch.from_numpy(self.normalization))
 
     def _load(self, index: int) -> Sample:
         sample = checked(self.source.load(index, 0))
@@ -78,6 +88,20 @@ class ImageViews(Dataset[tuple[Record, Tensor]]):
             )
         self.collate.texts([sample])  # otherwise too long a text would only be found after all images are encoded
         return sample
+
+
+@dataclass(frozen=True)
+class ViewBatch(Movable):
+    """Some images in all views, as they come from data workers; on a GPU by way of page-locked memory."""
+
+    records: list[Record]
+    images: Tensor  # [images x V, 3, H, W] uint8
+    normalization: Tensor  # [2, 3, 1, 1] float32, mean and standard deviation of pixels in 0..255
+
+    def normalized(self) -> Tensor:
+        """Return the images as model input, [images x V, 3, H, W] float32."""
+        mean, std = self.normalization
+        return self.images.float().sub_(mean).div_(std)
 
 
 def _merged(samples: Sequence[Sample]) -> Sample:

@@ -46,23 +46,23 @@ class SourceDataset(Dataset[Loaded]):
         self.collate: Callable[[Sequence[Loaded]], Batch | EncodedBatch] | None = collate
         self.skip = bad_samples == "skip"
         # Shared memory: the workers of a DataLoader write, the main process reads.
-        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
         self.bad = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # [samples] skipped at least once
         self._unreadable = torch.zeros_like(self.bad).share_memory_()  # [samples] bad in every epoch
 
     def begin_epoch(self, epoch: int) -> None:
-        self._epoch[0] = epoch
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Loaded:
         for candidate in (*range(index, len(self)), *range(index)) if self.skip else (index,):
-            if self._unreadable[candidate]:
+            if self.skip and self._unreadable[candidate]:
                 continue
             sample = None
             try:
-                sample = self._load(candidate, int(self._epoch[0]))
+                sample = self._load(candidate, int(self._epoch))
                 if self.skip:
                     self._check_text(sample)
                 return sample

@@ -78,7 +78,12 @@ class Mixture(Generic[Loaded]):
             sample = source.load(source_index, source_epoch)
         except DataError as error:
             raise type(error)(f"{source.provenance}: {error}") from error
-        return replace(sample, id=f"{source.provenance.data}/{source.provenance.split}/{sample.id}")
+        return replace(sample, id=self.prefix(number) + sample.id)
+
+    def prefix(self, number: int) -> str:
+        """Return what the ids of the samples of a source begin with."""
+        provenance = self.sources[number].provenance
+        return f"{provenance.data}/{provenance.split}/"
 
     def locate(self, index: int, epoch: int) -> tuple[int, int, int]:
         """Return the number of the source of a sample, its index there, and the epoch of that source.

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from vg.cache.datasets import training_dataset
+from vg.cache.resident import ResidentFeatures, resident_features
 from vg.config import RunConfig
 from vg.data.samplers import AspectRatioGroupedSampler, EpochSampler, ImageGroupedSampler
 from vg.data.source import Source
@@ -28,7 +29,7 @@ class TrainingData:
         evaluations: evaluation sources of the run; images shared with them cause a warning or are dropped.
 
     Raises:
-        ConfigError, CacheError: see vg.cache.datasets.training_dataset.
+        ConfigError, CacheError: see vg.cache.datasets.training_dataset and vg.cache.resident.resident_features.
         DataError: no training sample is left, or the source cannot group its samples as configured.
     """
 
@@ -39,6 +40,11 @@ class TrainingData:
         self.accelerator = accelerator
         self.accumulate = config.train.accumulate
         self.data = training_dataset(config, model, evaluations)
+        self.plan = ""  # a sentence on where the features are
+        if data.cache:
+            self.data, self.plan = resident_features(self.data, data.cache, accelerator)
+        resident = isinstance(self.data, ResidentFeatures)  # no data workers, and nothing to copy to the device
+        workers = 0 if resident else data.workers
         self.sampler = training_sampler(config, self.data.source, accelerator.num_processes)
         needed = data.batch_size * accelerator.num_processes
         if len(self.data) < needed and accelerator.num_processes > 1 and accelerator.is_main_process:
@@ -49,15 +55,15 @@ class TrainingData:
             )
         loader = new_loader(
             self.data,
-            data.workers,
+            workers,
             batch_size=data.batch_size,
             sampler=self.sampler,
             collate_fn=self.data.collate,
             drop_last=len(self.data) >= needed,
-            pin_memory=accelerator.device.type == "cuda",
-            persistent_workers=data.workers > 0,
+            pin_memory=accelerator.device.type == "cuda" and not resident,
+            persistent_workers=workers > 0,
         )
-        self.loader: DataLoader[Any] = accelerator.prepare_data_loader(loader)
+        self.loader: DataLoader[Any] = accelerator.prepare_data_loader(loader, device_placement=not resident)
 
     @property
     def steps_per_epoch(self) -> int:

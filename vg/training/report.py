@@ -54,6 +54,7 @@ class Report:
         precision = {"no": "float32"}.get(config.train.precision, config.train.precision)
         per_step = min(per_step, len(trainer.data.data))
         lines.append(f"{_count(total, 'step')} of {_count(per_step, 'sample')} ({epochs}) on {device}, {precision}")
+        lines += [trainer.data.plan] if trainer.data.plan else []
         lines.append(f"results go to {trainer.folder.path}")
         if self.first_step:
             lines.append(f"continues after step {self.first_step:,}")
