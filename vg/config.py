@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from vg.data.augment import AugmentConfig
+from vg.data.cache import CacheConfig
 from vg.data.mixture import SourceConfig
 from vg.errors import ConfigError
 from vg.models import ModelConfig
@@ -52,29 +53,6 @@ EvalConfig = Annotated[
     ],
     Discriminator(lambda value: "<several>" if is_mapping_of_settings(value) else "<one>"),
 ]
-
-
-@dataclass
-class CacheConfig(Settings):
-    """Features of frozen encoders on disk, which `vg cache` writes; training and evaluation read them, not images."""
-
-    folder: str
-    views: Annotated[list[Literal["plain", "flip", "crop", "flip_crop"]], Field(min_length=1)] = field(
-        default_factory=lambda: ["plain"]
-    )
-    """Versions of each training image, one of which is drawn per epoch: as it is, flipped with "left" and "right"
-    swapped in the phrases, cropped without losing a box, or both; all take the same space on disk."""
-    expressions_per_image: PositiveInt = 1
-    """Largest number of expressions of one image that are batched together, so that the head can share its keys."""
-    resident: Literal["auto", True, False] = "auto"
-    """Keep the features of the training data in the memory of the device and make batches there, without data workers.
-    auto: if they take at most half of the free memory of a GPU, or a quarter of the available RAM on a CPU. true: an
-    error if they do not fit. The samples and batches are the same."""
-    precision: Annotated[Literal["no", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)] = "no"
-    """bf16: `vg cache` runs the encoders in mixed precision (autocast), faster on a GPU. Such features are a cache of
-    their own: it does not serve a run that asks for `no`, which is float32."""
-    trust: bool = False
-    """Use the features without comparing the image files with those that were encoded."""
 
 
 @dataclass

@@ -146,10 +146,11 @@ class DataPath:
         self.data = TrainingData(config, config.model.build(), Accelerator(), evaluations=[])
         self.seconds_to_load = time.perf_counter() - start
         self.rates: list[float] = []  # expressions per second of each epoch
+        self.rates_of_core: list[float] = []  # the same per second of CPU time, which other programs change less
         self.epoch = 0
 
     def run_epoch(self, measured: bool) -> None:
-        start, count = time.perf_counter(), 0
+        start, cpu, count = time.perf_counter(), time.process_time(), 0
         for (batch,) in self.data.steps(self.epoch, 0):
             count += len(batch)
         if torch.cuda.is_available():
@@ -157,6 +158,7 @@ class DataPath:
         self.epoch += 1
         if measured:
             self.rates.append(count / (time.perf_counter() - start))
+            self.rates_of_core.append(count / (time.process_time() - cpu))
 
 
 def measure_data(folder: Path, options: argparse.Namespace) -> None:
@@ -181,7 +183,8 @@ def measure_data(folder: Path, options: argparse.Namespace) -> None:
     for title, data_path in running.items():
         rates = data_path.rates
         text = f"{statistics.median(rates):9,.0f} expressions/s ({min(rates):,.0f} to {max(rates):,.0f})"
-        print(f"{title:45} {text}, loaded in {data_path.seconds_to_load:.1f} s")
+        core = f"{statistics.median(data_path.rates_of_core):9,.0f} per second of CPU time of the main process"
+        print(f"{title:45} {text}, {core}; loaded in {data_path.seconds_to_load:.1f} s")
 
 
 def main() -> None:

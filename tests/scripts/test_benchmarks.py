@@ -310,3 +310,17 @@ def test_wrong_text_positions_of_transformers_are_corrected(capsys: pytest.Captu
         assert torch.equal(found, expected)
     sines = getattr(module, SINES)(torch.tensor([[1]]), num_pos_feats=4)
     assert torch.equal(sines, getattr(modeling_grounding_dino, SINES)(torch.tensor([[1.0]]), num_pos_feats=4))
+
+
+def test_the_data_path_is_measured_without_a_network(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scripts.benchmarks import rec_cache
+    from tests.cache.feature_data import VISION
+
+    monkeypatch.setitem(rec_cache.ENCODERS, "vision", VISION | {"hidden_size": 64})
+    arguments = ["--data-only", "--images", "4", "--batch-size", "14", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["rec_cache.py", *arguments])
+    rec_cache.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "expressions/s" in line]
+    assert [line.split(",")[0] for line in lines] == 2 * ["files", "files", "in memory"]

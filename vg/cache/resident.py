@@ -19,7 +19,7 @@ from vg import boxes as box_ops
 from vg.cache.datasets import RunDataset
 from vg.cache.format import gigabytes
 from vg.cache.source import CachedSource
-from vg.config import CacheConfig
+from vg.data.cache import CacheConfig
 from vg.data.dataset import SourceDataset
 from vg.data.mixture import Mixture
 from vg.data.source import Source
@@ -34,7 +34,7 @@ Key = TypeVar("Key")
 
 
 def resident_features(data: RunDataset, cache: CacheConfig, accelerator: Accelerator) -> tuple[RunDataset, str]:
-    """Load the features of a cached dataset into the memory of the device, if `data.cache.resident` says so.
+    """Load the features of a cached dataset into the memory of the device, as far as `data.cache.resident` allows.
 
     auto: if they take at most half of the free memory of a GPU, or a quarter of the available RAM elsewhere, which the
     processes of a machine share.
