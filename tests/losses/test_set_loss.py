@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.losses.cases import Case, random_boxes, random_case
 from vg.losses import terms
@@ -57,6 +59,26 @@ def test_one_term_per_loss_layer_and_component() -> None:
     assert all(loss.shape == () and loss.isfinite() and loss > 0 for loss in losses.values())
     last = SetLoss(EVERYTHING)(case.logits[-1:], case.boxes[-1:], *case[2:])
     assert_same(last, {name: losses[name] for name in map(LossName, ("class", "diou", "l1", "giou"))})
+
+
+def test_layers_take_no_operations_of_their_own() -> None:
+    """On a GPU the start of an operation takes longer than a loss term."""
+
+    class Count(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.operations += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for layers in (2, 6):
+        case = random_case(layers=layers)
+        with Count() as count:
+            losses = SetLoss(LossConfig())(*case)
+        assert len(losses) == 3 * layers
+        counts.append(count.operations)
+    assert counts[0] == counts[1]
 
 
 def test_weights_and_factors() -> None:

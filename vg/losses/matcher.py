@@ -32,10 +32,11 @@ def match(logits: Tensor, boxes: Tensor, targets: PromptTargets, mask: Tensor, c
     values = _to_host(costs).numpy()  # [L, R, Q, N]
     # Page-locked, so that the copy back does not wait for the device.
     assignment = torch.full(costs.shape[:3], -1, pin_memory=costs.is_cuda)
+    found = assignment.numpy()  # the same memory
     for row, count in enumerate(targets.counts):
         for layer in range(len(values)):
             queries, matched = linear_sum_assignment(_finite(values[layer, row, :, :count]))
-            assignment.numpy()[layer, row, queries] = matched
+            found[layer, row, queries] = matched
     return assignment.to(costs.device, non_blocking=True)
 
 

@@ -105,12 +105,15 @@ class SetLoss:
         }  # [L, R, Q] each
         values |= {t: x.where(matched, 0.0) for t, x in terms.box_terms(config, boxes.float(), target).items()}
         weights = {"class": config.class_weight} | vars(config)
-        return {
-            LossName(term, *output): weights[term] * factor * value / count
-            for term in values
-            if weights[term]
-            for (output, factor), value in zip(factors.items(), values[term].sum(dim=(1, 2)), strict=True)
-        }
+        used = [term for term in values if weights[term]]
+        if not used:
+            return {}
+        # All terms as one tensor, because an operation per term costs more time than the term.
+        weight = [[weights[term] * factor for factor in factors.values()] for term in used]
+        scale = torch.tensor(weight, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
+        losses = scale * torch.stack([values[term].sum(dim=(1, 2)) for term in used]) / count  # [terms, L]
+        names = [LossName(term, *output) for term in used for output in factors]
+        return dict(zip(names, losses.flatten().unbind(), strict=True))
 
 
 def _gather_boxes(values: Tensor, assignment: Tensor) -> Tensor:

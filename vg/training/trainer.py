@@ -150,13 +150,13 @@ class Trainer:
             with self.accelerator.no_sync(self.model) if index < len(batches) else nullcontext():
                 output = self.model(batch)
                 # The model divides its sums by the weight of this batch; the step divides by the mean weight instead.
-                losses = {
-                    name: x * (max(1, weight) / divisor) for name, x in self.unwrapped_model.loss(output, batch).items()
-                }
-                self.accelerator.backward(torch.stack(list(losses.values())).sum())
+                losses = self.unwrapped_model.loss(output, batch)
+                scaled = torch.stack(list(losses.values())) * (max(1, weight) / divisor)  # [terms]
+                self.accelerator.backward(scaled.sum())
+            losses = dict(zip(losses, scaled.detach().unbind(), strict=True))
             if (iou := self.unwrapped_model.iou(output, batch)) is not None:
-                losses[TRAIN_IOU] = iou.sum() / divisor  # logged only
-            terms = {name: terms.get(name, 0) + loss.detach() for name, loss in losses.items()}
+                losses[TRAIN_IOU] = iou.detach().sum() / divisor  # logged only
+            terms = {name: terms[name] + loss if name in terms else loss for name, loss in losses.items()}
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm or math.inf)
         taken = self.config.train.on_nan == "stop" or self._is_finite(terms, norm)
         if taken:
