@@ -26,7 +26,7 @@ export     -> cache.datasets config evaluation inference models ops
 inference  -> checkpoint config data metrics.result models.base models.grounding_dino.checkpoints
 web        -> data inference
 checkpoint -> config models.base
-config     -> data models training.optim
+config     -> data models training.optim training.settings
 data       ->
 models     -> losses ops
 metrics    ->

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from vg.config import DataConfig, RunConfig, TrainConfig, dump_config, load_config, parse_config
+from vg.config import DataConfig, RunConfig, dump_config, load_config, parse_config
 from vg.data.augment import AugmentConfig
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import ConfigError
 from vg.models.rec.config import DenseHeadConfig, DenseLossConfig, PooledHeadConfig, RecConfig
 from vg.training.optim import GroupConfig, OptimConfig
+from vg.training.settings import TrainConfig
 
 MINIMAL: dict[str, Any] = {
     "model": {"name": "rec"},

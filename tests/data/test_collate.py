@@ -109,6 +109,22 @@ def test_smaller_images_are_padded_right_and_below(text: TextSpec) -> None:
         assert target.size == sample.image.shape[:2]
 
 
+def test_images_of_a_batch_can_have_one_size(text: TextSpec) -> None:
+    """That of the median aspect ratio, with sides of multiples of 32 px; boxes stay relative to the image."""
+    samples = [make("wide", 300, 420), make("wider", 300, 450), make("widest", 200, 310)]
+    for normalize in (True, False):
+        batch = Collator(FittedImage(200, 333), text, normalize=normalize, one_size=True)(samples).to("cpu")
+        assert batch.sizes == ((192, 288),) * 3
+        assert batch.images.shape == (3, 3, 192, 288)
+        pixels = Image.fromarray(samples[2].image).resize((288, 192), Image.Resampling.BILINEAR)
+        expected = (np.asarray(pixels) / 255 - np.array(SPEC.mean)) / np.array(SPEC.std)
+        np.testing.assert_allclose(batch.images[2].numpy(), expected.transpose(2, 0, 1), atol=1e-5)
+        for target in batch.targets:
+            torch.testing.assert_close(target.boxes, torch.tensor([[0.125, 0.75, 0.25, 0.5]]))
+    assert Collator(FittedImage(8, 9), text, one_size=True)(samples).sizes == ((32, 32),) * 3
+    assert Collator(SPEC, text, one_size=True)(samples).sizes == ((16, 24),) * 3
+
+
 @pytest.mark.skipif(not CATS.exists(), reason="no shared/data beside the repository")
 def test_preprocessing_of_the_cats_image_equals_the_official_one(text: TextSpec) -> None:
     """With a second, padded image; boxes are relative to the image, while transformers divides by the padded size."""

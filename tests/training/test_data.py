@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from tests.data.detection.detection_files import CATEGORIES, annotation, write_image
 from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
 from tests.training.test_resume import assert_same_runs, interrupt, stop_in_step
-from vg.config import RunConfig
-from vg.errors import DataError
+from vg.config import RunConfig, parse_config
+from vg.errors import ConfigError, DataError
 from vg.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
@@ -88,6 +90,25 @@ def test_batches_have_similar_aspect_ratios(make: MakeConfig) -> None:
     scenes = {"name": "shapes", "view": "detection", "image_size": 64}
     with pytest.raises(DataError, match=r"provides no image sizes, which data\.group_by_aspect_ratio needs"):
         Trainer(make(train=scenes | {"size": 4}, eval=scenes, group_by_aspect_ratio=True), overwrite=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*training samples")
+def test_one_size_makes_a_batch_one_pass_of_the_backbone(make: MakeConfig) -> None:
+    def passes(**data: Any) -> list[int]:
+        """Return how often the backbone runs for each batch of an epoch."""
+        trainer = Trainer(make(batch_size=4, group_by_aspect_ratio=True, **data), overwrite=True)
+        backbone, counts = trainer.unwrapped_model.backbone, []
+        with patch.object(backbone, "forward", wraps=backbone.forward) as run:
+            for step in trainer.data.steps(0, 0):
+                trainer.step(step)
+                counts.append(run.call_count)
+                run.reset_mock()
+        return counts
+
+    assert min(passes()) > 1
+    assert passes(one_size=True) == [1, 1, 1]
+    with pytest.raises(ConfigError, match=r"one_size would distort .* group_by_aspect_ratio=true"):
+        parse_config({"data": asdict(make().data) | {"one_size": True}, "model": {"name": "rec"}})
 
 
 @pytest.mark.filterwarnings("ignore:.*training samples")

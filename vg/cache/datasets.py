@@ -39,7 +39,7 @@ def training_dataset(config: RunConfig, model: GroundingModel, evaluations: Sequ
     everything = data.train.build()
     warn_of_unknown_phrases(everything, evaluations)
     source = without_overlap(everything, evaluations, data.drop_overlap)
-    collate = Collator(model.image_spec, model.text_spec, one_prompt=True, normalize=False)
+    collate = Collator(model.image_spec, model.text_spec, one_prompt=True, normalize=False, one_size=data.one_size)
     return GroundingDataset(source, data.augment.build(), seed, data.bad_samples, collate)
 
 

@@ -15,9 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 from vg import boxes as box_ops
 from vg.data.images import normalization, normalized, padded
 from vg.data.prompt import Expressions, Prompts
-from vg.types import Batch, ImageSpec, PromptTargets, Sample, Target, Text, TextSpec
+from vg.types import Batch, FittedImage, ImageSpec, PromptTargets, Sample, Target, Text, TextSpec
 
 logger = logging.getLogger(__name__)
+
+STRIDE = 32  # pixels per token in the last stage of a backbone
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,23 @@ class Collator:
         one_prompt: for training: phrases that do not fit into one prompt are dropped together with their boxes, phrases
             without boxes first. Otherwise such a sample gets several prompts.
         normalize: False makes a PixelBatch, for loaders that move their batches: a quarter of the memory to copy.
+        one_size: resize all images of a batch to one size instead of padding them, which changes aspect ratios.
 
     Raises:
         ConfigError: the tokenizer lacks tokens that the text specification needs.
     """
 
-    def __init__(self, image_spec: ImageSpec, text_spec: TextSpec, one_prompt: bool = False, normalize: bool = True):
+    def __init__(
+        self,
+        image_spec: ImageSpec,
+        text_spec: TextSpec,
+        one_prompt: bool = False,
+        normalize: bool = True,
+        one_size: bool = False,
+    ):
         self.image_spec = image_spec
         self.normalize = normalize
+        self.one_size = one_size and isinstance(image_spec, FittedImage)  # StretchedImage has one size anyway
         self.texts = Prompts(text_spec, one_prompt) if text_spec.delimiters else Expressions(text_spec)
         # Shared memory: only the first worker of a DataLoader that drops boxes warns.
         self._warned = torch.zeros(1, dtype=torch.bool).share_memory_()
@@ -82,7 +93,8 @@ class Collator:
 
     def _sizes(self, samples: Sequence[Sample]) -> tuple[tuple[int, int], ...]:
         resized = self.image_spec.resized
-        return tuple(resized(sample.image.shape[0], sample.image.shape[1], sample.shortest) for sample in samples)
+        sizes = tuple(resized(sample.image.shape[0], sample.image.shape[1], sample.shortest) for sample in samples)
+        return (_common_size(sizes),) * len(sizes) if self.one_size else sizes
 
     def _kept_boxes(self, sample: Sample, text: Text, image_id: int) -> np.ndarray:
         """Return which boxes have their phrase in a prompt: [N] bool."""
@@ -98,6 +110,13 @@ class Collator:
                 len(kept),
             )
         return kept
+
+
+def _common_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the (height, width) of the median aspect ratio, rounded to multiples of STRIDE: few sizes in all."""
+    size = sorted(sizes, key=lambda size: size[1] / size[0])[len(sizes) // 2]
+    height, width = (max(1, round(side / STRIDE)) * STRIDE for side in size)
+    return height, width
 
 
 def _target(sample: Sample, kept: np.ndarray) -> Target:

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vg.checkpoint import TOKENIZER, WEIGHTS, is_checkpoint
-from vg.config import CheckpointConfig, RunConfig, TrainConfig, load_checkpoint_config, load_config, recipe_path
+from vg.config import CheckpointConfig, RunConfig, load_checkpoint_config, load_config, recipe_path
 from vg.data.source import Task
 from vg.errors import ConfigError
 from vg.models.grounding_dino.checkpoints import read_checkpoint
 from vg.models.grounding_dino.checkpoints.files import local_path
 from vg.models.grounding_dino.config import BertConfig, ClassHeadConfig, GroundingDinoConfig, PredictConfig
+from vg.training.settings import TrainConfig
 
 SMALL = "small"
 DEFAULT = "IDEA-Research/grounding-dino-tiny"

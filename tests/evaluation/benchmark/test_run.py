@@ -20,11 +20,12 @@ from tests.conftest import HEAD, TEXT, VISION, history
 from tests.models.grounding_dino.tiny import tiny_config, tiny_model
 from vg.checkpoint import write_model
 from vg.cli import main
-from vg.config import CheckpointConfig, DataConfig, RunConfig, TrainConfig
+from vg.config import CheckpointConfig, DataConfig, RunConfig
 from vg.data.refcoco.source import RefcocoConfig
 from vg.inference.torch_backend import TorchBackend, load_model
 from vg.models.grounding_dino.checkpoints import open_tokenizer, read_checkpoint, write_checkpoint
 from vg.models.rec.config import RecConfig
+from vg.training.settings import TrainConfig
 from vg.training.trainer import Trainer
 
 REAL = Path(__file__).parents[3] / ".." / "shared" / "data" / "refcoco_with_images"
