@@ -72,6 +72,10 @@ class GroundingModel(nn.Module, ABC):
     def predict(self, output: Any, batch: Batch) -> list[Prediction]:
         """Return one prediction per target: boxes [K, 4] xyxy in pixels of the original image, best first."""
 
+    def layers_to_compile(self) -> Sequence[nn.Module]:
+        """Return the layers that `train.compile` compiles one by one; empty if the family has none."""
+        return ()
+
     def iou(self, output: Any, batch: Batch) -> Tensor | None:
         """Return the IoU of the best box of each sample, [B], for the log; None if samples have several boxes."""
         return None

@@ -28,6 +28,8 @@ class TrainConfig(Settings):
     device synchronization in every step."""
     precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)] = "no"
     """Mixed precision; use bf16 on GPUs that support it. (YAML reads a bare `no` as false, which is accepted.)"""
+    compile: bool = False
+    """Compile the layers that take most of the time with torch.compile, at the first step and evaluation."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights; if given, the average is evaluated and exported."""
     eval_every: PositiveInt | None = None

@@ -31,6 +31,7 @@ from vg.distributed import (
 from vg.errors import TrainingError
 from vg.evaluation.evaluator import Evaluator
 from vg.files import read_json
+from vg.training.compilation import compile_layers
 from vg.training.data import TrainingData
 from vg.training.interpolation import Interpolation, Sweep
 from vg.training.loss_log import REMEDY, TRAIN_IOU, LossLog
@@ -74,6 +75,8 @@ class Trainer:
         if isinstance(self.data.data.source, HasClasses) and (classes := self.data.data.source.num_classes):
             self.unwrapped_model.use_classes(classes)
         select_trainable(self.unwrapped_model, config.optim)
+        if config.train.compile:
+            compile_layers(self.unwrapped_model)
         batch_size = self.accelerator.num_processes * config.data.batch_size * config.train.accumulate
         optimizer = build_optimizer(self.unwrapped_model, config.optim, lr_factor(config.optim, batch_size))
         self.model, self.optimizer = self.accelerator.prepare(self.unwrapped_model, optimizer)

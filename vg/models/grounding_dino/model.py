@@ -15,7 +15,7 @@ Shapes use the legend of vg/types.py; row r of R is one prompt, which belongs to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -78,6 +78,9 @@ class GroundingDino(GroundingModel):
     def use_classes(self, number: int) -> None:
         if self.denoising is not None and not self.denoising.is_sized:
             self.denoising.resize(number)
+
+    def layers_to_compile(self) -> Sequence[nn.Module]:
+        return (*self.encoder.layers, *self.decoder.layers)
 
     def load_own_state_dict(self, weights: Mapping[str, Tensor]) -> None:
         labels = weights.get(LABELS)
