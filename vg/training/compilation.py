@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from vg.errors import ConfigError
 from vg.models.base import GroundingModel
+
+RECOMPILE_LIMIT = 32
 
 
 def compile_layers(model: GroundingModel) -> None:
@@ -18,5 +22,7 @@ def compile_layers(model: GroundingModel) -> None:
     layers = model.layers_to_compile()
     if not layers:
         raise ConfigError("train.compile: only layers of grounding_dino can be compiled; set train.compile=false")
+    # Training and evaluation, padded or not, first or later layer, batches of one sample: more than the default of 8.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for layer in layers:
         layer.compile(dynamic=True)
