@@ -63,8 +63,8 @@ def out_of_memory(error: BaseException) -> str:
         return ""
     reason = reasons[-1] if reasons else lines[0]
     return (
-        f"{reason}: use a smaller data.batch_size (train.accumulate keeps the samples per step), smaller images, or "
-        "model.gradient_checkpointing=true where the model has it"
+        f"{reason}: use a smaller data.batch_size (train.accumulate keeps the samples per step), smaller images, "
+        "model.gradient_checkpointing=true where the model has it, or data.cache.resident=false with a cache"
     )
 
 

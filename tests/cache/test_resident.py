@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -22,7 +21,7 @@ from tests.training.test_resume import assert_same, assert_same_runs, interrupt,
 from vg.cache import format as cache_format
 from vg.cache import resident
 from vg.cache.build import build_cache
-from vg.cache.resident import ResidentFeatures, available_ram, resident_features
+from vg.cache.resident import ResidentFeatures, resident_features
 from vg.config import RunConfig, dump_config
 from vg.errors import BadSampleError, CacheError, ConfigError
 from vg.training.data import TrainingData
@@ -276,22 +275,3 @@ def test_damaged_features_are_found_when_they_are_loaded(folder: Path) -> None:
             training_data(config, True)
         file.write_bytes(content)
     training_data(config, True)
-
-
-def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
-    free = psutil.virtual_memory().available
-
-    def limited(name: str, limit: str) -> int:
-        file = tmp_path / "sys/fs/cgroup" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{limit}\n")
-        found = available_ram(tmp_path)
-        file.unlink()
-        return found
-
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text("4:memory:/job\n0::/slurm/job\n")
-    for name in ("memory.max", "slurm/memory.max", "slurm/job/memory.max", "memory/memory.limit_in_bytes"):
-        assert limited(name, "1000") == 1000
-    assert limited("memory.max", "max") > free / 2
-    assert available_ram(tmp_path / "missing") > free / 2

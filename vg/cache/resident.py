@@ -7,11 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator
 
@@ -26,6 +24,7 @@ from vg.data.source import Source
 from vg.data.subset import Subset
 from vg.distributed import processes_per_machine
 from vg.errors import ConfigError
+from vg.machine import available_ram
 from vg.types import EncodedBatch, EncodedSample, Features, Target
 
 READERS = 4  # threads, each with the features of a shard
@@ -63,19 +62,6 @@ def resident_features(data: RunDataset, cache: CacheConfig, accelerator: Acceler
         )
     reason = f", more than {share:g} of the {memory}" if cache.resident else ""
     return data, f"features: {size}, read from files (data.cache.resident={str(cache.resident).lower()}{reason})"
-
-
-def available_ram(root: Path = Path("/")) -> int:
-    """Return the bytes of RAM that are available without swapping, at most the limit of the container or job."""
-    groups = root / "sys/fs/cgroup"
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    own = next((groups / line[3:].strip("/") for line in lines if line.startswith("0::")), groups)
-    files = [folder / "memory.max" for folder in (own, *own.parents)] + [groups / "memory/memory.limit_in_bytes"]
-    limits = [file.read_text().strip() for file in files if file.is_file()]
-    return min([psutil.virtual_memory().available, *(int(limit) for limit in limits if limit.isdigit())])
 
 
 class ResidentFeatures(SourceDataset[EncodedSample]):
@@ -174,9 +160,8 @@ class ResidentFeatures(SourceDataset[EncodedSample]):
         steps, lengths = np.arange(self.lengths[chosen].max()), self.lengths[chosen, None]
         tokens = np.where(steps < lengths, self.starts[chosen, None] + steps, PADDING)  # [R, T]
         numbers = torch.from_numpy(np.concatenate([list(images), image_ids, chosen, tokens.ravel()]))
-        if self.device.type == "cuda":
-            numbers = numbers.pin_memory()
-        numbers = numbers.to(self.device, non_blocking=True)  # one copy for all
+        is_cuda = self.device.type == "cuda"
+        numbers = (numbers.pin_memory() if is_cuda else numbers).to(self.device, non_blocking=is_cuda)  # one copy
         rows, ids, chosen_here, tokens_here = numbers.split([len(images), len(chosen), len(chosen), tokens.size])
         features = Features(
             image=self.image.index_select(0, rows).unflatten(1, self.image_shape),  # [B, S, D]

@@ -13,11 +13,11 @@ per pixel, in float32 and without gradient checkpointing: measured as 6,416 for 
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 
 from vg.config import RunConfig
 from vg.finetuning.recipe import Recipe
+from vg.machine import available_ram
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.rec.config import RecConfig
 
@@ -67,12 +67,12 @@ def sized(recipe: Recipe, num_samples: int) -> tuple[RunConfig, list[str]]:
 
 
 def available_memory() -> tuple[str, int]:
-    """Return the device of a run and the bytes that it may use: 0.8 of what is free on a GPU, or half of the RAM."""
+    """Return the device of a run and the bytes that it may use: 0.8 of a GPU or 0.5 of the RAM, of what is free."""
     import torch
 
     if torch.cuda.is_available():
         return "cuda", int(0.8 * torch.cuda.mem_get_info()[0])
-    return "cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return "cpu", available_ram() // 2
 
 
 def sample_bytes(model: GroundingDinoConfig | RecConfig) -> int:
