@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import vg
+from tests.cache.feature_data import cached_config, write_encoders, write_expressions
 from tests.conftest import TINY
 from tests.models.grounding_dino.tiny import tiny_model
 from vg.checkpoint import write_model
@@ -192,6 +193,21 @@ def test_int8_reports_its_loss(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert "after int8" in capsys.readouterr().out
     assert operators_of_all_domains(tmp_path / "int8.onnx")["MatMulInteger"] > 0
     assert len(vg.Grounder(tmp_path / "int8.onnx")(image(64, 64), "dog")) == 1
+
+
+def test_int8_of_a_run_with_cached_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_expressions(tmp_path)
+    write_encoders(tmp_path)
+    config = cached_config(tmp_path, {})
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_model(folder, config.model.build(), config)
+    main(["export", str(folder), str(tmp_path / "int8.onnx"), "--int8"])
+    assert "after int8" in capsys.readouterr().out
+    config.data.eval.path = str(tmp_path / "elsewhere")  # type: ignore[union-attr]
+    write_model(folder, config.model.build(), config)
+    main(["export", str(folder), str(tmp_path / "int8.onnx"), "--int8"])
+    assert "the accuracy of int8 was not measured: " in capsys.readouterr().out
 
 
 def operators_of_all_domains(file: Path) -> collections.Counter[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vg.cli.arguments import add_overrides, add_tokenizer
-from vg.errors import ConfigError
+from vg.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from vg.config import CheckpointConfig
@@ -96,11 +96,13 @@ def _write_onnx(model: GroundingModel, config: CheckpointConfig | None, options:
             for source in files:
                 quantize(source, source.with_suffix(".int8"))
                 source.with_suffix(".int8").replace(source)
-            if isinstance(config, RunConfig):
+            try:
+                if not isinstance(config, RunConfig):
+                    raise DataError("the checkpoint names no evaluation data")
                 for line in accuracy_loss(torch, OnnxBackend(file), config.data):
                     print(line)
-            else:
-                print("the accuracy of int8 was not measured, because the checkpoint names no evaluation data")
+            except DataError as error:
+                print(f"the accuracy of int8 was not measured: {error}")
         for source, target in files.items():
             with replacing(target, is_file=True) as partial:
                 shutil.move(source, partial)

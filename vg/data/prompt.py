@@ -64,7 +64,7 @@ class Expressions:
             if not is_unicode(expression):
                 raise BadSampleError(_not_unicode(name, expression))
         tokens = self.spec.tokenizer(list(expressions), padding=True, return_tensors="np")
-        token_ids, mask = tokens["input_ids"], tokens["attention_mask"].astype(bool)  # [R, T]
+        token_ids, mask = tokens["input_ids"].astype(np.int64), tokens["attention_mask"].astype(bool)  # [R, T]
         for problem in self._problems(names, expressions, token_ids.tolist(), mask.sum(axis=1).tolist()).values():
             raise BadSampleError(problem)
         return TextArrays(token_ids, mask, mask[:, None], np.arange(len(expressions)))
@@ -162,7 +162,7 @@ class Prompts:
         """Like a call, without torch."""
         prompts = [(i, prompt) for i, sample in enumerate(samples) for prompt in self.of_sample(sample)]
         num_tokens = max(len(prompt.token_ids) for _, prompt in prompts)
-        token_ids = np.full((len(prompts), num_tokens), self.padding)  # [R, T]
+        token_ids = np.full((len(prompts), num_tokens), self.padding, np.int64)  # [R, T]
         mask = np.zeros(token_ids.shape, bool)
         phrase_tokens = np.zeros((len(prompts), max(len(sample.phrases) for sample in samples), num_tokens), bool)
         for row, (_, prompt) in enumerate(prompts):

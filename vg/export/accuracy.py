@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -19,6 +20,7 @@ NUM_SAMPLES = 300
 
 def accuracy_loss(expected: TorchBackend, exported: OnnxBackend, data: DataConfig) -> Iterator[str]:
     """Yield a line per evaluation dataset: its main metric before and after, on the first NUM_SAMPLES samples."""
+    data = replace(data, cache=None)  # ONNX takes images
     for name, settings in data.eval_datasets().items():
         dataset = evaluation_dataset(settings, data, expected.model)
         metric_type = METRICS[dataset.source.provenance.task]
@@ -26,7 +28,7 @@ def accuracy_loss(expected: TorchBackend, exported: OnnxBackend, data: DataConfi
         count = min(NUM_SAMPLES, len(dataset))
         for index in tqdm(range(count), desc=f"evaluate {name}".strip(), leave=False):
             sample = dataset[index]
-            assert isinstance(sample, Sample)  # not features of a cache
+            assert isinstance(sample, Sample)
             targets = expected.collate([sample]).targets
             before.update(expected.predict_samples([sample]), targets)
             after.update([_prediction(exported, sample)], targets)

@@ -105,7 +105,10 @@ def _quiet() -> Iterator[None]:
 
 def quantize(source: Path, target: Path) -> None:
     """Write a copy whose matrix products run in int8, with scales of activations computed at run time."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    model = onnx.load(source)
+    del model.graph.value_info[:]  # shapes from tracing, which the inference of onnx may state differently
     with _quiet():
-        quantize_dynamic(source, target, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+        quantize_dynamic(model, target, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])

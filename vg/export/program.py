@@ -16,8 +16,10 @@ from tqdm import tqdm
 from vg.errors import PredictionError
 from vg.export.deform_attn import Form
 from vg.export.networks import Found, Networks, Together, networks
+from vg.export.parity import largest_difference
 from vg.export.tracing import traceable
 from vg.files import replacing
+from vg.inference.result import Boxes
 from vg.models.base import GroundingModel
 
 AXES: dict[str, tuple[str | int, ...]] = {
@@ -127,13 +129,17 @@ def save_program(model: GroundingModel, path: Path, form: Form) -> float:
     program = trace(part, form, max_tokens(model))
     inputs = tuple(part.example(OTHER_SIZES).values())
     with torch.no_grad():
-        pairs = zip(program.module(check_guards=False)(*inputs), part.network(*inputs), strict=True)
-        difference = max(float((found - expected).abs().max()) for found, expected in pairs)
+        found, expected = (_by_image(run(*inputs)) for run in (program.module(check_guards=False), part.network))
+    difference = max(max(largest_difference(*pair, (1, 1))) for pair in zip(found, expected, strict=True))
     check(difference)
     with replacing(path, is_file=True) as partial:
         torch.export.save(program, partial.with_suffix(".pt2"))
         partial.with_suffix(".pt2").rename(partial)
     return difference
+
+
+def _by_image(found: tuple[Tensor, ...]) -> list[Boxes]:
+    return [Boxes(*(values.numpy() for values in image)) for image in zip(*found, strict=True)]
 
 
 def max_tokens(model: GroundingModel) -> int:

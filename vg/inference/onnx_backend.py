@@ -188,13 +188,15 @@ def _open(path: Path, device: str, threads: int) -> Any:
         raise ConfigError(f"{path} needs the package onnxruntime: {INSTALL}") from error
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; vg export writes it")
-    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device)
+    kind, _, number = device.partition(":")
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(kind)
     if provider not in onnxruntime.get_available_providers():
         raise ConfigError(f"device {device}: onnxruntime does not support it here; use cpu, or install onnxruntime-gpu")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        where = [{"device_id": number}] if number else None
+        return onnxruntime.InferenceSession(str(path), options, providers=[provider], provider_options=where)
     except Exception as error:  # onnxruntime has its own types
         raise CheckpointError(f"{path} cannot be opened: {str(error)[:300]}; run vg export again") from error
