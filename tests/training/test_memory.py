@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 REC, GROUNDING_DINO = "configs/demo_rec.yaml", "configs/demo_grounding_dino.yaml"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured with /proc and glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is measured with glibc")
 @pytest.mark.parametrize(
     ("config", "batch_size", "overrides"),
     [(REC, 128, []), (GROUNDING_DINO, 12, []), (GROUNDING_DINO, 24, ["model.gradient_checkpointing=true"])],
@@ -41,6 +43,15 @@ def test_settings_change_the_estimate() -> None:
     assert peak("train.precision=bf16") < plain
     assert peak("train.ema=0.999") > plain
     assert peak("optim.freeze=[backbone]") < plain
+
+
+def test_every_vision_encoder_can_be_estimated() -> None:
+    """The initialization of some reads values."""
+    vision = {"model_type": "dinov3_vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"intermediate_size": 64}
+    config = load_config(ROOT / REC, [f"model.vision.architecture={json.dumps(vision)}", "model.vision.frozen=false"])
+    estimate = MemoryEstimate(config)
+    assert estimate.step(2, estimate.sizes[-1]) > estimate.weights > 0
 
 
 def test_nothing_is_left_after_a_step() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.initialization import no_init_weights
 
 from vg.config import RunConfig
 from vg.data.collate import Collator
@@ -47,7 +49,8 @@ class MemoryEstimate:
         self.counter = StorageCounter()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self._counting():
-            self.model = config.model.build(pretrained=False).train()
+            with no_init_weights():  # drawing weights needs values
+                self.model = config.model.build(pretrained=False).train()
             select_trainable(self.model, config.optim)
             self.average = Ema(self.model, config.train.ema) if config.train.ema else None
             self.weights, self.moments = self.counter.now, 0
@@ -101,7 +104,8 @@ class MemoryEstimate:
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
-        with self.fake, self.counter, patch.object(set_loss, "match", _match_nothing):
+        with warnings.catch_warnings(), self.fake, self.counter, patch.object(set_loss, "match", _match_nothing):
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # of torch itself, in copies
             yield
 
 
