@@ -41,8 +41,10 @@ def new_accelerator(**options: Any) -> Accelerator:
         if name.upper() in LoggerType.__members__ and LoggerType(name) not in get_available_trackers():
             raise ConfigError(f"train.trackers: {name} is not installed; install its package or leave it out")
     try:
-        # Batches in page-locked memory (vg.training.data) are copied while the device computes.
-        return Accelerator(dataloader_config=DataLoaderConfiguration(non_blocking=True), **options)
+        # Batches in page-locked memory (vg.training.data) are copied while the device computes. MPS, here and in other
+        # copies, would read memory that may be freed by then.
+        loading = DataLoaderConfiguration(non_blocking=not torch.backends.mps.is_available())
+        return Accelerator(dataloader_config=loading, **options)
     except ValueError as error:
         raise ConfigError(f"train.precision or train.trackers: {error}") from error
 

@@ -122,6 +122,8 @@ def test_images_of_a_batch_can_have_one_size(text: TextSpec) -> None:
         for target in batch.targets:
             torch.testing.assert_close(target.boxes, torch.tensor([[0.125, 0.75, 0.25, 0.5]]))
     assert Collator(FittedImage(8, 9), text, one_size=True)(samples).sizes == ((32, 32),) * 3
+    at_most = Collator(FittedImage(200, 285), text, one_size=True)(samples).sizes[0]
+    assert at_most == (192, 256), "rounding does not exceed the longest side"
     assert Collator(SPEC, text, one_size=True)(samples).sizes == ((16, 24),) * 3
 
 

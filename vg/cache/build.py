@@ -185,7 +185,7 @@ class Build:
                 records: list[Record] = []
                 features = []
                 while len(records) < len(indices):
-                    batch = next(loaded).to(device, non_blocking=True)
+                    batch = next(loaded).to(device, non_blocking=device.type != "mps")
                     with self._autocast():
                         tokens, _ = self.model.encode_images(batch.normalized())  # [batch x V, S, D]
                     features.append(self._to_half(tokens))

@@ -160,8 +160,9 @@ class ResidentFeatures(SourceDataset[EncodedSample]):
         steps, lengths = np.arange(self.lengths[chosen].max()), self.lengths[chosen, None]
         tokens = np.where(steps < lengths, self.starts[chosen, None] + steps, PADDING)  # [R, T]
         numbers = torch.from_numpy(np.concatenate([list(images), image_ids, chosen, tokens.ravel()]))
-        is_cuda = self.device.type == "cuda"
-        numbers = (numbers.pin_memory() if is_cuda else numbers).to(self.device, non_blocking=is_cuda)  # one copy
+        if self.device.type == "cuda":
+            numbers = numbers.pin_memory()
+        numbers = numbers.to(self.device, non_blocking=self.device.type != "mps")  # one copy for all
         rows, ids, chosen_here, tokens_here = numbers.split([len(images), len(chosen), len(chosen), tokens.size])
         features = Features(
             image=self.image.index_select(0, rows).unflatten(1, self.image_shape),  # [B, S, D]

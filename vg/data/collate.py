@@ -62,7 +62,7 @@ class Collator:
     ):
         self.image_spec = image_spec
         self.normalize = normalize
-        self.one_size = one_size and isinstance(image_spec, FittedImage)  # StretchedImage has one size anyway
+        self.one_size = one_size
         self.texts = Prompts(text_spec, one_prompt) if text_spec.delimiters else Expressions(text_spec)
         # Shared memory: only the first worker of a DataLoader that drops boxes warns.
         self._warned = torch.zeros(1, dtype=torch.bool).share_memory_()
@@ -94,7 +94,9 @@ class Collator:
     def _sizes(self, samples: Sequence[Sample]) -> tuple[tuple[int, int], ...]:
         resized = self.image_spec.resized
         sizes = tuple(resized(sample.image.shape[0], sample.image.shape[1], sample.shortest) for sample in samples)
-        return (_common_size(sizes),) * len(sizes) if self.one_size else sizes
+        if self.one_size and isinstance(self.image_spec, FittedImage):  # StretchedImage has one size anyway
+            return (_common_size(sizes, self.image_spec.longest),) * len(sizes)
+        return sizes
 
     def _kept_boxes(self, sample: Sample, text: Text, image_id: int) -> np.ndarray:
         """Return which boxes have their phrase in a prompt: [N] bool."""
@@ -112,10 +114,10 @@ class Collator:
         return kept
 
 
-def _common_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def _common_size(sizes: Sequence[tuple[int, int]], longest: int) -> tuple[int, int]:
     """Return the (height, width) of the median aspect ratio, rounded to multiples of STRIDE: few sizes in all."""
     size = sorted(sizes, key=lambda size: size[1] / size[0])[len(sizes) // 2]
-    height, width = (max(1, round(side / STRIDE)) * STRIDE for side in size)
+    height, width = (max(1, min(round(side / STRIDE), longest // STRIDE)) * STRIDE for side in size)
     return height, width
 
 

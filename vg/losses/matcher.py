@@ -37,7 +37,7 @@ def match(logits: Tensor, boxes: Tensor, targets: PromptTargets, mask: Tensor, c
         for layer in range(len(values)):
             queries, matched = linear_sum_assignment(_finite(values[layer, row, :, :count]))
             found[layer, row, queries] = matched
-    return assignment.to(costs.device, non_blocking=True)
+    return assignment.to(costs.device, non_blocking=costs.device.type != "mps")
 
 
 def _to_host(costs: Tensor) -> Tensor:

@@ -110,7 +110,9 @@ class SetLoss:
             return {}
         # All terms as one tensor, because an operation per term costs more time than the term.
         weight = [[weights[term] * factor for factor in factors.values()] for term in used]
-        scale = torch.tensor(weight, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
+        scale = torch.tensor(weight, pin_memory=logits.is_cuda).to(
+            logits.device, non_blocking=logits.device.type != "mps"
+        )
         losses = scale * torch.stack([values[term].sum(dim=(1, 2)) for term in used]) / count  # [terms, L]
         names = [LossName(term, *output) for term in used for output in factors]
         return dict(zip(names, losses.flatten().unbind(), strict=True))

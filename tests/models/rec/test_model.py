@@ -19,6 +19,7 @@ from vg.errors import CheckpointError, ConfigError
 from vg.models.encoders import SMALL_VOCABULARY
 from vg.models.rec.config import BgeConfig, DenseHeadConfig, PooledHeadConfig, RecConfig, VisionEncoderConfig
 from vg.models.rec.model import VisionEncoder
+from vg.types import Text
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
 
@@ -140,6 +141,18 @@ def test_vision_encoders_return_a_grid(architecture: dict, prefix: int) -> None:
     stride = 16 if architecture is TINY_VISION else 8
     assert grid == (64 // stride, 96 // stride)
     assert tokens.shape == (2, prefix + grid[0] * grid[1], 32)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_padding_of_text_has_no_effect(implementation: str) -> None:
+    config = RecConfig.tiny()
+    architecture = config.text.architecture | {"attn_implementation": implementation}
+    model = replace(config, text=replace(config.text, architecture=architecture)).build(pretrained=False).eval()
+    ids = torch.tensor([[101, 103, 104, 102], [101, 102, 0, 0]])
+    with torch.no_grad():
+        padded = model.encode_text(Text(ids, ids > 0, ids > 0, torch.arange(2)))[1, :2]
+        alone = model.encode_text(Text(ids[1:, :2], ids[1:, :2] > 0, ids[1:, :2] > 0, torch.arange(1)))[0]
+    torch.testing.assert_close(padded, alone, rtol=0, atol=1e-6)
 
 
 def test_a_frozen_encoder_is_not_trained() -> None:

@@ -124,7 +124,8 @@ class Neck(nn.Module):
         device = levels[0].device
         # From page-locked memory the copy does not wait for the device.
         numbers = torch.tensor([*valid, shapes], dtype=torch.float32, pin_memory=device.type == "cuda")
-        sizes, padded_sizes = numbers.to(device, non_blocking=True).flip(-1).split([len(valid), 1])  # as (x, y)
+        numbers = numbers.to(device, non_blocking=device.type != "mps").flip(-1)  # as (x, y)
+        sizes, padded_sizes = numbers.split([len(valid), 1])
         padded = any(tuple(image) != shapes for image in valid)
         positions, centers, masks = [], [], []
         for level, (rows, columns) in enumerate(shapes):

@@ -71,7 +71,8 @@ class TextEncoder(Encoder):
         sub_sentences, position_ids = sub_sentence_masks(token_ids, delimiters)
         attention_mask = sub_sentences.unsqueeze(1)  # [R, 1, T, T]
         if self.network.config._attn_implementation == "eager":  # adds the mask to the logits of attention
-            attention_mask = torch.where(attention_mask, 0.0, -torch.inf)
+            zeros = torch.zeros_like(attention_mask, dtype=self.projection.weight.dtype)
+            attention_mask = zeros.masked_fill(~attention_mask, -torch.inf)
         x = self.run(
             input_ids=token_ids,
             attention_mask=attention_mask,

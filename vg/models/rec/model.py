@@ -105,8 +105,10 @@ class RecModel(EncodableModel):
         return self.vision(images)
 
     def encode_text(self, text: Text) -> Tensor:
-        # transformers reads from the device whether a 2-D mask has any padding; it takes a 4-D one as it is.
-        four_dims = self.text.network_config.model_type in FOUR_DIMENSIONAL_MASK
+        # transformers reads from the device whether a 2-D mask has any padding; it takes a 4-D one as it is, and adds
+        # that to the logits of eager attention.
+        config = self.text.network_config
+        four_dims = config.model_type in FOUR_DIMENSIONAL_MASK and config._attn_implementation != "eager"
         mask = text.mask[:, None, None].expand(-1, -1, text.mask.shape[1], -1) if four_dims else text.mask.long()
         return self.text.run(input_ids=text.token_ids, attention_mask=mask)
 
