@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from tests.cache.feature_data import cached_config, write_encoders, write_expressions
+from tests.cache.feature_data import cached_config, write_encoders
 from tests.conftest import HEAD, history
 from vg.cache import format as cache_format
 from vg.cache.build import build_cache
@@ -52,16 +52,6 @@ def killed(self, images):
 RecModel.encode_images = killed
 build_cache(load_config("config.yaml"))
 """
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Data and encoders; shards of two images and of four expressions."""
-    write_expressions(tmp_path)
-    write_encoders(tmp_path)
-    monkeypatch.setitem(cache_format.FORMAT, "pictures", 2)
-    monkeypatch.setitem(cache_format.FORMAT, "expressions", 4)
-    return tmp_path
 
 
 def forbid_encoders_and_images(monkeypatch: pytest.MonkeyPatch) -> None:

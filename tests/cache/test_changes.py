@@ -16,23 +16,12 @@ import pytest
 from PIL import Image
 
 from tests.cache.feature_data import cached_config, write_encoders, write_expressions
-from vg.cache import format as cache_format
 from vg.cache.build import build_cache
 from vg.cache.datasets import RunDataset, training_dataset
 from vg.config import RunConfig
 from vg.errors import CacheError
 from vg.models.rec.model import RecModel
 from vg.training.trainer import Trainer
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Data and encoders; shards of two images and of four expressions."""
-    write_expressions(tmp_path)
-    write_encoders(tmp_path)
-    monkeypatch.setitem(cache_format.FORMAT, "pictures", 2)
-    monkeypatch.setitem(cache_format.FORMAT, "expressions", 4)
-    return tmp_path
 
 
 @pytest.fixture

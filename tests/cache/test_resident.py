@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.cache.feature_data import cached_config, write_encoders, write_expressions
+from tests.cache.feature_data import cached_config
 from tests.conftest import HEAD
 from tests.training.synchronizations import synchronizations
 from tests.training.test_resume import assert_same, assert_same_runs, interrupt, stop_in_step
@@ -38,16 +38,6 @@ for name in sys.argv[1:]:
     Trainer(load_config(name)).fit()
 shut_down()
 """
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Data and encoders; shards of two images and of four expressions."""
-    write_expressions(tmp_path)
-    write_encoders(tmp_path)
-    monkeypatch.setitem(cache_format.FORMAT, "pictures", 2)
-    monkeypatch.setitem(cache_format.FORMAT, "expressions", 4)
-    return tmp_path
 
 
 def mixture(folder: Path, weights: list[float]) -> dict[str, Any]:

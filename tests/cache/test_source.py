@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cache.feature_data import cached_config, write_encoders, write_expressions
+from tests.cache.feature_data import cached_config
 from vg.cache import format as cache_format
 from vg.cache.build import build_cache
 from vg.cache.datasets import RunDataset, training_dataset
@@ -33,15 +33,6 @@ from vg.types import EncodedSample
 BUILD = (
     "from vg.cache.build import build_cache; from vg.config import load_config; build_cache(load_config('config.yaml'))"
 )
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_expressions(tmp_path)
-    write_encoders(tmp_path)
-    monkeypatch.setitem(cache_format.FORMAT, "pictures", 2)
-    monkeypatch.setitem(cache_format.FORMAT, "expressions", 4)
-    return tmp_path
 
 
 def cached_data(config: RunConfig) -> RunDataset:

@@ -23,6 +23,7 @@ from vg.cli import main
 from vg.config import parse_config
 from vg.errors import CheckpointError, ConfigError, DataError, PredictionError
 from vg.models.base import GroundingModel
+from vg.models.grounding_dino import query_selection
 from vg.models.grounding_dino.config import PredictConfig, ResNetConfig
 
 REASON = "optional packages of vg export: pip install onnx onnxscript onnxruntime"
@@ -31,7 +32,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason=REASON)
 pytest.importorskip("onnxscript", reason=REASON)
 
 from vg.export.onnx_file import write_onnx  # noqa: E402
-from vg.export.parity import differences, largest_difference  # noqa: E402
+from vg.export.parity import SelectionBackend, differences, largest_difference  # noqa: E402
 from vg.inference.onnx_backend import OnnxBackend  # noqa: E402
 from vg.inference.result import Boxes  # noqa: E402
 from vg.inference.torch_backend import TorchBackend  # noqa: E402
@@ -93,6 +94,26 @@ def test_grounding_dino_equals_the_model(detector: tuple[GroundingModel, Path]) 
     model, file = detector
     assert_equal(model, file)
     assert not operators(file)["GridSample"]
+
+
+def test_another_selection_is_a_difference(
+    detector: tuple[GroundingModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch follows the tokens of the exported model, so wrong ones must show in their logits."""
+    model, file = detector
+    run, best_tokens = SelectionBackend.run, query_selection.best_tokens
+
+    def worst_first(self: SelectionBackend, *arguments: Any) -> list[np.ndarray]:
+        found = run(self, *arguments)
+        self.selected[-1] = self.selected[-1][:, ::-1].copy()
+        return found
+
+    case = next(iter(differences(TorchBackend(model, "cpu"), file, ((64, 96),), (("dog",),), (1,))))
+    assert case.largest < 1e-4
+    monkeypatch.setattr(SelectionBackend, "run", worst_first)
+    case = next(iter(differences(TorchBackend(model, "cpu"), file, ((64, 96),), (("dog",),), (1,))))
+    assert case.selection > 0.01
+    assert query_selection.best_tokens is best_tokens, "only while it compares"
 
 
 def test_phrases_in_several_prompts(detector: tuple[GroundingModel, Path]) -> None:

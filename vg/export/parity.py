@@ -90,7 +90,8 @@ def _selecting(tokens: list[np.ndarray]) -> Iterator[list[float]]:
         indices = torch.from_numpy(np.stack([next(rows) for _ in scores])).to(scores.device)  # [R, Q]
         values = scores.gather(1, indices)
         relative = (values - best).abs() / best.abs().clamp(min=1)
-        found.append(float(relative.where(values != best, 0).max()))  # equal infinities do not differ
+        relative = relative.nan_to_num(nan=torch.inf).where(values != best, 0)  # equal infinities do not differ
+        found.append(float(relative.max()))
         return values, indices
 
     with patch.object(query_selection, "best_tokens", select):
