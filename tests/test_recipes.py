@@ -11,6 +11,7 @@ import torch
 from vg.config import RunConfig, load_config
 from vg.data.detection.coco import CocoConfig
 from vg.data.mixture import MixtureConfig
+from vg.data.synthetic.glyphs import GlyphsConfig
 from vg.models.grounding_dino.config import GroundingDinoConfig, ResNetConfig, SwinConfig
 from vg.models.rec.config import RecConfig
 from vg.training.optim import build_schedule, select_trainable
@@ -230,8 +231,10 @@ def test_rec_recipes() -> None:
         "refcoco_dense_vitl": 448,
         "refcoco_joint": 448,
         "crowded_scenes": 64,
+        "glyphs": 64,
+        "collage": 128,
     }
-    for name in configs.keys() - {"crowded_scenes"}:
+    for name in configs.keys() - {"crowded_scenes", "glyphs", "collage"}:
         assert configs[name].data.batch_size * configs[name].train.accumulate == 64, name
         assert configs[name].train.output == f"runs/{name}"
     joint = configs["refcoco_joint"].data
@@ -242,6 +245,15 @@ def test_rec_recipes() -> None:
         *((f"jxu124/{name}", split) for name in ("refcoco", "refcocoplus") for split in ("val", "testA", "testB")),
         *(("jxu124/refcocog", split) for split in ("val", "test")),
     }
+
+
+def test_the_recipe_of_glyphs_is_that_of_the_demo() -> None:
+    demo, glyphs = (load_config(FOLDER.parent / name) for name in ("demo_rec.yaml", "rec/glyphs.yaml"))
+    assert isinstance(glyphs.data.eval, GlyphsConfig)
+    assert (glyphs.data.eval.split, glyphs.data.eval.image_size) == ("val", 64)
+    glyphs.data.train, glyphs.data.eval = demo.data.train, demo.data.eval
+    glyphs.train.output = demo.train.output
+    assert glyphs == demo
 
 
 def test_encoder_adapters_and_the_head_are_trained() -> None:

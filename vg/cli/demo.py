@@ -28,15 +28,15 @@ def run(options: argparse.Namespace) -> None:
     from vg.cli.evaluate import evaluate
     from vg.cli.train import train
     from vg.config import load_config, recipe_path
-    from vg.data.synthetic.shapes import ShapesConfig
+    from vg.data.synthetic.world import WorldConfig
 
     config = load_config(options.config or recipe_path("demo_rec.yaml"), options.overrides)
     train(config, overwrite=True)
-    overrides = ["data.eval.split=test"] if isinstance(config.data.eval, ShapesConfig) else []
+    overrides = ["data.eval.split=test"] if isinstance(config.data.eval, WorldConfig) else []
     evaluate(Path(config.train.output), overrides, Path(config.train.output))
     if PartialState().is_main_process:
         settings = next(iter(config.data.eval_datasets().values()))
-        settings = replace(settings, split="test") if isinstance(settings, ShapesConfig) else settings
+        settings = replace(settings, split="test") if isinstance(settings, WorldConfig) else settings
         _save_scene(settings, Path(config.train.output))
 
 

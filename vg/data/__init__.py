@@ -12,9 +12,21 @@ from vg.data.detection.voc import VocConfig
 from vg.data.detection.yolo import YoloConfig
 from vg.data.expressions import CsvConfig
 from vg.data.refcoco.source import RefcocoConfig
+from vg.data.synthetic.collage import CollageConfig
+from vg.data.synthetic.glyphs import GlyphsConfig
 from vg.data.synthetic.shapes import ShapesConfig
 
 DatasetConfig: TypeAlias = Annotated[
-    Union[ShapesConfig, RefcocoConfig, CocoConfig, OdvgConfig, VocConfig, YoloConfig, CsvConfig],  # noqa: UP007
+    Union[  # noqa: UP007
+        ShapesConfig,
+        GlyphsConfig,
+        CollageConfig,
+        RefcocoConfig,
+        CocoConfig,
+        OdvgConfig,
+        VocConfig,
+        YoloConfig,
+        CsvConfig,
+    ],
     Field(discriminator="name"),
 ]

@@ -72,6 +72,7 @@ class Annotations:
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [A] indices into `names`
     crowd: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # [A]
     areas: np.ndarray | None = None  # [A] float64, see Sample.areas
+    segmentations: Sequence[Any] = ()  # A, as written: polygons, a run-length encoding or None; or empty
     locate: Callable[[int], str] = str  # box index -> where the box is described
     box_format: BoxFormat = XYXY
     relative: bool = False  # boxes are in 0..1 of the image with its EXIF orientation applied, not in pixels

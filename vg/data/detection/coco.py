@@ -141,6 +141,7 @@ class CocoConfig(Settings):
             labels=labels[valid],
             crowd=crowd[valid],
             areas=np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas),
+            segmentations=[rows[index].get("segmentation") for index in positions],
             locate=lambda index: locate(positions[index]),
             box_format=XYWH,
         )

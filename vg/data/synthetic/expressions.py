@@ -1,4 +1,4 @@
-"""Phrases and referring expressions for drawn scenes; an expression refers to exactly one shape.
+"""Phrases and referring expressions for scenes; an expression refers to exactly one object.
 
 Every expression type is generated the same way: try candidates in random order and take the first unambiguous one.
 Margins ensure that an expression stays unambiguous under strict and loose readings of its words.
@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
-from typing import Literal, NamedTuple
+from itertools import product, starmap
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from vg.data.synthetic.scenes import COLORS, FORMS, STYLES, Scene, Shape, Style, pick, random_scene, some
+from vg.data.synthetic.layout import GENERIC_NOUN, Noun, Object, Scene, pick, some
 
 ExpressionType = Literal["attribute", "superlative", "relation", "ordinal", "chain"]
+AnyScene: TypeAlias = Scene[Object, Any]
 
-GENERIC_NOUNS = ("thing", "object")  # in phrases without a form
 SIZES = {"small": ("small", "little"), "big": ("big", "large")}
-SUPERLATIVES = {  # {} is the phrase of the compared shapes
+SUPERLATIVES = {  # {} is the phrase of the compared objects
     "left": ("leftmost {}", "{} on the far left"),
     "right": ("rightmost {}", "{} on the far right"),
     "above": ("topmost {}", "highest {}"),
@@ -46,10 +46,11 @@ NEAR_RATIO = 1.75  # "closest to": the runner-up is at least this many times fur
 
 
 _WORDINGS = [
-    *(("the",), COLORS, FORMS, GENERIC_NOUNS, ORDINALS),
+    *(("the",), GENERIC_NOUN, ORDINALS),
     *(*SIZES.values(), *SUPERLATIVES.values(), *RELATIONS.values()),
 ]
 VOCABULARY = tuple(sorted({word for lines in _WORDINGS for line in lines for word in line.replace("{}", "").split()}))
+"""Words of all expressions, without colors and nouns."""
 
 
 class Phrase(NamedTuple):
@@ -57,77 +58,78 @@ class Phrase(NamedTuple):
 
     size: str = ""
     color: str = ""
-    form: str = ""
+    noun: Noun = GENERIC_NOUN
 
-    def matches(self, shapes: tuple[Shape, ...]) -> list[Shape]:
-        """Return the shapes that this phrase describes; none if the size of a candidate is ambiguous."""
-        matching = [shape for shape in shapes if self.color in ("", shape.color) and self.form in ("", shape.form)]
+    def matches(self, objects: Sequence[Object]) -> list[Object]:
+        """Return the objects that this phrase describes; none if the size of a candidate is ambiguous."""
+        matching = [item for item in objects if self.color in ("", item.color) and self.noun in item.nouns]
         if not self.size:
             return matching
-        if not all(shape.size for shape in matching):
+        if not all(item.size for item in matching):
             return []
-        return [shape for shape in matching if shape.size == self.size]
+        return [item for item in matching if item.size == self.size]
 
     def text(self, rng: np.random.Generator) -> str:
         """Return the phrase in words, without article."""
         size = pick(rng, SIZES[self.size]) if self.size else ""
-        return " ".join(filter(None, (size, self.color, self.form or pick(rng, GENERIC_NOUNS))))
+        noun = pick(rng, self.noun) if len(self.noun) > 1 else self.noun[0]
+        return " ".join(filter(None, (size, self.color, noun)))
 
 
-class Expression(NamedTuple):
-    """A referring expression and the only shape it fits."""
+class Expression(NamedTuple, Generic[Object]):
+    """A referring expression and the only object it fits."""
 
     text: str
     type: ExpressionType
-    target: Shape
+    target: Object
 
 
-def shared_phrases(scene: Scene, at_least: int = 1) -> list[Phrase]:
-    """Return all phrases of color and form, each optional, that match at least this many shapes of the scene."""
+def shared_phrases(scene: AnyScene[Object], at_least: int = 1) -> list[Phrase]:
+    """Return all phrases of color (optional) and noun that match at least this many objects of the scene."""
     phrases = {
-        Phrase("", color, form): None  # a dict, because the order of a set differs between runs
-        for shape in scene.shapes
-        for color, form in product(("", shape.color), ("", shape.form))
+        Phrase("", color, noun): None  # a dict, because the order of a set differs between runs
+        for item in scene.objects
+        for color, noun in product(("", item.color), item.nouns)
     }
-    return [phrase for phrase in phrases if len(phrase.matches(scene.shapes)) >= at_least]
+    return [phrase for phrase in phrases if len(phrase.matches(scene.objects)) >= at_least]
 
 
-def unique_phrases(shape: Shape, scene: Scene) -> list[Phrase]:
-    """Return all phrases that match this shape of the scene and no other."""
-    phrases = map(Phrase._make, product(*({"": None, word: None} for word in (shape.size, shape.color, shape.form))))
-    return [phrase for phrase in phrases if phrase.matches(scene.shapes) == [shape]]
+def unique_phrases(item: Object, scene: AnyScene[Object]) -> list[Phrase]:
+    """Return all phrases that match this object of the scene and no other."""
+    attributes = product({"": None, item.size: None}, {"": None, item.color: None}, item.nouns)
+    return [phrase for phrase in starmap(Phrase, attributes) if phrase.matches(scene.objects) == [item]]
 
 
 def described_scene(
-    rng: np.random.Generator, expression_type: ExpressionType, size: int = 128, style: Style = STYLES["plain"]
-) -> tuple[Scene, Expression]:
-    """Sample a scene and an expression of this type; scenes without one are rejected, which is rare."""
+    rng: np.random.Generator, expression_type: ExpressionType, sample: Callable[[np.random.Generator], AnyScene[Object]]
+) -> tuple[AnyScene[Object], Expression[Object]]:
+    """Sample a scene and an expression of this type; scenes without one are rejected."""
     while True:
-        scene = random_scene(rng, size, style)
+        scene = sample(rng)
         if expression := DESCRIBE[expression_type](rng, scene):
             return scene, expression
 
 
-def by_attribute(rng: np.random.Generator, scene: Scene) -> Expression | None:
+def by_attribute(rng: np.random.Generator, scene: AnyScene[Object]) -> Expression[Object] | None:
     """Generate an expression such as "the small red circle"."""
-    for shape in some(rng, scene.shapes):
-        if phrases := unique_phrases(shape, scene):
-            return Expression(_article(rng) + pick(rng, phrases).text(rng), "attribute", shape)
+    for item in some(rng, scene.objects):
+        if phrases := unique_phrases(item, scene):
+            return Expression(_article(rng) + pick(rng, phrases).text(rng), "attribute", item)
     return None
 
 
-def _by_order(rng: np.random.Generator, scene: Scene, ordinal: bool) -> Expression | None:
+def _by_order(rng: np.random.Generator, scene: AnyScene[Object], ordinal: bool) -> Expression[Object] | None:
     """Generate an expression such as "leftmost star", or "second leftmost star" for a scene with at least three."""
     for order in some(rng, tuple(SUPERLATIVES)):
         rank = 1 + int(rng.integers(len(ORDINALS))) if ordinal else 0
         for phrase in some(rng, shared_phrases(scene, at_least=rank + 2)):
-            if ordinal and order not in DIRECTIONS and not phrase.form:
+            if ordinal and order not in DIRECTIONS and phrase.noun == GENERIC_NOUN:
                 continue  # comparing sizes of different forms is ambiguous
-            shapes = phrase.matches(scene.shapes)
-            ordered = sorted(shapes, key=lambda shape: _lead(order, shape, shapes[0], scene), reverse=True)
+            objects = phrase.matches(scene.objects)
+            ordered = sorted(objects, key=lambda item: _lead(order, item, objects[0], scene), reverse=True)
             target = ordered[rank]
-            if all(_before(order, shape, target, scene) for shape in ordered[:rank]) and all(
-                _before(order, target, shape, scene) for shape in ordered[rank + 1 :]
+            if all(_before(order, item, target, scene) for item in ordered[:rank]) and all(
+                _before(order, target, item, scene) for item in ordered[rank + 1 :]
             ):
                 wordings = [wording for wording in SUPERLATIVES[order] if not ordinal or wording.endswith("{}")]
                 text = pick(rng, wordings).format(phrase.text(rng))
@@ -141,17 +143,17 @@ by_superlative = partial(_by_order, ordinal=False)
 by_ordinal = partial(_by_order, ordinal=True)
 
 
-def by_relation(rng: np.random.Generator, scene: Scene) -> Expression | None:
+def by_relation(rng: np.random.Generator, scene: AnyScene[Object]) -> Expression[Object] | None:
     """Generate an expression such as "circle above the red star" for a scene with several circles and one red star."""
 
-    def describe(anchor: Shape) -> str | None:
+    def describe(anchor: Object) -> str | None:
         phrases = unique_phrases(anchor, scene)
         return _article(rng) + pick(rng, phrases).text(rng) if phrases else None
 
-    return _by_relation(rng, scene, "relation", scene.shapes, describe)
+    return _by_relation(rng, scene, "relation", scene.objects, describe)
 
 
-def by_chain(rng: np.random.Generator, scene: Scene) -> Expression | None:
+def by_chain(rng: np.random.Generator, scene: AnyScene[Object]) -> Expression[Object] | None:
     """Generate an expression such as "circle next to the leftmost star", whose anchor has an expression of its own.
 
     The anchor's expression ends with a noun phrase, because "... on the far left" could also refer to the circle.
@@ -167,16 +169,16 @@ def by_chain(rng: np.random.Generator, scene: Scene) -> Expression | None:
 
 def _by_relation(
     rng: np.random.Generator,
-    scene: Scene,
+    scene: AnyScene[Object],
     expression_type: ExpressionType,
-    anchors: Sequence[Shape],
-    describe: Callable[[Shape], str | None],
-) -> Expression | None:
-    """Refer to a shape by its relation to an anchor for which `describe` returns an expression."""
+    anchors: Sequence[Object],
+    describe: Callable[[Object], str | None],
+) -> Expression[Object] | None:
+    """Refer to an object by its relation to an anchor for which `describe` returns an expression."""
     for relation in some(rng, tuple(RELATIONS)):
         for phrase in some(rng, shared_phrases(scene, at_least=2)):
-            candidates = phrase.matches(scene.shapes)
-            for anchor in some(rng, [shape for shape in anchors if shape not in candidates]):
+            candidates = phrase.matches(scene.objects)
+            for anchor in some(rng, [item for item in anchors if item not in candidates]):
                 target = _related(relation, candidates, anchor, scene)
                 if target and (anchor_text := describe(anchor)):
                     text = f"{phrase.text(rng)} {pick(rng, RELATIONS[relation])} {anchor_text}"
@@ -184,7 +186,7 @@ def _by_relation(
     return None
 
 
-DESCRIBE: dict[ExpressionType, Callable[[np.random.Generator, Scene], Expression | None]] = {
+DESCRIBE: dict[ExpressionType, Callable[[np.random.Generator, AnyScene[Any]], Expression[Any] | None]] = {
     "attribute": by_attribute,
     "superlative": by_superlative,
     "relation": by_relation,
@@ -197,32 +199,33 @@ def _article(rng: np.random.Generator) -> str:
     return pick(rng, ("the ", ""))
 
 
-def _before(order: str, shape: Shape, other: Shape, scene: Scene) -> bool:
-    """Whether a shape precedes another with a sufficient margin, and its outer edge does so too."""
-    lead = _lead(order, shape, other, scene)
+def _before(order: str, item: Object, other: Object, scene: AnyScene[Object]) -> bool:
+    """Whether an object precedes another with a sufficient margin, and its outer edge does so too."""
+    lead = _lead(order, item, other, scene)
     if order not in DIRECTIONS:
         return lead >= SIZE_LEAD
     axis, sign = DIRECTIONS[order]
     edge = axis if sign < 0 else axis + 2  # its index in a box
-    return lead >= POSITION_LEAD and sign * (shape.box[edge] - other.box[edge]) >= 0
+    return lead >= POSITION_LEAD and sign * (item.box[edge] - other.box[edge]) >= 0
 
 
-def _lead(order: str, shape: Shape, other: Shape, scene: Scene) -> float:
-    """Return how far a shape precedes another: a fraction of the image side, or the log ratio of side lengths."""
+def _lead(order: str, item: Object, other: Object, scene: AnyScene[Object]) -> float:
+    """Return how far an object precedes another: a fraction of the image side, or the log ratio of sizes
+    (side lengths of squares with the same area), the least one of all areas."""
     if order in DIRECTIONS:
         axis, sign = DIRECTIONS[order]
-        return sign * (shape.center[axis] - other.center[axis]) / scene.size
-    larger = math.log(shape.area / other.area) / 2
-    return larger if order == "larger" else -larger
+        return sign * (item.center[axis] - other.center[axis]) / scene.size
+    larger = [math.log(own / area) / 2 for own, area in zip(item.areas, other.areas, strict=True)]
+    return min(larger) if order == "larger" else -max(larger)
 
 
-def _related(relation: str, candidates: list[Shape], anchor: Shape, scene: Scene) -> Shape | None:
+def _related(relation: str, candidates: list[Object], anchor: Object, scene: AnyScene[Object]) -> Object | None:
     """Return the only candidate in the relation to the anchor; None if that is ambiguous for any candidate."""
     if relation == "near":
-        first, second = sorted(candidates, key=lambda shape: math.dist(shape.center, anchor.center))[:2]
+        first, second = sorted(candidates, key=lambda item: math.dist(item.center, anchor.center))[:2]
         ratio = math.dist(second.center, anchor.center) / math.dist(first.center, anchor.center)
         return first if ratio >= NEAR_RATIO else None
-    leads = {shape: _lead(relation, shape, anchor, scene) for shape in candidates}
+    leads = {item: _lead(relation, item, anchor, scene) for item in candidates}
     first = max(candidates, key=leads.__getitem__)
-    clear = all(lead <= -RELATION_REFUSAL for shape, lead in leads.items() if shape is not first)
+    clear = all(lead <= -RELATION_REFUSAL for item, lead in leads.items() if item is not first)
     return first if clear and leads[first] >= RELATION_LEAD else None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from vg.data.synthetic.layout import GENERIC_NOUN, Box, Grid, Noun, Scene, SceneObject, Style, laid_out, pick, some
 
 COLORS = {
     "red": (215, 35, 40),
@@ -30,117 +30,53 @@ FORMS = {  # width / height; some are not square, so swapping width and height i
     "diamond": 0.75,
 }
 _OVERSAMPLING = 8
-_NUM_POSITIONS_TRIED = 40
 
-Box = tuple[int, int, int, int]  # xyxy in pixels
-Option = TypeVar("Option")
-
-
-@dataclass(frozen=True)
-class Style:
-    """Parameters of scenes; lengths are fractions of the image side, that of a shape is sqrt(width x height)."""
-
-    counts: tuple[int, int]  # of shapes
-    scales: tuple[float, float]
-    small: float  # shapes up to this size are small ...
-    big: float  # ... and from this size on big; sizes in between are ambiguous
-    gap: float  # minimum distance of two shapes
-    min_side: int  # of the image in pixels; in smaller ones forms are indistinguishable
-
-
-STYLES = {
+STYLES = {  # the scale of a shape is sqrt(width x height)
     "plain": Style(counts=(3, 6), scales=(0.14, 0.35), small=0.20, big=0.27, gap=0.025, min_side=48),
     "crowded": Style(counts=(8, 14), scales=(0.08, 0.20), small=0.115, big=0.155, gap=0.015, min_side=80),
 }
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(SceneObject):
     """One shape in a scene."""
 
     form: str  # a key of FORMS
     color: str  # a key of COLORS
-    size: str  # "small", "big", or empty if ambiguous
-    box: Box  # tight around the drawn pixels
+    size: str
+    box: Box
     paint: tuple[int, int, int]  # RGB, close to COLORS[color]
 
     @property
-    def center(self) -> tuple[float, float]:
-        """Return x and y in pixels."""
-        left, top, right, bottom = self.box
-        return (left + right) / 2, (top + bottom) / 2
-
-    @property
-    def area(self) -> int:
-        """Return the area of the box in square pixels."""
-        left, top, right, bottom = self.box
-        return (right - left) * (bottom - top)
+    def nouns(self) -> tuple[Noun, ...]:
+        return GENERIC_NOUN, (self.form,)
 
 
-@dataclass(frozen=True)
-class Scene:
-    """Shapes that do not touch, in a square image."""
-
-    shapes: tuple[Shape, ...]
-    size: int  # image side in pixels
-    background: tuple[tuple[int, ...], ...]  # coarse square grid of gray levels, upsampled to the image
-
-
-def random_scene(rng: np.random.Generator, size: int = 128, style: Style = STYLES["plain"]) -> Scene:
+def random_scene(rng: np.random.Generator, size: int = 128, style: Style = STYLES["plain"]) -> Scene[Shape, Grid]:
     """Sample a scene of size x size pixels with few colors and forms: most shapes share an attribute with another."""
     colors = some(rng, tuple(COLORS), int(rng.integers(2, 4)))
     forms = some(rng, tuple(FORMS), int(rng.integers(2, 4)))
-    fewest, most = style.counts
-    smallest, largest = style.scales
-    scales = np.exp(rng.uniform(math.log(smallest), math.log(largest), size=rng.integers(fewest, most + 1)))
-    shapes: list[Shape] = []
-    for scale in sorted(scales.tolist(), reverse=True):  # large ones first, as they need the most room
-        form, color = pick(rng, forms), pick(rng, colors)
-        if box := _free_position(rng, scale * size, FORMS[form], size, style.gap * size, shapes):
-            paint = np.clip(np.add(COLORS[color], rng.integers(-8, 9, size=3)), 0, 255)
-            word = "small" if scale <= style.small else "big" if scale >= style.big else ""
-            shapes.append(Shape(form, color, word, box, tuple(paint.tolist())))
-    if len(shapes) < fewest:
+
+    def sides(choice: tuple[str, str], scale: float) -> tuple[float, float]:
+        aspect = math.sqrt(FORMS[choice[0]])
+        return scale * aspect, scale / aspect
+
+    shapes = []
+    for (form, color), word, box in laid_out(rng, size, style, lambda: (pick(rng, forms), pick(rng, colors)), sides):
+        paint = np.clip(np.add(COLORS[color], rng.integers(-8, 9, size=3)), 0, 255)
+        shapes.append(Shape(form, color, word, box, tuple(paint.tolist())))
+    if len(shapes) < style.counts[0]:
         return random_scene(rng, size, style)
     cells = pick(rng, (1, 3, 8))  # plain, soft gradient, light texture
     levels = rng.integers(150, 185) + rng.integers(-9, 10, size=(cells, cells))
     return Scene(tuple(shapes), size, tuple(map(tuple, levels.tolist())))
 
 
-def some(rng: np.random.Generator, options: Sequence[Option], count: int | None = None) -> list[Option]:
-    """Return `count` distinct options (by default all) in random order."""
-    return [options[index] for index in rng.permutation(len(options))[:count].tolist()]
-
-
-def pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
-    """Return one of the options at random."""
-    return options[int(rng.random() * len(options))]
-
-
-def _free_position(
-    rng: np.random.Generator, scale: float, aspect: float, size: int, gap: float, shapes: list[Shape]
-) -> Box | None:
-    """Find a box of area scale x scale and this aspect ratio with a gap to all shapes; None if there is no room."""
-    width, height = round(scale * math.sqrt(aspect)), round(scale / math.sqrt(aspect))
-    for x, y in rng.random((_NUM_POSITIONS_TRIED, 2)).tolist():
-        left, top = 1 + int(x * (size - width - 1)), 1 + int(y * (size - height - 1))
-        right, bottom = left + width, top + height
-        if all(
-            left >= other.box[2] + gap
-            or top >= other.box[3] + gap
-            or other.box[0] >= right + gap
-            or other.box[1] >= bottom + gap
-            for other in shapes
-        ):
-            return left, top, right, bottom
-    return None
-
-
-def draw(scene: Scene) -> np.ndarray:
+def draw(scene: Scene[Shape, Grid]) -> np.ndarray:
     """Draw a scene with antialiased edges: [H, W, 3] uint8, RGB."""
     grid = Image.fromarray(np.array(scene.background, dtype=np.uint8))
     image = grid.resize((scene.size, scene.size), Image.Resampling.BICUBIC).convert("RGB")
-    for shape in scene.shapes:
+    for shape in scene.objects:
         left, top, right, bottom = shape.box
         image.paste(shape.paint, (left, top), _mask(shape.form, right - left, bottom - top))
     return np.array(image)

@@ -1,0 +1,114 @@
+"""What all synthetic datasets have in common: settings, splits, and a sample as a function of seed, epoch and index."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Literal
+
+import numpy as np
+from PIL import Image
+
+from vg.data.refcoco.rows import samples_of
+from vg.data.source import Provenance, Task
+from vg.data.synthetic.expressions import DESCRIBE, ExpressionType, described_scene
+from vg.data.synthetic.layout import Background, Object, Scene, Style
+from vg.errors import DataError
+from vg.settings import Settings
+from vg.types import Sample
+
+SPLITS = {"train": 16_000, "val": 300, "test": 1_200}  # expressions
+
+
+@dataclass
+class WorldConfig(Settings):
+    """Settings of every synthetic dataset."""
+
+    name: str = ""
+    split: Literal["train", "val", "test"] = "train"
+    size: int | None = None  # number of expressions; by default 16,000 / 300 / 1,200 for train / val / test
+    image_size: int = 128  # pixels per side
+    seed: int = 0
+    scenes: Literal["plain", "crowded"] = "plain"
+    """3 to 6 objects, or 8 to 14 smaller ones."""
+    kinds: tuple[ExpressionType, ...] = ("attribute", "superlative", "relation")
+    """Expression types, which alternate; also available: "ordinal" (second leftmost star) and "chain" (circle above the
+    leftmost star)."""
+
+
+class World(ABC, Generic[Object, Background]):
+    """Synthetic scenes as a vg.data.source.Source: `train` differs in every epoch, `val` and `test` never change.
+
+    Args:
+        styles: parameters of the scenes by the value of `config.scenes`.
+        view: what the samples are, for the provenance.
+
+    Raises:
+        DataError: a setting is out of range.
+    """
+
+    def __init__(self, config: WorldConfig, styles: Mapping[str, Style], view: str = "", task: Task = "expressions"):
+        name = config.name
+        if config.split not in SPLITS:
+            raise DataError(f"{name} has no split {config.split!r}; choose one of {', '.join(SPLITS)}")
+        self.style = styles[config.scenes]
+        if config.image_size < self.style.min_side:
+            raise DataError(
+                f"{name}: image_size {config.image_size} is too small; use at least {self.style.min_side} pixels"
+            )
+        if config.seed < 0 or (config.size is not None and config.size < 1):
+            raise DataError(f"{name}: seed ({config.seed}) must be at least 0 and size ({config.size}) at least 1")
+        if not config.kinds or not set(config.kinds) <= set(DESCRIBE):
+            raise DataError(f"{name}: kinds {config.kinds} must be chosen from {', '.join(DESCRIBE)}")
+        self.settings = config
+        crowded = "crowded" if config.scenes == "crowded" else ""
+        details = ", ".join(filter(None, (crowded, view, f"seed {config.seed}")))
+        self.provenance = Provenance(f"{name} ({details})", config.split, task)
+
+    @abstractmethod
+    def scene(self, rng: np.random.Generator, epoch: int) -> Scene[Object, Background]:
+        """Sample a scene."""
+
+    @abstractmethod
+    def draw(self, scene: Scene[Object, Background]) -> np.ndarray:
+        """Draw a scene: [H, W, 3] uint8, RGB."""
+
+    def __len__(self) -> int:
+        return SPLITS[self.settings.split] if self.settings.size is None else self.settings.size
+
+    def load(self, index: int, epoch: int) -> Sample:
+        return samples_of(self.row(index, epoch), self.settings.name, self.settings.split)[0]
+
+    def row(self, index: int, epoch: int = 0) -> dict[str, Any]:
+        """Draw one scene with one expression for one object, in the columns of `lmms-lab/RefCOCO*` on the Hub.
+
+        `bbox` is xywh in pixels; the additional column `kinds` has the type of each expression in `answer`.
+        """
+        types, split, seed = self.settings.kinds, self.settings.split, self.settings.seed
+        epoch = self.seed_epoch(epoch)
+        rng = self.rng(index, epoch)
+        scene, expression = described_scene(rng, types[index % len(types)], lambda rng: self.scene(rng, epoch))
+        left, top, right, bottom = map(float, expression.target.box)
+        return {
+            "question_id": f"{index:06d}",
+            "image": Image.fromarray(self.draw(scene)),
+            "question": "Which object does the expression name?",
+            "answer": [expression.text],
+            "bbox": [left, top, right - left, bottom - top],
+            "segmentation": [left, top, right, top, right, bottom, left, bottom],
+            "iscrowd": 0,
+            "file_name": f"{split}_seed{seed}_epoch{epoch}_{index:06d}.png",
+            "kinds": [expression.type],
+        }
+
+    def seed_epoch(self, epoch: int) -> int:
+        """Return the epoch that scenes depend on, which is always 0 except in training."""
+        return epoch if self.settings.split == "train" else 0
+
+    def rng(self, index: int, epoch: int) -> np.random.Generator:
+        """Return the random numbers of one sample; raises IndexError if there is no such sample."""
+        name, split = self.settings.name, self.settings.split
+        if not 0 <= index < len(self):
+            raise IndexError(f"{name} {split} has {len(self)} samples, there is no sample {index}")
+        return np.random.default_rng([self.settings.seed, list(SPLITS).index(split), self.seed_epoch(epoch), index])
