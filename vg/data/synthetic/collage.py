@@ -128,7 +128,7 @@ class Collage(World[Pasted, Background]):
         unused = {category: some(rng, crops[category], most) for category in categories}
 
         def choose() -> Crop:
-            category = pick(rng, categories)
+            category = pick(rng, [name for name in categories if unused[name]] or categories)
             return unused[category].pop() if unused[category] else pick(rng, crops[category])
 
         size, objects = self.settings.image_size, list[Pasted]()
