@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -296,12 +296,16 @@ def test_files_of_a_run_that_were_damaged(
         Trainer(config, resume=True).fit()
 
 
-def test_resuming_with_the_pooled_head(tiny_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+def test_resuming_with_the_pooled_head(
+    tiny_config: MakeConfig, tmp_path: Path, algorithm: Literal["adamw", "muon"]
+) -> None:
     head = PooledHeadConfig(width=32, layers=1, heads=2, feedforward=64, dropout=0.3)
     runs = []
     for name in ("uninterrupted", "stopped"):
         config = configured(tiny_config, tmp_path / name)
         config.model.head = head
+        config.optim.algorithm = algorithm
         runs.append(Path(config.train.output))
         trainer = Trainer(config)
         if name == "stopped":

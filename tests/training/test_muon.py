@@ -1,0 +1,93 @@
+"""Muon and AdamW as one optimizer."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from vg.training.muon import MuonWithAdamW, matrices
+from vg.training.optim import GroupConfig, OptimConfig, build_optimizer, build_schedule
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 32)
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+        self.norm = nn.LayerNorm(32)
+        self.hidden = nn.Linear(32, 48)
+        self.box = nn.Linear(48, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        x = self.norm(x + self.attention(x, x, x)[0])
+        output: Tensor = self.box(self.hidden(x).relu())
+        return output
+
+
+def new_network() -> Network:
+    torch.manual_seed(0)
+    return Network()
+
+
+def train(model: Network, *optimizers: torch.optim.Optimizer, steps: int = 4) -> Tensor:
+    """Return all weights after some steps on the same data."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        model(torch.randint(20, (3, 5), generator=generator)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_the_matrices_are_weights_of_linear_layers_that_are_not_outputs() -> None:
+    model = new_network()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {names[parameter] for parameter in matrices(model)}
+    assert found == {"attention.in_proj_weight", "attention.out_proj.weight", "hidden.weight"}
+
+
+def test_it_equals_two_optimizers() -> None:
+    config = OptimConfig(algorithm="muon", lr=1e-2, weight_decay=0.1, groups={"hidden": GroupConfig(lr=1e-3)})
+    model = new_network()
+    optimizer = build_optimizer(model, config)
+    assert isinstance(optimizer, MuonWithAdamW)
+    together = train(model, optimizer)
+
+    model = new_network()
+    of_muon = [
+        {"params": [model.attention.in_proj_weight, model.attention.out_proj.weight], "lr": 1e-2},
+        {"params": [model.hidden.weight], "lr": 1e-3},
+    ]
+    of_adamw = [
+        {"params": [model.embedding.weight, model.box.weight], "weight_decay": 0.1},
+        {"params": [*model.norm.parameters(), *map(_bias, (model.attention.out_proj, model.box))], "weight_decay": 0.0},
+        {"params": [model.attention.in_proj_bias], "weight_decay": 0.0},
+        {"params": [model.hidden.bias], "weight_decay": 0.0, "lr": 1e-3},
+    ]
+    muon = torch.optim.Muon(of_muon, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    assert torch.equal(together, train(model, muon, torch.optim.AdamW(of_adamw, lr=1e-2, fused=True)))
+
+
+def _bias(layer: nn.Linear) -> Tensor:
+    return layer.bias
+
+
+def test_a_restored_state_continues_exactly() -> None:
+    model, config = new_network(), OptimConfig(algorithm="muon", lr=1e-2)
+    optimizer = build_optimizer(model, config)
+    schedule = build_schedule(optimizer, config, num_steps=10)
+    train(model, optimizer)
+    schedule.step()
+    weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    expected = train(model, optimizer)
+
+    model = new_network()
+    model.load_state_dict(weights)
+    optimizer = build_optimizer(model, config)
+    optimizer.load_state_dict(state)
+    assert torch.equal(train(model, optimizer), expected)
+    assert {group["lr"] for group in optimizer.param_groups} == set(schedule.get_last_lr())
