@@ -1,4 +1,4 @@
-"""The feature enhancer processes image tokens in chunks on a CPU, with equal results."""
+"""The feature enhancer: image tokens in chunks on a CPU, and in bfloat16 under autocast, with equal results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from tests.models.grounding_dino.tiny import tiny_config
 from vg.models.grounding_dino import feature_enhancer
-from vg.models.grounding_dino.feature_enhancer import FusionLayer, token_chunks
+from vg.models.grounding_dino.backbone import ImageFeatures
+from vg.models.grounding_dino.feature_enhancer import FeatureEnhancer, FusionLayer, ImageNorm, token_chunks
+from vg.models.grounding_dino.text_encoder import TextFeatures
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +64,57 @@ def test_chunks_only_without_gradients() -> None:
     assert [chunk.shape[1] for chunk, _ in chunks] == [4] * 6 + [3]
     assert torch.cat([chunk for chunk, _ in chunks], dim=1).equal(x)
     assert torch.cat([inside for _, inside in chunks], dim=1).equal(mask)
+
+
+def activations(dtype: torch.dtype) -> tuple[Tensor, list[torch.dtype]]:
+    """Return image tokens [R, S, D] after the enhancer, and the dtypes of what is kept of this shape for backward."""
+    torch.manual_seed(0)
+    enhancer = FeatureEnhancer(tiny_config()).train()
+    for weights in enhancer.parameters():
+        nn.init.xavier_uniform_(weights) if weights.dim() > 1 else nn.init.uniform_(weights, 0.1, 0.5)
+    image_tokens, text_tokens = torch.randn(2, 20, 64), torch.randn(2, 5, 64)
+    shapes = ((3, 4), (2, 2), (2, 1), (2, 1))
+    everything = torch.ones(2, 5, dtype=torch.bool)
+    positions, centers = torch.randn(2, 20, 64), torch.rand(2, 20, 2)
+    image = ImageFeatures(image_tokens.to(dtype), positions, centers, torch.ones(2, 4, 2), None, shapes)
+    text = TextFeatures(text_tokens.to(dtype), positions[:, :5], everything.unsqueeze(1).expand(2, 5, 5), everything)
+    kept: list[torch.dtype] = []
+
+    def pack(x: Tensor) -> Tensor:
+        if x.shape == image_tokens.shape:
+            kept.append(x.dtype)
+        return x
+
+    same = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with same, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        enhanced, enhanced_text = enhancer(image, text)
+    (enhanced.tokens.sum() + enhanced_text.tokens.sum()).backward()
+    assert all(weights.grad is None or weights.grad.dtype == torch.float32 for weights in enhancer.parameters())
+    return enhanced.tokens, kept
+
+
+def test_the_residual_stream_of_the_image_is_bfloat16_under_its_autocast() -> None:
+    exact, _ = activations(torch.float32)
+    tokens, kept = activations(torch.bfloat16)
+    assert tokens.dtype == torch.bfloat16
+    assert set(kept) == {torch.bfloat16}
+    torch.testing.assert_close(tokens.float(), exact, atol=0.1, rtol=0.05)
+
+
+def test_the_residual_stream_of_the_image_stays_float32_under_float16() -> None:
+    exact, _ = activations(torch.float32)
+    tokens, kept = activations(torch.float16)
+    assert tokens.dtype == torch.float32
+    assert torch.float32 in kept
+    torch.testing.assert_close(tokens, exact, atol=0.02, rtol=0.01)
+
+
+def test_the_image_norm_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    norm, x = ImageNorm(64), torch.randn(3, 64)
+    nn.init.uniform_(norm.weight)
+    assert norm(x).equal(nn.LayerNorm.forward(norm, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = norm(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), norm(x.bfloat16().float()), atol=0.0, rtol=2**-8)

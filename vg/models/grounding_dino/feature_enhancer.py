@@ -23,6 +23,19 @@ def token_chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(x.split(size, dim=1) for x in tensors), strict=True))
 
 
+class ImageNorm(nn.LayerNorm):
+    """LayerNorm with float32 statistics that keeps tokens in bfloat16, which autocast would make float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16:
+            return super().forward(x)
+        weight, bias = self.weight, self.bias
+        if x.device.type != "cpu":  # only the kernel of the CPU takes tokens and weights of different dtypes
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)  # type: ignore[assignment]
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class FoldedLinear(nn.Linear):
     """Linear whose weight is folded into another matmul; it is never called, so forward hooks and LoRA do not apply."""
 
@@ -42,7 +55,7 @@ class FusionLayer(nn.Module):
         self.heads = config.heads // 2
         self.dropout = config.fusion_dropout
         self.drop_path = config.fusion_drop_path
-        self.image_norm = nn.LayerNorm(width)
+        self.image_norm = ImageNorm(width)
         self.text_norm = nn.LayerNorm(width)
         self.image_query, self.text_key = FoldedLinear(width, inner), nn.Linear(width, inner)
         self.image_value, self.text_value = FoldedLinear(width, inner), nn.Linear(width, inner)
@@ -67,7 +80,7 @@ class FusionLayer(nn.Module):
         return self.update_image(image, to_image), self.update_text(text, to_text)
 
     def update_image(self, image: Tensor, attended: Tensor) -> Tensor:
-        return image + drop_path(self.image_gate * attended, self.drop_path, self.training)
+        return image + drop_path(self.image_gate.to(image.dtype) * attended, self.drop_path, self.training)
 
     def update_text(self, text: Tensor, attended: Tensor) -> Tensor:
         return text + drop_path(self.text_gate * attended, self.drop_path, self.training)
@@ -160,9 +173,9 @@ class ImageEnhancerLayer(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.attention = DeformableAttention(config.width, config.heads, config.levels, config.points)
-        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention_norm = ImageNorm(config.width)
         self.feedforward = FeedForward(config.width, config.feedforward, config.dropout)
-        self.feedforward_norm = nn.LayerNorm(config.width)
+        self.feedforward_norm = ImageNorm(config.width)
 
     def forward(self, x: Tensor, image: ImageFeatures, references: Tensor) -> Tensor:
         """[R, S, D] -> [R, S, D]; references: [R, S, L or 1, 2] token centers in 0..1 of each padded level."""
@@ -199,6 +212,9 @@ class FeatureEnhancer(nn.Module):
         references = image.centers.unsqueeze(2)  # [R, S, 1, 2]
         if image.mask is not None:
             references = references * image.valid_ratios.unsqueeze(1)  # [R, S, L, 2]
+        # The residual stream of the image has the dtype of autocast, but the range of float16 is too small for sums.
+        stream = torch.float32 if text.tokens.dtype == torch.float16 else text.tokens.dtype
+        image = image._replace(tokens=image.tokens.to(stream), positions=image.positions.to(stream))
         image_tokens, text_tokens = image.tokens, text.tokens
         for layer in self.layers:
             inputs = (image_tokens, text_tokens, image, text, references)
