@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.models.grounding_dino.tiny import tiny_config
 from vg.models.grounding_dino import feature_enhancer
@@ -54,6 +55,48 @@ def test_a_chunked_softmax_equals_the_softmax_over_all_tokens(padded: bool, size
     torch.testing.assert_close(to_text, whole_text, atol=1e-5 * size, rtol=1e-5)
     wanted = reference_softmax(layer, image, text, image_mask)
     torch.testing.assert_close(to_text, wanted, atol=2e-5 * size, rtol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_long_prompts_attend_alike_without_scores_in_memory(padded: bool) -> None:
+    """Also the values of a row of padding only, in both directions; no batch has one, and its gradient differs."""
+    layer = fusion()
+    tokens = torch.randn(3, 50, 32, requires_grad=True), torch.randn(3, 70, 32, requires_grad=True)
+    image_mask = torch.arange(50) < torch.tensor([[50], [20], [0]]) if padded else None
+    text_mask = torch.arange(70) < torch.tensor([[70], [33], [0]])
+    results = []
+    for attend in (layer.attend_folded, layer.attend_unfolded):
+        attended = attend(*tokens, image_mask, text_mask)
+        loss = sum((x[:2] * torch.linspace(-1, 1, x[:2].numel()).view_as(x[:2])).sum() for x in attended)
+        inputs = [*tokens, *layer.parameters()]
+        results.append((*attended, *torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)))
+    for folded, unfolded in zip(*results, strict=True):
+        torch.testing.assert_close(unfolded, folded, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_of_long_prompts_drops_probabilities() -> None:
+    """Dropping all of them leaves the biases; in evaluation none is dropped."""
+    layer = fusion()
+    tokens, mask = (torch.randn(1, 50, 32), torch.randn(1, 70, 32)), torch.ones(1, 70, dtype=torch.bool)
+    kept = layer.attend_unfolded(*tokens, None, mask)
+    layer.dropout = 1.0
+    torch.testing.assert_close(layer.attend_unfolded(*tokens, None, mask), kept)
+    layer.train()
+    for own, other in zip(*(f(*tokens, None, mask) for f in (layer.attend_unfolded, layer.attend_folded)), strict=True):
+        torch.testing.assert_close(own, other)
+
+
+@pytest.mark.parametrize(
+    ("device", "length", "name"),
+    [("cuda", 65, "attend_unfolded"), ("cuda", 64, "attend_folded"), ("cpu", 65, "attend_folded")],
+)
+def test_long_prompts_on_a_gpu(monkeypatch: pytest.MonkeyPatch, device: str, length: int, name: str) -> None:
+    layer, called = fusion(), []
+    for attend in ("attend_folded", "attend_unfolded"):
+        monkeypatch.setattr(layer, attend, lambda *_, attend=attend: called.append(attend))
+    with FakeTensorMode():  # which needs no GPU
+        layer.attend(torch.empty(1, 50, 32, device=device), torch.empty(1, length, 32, device=device), None, None)
+    assert called == [name]
 
 
 def test_chunks_only_without_gradients() -> None:

@@ -13,6 +13,7 @@ from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.grounding_dino.text_encoder import TextFeatures
 
 CHUNK_TOKENS = 1024  # of all prompts together
+LONG_PROMPT = 64  # tokens
 
 
 def token_chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -89,6 +90,41 @@ class FusionLayer(nn.Module):
         self, image: Tensor, text: Tensor, image_mask: Tensor | None, text_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Compute text-to-image attention [R, S, D] and image-to-text attention [R, T, D]."""
+        # Folding costs S x heads x T scores in memory, several times; a GPU has kernels that need none.
+        long = image.device.type == "cuda" and text.shape[1] > LONG_PROMPT
+        return (self.attend_unfolded if long else self.attend_folded)(image, text, image_mask, text_mask)
+
+    def attend_unfolded(
+        self, image: Tensor, text: Tensor, image_mask: Tensor | None, text_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Attend with the published projections and without scores in memory; not run on a GPU yet.
+
+        The kernels add masks to float32 scores, so float16 needs no clamp. A row of padding only, which no batch has,
+        gets the same values, but another gradient.
+        """
+
+        def by_head(x: Tensor) -> Tensor:  # [R, S or T, inner] -> [R, heads, S or T, d]
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        def bias(mask: Tensor) -> Tensor:  # finite, so that a row without any token is a mean, as in attend_folded
+            zeros = torch.zeros_like(mask, dtype=key.dtype)
+            return zeros.masked_fill(~mask, torch.finfo(key.dtype).min / 2)[:, None, None]
+
+        dropout = self.dropout if self.training else 0.0
+        key, text_value = by_head(self.text_key(text)), by_head(self.text_value(text))
+        query = by_head(F.linear(image, self.image_query.weight, self.image_query.bias))
+        image_value = by_head(F.linear(image, self.image_value.weight))  # its bias is added after dropout
+        to_image = F.scaled_dot_product_attention(query, key, text_value, bias(text_mask), dropout)
+        over_image = None if image_mask is None else bias(image_mask)
+        to_text = F.scaled_dot_product_attention(key, query, image_value, over_image, dropout)
+        to_image, to_text = (x.transpose(1, 2).flatten(2) for x in (to_image, to_text))  # [R, S or T, inner]
+        to_image = F.linear(to_image, self.image_output.weight, self.image_output.bias)
+        return to_image, self.text_output(to_text + self.image_value.bias)
+
+    def attend_folded(
+        self, image: Tensor, text: Tensor, image_mask: Tensor | None, text_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Attend with the projections of the image folded into those of the text."""
 
         def by_head(x: Tensor, dim: int = -1) -> Tensor:  # inner channels -> heads, channels d of a head
             return x.unflatten(dim, (self.heads, -1))
