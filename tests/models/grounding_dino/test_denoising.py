@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from tests.models.grounding_dino.tiny import batch_of, sample, tiny_model
 from vg import boxes as box_ops
 from vg.losses.config import LossConfig
 from vg.losses.set_loss import SetLoss
+from vg.models.grounding_dino import decoder
 from vg.models.grounding_dino.config import DenoisingConfig, GroundingDinoConfig
 from vg.models.grounding_dino.denoising import Denoising
+from vg.models.grounding_dino.model import Output
 from vg.types import LossName, PromptTargets, map_tensors
 
 COUNTS = (2, 0, 3)
@@ -177,3 +183,32 @@ def test_default_settings() -> None:
     assert config.loss == LossConfig()
     assert DenoisingConfig() == DenoisingConfig(num_queries=100, label_noise=0.5, box_noise=1.0, num_labels=None)
     assert Denoising(DenoisingConfig(), width=8).labels.num_embeddings == 256
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_mask_is_converted_once_for_all_decoder_layers(monkeypatch: pytest.MonkeyPatch, half: bool) -> None:
+    """To what the attention of torch makes of a bool mask in every layer: equal to the bit."""
+    model = tiny_model(denoising=DenoisingConfig(num_queries=6, num_labels=8)).train()
+    batch = batch_of(model, sample(["cat"], boxes=2), sample(["dog"], (64, 64), boxes=1))
+    attend, masks = F.scaled_dot_product_attention, []
+
+    def spy(query: Tensor, key: Tensor, *more: Any, **options: Any) -> Tensor:
+        if query.shape[2] == key.shape[2] > 20:  # M + Q queries
+            masks.append((more[1], query.dtype))
+        return attend(query, key, *more, **options)
+
+    def outputs() -> Output:
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return model(batch)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    once = outputs()
+    (mask, dtype), (other, _) = masks
+    assert other is mask
+    assert mask.dtype == dtype == (torch.bfloat16 if half else torch.float32)
+    monkeypatch.setattr(decoder, "additive_mask", lambda mask, dtype: mask)
+    each = outputs()
+    assert masks[-1][0].dtype == torch.bool
+    assert once.logits.equal(each.logits)
+    assert once.boxes.equal(each.boxes)

@@ -30,13 +30,21 @@ class Attention(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[R, Q, D], [R, K, D], [R, K, D] -> [R, Q, D]; mask: bool, broadcasts to [R, heads, Q, K], True = attends."""
+        """[R, Q, D], [R, K, D], [R, K, D] -> [R, Q, D].
+
+        mask: broadcasts to [R, heads, Q, K]; bool, True = attends, or as of additive_mask.
+        """
         query, key, value = (
             projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [R, heads, Q or K, D / heads]
             for projection, x in ((self.query, query), (self.key, key), (self.value, value))
         )
         x = F.scaled_dot_product_attention(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.output(x.transpose(1, 2).flatten(2))
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a bool mask, True = attends, to one that is added to scores, once for all layers that use it."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
 
 
 class DeformableAttention(nn.Module):

@@ -7,7 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vg.models.grounding_dino.attention import Attention, DeformableAttention, FeedForward, inverse_sigmoid
+from vg.models.grounding_dino.attention import (
+    Attention,
+    DeformableAttention,
+    FeedForward,
+    additive_mask,
+    inverse_sigmoid,
+)
 from vg.models.grounding_dino.backbone import ImageFeatures
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.grounding_dino.query_selection import BoxHead, ClassHead
@@ -41,7 +47,7 @@ class DecoderLayer(nn.Module):
         text: TextFeatures,
         mask: Tensor | None,
     ) -> Tensor:
-        """[R, Q, D] -> [R, Q, D]; positions [R, Q, D], references [R, Q, L or 1, 4] cxcywh, mask [R, heads, Q, Q]."""
+        """[R, Q, D] -> [R, Q, D]; positions [R, Q, D], references [R, Q, L or 1, 4] cxcywh, mask of additive_mask."""
         query = x + positions
         x = self.self_norm(x + self._drop(self.self_attention(query, query, x, mask)))
         text_mask = text.mask[:, None, None]  # [R, 1, 1, T]
@@ -89,6 +95,8 @@ class CrossModalityDecoder(nn.Module):
             reference = boxes_before.detach()
             by_level = self._by_level(reference, image)
             positions = self._positions(by_level[:, :, 0] if self.mix_sizes else reference)
+            if mask is not None and index == 0:
+                mask = additive_mask(mask, positions.dtype)  # which is that of the queries, also under autocast
             inputs = (x, positions, by_level, image, text, mask)
             x = (
                 checkpoint(layer, *inputs, use_reentrant=False)
