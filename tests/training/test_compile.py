@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tests.models.grounding_dino.tiny import batch_of, sample, tiny_model
 from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
 from tests.training.test_data import write_coco
 from vg.config import RunConfig
@@ -29,7 +30,7 @@ def without_compiled_code() -> None:
 
 @pytest.fixture
 def make(tiny_config: MakeConfig, tmp_path: Path) -> MakeConfig:
-    """Training of one encoder and one decoder layer in batches of one size each."""
+    """Training of two encoder and two decoder layers in batches of one size each."""
 
     def make(output: str, model: dict[str, Any], **optim: Any) -> RunConfig:
         data = {"name": "coco", "path": write_coco(tmp_path / "data", "train", range(1, 15))}
@@ -37,7 +38,7 @@ def make(tiny_config: MakeConfig, tmp_path: Path) -> MakeConfig:
         train = {"output": str(tmp_path / output), "compile": output == "compiled"}
         optim |= {"lr": 0.0}  # the same weights at every step: AdamW amplifies rounding errors of zero gradients
         config = tiny_config(data=data, train=train, optim=optim)
-        config.model = tiny_grounding_dino(encoder_layers=1, decoder_layers=1, **model)
+        config.model = tiny_grounding_dino(encoder_layers=2, decoder_layers=2, **model)
         return config
 
     return make
@@ -56,7 +57,7 @@ def run(config: RunConfig) -> tuple[Trainer, list[dict[LossName, Tensor]]]:
 def assert_equal_to_eager(make: MakeConfig, model: dict[str, Any], **optim: Any) -> None:
     torch._dynamo.utils.counters.clear()
     compiled, terms = run(make("compiled", model, **optim))
-    assert torch._dynamo.utils.counters["frames"]["ok"] == 2, "an encoder and a decoder layer"
+    assert torch._dynamo.utils.counters["frames"]["ok"] == 2, "one for the encoder, one for the decoder"
     assert not torch._dynamo.utils.counters["graph_break"]
     sizes = {batch.sizes for step in compiled.data.steps(0, 0) for batch in step}
     assert len(sizes) >= 3
@@ -75,6 +76,27 @@ def assert_equal_to_eager(make: MakeConfig, model: dict[str, Any], **optim: Any)
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 def test_compiled_layers_train_like_eager_ones(make: MakeConfig) -> None:
     assert_equal_to_eager(make, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_layers_have_the_same_form_of_input(dtype: torch.dtype) -> None:
+    """What torch.compile compiles a layer again for."""
+    model = tiny_model(encoder_layers=2, decoder_layers=2).train()
+    forms: dict[type[nn.Module], list[Any]] = {}
+
+    def note(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        forms.setdefault(type(layer), []).append(
+            [(x.dtype, x.stride(), x.requires_grad, x._base is None) for x in tensors]
+        )
+
+    for layer in model.layers_to_compile():
+        layer.register_forward_pre_hook(note)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        model(batch_of(model, sample(["cat"]), sample(["dog"])))
+    assert len(forms) == 2
+    for first, second in forms.values():
+        assert first == second
 
 
 @pytest.mark.filterwarnings("ignore:.*training samples")

@@ -22,7 +22,7 @@ def compile_layers(model: GroundingModel) -> None:
     layers = model.layers_to_compile()
     if not layers:
         raise ConfigError("train.compile: only layers of grounding_dino can be compiled; set train.compile=false")
-    # Training and evaluation, padded or not, first or later layer, batches of one sample: more than the default of 8.
+    # Training and evaluation, padded or not, batches of one sample, frozen input of a first layer: more than 8.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for layer in layers:
         layer.compile(dynamic=True)

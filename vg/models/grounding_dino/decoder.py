@@ -89,7 +89,8 @@ class CrossModalityDecoder(nn.Module):
             L are all layers in training, and the last layer in evaluation.
         """
         logits, boxes = [], []
-        x, boxes_before = content, references.sigmoid()  # [R, Q, 4]
+        x = content.contiguous()  # torch.compile compiles a layer twice for queries that the images of a batch share
+        boxes_before = references.sigmoid()  # [R, Q, 4]
         for index, layer in enumerate(self.layers):
             box_head, class_head = (heads[index % len(heads)] for heads in (self.box_heads, self.class_heads))
             reference = boxes_before.detach()

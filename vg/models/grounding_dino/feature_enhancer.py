@@ -251,7 +251,9 @@ class FeatureEnhancer(nn.Module):
         # The residual stream of the image has the dtype of autocast, but the range of float16 is too small for sums.
         stream = torch.float32 if text.tokens.dtype == torch.float16 else text.tokens.dtype
         image = image._replace(tokens=image.tokens.to(stream), positions=image.positions.to(stream))
-        image_tokens, text_tokens = image.tokens, text.tokens
+        # torch.compile compiles a layer again if its input has another dtype or is a view.
+        text_tokens = text.tokens.to(torch.promote_types(text.tokens.dtype, torch.float32), copy=True)
+        image_tokens = image.tokens
         for layer in self.layers:
             inputs = (image_tokens, text_tokens, image, text, references)
             if self.checkpointing and self.training:
