@@ -6,8 +6,10 @@ add a section, write a function that raises an error if a check fails, and add i
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 Results = dict[str, Any]
 DEVICE = "cuda"
 ENCODER = ((100, 167), (50, 84), (25, 42), (13, 21))  # levels of an 800 x 1333 image; each pixel is a query
+GRAPH_SIZE = 800, 1066
 # Relative to the largest entry. Half precision rounds inputs and outputs; sums are float32 for all dtypes.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 MODELS = ("transformers", "pydantic", "accelerate", "scipy", "pillow")  # packages of vg.models, without those for data
@@ -198,6 +201,52 @@ def grounding_dino_parity(folder: Path) -> Results:
     return {name: float(f"{error:.1e}") for name, error in errors.items()} | {"bfloat16 boxes off by": round(off, 4)}
 
 
+@torch.no_grad()
+def cuda_graphs(folder: Path) -> Results:
+    """Compare the full-size model replayed as a CUDA graph with an eager one, and measure calls of both in bfloat16."""
+    from vg.inference.cuda_graphs import CALLS_BEFORE, CudaGraphs
+    from vg.models.grounding_dino.config import BertConfig, GroundingDinoConfig
+    from vg.types import Batch, PromptTargets, Text
+
+    torch.manual_seed(0)
+    model = GroundingDinoConfig(text=BertConfig(architecture={"model_type": "bert"})).build(pretrained=False)
+    model = model.eval().to(DEVICE)
+
+    def batch(word: int) -> Batch:
+        start, end, full_stop, *_ = model.text_spec.delimiter_ids
+        ids = torch.tensor([[start, word, full_stop, end]], device=DEVICE)
+        text = Text(ids, ids > 0, (ids > 0).unsqueeze(1), torch.zeros(1, dtype=torch.long, device=DEVICE))
+        images = torch.randn(1, 3, *GRAPH_SIZE, device=DEVICE)
+        return Batch(images, (GRAPH_SIZE,), text, [], PromptTargets.without_boxes(text))
+
+    graphs, half_graphs = CudaGraphs(model), CudaGraphs(model)
+    for word in range(200, 202 + CALLS_BEFORE):
+        x = batch(word)
+        found, expected = graphs(x), model(x)
+    assert graphs.graphs
+    errors = {
+        name: float((getattr(found, name) - getattr(expected, name)).abs().max()) for name in ("boxes", "queries")
+    }
+    if wrong := [f"{name} {error:.1e}" for name, error in errors.items() if not error < 1e-4]:
+        raise AssertionError(f"a replayed CUDA graph differs from the eager network: {', '.join(wrong)}")
+
+    results = []
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for contender, network in (("eager", model), ("CUDA graph", half_graphs)):
+            times = []
+            for _ in range(CALLS_BEFORE + 11):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                network(x)
+                torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
+            results.append({"contender": contender, "seconds": statistics.median(times[CALLS_BEFORE + 1 :])})
+    if not (graphs.graphs and half_graphs.graphs):
+        raise AssertionError("the network could not be recorded: see the warning above")
+    (folder / "measured.json").write_text(json.dumps({"results": results}))
+    return {f"error of {name}": float(f"{error:.1e}") for name, error in errors.items()}
+
+
 SECTIONS = {
     "machine": Section(machine, 1, 20),
     "build": Section(build, 1, 100),
@@ -207,8 +256,9 @@ SECTIONS = {
     "op_benchmark": Section(op_benchmark, 2, 220),
     "op_tests": Section(op_tests, 2, 240, ("pytest",)),
     "grounding_dino_parity": Section(grounding_dino_parity, 3, 60, MODELS),
-    "grounding_dino": Section(grounding_dino, 3, 210, MODELS),
-    "grounding_dino_training": Section(grounding_dino_training, 3, 190, MODELS),
+    "cuda_graphs": Section(cuda_graphs, 3, 40, MODELS),
+    "grounding_dino": Section(grounding_dino, 3, 200, MODELS),
+    "grounding_dino_training": Section(grounding_dino_training, 3, 175, MODELS),
 }
 
 

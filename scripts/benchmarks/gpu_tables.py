@@ -32,8 +32,8 @@ def summary(found: Found) -> str:
 
 
 def measurements(found: Found) -> str:
-    """Return the tables of the operator, the forward pass and the training step; what was not measured is empty."""
-    return "\n\n".join((_operator(found), _forward(found), _training(found)))
+    """Return the tables of operator, forward pass, CUDA graph and training step; what was not measured is empty."""
+    return "\n\n".join((_operator(found), _forward(found), _graphs(found), _training(found)))
 
 
 def _operator(found: Found) -> str:
@@ -75,6 +75,12 @@ def _forward(found: Found) -> str:
         rows.append([words, *times, ratio, " / ".join(memory) if any(memory) else ""])
     columns = ["forward, 800x1066, ms", "transformers", "vg, new prompt", "vg, same prompt", "", "MiB"]
     return _table(columns, rows)
+
+
+def _graphs(found: Found) -> str:
+    measured = {row["contender"]: row for row in _results(found, "cuda_graphs")}
+    rows = [[name, _number(measured.get(name, {}), "seconds", 1e3)] for name in ("eager", "CUDA graph")]
+    return _table(["network alone, 1 x 800x1066, same prompt, bfloat16", "measured, ms"], rows)
 
 
 def _training(found: Found) -> str:

@@ -12,6 +12,8 @@ import pytest
 
 from scripts.benchmarks import gpu_sections, gpu_tables
 from scripts.benchmarks.gpu_sections import SECTIONS
+from tests.inference.test_cuda_graphs import Rerun
+from tests.models.grounding_dino.tiny import tiny_config
 from vg.models.grounding_dino.decoder import CrossModalityDecoder
 
 ROOT = Path(__file__).parents[2]
@@ -123,6 +125,7 @@ def test_tables_have_the_measured_values() -> None:
             forward | {"contender": "vg, new prompt", "seconds": 0.2},
             forward | {"contender": "vg, same prompt", "seconds": 0.19},
         ],
+        "cuda_graphs": [{"contender": "eager", "seconds": 0.05}, {"contender": "CUDA graph", "seconds": 0.02}],
         "grounding_dino_training": [
             step | {"contender": "transformers", "seconds": 0.25, "times_as_fast": 1.0},
             step | {"contender": "vg", "seconds": 0.1, "times_as_fast": 2.5},
@@ -132,6 +135,7 @@ def test_tables_have_the_measured_values() -> None:
     table = gpu_tables.measurements({name: {"measured": {"results": rows}} for name, rows in results.items()})
     assert "| encoder, bfloat16, forward | 45-60 | 78.4 | 500 | 12,300 |  |  |" in table
     assert "| 8 images, 80 phrases, bfloat16 | 600 | 200 | 190 | 3.0x | 3 / 3 |" in table
+    assert "| CUDA graph | 20 |" in table
     assert "| vg | 105-125 | 100 | 40 | 2.5x | 5,120 |" in table
     assert "| vg, checkpointing |  | 150 | 40 |  | 5,120 |" in table
 
@@ -159,6 +163,21 @@ def test_nan_on_the_gpu_fails_the_comparison(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(CrossModalityDecoder, "forward", broken)
     with pytest.raises(AssertionError, match="CPU and GPU differ: error of logits nan"):
         gpu_sections.grounding_dino_parity(tmp_path)
+
+
+def test_a_cuda_graph_is_compared_with_the_eager_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_sections, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_sections, "GRAPH_SIZE", (64, 96))
+    monkeypatch.setattr("vg.models.grounding_dino.config.GroundingDinoConfig", lambda **_: tiny_config())
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    monkeypatch.setattr("vg.inference.cuda_graphs.Recorder", Rerun)
+    assert gpu_sections.cuda_graphs(tmp_path) == {"error of boxes": 0.0, "error of queries": 0.0}
+    results = json.loads((tmp_path / "measured.json").read_text())["results"]
+    assert [row["contender"] for row in results] == ["eager", "CUDA graph"]
+    broken: Any = lambda function: (lambda: None, function())  # noqa: E731  # never reads its input again
+    monkeypatch.setattr("vg.inference.cuda_graphs.Recorder", lambda: broken)
+    with pytest.raises(AssertionError, match=r"a replayed CUDA graph differs from the eager network: boxes"):
+        gpu_sections.cuda_graphs(tmp_path)
 
 
 WITHOUT = """

@@ -42,9 +42,10 @@ class Grounder:
         device: "cpu", "cuda" or "mps"; by default the fastest one available. The model is moved there.
         tokenizer, overrides, revision: see `load_model`.
         dtype: "fp32", "bf16" or "fp16": precision of the network; the weights stay float32.
+        cuda_graphs: on CUDA, record the network for each input size and replay it: for videos. Not run on a GPU yet.
 
     Raises:
-        ConfigError: this machine does not have the device, or no such dtype.
+        ConfigError: this machine does not have the device, no such dtype, or CUDA graphs on another device.
         CheckpointError: see `load_model`.
     """
 
@@ -57,6 +58,7 @@ class Grounder:
         *,
         dtype: str | None = None,
         revision: str | None = None,
+        cuda_graphs: bool = False,
     ):
         self.backend: TorchBackend | OnnxBackend
         self.config: CheckpointConfig | None = None
@@ -65,9 +67,9 @@ class Grounder:
         if isinstance(model, (str, Path)) and Path(model).suffix == ".onnx":
             from vg.inference.onnx_backend import OnnxBackend
 
-            if any((tokenizer, overrides, dtype, revision)):
+            if any((tokenizer, overrides, dtype, revision, cuda_graphs)):
                 raise ConfigError(
-                    f"{model} takes no tokenizer, overrides, dtype or revision; apply them when exporting it: vg export"
+                    f"{model} takes no tokenizer, overrides, dtype, revision or cuda_graphs; apply them in `vg export`"
                 )
             self.backend = OnnxBackend(model, device)
             return
@@ -76,7 +78,7 @@ class Grounder:
         device = best_device() if device is None else checked_device(device)
         if isinstance(model, (str, Path)):
             model, self.config, self.results = load(model, tokenizer, overrides, revision)
-        self.backend = TorchBackend(model, device, dtype)
+        self.backend = TorchBackend(model, device, dtype, cuda_graphs)
 
     @classmethod
     def from_pretrained(
@@ -88,9 +90,10 @@ class Grounder:
         dtype: str | None = None,
         tokenizer: str | None = None,
         overrides: Sequence[str] = (),
+        cuda_graphs: bool = False,
     ) -> Self:
         """Load a model of either family and any dialect from a path or Hub id; arguments as in `Grounder`."""
-        return cls(path, device, tokenizer, overrides, dtype=dtype, revision=revision)
+        return cls(path, device, tokenizer, overrides, dtype=dtype, revision=revision, cuda_graphs=cuda_graphs)
 
     @property
     def model(self) -> GroundingModel:
@@ -213,8 +216,7 @@ class Grounder:
         prepared: Any = self.backend.prepare(pixels, wanted) if pixels else None
         found = self.backend.predict(prepared) if pixels else []
         parts = zip(named, pixels, wanted, found, strict=True)
-        results = (Result(image.name, array, prompt, *boxes) for image, array, prompt, boxes in parts)
-        return [result.above(threshold or 0.0) for result in results]
+        return [Result(image.name, x, prompt, *boxes).above(threshold or 0.0) for image, x, prompt, boxes in parts]
 
     def stream(
         self,
@@ -301,8 +303,7 @@ class Grounder:
                 found = self.backend.predict(prepared)
             else:
                 found = [predict_tiled(predict, image, tile, overlap, batch_size) for image in pixels]
-            for name, image, boxes in zip(names, pixels, found, strict=True):
-                yield Result(name, image, phrases, *boxes)
+            yield from (Result(name, x, phrases, *boxes) for name, x, boxes in zip(names, pixels, found, strict=True))
 
 
 def checked_phrases(phrases: str | Sequence[str]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from vg.checkpoint import is_checkpoint, read_model
 from vg.config import CheckpointConfig
 from vg.data.collate import Collator
 from vg.errors import ConfigError
+from vg.inference.cuda_graphs import CudaGraphs
 from vg.inference.result import Boxes
 from vg.models.base import GroundingModel, check_finite
 from vg.models.grounding_dino.checkpoints import open_model
@@ -44,14 +45,22 @@ class TorchBackend:
     Args:
         device: "cpu", "cuda" or "mps"; the model is moved there.
         dtype: "fp32", "bf16" or "fp16" (see DTYPES), or of torch: precision of the network; the weights stay float32.
+        cuda_graphs: replay the network, see vg.inference.cuda_graphs.
 
     Raises:
-        ConfigError: this machine does not have the device, or no such dtype.
+        ConfigError: this machine does not have the device, no such dtype, or CUDA graphs on another device than CUDA.
     """
 
-    def __init__(self, model: GroundingModel, device: str, dtype: str | torch.dtype | None = None):
+    def __init__(
+        self,
+        model: GroundingModel,
+        device: str,
+        dtype: str | torch.dtype | None = None,
+        cuda_graphs: bool = False,
+    ):
         self.model = model.eval()
-        self.network = model  # possibly compiled
+        self.compiled = False
+        self.cuda_graphs = cuda_graphs
         self.takes_many = bool(model.text_spec.delimiters)
         self.collate = Collator(model.image_spec, model.text_spec)
         self.dtype = torch.float32
@@ -67,7 +76,10 @@ class TorchBackend:
         return self.model.text_spec.tokenizer
 
     def to(self, device: str) -> None:
+        if self.cuda_graphs and torch.device(device).type != "cuda":
+            raise ConfigError(f'cuda_graphs: {device} has none; use device="cuda", or cuda_graphs=False')
         self.model.to(checked_device(device))
+        self._set_network()
 
     def set_dtype(self, dtype: str | torch.dtype) -> None:
         if isinstance(dtype, str):
@@ -75,10 +87,17 @@ class TorchBackend:
                 raise ConfigError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
             dtype = DTYPES[dtype]
         self.dtype = dtype
+        self._set_network()
 
     def compile(self) -> None:
         """Compile the network at the next call; images of other sizes may compile it again."""
-        self.network = torch.compile(self.model, dynamic=True)  # type: ignore[assignment]
+        self.compiled = True
+        self._set_network()
+
+    def _set_network(self) -> None:
+        """Forget what was compiled or recorded for another device or precision."""
+        network: Any = torch.compile(self.model, dynamic=True) if self.compiled else self.model
+        self.network = CudaGraphs(network) if self.cuda_graphs else network
 
     def prepare(self, images: Sequence[np.ndarray], phrases: Sequence[tuple[str, ...]]) -> Prepared:
         """Make the batch of images [H, W, 3] uint8 and the phrases of each; may run in a thread.

@@ -71,6 +71,11 @@ def complex_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(a) * torch.view_as_complex(b))  # one pass over memory, not six
 
 
+def is_recorded(device: torch.device) -> bool:
+    """Return whether a CUDA graph is being recorded: replays repeat its kernels, but no Python code."""
+    return not torch.compiler.is_compiling() and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def index_in_group(groups: Tensor) -> Tensor:
     """Return for each entry how many earlier ones have the same group: [R] int64, for groups [R] int64 in any order."""
     same = groups.unsqueeze(0) == groups.unsqueeze(1)  # [R, R]

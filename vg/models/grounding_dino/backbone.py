@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from vg.models.grounding_dino.attention import Shapes
-from vg.models.layers import sine_encoding
+from vg.models.layers import is_recorded, sine_encoding
 
 # transformers renames submodules of a loaded Swin between versions; our checkpoints use the names in its files.
 NAMES_IN_FILES = (
@@ -122,9 +123,7 @@ class Neck(nn.Module):
         """
         shapes = tuple((x.shape[-2], x.shape[-1]) for x in levels)
         device = levels[0].device
-        # From page-locked memory the copy does not wait for the device.
-        numbers = torch.tensor([*valid, shapes], dtype=torch.float32, pin_memory=device.type == "cuda")
-        numbers = numbers.to(device, non_blocking=device.type != "mps").flip(-1)  # as (x, y)
+        numbers = on_device([*valid, shapes], device).flip(-1)  # as (x, y)
         sizes, padded_sizes = numbers.split([len(valid), 1])
         padded = any(tuple(image) != shapes for image in valid)
         positions, centers, masks = [], [], []
@@ -150,6 +149,15 @@ class Neck(nn.Module):
             mask=torch.cat(masks, dim=1) if padded else None,
             shapes=shapes,
         )
+
+
+def on_device(numbers: Sequence[Sequence[tuple[int, int]]], device: torch.device) -> Tensor:
+    """Return nested numbers as a float32 tensor without waiting for the device."""
+    if is_recorded(device):  # replays of a copy would read memory of the host that is freed
+        flat = [torch.full((), x, dtype=torch.float32, device=device) for row in numbers for pair in row for x in pair]
+        return torch.stack(flat).view(len(numbers), -1, 2)
+    tensor = torch.tensor(numbers, dtype=torch.float32, pin_memory=device.type == "cuda")  # else the copy waits
+    return tensor.to(device, non_blocking=device.type != "mps")
 
 
 def extract_image_features(
