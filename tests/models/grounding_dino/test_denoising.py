@@ -208,7 +208,7 @@ def test_the_mask_is_converted_once_for_all_decoder_layers(monkeypatch: pytest.M
     assert other is mask
     assert mask.dtype == dtype == (torch.bfloat16 if half else torch.float32)
     monkeypatch.setattr(decoder, "additive_mask", lambda mask, dtype: mask)
-    each = outputs()
+    converted_in_layers = outputs()
     assert masks[-1][0].dtype == torch.bool
-    assert once.logits.equal(each.logits)
-    assert once.boxes.equal(each.boxes)
+    assert once.logits.equal(converted_in_layers.logits)
+    assert once.boxes.equal(converted_in_layers.boxes)
