@@ -32,6 +32,12 @@ HEAD = TINY["head"] | {"dropout": 0.1}
 NO_DROPOUT = {"text": TINY["text"], "head": TINY["head"]}
 
 
+@pytest.fixture(autouse=True)
+def products_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the arithmetic of this process, which results of one test and another share: verbs would change it."""
+    monkeypatch.setattr("vg.cli.use_fast_products", lambda: False)
+
+
 @pytest.fixture
 def tiny_config(tmp_path: Path) -> Callable[..., RunConfig]:
     """A function that returns a configuration whose run takes a second.

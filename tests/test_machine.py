@@ -1,7 +1,8 @@
-"""The memory of the machine."""
+"""The memory of the machine and the matrix products of its CPU."""
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
-from vg.machine import available_ram
+from vg.machine import _is_amd, available_ram
 
 
 def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
@@ -59,3 +61,51 @@ def test_freed_memory_is_used_again() -> None:
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert faults("plain") > 10 * faults("reuse")
+
+
+PRODUCTS = """
+import json, platform, sys
+from pathlib import Path
+import torch
+import vg.machine
+
+torch.manual_seed(0)
+a, b = torch.randn(300, 200), torch.randn(200, 400)
+exact = a.double() @ b.double()
+query = torch.randn(2, 4, 50, 16)
+
+def results():
+    attended = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    return float((a @ b - exact).abs().max()), attended
+
+before, attended = results()
+if sys.argv[1] == "amd":
+    vg.machine._is_amd = lambda: True
+used = vg.machine.use_fast_products()
+after, again = results()
+flash = torch.backends.cuda.flash_sdp_enabled()
+precision = torch.backends.mkldnn.matmul.fp32_precision
+print(json.dumps([used, before, after, float((again - attended).abs().max()), flash, precision]))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these settings are for machines without a GPU")
+@pytest.mark.parametrize("maker", ["amd", "this"])
+def test_fast_products_keep_their_precision(maker: str) -> None:
+    command = [sys.executable, "-c", PRODUCTS, maker]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used, before, after, difference, flash, precision = json.loads(lines)
+    assert after < 2 * before  # in bfloat16 it would be 1,000 times as much
+    assert difference < 1e-5
+    if used:
+        assert (flash, precision) == (False, "bf16")
+    else:  # another maker, or a CPU that would compute in bfloat16
+        assert flash
+        assert precision != "bf16"
+
+
+def test_the_maker_of_the_cpu_is_read_from_the_system(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    for maker, expected in (("AuthenticAMD", True), ("GenuineIntel", False)):
+        (tmp_path / "proc/cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+        assert _is_amd(tmp_path) is expected

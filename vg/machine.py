@@ -1,4 +1,4 @@
-"""The memory of this machine: what is free, and how the C library hands it out."""
+"""What this machine offers: free memory, how the C library hands it out, and the fastest matrix products of its CPU."""
 
 from __future__ import annotations
 
@@ -43,3 +43,39 @@ def reuse_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def use_fast_products() -> bool:
+    """Compute float32 matrix products on CPUs of AMD with oneDNN instead of MKL; for programs without a GPU.
+
+    MKL, the default of torch, has its fastest kernels for CPUs of Intel; oneDNN needs less than half of the time on
+    others (`scripts/benchmarks/cpu_settings.py` measures both). torch has it under a setting that also permits products
+    of bfloat16, which oneDNN uses where a CPU has matrix units (AMX): a product computed here shows that precision is
+    kept. Attention is then computed by products of whole matrices, because the blocks of torch's attention kernel are
+    too small for oneDNN.
+
+    Returns:
+        Whether oneDNN is used.
+    """
+    if not _is_amd():
+        return False
+    import torch
+
+    if torch.cuda.is_available() or not torch.backends.mkldnn.is_available():
+        return False
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    a = torch.linspace(-1, 1, 2**18).sin().view(512, 512)
+    if not torch.allclose((a @ a).double(), a.double() @ a.double(), rtol=0, atol=1e-2):  # bfloat16: 0.3
+        setting.fp32_precision = before
+        return False
+    torch.backends.cuda.enable_flash_sdp(False)  # the switch of this kernel on a CPU, too
+    return True
+
+
+def _is_amd(root: Path = Path("/")) -> bool:
+    try:
+        text = (root / "proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        text = platform.processor()
+    return "AuthenticAMD" in text

@@ -17,14 +17,13 @@ from vg import __version__
 from vg.cli import check, config, convert, demo, evaluate, export, finetune, interpolate, predict, train, web
 from vg.cli.arguments import add_config
 from vg.errors import UserError, out_of_memory, printable
-from vg.machine import reuse_freed_memory
+from vg.machine import reuse_freed_memory, use_fast_products
 
 
 class Verb(NamedTuple):
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
-    trains: bool = False
 
 
 def cache(options: argparse.Namespace) -> None:
@@ -42,8 +41,8 @@ def ops(options: argparse.Namespace) -> None:
 
 
 VERBS = {
-    "train": Verb("train a model", train.add_arguments, train.run, trains=True),
-    "finetune": Verb("train on a folder of annotated images", finetune.add_arguments, finetune.run, trains=True),
+    "train": Verb("train a model", train.add_arguments, train.run),
+    "finetune": Verb("train on a folder of annotated images", finetune.add_arguments, finetune.run),
     "eval": Verb("evaluate a checkpoint and draw its predictions", evaluate.add_arguments, evaluate.run),
     "predict": Verb("ground phrases in an image", predict.add_arguments, predict.run),
     "web": Verb("serve a page on which a model can be tried", web.add_arguments, web.run),
@@ -53,9 +52,11 @@ VERBS = {
     "interpolate": Verb("mix weights before and after fine-tuning", interpolate.add_arguments, interpolate.run),
     "cache": Verb("run frozen encoders once and write their features to data.cache.folder", add_config, cache),
     "config": Verb("print a configuration with all defaults, or the memory it needs", config.add_arguments, config.run),
-    "demo": Verb("train, evaluate and draw on synthetic scenes, in minutes", demo.add_arguments, demo.run, trains=True),
+    "demo": Verb("train, evaluate and draw on synthetic scenes, in minutes", demo.add_arguments, demo.run),
     "ops": Verb("print which kernels run on this machine and why; build them if needed", lambda parser: None, ops),
 }
+TRAINING = ("train", "finetune", "demo")
+COMPUTING = (*TRAINING, "cache", "eval", "export", "interpolate", "predict", "web")
 
 
 class PrintableFormatter(logging.Formatter):
@@ -84,8 +85,10 @@ def main(arguments: list[str] | None = None) -> None:
     # On a CPU, torch's threads wait for each other by spinning. With the default count, one other busy program makes
     # training ten times slower; with this one, two times. Torch reads it at import.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    if VERBS[options.verb].trains:
+    if options.verb in TRAINING:
         reuse_freed_memory()
+    if options.verb in COMPUTING and not str(getattr(options, "checkpoint", "")).endswith(".onnx"):  # it needs no torch
+        use_fast_products()
     try:
         VERBS[options.verb].run(options)
         sys.stdout.flush()

@@ -1,9 +1,11 @@
-"""Measure how memory that is kept between tensors speeds up training on a CPU: seconds and page faults of a step.
+"""Measure what the settings of `vg train` save on a CPU: seconds and page faults of a training step.
 
-    python scripts/benchmarks/page_faults.py [--side 640] [--images 2] [--rounds 5] [--threads 2]
+    python scripts/benchmarks/cpu_settings.py [--side 640] [--images 1] [--rounds 5] [--threads 2]
 
-A training step of Grounding DINO (Swin-T, BERT, random weights) in two processes that take turns: one with the settings
-of the C library, one with those of `vg train` (vg.machine.reuse_freed_memory). Medians after one warm-up step.
+A training step of Grounding DINO (Swin-T, BERT, random weights) in three processes that take turns: with the settings
+of torch and the C library, with freed memory kept for other tensors (vg.machine.reuse_freed_memory), and also with
+matrix products of oneDNN (vg.machine.use_fast_products), which changes something on CPUs of AMD only. Medians after one
+warm-up step.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
-MODES = ("C library", "vg train")
+MODES = ("torch and C library", "freed memory kept", "and products of oneDNN")
 
 
 class Step(NamedTuple):
@@ -26,10 +28,12 @@ class Step(NamedTuple):
 
 def serve(options: argparse.Namespace) -> None:
     """Run a step for every line of standard input, and print what it took."""
-    if options.mode == MODES[1]:
-        from vg.machine import reuse_freed_memory
+    from vg.machine import reuse_freed_memory, use_fast_products
 
+    if options.mode != MODES[0]:
         reuse_freed_memory()
+    if options.mode == MODES[2]:
+        use_fast_products()
     import resource
     import time
 
@@ -56,7 +60,7 @@ def serve(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=640, help="of the images, in pixels")
-    parser.add_argument("--images", type=int, default=2, help="batch size")
+    parser.add_argument("--images", type=int, default=1, help="batch size; a process needs 8 GiB at 2")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
@@ -78,7 +82,7 @@ def main() -> None:
     for process in processes.values():
         process.stdin.close()
         process.wait()
-    print("| allocator | s per step (range) | of this in the system | page faults | peak GiB |\n|---|---|---|---|---|")
+    print("| settings | s per step (range) | of this in the system | page faults | peak GiB |\n|---|---|---|---|---|")
     for mode, measured in steps.items():
         timed = measured[1:]
         times = [step.seconds for step in timed]
