@@ -153,8 +153,12 @@ class Encoder(nn.Module):
 
     def run(self, **inputs: Any) -> Tensor:
         """Return the last hidden state for keyword arguments of the network."""
+        return self.outputs(**inputs).last_hidden_state
+
+    def outputs(self, **inputs: Any) -> Any:
+        """Return all outputs for keyword arguments of the network."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.network(**inputs).last_hidden_state
+            return self.network(**inputs)
 
 
 def enable_checkpointing(network: PreTrainedModel) -> None:

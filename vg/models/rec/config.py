@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import BeforeValidator, Field, PositiveInt
@@ -22,6 +23,16 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]
 @dataclass
 class VisionEncoderConfig(EncoderConfig):
     id: str | None = "facebook/dinov3-vitb16-pretrain-lvd1689m"
+    layers: Annotated[list[int], Field(min_length=1)] | None = None
+    """Layers, or stages of Swin and convolutional networks, whose outputs are concatenated along the channels, such as
+    [3, 6, 9, 12]; by default the last one."""
+    mixed_width: PositiveInt | None = None
+    """Mix the channels of the features into this many by a fixed random projection, so that a cache is smaller."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is not None and any(first >= second for first, second in pairwise(self.layers)):
+            raise ValueError(f"layers {self.layers}: list each layer once, in increasing order")
 
 
 @dataclass
