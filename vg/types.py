@@ -56,7 +56,7 @@ class EncodedSample:
     id: str
     image_key: tuple[str, int]  # cache folder, and index of image and view in it: equal for samples of one image
     image: np.ndarray  # [S, D] float16
-    grid: tuple[int, int]  # rows and columns of the last tokens
+    grid: tuple[int, int]  # rows and columns; padding follows the tokens of a grid with fewer cells
     text: np.ndarray  # [T, D] float16
     size: tuple[int, int]  # (height, width) of the view in pixels
     phrase: str
@@ -196,10 +196,9 @@ class PromptTargets(NamedTuple):
     @classmethod
     def without_boxes(cls, text: Text) -> PromptTargets:
         """Return targets with N = 0, for batches that are only predicted."""
-        rows, tokens = text.mask.shape
-        mask = text.mask.new_zeros((rows, 0))
-        boxes, phrase_ids = mask.unsqueeze(-1).expand(-1, -1, 4).float(), mask.long()
-        return cls(boxes, mask.unsqueeze(-1).expand(-1, -1, tokens), phrase_ids, mask, (0,) * rows)
+        mask = text.mask.new_zeros((len(text.mask), 0))
+        boxes, tokens = (mask.unsqueeze(-1).expand(-1, -1, size) for size in (4, text.mask.shape[1]))
+        return cls(boxes.float(), tokens, mask.long(), mask, (0,) * len(mask))
 
 
 class LossName(NamedTuple):
@@ -217,12 +216,13 @@ class LossName(NamedTuple):
 class Features(NamedTuple):
     """Output of a model's encoders and all that its head needs; float16 where it is read from a cache."""
 
-    image: Tensor  # [B, S, D of the image encoder] tokens, those of the grid last
-    grid: tuple[int, int]  # rows, columns
+    image: Tensor  # [B, S, D of the image encoder] tokens: class and registers, the cells row by row, padding
+    grid: tuple[int, int]  # rows, columns; of the image with the most cells
     text: Tensor  # [R, T, D of the text encoder]
     text_mask: Tensor  # [R, T] bool, False = padding
     image_ids: Tensor  # [R] int64, index of the image that an expression refers to
     most: int | None = None  # expressions that refer to the same image; None: to be read from image_ids
+    grids: tuple[tuple[int, int], ...] | None = None  # [B] of each image; None if all are equal: there is no padding
 
 
 @dataclass(frozen=True)

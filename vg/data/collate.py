@@ -94,8 +94,8 @@ class Collator:
     def _sizes(self, samples: Sequence[Sample]) -> tuple[tuple[int, int], ...]:
         resized = self.image_spec.resized
         sizes = tuple(resized(sample.image.shape[0], sample.image.shape[1], sample.shortest) for sample in samples)
-        if self.one_size and isinstance(self.image_spec, FittedImage):  # StretchedImage has one size anyway
-            return (_common_size(sizes, self.image_spec.longest),) * len(sizes)
+        if self.one_size:
+            return (_common_size(sizes, self.image_spec),) * len(sizes)
         return sizes
 
     def _kept_boxes(self, sample: Sample, text: Text, image_id: int) -> np.ndarray:
@@ -114,10 +114,12 @@ class Collator:
         return kept
 
 
-def _common_size(sizes: Sequence[tuple[int, int]], longest: int) -> tuple[int, int]:
-    """Return the (height, width) of the median aspect ratio, rounded to multiples of STRIDE: few sizes in all."""
+def _common_size(sizes: Sequence[tuple[int, int]], spec: ImageSpec) -> tuple[int, int]:
+    """Return the size of the median aspect ratio; where any is allowed, rounded to multiples of STRIDE: few in all."""
     size = sorted(sizes, key=lambda size: size[1] / size[0])[len(sizes) // 2]
-    height, width = (max(1, min(round(side / STRIDE), longest // STRIDE)) * STRIDE for side in size)
+    if not isinstance(spec, FittedImage):
+        return size
+    height, width = (max(1, min(round(side / STRIDE), spec.longest // STRIDE)) * STRIDE for side in size)
     return height, width
 
 

@@ -139,6 +139,11 @@ def _(model: GroundingDino) -> Networks:
 
 @networks.register
 def _(model: RecModel) -> Networks:
+    if model.config.keep_aspect:
+        raise ConfigError(
+            "model.keep_aspect=true cannot be exported yet: an exported rec takes images of one size; train with "
+            "model.keep_aspect=false, or predict with the checkpoint"
+        )
     size = dict.fromkeys(("height", "width"), model.config.image_size)  # every image is stretched to it
     return Networks(RecText(model), RecDetector(model), (), {"text_tokens": ("prompts", "tokens")}, size)
 

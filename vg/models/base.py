@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from vg.errors import PredictionError
 from vg.types import Batch, EncodedBatch, Features, ImageSpec, LossName, Prediction, Text, TextSpec
@@ -133,6 +135,13 @@ def check_finite(predictions: Sequence[Prediction], model: GroundingModel) -> No
             )
 
 
+def largest_grid(grids: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], tuple[tuple[int, int], ...] | None]:
+    """Return `Features.grid` and `.grids` of images: the grid with the most cells, and all unless they are equal."""
+    if len(set(grids)) == 1:
+        return grids[0], None
+    return max(grids, key=math.prod), tuple(grids)
+
+
 class EncodableModel(GroundingModel):
     """A model in two steps, encoders and head: `model(batch)` equals `model.decode(model.encode(batch))`.
 
@@ -156,10 +165,38 @@ class EncodableModel(GroundingModel):
     def encode_text(self, text: Text) -> Tensor:
         """Encode prompts: tokens [R, T, D]."""
 
+    def encode_sizes(
+        self, images: Tensor, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+        """Encode images of several sizes: tokens [B, S, D], padded with zeros, and the grid of each image.
+
+        Images of one size are encoded together and without padding, so that features do not depend on the batch.
+
+        Args:
+            images: [B, 3, H, W], padded on the right and below.
+            sizes: (height, width) of each without padding.
+        """
+        groups: dict[tuple[int, int], list[int]] = {}
+        for image_id, size in enumerate(sizes):
+            groups.setdefault(size, []).append(image_id)
+        if len(groups) == 1:
+            tokens, grid = self.encode_images(images)
+            return tokens, (grid,) * len(images)
+        encoded: dict[int, tuple[Tensor, tuple[int, int]]] = {}  # [S, D] and grid of each image
+        for (height, width), members in groups.items():
+            same_size = torch.stack([images[image_id, :, :height, :width] for image_id in members])
+            tokens, grid = self.encode_images(same_size)
+            encoded |= {image_id: (x, grid) for image_id, x in zip(members, tokens, strict=True)}
+        features = [encoded[image_id] for image_id in range(len(images))]
+        padded = pad_sequence([tokens for tokens, _ in features], batch_first=True)
+        return padded, tuple(grid for _, grid in features)
+
     def encode(self, batch: Batch) -> Features:
         """Run both encoders."""
-        image, grid = self.encode_images(batch.images)
-        return Features(image, grid, self.encode_text(batch.text), batch.text.mask, batch.text.image_ids)
+        image, grids = self.encode_sizes(batch.images, batch.sizes)
+        grid, several = largest_grid(grids)
+        text = self.encode_text(batch.text)
+        return Features(image, grid, text, batch.text.mask, batch.text.image_ids, grids=several)
 
     @abstractmethod
     def decode(self, features: Features) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -28,6 +29,20 @@ def token_centers(grid: tuple[int, int], device: torch.device | None = None) -> 
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1).flip(-1)
 
 
+def padded_centers(grids: Sequence[tuple[int, int]], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Return the centers of the cells of several grids, (0.5, 0.5) for padding, and a mask, False for padding.
+
+    Shapes are [B, S, 2] and [B, S] bool, where S are the cells of the largest grid.
+    """
+    size = max(rows * columns for rows, columns in grids)
+    centers, masks = {}, {}
+    for grid in dict.fromkeys(grids):
+        cells = grid[0] * grid[1]
+        centers[grid] = F.pad(token_centers(grid, device), (0, 0, 0, size - cells), value=0.5)
+        masks[grid] = torch.arange(size, device=device) < cells
+    return torch.stack([centers[grid] for grid in grids]), torch.stack([masks[grid] for grid in grids])
+
+
 def sine_encoding(positions: Tensor, dim: int, temperature: float = 20.0, interleaved: bool = False) -> Tensor:
     """Sine encoding of coordinates (Vaswani et al. 2017; DETR): [..., C] -> [..., dim], one period from 0 to 1.
 
@@ -48,16 +63,16 @@ def sine_encoding(positions: Tensor, dim: int, temperature: float = 20.0, interl
 def rotary_encoding(positions: Tensor, head_width: int, temperature: float = 100.0) -> Tensor:
     """Rotary encoding of 2D positions (Su et al. 2021; half of the channels per axis, as in DINOv3).
 
-    Return [S, head_width / 2, 2], pairs (cosine, sine): complex numbers of magnitude 1. With query and key multiplied
+    Return [..., head_width / 2, 2], pairs (cosine, sine): complex numbers of magnitude 1. With query and key multiplied
     by those of their positions, their dot product depends on the relative position only.
 
     Args:
-        positions: [S, 2] as (x, y) in 0..1; the highest frequency has two periods per image side.
+        positions: [..., 2] as (x, y) in 0..1; the highest frequency has two periods per image side.
         head_width: channels of one attention head, divisible by 4.
     """
     steps = torch.arange(head_width // 4, device=positions.device, dtype=torch.float32)
     frequency = 4 * math.pi * temperature ** (-4 * steps / head_width)
-    angle = (positions.float().unsqueeze(-1) * frequency).flatten(1)  # [S, head_width / 2]
+    angle = (positions.float().unsqueeze(-1) * frequency).flatten(-2)  # [..., head_width / 2]
     if torch.compiler.is_exporting():  # ONNX has no complex numbers
         return torch.stack((angle.cos(), angle.sin()), dim=-1)
     return torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
@@ -90,7 +105,12 @@ class SharedMemoryDecoderLayer(nn.TransformerDecoderLayer):
     """
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, memory: Tensor, padding: Tensor, rows: tuple[Tensor, Tensor, int] | None
+        self,
+        x: Tensor,
+        memory: Tensor,
+        padding: Tensor,
+        rows: tuple[Tensor, Tensor, int] | None,
+        memory_padding: Tensor | None = None,
     ) -> Tensor:
         """Return [R, T, D] for x [R, T, D] and memory [B, S, D].
 
@@ -98,16 +118,17 @@ class SharedMemoryDecoderLayer(nn.TransformerDecoderLayer):
             padding: [R, T] bool, True = padding.
             rows: [R] index of the memory of each row, [R] index among the rows with the same memory, and the most rows
                 of a memory; None if row r has memory r.
+            memory_padding: [B, S] bool, True = padding.
         """
         attended = self.self_attn(x, x, x, key_padding_mask=padding, need_weights=False)[0]
         x = self.norm1(x + self.dropout1(attended))
         if rows is None:
-            attended = self.multihead_attn(x, memory, memory, need_weights=False)[0]
+            attended = self.multihead_attn(x, memory, memory, memory_padding, need_weights=False)[0]
         else:
             group, order, most = rows
             queries = x.new_zeros(len(memory), most, *x.shape[1:])  # [B, most, T, D]
             queries = queries.index_put((group, order), x).flatten(1, 2)  # [B, most x T, D]
-            attended = self.multihead_attn(queries, memory, memory, need_weights=False)[0]
+            attended = self.multihead_attn(queries, memory, memory, memory_padding, need_weights=False)[0]
             attended = attended.unflatten(1, (most, -1))[group, order]  # [R, T, D]
         x = self.norm2(x + self.dropout2(attended))
         return self.norm3(x + self.dropout3(self.linear2(self.dropout(F.relu(self.linear1(x))))))
@@ -135,7 +156,8 @@ class RotaryTransformerLayer(nn.Module):
         """Return [B, S, D] for x [B, S, D].
 
         Args:
-            rotation: [S, D / heads / 2, 2], see rotary_encoding; (1, 0) for a token without position.
+            rotation: [S, D / heads / 2, 2] or [B, S, D / heads / 2, 2], see rotary_encoding; (1, 0) for a token without
+                position.
             mask: [B, S] bool, False = padding, which no token attends to.
         """
         x = x + self.dropout(self._attend(self.attention_norm(x), rotation, mask))
@@ -145,7 +167,7 @@ class RotaryTransformerLayer(nn.Module):
         value = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, S, D / heads]
         # [B, S, 2 heads, D / heads / 2, 2]
         query_key = self.query_key(x).float().unflatten(-1, (2 * self.heads, -1, 2))
-        rotated = complex_product(query_key, rotation.unsqueeze(1))
+        rotated = complex_product(query_key, rotation.unsqueeze(-3))
         query, key = rotated.flatten(-2).to(value.dtype).transpose(1, 2).chunk(2, dim=1)  # [B, heads, S, D / heads]
         dropout = self.dropout.p if self.training else 0.0
         x = F.scaled_dot_product_attention(query, key, value, mask[:, None, None], dropout)

@@ -130,6 +130,9 @@ class RecConfig(ModelSettings):
     """Run or checkpoint of vg to start from, whose settings are the same."""
     image_size: PositiveInt = 224
     """Side of the square to which images are stretched, in pixels."""
+    keep_aspect: bool = False
+    """Keep the aspect ratio of an image, up to whole tokens, instead of stretching it: as many tokens as a square of
+    image_size has, or slightly fewer."""
     max_tokens: PositiveInt = 64
     """Longest expression in tokens, special tokens included; a longer one is an error."""
     vision: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)

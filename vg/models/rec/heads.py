@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from vg.models.layers import (
     RotaryTransformerLayer,
     SharedMemoryDecoderLayer,
     index_in_group,
+    padded_centers,
     rotary_encoding,
     sine_encoding,
     token_centers,
@@ -31,7 +33,7 @@ class PooledOutput(NamedTuple):
 class DenseOutput(NamedTuple):
     logits: Tensor  # [R, S] score of each image token for the expression
     boxes: Tensor  # [R, S, 4] cxcywh 0..1, the box that each token predicts
-    centers: Tensor  # [S, 2] (x, y) 0..1, center of each token
+    centers: Tensor  # [S, 2] or [R, S, 2] (x, y) 0..1, center of each token; infinite for padding
 
 
 class PooledHead(nn.Module):
@@ -62,20 +64,27 @@ class PooledHead(nn.Module):
         text_mask: Tensor,
         image_ids: Tensor | None = None,
         most: int | None = None,
+        grids: Sequence[tuple[int, int]] | None = None,
     ) -> PooledOutput:
         """Predict a box for every expression.
 
         Args:
+            image: [B, S, D] tokens, those of the grid last.
             image_ids: [R] index of the image of each expression; None if expression r belongs to image r.
             most: expressions that refer to the same image; None waits for the device to read it.
+            grids: of each image, if they differ: padding follows the tokens of a grid with fewer cells than `grid`.
         """
         x, memory = self.text_projection(text), self.vision_projection(image)  # [R, T, D], [B, S, D]
         rows = None
         if image_ids is not None:
             order = index_in_group(image_ids)  # [R]
             rows = image_ids, order, int(order.max()) + 1 if most is None else most
+        padding = None
+        if grids is not None:
+            padding = ~padded_centers(grids, image.device)[1]
+            padding = F.pad(padding, (image.shape[1] - padding.shape[1], 0))  # [B, S], False for class and registers
         for layer in self.decoder.layers:
-            x = layer(x, memory, ~text_mask, rows)  # [R, T, D]
+            x = layer(x, memory, ~text_mask, rows, padding)  # [R, T, D]
         weights = text_mask / text_mask.sum(dim=1, keepdim=True)  # [R, T]
         x = self.norm((x * weights.unsqueeze(-1)).sum(dim=1))  # [R, D]
         return PooledOutput(box_ops.xyxy_to_cxcywh(self.box(x).sigmoid()))
@@ -117,25 +126,38 @@ class DenseHead(nn.Module):
         text_mask: Tensor,
         image_ids: Tensor | None = None,
         most: int | None = None,
+        grids: Sequence[tuple[int, int]] | None = None,
     ) -> DenseOutput:
-        """Predict as PooledHead, which needs `most`."""
-        num_cells = grid[0] * grid[1]
-        centers = token_centers(grid, image.device)  # [S, 2]
+        """Predict as PooledHead, which needs `most`; padding has no score, an empty box and no center."""
+        num_cells, valid = grid[0] * grid[1], None
+        if grids is None:
+            centers = token_centers(grid, image.device)  # [S, 2]
+        else:
+            centers, valid = padded_centers(grids, image.device)  # [B, S, 2], [B, S]
         image = self.vision_projection(image[:, -num_cells:])  # [B, S, D] without class and register tokens
         image = image + sine_encoding(centers, self.config.width)
         if image_ids is not None:
             image = image[image_ids]  # [R, S, D]: image tokens are now expression-specific
+            if valid is not None:
+                centers, valid = centers[image_ids], valid[image_ids]
         x = torch.cat((image, self.text_projection(text)), dim=1)  # [R, S + T, D]
-        mask = torch.cat((text_mask.new_ones(image.shape[:2]), text_mask), dim=1)  # [R, S + T]
+        image_mask = text_mask.new_ones(image.shape[:2]) if valid is None else valid
+        mask = torch.cat((image_mask, text_mask), dim=1)  # [R, S + T]
         rotation = rotary_encoding(centers, self.config.width // self.config.heads)
-        unrotated = F.pad(rotation.new_ones(text.shape[1], rotation.shape[1], 1), (0, 1))  # (1, 0)
-        rotation = torch.cat((rotation, unrotated))  # [S + T, D / heads / 2, 2]: words have no position
+        unrotated = F.pad(rotation.new_ones(text.shape[1], rotation.shape[-2], 1), (0, 1))  # (1, 0)
+        unrotated = unrotated.expand(*rotation.shape[:-3], -1, -1, -1)
+        rotation = torch.cat((rotation, unrotated), dim=-3)  # [S + T, D / heads / 2, 2]: words have no position
         for layer in self.layers:
             x = layer(x, rotation, mask)
         x = self.norm(x[:, :num_cells])  # [R, S, D]
         center_offset, size = self.box(x).float().chunk(2, dim=-1)
         center = (torch.logit(centers) + center_offset).sigmoid()  # relative to the center of the token
-        return DenseOutput(self.score(x).squeeze(-1), torch.cat((center, size.sigmoid()), dim=-1), centers)
+        logits, boxes = self.score(x).squeeze(-1), torch.cat((center, size.sigmoid()), dim=-1)
+        if valid is not None:
+            logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
+            boxes = boxes.masked_fill(~valid.unsqueeze(-1), 0.0)  # whose IoU with any other is 0
+            centers = centers.masked_fill(~valid.unsqueeze(-1), torch.inf)
+        return DenseOutput(logits, boxes, centers)
 
     def loss(self, output: DenseOutput, target: Tensor) -> dict[str, Tensor]:
         """target: [R, 4] cxcywh 0..1."""

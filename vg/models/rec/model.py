@@ -20,6 +20,7 @@ from vg.models.base import EncodableModel
 from vg.models.encoders import Encoder, load_tokenizer, read_tokenizer, tokenizer_key, weights_key
 from vg.models.rec.config import RecConfig, VisionEncoderConfig
 from vg.models.rec.heads import DenseOutput, PooledOutput
+from vg.models.rec.kept_aspect import KeptAspectImage
 from vg.types import Batch, EncodedBatch, Features, ImageSpec, LossName, Prediction, StretchedImage, Text, TextSpec
 
 NORMALIZATIONS: dict[str, dict[str, tuple[float, float, float]]] = {  # where it is not that of ImageNet
@@ -102,6 +103,9 @@ class VisionEncoder(Encoder):
             # transformers fails on a feature map that is smaller than a window, unless the map is padded to one.
             options["always_partition"] = min(grid) < config.window_size
             options["output_hidden_states_before_downsampling"] = self.layers is not None
+            for stage in self.network.encoder.layers:  # which keep the windows of the last image that was small
+                for index, block in enumerate(stage.blocks):
+                    block.window_size, block.shift_size = config.window_size, index % 2 * (config.window_size // 2)
         else:
             grid = height // stride, width // stride
         # Position embeddings of a fixed number of patches; the other types adapt theirs without an argument.
@@ -152,6 +156,8 @@ class RecModel(EncodableModel):
         self.config = config
         self.external = tuple(config.frozen_encoders)
         self.vision = VisionEncoder(config.vision, pretrained, lazy=pretrained and "vision" in self.external)
+        if config.keep_aspect and config.image_size < self.vision.stride:
+            raise ConfigError(f"model.image_size={config.image_size} is less than {self.vision.stride}, one token")
         self.text = Encoder(config.text, pretrained, lazy=pretrained and "text" in self.external)
         if self.text.positions is not None and config.max_tokens > self.text.positions:
             raise ConfigError(
@@ -178,8 +184,10 @@ class RecModel(EncodableModel):
 
     @property
     def image_spec(self) -> ImageSpec:
-        normalization = NORMALIZATIONS.get(self.vision.network_config.model_type, {})
-        return StretchedImage(self.config.image_size, self.config.image_size, **normalization)
+        side, normalization = self.config.image_size, NORMALIZATIONS.get(self.vision.network_config.model_type, {})
+        if self.config.keep_aspect:
+            return KeptAspectImage(side, self.vision.stride, **normalization)
+        return StretchedImage(side, side, **normalization)
 
     @cached_property
     def text_spec(self) -> TextSpec:
@@ -216,8 +224,8 @@ class RecModel(EncodableModel):
         return self.text.run(input_ids=text.token_ids, attention_mask=mask)
 
     def decode(self, features: Features) -> PooledOutput | DenseOutput:
-        image, grid, text, mask, image_ids, most = features
-        return self.head(image, grid, text, mask, image_ids if len(image) < len(text) else None, most)
+        image, grid, text, mask, image_ids, most, grids = features
+        return self.head(image, grid, text, mask, image_ids if len(image) < len(text) else None, most, grids)
 
     def loss(self, output: PooledOutput | DenseOutput, batch: Batch | EncodedBatch) -> dict[LossName, Tensor]:
         """Return the loss terms of the head; raises ConfigError naming a sample that does not have exactly one box."""
