@@ -56,7 +56,7 @@ class EncodedSample:
     id: str
     image_key: tuple[str, int]  # cache folder, and index of image and view in it: equal for samples of one image
     image: np.ndarray  # [S, D] float16
-    grid: tuple[int, int]  # rows and columns; padding follows the tokens of a grid with fewer cells
+    grid: tuple[int, int]  # rows and columns of the last tokens
     text: np.ndarray  # [T, D] float16
     size: tuple[int, int]  # (height, width) of the view in pixels
     phrase: str

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from vg.cache.datasets import encodable
@@ -41,7 +42,7 @@ from vg.data.source import Source
 from vg.distributed import new_accelerator, processes_per_machine, progress_bar
 from vg.errors import BadSampleError, CacheError, ConfigError, printable
 from vg.models.base import EncodableModel
-from vg.types import Sample, Text
+from vg.types import Sample, StretchedImage, Text
 from vg.workers import new_loader
 
 logger = logging.getLogger(__name__)
@@ -113,16 +114,18 @@ class Build:
     def __post_init__(self) -> None:
         collate = Collator(self.model.image_spec, self.model.text_spec)
         self.images = ImageViews(self.source, self.folder.key["views"], collate, self.data.bad_samples == "skip")
+        self.one_shape = isinstance(self.model.image_spec, StretchedImage)
         self.done = (self.folder.path / INDEX).exists()
         if not self.done:
             self._measure()
 
     @torch.inference_mode()
     def _measure(self) -> None:
-        """Compute `grid`, `image_bytes` and `text_bytes`."""
-        height, width = self.model.image_spec.resized(1, 1)
+        """Compute `grid`, `num_tokens`, `image_bytes` and `text_bytes`."""
+        height, width = self.model.image_spec.resized(1, 1)  # a square has as many tokens as any image
         black = torch.zeros(1, 3, height, width, device=self.accelerator.device)
-        features, self.grid = self.model.encode_images(black)  # of the same shape for all images
+        features, self.grid = self.model.encode_images(black)
+        self.num_tokens = features.shape[1]
         num_images = sum(len(self.folder.shards[shard]) for shard in self.folder.missing_shards())
         self.image_bytes = num_images * features.numel() * self.folder.num_views * BYTES_PER_VALUE
         # Extrapolated from the expressions of some images, as if no two samples shared one.
@@ -187,7 +190,12 @@ class Build:
                 while len(records) < len(indices):
                     batch = next(loaded).to(device, non_blocking=device.type != "mps")
                     with self._autocast():
-                        tokens, _ = self.model.encode_images(batch.normalized())  # [batch x V, S, D]
+                        tokens, grids = self.model.encode_sizes(batch.normalized(), batch.sizes)  # [batch x V, S, D]
+                    if not self.one_shape:
+                        tokens = F.pad(tokens, (0, 0, 0, self.num_tokens - tokens.shape[1]))
+                        views = [view for record in batch.records for view in record["views"]]
+                        for view, grid in zip(views, grids, strict=True):
+                            view["grid"] = grid
                     features.append(self._to_half(tokens))
                     records += batch.records
                     bar.update(len(batch.records))
@@ -276,6 +284,7 @@ class Build:
                 ids[sample], types[sample] = record["ids"][n], record["kinds"][n]
         shards = range(len(self.folder.text_shards(len(expressions))))
         checksums = [value for shard in shards for value in read_records(self.folder.text_records(shard))["checksums"]]
+        grids = [[view.get("grid", self.grid) for view in record["views"]] for record in records]
         strings = {"ids": ids, "kinds": types, "expressions": list(expressions)}
         return {
             "pictures": images,  # [samples]
@@ -285,6 +294,7 @@ class Build:
             "bad": bad,  # [samples]
             "ends": np.cumsum(self._num_tokens(expressions)),  # [E]
             "grid": np.array(self.grid),
+            **({} if self.one_shape else {"grids": np.array(grids)}),  # [images, V, 2]
             "files": np.array([record.get("file", NO_FILE) for record in records], np.int64),  # [images, 3]
             "picture_checksums": np.array([record.get("checksums", [UNKNOWN] * num_views) for record in records]),
             "word_checksums": np.array(checksums, np.int64),  # [E]

@@ -3,7 +3,8 @@
 A cache is a folder of shards, each of which is written atomically:
 
     key.json                    all that the features depend on, see vg.cache.key
-    pictures/00000.npy, .json   [256 images x V views, S, D] float16, and the annotations of these images
+    pictures/00000.npy, .json   [256 images x V views, S, D] float16, and the annotations of these images; zeros follow
+                                the tokens of an image that has fewer than S
     words/00000.npy, .json      [tokens of 4,096 expressions, D] float16, and the expressions
     index.npz                   written last: sample -> image, expression, box; files of images; checksums
 

@@ -25,6 +25,7 @@ from vg.data.subset import Subset
 from vg.distributed import processes_per_machine
 from vg.errors import ConfigError
 from vg.machine import available_ram
+from vg.models.base import largest_grid
 from vg.types import EncodedBatch, EncodedSample, Features, Target
 
 READERS = 4  # threads, each with the features of a shard
@@ -82,7 +83,9 @@ class ResidentFeatures(SourceDataset[EncodedSample]):
         leaves = list(_leaves(data.source))
         folders = {source.folder.path: source for source, _ in leaves}  # one that is used twice is loaded once
         self.num_views = leaves[0][0].folder.num_views
-        self.grid = leaves[0][0].grid
+        self.grid, self.num_prefix = leaves[0][0].grid, leaves[0][0].num_prefix
+        grids = [source.grids.reshape(-1, 2) for source in folders.values() if source.grids is not None]
+        self.grids = [(rows, columns) for rows, columns in np.concatenate(grids).tolist()] if grids else None  # of rows
 
         first_rows, num_rows = _offsets({path: source.index["sizes"].size // 2 for path, source in folders.items()})
         first_tokens, num_tokens = _offsets({path: int(source.ends[-1]) for path, source in folders.items()})
@@ -164,13 +167,16 @@ class ResidentFeatures(SourceDataset[EncodedSample]):
             numbers = numbers.pin_memory()
         numbers = numbers.to(self.device, non_blocking=self.device.type != "mps")  # one copy for all
         rows, ids, chosen_here, tokens_here = numbers.split([len(images), len(chosen), len(chosen), tokens.size])
+        grid, grids = largest_grid([self.grids[row] for row in images]) if self.grids else (self.grid, None)
+        shape = self.num_prefix + math.prod(grid), self.image_shape[1]  # S, D
         features = Features(
-            image=self.image.index_select(0, rows).unflatten(1, self.image_shape),  # [B, S, D]
-            grid=self.grid,
+            image=self.image[:, : math.prod(shape)].index_select(0, rows).unflatten(1, shape),  # [B, S, D]
+            grid=grid,
             text=self.text.index_select(0, tokens_here).unflatten(0, tokens.shape),  # [R, T, D]
             text_mask=(tokens_here != PADDING).view(tokens.shape),
             image_ids=ids,
             most=max(Counter(image_ids).values()),
+            grids=grids,
         )
         boxes = self.boxes.index_select(0, chosen_here).split(1)  # R times [1, 4]
         targets = []

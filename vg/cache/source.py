@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,6 +20,7 @@ from vg.cache.images import changed_images
 from vg.cache.key import check_complete
 from vg.data.source import HasImageKeys, Source
 from vg.errors import BadSampleError, CacheError
+from vg.models.base import largest_grid
 from vg.types import EncodedBatch, EncodedSample, Features, Sample, Target
 
 logger = logging.getLogger(__name__)
@@ -46,7 +48,8 @@ class CachedSource:
         if old != new:  # a sample id begins with the name of the dataset, which changes with that of its folder
             self.texts["ids"] = [new + id[len(old) :] if id.startswith(old) else id for id in self.texts["ids"]]
         self.ends = np.concatenate([[0], self.index["ends"]])  # [E + 1] first token of each expression
-        self.grid = (int(self.index["grid"][0]), int(self.index["grid"][1]))
+        self.grid = (int(self.index["grid"][0]), int(self.index["grid"][1]))  # the one with the most cells
+        self.grids: np.ndarray | None = self.index.get("grids")  # [images, V, 2]; None if all are equal
         images, texts = self.index["sizes"].shape[:2], self.ends[1:].shape  # [images, V] and [E]
         self._unverified = [  # checksums of features that have not been loaded yet
             self.index.get("picture_checksums", np.full(images, UNKNOWN)),
@@ -57,6 +60,7 @@ class CachedSource:
         for n, shard in enumerate(folder.text_shards(len(self.ends) - 1)):
             lengths[folder.text_features(n)] = int(self.ends[shard.stop] - self.ends[shard.start])
         self._arrays = {path: read_shard(path, length) for path, length in lengths.items()}
+        self.num_prefix = self.shapes[0][0] - math.prod(self.grid)  # tokens before those of the grid
         if not folder.trust:
             self._compare_images()
 
@@ -93,11 +97,16 @@ class CachedSource:
         first, start, end = self.ends[[text - text_row, text, text + 1]]  # tokens; the first one of the shard
         tokens = slice(start - first, end - first)
         row = image_row * self.folder.num_views + view
+        features = self._features(self.folder.image_features(image_shard), row, self._unverified[0], (image, view))
+        grid = self.grid
+        if self.grids is not None:
+            grid = int(self.grids[image, view, 0]), int(self.grids[image, view, 1])
+            features = features[: self.num_prefix + math.prod(grid)]
         return EncodedSample(
             id=self.texts["ids"][index],
             image_key=(str(self.folder.path), image * self.folder.num_views + view),
-            image=self._features(self.folder.image_features(image_shard), row, self._unverified[0], (image, view)),
-            grid=self.grid,
+            image=features,
+            grid=grid,
             text=self._features(self.folder.text_features(text_shard), tokens, self._unverified[1], text),
             size=(int(arrays["sizes"][image, view, 0]), int(arrays["sizes"][image, view, 1])),
             phrase=self.texts["expressions"][text],
@@ -180,20 +189,19 @@ def _drawn_view(seed: int, epoch: int, image: int, num_views: int) -> int:
 
 def collate_encoded(samples: Sequence[EncodedSample]) -> EncodedBatch:
     """Make a batch in which samples with the same view of an image share its features."""
-    images = {sample.image_key: sample.image for sample in samples}
+    images = {sample.image_key: sample for sample in samples}
     indices = {key: index for index, key in enumerate(images)}
     image_ids = [indices[sample.image_key] for sample in samples]
     lengths = [len(sample.text) for sample in samples]
-    text = np.zeros((len(samples), max(lengths), samples[0].text.shape[1]), np.float16)  # [R, T, D]
-    for row, sample in zip(text, samples, strict=True):
-        row[: len(sample.text)] = sample.text
+    grid, grids = largest_grid([sample.grid for sample in images.values()])
     features = Features(
-        image=torch.from_numpy(np.stack(list(images.values()))),  # [B, S, D]
-        grid=samples[0].grid,
-        text=torch.from_numpy(text),
+        image=torch.from_numpy(_padded([sample.image for sample in images.values()])),  # [B, S, D]
+        grid=grid,
+        text=torch.from_numpy(_padded([sample.text for sample in samples])),  # [R, T, D]
         text_mask=torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1),  # [R, T]
         image_ids=torch.tensor(image_ids),
         most=max(Counter(image_ids).values()),
+        grids=grids,
     )
     targets = []
     for sample in samples:
@@ -201,3 +209,14 @@ def collate_encoded(samples: Sequence[EncodedSample]) -> EncodedBatch:
         phrase_ids = torch.zeros(1, dtype=torch.long)
         targets.append(Target(sample.id, sample.size, (sample.phrase,), boxes, phrase_ids, sample.expression_type))
     return EncodedBatch(features, targets)
+
+
+def _padded(features: Sequence[np.ndarray]) -> np.ndarray:
+    """Stack features [S, D] float16, with zeros after those that are shorter than the longest."""
+    longest = max(map(len, features))
+    if all(len(x) == longest for x in features):
+        return np.stack(features)
+    stacked = np.zeros((len(features), longest, features[0].shape[1]), np.float16)
+    for row, x in zip(stacked, features, strict=True):
+        row[: len(x)] = x
+    return stacked

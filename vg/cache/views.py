@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from vg.cache.images import files_of, identity, image_indices
@@ -23,7 +24,7 @@ Record = dict[str, Any]  # annotations of an image as JSON values: samples, bad,
 
 
 class ImageViews(Dataset[tuple[Record, Tensor]]):
-    """Image index -> its record, and its views [V, 3, H, W] uint8 in the size of the model, not normalized.
+    """Image index -> its record, and its views [V, 3, H, W] uint8 in sizes of the model, padded, not normalized.
 
     Args:
         views: see CacheConfig; crops are a function of the image and the position in this list.
@@ -71,13 +72,19 @@ class ImageViews(Dataset[tuple[Record, Tensor]]):
             ],
         }
         images = [view.image for view in views]
-        sizes = [self.collate.image_spec.resized(*image.shape[:2]) for image in images]  # all equal: no padding
-        return record, torch.from_numpy(padded(images, sizes))
+        return record, torch.from_numpy(padded(images, self._sizes(record)))
+
+    def _sizes(self, record: Record) -> list[tuple[int, int]]:
+        """Return the (height, width) to which each view is resized."""
+        return [self.collate.image_spec.resized(*view["size"]) for view in record["views"]]
 
     def batch(self, items: Sequence[tuple[Record, Tensor]]) -> ViewBatch:
         """Make a batch of items: the `collate_fn` of a DataLoader."""
-        images = torch.cat([images for _, images in items])
-        return ViewBatch([record for record, _ in items], images, torch.from_numpy(self.normalization))
+        records, sizes = [record for record, _ in items], [size for record, _ in items for size in self._sizes(record)]
+        height, width = np.max(sizes, axis=0).tolist()
+        missing = [(0, width - images.shape[3], 0, height - images.shape[2]) for _, images in items]
+        images = torch.cat([F.pad(x, pad) if any(pad) else x for (_, x), pad in zip(items, missing, strict=True)])
+        return ViewBatch(records, images, tuple(sizes), torch.from_numpy(self.normalization))
 
     def _load(self, index: int) -> Sample:
         sample = checked(self.source.load(index, 0))
@@ -95,7 +102,8 @@ class ViewBatch(Movable):
     """Some images in all views, as they come from data workers; on a GPU by way of page-locked memory."""
 
     records: list[Record]
-    images: Tensor  # [images x V, 3, H, W] uint8
+    images: Tensor  # [images x V, 3, H, W] uint8; padding right of and below an image smaller than H x W
+    sizes: tuple[tuple[int, int], ...]  # [images x V] (height, width) without padding
     normalization: Tensor  # [2, 3, 1, 1] float32, mean and standard deviation of pixels in 0..255
 
     def normalized(self) -> Tensor:
