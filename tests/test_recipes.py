@@ -14,6 +14,7 @@ from vg.data.mixture import MixtureConfig
 from vg.data.synthetic.glyphs import GlyphsConfig
 from vg.models.grounding_dino.config import GroundingDinoConfig, ResNetConfig, SwinConfig
 from vg.models.rec.config import RecConfig
+from vg.models.rec.model import RecModel
 from vg.training.optim import build_schedule, select_trainable
 
 FOLDER = Path(__file__).parents[1] / "configs" / "grounding_dino"
@@ -227,6 +228,7 @@ def test_rec_recipes() -> None:
         "refcoco_dense_cached": 224,
         "refcoco_dense_lora": 224,
         "refcoco_dense_448": 448,
+        "refcoco_dense_levels": 448,
         "refcoco_dense_672": 672,
         "refcoco_dense_vitl": 448,
         "refcoco_joint": 448,
@@ -254,6 +256,26 @@ def test_the_recipe_of_glyphs_is_that_of_the_demo() -> None:
     glyphs.data.train, glyphs.data.eval = demo.data.train, demo.data.eval
     glyphs.train.output = demo.train.output
     assert glyphs == demo
+
+
+def test_the_size_of_a_cache_of_several_layers() -> None:
+    """As stated in the recipe; RefCOCO has 16,994 images in train and 3,000 in val, testA and testB."""
+    path = FOLDER.parent / "rec" / "refcoco_dense_levels.yaml"
+    encoder = "{id: null, architecture: {model_type: dinov3_vit, hidden_size: 768, num_hidden_layers: 12, "
+    encoder += "num_attention_heads: 12, intermediate_size: 3072, num_register_tokens: 4}, "
+    encoder += "layers: [3, 6, 9, 12], mixed_width: 768}"
+    config = load_config(path, [f"model.vision={encoder}", "model.text={id: null, architecture: {model_type: bert}}"])
+    assert load_config(path).model.vision.layers == [3, 6, 9, 12]  # type: ignore[union-attr]
+    with torch.device("meta"), torch.no_grad():
+        model = config.model.build(pretrained=False)
+        assert isinstance(model, RecModel)
+        tokens, grid = model.encode_images(torch.zeros(1, 3, *model.image_spec.resized(1, 1)))
+    assert model.vision.width == 3072
+    assert (tuple(tokens.shape), grid) == ((1, 5 + 28 * 28, 768), (28, 28))
+    size = 2 * tokens.numel()
+    comment = path.read_text().partition("base:")[0]
+    for number in (f"{size / 1e6:.2f} MB", f"{16_994 * size / 1e9:.1f} GB", f"{19_994 * size / 1e9:.1f} GB"):
+        assert number in comment
 
 
 def test_encoder_adapters_and_the_head_are_trained() -> None:

@@ -56,7 +56,7 @@ def test_cached_features_equal_live_ones_to_half_precision(
     model = config.model.build().eval()
     pixels, cached = GroundingDataset(config.data.train.build()), training_dataset(config, model, [])
     chosen = [next((n, e) for e in range(40) if cached.source.locate(n, e)[1] == 0) for n in range(15)]  # type: ignore[union-attr]
-    stored = cached.collate([cached.source.load(*each) for each in chosen])  # type: ignore[arg-type]
+    stored = cached.collate([cached.source.load(index, epoch) for index, epoch in chosen])  # type: ignore[arg-type]
     assert isinstance(stored, EncodedBatch)
     live = Collator(model.image_spec, model.text_spec)([pixels[index] for index in range(15)])
     with torch.no_grad():

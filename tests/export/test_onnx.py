@@ -18,6 +18,7 @@ import vg
 from tests.cache.feature_data import cached_config, write_encoders, write_expressions
 from tests.conftest import TINY
 from tests.models.grounding_dino.tiny import tiny_model
+from tests.models.rec.test_encoders import vision
 from vg.checkpoint import write_model
 from vg.cli import main
 from vg.config import parse_config
@@ -38,6 +39,7 @@ from vg.inference.result import Boxes  # noqa: E402
 from vg.inference.torch_backend import TorchBackend  # noqa: E402
 
 SHORT = {"encoder_layers": 1, "decoder_layers": 1}  # tracing takes seconds per layer
+SHAPES = {split: {"name": "shapes", "split": split, "image_size": 64, "size": 2} for split in ("train", "eval")}
 PHRASES = ("hot dog", "dog", "the small red circle", "a cat", "dog")
 
 
@@ -233,6 +235,23 @@ def test_int8_of_a_run_with_cached_features(tmp_path: Path, capsys: pytest.Captu
 
 def operators_of_all_domains(file: Path) -> collections.Counter[str]:
     return collections.Counter(node.op_type for node in onnx.load(file).graph.node)
+
+
+@pytest.mark.parametrize("model_type", ["dinov3_vit", "dinov3_convnext", "swin"])
+def test_layers_and_their_projection(model_type: str, tmp_path: Path) -> None:
+    encoder = {"architecture": vision(model_type), "layers": [1, 2], "mixed_width": 24}
+    model = parse_config({"model": TINY | {"vision": encoder}, "data": SHAPES}).model.build().eval()
+    write_onnx(model, tmp_path / "model.onnx")
+    assert_equal(model, tmp_path / "model.onnx", [PHRASES])
+
+
+def test_images_that_keep_their_aspect_ratio_are_refused(tmp_path: Path) -> None:
+    config = parse_config({"model": TINY | {"keep_aspect": True}, "data": SHAPES})
+    write_model(tmp_path, config.model.build(), config)
+    for name in ("model.onnx", "model.pt2"):
+        with pytest.raises(SystemExit, match=r"model\.keep_aspect=true cannot be exported yet"):
+            main(["export", str(tmp_path), str(tmp_path / name)])
+        assert not (tmp_path / name).exists()
 
 
 def test_a_difference_is_an_error_and_leaves_no_file(

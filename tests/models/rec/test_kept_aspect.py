@@ -137,7 +137,7 @@ def test_every_encoder(model_type: str, layers: list[int] | None) -> None:
 
 @pytest.mark.parametrize("model_type", ["clip_vision_model", "dinov2", "siglip_vision_model", "vit"])
 def test_learned_positions_are_interpolated_along_the_right_axis(model_type: str) -> None:
-    """With positions that depend on the row only, an encoder does not tell columns apart."""
+    """With positions that depend on the row only, the tokens of a row are equal."""
     torch.manual_seed(0)
     encoder = VisionEncoder(VisionEncoderConfig(architecture=vision(model_type)), pretrained=False)
     name = next(name for name, _ in encoder.named_parameters() if "position_embedding" in name)
@@ -150,6 +150,37 @@ def test_learned_positions_are_interpolated_along_the_right_axis(model_type: str
     cells = tokens[0, -24:].unflatten(0, grid)
     torch.testing.assert_close(cells, cells[:, :1].expand_as(cells), rtol=0, atol=2e-5)
     assert (cells[0, 0] - cells[1, 0]).abs().max() > 1e-2
+
+
+VIT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+FULL_SIZE = {  # architecture, parameters, (stride of the last layer, of the first selected one)
+    "dinov3_vit": (VIT | {"num_register_tokens": 4}, 85_660_416, (16, 16)),
+    "dinov3_convnext": ({"hidden_sizes": [128, 256, 512, 1024], "depths": [3, 3, 27, 3]}, 87_566_464, (32, 8)),
+    "dinov2": (VIT | {"patch_size": 14, "image_size": 518}, 86_580_480, (14, 14)),
+    "clip_vision_model": (VIT | {"patch_size": 16}, 85_799_424, (16, 16)),
+    "siglip_vision_model": (VIT | {"patch_size": 16, "image_size": 224}, 92_884_224, (16, 16)),
+    "vit": (VIT, 86_389_248, (16, 16)),
+    "swin": ({"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}, 86_743_224, (32, 8)),
+}
+
+
+@pytest.mark.parametrize("model_type", FULL_SIZE)
+def test_full_size_encoders_at_high_resolution(model_type: str) -> None:
+    """Base models as published, without values: parameters, and tokens of images that are not square."""
+    architecture, parameters, (stride, finest) = FULL_SIZE[model_type]
+    layers = [2, 3, 4] if "depths" in architecture else [3, 6, 9, 12]
+    config = VisionEncoderConfig(architecture=architecture | {"model_type": model_type}, layers=layers)
+    with torch.device("meta"), torch.no_grad():
+        encoder = VisionEncoder(config, pretrained=False)
+        assert sum(p.numel() for p in encoder.parameters()) == parameters
+        for side in (448, 512, 672):
+            height, width = KeptAspectImage(side, stride).resized(640, 480)
+            assert height > width
+            tokens, grid = encoder(torch.zeros(2, 3, height, width))
+            assert grid == (height // finest, width // finest)
+            prefix = {"dinov3_vit": 5, "swin": 0, "siglip_vision_model": 0}.get(model_type, 1)
+            assert tokens.shape == (2, prefix + grid[0] * grid[1], encoder.width)
+    assert encoder.width == (256 + 512 + 1024 if stride == 32 else 4 * 768)
 
 
 def outputs(model: RecModel, samples: Sequence[Sample]) -> tuple[Any, list[Any], dict[str, Tensor]]:
