@@ -17,6 +17,7 @@ from tests.models.rec.test_encoders import vision
 from vg.data.collate import Collator
 from vg.errors import ConfigError
 from vg.export.networks import networks
+from vg.inference.torch_backend import TorchBackend
 from vg.models.encoders import VISION_TYPES
 from vg.models.layers import padded_centers, token_centers
 from vg.models.rec import heads
@@ -307,3 +308,15 @@ def test_an_image_must_have_a_token() -> None:
 def test_it_is_not_exported() -> None:
     with pytest.raises(ConfigError, match=r"model\.keep_aspect=true cannot be exported yet"):
         networks(build("dense"))
+
+
+@all_heads
+def test_images_of_several_shapes_are_predicted_in_one_pass(head: str) -> None:
+    backend = TorchBackend(build(head), "cpu")
+    images = [sample.image for sample in some_samples()]
+    together = backend.predict(backend.prepare(images, [("left", "top")] * len(images)))
+    for image, found in zip(images, together, strict=True):
+        (expected,) = backend.predict(backend.prepare([image], [("left", "top")]))
+        assert found.phrase_ids.tolist() == expected.phrase_ids.tolist()
+        np.testing.assert_allclose(found.boxes, expected.boxes, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
