@@ -284,7 +284,8 @@ class Build:
                 ids[sample], types[sample] = record["ids"][n], record["kinds"][n]
         shards = range(len(self.folder.text_shards(len(expressions))))
         checksums = [value for shard in shards for value in read_records(self.folder.text_records(shard))["checksums"]]
-        grids = [[view.get("grid", self.grid) for view in record["views"]] for record in records]
+        views = [record["views"] for record in records]
+        grids = {} if self.one_shape else {"grids": np.array([[view["grid"] for view in image] for image in views])}
         strings = {"ids": ids, "kinds": types, "expressions": list(expressions)}
         return {
             "pictures": images,  # [samples]
@@ -294,7 +295,7 @@ class Build:
             "bad": bad,  # [samples]
             "ends": np.cumsum(self._num_tokens(expressions)),  # [E]
             "grid": np.array(self.grid),
-            **({} if self.one_shape else {"grids": np.array(grids)}),  # [images, V, 2]
+            **grids,  # [images, V, 2]
             "files": np.array([record.get("file", NO_FILE) for record in records], np.int64),  # [images, 3]
             "picture_checksums": np.array([record.get("checksums", [UNKNOWN] * num_views) for record in records]),
             "word_checksums": np.array(checksums, np.int64),  # [E]

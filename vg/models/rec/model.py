@@ -121,7 +121,8 @@ class VisionEncoder(Encoder):
         if hasattr(config, "depths"):
             stages = output.reshaped_hidden_states if config.model_type == "swin" else output.hidden_states
             return self._joined_stages(stages, features, grid)
-        norm = getattr(self.network, FINAL_NORMS.get(config.model_type, ""), nn.Identity())
+        name = FINAL_NORMS.get(config.model_type)
+        norm = nn.Identity() if name is None else self.network.get_submodule(name)
         levels = [features if layer == self.num_layers else norm(output.hidden_states[layer]) for layer in self.layers]
         return torch.cat(levels, dim=-1), grid
 
