@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,31 @@ def test_an_epoch_uses_a_limited_number_of_objects(config, monkeypatch):
     assert used[0] == used[2]
 
 
+def test_every_epoch_has_all_categories(config, monkeypatch):
+    source = config.build()
+    categories = {crop.category for crop in source._crops}
+    monkeypatch.setattr("vg.data.synthetic.collage.MAX_CROPS", len(categories))
+    for epoch in range(20):
+        crops, _ = source._used(epoch)
+        assert crops.keys() == categories
+
+
+def test_objects_that_no_expression_describes_are_an_error(config):
+    source = replace(config, kinds=("relation",)).build()
+    (crop, *_) = source._crops
+    source._crops = [crop]
+    with pytest.raises(DataError, match="none of 1000 scenes can be described by an expression of the type 'relation'"):
+        source.load(0, 0)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        ({"segmentation": [[20, 20, 80, 20, 80, 21, 20, 21]], "area": 3600}, "smaller than 1024 pixels"),
+        (
+            {"segmentation": [[500, 500, 560, 500, 560, 560]], "area": 3600},
+            "smaller than 1024 pixels",
+        ),
         ({"iscrowd": 1}, "crowd regions"),
         ({"segmentation": []}, "without segmentation"),
         ({"bbox": [20, 20, 30, 30], "area": 900}, "smaller than 1024 pixels"),

@@ -82,19 +82,14 @@ def test_every_expression_refers_to_its_target_only(described, size):
         assert read(expression.text, scene) == (expression_type, [expression.target]), (expression, scene)
 
 
-def test_expressions_are_varied_and_every_word_is_a_token_of_the_small_vocabulary(described):
+def test_expressions_are_varied_and_no_word_is_unknown_to_the_small_vocabulary(described):
     words = Counter(word for _, _, expression in described for word in expression.text.split())
     assert set(words) == {*VOCABULARY, *GLYPH_COLORS, "digit", "number", "letter", *DIGITS, *LETTERS}
     assert min(words.values()) > 20
     tokens = read_tokenizer(str(SMALL_VOCABULARY)).tokenize(" ".join(words))
-    assert tokens == [word.lower() for word in words]
+    assert "[UNK]" not in tokens
+    assert "".join(token.removeprefix("##") for token in tokens) == "".join(words).lower()
     assert not any(re.search(r"(?<!letter )\bA\b", expression.text) for *_, expression in described), "an article"
-
-
-def test_the_small_vocabulary_fits_the_recipes_and_keeps_its_ids():
-    words = SMALL_VOCABULARY.read_text().split("\n")[:-1]
-    assert len(words) == len(set(words)) <= 400
-    assert [words.index(word) for word in ("above", "zebra", "digit")] == [90, 379, 380]
 
 
 @pytest.mark.parametrize("size", [STYLES["plain"].min_side, 128])

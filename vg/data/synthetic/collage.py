@@ -158,8 +158,12 @@ class Collage(World[Pasted, Background]):
         """Return the objects by category, and the backgrounds, that an epoch uses."""
         if self._pool[0] != epoch:
             rng = np.random.default_rng([self.settings.seed, len(SPLITS), epoch])
+            order = some(rng, self._crops)
+            # One of each category first: one may have nearly all objects, but expressions need several categories.
+            first = {crop.category: crop for crop in reversed(order)}
+            chosen = [*first.values(), *(crop for crop in order if crop is not first[crop.category])][:MAX_CROPS]
             crops: dict[str, list[Crop]] = {}
-            for crop in some(rng, self._crops, MAX_CROPS):
+            for crop in chosen:
                 crops.setdefault(crop.category, []).append(crop)
             self._pool = epoch, crops, some(rng, self._regions, MAX_REGIONS)
         return self._pool[1:]

@@ -125,6 +125,8 @@ def _crops(annotations: Annotations, own: list[int], file: File, where: str) -> 
             yield "with other objects in their mask", None
         elif _num_pieces(encoded[index], annotations.segmentations[index]) != 1:
             yield "in several pieces", None
+        elif reason := _reason_of_mask(encoded[index]):
+            yield reason, None
         else:
             left, top, width, height = map(int, masks.toBbox(encoded[index]))
             category = annotations.names[annotations.labels[index]]
@@ -135,17 +137,29 @@ def _crops(annotations: Annotations, own: list[int], file: File, where: str) -> 
 def _reason(annotations: Annotations, index: int, size: tuple[int, int]) -> str:
     """Return why an object cannot be cut out, as far as its box shows."""
     left, top, right, bottom = annotations.xyxy[index].tolist()
-    sides = sorted((right - left, bottom - top))
     if annotations.crowd[index]:
         return "crowd regions"
     if not annotations.segmentations[index]:
         return "without segmentation"
-    if annotations.areas is not None and min(sides[0] * sides[1], annotations.areas[index]) < MIN_AREA:
-        return f"smaller than {MIN_AREA} pixels"
-    if sides[1] > MAX_ASPECT * sides[0]:
-        return "elongated"
+    area = (right - left) * (bottom - top)
+    if annotations.areas is not None:
+        area = min(area, annotations.areas[index])
+    if reason := _reason_of_size(right - left, bottom - top, area):
+        return reason
     at_border = min(left, top, size[1] - right, size[0] - bottom) < MIN_MARGIN
     return "at the image border" if at_border else ""
+
+
+def _reason_of_size(width: float, height: float, area: float) -> str:
+    if area < MIN_AREA:
+        return f"smaller than {MIN_AREA} pixels"
+    return "elongated" if max(width, height) > MAX_ASPECT * min(width, height) else ""
+
+
+def _reason_of_mask(mask: dict[str, Any]) -> str:
+    """Return why an object cannot be cut out, whatever its annotated box is: the mask may be smaller, or empty."""
+    width, height = masks.toBbox(mask)[2:].tolist()
+    return _reason_of_size(width, height, float(masks.area(mask)))
 
 
 def _encode(annotations: Annotations, index: int, size: tuple[int, int], where: str) -> dict[str, Any]:

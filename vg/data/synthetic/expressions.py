@@ -15,6 +15,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from vg.data.synthetic.layout import GENERIC_NOUN, Noun, Object, Scene, pick, some
+from vg.errors import DataError
 
 ExpressionType = Literal["attribute", "superlative", "relation", "ordinal", "chain"]
 AnyScene: TypeAlias = Scene[Object, Any]
@@ -42,6 +43,7 @@ POSITION_LEAD = 0.10  # "leftmost": minimum distance to the runner-up, as a frac
 SIZE_LEAD = math.log(1.25)  # "largest": at least 1.25 times the runner-up (per side)
 RELATION_LEAD = 0.12  # "left of": minimum distance of the target from the anchor on that side ...
 RELATION_REFUSAL = 0.04  # ... and of all other candidates on the opposite side, as fractions of the image side
+MAX_SCENES = 1000  # that are sampled for one expression
 NEAR_RATIO = 1.75  # "closest to": the runner-up is at least this many times further away
 
 
@@ -103,11 +105,19 @@ def unique_phrases(item: Object, scene: AnyScene[Object]) -> list[Phrase]:
 def described_scene(
     rng: np.random.Generator, expression_type: ExpressionType, sample: Callable[[np.random.Generator], AnyScene[Object]]
 ) -> tuple[AnyScene[Object], Expression[Object]]:
-    """Sample a scene and an expression of this type; scenes without one are rejected."""
-    while True:
+    """Sample a scene and an expression of this type; scenes without one are rejected.
+
+    Raises:
+        DataError: MAX_SCENES in a row have none.
+    """
+    for _ in range(MAX_SCENES):
         scene = sample(rng)
         if expression := DESCRIBE[expression_type](rng, scene):
             return scene, expression
+    raise DataError(
+        f"none of {MAX_SCENES} scenes can be described by an expression of the type {expression_type!r}: leave it out "
+        "of `kinds`, or use objects of more categories"
+    )
 
 
 def by_attribute(rng: np.random.Generator, scene: AnyScene[Object]) -> Expression[Object] | None:
