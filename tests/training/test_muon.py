@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from vg.errors import ConfigError
+from vg.training.lora import LoraConfig
 from vg.training.muon import MuonWithAdamW, matrices
 from vg.training.optim import GroupConfig, OptimConfig, build_optimizer, build_schedule
 
@@ -74,6 +77,19 @@ def test_it_equals_two_optimizers() -> None:
 
 def _bias(layer: nn.Linear) -> Tensor:
     return layer.bias
+
+
+def test_models_of_matrices_only_and_without_any() -> None:
+    layer = nn.Linear(32, 32, bias=False)
+    optimizer = build_optimizer(layer, OptimConfig(algorithm="muon"))
+    before = layer.weight.detach().clone()
+    layer(torch.ones(1, 32)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)
+    with pytest.raises(ConfigError, match=r"optim\.algorithm=muon: no matrix is trained, set optim\.algorithm=adamw"):
+        build_optimizer(nn.Linear(32, 4), OptimConfig(algorithm="muon"))
+    with pytest.raises(ValueError, match="lora trains matrices of low rank"):
+        OptimConfig(algorithm="muon", lora=LoraConfig(targets=["text"]))
 
 
 def test_a_restored_state_continues_exactly() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon
 
-MIN_SIDE = 16  # rows and columns; smaller matrices are outputs, such as scores and boxes, or low-rank adapters
+MIN_SIDE = 16  # rows and columns; smaller matrices are outputs, such as scores and boxes
 
 
 def matrices(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -37,19 +37,21 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self, matrices: Sequence[dict[str, Any]], remaining: Sequence[dict[str, Any]], betas: tuple[float, float]
     ):
         self.muon = Muon(matrices, adjust_lr_fn="match_rms_adamw")
-        self.adamw = AdamW(remaining, betas=betas, fused=True)
-        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+        self.adamw = AdamW(remaining, betas=betas, fused=True) if remaining else None
+        super().__init__([*self.muon.param_groups, *(self.adamw.param_groups if self.adamw else [])], {})
         self._share()
 
     def _share(self) -> None:
         split = len(self.muon.param_groups)
-        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:split], self.param_groups[split:]
-        self.muon.state = self.adamw.state = self.state
+        self.muon.param_groups, self.muon.state = self.param_groups[:split], self.state
+        if self.adamw:
+            self.adamw.param_groups, self.adamw.state = self.param_groups[split:], self.state
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         self.muon.step()
-        self.adamw.step()
+        if self.adamw:
+            self.adamw.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)  # makes new groups and a new state

@@ -66,6 +66,8 @@ class OptimConfig(Settings):
     """Module name -> its overrides, for example `vision: {lr: 1e-5}`; the longest matching name applies."""
 
     def __post_init__(self) -> None:
+        if self.lora and self.algorithm == "muon":
+            raise ValueError("lora trains matrices of low rank, which muon is not meant for: use algorithm: adamw")
         if (self.schedule == "step") != bool(self.milestones):
             raise ValueError(
                 "milestones, such as [11] of 12 epochs, are required by schedule: step and allowed by no other"
@@ -152,7 +154,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig, factor: float = 1.0) 
         ]
         for muon in (True, False)
     )
-    if of_muon:
+    if config.algorithm == "muon":
+        if not of_muon:
+            raise ConfigError("optim.algorithm=muon: no matrix is trained, set optim.algorithm=adamw")
         return MuonWithAdamW(of_muon, of_adamw, config.betas)
     return torch.optim.AdamW(of_adamw, lr=config.lr * factor, betas=config.betas, fused=True)
 

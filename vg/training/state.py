@@ -85,7 +85,7 @@ class TrainingState:
         except ValueError as error:
             path = folder / checkpoint.TRAINING
             raise CheckpointError(
-                f"{path} does not match the configuration (model, optim.lora, optim.groups): {error}"
+                f"{path} does not match the configuration (model, optim.algorithm, optim.lora, optim.groups): {error}"
             ) from error
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
