@@ -57,6 +57,7 @@ class CudaGraphs:
             self.graphs[key] = (static, *self.record(lambda: self.network(static)))
         except Exception as error:
             self.record = None
+            torch.clear_autocast_cache()  # of casts that were recorded, but never computed
             warnings.warn(f"cuda_graphs: the network cannot be recorded and runs without: {error}", stacklevel=2)
             return False
         del self.calls[key]
