@@ -32,7 +32,7 @@ def reuse_freed_memory() -> bool:
 
     glibc returns each large tensor to the system when it is freed, and every page of the next one is a page fault: up
     to millions in a training step. Instead, freed memory stays in the heap, in pages of 2 MiB where the system has them
-    (`scripts/benchmarks/page_faults.py` measures both). Variables MALLOC_* and THP_MEM_ALLOC_ENABLE of the environment
+    (`scripts/benchmarks/cpu_settings.py` measures both). Variables MALLOC_* and THP_MEM_ALLOC_ENABLE of the environment
     take precedence.
 
     Returns:
@@ -51,8 +51,8 @@ def use_fast_products() -> bool:
     MKL, the default of torch, has its fastest kernels for CPUs of Intel; oneDNN needs less than half of the time on
     others (`scripts/benchmarks/cpu_settings.py` measures both). torch has it under a setting that also permits products
     of bfloat16, which oneDNN uses where a CPU has matrix units (AMX): a product computed here shows that precision is
-    kept. Attention is then computed by products of whole matrices, because the blocks of torch's attention kernel are
-    too small for oneDNN.
+    kept. vg.models.layers.attention_kernel avoids products that are too small for oneDNN. While oneDNN is used,
+    torch.get_float32_matmul_precision raises an error.
 
     Returns:
         Whether oneDNN is used.
@@ -69,7 +69,6 @@ def use_fast_products() -> bool:
     if not torch.allclose((a @ a).double(), a.double() @ a.double(), rtol=0, atol=1e-2):  # bfloat16: 0.3
         setting.fp32_precision = before
         return False
-    torch.backends.cuda.enable_flash_sdp(False)  # the switch of this kernel on a CPU, too
     return True
 
 

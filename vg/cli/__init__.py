@@ -87,9 +87,9 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     if options.verb in TRAINING:
         reuse_freed_memory()
-    if options.verb in COMPUTING and not str(getattr(options, "checkpoint", "")).endswith(".onnx"):  # it needs no torch
-        use_fast_products()
     try:
+        if options.verb in COMPUTING and not str(getattr(options, "checkpoint", "")).endswith(".onnx"):  # without torch
+            use_fast_products()
         VERBS[options.verb].run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:

@@ -46,7 +46,7 @@ def print_memory(config: RunConfig) -> None:
         print(f"{height:>4} x {width:4}" + "".join(f"{step / GIB:12.2f} GiB" for step in steps), flush=True)
     device, usable = available_memory()
     print(
-        f"of these, weights are {estimate.weights / GIB:.2f} GiB and the moments of AdamW "
+        f"of these, weights are {estimate.weights / GIB:.2f} GiB and the state of the optimizer "
         f"{estimate.moments / GIB:.2f} GiB; "
         "the rest are gradients, activations and temporary tensors.\n"
         f"The allocator adds up to a third on a CPU. {usable / GIB:.1f} GiB are usable on this machine ({device})."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from transformers import (
 
 from vg.errors import ConfigError
 from vg.hub import loading
+from vg.models.layers import attention_kernel
 from vg.models.settings import EncoderConfig, TextEncoderConfig
 
 VISION_TYPES = (
@@ -157,7 +158,8 @@ class Encoder(nn.Module):
 
     def outputs(self, **inputs: Any) -> Any:
         """Return all outputs for keyword arguments of the network."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        kernel = attention_kernel(inputs["input_ids"]) if "input_ids" in inputs else nullcontext()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), kernel:
             return self.network(**inputs)
 
 
