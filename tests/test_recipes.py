@@ -232,7 +232,7 @@ def test_rec_recipes() -> None:
         "refcoco_dense_672": 672,
         "refcoco_dense_vitl": 448,
         "refcoco_joint": 448,
-        "crowded_scenes": 64,
+        "crowded_scenes": 96,
         "glyphs": 64,
         "collage": 128,
     }

@@ -92,9 +92,7 @@ def main() -> None:
             process.stdin.write("\n")
             process.stdin.flush()
             if not (line := process.stdout.readline()):
-                sys.exit(
-                    f"the process of {row!r} has ended, probably for lack of memory: use --only for fewer rows"
-                )
+                sys.exit(f"the process of {row!r} has ended, probably for lack of memory: use --only for fewer rows")
             seconds, system, faults, peak = line.split()
             steps[row].append(Step(float(seconds), float(system), int(faults), float(peak)))
     for process in processes.values():
