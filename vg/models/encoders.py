@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,7 +28,6 @@ from transformers import (
 
 from vg.errors import ConfigError
 from vg.hub import loading
-from vg.models.layers import attention_kernel
 from vg.models.settings import EncoderConfig, TextEncoderConfig
 
 VISION_TYPES = (
@@ -158,8 +157,7 @@ class Encoder(nn.Module):
 
     def outputs(self, **inputs: Any) -> Any:
         """Return all outputs for keyword arguments of the network."""
-        kernel = attention_kernel(inputs["input_ids"]) if "input_ids" in inputs else nullcontext()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), kernel:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.network(**inputs)
 
 

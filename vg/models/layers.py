@@ -16,13 +16,12 @@ SHORT = 512  # tokens
 
 
 def attention_kernel(tokens: Tensor) -> AbstractContextManager[None]:
-    """Within the context, attention over tokens [..., S, D], or token ids [..., S], has the fastest kernel.
+    """Within the context, attention over tokens [..., S, D] has the fastest kernel.
 
     That of torch for CPUs multiplies small blocks, for which oneDNN (vg.machine.use_fast_products) takes five times as
     long as for whole matrices; sequences of SHORT tokens and more need it for their memory.
     """
-    length = tokens.shape[-2] if tokens.is_floating_point() else tokens.shape[-1]
-    if torch.compiler.is_compiling() or tokens.device.type != "cpu" or length >= SHORT:
+    if torch.compiler.is_compiling() or tokens.device.type != "cpu" or tokens.shape[-2] >= SHORT:
         return nullcontext()
     by_onednn = torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
     return sdpa_kernel(SDPBackend.MATH) if by_onednn else nullcontext()

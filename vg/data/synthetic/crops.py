@@ -5,13 +5,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as masks
 
 from vg.data.detection.annotations import Annotations
 from vg.data.detection.source import read_annotated_image
@@ -26,6 +25,14 @@ MAX_SHARED = 0.05  # fraction of a mask that other objects may have, too, such a
 MIN_REGION = 96  # side in pixels of an empty region
 MAX_CROPS, MAX_REGIONS = 2000, 200  # of one epoch, so that they fit in memory
 _CELL = 8  # pixels; empty regions are found on a grid of such cells
+
+
+@cache
+def masks() -> Any:
+    """Return pycocotools.mask; imported late, for machines that lack the packages for data."""
+    from pycocotools import mask
+
+    return mask
 
 
 class File(NamedTuple):
@@ -57,7 +64,7 @@ class Crop(NamedTuple):
     def fill(self) -> float:
         """Return the fraction of the box that the mask covers."""
         left, top, right, bottom = self.box
-        return float(masks.area(self.mask)) / ((right - left) * (bottom - top))
+        return float(masks().area(self.mask)) / ((right - left) * (bottom - top))
 
 
 class Region(NamedTuple):
@@ -121,14 +128,14 @@ def _crops(annotations: Annotations, own: list[int], file: File, where: str) -> 
             continue
         rest = [mask for other, mask in encoded.items() if other != index]
         # Of pycocotools: the intersection divided by the first area, if the second one is a crowd.
-        if rest and masks.iou([encoded[index]], rest, [1] * len(rest)).max() > MAX_SHARED:
+        if rest and masks().iou([encoded[index]], rest, [1] * len(rest)).max() > MAX_SHARED:
             yield "with other objects in their mask", None
         elif _num_pieces(encoded[index], annotations.segmentations[index]) != 1:
             yield "in several pieces", None
         elif reason := _reason_of_mask(encoded[index]):
             yield reason, None
         else:
-            left, top, width, height = map(int, masks.toBbox(encoded[index]))
+            left, top, width, height = map(int, masks().toBbox(encoded[index]))
             category = annotations.names[annotations.labels[index]]
             box = (left, top, left + width, top + height)
             yield "", Crop(annotations.locate(index), category, file, box, encoded[index]["counts"])
@@ -158,8 +165,8 @@ def _reason_of_size(width: float, height: float, area: float) -> str:
 
 def _reason_of_mask(mask: dict[str, Any]) -> str:
     """Return why an object cannot be cut out, whatever its annotated box is: the mask may be smaller, or empty."""
-    width, height = masks.toBbox(mask)[2:].tolist()
-    return _reason_of_size(width, height, float(masks.area(mask)))
+    width, height = masks().toBbox(mask)[2:].tolist()
+    return _reason_of_size(width, height, float(masks().area(mask)))
 
 
 def _encode(annotations: Annotations, index: int, size: tuple[int, int], where: str) -> dict[str, Any]:
@@ -167,14 +174,14 @@ def _encode(annotations: Annotations, index: int, size: tuple[int, int], where: 
     segmentation = annotations.segmentations[index]
     try:
         if isinstance(segmentation, list):
-            return masks.merge(masks.frPyObjects(segmentation, *size))
+            return masks().merge(masks().frPyObjects(segmentation, *size))
         if tuple(segmentation["size"]) != size:
             raise ValueError(f"its size is {segmentation['size']}, that of the image is {list(size)}")
         if isinstance(segmentation["counts"], list):
-            encoding: dict[str, Any] = masks.frPyObjects(segmentation, *size)
+            encoding: dict[str, Any] = masks().frPyObjects(segmentation, *size)
         else:
             encoding = {"size": size, "counts": segmentation["counts"].encode()}
-        masks.decode(encoding)  # raises an error if it is damaged
+        masks().decode(encoding)  # raises an error if it is damaged
         return encoding
     except Exception as error:  # pycocotools raises this class itself
         raise DataError(
@@ -188,7 +195,7 @@ def _num_pieces(mask: dict[str, Any], segmentation: Any) -> int:
         return len(segmentation)  # annotators draw one polygon for each piece
     from scipy import ndimage  # late: most annotations are polygons
 
-    return int(ndimage.label(masks.decode(mask))[1])
+    return int(ndimage.label(masks().decode(mask))[1])
 
 
 def _largest_empty_square(boxes: np.ndarray, height: int, width: int) -> Box | None:
@@ -233,7 +240,7 @@ def read_crop(crop: Crop, scale: float) -> Image.Image:
     """
     left, top, right, bottom = crop.box
     image = crop.file.read(crop.box)
-    image.putalpha(Image.fromarray(masks.decode(crop.mask)[top:bottom, left:right] * np.uint8(255)))
+    image.putalpha(Image.fromarray(masks().decode(crop.mask)[top:bottom, left:right] * np.uint8(255)))
     factor = min(1.0, scale / (image.width * image.height) ** 0.5)
     return image.resize(
         (max(1, round(image.width * factor)), max(1, round(image.height * factor))), Image.Resampling.BILINEAR
