@@ -39,7 +39,10 @@ from vg.inference.result import Boxes  # noqa: E402
 from vg.inference.torch_backend import TorchBackend  # noqa: E402
 
 SHORT = {"encoder_layers": 1, "decoder_layers": 1}  # tracing takes seconds per layer
-SHAPES = {split: {"name": "shapes", "split": split, "image_size": 64, "size": 2} for split in ("train", "eval")}
+SHAPES = {
+    part: {"name": "shapes", "split": split, "image_size": 64, "size": 2}
+    for part, split in (("train", "train"), ("eval", "val"))
+}
 PHRASES = ("hot dog", "dog", "the small red circle", "a cat", "dog")
 
 

@@ -139,7 +139,8 @@ def test_resuming_with_adapters_equals_an_uninterrupted_run(tiny_config: MakeCon
     assert_same_runs(*runs)
     config.optim.lora = None
     with pytest.raises(
-        CheckpointError, match=r"(?s)training\.pt does not match the configuration \(model, optim\.algorithm, optim\.lora"
+        CheckpointError,
+        match=r"(?s)training\.pt does not match the configuration \(model, optim\.algorithm, optim\.lora",
     ):
         Trainer(config, resume=True)
 
