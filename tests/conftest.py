@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,10 +32,12 @@ HEAD = TINY["head"] | {"dropout": 0.1}
 NO_DROPOUT = {"text": TINY["text"], "head": TINY["head"]}
 
 
-@pytest.fixture(autouse=True)
-def products_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")  # before fixtures of the session, which run verbs
+def products_of_torch() -> Iterator[None]:
     """Keep the arithmetic of this process, which results of one test and another share: verbs would change it."""
-    monkeypatch.setattr("vg.cli.use_fast_products", lambda: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vg.cli.use_fast_products", lambda: False)
+        yield
 
 
 @pytest.fixture

@@ -48,11 +48,11 @@ def reuse_freed_memory() -> bool:
 def use_fast_products() -> bool:
     """Compute float32 matrix products on CPUs of AMD with oneDNN instead of MKL; for programs without a GPU.
 
-    MKL, the default of torch, has its fastest kernels for CPUs of Intel; oneDNN needs less than half of the time on
-    others (`scripts/benchmarks/cpu_settings.py` measures both). torch has it under a setting that also permits products
-    of bfloat16, which oneDNN uses where a CPU has matrix units (AMX): a product computed here shows that precision is
-    kept. vg.models.layers.attention_kernel avoids products that are too small for oneDNN. While oneDNN is used,
-    torch.get_float32_matmul_precision raises an error.
+    MKL, the default of torch, has its fastest kernels for CPUs of Intel; on others oneDNN is faster
+    (`scripts/benchmarks/cpu_settings.py` measures training steps with both). torch has it under a setting that also
+    permits products of bfloat16, which oneDNN uses where a CPU has matrix units (AMX): a product computed here shows
+    that precision is kept. vg.models.layers.attention_kernel avoids products that are too small for oneDNN. While
+    oneDNN is used, torch.get_float32_matmul_precision raises an error.
 
     Returns:
         Whether oneDNN is used.

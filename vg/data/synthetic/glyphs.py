@@ -10,7 +10,19 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vg.data.synthetic.layout import GENERIC_NOUN, Box, Grid, Noun, Scene, SceneObject, Style, laid_out, pick, some
+from vg.data.synthetic.layout import (
+    GENERIC_NOUN,
+    Box,
+    Grid,
+    Noun,
+    Scene,
+    SceneObject,
+    Style,
+    laid_out,
+    pick,
+    smooth_background,
+    some,
+)
 from vg.data.synthetic.scenes import COLORS
 from vg.data.synthetic.world import World, WorldConfig
 from vg.errors import DataError
@@ -107,8 +119,7 @@ def random_scene(rng: np.random.Generator, size: int = 128, style: Style = STYLE
 
 def draw(scene: Scene[Glyph, Grid]) -> np.ndarray:
     """Draw a scene with antialiased edges: [H, W, 3] uint8, RGB."""
-    grid = Image.fromarray(np.array(scene.background, dtype=np.uint8))
-    image = grid.resize((scene.size, scene.size), Image.Resampling.BICUBIC).convert("RGB")
+    image = smooth_background(scene)
     for glyph in scene.objects:
         left, top, right, bottom = glyph.box
         image.paste(glyph.paint, (left, top), _scaled_mask(glyph.character, glyph.font, right - left, bottom - top))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+from PIL import Image
 
 _NUM_POSITIONS_TRIED = 40
 
@@ -21,7 +23,7 @@ Background = TypeVar("Background")
 GENERIC_NOUN: Noun = ("thing", "object")  # for phrases that name nothing else
 
 
-class SceneObject:
+class SceneObject(ABC):
     """Base of the objects in a scene: what expressions say about them."""
 
     size: str  # "small", "big", or empty if ambiguous
@@ -29,9 +31,9 @@ class SceneObject:
     box: Box  # tight around the drawn pixels
 
     @property
+    @abstractmethod
     def nouns(self) -> tuple[Noun, ...]:
         """Return all nouns for this object, the most general one first."""
-        raise NotImplementedError
 
     @property
     def center(self) -> tuple[float, float]:
@@ -53,6 +55,12 @@ class Scene(Generic[Object, Background]):
     objects: tuple[Object, ...]
     size: int  # image side in pixels
     background: Background
+
+
+def smooth_background(scene: Scene[Any, Grid]) -> Image.Image:
+    """Return the background of a scene without its objects: RGB, smooth between the gray levels of its grid."""
+    grid = Image.fromarray(np.array(scene.background, dtype=np.uint8))
+    return grid.resize((scene.size, scene.size), Image.Resampling.BICUBIC).convert("RGB")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,19 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vg.data.synthetic.layout import GENERIC_NOUN, Box, Grid, Noun, Scene, SceneObject, Style, laid_out, pick, some
+from vg.data.synthetic.layout import (
+    GENERIC_NOUN,
+    Box,
+    Grid,
+    Noun,
+    Scene,
+    SceneObject,
+    Style,
+    laid_out,
+    pick,
+    smooth_background,
+    some,
+)
 
 COLORS = {
     "red": (215, 35, 40),
@@ -74,8 +86,7 @@ def random_scene(rng: np.random.Generator, size: int = 128, style: Style = STYLE
 
 def draw(scene: Scene[Shape, Grid]) -> np.ndarray:
     """Draw a scene with antialiased edges: [H, W, 3] uint8, RGB."""
-    grid = Image.fromarray(np.array(scene.background, dtype=np.uint8))
-    image = grid.resize((scene.size, scene.size), Image.Resampling.BICUBIC).convert("RGB")
+    image = smooth_background(scene)
     for shape in scene.objects:
         left, top, right, bottom = shape.box
         image.paste(shape.paint, (left, top), _mask(shape.form, right - left, bottom - top))
