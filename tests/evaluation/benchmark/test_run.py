@@ -169,14 +169,17 @@ def test_testa_and_testb_are_pooled(checkpoints: dict[str, Path], tmp_path: Path
 
 @needs_images
 def test_two_processes_give_the_same_metrics(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    options = [*write_tests(tmp_path / "data"), "--batch-size", "3"]
-    alone, _ = benchmark(checkpoints["rec"], tmp_path / "one", *options)
+    options = [*write_tests(tmp_path / "data"), "--batch-size", "3", "--workers", "0"]
     script = Path(__file__).parents[3] / "scripts" / "benchmark_refcoco.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    command += [str(checkpoints["rec"]), *options, "--workers", "0", "--output", str(tmp_path / "two")]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    together = json.loads((tmp_path / "two" / "benchmark.json").read_text())
+
+    def launched(processes: int) -> dict[str, Any]:  # not in this process, whose arithmetic may differ
+        output = tmp_path / str(processes)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += [str(script), str(checkpoints["rec"]), *options, "--output", str(output)]
+        subprocess.run(command, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, check=True, capture_output=True)
+        return json.loads((output / "benchmark.json").read_text())
+
+    alone, together = launched(1), launched(2)
     assert together["device"].startswith("2 x cpu")
     assert together["pooled"] == alone["pooled"]
     for one, two in zip(alone["parts"], together["parts"], strict=True):
