@@ -370,7 +370,7 @@ def test_former_names_within_mixtures_and_caches() -> None:
         datasets = [ShapesConfig(size=3), ShapesConfig()]
         assert config.data.train.datasets == datasets
         assert [dataset.datasets for dataset in config.data.eval_datasets().values()] == [datasets]
-        assert config.data.cache.expressions_per_image == 4
+        assert config.data.expressions_per_image == 4
 
 
 @pytest.mark.parametrize("module", ["vg", "vg.config", "vg.data", "vg.models"])

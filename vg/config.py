@@ -43,6 +43,7 @@ RENAMED = {  # former path of a key (* matches any names) -> its name now: old r
     "data.cache.together": "expressions_per_image",
     "data.*.parts": "datasets",  # of a mixture
 }
+MOVED = ("data.cache.expressions_per_image",)  # keys that belong to the parent now
 
 MOST_PROBLEMS = 50  # in one message
 
@@ -79,12 +80,17 @@ class DataConfig(Settings):
     one_size: bool = False
     """Resize the training images of a batch to one size, that of the median aspect ratio with sides of multiples of 32
     px, instead of padding them: one pass of the backbone, and few sizes in all. Needs `group_by_aspect_ratio`."""
+    expressions_per_image: PositiveInt = 1
+    """Largest number of expressions of one training image that are batched together; it is encoded once for them, and
+    augmented once. The batch size still counts expressions."""
     cache: CacheConfig | None = None
     """null runs the encoders in every step; {folder: cache} reads their features from that folder."""
 
     def __post_init__(self) -> None:
         if self.cache and self.augment != AugmentConfig():
             raise ValueError("augment changes pixels, but a cache holds features; use cache.views instead")
+        if self.expressions_per_image > 1 and self.group_by_aspect_ratio:
+            raise ValueError("a batch is grouped by image (expressions_per_image) or by aspect ratio, not by both")
         if self.one_size and not self.group_by_aspect_ratio:
             raise ValueError("one_size would distort images of different shapes; set group_by_aspect_ratio=true, too")
 
@@ -236,14 +242,18 @@ def _merge(base: Any, values: Any, path: str = "") -> Any:
 
 
 def _renamed(values: Any, path: str = "") -> Any:
-    """Replace former names of keys (RENAMED); a mapping keeps its key, because it may be a dataset of that name."""
+    """Replace former names and places of keys; a mapping keeps its key, because it may be a dataset of that name."""
     if not isinstance(values, Mapping):
         return values
-    renamed = {}
+    renamed: dict[str, Any] = {}
+    moved: dict[str, Any] = {}
     for key, value in values.items():
         names = [name for old, name in RENAMED.items() if fnmatchcase(f"{path}{key}", old)]
-        renamed[names[0] if names and not isinstance(value, Mapping) else key] = _renamed(value, f"{path}{key}.")
-    return renamed
+        new = _renamed(value, f"{path}{key}.")
+        renamed[names[0] if names and not isinstance(value, Mapping) else key] = new
+        if isinstance(new, dict):
+            moved |= {name: new.pop(name) for name in list(new) if f"{path}{key}.{name}" in MOVED}
+    return renamed | moved
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -180,8 +180,7 @@ def _new_target(*values: Any) -> Target:
     """Make a target of its values, with arrays in place of tensors."""
     import torch
 
-    restored: list[Any] = [torch.from_numpy(value) if hasattr(value, "dtype") else value for value in values]
-    return Target(*restored)
+    return Target(*(torch.from_numpy(value) if hasattr(value, "dtype") else value for value in values))  # type: ignore[arg-type]
 
 
 class PromptTargets(NamedTuple):
@@ -234,6 +233,7 @@ class Batch(Movable):
     text: Text
     targets: list[Target]
     prompt_targets: PromptTargets  # the boxes of `targets` by prompt, see vg.data.collate.prompt_targets
+    most: int | None = None  # as in Features
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -71,7 +71,9 @@ def write_data(folder: Path, split: str, num_images: int, num_expressions: int) 
     (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
-def configured(folder: Path, split: str, cache: dict[str, object] | None, options: argparse.Namespace) -> RunConfig:
+def configured(
+    folder: Path, split: str, cache: dict[str, object] | None, options: argparse.Namespace, shared: int = 1
+) -> RunConfig:
     source = {"name": "refcoco", "path": str(folder / "data"), "split": split}
     text = {"id": str(folder / "text"), "tokenizer": str(SMALL_VOCABULARY)}
     return parse_config(
@@ -83,6 +85,7 @@ def configured(folder: Path, split: str, cache: dict[str, object] | None, option
                 "batch_size": options.batch_size,
                 "eval_batch_size": 16,
                 "workers": options.workers,
+                "expressions_per_image": shared,
                 "cache": cache,
             },
         }
@@ -174,9 +177,11 @@ def measure_data(folder: Path, options: argparse.Namespace) -> None:
     for shared in (1, len(EXPRESSIONS)):
         for resident, workers in ((False, 0), (False, 2), (True, 0)):
             options.workers = workers
-            cache = {"folder": str(folder / "cache"), "expressions_per_image": shared, "resident": resident}
+            config = configured(
+                folder, "train", {"folder": str(folder / "cache"), "resident": resident}, options, shared
+            )
             place = "in memory" if resident else f"files, {workers} data workers"
-            running[f"{place}, {shared} of an image together"] = DataPath(configured(folder, "train", cache, options))
+            running[f"{place}, {shared} of an image together"] = DataPath(config)
     for round_index in range(-1, options.rounds):  # the first round warms up
         for data_path in running.values():
             data_path.run_epoch(measured=round_index >= 0)
@@ -217,7 +222,7 @@ def main() -> None:
         configs = {
             "encoders in every step": configured(folder, "train", None, options),
             "cache": configured(folder, "train", cache, options),
-            "cache, expressions share images": configured(folder, "val", cache | {"expressions_per_image": 7}, options),
+            "cache, expressions share images": configured(folder, "val", cache, options, shared=7),
         }
         start = time.perf_counter()
         for config in list(configs.values())[1:]:

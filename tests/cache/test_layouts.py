@@ -89,8 +89,8 @@ def test_training_from_the_cache_equals_that_on_images(folder: Path, settings: d
 @all_settings
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_batches_in_memory_equal_those_of_the_loader(folder: Path, settings: dict[str, Any], precision: str) -> None:
-    cache = {"views": ["plain", "crop"], "expressions_per_image": 3, "precision": precision}
-    config = configured(folder, settings, cache)
+    cache = {"views": ["plain", "crop"], "precision": precision}
+    config = configured(folder, settings, cache, data={"expressions_per_image": 3})
     build_cache(config)
     batches = []
     for is_resident in (False, True):

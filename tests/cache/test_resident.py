@@ -73,7 +73,8 @@ def test_batches_equal_those_of_the_loader(
     folder: Path, expressions_per_image: int, views: list[str], weights: list[float] | None
 ) -> None:
     data: dict[str, Any] = {"train": mixture(folder, weights)} if weights else {}
-    config = cached_config(folder, {"views": views, "expressions_per_image": expressions_per_image}, data=data)
+    data["expressions_per_image"] = expressions_per_image
+    config = cached_config(folder, {"views": views}, data=data)
     build_cache(config)
     batches: list[list[Any]] = [
         [
@@ -125,7 +126,8 @@ def test_bad_samples_are_skipped_as_by_the_loader(folder: Path, caplog: pytest.L
 SETTINGS: dict[str, Any] = {
     "plain": {},
     "shared images, views, accumulated": {
-        "cache": {"views": VIEWS, "expressions_per_image": 3},
+        "data": {"expressions_per_image": 3},
+        "cache": {"views": VIEWS},
         "train": {"accumulate": 2},
         "model": {"head": HEAD},
     },
@@ -143,7 +145,7 @@ def test_twenty_steps_and_a_resumed_run_equal_those_of_the_loader(
         return cached_config(
             folder,
             settings.get("cache", {}) | {"resident": is_resident},
-            data={"workers": workers},
+            data={"workers": workers} | settings.get("data", {}),
             train=train | {"output": str(folder / name), "trackers": [], "log_every": 1},
             model=settings.get("model", {}),
         )
@@ -240,7 +242,7 @@ def test_a_gpu_is_filled_by_half(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_batch_is_made_without_waiting_for_the_device(folder: Path) -> None:
-    config = cached_config(folder, {"expressions_per_image": 3})
+    config = cached_config(folder, {}, data={"expressions_per_image": 3})
     build_cache(config)
     data = training_data(config, True).data
     for name in ("image", "text", "boxes", "phrase_ids"):

@@ -21,8 +21,9 @@ from vg.cache.images import image_indices
 from vg.cache.key import cache_folder
 from vg.cache.source import CachedSource, collate_encoded
 from vg.cache.views import ImageViews
-from vg.config import RunConfig, dump_config, parse_config
+from vg.config import RunConfig, dump_config
 from vg.data.collate import Collator
+from vg.data.detection.coco import CocoConfig
 from vg.data.mirror import mirrored
 from vg.data.samplers import ImageGroupedSampler
 from vg.errors import BadSampleError, CacheError, DataError
@@ -109,7 +110,7 @@ def test_samples_of_an_image_share_a_view_that_varies_with_the_epoch(folder: Pat
 
 
 def test_sharing_images_in_a_batch_does_not_change_the_gradients(folder: Path) -> None:
-    config = cached_config(folder, {"expressions_per_image": 3}, data={"batch_size": 6})
+    config = cached_config(folder, {}, data={"batch_size": 6, "expressions_per_image": 3})
     assert config.data.cache is not None
     build_cache(config)
     model, source = config.model.build(), source_of(config)
@@ -141,7 +142,7 @@ class GroupedByImage:
         return np.array([0, 0, 2, 0, 1, 2, 0, 0, 2, 0, 0, 2])
 
 
-def test_samples_of_an_image_are_grouped() -> None:
+def test_samples_of_an_image_are_grouped(tmp_path: Path) -> None:
     sampler = ImageGroupedSampler(GroupedByImage(), seed=3, group_size=4)
     images = GroupedByImage().image_groups(0)
     orders = []
@@ -154,13 +155,8 @@ def test_samples_of_an_image_are_grouped() -> None:
         assert 3 <= np.count_nonzero(np.diff(shown)) + 1 <= 4  # 7 = 4 + 3, 1, 4; the two may be neighbors
         orders.append(tuple(order))
     assert len(set(orders)) == 6
-    with pytest.raises(DataError, match=r"does not group its samples by image, as data\.cache\.expressions_per_image"):
-        ImageGroupedSampler(cached_config_source(), seed=0, group_size=2)
-
-
-def cached_config_source() -> Any:
-    values = {"model": {"name": "rec"}, "data": {"train": {"name": "shapes"}, "eval": {"name": "shapes"}}}
-    return parse_config(values).data.train.build()
+    with pytest.raises(DataError, match=r"does not group its samples by image, as data\.expressions_per_image"):
+        ImageGroupedSampler(CocoConfig.miniature(tmp_path).build(), seed=0, group_size=2)
 
 
 def test_bad_samples_are_recorded(folder: Path) -> None:
@@ -198,7 +194,7 @@ def test_too_long_an_expression_is_found_before_anything_is_encoded(folder: Path
 def test_a_mixture_reads_a_cache_of_each_dataset(folder: Path) -> None:
     datasets = [{"name": "refcoco", "path": str(folder / "data"), "split": split} for split in ("train", "val")]
     mixture = {"name": "mixture", "datasets": datasets, "weights": [1, 2]}
-    config = cached_config(folder, {"expressions_per_image": 3}, data={"train": mixture})
+    config = cached_config(folder, {}, data={"train": mixture, "expressions_per_image": 3})
     build_cache(config)
     assert len(list((folder / "cache").iterdir())) == 2  # the evaluation reads that of the second dataset
     source = source_of(config)

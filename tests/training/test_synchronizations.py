@@ -148,12 +148,11 @@ def test_expressions(tiny_config: MakeConfig, head: dict[str, Any]) -> None:
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"keep_aspect": True, "image_size": 64}], ids=["stretched", "kept aspect"])
 def test_frozen_encoders(tmp_path: Path, head: dict[str, Any], cached: bool, settings: dict[str, Any]) -> None:
-    """Three expressions of an image are in a batch, and share its features if these are read from a cache."""
+    """Three expressions of an image are in a batch and share it, or its features if these are read from a cache."""
     write_expressions(tmp_path)
     write_encoders(tmp_path)
-    cache = {"expressions_per_image": 3} if cached else None
-    data = {"batch_size": 15 if settings else 6}  # all images: several grids
-    config = cached_config(tmp_path, cache, data=data, model={"head": head} | settings)
+    data = {"batch_size": 15 if settings else 6, "expressions_per_image": 3}  # 15 are all images: several grids
+    config = cached_config(tmp_path, {} if cached else None, data=data, model={"head": head} | settings)
     if cached:
         build_cache(config)
     assert synchronizations_of_a_step(config) == []

@@ -40,7 +40,8 @@ def training_dataset(config: RunConfig, model: GroundingModel, evaluations: Sequ
     warn_of_unknown_phrases(everything, evaluations)
     source = without_overlap(everything, evaluations, data.drop_overlap)
     collate = Collator(model.image_spec, model.text_spec, one_prompt=True, normalize=False, one_size=data.one_size)
-    return GroundingDataset(source, data.augment.build(), seed, data.bad_samples, collate)
+    share_images = data.expressions_per_image > 1
+    return GroundingDataset(source, data.augment.build(), seed, data.bad_samples, collate, share_images)
 
 
 def evaluation_dataset(settings: SourceConfig, data: DataConfig, model: GroundingModel) -> RunDataset:

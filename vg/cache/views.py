@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,12 @@ from vg.cache.images import files_of, identity, image_indices
 from vg.data.augment import AugmentConfig
 from vg.data.collate import Collator
 from vg.data.images import normalization, padded
+from vg.data.shared_images import joined
 from vg.data.source import Source, checked
 from vg.errors import BadSampleError, DataError
 from vg.types import Movable, Sample
+
+_BLACK_PIXEL = Sample("", np.zeros((1, 1, 3), np.uint8), (), np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
 
 Record = dict[str, Any]  # annotations of an image as JSON values: samples, bad, ids, kinds, views; identity of its file
 
@@ -56,9 +59,9 @@ class ImageViews(Dataset[tuple[Record, Tensor]]):
                 if not self.skip:
                     raise
                 bad.append(index)
-        merged = _merged(samples)
+        whole = joined(samples) if samples else _BLACK_PIXEL
         views = [
-            augment(merged, (0, position, image)) if augment and samples else merged
+            augment(whole, (0, position, image)) if augment and samples else whole
             for position, augment in enumerate(self.views)
         ]
         record = {
@@ -110,22 +113,3 @@ class ViewBatch(Movable):
         """Return the images as model input, [images x V, 3, H, W] float32."""
         mean, std = self.normalization
         return self.images.float().sub_(mean).div_(std)
-
-
-def _merged(samples: Sequence[Sample]) -> Sample:
-    """Merge the samples of an image: box n and phrase n are those of sample n; a black pixel without samples."""
-    if not samples:
-        return Sample("", np.zeros((1, 1, 3), np.uint8), (), np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
-    first = samples[0]
-    for other in samples:
-        if other.image.shape != first.image.shape:
-            raise DataError(
-                f"{first.id} and {other.id} have the same image key but sizes {first.image.shape[:2]} and "
-                f"{other.image.shape[:2]}; give their images different file names"
-            )
-    return replace(
-        first,
-        phrases=tuple(sample.phrases[0] for sample in samples),
-        boxes=np.concatenate([sample.boxes for sample in samples]),  # [N, 4]
-        phrase_ids=np.arange(len(samples)),
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import BeforeValidator, Field
 
 from vg.settings import Settings
 
@@ -20,8 +20,6 @@ class CacheConfig(Settings):
     )
     """Versions of each training image, one of which is drawn per epoch: as it is, flipped with "left" and "right"
     swapped in the phrases, cropped without losing a box, or both; all take the same space on disk."""
-    expressions_per_image: PositiveInt = 1
-    """Largest number of expressions of one image that are batched together, so that the head can share its keys."""
     resident: Literal["auto", True, False] = "auto"
     """Keep the features of the training data in the memory of the device and make batches there, without data workers.
     auto: if they take at most half of the free memory of a GPU, or a quarter of the available RAM on a CPU. true: an

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ STRIDE = 32  # pixels per token in the last stage of a backbone
 class PixelBatch(Batch):
     """A batch as it comes from data workers, with images [B, 3, H, W] uint8; `to` a device normalizes them there."""
 
-    normalization: Tensor  # [2, 3, 1, 1] float32, mean and standard deviation of pixels in 0..255
+    normalization: Tensor = field(kw_only=True)  # [2, 3, 1, 1] float32, mean and standard deviation of pixels 0..255
 
     def to(self, device: Any, non_blocking: bool = False) -> Batch:  # type: ignore[override]
         """Return a batch for the model; equal to one normalized on the host, bit for bit on a CPU."""
@@ -36,7 +36,7 @@ class PixelBatch(Batch):
         for image, (height, width) in zip(images, self.sizes, strict=True):
             image[:, height:].zero_()
             image[:, :, width:].zero_()
-        return Batch(images, moved.sizes, moved.text, moved.targets, moved.prompt_targets)
+        return Batch(images, moved.sizes, moved.text, moved.targets, moved.prompt_targets, moved.most)
 
 
 class Collator:
@@ -72,18 +72,19 @@ class Collator:
         text = self.texts(samples)
         targets = [_target(sample, self._kept_boxes(sample, text, i)) for i, sample in enumerate(samples)]
         boxes = prompt_targets(text, targets)
+        most = None
         if isinstance(self.texts, Expressions):  # expressions that refer to one array share its image
             numbers: dict[int, int] = {}
             image_ids = [numbers.setdefault(id(sample.image), len(numbers)) for sample in samples]
-            text = text._replace(image_ids=torch.tensor(image_ids))
+            text, most = text._replace(image_ids=torch.tensor(image_ids)), max(map(image_ids.count, image_ids))
             samples = [samples[image_ids.index(number)] for number in range(len(numbers))]
         if self.normalize:
             images, sizes = self.images(samples)
-            return Batch(images, sizes, text, targets, boxes)
+            return Batch(images, sizes, text, targets, boxes, most)
         sizes = self._sizes(samples)
         pixels, mean_and_std = padded([sample.image for sample in samples], sizes), normalization(self.image_spec)
         return PixelBatch(
-            torch.from_numpy(pixels), sizes, text, targets, boxes, normalization=torch.from_numpy(mean_and_std)
+            torch.from_numpy(pixels), sizes, text, targets, boxes, most, normalization=torch.from_numpy(mean_and_std)
         )
 
     def images(self, samples: Sequence[Sample]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Literal
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from vg.data.augment import Augment
 from vg.data.collate import Collator
 from vg.data.mixture import sources_of
-from vg.data.source import Loaded, Source, checked, phrases_of
+from vg.data.shared_images import joined, separated
+from vg.data.source import Loaded, Source, checked, phrases_of, with_image_groups
 from vg.errors import BadSampleError, DataError
 from vg.types import Batch, EncodedBatch, Sample
 
@@ -85,6 +88,10 @@ class SourceDataset(Dataset[Loaded]):
 class GroundingDataset(SourceDataset[Sample]):
     """Samples of a source after validation and augmentation; further arguments as in SourceDataset.
 
+    Args:
+        share_images: give consecutive samples of one image in a batch the same augmentation and the same array, which
+            the collator passes on once; the source must implement HasImageGroups.
+
     Raises:
         BadSampleError: phrases that the source knows without images (HasPhrases) exceed the token limit of the model.
     """
@@ -96,10 +103,13 @@ class GroundingDataset(SourceDataset[Sample]):
         seed: int = 0,
         bad_samples: BadSamples = "error",
         collate: Collator | None = None,
+        share_images: bool = False,
     ):
         super().__init__(source, collate, bad_samples)
+        self.images = with_image_groups(source) if share_images else None
         self.augment = augment
         self.seed = seed
+        self._groups: tuple[int, np.ndarray] = (-1, np.zeros(0))  # epoch, and an id of the image of each sample
         self.texts = collate and collate.texts
         for part in sources_of(source):
             self._check_lengths(part)
@@ -121,10 +131,39 @@ class GroundingDataset(SourceDataset[Sample]):
         if source is self.source:
             self.bad[list(problems)] = self._unreadable[list(problems)] = True
 
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """Load the samples of a batch; a DataLoader calls this."""
+        if self.images is None:
+            return [self[index] for index in indices]
+        epoch = int(self._epoch)
+        if self._groups[0] != epoch:
+            self._groups = epoch, self.images.image_groups(epoch)
+        samples: list[Sample] = []
+        for _, group in groupby(indices, self._groups[1].__getitem__):
+            samples += self._of_one_image(list(group), epoch)
+        return samples
+
+    def _of_one_image(self, indices: Sequence[int], epoch: int) -> list[Sample]:
+        try:
+            unchanged = [self._unchanged(index, epoch) for index in indices]
+            whole = joined(unchanged)
+            samples = separated(self._augmented(whole), unchanged)
+            if self.skip and self.texts:
+                self.texts(samples)
+        except BadSampleError:
+            if not self.skip:
+                raise
+            return [self[index] for index in indices]  # without the bad ones
+        return samples
+
     def _load(self, index: int, epoch: int) -> Sample:
-        seed = (self.seed, epoch, index)
-        sample = replace(checked(super()._load(index, epoch)), seed=seed)
-        return self.augment(sample, seed) if self.augment else sample
+        return self._augmented(self._unchanged(index, epoch))
+
+    def _unchanged(self, index: int, epoch: int) -> Sample:
+        return replace(checked(super()._load(index, epoch)), seed=(self.seed, epoch, index))
+
+    def _augmented(self, sample: Sample) -> Sample:
+        return self.augment(sample, sample.seed) if self.augment and sample.seed else sample
 
     def _check_text(self, sample: Sample) -> None:
         if self.texts:  # otherwise the collator would raise for the whole batch

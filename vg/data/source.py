@@ -4,7 +4,7 @@ A source implements `provenance`, `__len__` and `load`. Each of the protocols be
 
     protocol          enables                                               without it
     HasImageSizes     data.group_by_aspect_ratio                              error
-    HasImageGroups    data.cache.expressions_per_image above 1              error
+    HasImageGroups    data.expressions_per_image above 1                    error
     HasImageKeys      finding images shared by training and evaluation      overlap is not detected
     HasImageFiles     detecting replaced images under a feature cache       such a cache is used unnoticed
     HasFingerprint    detecting edited annotations under a feature cache    such a cache is used unnoticed
@@ -139,8 +139,7 @@ def with_image_groups(source: Source) -> HasImageGroups:
     """Return the source; raises DataError if it does not implement HasImageGroups."""
     if not isinstance(source, HasImageGroups):
         raise DataError(
-            f"{source.provenance.data} does not group its samples by image, as "
-            "data.cache.expressions_per_image above 1 needs"
+            f"{source.provenance.data} does not group its samples by image, as data.expressions_per_image above 1 needs"
         )
     return source
 

@@ -196,7 +196,7 @@ class EncodableModel(GroundingModel):
         image, grids = self.encode_sizes(batch.images, batch.sizes)
         grid, several = largest_grid(grids)
         text = self.encode_text(batch.text)
-        return Features(image, grid, text, batch.text.mask, batch.text.image_ids, grids=several)
+        return Features(image, grid, text, batch.text.mask, batch.text.image_ids, batch.most, several)
 
     @abstractmethod
     def decode(self, features: Features) -> Any:

@@ -87,6 +87,6 @@ def training_sampler(config: RunConfig, source: Source, num_processes: int = 1) 
     data, seed = config.data, config.train.seed
     if data.group_by_aspect_ratio:
         return AspectRatioGroupedSampler(source, seed, data.batch_size * num_processes)
-    if data.cache and data.cache.expressions_per_image > 1:
-        return ImageGroupedSampler(source, seed, data.cache.expressions_per_image)
+    if data.expressions_per_image > 1:
+        return ImageGroupedSampler(source, seed, data.expressions_per_image)
     return EpochSampler(len(source), seed)

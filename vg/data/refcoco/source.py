@@ -153,6 +153,9 @@ class Refcoco:
         keys = {name: image_key(name, self._image_root) for name in dict.fromkeys(names)}
         return [keys[names[row]] for row in self._indices[:, 0].tolist()]
 
+    def image_groups(self, epoch: int) -> np.ndarray:
+        return np.unique(self.image_keys(), return_inverse=True)[1]
+
     def image_files(self) -> list[Path | None]:
         table, root = self._table, self._image_root
         if root is None or table.images is not None or ("image" in table.columns and not isinstance(table.rows, list)):

@@ -120,6 +120,17 @@ def described_scene(
     )
 
 
+def further_expressions(
+    rng: np.random.Generator, scene: AnyScene[Object], first: Expression[Object], types: Sequence[ExpressionType]
+) -> list[Expression[Object]]:
+    """Return one more expression per type; where the scene has none of that type, one of the next type in `types`."""
+    found = []
+    for index in range(len(types)):
+        candidates = (DESCRIBE[expression_type](rng, scene) for expression_type in (*types[index:], *types[:index]))
+        found.append(next(filter(None, candidates), first))
+    return found
+
+
 def by_attribute(rng: np.random.Generator, scene: AnyScene[Object]) -> Expression[Object] | None:
     """Generate an expression such as "the small red circle"."""
     for item in some(rng, scene.objects):

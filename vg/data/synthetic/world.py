@@ -9,10 +9,11 @@ from typing import Any, Generic, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import PositiveInt
 
 from vg.data.refcoco.rows import samples_of
 from vg.data.source import Provenance, Task
-from vg.data.synthetic.expressions import DESCRIBE, ExpressionType, described_scene
+from vg.data.synthetic.expressions import DESCRIBE, Expression, ExpressionType, described_scene, further_expressions
 from vg.data.synthetic.layout import Background, Object, Scene, Style
 from vg.errors import DataError
 from vg.settings import Settings
@@ -32,6 +33,8 @@ class WorldConfig(Settings):
     seed: int = 0
     scenes: Literal["plain", "crowded"] = "plain"
     """3 to 6 objects, or 8 to 14 smaller ones."""
+    expressions_per_scene: PositiveInt = 1
+    """Expressions of one scene, each a sample of its own."""
     kinds: tuple[ExpressionType, ...] = ("attribute", "superlative", "relation")
     """Expression types, which alternate; also available: "ordinal" (second leftmost star) and "chain" (circle above the
     leftmost star)."""
@@ -62,6 +65,7 @@ class World(ABC, Generic[Object, Background]):
         if not config.kinds or not set(config.kinds) <= set(DESCRIBE):
             raise DataError(f"{name}: kinds {config.kinds} must be chosen from {', '.join(DESCRIBE)}")
         self.settings = config
+        self._last: tuple[tuple[int, int], Image.Image, list[Expression[Object]]] | None = None  # epoch, scene
         crowded = "crowded" if config.scenes == "crowded" else ""
         details = ", ".join(filter(None, (crowded, view, f"seed {config.seed}")))
         self.provenance = Provenance(f"{name} ({details})", config.split, task)
@@ -81,26 +85,42 @@ class World(ABC, Generic[Object, Background]):
         return samples_of(self.row(index, epoch), self.settings.name, self.settings.split)[0]
 
     def row(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        """Draw one scene with one expression for one object, in the columns of `lmms-lab/RefCOCO*` on the Hub.
+        """Draw one scene with an expression for one of its objects, in the columns of `lmms-lab/RefCOCO*` on the Hub.
 
         `bbox` is xywh in pixels; the additional column `kinds` has the type of each expression in `answer`.
         """
-        types, split, seed = self.settings.kinds, self.settings.split, self.settings.seed
+        split, seed = self.settings.split, self.settings.seed
         epoch = self.seed_epoch(epoch)
-        rng = self.rng(index, epoch)
-        scene, expression = described_scene(rng, types[index % len(types)], lambda rng: self.scene(rng, epoch))
+        self._check(index)
+        scene, index_in_scene = divmod(index, self.settings.expressions_per_scene)
+        image, expressions = self._described(scene, epoch)
+        expression = expressions[index_in_scene]
         left, top, right, bottom = map(float, expression.target.box)
         return {
             "question_id": f"{index:06d}",
-            "image": Image.fromarray(self.draw(scene)),
+            "image": image,
             "question": "Which object does the expression name?",
             "answer": [expression.text],
             "bbox": [left, top, right - left, bottom - top],
             "segmentation": [left, top, right, top, right, bottom, left, bottom],
             "iscrowd": 0,
-            "file_name": f"{split}_seed{seed}_epoch{epoch}_{index:06d}.png",
+            "file_name": f"{split}_seed{seed}_epoch{epoch}_{scene:06d}.png",
             "kinds": [expression.type],
         }
+
+    def _described(self, index: int, epoch: int) -> tuple[Image.Image, list[Expression[Object]]]:
+        """Return a drawn scene and its expressions; the last one is kept, because samples of a scene are neighbors."""
+        if self._last is None or self._last[0] != (epoch, index):
+            kinds, number = self.settings.kinds, self.settings.expressions_per_scene
+            types = [kinds[(index + i) % len(kinds)] for i in range(number)]
+            rng = self.rng(index * number, epoch)
+            scene, first = described_scene(rng, types[0], lambda rng: self.scene(rng, epoch))
+            image = Image.fromarray(self.draw(scene))
+            self._last = (epoch, index), image, [first, *further_expressions(rng, scene, first, types[1:])]
+        return self._last[1:]
+
+    def image_groups(self, epoch: int) -> np.ndarray:
+        return np.arange(len(self)) // self.settings.expressions_per_scene
 
     def seed_epoch(self, epoch: int) -> int:
         """Return the epoch that scenes depend on, which is always 0 except in training."""
@@ -108,7 +128,11 @@ class World(ABC, Generic[Object, Background]):
 
     def rng(self, index: int, epoch: int) -> np.random.Generator:
         """Return the random numbers of one sample; raises IndexError if there is no such sample."""
-        name, split = self.settings.name, self.settings.split
+        self._check(index)
+        split = list(SPLITS).index(self.settings.split)
+        return np.random.default_rng([self.settings.seed, split, self.seed_epoch(epoch), index])
+
+    def _check(self, index: int) -> None:
         if not 0 <= index < len(self):
+            name, split = self.settings.name, self.settings.split
             raise IndexError(f"{name} {split} has {len(self)} samples, there is no sample {index}")
-        return np.random.default_rng([self.settings.seed, list(SPLITS).index(split), self.seed_epoch(epoch), index])
