@@ -1,13 +1,13 @@
-"""Compare variants of the rec head, each trained for the same time on crowded drawn scenes.
+"""Compare variants of the rec family, each trained for the same time on crowded drawn scenes or on another recipe.
 
-    python scripts/benchmarks/ablate_rec.py [--minutes 10] [--threads 1] [--only ROW ...] [--split test]
+    python scripts/benchmarks/ablate_rec.py [--minutes 10] [--seeds 3] [--threads 1] [--only ROW ...]
 
-Every row is configs/rec/crowded_scenes.yaml with overrides, and the script prints its `vg train` command. A few steps
-are timed first to choose `train.max_steps` for the given time, which excludes evaluation. Other machines take other
-numbers of steps; the printed command repeats a row exactly on the same type of processor.
+Every row is the recipe (--config, configs/rec/crowded_scenes.yaml) with overrides, and the script prints its `vg train`
+command. A few steps are timed first to choose `train.max_steps` for the given time, which excludes evaluation. Other
+machines take other numbers of steps; the printed command repeats a row exactly on the same type of processor.
 
 Prints mIoU, Acc@0.5, Acc@0.5 of each expression type, and mAP@50 beside the squared accuracy, which is about the mAP of
-a head with one box and uninformative scores.
+a head with one box and uninformative scores. With several seeds, means and standard deviations.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from scripts.benchmarks.trainer import WARM_UP, trainer_times
 from vg.config import load_config
 from vg.training.trainer import Trainer
 
-CONFIG = Path(__file__).parents[2] / "configs" / "rec" / "crowded_scenes.yaml"
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "rec" / "crowded_scenes.yaml"
 CONVNEXT = (
     "model.vision.architecture={model_type: dinov3_convnext, hidden_sizes: [64, 128], depths: [1, 1], "
     "layer_scale_init_value: 1.0}"
@@ -47,44 +48,55 @@ ROWS = {
     "dense, no average of weights": [*EARLIER, "train.ema=null"],
     "dense, 96 px": [*EARLIER, "model.image_size=96"],
     "the recipe": [],
+    "the recipe, one expression per scene": ["data.expressions_per_image=1", "data.train.expressions_per_scene=1"],
     "the recipe, AdamW": ["optim.algorithm=adamw"],
     "the recipe, ConvNeXt": [CONVNEXT],
     "the recipe, 64 px": ["model.image_size=64"],
 }
 TIMED = 25  # steps
-EXPRESSION_TYPES = ("attribute", "superlative", "relation", "ordinal", "chain")
 
 
-def steps_within(minutes: float, overrides: list[str]) -> int:
-    config = load_config(CONFIG, [*overrides, f"train.max_steps={WARM_UP + TIMED}", "data.eval.size=32"])
-    times = trainer_times(config)[WARM_UP - 1 :]
+def steps_within(config: Path, minutes: float, overrides: list[str]) -> int:
+    """Return how many steps the training of a row takes in that time."""
+    short = load_config(config, [*overrides, f"train.max_steps={WARM_UP + TIMED}", "data.eval.size=32"])
+    times = trainer_times(short)[WARM_UP - 1 :]
     return max(1, round(60 * minutes / statistics.median(after - before for before, after in pairwise(times))))
 
 
-def train(name: str, overrides: list[str], minutes: float, split: str) -> dict[str, Any]:
-    """Train and evaluate one row; it contains the overrides that repeat the run."""
-    steps = steps_within(minutes, overrides)
+def train(config: Path, name: str, overrides: list[str], steps: int, split: str, seed: int) -> dict[str, Any]:
+    """Train and evaluate one row with one seed; the result contains the overrides that repeat the run."""
     overrides = [*overrides, "train.epochs=1000", f"train.max_steps={steps}", f"train.eval_every={steps}"]
-    overrides.append(f"data.eval.split={split}")
-    command = shlex.join(["vg", "train", str(CONFIG.relative_to(CONFIG.parents[2])), *overrides])
+    overrides += [f"data.eval.split={split}", f"train.seed={seed}"]
+    path = config.relative_to(ROOT) if config.is_relative_to(ROOT) else config
+    command = shlex.join(["vg", "train", str(path), *overrides])
     print(f"{name}: OMP_NUM_THREADS={torch.get_num_threads()} {command}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        metrics = Trainer(load_config(CONFIG, [*overrides, f"train.output={folder}"])).fit()
-    row = {"row": name, "overrides": overrides, "steps": steps, **metrics}
-    print(line(row), flush=True)
-    return row
+        metrics = Trainer(load_config(config, [*overrides, f"train.output={folder}"])).fit()
+    result = {"row": name, "seed": seed, "overrides": overrides, "steps": steps, **metrics}
+    print(line([result]), flush=True)
+    return result
 
 
-def line(row: dict[str, Any]) -> str:
-    """Format a row of the table, in percent."""
-    accuracy = row["acc@0.5"]
-    values = [accuracy, *(row[f"{name}/acc@0.5"] for name in EXPRESSION_TYPES), row["miou"], row["map@50"], accuracy**2]
-    return f"| {row['row']} | {row['steps']} | " + " | ".join(f"{100 * value:.1f}" for value in values) + " |"
+def line(results: list[dict[str, Any]]) -> str:
+    """Format a row of the table, in percent: the results of its seeds."""
+    cells = [results[0]["row"], str(results[0]["steps"])]
+    for name in ("acc@0.5", *(f"{name}/acc@0.5" for name in expression_types(results[0])), "miou", "map@50"):
+        values = [100 * result[name] for result in results]
+        deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        cells.append(f"{statistics.mean(values):.1f}{deviation}")
+    cells.append(f"{statistics.mean(100 * result['acc@0.5'] ** 2 for result in results):.1f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def expression_types(result: dict[str, Any]) -> list[str]:
+    return [name.removesuffix("/acc@0.5") for name in result if name.endswith("/acc@0.5")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=CONFIG, help="(default: crowded scenes)")
     parser.add_argument("--minutes", type=float, default=10.0, help="training time per row (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each row (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="(default: all)")
     parser.add_argument("--split", default="test", help="evaluation split (default: %(default)s); tune settings on val")
@@ -92,12 +104,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     machine("cpu")
-    rows = [train(name, ROWS[name], options.minutes, options.split) for name in options.only]
-    columns = ["head", "steps", "Acc@0.5", *EXPRESSION_TYPES, "mIoU", "mAP@50", "Acc@0.5 squared"]
+    rows = []
+    for name in options.only:
+        steps = steps_within(options.config, options.minutes, ROWS[name])
+        seeds = range(options.seeds)
+        rows.append([train(options.config, name, ROWS[name], steps, options.split, seed) for seed in seeds])
+    columns = ["head", "steps", "Acc@0.5", *expression_types(rows[0][0]), "mIoU", "mAP@50", "Acc@0.5 squared"]
     print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     print("\n".join(map(line, rows)))
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        options.json.write_text(json.dumps([result for row in rows for result in row], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -192,25 +192,25 @@ def test_ablation_rows_differ_and_their_commands_repeat_them(
 
     configs = [load_config(ablate_rec.CONFIG, overrides) for overrides in ablate_rec.ROWS.values()]
     assert len({json.dumps(asdict(config), default=str) for config in configs}) == len(configs)
-    small = tmp_path / "configs" / "rec" / "small.yaml"
-    small.parent.mkdir(parents=True)
+    small = tmp_path / "small.yaml"
     overrides = ["data.eval.size=20", "data.train.size=640", "data.batch_size=4"]
     small.write_text(dump_config(load_config(ablate_rec.CONFIG, overrides)))
-    monkeypatch.setattr(ablate_rec, "CONFIG", small)
     monkeypatch.setattr(ablate_rec, "TIMED", 3)
     pooled = next(iter(ablate_rec.ROWS))
-    monkeypatch.setattr(
-        sys, "argv", ["ablate_rec.py", "--minutes", "0.002", "--only", pooled, "--json", str(tmp_path / "rows.json")]
-    )
+    options = ["--minutes", "0.002", "--seeds", "2", "--only", pooled, "--json", str(tmp_path / "rows.json")]
+    monkeypatch.setattr(sys, "argv", ["ablate_rec.py", "--config", str(small), *options])
     ablate_rec.main()
-    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    row, second = json.loads((tmp_path / "rows.json").read_text())
     assert (row["row"], row["split"], row["num_expressions"]) == (pooled, "test", 20)
+    assert (row["seed"], second["seed"], second["steps"]) == (0, 1, row["steps"])
     repeated = load_config(small, row["overrides"])
     assert repeated.model.head.name == "pooled"  # type: ignore[union-attr]
     assert repeated.train.max_steps == row["steps"] == row["step"]
     output = capsys.readouterr().out
-    assert f"OMP_NUM_THREADS={torch.get_num_threads()} vg train configs/rec/small.yaml" in output
+    assert f"OMP_NUM_THREADS={torch.get_num_threads()} vg train {small}" in output
     assert f"| {pooled} | {row['steps']} | {100 * row['acc@0.5']:.1f} |" in output
+    mean = 50 * (row["acc@0.5"] + second["acc@0.5"])
+    assert f"| {pooled} | {row['steps']} | {mean:.1f} ± " in output
 
 
 def test_faults_and_nan_of_transformers_do_not_end_the_training_benchmark(
