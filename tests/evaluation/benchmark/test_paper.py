@@ -106,7 +106,16 @@ def test_published_rows_have_their_digits_and_sources(write: Write) -> None:
     assert re.search(r"TransVG R50 \\\[2\\\] .*\| 80\.5 \| 83\.2 \| 75\.2 \| 67\.9 \| 67\.4 \|", text)
     assert r"SwimVG \[7\] | DINOv2-L | CLIP-B | 224 | 9.75 |" in text
     assert r"- \[6\] github.com/liuting20/MaPPER, README (EMNLP 2024) (DINOv2 and a text encoder" in text
-    assert "MaPPER" not in markdown(paper_table([table_folder(write)], with_published=False))
+
+
+def test_the_table_is_printed_without_an_output(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(table_folder(write))
+    main(["table", folder])
+    assert capsys.readouterr().out == markdown(paper_table([folder]))
+    main(["table", folder, "--only-ours"])
+    shown = capsys.readouterr().out
+    assert "| alone | dinov3" in shown
+    assert "MaPPER" not in shown
 
 
 def table_folder(write: Write) -> Path:
