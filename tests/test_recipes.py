@@ -231,13 +231,15 @@ def test_rec_recipes() -> None:
         "refcoco_dense_levels": 448,
         "refcoco_dense_672": 672,
         "refcoco_dense_vitl": 448,
+        "refcoco_record": 448,
         "refcoco_joint": 448,
         "crowded_scenes": 96,
         "glyphs": 64,
         "collage": 128,
     }
     for name in configs.keys() - {"crowded_scenes", "glyphs", "collage"}:
-        assert configs[name].data.batch_size * configs[name].train.accumulate == 64, name
+        samples = 256 if name == "refcoco_record" else 64
+        assert configs[name].data.batch_size * configs[name].train.accumulate == samples, name
         assert configs[name].train.output == f"runs/{name}"
     joint = configs["refcoco_joint"].data
     assert joint.drop_overlap

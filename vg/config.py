@@ -135,7 +135,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def load_checkpoint_config(path: str | Path, overrides: Sequence[str] = ()) -> CheckpointConfig:
     """As load_config, but return the model alone for the configuration of a converted checkpoint."""
     values, files = _load_values(path, overrides)
-    return _parse(values, str(path), CheckpointConfig if values.keys() == {"model"} else RunConfig, files)
+    return checkpoint_config(values, str(path), files)
+
+
+def checkpoint_config(values: Mapping[str, Any], origin: str, files: Files = ()) -> CheckpointConfig:
+    """Validate the nested dictionaries of `load_checkpoint_config`; raises ConfigError that begins with `origin`."""
+    return _parse(_renamed(values), origin, CheckpointConfig if values.keys() == {"model"} else RunConfig, files)
 
 
 def parse_config(

@@ -324,3 +324,42 @@ def test_the_data_path_is_measured_without_a_network(
     rec_cache.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if "expressions/s" in line]
     assert [line.split(",")[0] for line in lines] == 2 * ["files", "files", "in memory"]
+
+
+def test_the_cost_of_operators_is_counted() -> None:
+    """Operations by the formulas of a transformer layer; bytes of inputs and outputs, and none for views."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from scripts.benchmarks.training_cost import OperatorCounter, RecCost
+    from tests.cache.feature_data import VISION
+    from tests.conftest import TEXT
+
+    with FakeTensorMode(), OperatorCounter(0.5, 0.5) as counter:
+        a, b = torch.zeros(8, 16), torch.zeros(16, 4)
+        counter.cost *= 0
+        c = (a @ b).mT.unsqueeze(0)
+        assert c.device.type == "cpu"
+    assert (counter.cost.flops, counter.cost.bytes) == (2 * 8 * 16 * 4, 4 * (8 * 16 + 16 * 4 + 8 * 4))
+    assert counter.cost.seconds == counter.cost.bytes / (0.5 * 3.35e12), "limited by its bytes"
+
+    encoders = {"vision": VISION, "text": TEXT}
+    overrides = [f"model.{name}={json.dumps({'id': None, 'architecture': value})}" for name, value in encoders.items()]
+    head = "{name: dense, width: 32, layers: 2, heads: 2, feedforward: 64, loss: {giou: 0}}"
+    overrides += ["model.image_size=64", f"model.head={head}", "data.cache={folder: cache}", "data.augment={}"]
+    config = load_config(SCRIPTS.parent / "configs" / "rec" / "refcoco_dense.yaml", overrides)
+    cost = RecCost(config, 6, 0.5, 0.7)
+    width, feedforward = 32, 64
+    linear = 2 * (4 * width * width + 2 * width * feedforward)  # of a token
+    text = 6 * (linear + 4 * 6 * width)
+    assert cost.encode_text(3, "no").flops == 3 * text + 3 * 2 * width * width  # and the pooler, of one token
+    cells, tokens = 16, 16 + 6
+    projected = 2 * width * width
+    evaluated = cells * projected + 6 * projected + 2 * tokens * (linear + 4 * tokens * width)
+    evaluated += cells * 2 * (width + width * width + 4 * width)
+    assert cost.evaluate(5, True, "bf16").flops == 5 * evaluated
+    step, peak = cost.step(2, 8, cached=True)
+    assert 2.5 * 8 * evaluated < step.flops < 3.5 * 8 * evaluated, "the backward pass is two to two and a half forward"
+    assert peak > 4 * cost.model.num_parameters() + 8 * cost.model.num_parameters(trainable_only=True)
+    live, _ = cost.step(8, 8, cached=False)
+    images, _, _ = cost.encode_images(8, "bf16")
+    assert live.flops == pytest.approx(step.flops + images.flops + cost.encode_text(8, "bf16").flops, rel=0.05)

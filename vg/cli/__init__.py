@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from vg import __version__
-from vg.cli import check, config, convert, demo, evaluate, export, finetune, interpolate, predict, train, web
+from vg.cli import check, config, convert, demo, evaluate, export, finetune, interpolate, predict, table, train, web
 from vg.cli.arguments import add_config
 from vg.errors import UserError, out_of_memory, printable
 from vg.machine import reuse_freed_memory, use_fast_products
@@ -44,6 +44,7 @@ VERBS = {
     "train": Verb("train a model", train.add_arguments, train.run),
     "finetune": Verb("train on a folder of annotated images", finetune.add_arguments, finetune.run),
     "eval": Verb("evaluate a checkpoint and draw its predictions", evaluate.add_arguments, evaluate.run),
+    "table": Verb("tabulate benchmark results for a paper: LaTeX, markdown, CSV", table.add_arguments, table.run),
     "predict": Verb("ground phrases in an image", predict.add_arguments, predict.run),
     "web": Verb("serve a page on which a model can be tried", web.add_arguments, web.run),
     "check": Verb("validate a dataset before training and suggest fixes", check.add_arguments, check.run),

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vg import __version__
 from vg.cli.arguments import add_tokenizer
 from vg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vg.config import CheckpointConfig
+
+logger = logging.getLogger(__name__)
 
 OPTIONS = (
     *("data", "images", "datasets", "splits", "limit", "batch_size", "workers", "bad_samples", "precision"),
@@ -46,6 +53,9 @@ def run(options: argparse.Namespace, output: Path) -> None:
     Raises:
         ConfigError, DataError, CheckpointError: see `open_splits` and `open_model`; the data is opened first.
     """
+    import yaml
+
+    from vg.config import dump_config
     from vg.distributed import new_accelerator
     from vg.evaluation.benchmark.report import report
     from vg.evaluation.benchmark.run import open_model
@@ -57,20 +67,47 @@ def run(options: argparse.Namespace, output: Path) -> None:
     if options.detections:
         raise ConfigError("--detections is for detection datasets, and this benchmark has none; remove it")
     splits = open_splits(options.data, options.images, options.datasets or (), options.splits or (), options.limit)
-    model = open_model(options.checkpoint, options.overrides, options.tokenizer)
+    model, config = open_model(options.checkpoint, options.overrides, options.tokenizer)
     accelerator = new_accelerator(mixed_precision=options.precision or "no")
     workers = 2 if options.workers is None else options.workers
     results, evaluated = run_benchmark(
         model, splits, accelerator, options.batch_size or 32, workers, options.bad_samples or "error"
     )
     software = {"vg": __version__} | {name: version(name) for name in ("torch", "transformers")}
-    results = {"checkpoint": options.checkpoint, "software": software, **results}
+    about = {
+        "checkpoint": options.checkpoint,
+        "overrides": options.overrides,
+        "software": software,
+        "precision": accelerator.mixed_precision,
+        "config": yaml.safe_load(dump_config(config)),
+        "trained_parameters": trained_parameters(config),
+    }
+    results = about | results
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "benchmark.json", results)
         write_bytes(output / "benchmark.html", report(results, evaluated, model).encode())
         print(text(results))
         print(f"\nwritten to {output}: benchmark.json, benchmark.html")
+
+
+def trained_parameters(config: CheckpointConfig) -> int | None:
+    """Count the parameters that a run trained, adapters of LoRA before they were merged; None if that is unknown."""
+    import torch
+
+    from vg.config import RunConfig
+    from vg.training.optim import select_trainable
+
+    if not isinstance(config, RunConfig):
+        return None
+    with torch.device("meta"):
+        model = config.model.build(pretrained=False)
+        try:
+            select_trainable(model, config.optim)
+        except ConfigError as error:
+            logger.warning("the number of trained parameters stays unknown: %s", error)
+            return None
+    return model.num_parameters(trainable_only=True)
 
 
 def refuse_options(options: argparse.Namespace) -> None:

@@ -204,7 +204,9 @@ def test_published_results_have_known_splits_and_a_source() -> None:
     assert len(table.published()["methods"]) >= 10
     for method in table.published()["methods"]:
         assert method["source"]
-        for key in method.keys() - {"name", "source", "note"}:
+        known = {"vision", "text", "resolution", "trained", "total", "data", "extra", "epochs"}
+        assert method.get("about", {}).keys() <= known, method["name"]
+        for key in method.keys() - {"name", "source", "note", "about"}:
             assert method[key].keys() <= set(DATASETS[key].splits), method["name"]
             assert all(10 < value < 100 for value in method[key].values()), method["name"]
     assert table.published()["pooled"]["refcoco"] == {"miou": 0.6196, "map@50": 0.5746, "map@75": 0.2173}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from vg.config import DataConfig
+from vg.config import CheckpointConfig, DataConfig
 from vg.data.collate import Collator
 from vg.data.dataset import BadSamples, GroundingDataset
 from vg.data.refcoco.source import RefcocoConfig
@@ -20,7 +20,7 @@ from vg.evaluation.benchmark.suite import BenchmarkSplit
 from vg.evaluation.benchmark.table import MAIN
 from vg.evaluation.evaluator import DatasetEvaluator
 from vg.evaluation.results import DatasetResult
-from vg.inference.torch_backend import TorchBackend, load_model
+from vg.inference.torch_backend import TorchBackend, load
 from vg.metrics.collected import CollectingMetric, stable_hash
 from vg.models.base import GroundingModel
 from vg.models.grounding_dino.model import GroundingDino
@@ -84,20 +84,26 @@ class EvaluatedSplit:
         }
 
 
-def open_model(checkpoint: str, overrides: Sequence[str] = (), tokenizer: str | None = None) -> GroundingModel:
+def open_model(
+    checkpoint: str, overrides: Sequence[str] = (), tokenizer: str | None = None
+) -> tuple[GroundingModel, CheckpointConfig]:
     """Load a model in evaluation mode on the CPU; Grounding DINO scores boxes by the REC protocol by default.
 
     Args:
-        checkpoint, tokenizer, overrides: see vg.inference.grounder.load_model.
+        checkpoint, tokenizer, overrides: see vg.inference.torch_backend.load_model.
+
+    Returns:
+        model: see above.
+        config: that of its run; of its settings alone if vg did not train it.
 
     Raises:
         CheckpointError: not a checkpoint, a damaged one, or its tokenizer is missing.
         ConfigError: unknown overrides, or overrides of a checkpoint without a vg configuration.
     """
-    model = load_model(checkpoint, tokenizer, overrides)
+    model, config, _ = load(checkpoint, tokenizer, overrides, revision=None)
     if isinstance(model, GroundingDino) and not any(item.startswith("model.predict.score=") for item in overrides):
         model.config.predict.score = "max"
-    return model
+    return model, config or CheckpointConfig(model.config)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
