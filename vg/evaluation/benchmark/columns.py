@@ -41,11 +41,12 @@ def described(config: CheckpointConfig) -> dict[str, str]:
     if model.weights is not None:
         extra.append(f"that of {model.weights}")
     train = config.train
-    steps = [f"at most {train.max_steps:,} steps"] if train.max_steps else []
+    limits = [f"at most {train.max_steps:,} steps"] if train.max_steps else []
+    limits += ["early stopping"] if train.patience else []
     return found | {
         "training_data": f"{joint or 'none of RefCOCO'}{' (joint)' * (len(own) > 1)}",
         "extra_data": ", ".join(dict.fromkeys(extra)) or "none",
-        "epochs": ", ".join([str(train.epochs), *steps]),
+        "epochs": ", ".join([str(train.epochs), *limits]),
     }
 
 
