@@ -224,12 +224,9 @@ def main() -> None:
         phrases = options.expressions * (1 + any("flip" in view for view in cache.views)) + options.eval_expressions
         work["cache: images"] = model.encode_images(32, cache.precision)[0] * (encoded / 32)
         work["cache: expressions, at most"] = model.encode_text(256, cache.precision) * (phrases / 256)
-        # As if all images had equally many expressions.
-        groups = num_images * math.ceil(options.expressions / num_images / cache.expressions_per_image)
-        groups = min(groups, options.expressions)
-        per_step = math.ceil(batch * groups / options.expressions)
-    else:
-        per_step = batch
+    # As if all images had equally many expressions.
+    groups = num_images * math.ceil(options.expressions / num_images / config.data.expressions_per_image)
+    per_step = math.ceil(batch * min(groups, options.expressions) / options.expressions)
     steps = options.expressions // (batch * config.train.accumulate) * config.train.epochs
     step, peak = model.step(per_step, batch, cached=cache is not None)
     work["training"] = step * (steps * config.train.accumulate)
