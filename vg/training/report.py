@@ -38,7 +38,7 @@ class Report:
         trainer = self.trainer
         if not trainer.accelerator.is_main_process:
             return
-        config, model, total = trainer.config, trainer.unwrapped_model, trainer.num_steps
+        config, model, total = trainer.config, trainer.unwrapped_model, trainer.budget.total
         self.first_step = trainer.progress.step
         self.phrases = example_phrases(trainer.data.data.source)
         lines = [
@@ -48,12 +48,16 @@ class Report:
         names = [f"eval.{dataset.name}" if dataset.name else "eval" for dataset in trainer.evaluator.datasets]
         lines += map(_describe, names, trainer.evaluator.sources)
         per_step = config.data.batch_size * config.train.accumulate * trainer.accelerator.num_processes
-        epochs = f"{total / trainer.steps_per_epoch:.3g} epochs of {_count(trainer.steps_per_epoch, 'step')}"
+        epochs = f"epochs of {_count(trainer.steps_per_epoch, 'step')}"
+        if total:
+            steps, epochs = _count(total, "step"), f"{total / trainer.steps_per_epoch:.3g} {epochs}"
+        else:
+            steps = f"{config.train.minutes:g} minutes of steps"
         count = trainer.accelerator.num_processes
         device = f"{trainer.accelerator.device.type}{f' ({count} processes)' * (count > 1)}"
         precision = {"no": "float32"}.get(config.train.precision, config.train.precision)
         per_step = min(per_step, len(trainer.data.data))
-        lines.append(f"{_count(total, 'step')} of {_count(per_step, 'sample')} ({epochs}) on {device}, {precision}")
+        lines.append(f"{steps} of {_count(per_step, 'sample')} ({epochs}) on {device}, {precision}")
         lines += [trainer.data.plan] if trainer.data.plan else []
         lines.append(f"results go to {trainer.folder.path}")
         if self.first_step:
