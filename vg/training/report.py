@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 WARM_UP, TIMED = 5, 20  # steps: the first ones are slower, the next ones give the expected duration
 NUM_EXAMPLES = 3  # phrases of a dataset
+MIN_GAIN = 0.03  # of the best metric, which is 0..1; smaller ones may be chance on a few hundred samples
+LONGER = "a longer run (train.minutes, or train.epochs and train.max_steps) would probably gain more"
 
 
 class Report:
@@ -104,9 +106,12 @@ class Report:
         folder = trainer.folder.path
         table = epoch_table(trainer.folder.rows(), trainer.steps_per_epoch)
         phrase = shlex.quote(self.phrases[0]) if self.phrases else "PHRASE"
+        metric = trainer.evaluator.best_metric
+        gain = last_gain([row[metric] for row in trainer.folder.rows() if metric in row])
         lines = [
             *([table] if table else []),
             f"best: step {best['step']:,}, {trainer.evaluator.in_one_line(best)}",
+            *([f"the last evaluation still gained {100 * gain:.1f} points of {metric}: {LONGER}"] if gain else []),
             f"results in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}",
             f"next: vg predict {shlex.quote(str(folder))} IMAGE {phrase}",
         ]
@@ -117,6 +122,21 @@ class Report:
         if self.trainer.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def last_gain(scores: Sequence[float]) -> float | None:
+    """Return what the last evaluation gained, or None unless a longer run would probably gain more.
+
+    It must be the best one, gain MIN_GAIN or more, and at least half of what the evaluation before it gained, although
+    the learning rate has decayed.
+
+    Args:
+        scores: of all evaluations, 0..1.
+    """
+    if len(scores) < 3 or scores[-1] < max(scores):
+        return None
+    before, gain = scores[-2] - scores[-3], scores[-1] - scores[-2]
+    return gain if gain >= max(MIN_GAIN, before / 2) else None
 
 
 def print_above_bar(text: str) -> None:
