@@ -78,6 +78,14 @@ def test_properties_of_random_boxes() -> None:
         torch.testing.assert_close(measure(a[:, None], b[None]).diagonal(), value)
 
 
+def test_pairwise_iou_equals_that_of_every_pair_bit_for_bit() -> None:
+    boxes = random_boxes(200, 1).unflatten(0, (4, 50))
+    boxes[0, :5, 2:] = boxes[0, :5, :2]  # empty
+    boxes[1, :5] = boxes[1, :5].roll(2, dims=-1)  # inverted
+    for values in (boxes, boxes.double(), boxes.bfloat16()):
+        assert box_ops.pairwise_iou(values).equal(box_ops.iou(values.unsqueeze(-2), values.unsqueeze(-3)))
+
+
 def test_disjoint_boxes_that_come_closer_score_higher() -> None:
     offsets = torch.tensor([5.0, 3.0, 2.0, 1.5])
     boxes = UNIT + offsets[:, None] * torch.tensor([1.0, 0.0, 1.0, 0.0])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vg.cli import VERBS, main
+from vg.config import RunConfig
 from vg.errors import CheckpointError
 from vg.inference.torch_backend import load_model
 from vg.training.trainer import Trainer
@@ -63,3 +64,21 @@ def test_empty_tokenizer_folder_is_named(tiny_config, tmp_path: Path) -> None:  
         file.unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer \(the tokenizer of the checkpoint\) cannot be loaded"):
         load_model(config.train.output)
+
+
+def test_quick_demo_trains_for_ninety_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[RunConfig] = []
+
+    def record(config: RunConfig, overwrite: bool) -> None:
+        configs.append(config)
+        raise SystemExit
+
+    monkeypatch.setattr("vg.cli.train.train", record)
+    for arguments in (["demo"], ["demo", "--quick"], ["demo", "--quick", "train.minutes=0.5"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+    assert [config.train.minutes for config in configs] == [None, 1.5, 0.5]
+    assert [config.train.max_steps for config in configs] == [2000, None, None]
+    assert [config.train.output for config in configs] == ["runs/demo", "runs/demo_quick", "runs/demo_quick"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--quick", "--config", "configs/demo_rec.yaml"])

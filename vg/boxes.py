@@ -63,6 +63,19 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     return intersection / union.clamp(min=torch.finfo(union.dtype).eps)
 
 
+def pairwise_iou(boxes: Tensor) -> Tensor:
+    """IoU of all pairs of boxes, [..., N, 4] xyxy -> [..., N, N]: equal to `iou`, in less time for many boxes."""
+    left, top, right, bottom = (side.contiguous() for side in boxes.unbind(-1))  # [..., N]: one dense map per side
+
+    def overlap(low: Tensor, high: Tensor) -> Tensor:
+        ends = torch.minimum(high.unsqueeze(-1), high.unsqueeze(-2))
+        return (ends - torch.maximum(low.unsqueeze(-1), low.unsqueeze(-2))).clamp(min=0)  # [..., N, N]
+
+    intersection, areas = overlap(left, right) * overlap(top, bottom), area(boxes)
+    union = areas.unsqueeze(-1) + areas.unsqueeze(-2) - intersection
+    return intersection / union.clamp(min=torch.finfo(union.dtype).eps)
+
+
 def giou(a: Tensor, b: Tensor) -> Tensor:
     """Generalized IoU, -1..1 (Rezatofighi et al. 2019): IoU minus the empty fraction of the enclosing box."""
     eps = torch.finfo(a.dtype).eps

@@ -114,6 +114,10 @@ class RunConfig(CheckpointConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        if self.train.minutes and self.optim.milestones:
+            raise ValueError("optim.milestones are epochs, which train.minutes replaces: use optim.schedule=cosine")
+
 
 Config = TypeVar("Config", bound=CheckpointConfig)
 Files = Sequence[tuple[Path, Mapping[str, Any]]]  # a YAML file and its values, then those of its `base`, and so on
@@ -175,7 +179,10 @@ def _parse(values: Mapping[str, Any], origin: str, config_type: type[Config], fi
         except ValidationError as error:
             cause = error
             problems = [(key_path(item["loc"], values), item["msg"]) for item in error.errors(include_url=False)]
-    lines = [f"{'.'.join(map(str, path))}: {message}{_source(path, values, files)}" for path, message in problems]
+    lines = [
+        ": ".join(filter(None, (".".join(map(str, path)), message))) + _source(path, values, files)
+        for path, message in problems
+    ]
     more = [f"and {len(lines) - MOST_PROBLEMS} more"] if len(lines) > MOST_PROBLEMS else []
     raise ConfigError("\n  ".join([f"{origin}:", *lines[:MOST_PROBLEMS], *more])) from cause
 

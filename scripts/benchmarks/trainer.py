@@ -1,8 +1,10 @@
-"""Measure the overhead of the trainer over a bare PyTorch loop on the same model and data, in steps per second.
+"""Measure the overhead of the trainer over a bare PyTorch loop that does the same training on the same data.
 
     python scripts/benchmarks/trainer.py [--config FILE] [KEY=VALUE ...]
 
-Both run in turn in one process. Prints the medians over the rounds and their ratio (1.00: the trainer has no overhead).
+One process runs a step of the loop after every step of the trainer. Prints milliseconds per step (CPU time, which other
+programs change least, and wall-clock time) and the speed of the trainer relative to the loop (1.00: no overhead), as
+medians over the rounds. A round is `train.log_every` steps, so that it has one log entry.
 """
 
 from __future__ import annotations
@@ -11,47 +13,26 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from scripts.benchmarks.machine import machine
 from vg.config import RunConfig, load_config
 from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
-from vg.training.optim import build_optimizer
+from vg.machine import reuse_freed_memory, use_fast_products
+from vg.training.optim import Ema, build_optimizer, build_schedule
 from vg.training.trainer import Trainer
-from vg.types import Batch
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo_rec.yaml"
-WARM_UP = 5  # steps that are not measured: memory is allocated, workers start
 
 
-class TimedTrainer(Trainer):
-    def step(self, batches: Sequence[Batch]) -> dict[str, Tensor] | None:
-        terms = super().step(batches)
-        self.times.append(time.perf_counter())
-        return terms
-
-    def fit(self) -> dict[str, object]:
-        self.times: list[float] = []
-        return super().fit()
-
-
-def trainer_times(config: RunConfig) -> list[float]:
-    with tempfile.TemporaryDirectory() as folder:
-        config.train.output = folder
-        trainer = TimedTrainer(config)
-        trainer.fit()
-    return trainer.times
-
-
-def bare_times(config: RunConfig) -> list[float]:
-    """Run a plain training loop: no Accelerate, no logging, no learning rate schedule, no EMA."""
-    torch.manual_seed(config.train.seed)
+def bare_loop(config: RunConfig, steps: int) -> Iterator[None]:
+    """Run the same training as Trainer in a plain loop, one step per item: no Accelerate, log, checks or IoU."""
     model = config.model.build().train()
     data = GroundingDataset(config.data.train.build(), seed=config.train.seed)
     collate = Collator(model.image_spec, model.text_spec)
@@ -59,40 +40,77 @@ def bare_times(config: RunConfig) -> list[float]:
         data, config.data.batch_size, shuffle=True, num_workers=config.data.workers, drop_last=True, collate_fn=collate
     )
     optimizer = build_optimizer(model, config.optim)
-    times: list[float] = []
-    for batch in loader:
-        loss = torch.stack(list(model.loss(model(batch), batch).values())).sum()
-        loss.backward()
-        if config.optim.clip_norm:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append(time.perf_counter())
-        if len(times) == config.train.max_steps:
-            break
-    return times
+    schedule = build_schedule(optimizer, config.optim, steps, len(loader))
+    ema = Ema(model, config.train.ema) if config.train.ema else None
+    while True:
+        for batch in loader:
+            loss = torch.stack(list(model.loss(model(batch), batch).values())).sum()
+            loss.backward()
+            if config.optim.clip_norm:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+            optimizer.step()
+            schedule.step()
+            if ema:
+                ema.update()
+            optimizer.zero_grad()
+            yield
+
+
+class AlternatingTrainer(Trainer):
+    """Runs a step of the bare loop after every step.
+
+    Attributes:
+        times: (CPU, wall-clock) seconds of each step of the trainer and of the loop, in turn.
+    """
+
+    def fit(self) -> dict[str, object]:
+        self.loop = bare_loop(self.config, self.num_steps)
+        self.times: list[tuple[float, float]] = []
+        self.clock = time.process_time(), time.perf_counter()
+        return super().fit()
+
+    def _after_step(self, bar: tqdm) -> bool:
+        finished = super()._after_step(bar)
+        self._measure()
+        next(self.loop)
+        self._measure()
+        return finished
+
+    def _measure(self) -> None:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        (cpu, wall), self.clock = self.clock, (time.process_time(), time.perf_counter())
+        self.times.append((self.clock[0] - cpu, self.clock[1] - wall))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=DEMO, help="YAML file (default: the rec demo)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the config")
-    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=40, help="steps of each loop per round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="(default: %(default)s)")
     options = parser.parse_args()
+    reuse_freed_memory()  # as `vg train`
+    use_fast_products()
     machine("cuda" if torch.cuda.is_available() else "cpu")
 
-    rates: dict[str, list[float]] = {"bare loop": [], "trainer": []}
-    for _ in range(options.rounds):
-        for name, run in (("bare loop", bare_times), ("trainer", trainer_times)):
-            config = load_config(options.config, options.overrides)
-            config.train.max_steps = options.steps
-            times = run(config)[WARM_UP:]
-            rates[name].append((len(times) - 1) / (times[-1] - times[0]))
-            print(f"{name:10} {rates[name][-1]:6.2f} steps/s", flush=True)
-    bare, trainer = (statistics.median(values) for values in rates.values())
-    ratios = [ours / bare_rate for ours, bare_rate in zip(rates["trainer"], rates["bare loop"], strict=True)]
-    print(f"median: bare loop {bare:.2f}, trainer {trainer:.2f} steps/s; ratio {statistics.median(ratios):.3f}")
+    config = load_config(options.config, options.overrides)
+    length = config.train.log_every
+    config.train.max_steps = (options.rounds + 2) * length  # the first and the last round are not measured
+    config.train.eval_every = config.train.max_steps  # in the last one: evaluation, checkpoint
+    with tempfile.TemporaryDirectory() as folder:
+        config.train.output = folder
+        trainer = AlternatingTrainer(config)
+        trainer.fit()
+
+    times = torch.tensor(trainer.times, dtype=torch.float64)[2 * length : -2 * length]  # [steps of both, 2]
+    rounds = times.unflatten(0, (options.rounds, length, 2)).mean(dim=1)  # [rounds, (trainer, loop), (CPU, wall)]
+    for index, clock in enumerate(("CPU", "wall-clock")):
+        ours, bare = rounds[..., index].mT.tolist()
+        ratio = statistics.median(theirs / own for own, theirs in zip(ours, bare, strict=True))
+        print(
+            f"{clock} time per step: bare loop {1000 * statistics.median(bare):.1f} ms, "
+            f"trainer {1000 * statistics.median(ours):.1f} ms; speed {ratio:.3f}"
+        )
 
 
 if __name__ == "__main__":

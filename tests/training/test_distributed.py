@@ -205,3 +205,34 @@ def test_random_state_is_restored(tmp_path: Path) -> None:
     assert draw() == second != first
     seed_everything(3)
     assert draw() == first
+
+
+MINUTES = """
+import time
+from accelerate import PartialState
+from vg.config import load_config
+from vg.distributed import shut_down
+from vg.training.trainer import Trainer
+
+class Slow(Trainer):
+    def step(self, batches):
+        time.sleep(0.05 * (1 + self.accelerator.process_index))
+        return super().step(batches)
+
+trainer = Slow(load_config("config.yaml"))
+trainer.fit()
+print(f"process {trainer.accelerator.process_index}: {trainer.progress.step} of {trainer.num_steps}", flush=True)
+shut_down()
+"""
+
+
+def test_processes_agree_on_the_steps_of_a_given_time(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    config = configured(tiny_config, tmp_path / "run", batch_size=4)
+    config.train.minutes = 0.1
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    (tmp_path / "train.py").write_text(MINUTES)
+    lines = sorted(line for line in launch(tmp_path).splitlines() if line.startswith("process "))
+    assert [line.split(":")[0] for line in lines] == ["process 0", "process 1"]
+    (steps,) = {line.split(": ")[1] for line in lines}
+    done, planned = steps.split(" of ")
+    assert done == planned

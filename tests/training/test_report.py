@@ -14,7 +14,7 @@ from tests.conftest import NO_DROPOUT, history, scripted
 from vg.config import RunConfig
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.training import report
-from vg.training.report import epoch_table, print_above_bar
+from vg.training.report import epoch_table, last_gain, print_above_bar
 from vg.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
@@ -46,6 +46,33 @@ def test_evaluations_and_the_end_have_absolute_values(
     folder = Path(config.train.output)
     assert f"results in {folder}: best, checkpoints, config.yaml, history.jsonl" in "\n".join(lines)
     assert re.fullmatch(rf"next: vg predict {folder} IMAGE '.+'", lines[-1])
+
+
+@pytest.mark.parametrize(
+    ("scores", "gain"),
+    [
+        ([0.2, 0.3, 0.38], 0.08),
+        ([0.5, 0.4, 0.55], 0.15),  # after a setback
+        ([0.688, 0.767, 0.829, 0.843, 0.869, 0.865], None),  # of the demo
+        ([0.6, 0.8, 0.88, 0.92], 0.04),
+        ([0.6, 0.8, 0.89, 0.925], None),  # slows down
+        ([0.60, 0.61, 0.63], None),  # little
+        ([0.6, 0.3, 0.5], None),  # not the best
+        ([0.1, 0.5], None),  # two evaluations show no trend
+        ([], None),
+    ],
+)
+def test_a_run_that_still_learned_at_its_end(scores: list[float], gain: float | None) -> None:
+    assert last_gain(scores) == (None if gain is None else pytest.approx(gain))
+
+
+@pytest.mark.parametrize(("scores", "hint"), [([0.2, 0.3, 0.4], True), ([0.2, 0.6, 0.7], False)])
+def test_the_end_says_if_a_longer_run_would_gain(
+    tiny_config: MakeConfig, capsys: pytest.CaptureFixture[str], scores: list[float], hint: bool
+) -> None:
+    scripted(Trainer(tiny_config(train={"epochs": 3})), scores).fit()
+    line = "the last evaluation still gained 10.0 points of miou: a longer run (train.minutes, "
+    assert (line in capsys.readouterr().out) == hint
 
 
 def test_several_datasets_in_one_line(tiny_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,12 +13,15 @@ from vg.cli.arguments import add_overrides
 if TYPE_CHECKING:
     from vg.data.mixture import SourceConfig
 
+QUICK = ["train.minutes=1.5", "train.max_steps=null", "train.output=runs/demo_quick"]
 SCENE = 3  # index of the sample that is saved: "the red cross" in the README
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
-    parser.add_argument("--config", help="YAML file (default: the rec family, configs/demo_rec.yaml)")
+    recipe = parser.add_mutually_exclusive_group()
+    recipe.add_argument("--config", help="YAML file (default: the rec family, configs/demo_rec.yaml)")
+    recipe.add_argument("--quick", action="store_true", help="train the rec family for 90 seconds, in runs/demo_quick")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -30,7 +33,8 @@ def run(options: argparse.Namespace) -> None:
     from vg.config import load_config, recipe_path
     from vg.data.synthetic.world import WorldConfig
 
-    config = load_config(options.config or recipe_path("demo_rec.yaml"), options.overrides)
+    overrides = [*(QUICK if options.quick else []), *options.overrides]
+    config = load_config(options.config or recipe_path("demo_rec.yaml"), overrides)
     train(config, overwrite=True)
     overrides = ["data.eval.split=test"] if isinstance(config.data.eval, WorldConfig) else []
     evaluate(Path(config.train.output), overrides, Path(config.train.output))

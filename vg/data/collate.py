@@ -34,8 +34,9 @@ class PixelBatch(Batch):
         mean, std = moved.normalization
         images = moved.images.float().sub_(mean).div_(std)
         for image, (height, width) in zip(images, self.sizes, strict=True):
-            image[:, height:].zero_()
-            image[:, :, width:].zero_()
+            if (height, width) != images.shape[2:]:
+                image[:, height:].zero_()
+                image[:, :, width:].zero_()
         return Batch(images, moved.sizes, moved.text, moved.targets, moved.prompt_targets, moved.most)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -178,6 +178,20 @@ def build_schedule(
     """Linear warm-up from 0, then cosine to 0 at num_steps, constant, or decay at milestones (epochs)."""
     import torch
 
+    factor = _lr_factors(config, num_steps, steps_per_epoch)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def fit_schedule(
+    schedule: torch.optim.lr_scheduler.LambdaLR, config: OptimConfig, num_steps: int, steps_per_epoch: int
+) -> None:
+    """Change the number of steps of a schedule; it applies from the next step of the schedule."""
+    schedule.lr_lambdas = [_lr_factors(config, num_steps, steps_per_epoch)] * len(schedule.lr_lambdas)
+
+
+def _lr_factors(config: OptimConfig, num_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
+    """What the learning rates are multiplied by at every step, see build_schedule."""
+
     def factor(step: int) -> float:
         if step < config.warmup_steps:
             return (step + 1) / (config.warmup_steps + 1)
@@ -188,7 +202,7 @@ def build_schedule(
         progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
         return (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return factor
 
 
 class Ema:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 WARM_UP, TIMED = 5, 20  # steps: the first ones are slower, the next ones give the expected duration
 NUM_EXAMPLES = 3  # phrases of a dataset
+MIN_GAIN = 0.03  # of the best metric, which is 0..1; smaller ones may be chance on a few hundred samples
+LONGER = "a longer run (train.minutes, or train.epochs and train.max_steps) would probably gain more"
 
 
 class Report:
@@ -38,7 +40,7 @@ class Report:
         trainer = self.trainer
         if not trainer.accelerator.is_main_process:
             return
-        config, model, total = trainer.config, trainer.unwrapped_model, trainer.num_steps
+        config, model, total = trainer.config, trainer.unwrapped_model, trainer.budget.total
         self.first_step = trainer.progress.step
         self.phrases = example_phrases(trainer.data.data.source)
         lines = [
@@ -48,12 +50,16 @@ class Report:
         names = [f"eval.{dataset.name}" if dataset.name else "eval" for dataset in trainer.evaluator.datasets]
         lines += map(_describe, names, trainer.evaluator.sources)
         per_step = config.data.batch_size * config.train.accumulate * trainer.accelerator.num_processes
-        epochs = f"{total / trainer.steps_per_epoch:.3g} epochs of {_count(trainer.steps_per_epoch, 'step')}"
+        epochs = f"epochs of {_count(trainer.steps_per_epoch, 'step')}"
+        if total:
+            steps, epochs = _count(total, "step"), f"{total / trainer.steps_per_epoch:.3g} {epochs}"
+        else:
+            steps = f"{config.train.minutes:g} minutes of steps"
         count = trainer.accelerator.num_processes
         device = f"{trainer.accelerator.device.type}{f' ({count} processes)' * (count > 1)}"
         precision = {"no": "float32"}.get(config.train.precision, config.train.precision)
         per_step = min(per_step, len(trainer.data.data))
-        lines.append(f"{_count(total, 'step')} of {_count(per_step, 'sample')} ({epochs}) on {device}, {precision}")
+        lines.append(f"{steps} of {_count(per_step, 'sample')} ({epochs}) on {device}, {precision}")
         lines += [trainer.data.plan] if trainer.data.plan else []
         lines.append(f"results go to {trainer.folder.path}")
         if self.first_step:
@@ -100,9 +106,12 @@ class Report:
         folder = trainer.folder.path
         table = epoch_table(trainer.folder.rows(), trainer.steps_per_epoch)
         phrase = shlex.quote(self.phrases[0]) if self.phrases else "PHRASE"
+        metric = trainer.evaluator.best_metric
+        gain = last_gain([row[metric] for row in trainer.folder.rows() if metric in row])
         lines = [
             *([table] if table else []),
             f"best: step {best['step']:,}, {trainer.evaluator.in_one_line(best)}",
+            *([f"the last evaluation still gained {100 * gain:.1f} points of {metric}: {LONGER}"] if gain else []),
             f"results in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}",
             f"next: vg predict {shlex.quote(str(folder))} IMAGE {phrase}",
         ]
@@ -113,6 +122,21 @@ class Report:
         if self.trainer.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def last_gain(scores: Sequence[float]) -> float | None:
+    """Return what the last evaluation gained, or None unless a longer run would probably gain more.
+
+    It must be the best one, gain MIN_GAIN or more, and at least half of what the evaluation before it gained, although
+    the learning rate has decayed.
+
+    Args:
+        scores: of all evaluations, 0..1.
+    """
+    if len(scores) < 3 or scores[-1] < max(scores):
+        return None
+    before, gain = scores[-2] - scores[-3], scores[-1] - scores[-2]
+    return gain if gain >= max(MIN_GAIN, before / 2) else None
 
 
 def print_above_bar(text: str) -> None:

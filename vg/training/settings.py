@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from vg.settings import Settings
 
@@ -20,6 +20,9 @@ class TrainConfig(Settings):
     epochs: PositiveInt = 10
     max_steps: PositiveInt | None = None
     """Optimizer steps after which the run ends, if the epochs have not ended it before."""
+    minutes: PositiveFloat | None = None
+    """Minutes of training, with its evaluations and checkpoints, instead of `epochs`: the time of the first steps gives
+    their number, and the learning rate is fitted to it. `max_steps` remains a limit. A resumed run keeps the number."""
     accumulate: PositiveInt = 1
     """Batches per optimizer step (gradient accumulation)."""
     on_nan: Literal["stop", "skip"] = "stop"

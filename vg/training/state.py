@@ -25,6 +25,7 @@ class Progress:
 
     step: int = 0  # completed optimizer steps
     epoch: int = 0
+    num_steps: int = 0  # of the whole run, once `train.minutes` has determined it
     batch: int = 0  # completed batches of this epoch, per process
     evaluated_step: int = 0
     best: float = -math.inf

@@ -39,6 +39,7 @@ from vg.training.optim import build_optimizer, build_schedule, lr_factor, select
 from vg.training.report import Report
 from vg.training.run_folder import VALIDATION, RunFolder
 from vg.training.state import Progress, TrainingState
+from vg.training.time_budget import TimeBudget, planned_steps
 from vg.types import Batch, LossName
 
 logger = logging.getLogger(__name__)
@@ -82,9 +83,7 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(self.unwrapped_model, optimizer)
 
         self.steps_per_epoch = self.data.steps_per_epoch
-        self.num_steps = config.train.epochs * self.steps_per_epoch
-        if config.train.max_steps:
-            self.num_steps = min(self.num_steps, config.train.max_steps)
+        self.num_steps = planned_steps(config.train, self.steps_per_epoch)
         # Not prepared, because Accelerate would step the schedule once per process.
         self.schedule = build_schedule(self.optimizer.optimizer, config.optim, self.num_steps, self.steps_per_epoch)
         self.state = TrainingState(config, self.unwrapped_model, self.optimizer, self.accelerator)
@@ -96,6 +95,7 @@ class Trainer:
         self.losses = LossLog(self.accelerator)
         if resume:
             self.restore()
+        self.budget = TimeBudget(self)
         self.folder.begin(resume)  # last, because it replaces the configuration and removes an overwritten run
         self.report = Report(self)
 
@@ -112,8 +112,9 @@ class Trainer:
         self.report.begin()
         with (
             self.stop.listening(),
-            progress_bar(self.accelerator, total=self.num_steps, initial=self.progress.step, desc="train") as bar,
+            progress_bar(self.accelerator, total=self.budget.total, initial=self.progress.step, desc="train") as bar,
         ):
+            self.budget.begin(bar)
             if self.config.train.eval_first and not self.progress.step:
                 self.evaluate()
             finished = self._after_step(bar) if self.progress.step else False
@@ -125,6 +126,7 @@ class Trainer:
                 self.progress.step += 1
                 self._count(terms)
                 bar.update()
+                self.budget.step()
                 self.report.step()
                 finished = self._after_step(bar)
             for tracker in self.accelerator.trackers:
@@ -258,7 +260,7 @@ class Trainer:
     def _after_step(self, bar: tqdm) -> bool:
         """Log, evaluate and save if due; return whether the run ends here."""
         config, step = self.config.train, self.progress.step
-        last = step == self.num_steps
+        last = step >= self.num_steps
         stop = (last or step % self.stop.interval == 0) and self.stop.requested()
         finished = stop or last
         evaluation_due = step % (config.eval_every or self.steps_per_epoch) == 0 or last
@@ -269,15 +271,16 @@ class Trainer:
             self._log_losses(bar, log=not stop)
         if evaluation_due or save_due:
             self._check_weights()
-        if evaluation_due:
+        with self.budget.pause(evaluation_due, save_due):
+            if evaluation_due:
+                if save_due:
+                    self.save()  # because a kill during the evaluation would lose everything since the last checkpoint
+                self.evaluate()
+            if (patience := config.patience) and self.progress.evaluations_since_best >= patience:
+                logger.info("early stopping: no better %s in %d evaluations", self.evaluator.best_metric, patience)
+                save_due = finished = True
             if save_due:
-                self.save()  # because a kill during the evaluation would lose everything since the last checkpoint
-            self.evaluate()
-        if config.patience and self.progress.evaluations_since_best >= config.patience:
-            logger.info("early stopping: no better %s in %d evaluations", self.evaluator.best_metric, config.patience)
-            save_due = finished = True
-        if save_due:
-            self.save()
+                self.save()
         return finished
 
     def _log_losses(self, bar: tqdm, log: bool) -> None:

@@ -188,8 +188,7 @@ class DenseHead(nn.Module):
         """
         weights, tokens = output.logits.float().softmax(dim=-1).topk(min(MAX_CANDIDATES, output.logits.shape[-1]))
         candidates = output.boxes.gather(1, tokens.unsqueeze(-1).expand(-1, -1, 4))  # [R, C, 4]
-        corners = box_ops.cxcywh_to_xyxy(candidates)
-        overlap = box_ops.iou(corners.unsqueeze(1), corners.unsqueeze(2))  # [R, C, C]
+        overlap = box_ops.pairwise_iou(box_ops.cxcywh_to_xyxy(candidates))  # [R, C, C]
         boxes, scores = [], []
         for _ in range(min(limit or self.config.num_boxes, weights.shape[1])):
             score, best = (overlap @ weights.unsqueeze(-1)).squeeze(-1).max(dim=1)  # [R]
