@@ -175,6 +175,20 @@ def test_a_model_learns_from_absent_and_several_and_predicts_any_number() -> Non
         assert (overlap <= 0.5 + 1e-3).all(), target.id
 
 
+def test_expressions_that_share_an_image_have_the_same_loss() -> None:
+    model, kinds = small_model().eval(), ("absent", "several", "attribute", "several")
+    source = ShapesConfig(split="val", image_size=64, kinds=kinds, expressions_per_scene=4).build()
+    samples = [source.load(index, 0) for index in range(8)]
+    collate, shared = Collator(model.image_spec, model.text_spec), []
+    for sample, first in zip(samples, np.repeat(samples[::4], 4), strict=True):
+        assert np.array_equal(sample.image, first.image)
+        shared.append(replace(sample, image=first.image))
+    batches = [collate(samples), collate(shared)]
+    assert [len(batch.images) for batch in batches] == [8, 2]
+    first, second = (model.loss(model(batch), batch) for batch in batches)
+    torch.testing.assert_close(first, second)
+
+
 @pytest.mark.parametrize("head", [RecConfig.tiny().head, PooledHeadConfig(width=32, layers=1, heads=2, feedforward=64)])
 def test_a_head_for_one_object_refuses_the_sample_and_names_the_setting(head: DenseHeadConfig) -> None:
     model = replace(RecConfig.tiny(), head=head).build(pretrained=False)
