@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from vg.data.detection.coco import CocoConfig
 from vg.data.mixture import MixtureConfig
 from vg.data.synthetic.glyphs import GlyphsConfig
 from vg.models.grounding_dino.config import GroundingDinoConfig, ResNetConfig, SwinConfig
-from vg.models.rec.config import RecConfig
+from vg.models.rec.config import DenseHeadConfig, RecConfig
 from vg.models.rec.model import RecModel
 from vg.training.optim import build_schedule, select_trainable
 
@@ -234,10 +236,11 @@ def test_rec_recipes() -> None:
         "refcoco_record": 448,
         "refcoco_joint": 448,
         "crowded_scenes": 96,
+        "absent_and_several": 64,
         "glyphs": 64,
         "collage": 128,
     }
-    for name in configs.keys() - {"crowded_scenes", "glyphs", "collage"}:
+    for name in configs.keys() - {"crowded_scenes", "absent_and_several", "glyphs", "collage"}:
         samples = 256 if name == "refcoco_record" else 64
         assert configs[name].data.batch_size * configs[name].train.accumulate == samples, name
         assert configs[name].train.output == f"runs/{name}"
@@ -258,6 +261,21 @@ def test_the_recipe_of_glyphs_is_that_of_the_demo() -> None:
     glyphs.data.train, glyphs.data.eval = demo.data.train, demo.data.eval
     glyphs.train.output = demo.train.output
     assert glyphs == demo
+
+
+def test_the_recipe_of_absent_and_several_is_that_of_the_demo() -> None:
+    demo, any_number = (load_config(FOLDER.parent / name) for name in ("demo_rec.yaml", "rec/absent_and_several.yaml"))
+    for config, number, boxes in ((demo, "one", 5), (any_number, "any", 10)):
+        assert isinstance(config.model, RecConfig)
+        assert isinstance(config.model.head, DenseHeadConfig)
+        assert (config.model.head.objects, config.model.head.num_boxes) == (number, boxes)
+        assert asdict(config.train) == asdict(demo.train) | {"output": config.train.output}
+        assert config.optim == demo.optim
+    for settings in (any_number.data.train, *any_number.data.eval_datasets().values()):
+        source = settings.build()
+        assert source.provenance.task == "generalized"
+        numbers = Counter(min(len(source.load(index, 0).boxes), 2) for index in range(60))
+        assert numbers == {0: 20, 1: 20, 2: 20}
 
 
 def test_the_size_of_a_cache_of_several_layers() -> None:

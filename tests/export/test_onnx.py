@@ -95,6 +95,21 @@ def test_rec_equals_the_model(run: Path, rec: Path) -> None:
     assert not operators(rec)["GridSample"]
 
 
+def test_a_model_of_any_number_of_objects_equals_the_model(tmp_path: Path) -> None:
+    """Its boxes, after non-maximum suppression, and that nothing is an answer."""
+    config = parse_config({"model": TINY | {"head": TINY["head"] | {"objects": "any"}}, "data": SHAPES})
+    model = config.model.build()
+    torch.nn.init.constant_(model.head.score.bias, -1)
+    torch.nn.init.normal_(model.head.score.weight)
+    write_onnx(model, tmp_path / "any.onnx")
+    assert_equal(model, tmp_path / "any.onnx")
+    ours, exported = (vg.Grounder(x, "cpu") for x in (model, str(tmp_path / "any.onnx")))
+    assert ours.threshold(None) == exported.threshold(None) == 0.5
+    numbers = [[len(x(image(64, 96, seed), PHRASES)) for x in (ours, exported)] for seed in range(4)]
+    assert all(one == other for one, other in numbers)
+    assert len({one for one, _ in numbers}) > 1, numbers
+
+
 def test_grounding_dino_equals_the_model(detector: tuple[GroundingModel, Path]) -> None:
     model, file = detector
     assert_equal(model, file)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import HEAD, TINY
 from tests.models.grounding_dino.tiny import tiny_model
 from vg.checkpoint import write_model
 from vg.cli import main
@@ -84,6 +85,32 @@ def test_no_box_above_the_threshold_is_not_an_error(
     assert re.search(r"no box scores >= 1.0 \(best: 0\.\d+\); lower --threshold", text)
     enlarged, _ = fit(Image.open(image).convert("RGB"), (READABLE_SIDE, READABLE_SIDE))
     np.testing.assert_array_equal(np.asarray(Image.open(output)), np.asarray(enlarged))
+
+
+def test_a_model_of_any_number_of_objects_says_that_nothing_is_there(
+    tiny_config: Callable[..., RunConfig], image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(model=TINY | {"head": HEAD | {"objects": "any"}})
+    model = config.model.build()
+    torch.nn.init.constant_(model.head.score.bias, -6)
+    folder = tmp_path / "any"
+    folder.mkdir()
+    write_model(folder, model, config)
+    phrases = ("the red star", "both dogs")
+    boxes, text = predict(capsys, folder, image, *phrases, "--output", tmp_path / "drawn.png")
+    assert boxes == []
+    for phrase in phrases:
+        assert re.search(rf"{phrase}: nothing here, no box scores >= 0\.5 \(best: 0\.\d+\)", text)
+    assert "lower --threshold" not in text, "it is an answer"
+    boxes, text = predict(capsys, folder, image, *phrases, "--threshold", 0, "--output", tmp_path / "drawn.png")
+    assert {name for name, *_ in boxes} == set(phrases)
+    assert len(boxes) > 2, "several of a phrase"
+    assert "nothing" not in text
+    grounder = Grounder(folder, "cpu")
+    assert len(grounder(image, phrases)) == 0
+    assert len(grounder(image, phrases, threshold=0.0)) == len(boxes)
+    with pytest.raises(ConfigError, match="tile: the model answers one expression of an image"):
+        grounder(image, phrases, tile=64)
 
 
 @pytest.mark.parametrize("threshold", ["30", "-0.1", "nan"])

@@ -139,6 +139,13 @@ def test_detection(tiny_config: MakeConfig, mix_sizes: bool) -> None:
     assert synchronizations_of_a_step(detection(tiny_config, mix_sizes)) == MATCHING
 
 
+def test_generalized_expressions(tiny_config: MakeConfig) -> None:
+    """Of no object, several and one, whose numbers of boxes differ."""
+    scenes = {"name": "shapes", "image_size": 64, "size": 20, "kinds": ["absent", "several", "attribute"]}
+    model = TINY | {"text": {"architecture": TEXT}, "head": HEAD | {"objects": "any"}}
+    assert synchronizations_of_a_step(tiny_config(model=model, data={"train": scenes, "eval": scenes})) == []
+
+
 @pytest.mark.parametrize("head", [HEAD, POOLED], ids=["dense", "pooled"])
 def test_expressions(tiny_config: MakeConfig, head: dict[str, Any]) -> None:
     assert synchronizations_of_a_step(tiny_config(model=TINY | {"text": {"architecture": TEXT}, "head": head})) == []

@@ -94,7 +94,7 @@ class ImageViews(Dataset[tuple[Record, Tensor]]):
         if len(sample.phrases) != 1 or len(sample.boxes) != 1:
             raise DataError(
                 f"{sample.id} has {len(sample.phrases)} phrases and {len(sample.boxes)} boxes; a feature cache is for "
-                "models that predict one box for one expression"
+                "models and data of one box for one expression: train without data.cache"
             )
         self.collate.texts([sample])  # otherwise too long a text would only be found after all images are encoded
         return sample

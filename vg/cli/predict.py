@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(overrides=[])  # filled with those after the options
     add = parser.add_argument
     add("-p", "--phrases", nargs="+", action="extend", metavar="PHRASE", help='such as "the man in the red shirt"')
-    add("--threshold", type=float, help="drop boxes with a lower score, 0..1 (default: 0.3; rec: the best box)")
+    add("--threshold", type=float, help="least score, 0..1 (default: 0.3; rec: the best box, 0.5 if objects are any)")
     add("--nms", type=float, metavar="IOU", help="drop boxes that overlap more with a better one of their phrase")
     add("--tile", type=int, metavar="PIXELS", help="also look at tiles of this side, for small objects in large images")
     add("--overlap", type=float, default=0.2, help="least fraction that neighboring tiles share (default: %(default)s)")
@@ -105,9 +105,14 @@ def _draw_one(image: str, phrases: tuple[str, ...], options: argparse.Namespace,
     for phrase, score, box in shown:
         left, top, right, bottom = (f"{side:.1f}" for side in box)
         print(f"{printable(phrase)}: left {left}, top {top}, right {right}, bottom {bottom}, score {score:.2f}")
-    if not len(shown):
+    minimum = grounder.threshold(options.threshold)
+    if grounder.backend.generalized:
+        for index in sorted(set(range(len(phrases))) - set(shown.phrase_ids.tolist())):
+            best_score = result.scores[result.phrase_ids == index].max(initial=0)
+            print(f"{printable(phrases[index])}: nothing here, no box scores >= {minimum} (best: {best_score:.3g})")
+    elif not len(shown):
         best = f"best: {result.scores[0]:.3g}" if len(result) else "no box was predicted"
-        print(f"no box scores >= {grounder.threshold(options.threshold)} ({best}); lower --threshold")
+        print(f"no box scores >= {minimum} ({best}); lower --threshold")
     save_image(Image.fromarray(shown.draw(max(READABLE_SIDE, *shown.size), legend=None)), output)
     print(f"drawn in {output}")
 

@@ -39,7 +39,7 @@ class DatasetEvaluator:
     Args:
         name: key in data.eval, "" for a single dataset without a name.
         data: its samples, and how they become batches.
-        with_loss: also compute the loss of models that predict one box per expression.
+        with_loss: also compute the loss of models of expressions, as far as they can be trained on these samples.
 
     Raises:
         ConfigError: the source is a mixture of datasets with different metrics.
@@ -81,7 +81,7 @@ class DatasetEvaluator:
             predictions = model.predict(output, batch)
             check_finite(predictions, model)
             self.metric.update(predictions, batch.targets)
-            if self.with_loss and model.iou(output, batch) is not None:
+            if self.with_loss and (model.generalized or model.iou(output, batch) is not None):
                 weight = max(1, model.batch_weight(batch))
                 loss = torch.stack(list(model.loss(output, batch).values())).sum()
                 self.loss += torch.stack([weight * loss, torch.full_like(loss, weight)])

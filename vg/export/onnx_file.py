@@ -65,6 +65,7 @@ def export_settings(model: GroundingModel, split: bool) -> ExportSettings:
         delimiters=spec.delimiters,
         special_tokens={name: str(token) for name, token in special.items() if token is not None},
         split=split,
+        generalized=model.generalized,
     )
     config = model.config
     if isinstance(config, GroundingDinoConfig):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vg.inference.torch_backend import TorchBackend
     from vg.models.base import GroundingModel
 
-THRESHOLD = 0.3  # boxes of a model for many phrases that score less are left out by default
+THRESHOLD, PROBABLE = 0.3, 0.5  # minimum scores for many phrases, and for expressions of any number of objects
 
 
 class Grounder:
@@ -168,8 +168,8 @@ class Grounder:
             images: a path, http(s) URL, PIL image, array [H, W, 3] uint8 (or gray, RGBA, 16 bits) or the bytes of a
                 file; or a list of them; or a folder, a pattern such as "photos/*.jpg", a video, or a generator.
             phrases: one phrase or several; a model of one expression (rec) answers each by itself.
-            threshold: minimum score of a box, 0..1. By default 0.3 for a model of many phrases, and the best box of
-                each phrase for a model of one expression.
+            threshold: minimum score of a box, 0..1. By default 0.3 for a model of many phrases; for a model of one
+                expression the best box of each phrase, or 0.5 if it may name no object or several.
             nms: drop a box if its IoU with a better one of the same phrase is above this, 0..1; by default none.
             tile: also look at tiles of this side in pixels, to find what is too small in the resized image.
             overlap: least fraction of a tile that its neighbors share with it, 0..0.9.
@@ -182,8 +182,7 @@ class Grounder:
 
         Raises:
             DataError: an unreadable image, no phrase, or a phrase the model cannot process (blank, too long).
-            ConfigError: an argument is out of range, no such model for masks, or tiles for a model of one expression,
-                which cannot compare the boxes of different tiles.
+            ConfigError: an argument is out of range, no such model for masks, or tiles for a model of one expression.
             PredictionError: the model predicts NaN or Inf.
         """
         options: Any = {"nms": nms, "tile": tile, "overlap": overlap, "masks": masks, "batch_size": batch_size}
@@ -252,7 +251,7 @@ class Grounder:
         if not 0 <= overlap <= 0.9:
             raise ConfigError(f"overlap {overlap:g}: expected a fraction of a tile from 0 to 0.9")
         if tile is not None and not self.takes_many:
-            raise ConfigError("tile: the model answers one expression with one box, and cannot compare those of tiles")
+            raise ConfigError("tile: the model answers one expression of an image, and cannot compare boxes of tiles")
         named, count = named_images(images, every)
         results = tqdm(
             self._run(named, wanted, batch_size, tile, overlap, failed),
@@ -275,13 +274,14 @@ class Grounder:
 
     def select(self, result: Result, threshold: float | None = None, nms: float | None = None) -> Result:
         """Return the boxes of a result that a call with these arguments returns."""
-        best_only = threshold is None and not self.takes_many
+        best_only = threshold is None and not self.threshold(None)
         result = result.best() if best_only else result.above(self.threshold(threshold))
         return result if nms is None else result.nms(nms)
 
     def threshold(self, threshold: float | None) -> float:
-        """Return the minimum score of a box; None stands for the default of the model."""
-        return THRESHOLD * self.takes_many if threshold is None else threshold
+        """Return the minimum score of a box; None stands for the default of the model, 0 if that is the best box."""
+        default = THRESHOLD if self.takes_many else PROBABLE * self.backend.generalized
+        return default if threshold is None else threshold
 
     def _run(
         self,

@@ -38,6 +38,7 @@ class ExportSettings:
     top_k: int | None = None  # boxes of an image; None for all
     threshold: float = 0.0  # drop boxes with a lower score
     nms: float | None = None
+    generalized: bool = False  # see GroundingModel
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
@@ -96,7 +97,7 @@ class OnnxBackend:
             tokenizer_object=Tokenizer.from_str(metadata[TOKENIZER]), **special
         )
         spec = TextSpec(self.tokenizer, self.settings.max_tokens, self.settings.delimiters)
-        self.takes_many = bool(spec.delimiters)
+        self.takes_many, self.generalized = bool(spec.delimiters), self.settings.generalized
         self.texts = Prompts(spec, one_prompt=False) if self.takes_many else Expressions(spec)
         self._tokenize = lru_cache(maxsize=8)(self._text)
         self._encode = lru_cache(maxsize=128)(self._encoded)  # keys are token ids

@@ -89,7 +89,7 @@ def model_card(model: GroundingModel, config: CheckpointConfig, results: Mapping
         f"# {Path(name).name}",
         "",
         f"A {config.model.name} model of vg (visual-grounding): "
-        + ("boxes of any number of phrases" if many else "the box of a referring expression")
+        + ("boxes of any number of phrases" if many else f"the box{'es' * model.generalized} of a referring expression")
         + f". {total:,} parameters, {trainable:,} of them trainable.",
         "",
         *_evaluation(results),

@@ -62,6 +62,7 @@ class TorchBackend:
         self.compiled = False
         self.cuda_graphs = cuda_graphs
         self.takes_many = bool(model.text_spec.delimiters)
+        self.generalized = model.generalized
         self.collate = Collator(model.image_spec, model.text_spec)
         self.dtype = torch.float32
         self.to(device)

@@ -30,6 +30,7 @@ class GroundingModel(nn.Module, ABC):
     does not do for dataclasses. ``loss`` and ``predict`` use no parameters, so they may be called outside of DDP.
     """
 
+    generalized = False  # whether one expression may have no box or several, as in data of that task
     external: tuple[str, ...] = ()  # submodules whose pretrained weights are loaded from their ids and never saved
 
     @property

@@ -93,7 +93,7 @@ class Callbacks:
         phrases = split_phrases(str(text or ""))
         image, name = read_upload(upload)
         result = self.grounder.predict(image, phrases)
-        if not self.grounder.takes_many:
+        if not self.grounder.threshold(None):
             result = result.best()
         return self.changed(Answer.of(replace(result, name=name)), threshold, iou)
 
@@ -179,7 +179,7 @@ def new_page(grounder: Grounder, title: str) -> gr.Blocks:
         answer = gr.State(time_to_live=SECONDS_KEPT)
         corner = gr.State()
         file = gr.JSON(visible="hidden")
-        answers = "every phrase with any number of boxes" if many else "every phrase with its best box"
+        answers = f"every phrase with {'any number of boxes' if threshold_value else 'its best box'}"
         gr.HTML(f"<h2>Find in an image what phrases describe</h2>{escape(title)} answers {answers}.")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):

@@ -1,4 +1,4 @@
-"""Phrases and referring expressions for scenes; an expression refers to exactly one object.
+"""Phrases and referring expressions for scenes; an expression refers to one object, or by its type to none or several.
 
 Every expression type is generated the same way: try candidates in random order and take the first unambiguous one.
 Margins ensure that an expression stays unambiguous under strict and loose readings of its words.
@@ -7,17 +7,18 @@ Margins ensure that an expression stays unambiguous under strict and loose readi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product, starmap
 from typing import Any, Generic, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from vg.data.synthetic.layout import GENERIC_NOUN, Noun, Object, Scene, pick, some
+from vg.data.synthetic.layout import GENERIC_NOUN, Noun, Object, Scene, SceneObject, pick, some
 from vg.errors import DataError
 
-ExpressionType = Literal["attribute", "superlative", "relation", "ordinal", "chain"]
+ExpressionType = Literal["attribute", "superlative", "relation", "ordinal", "chain", "absent", "several"]
+GENERALIZED: frozenset[ExpressionType] = frozenset(("absent", "several"))  # the others refer to exactly one object
 AnyScene: TypeAlias = Scene[Object, Any]
 
 SIZES = {"small": ("small", "little"), "big": ("big", "large")}
@@ -45,6 +46,9 @@ RELATION_LEAD = 0.12  # "left of": minimum distance of the target from the ancho
 RELATION_REFUSAL = 0.04  # ... and of all other candidates on the opposite side, as fractions of the image side
 MAX_SCENES = 1000  # that are sampled for one expression
 NEAR_RATIO = 1.75  # "closest to": the runner-up is at least this many times further away
+QUANTIFIERS = {2: ("both", "the two"), 3: ("the three",)}  # by number of objects, besides those for any number:
+ANY_NUMBER = ("all", "all the", "the")
+PLURALS = {"knife": "knives", "mouse": "mice", "person": "people"} | {x: x for x in ("scissors", "sheep", "skis")}
 
 
 _WORDINGS = [
@@ -79,11 +83,17 @@ class Phrase(NamedTuple):
 
 
 class Expression(NamedTuple, Generic[Object]):
-    """A referring expression and the only object it fits."""
+    """A referring expression and all objects it fits."""
 
     text: str
     type: ExpressionType
-    target: Object
+    targets: tuple[Object, ...]
+
+    @property
+    def target(self) -> Object:
+        """Return the only object."""
+        (target,) = self.targets
+        return target
 
 
 def shared_phrases(scene: AnyScene[Object], at_least: int = 1) -> list[Phrase]:
@@ -98,8 +108,12 @@ def shared_phrases(scene: AnyScene[Object], at_least: int = 1) -> list[Phrase]:
 
 def unique_phrases(item: Object, scene: AnyScene[Object]) -> list[Phrase]:
     """Return all phrases that match this object of the scene and no other."""
-    attributes = product({"": None, item.size: None}, {"": None, item.color: None}, item.nouns)
-    return [phrase for phrase in starmap(Phrase, attributes) if phrase.matches(scene.objects) == [item]]
+    return [phrase for phrase in _phrases(item) if phrase.matches(scene.objects) == [item]]
+
+
+def _phrases(item: SceneObject) -> Iterator[Phrase]:
+    """Yield all phrases of this object, whether they match another one or not."""
+    return starmap(Phrase, product({"": None, item.size: None}, {"": None, item.color: None}, item.nouns))
 
 
 def described_scene(
@@ -135,7 +149,7 @@ def by_attribute(rng: np.random.Generator, scene: AnyScene[Object]) -> Expressio
     """Generate an expression such as "the small red circle"."""
     for item in some(rng, scene.objects):
         if phrases := unique_phrases(item, scene):
-            return Expression(_article(rng) + pick(rng, phrases).text(rng), "attribute", item)
+            return Expression(_article(rng) + pick(rng, phrases).text(rng), "attribute", (item,))
     return None
 
 
@@ -155,8 +169,8 @@ def _by_order(rng: np.random.Generator, scene: AnyScene[Object], ordinal: bool) 
                 wordings = [wording for wording in SUPERLATIVES[order] if not ordinal or wording.endswith("{}")]
                 text = pick(rng, wordings).format(phrase.text(rng))
                 if ordinal:
-                    return Expression(f"{_article(rng)}{ORDINALS[rank - 1]} {text}", "ordinal", target)
-                return Expression(_article(rng) + text, "superlative", target)
+                    return Expression(f"{_article(rng)}{ORDINALS[rank - 1]} {text}", "ordinal", (target,))
+                return Expression(_article(rng) + text, "superlative", (target,))
     return None
 
 
@@ -203,7 +217,56 @@ def _by_relation(
                 target = _related(relation, candidates, anchor, scene)
                 if target and (anchor_text := describe(anchor)):
                     text = f"{phrase.text(rng)} {pick(rng, RELATIONS[relation])} {anchor_text}"
-                    return Expression(_article(rng) + text, expression_type, target)
+                    return Expression(_article(rng) + text, expression_type, (target,))
+    return None
+
+
+def by_absent(rng: np.random.Generator, scene: AnyScene[Object]) -> Expression[Object] | None:
+    """Generate an expression that fits no object but nearly does.
+
+    Such as "red star" for a scene with stars and red circles, or "star above the circle" where every star is below it.
+    """
+    for missing in some(rng, (_missing_object, _missing_relation)):
+        if text := missing(rng, scene):
+            return Expression(_article(rng) + text, "absent", ())
+    return None
+
+
+def _missing_object(rng: np.random.Generator, scene: AnyScene[Object]) -> str | None:
+    """Return a combination of attributes that no object has, although objects have them in other combinations."""
+    sizes, colors = ({"": None} | {getattr(x, name): None for x in scene.objects} for name in ("size", "color"))
+    nouns = {noun: None for item in scene.objects for noun in item.nouns}
+    missing = []
+    for phrase in starmap(Phrase, product(sizes, colors, nouns)):
+        of_any_size = phrase._replace(size="").matches(scene.objects)
+        if not phrase.size or (of_any_size and all(item.size for item in of_any_size)):
+            missing += [] if phrase.matches(scene.objects) else [phrase]
+    return pick(rng, missing).text(rng) if missing else None
+
+
+def _missing_relation(rng: np.random.Generator, scene: AnyScene[Object]) -> str | None:
+    """Return a relation to an object on whose other side all objects of that phrase are."""
+    for relation in some(rng, tuple(DIRECTIONS)):
+        for phrase in some(rng, shared_phrases(scene)):
+            candidates = phrase.matches(scene.objects)
+            for anchor in some(rng, [item for item in scene.objects if item not in candidates]):
+                opposite = all(_lead(relation, item, anchor, scene) <= -RELATION_LEAD for item in candidates)
+                if opposite and (unique := unique_phrases(anchor, scene)):
+                    anchor_text = _article(rng) + pick(rng, unique).text(rng)
+                    return f"{phrase.text(rng)} {pick(rng, RELATIONS[relation])} {anchor_text}"
+    return None
+
+
+def by_several(rng: np.random.Generator, scene: AnyScene[Object]) -> Expression[Object] | None:
+    """Generate an expression such as "all red circles" or "both small stars"."""
+    phrases = {phrase: None for item in scene.objects for phrase in _phrases(item)}
+    for phrase in some(rng, tuple(phrases)):
+        objects = phrase.matches(scene.objects)
+        if len(objects) > 1:
+            *words, noun = phrase.text(rng).split()
+            noun = PLURALS.get(noun, noun + ("es" if noun.endswith(("s", "x", "z", "ch", "sh")) else "s"))
+            quantifier = pick(rng, (*ANY_NUMBER, *QUANTIFIERS.get(len(objects), ())))
+            return Expression(" ".join((quantifier, *words, noun)), "several", tuple(objects))
     return None
 
 
@@ -213,6 +276,8 @@ DESCRIBE: dict[ExpressionType, Callable[[np.random.Generator, AnyScene[Any]], Ex
     "relation": by_relation,
     "ordinal": by_ordinal,
     "chain": by_chain,
+    "absent": by_absent,
+    "several": by_several,
 }
 
 

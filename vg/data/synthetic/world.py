@@ -13,7 +13,14 @@ from pydantic import PositiveInt
 
 from vg.data.refcoco.rows import samples_of
 from vg.data.source import Provenance, Task
-from vg.data.synthetic.expressions import DESCRIBE, Expression, ExpressionType, described_scene, further_expressions
+from vg.data.synthetic.expressions import (
+    DESCRIBE,
+    GENERALIZED,
+    Expression,
+    ExpressionType,
+    described_scene,
+    further_expressions,
+)
 from vg.data.synthetic.layout import Background, Object, Scene, Style
 from vg.errors import DataError
 from vg.settings import Settings
@@ -37,7 +44,7 @@ class WorldConfig(Settings):
     """Expressions of one scene, each a sample of its own."""
     kinds: tuple[ExpressionType, ...] = ("attribute", "superlative", "relation")
     """Expression types, which alternate; also available: "ordinal" (second leftmost star) and "chain" (circle above the
-    leftmost star)."""
+    leftmost star); and, for models of generalized expressions, "absent" (no object fits) and "several" (both stars)."""
 
 
 class World(ABC, Generic[Object, Background]):
@@ -68,6 +75,8 @@ class World(ABC, Generic[Object, Background]):
         self._last: tuple[tuple[int, int], Image.Image, list[Expression[Object]]] | None = None  # epoch, scene
         crowded = "crowded" if config.scenes == "crowded" else ""
         details = ", ".join(filter(None, (crowded, view, f"seed {config.seed}")))
+        if task == "expressions" and not GENERALIZED.isdisjoint(config.kinds):
+            task = "generalized"
         self.provenance = Provenance(f"{name} ({details})", config.split, task)
 
     @abstractmethod
@@ -87,7 +96,8 @@ class World(ABC, Generic[Object, Background]):
     def row(self, index: int, epoch: int = 0) -> dict[str, Any]:
         """Draw one scene with an expression for one of its objects, in the columns of `lmms-lab/RefCOCO*` on the Hub.
 
-        `bbox` is xywh in pixels; the additional column `kinds` has the type of each expression in `answer`.
+        `bbox` is xywh in pixels; the additional column `kinds` has the type of each expression in `answer`. If objects
+        may be absent or several, the columns are those of gRefCOCO, with `boxes` in place of `bbox`.
         """
         split, seed = self.settings.split, self.settings.seed
         epoch = self.seed_epoch(epoch)
@@ -95,6 +105,11 @@ class World(ABC, Generic[Object, Background]):
         scene, index_in_scene = divmod(index, self.settings.expressions_per_scene)
         image, expressions = self._described(scene, epoch)
         expression = expressions[index_in_scene]
+        file_name = f"{split}_seed{seed}_epoch{epoch}_{scene:06d}.png"
+        if self.provenance.task == "generalized":
+            boxes = [[x, y, right - x, bottom - y] for x, y, right, bottom in (item.box for item in expression.targets)]
+            columns = {"ann_id": f"{index:06d}", "sent": expression.text, "boxes": boxes, "kinds": [expression.type]}
+            return {**columns, "image": image, "file_name": file_name}
         left, top, right, bottom = map(float, expression.target.box)
         return {
             "question_id": f"{index:06d}",
@@ -104,7 +119,7 @@ class World(ABC, Generic[Object, Background]):
             "bbox": [left, top, right - left, bottom - top],
             "segmentation": [left, top, right, top, right, bottom, left, bottom],
             "iscrowd": 0,
-            "file_name": f"{split}_seed{seed}_epoch{epoch}_{scene:06d}.png",
+            "file_name": file_name,
             "kinds": [expression.type],
         }
 

@@ -63,7 +63,8 @@ class DenseLossConfig(RecLossConfig):
     """Weights of the loss terms; zero disables a term."""
 
     token: Weight = 1.0
-    """Cross-entropy between the scores of the image tokens and the tokens inside the ground-truth box."""
+    """Cross-entropy between the scores of the image tokens and the tokens inside the ground-truth box; if objects are
+    any, the sum of the cross-entropies of all tokens."""
 
 
 @dataclass
@@ -99,7 +100,9 @@ class DenseHeadConfig(Settings):
     feedforward: PositiveInt = 1024
     dropout: Dropout = 0.1
     num_boxes: PositiveInt = 5
-    """Number of boxes that `predict` returns, best first."""
+    """Number of boxes that `predict` returns, best first; the most if objects are any."""
+    objects: Literal["one", "any"] = "one"
+    """How many objects an expression names: exactly one, or also none or several, with a probability for each box."""
     loss: DenseLossConfig = field(default_factory=DenseLossConfig)
 
     def __post_init__(self) -> None:
@@ -109,9 +112,10 @@ class DenseHeadConfig(Settings):
             )
 
     def build(self, vision_width: int, text_width: int) -> DenseHead:
+        from vg.models.rec.any_objects import AnyObjectsHead
         from vg.models.rec.heads import DenseHead
 
-        return DenseHead(self, vision_width, text_width)
+        return (AnyObjectsHead if self.objects == "any" else DenseHead)(self, vision_width, text_width)
 
 
 HeadConfig = Annotated[
@@ -123,7 +127,7 @@ HeadConfig = Annotated[
 
 @dataclass
 class RecConfig(ModelSettings):
-    """Referring expression comprehension: one box for one expression."""
+    """Referring expression comprehension: one box for one expression, or any number with `head.objects: any`."""
 
     name: Literal["rec"] = "rec"
     weights: str | None = None

@@ -1,4 +1,4 @@
-"""Referring expression comprehension: image encoder + text encoder + head = one box for one expression."""
+"""Referring expression comprehension: image encoder + text encoder + head = boxes for one expression, mostly one."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from vg import boxes as box_ops
 from vg.errors import CheckpointError, ConfigError
 from vg.models.base import EncodableModel
 from vg.models.encoders import Encoder, load_tokenizer, read_tokenizer, tokenizer_key, weights_key
+from vg.models.rec.any_objects import AnyObjectsHead
 from vg.models.rec.config import RecConfig, VisionEncoderConfig
 from vg.models.rec.heads import DenseOutput, PooledOutput
 from vg.models.rec.kept_aspect import KeptAspectImage
@@ -170,6 +171,7 @@ class RecModel(EncodableModel):
         self.mix: Tensor | None
         self.register_buffer("mix", None if mixed is None else fixed_projection(self.vision.width, mixed))
         self.head = config.head.build(mixed or self.vision.width, self.text.width)
+        self.generalized = isinstance(self.head, AnyObjectsHead)
         if pretrained and config.weights is not None:
             self._load(Path(config.weights))
 
@@ -229,14 +231,21 @@ class RecModel(EncodableModel):
         return self.head(image, grid, text, mask, image_ids if len(image) < len(text) else None, most, grids)
 
     def loss(self, output: PooledOutput | DenseOutput, batch: Batch | EncodedBatch) -> dict[LossName, Tensor]:
-        """Return the loss terms of the head; raises ConfigError naming a sample that does not have exactly one box."""
+        """Return the loss terms of the head.
+
+        Raises:
+            ConfigError: a sample, which is named, does not have exactly one box, but the head predicts one.
+        """
         for target in batch.targets:
-            if len(target.boxes) != 1:
+            if len(target.boxes) != 1 and not self.generalized:
                 raise ConfigError(
-                    f"{target.id} has {len(target.boxes)} boxes, but rec trains on expressions with one: train "
-                    "model.name=grounding_dino on such data"
+                    f"{target.id} has {len(target.boxes)} boxes, but rec trains on expressions with one unless "
+                    "model.head={name: dense, objects: any}; set this, or train model.name=grounding_dino on such data"
                 )
-        losses = self.head.loss(output, torch.cat([target.boxes for target in batch.targets]))  # type: ignore[arg-type]
+        if isinstance(self.head, AnyObjectsHead):
+            losses = self.head.loss(output, *_padded_boxes(batch))  # type: ignore[arg-type]
+        else:
+            losses = self.head.loss(output, torch.cat([target.boxes for target in batch.targets]))  # type: ignore[arg-type]
         return {LossName(term): value for term, value in losses.items()}
 
     def batch_weight(self, batch: Batch | EncodedBatch) -> int:
@@ -244,15 +253,16 @@ class RecModel(EncodableModel):
 
     def predict(self, output: PooledOutput | DenseOutput, batch: Batch | EncodedBatch) -> list[Prediction]:
         boxes, scores = self.head.rank(output)  # type: ignore[arg-type]  # [R, K, 4], [R, K]
+        found: Any = scores > 0 if self.generalized else [slice(None)] * len(scores)
         return [
             Prediction(
                 id=target.id,
-                boxes=box_ops.to_pixels(sample_boxes, target.size),
-                scores=sample_scores,
-                phrase_ids=torch.zeros_like(sample_scores, dtype=torch.long),
+                boxes=box_ops.to_pixels(sample_boxes[kept], target.size),
+                scores=sample_scores[kept],
+                phrase_ids=torch.zeros_like(sample_scores[kept], dtype=torch.long),
                 phrases=target.phrases,
             )
-            for target, sample_boxes, sample_scores in zip(batch.targets, boxes, scores, strict=True)
+            for target, sample_boxes, sample_scores, kept in zip(batch.targets, boxes, scores, found, strict=True)
         ]
 
     @torch.no_grad()
@@ -262,6 +272,14 @@ class RecModel(EncodableModel):
         boxes, _ = self.head.rank(output, 1)  # type: ignore[arg-type]  # [R, 1, 4]
         true = torch.cat([target.boxes for target in batch.targets])  # [R, 4]
         return box_ops.iou(*(box_ops.cxcywh_to_xyxy(x).clamp(0, 1) for x in (boxes.squeeze(1).float(), true)))
+
+
+def _padded_boxes(batch: Batch | EncodedBatch) -> tuple[Tensor, Tensor]:
+    """Return the boxes of all expressions, [R, N, 4] cxcywh 0..1, and [R, N] bool, False = padding."""
+    if isinstance(batch, Batch):
+        return batch.prompt_targets.boxes, batch.prompt_targets.mask
+    boxes = torch.stack([target.boxes for target in batch.targets])  # in a feature cache every expression has one
+    return boxes, boxes.new_ones(boxes.shape[:2], dtype=torch.bool)
 
 
 def fixed_projection(channels: int, width: int) -> Tensor:
