@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, CLIPModel, SiglipModel, T5Model
 from vg.errors import ConfigError
 from vg.models.encoders import TEXT_TYPES, VISION_TYPES, Encoder
 from vg.models.rec.config import BgeConfig, DenseHeadConfig, RecConfig, VisionEncoderConfig
-from vg.models.rec.model import VisionEncoder
+from vg.models.rec.vision import VisionEncoder
 from vg.models.settings import TINY_BERT, EncoderConfig, TextEncoderConfig
 
 WIDTHS: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

@@ -18,7 +18,7 @@ from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import CheckpointError, ConfigError
 from vg.models.encoders import SMALL_VOCABULARY
 from vg.models.rec.config import BgeConfig, DenseHeadConfig, PooledHeadConfig, RecConfig, VisionEncoderConfig
-from vg.models.rec.model import VisionEncoder
+from vg.models.rec.vision import VisionEncoder
 from vg.types import Text
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
