@@ -57,7 +57,7 @@ class EncodedSample:
     image_key: tuple[str, int]  # cache folder, and index of image and view in it: equal for samples of one image
     image: np.ndarray  # [S, D] float16
     grid: tuple[int, int]  # rows and columns of the last tokens
-    text: np.ndarray  # [T, D] float16
+    text: np.ndarray | None  # [T, D] float16; None if the text encoder is trained
     size: tuple[int, int]  # (height, width) of the view in pixels
     phrase: str
     box: np.ndarray  # [4] float32, xyxy in pixels of the view
@@ -218,7 +218,7 @@ class Features(NamedTuple):
 
     image: Tensor  # [B, S, D of the image encoder] tokens: class and registers, the cells row by row, padding
     grid: tuple[int, int]  # rows, columns; of the image with the most cells
-    text: Tensor  # [R, T, D of the text encoder]
+    text: Tensor | Text  # [R, T, D of the text encoder]; its input if it is trained and only images are cached
     text_mask: Tensor  # [R, T] bool, False = padding
     image_ids: Tensor  # [R] int64, index of the image that an expression refers to
     most: int | None = None  # expressions that refer to the same image; None: to be read from image_ids

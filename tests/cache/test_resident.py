@@ -231,7 +231,7 @@ def test_a_gpu_is_filled_by_half(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     cache, needed = config.data.cache, data.source.num_bytes  # type: ignore[union-attr]
     assert cache
     cache.resident = "auto"
-    monkeypatch.setattr(resident, "ResidentFeatures", lambda data, device: device)
+    monkeypatch.setattr(resident, "ResidentFeatures", lambda data, device, texts: device)
     for free, fits in ((2 * needed, True), (2 * needed - 1, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * free))
         found, plan = resident_features(data, cache, SimpleNamespace(device=torch.device("cuda")))  # type: ignore[arg-type]

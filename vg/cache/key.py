@@ -55,8 +55,8 @@ def cache_folder(
     key = json.loads(json.dumps(key))  # tuples are lists, as in a file
     files = files_of(source, images)
     path = _locate(Path(cache.folder), key, files, cache.trust)
-    encoded_as = _keys(path.parent).get(path, key)["data"]
-    return CacheFolder(path, key, int(images.max()) + 1, files, encoded_as, cache.trust)
+    stored = _keys(path.parent).get(path, key)
+    return CacheFolder(path, key, int(images.max()) + 1, files, stored, cache.trust)
 
 
 def check_complete(folder: CacheFolder) -> None:
@@ -94,12 +94,12 @@ def _locate(root: Path, key: Mapping[str, Any], files: Sequence[Path | None], tr
     exact = root / f"{name}-{_digest(_without(key, ['images']))[:16]}"  # with all paths, as in earlier versions
     if exact.exists():
         return exact
-    counts = {}  # of images that differ
-    for path, found in _keys(root).items():
+    counts, keys = {}, _keys(root)  # of images that differ
+    for path, found in keys.items():
         if not _differences(key, found, trust):
             is_here = trust or found["settings"] == key["settings"]
             counts[path] = 0 if is_here else _num_changed(path, files)
-    best = min(counts, key=lambda path: counts[path], default=None)
+    best = min(counts, key=lambda path: (counts[path], "text" in key and "text" not in keys[path]), default=None)
     if best is not None and counts[best] <= len(files) / 2:
         return best
     path = root / f"{name}-{_digest(_content(key))[:16]}"
@@ -135,7 +135,9 @@ def _content(key: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any], trust: bool = False) -> list[str]:
-    """Return one line for each value in which the content of two keys differs."""
+    """Return one line for each value in which the content of two keys differs; their text only if both have some."""
+    if not ("text" in wanted and "text" in found):
+        wanted, found = _without(wanted, ["text"]), _without(found, ["text"])
     if "images" not in found:  # by an earlier version, which did not record the files of its images
         wanted = _without(wanted, ["images"])
         location = found["settings"].get("image_root") or found["settings"].get("path")

@@ -80,7 +80,7 @@ class RecText(nn.Module):
 
     def forward(self, token_ids: Tensor, mask: Tensor) -> tuple[Tensor]:
         """[N, T] int64 and bool (False = padding) -> [N, T, D]."""
-        return (self.model.encode_text(Text(token_ids, mask, mask, mask)),)
+        return self.model.encode_text(Text(token_ids, mask, mask, mask))[:1]
 
 
 class RecDetector(nn.Module):

@@ -87,12 +87,18 @@ class RecModel(EncodableModel):
         unloaded = 0 if trainable_only else sum(x.num_unloaded_parameters() for x in (self.vision, self.text))
         return super().num_parameters(trainable_only) + unloaded
 
+    @property
+    def caches_text(self) -> bool:
+        return self.config.text.frozen
+
     def feature_key(self) -> dict[str, Any]:
         vision: dict[str, Any] = weights_key("model.vision", self.config.vision)
         if self.vision.layers is not None:  # keys of earlier versions have neither
             vision["layers"] = self.vision.layers
         if self.mix is not None:
             vision["mix"] = {"seed": MIX_SEED, "shape": list(self.mix.shape)}
+        if not self.caches_text:
+            return {"vision": vision}
         return {
             "vision": vision,
             "text": weights_key("model.text", self.config.text) | {"tokenizer": tokenizer_key(self.config.text)},
@@ -102,13 +108,13 @@ class RecModel(EncodableModel):
         tokens, grid = self.vision(images)
         return tokens if self.mix is None else F.linear(tokens, self.mix), grid
 
-    def encode_text(self, text: Text) -> Tensor:
+    def encode_text(self, text: Text) -> tuple[Tensor, Tensor]:
         # transformers reads from the device whether a 2-D mask has any padding; it takes a 4-D one as it is, and adds
         # that to the logits of eager attention.
         config = self.text.network_config
         four_dims = config.model_type in FOUR_DIMENSIONAL_MASK and config._attn_implementation != "eager"
         mask = text.mask[:, None, None].expand(-1, -1, text.mask.shape[1], -1) if four_dims else text.mask.long()
-        return self.text.run(input_ids=text.token_ids, attention_mask=mask)
+        return self.text.run(input_ids=text.token_ids, attention_mask=mask), text.mask
 
     def decode(self, features: Features) -> PooledOutput | DenseOutput:
         image, grid, text, mask, image_ids, most, grids = features
