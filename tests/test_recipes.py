@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from vg.config import RunConfig, load_config
 from vg.data.detection.coco import CocoConfig
@@ -16,6 +18,7 @@ from vg.models.grounding_dino.config import GroundingDinoConfig, ResNetConfig, S
 from vg.models.rec.config import RecConfig
 from vg.models.rec.model import RecModel
 from vg.training.optim import build_schedule, select_trainable
+from vg.types import Text
 
 FOLDER = Path(__file__).parents[1] / "configs" / "grounding_dino"
 FINE_TUNED = ["finetune_coco_swin_t", "finetune_coco_swin_b", "finetune_cat", "finetune_own"]
@@ -227,6 +230,7 @@ def test_rec_recipes() -> None:
         "refcoco_dense": 224,
         "refcoco_dense_cached": 224,
         "refcoco_dense_lora": 224,
+        "refcoco_dense_text_lora": 224,
         "refcoco_dense_448": 448,
         "refcoco_dense_levels": 448,
         "refcoco_dense_672": 672,
@@ -276,6 +280,56 @@ def test_the_size_of_a_cache_of_several_layers() -> None:
     comment = path.read_text().partition("base:")[0]
     for number in (f"{size / 1e6:.2f} MB", f"{16_994 * size / 1e9:.1f} GB", f"{19_994 * size / 1e9:.1f} GB"):
         assert number in comment
+
+
+PUBLISHED_ENCODERS = [
+    "model.vision={id: null, architecture: {model_type: dinov3_vit, hidden_size: 768, num_hidden_layers: 12, "
+    "num_attention_heads: 12, intermediate_size: 3072, num_register_tokens: 4}}",
+    "model.text={id: null, architecture: {model_type: bert, hidden_size: 384, num_hidden_layers: 12, "
+    "num_attention_heads: 12, intermediate_size: 1536}}",
+]
+
+
+def test_the_cost_of_adapters_in_the_text_encoder() -> None:
+    """As stated in the recipe; RefCOCO has 120,624 expressions of 16,994 images in train, and 3,000 other images."""
+    pytest.importorskip("peft")
+    path = FOLDER.parent / "rec" / "refcoco_dense_text_lora.yaml"
+    config = load_config(path, [*PUBLISHED_ENCODERS, "model.text.frozen=false"])
+    rows, length = 2, 16
+    with torch.device("meta"):
+        model = config.model.build(pretrained=False)
+        assert isinstance(model, RecModel)
+        encoders = sum(weights.numel() for tower in (model.vision, model.text) for weights in tower.parameters())
+        select_trainable(model, config.optim)
+        text = torch.ones((rows, length), dtype=torch.long)
+        mask = text.bool()
+
+        def gigaflops(function: Callable[[], object]) -> float:
+            with FlopCounterMode(display=False) as counter:
+                function()
+            return counter.get_total_flops() / rows / 1e9
+
+        def step() -> None:
+            tokens, _ = model.encode_text(Text(text, mask, mask, mask))
+            output = model.head(torch.zeros(rows, 201, 768), (14, 14), tokens, mask)
+            (output.logits.sum() + output.boxes.sum()).backward()
+
+        words = gigaflops(lambda: model.encode_text(Text(text, mask, mask, mask))[0].sum().backward())
+        both, image = gigaflops(step), gigaflops(lambda: model.encode_images(torch.zeros(rows, 3, 224, 224)))
+    trained = {name: weights.numel() for name, weights in model.named_parameters() if weights.requires_grad}
+    adapters = sum(count for name, count in trained.items() if name.startswith("text."))
+    assert {name.split(".")[0] for name in trained} == {"text", "head"}
+    petaflops = both * 120_624 * config.train.epochs / 1e6
+    assert config.data.cache
+    cache = image * (16_994 * len(config.data.cache.views) + 3_000) / 1e6
+    comment = path.read_text().partition("base:")[0].replace("\n# ", " ")
+    for figure in (
+        f"{adapters:,} weights of the adapters are {adapters / encoders:.1%} of the {encoders:,}".replace("%", " %"),
+        f"{words:.1f} GFLOP in the text encoder and {both - words:.1f} in the head",
+        f"{config.train.epochs} epochs are {petaflops:.1f} PFLOP, or {petaflops * 1000 / 20 / 60:.0f} minutes",
+        f"takes {cache:.1f} PFLOP once",
+    ):
+        assert figure in comment
 
 
 def test_encoder_adapters_and_the_head_are_trained() -> None:

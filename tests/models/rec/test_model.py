@@ -150,8 +150,8 @@ def test_padding_of_text_has_no_effect(implementation: str) -> None:
     model = replace(config, text=replace(config.text, architecture=architecture)).build(pretrained=False).eval()
     ids = torch.tensor([[101, 103, 104, 102], [101, 102, 0, 0]])
     with torch.no_grad():
-        padded = model.encode_text(Text(ids, ids > 0, ids > 0, torch.arange(2)))[1, :2]
-        alone = model.encode_text(Text(ids[1:, :2], ids[1:, :2] > 0, ids[1:, :2] > 0, torch.arange(1)))[0]
+        padded = model.encode_text(Text(ids, ids > 0, ids > 0, torch.arange(2)))[0][1, :2]
+        alone = model.encode_text(Text(ids[1:, :2], ids[1:, :2] > 0, ids[1:, :2] > 0, torch.arange(1)))[0][0]
     torch.testing.assert_close(padded, alone, rtol=0, atol=1e-6)
 
 
