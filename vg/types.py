@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # keeps `import vg` and the configuration free of torch
     from transformers import PreTrainedTokenizerBase
     from typing_extensions import Self
 
+ALIGNMENT = 256  # bytes, that of memory on a GPU
+
 
 class Caption(NamedTuple):
     """A text that is the prompt of a sample as it stands; the phrases of the sample are spans of it."""
@@ -64,9 +66,6 @@ class EncodedSample:
     expression_type: str
 
 
-ALIGNMENT = 256  # bytes, that of memory on a GPU
-
-
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Apply a function to every tensor in a Movable, a NamedTuple or a list."""
     from torch import Tensor
@@ -103,8 +102,8 @@ class Movable:
                 whole = tensor.new_empty(0, dtype=torch.uint8).set_(memory)
                 moved[memory._cdata] = whole.to(device, non_blocking=non_blocking)
             there = moved[memory._cdata].untyped_storage()
-            empty = tensor.new_empty(0, device=device)
-            return empty.set_(there, tensor.storage_offset(), tensor.size(), tensor.stride())
+            offset, size, stride = tensor.storage_offset(), tensor.size(), tensor.stride()
+            return tensor.new_empty(0, device=device).set_(there, offset, size, stride)
 
         return self.map(move)
 
@@ -122,8 +121,7 @@ class Movable:
 
         def place(tensor: Tensor) -> Tensor:
             start = next(starts)
-            part = block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            return part.copy_(tensor)
+            return block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
         return self.map(place)
 
@@ -141,6 +139,7 @@ class Text(NamedTuple):
     mask: Tensor  # [R, T] bool, False = padding
     phrase_tokens: Tensor  # [R, P, T] bool, tokens of each phrase of the image; all False if in another prompt
     image_ids: Tensor  # [R] int64, index of the image that a prompt belongs to: 0, 1, 1, 2, ...
+    extra: Text | None = None  # the same prompts for a second text encoder
 
 
 class TextArrays(NamedTuple):
@@ -150,11 +149,12 @@ class TextArrays(NamedTuple):
     mask: np.ndarray  # [R, T] bool
     phrase_tokens: np.ndarray  # [R, P, T] bool
     image_ids: np.ndarray  # [R] int64
+    extra: TextArrays | None = None
 
     def tensors(self) -> Text:
         import torch
 
-        return Text(*map(torch.from_numpy, self))
+        return Text._make([*map(torch.from_numpy, self[:4]), self.extra and self.extra.tensors()])
 
 
 @dataclass(frozen=True)
@@ -293,8 +293,7 @@ class FittedImage(ImageSpec):
 
     def resized(self, height: int, width: int, shortest: int | None = None) -> tuple[int, int]:
         """Round as the DETR family: 480 x 640 -> 800 x 1066, because the longer side is truncated, not rounded."""
-        short, long = min(height, width), max(height, width)
-        side = shortest or self.shortest
+        short, long, side = min(height, width), max(height, width), shortest or self.shortest
         if long / short * side > self.longest:
             side = max(1, round(self.longest * short / long))
         other = int(side * long / short)
@@ -311,6 +310,7 @@ class TextSpec:
     delimiters: tuple[str, ...] = ()
     # Position embeddings of the text encoder; None without a limit. With delimiters, positions restart in every phrase.
     positions: int | None = None
+    extra: TextSpec | None = None  # of a second text encoder
 
     @cached_property
     def delimiter_ids(self) -> tuple[int, ...]:

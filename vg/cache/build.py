@@ -42,7 +42,7 @@ from vg.data.source import Source
 from vg.distributed import new_accelerator, processes_per_machine, progress_bar
 from vg.errors import BadSampleError, CacheError, ConfigError, printable
 from vg.models.base import EncodableModel
-from vg.types import Sample, StretchedImage, Text
+from vg.types import Sample, StretchedImage, Text, map_tensors
 from vg.workers import new_loader
 
 logger = logging.getLogger(__name__)
@@ -246,7 +246,8 @@ class Build:
     def _text(self, expressions: Sequence[str]) -> Text:
         names = [self.folder.name] * len(expressions)
         text = Expressions(self.model.text_spec).arrays(expressions, names).tensors()
-        return Text(*(tensor.to(self.accelerator.device) for tensor in text))
+        moved: Text = map_tensors(text, lambda tensor: tensor.to(self.accelerator.device))
+        return moved
 
     def _to_half(self, features: Tensor) -> np.ndarray:
         half = features.half()
@@ -296,8 +297,11 @@ class Build:
         files = [self.folder.text_records(shard) for shard in range(len(self.folder.text_shards(num_texts)))]
         return np.array([value for file in files for value in read_records(file)["checksums"]], np.int64)
 
-    def _num_tokens(self, expressions: Sequence[str]) -> list[int]:
-        return [len(token_ids) for token_ids in self.model.text_spec.tokenizer(list(expressions))["input_ids"]]
+    def _num_tokens(self, expressions: Sequence[str]) -> np.ndarray:
+        """Return the tokens of each expression, those of both text encoders if there are two."""
+        spec = self.model.text_spec
+        tokens = [x.tokenizer(list(expressions))["input_ids"] for x in (spec, spec.extra) if x]
+        return np.sum([[len(token_ids) for token_ids in rows] for rows in tokens], axis=0)
 
     def _warn_about_changing_images(self) -> None:
         try:

@@ -125,13 +125,17 @@ def _num_changed(path: Path, files: Sequence[Path | None]) -> int:
 
 def _content(key: Mapping[str, Any]) -> dict[str, Any]:
     """Return a key without the paths of what its other entries determine."""
-    content = {
-        name: _without(value, ["id"]) if isinstance(value, Mapping) and "weights" in value else value
-        for name, value in key.items()
-    }
+    content: dict[str, Any] = _without_ids(key)
     if key["annotations"] is None:
         return content
     return _without(content, ["data", "pictures"]) | {"settings": _without(key["settings"], PATHS)}
+
+
+def _without_ids(value: Any) -> Any:
+    """Return a value of a key without the ids of encoders, of which it has the weights."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: _without_ids(entry) for name, entry in value.items() if name != "id" or "weights" not in value}
 
 
 def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any], trust: bool = False) -> list[str]:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from vg import boxes as box_ops
 from vg.cache.datasets import RunDataset
 from vg.cache.format import gigabytes
-from vg.cache.resident_text import READERS, feature_table, id_table
+from vg.cache.resident_text import READERS, feature_table, id_tables
 from vg.cache.source import CachedSource
 from vg.data.cache import CacheConfig
 from vg.data.dataset import SourceDataset
@@ -102,7 +102,7 @@ class ResidentFeatures(SourceDataset[EncodedSample]):
             self._read(source, first_rows[path])
         words = [(source.folder.path, source.index["words"].ravel()) for source, _ in leaves]  # of entries
         self.is_encoded = texts is None
-        self.text = id_table(folders, words, device, texts) if texts else feature_table(folders, words, device)
+        self.texts = id_tables(folders, words, device, texts) if texts else [feature_table(folders, words, device)]
 
         # Entry (first sample of the source + sample) * V + view
         self.first, _ = _offsets({source: len(source) for source, _ in leaves})
@@ -155,20 +155,24 @@ class ResidentFeatures(SourceDataset[EncodedSample]):
         chosen = np.array(entries)  # [R]
         images: dict[int, int] = {}  # row -> index in the batch
         image_ids = [images.setdefault(row, len(images)) for row in self.rows[chosen].tolist()]
-        tokens = self.text.rows(chosen)  # [R, T]
-        numbers = torch.from_numpy(np.concatenate([list(images), image_ids, chosen, tokens.ravel()]))
+        tokens = [text.rows(chosen) for text in self.texts]  # [R, T]
+        numbers = torch.from_numpy(np.concatenate([list(images), image_ids, chosen, *(x.ravel() for x in tokens)]))
         if self.device.type == "cuda":
             numbers = numbers.pin_memory()
         numbers = numbers.to(self.device, non_blocking=self.device.type != "mps")  # one copy for all
-        rows, ids, chosen_here, tokens_here = numbers.split([len(images), len(chosen), len(chosen), tokens.size])
+        sizes = [len(images), len(chosen), len(chosen), *(x.size for x in tokens)]
+        rows, ids, chosen_here, *tokens_here = numbers.split(sizes)
         grid, grids = largest_grid([self.grids[row] for row in images]) if self.grids else (self.grid, None)
-        text, mask = self.text.select(tokens_here, tokens.shape)
+        found = [text.select(x, y.shape) for text, x, y in zip(self.texts, tokens_here, tokens, strict=True)]
+        text: Text | None = None
+        for values, mask in reversed([] if self.is_encoded else found):
+            text = Text(values, mask, mask.unsqueeze(1), ids, text)
         shape = self.num_prefix + math.prod(grid), self.image_shape[1]  # S, D
         features = Features(
             image=self.image[:, : math.prod(shape)].index_select(0, rows).unflatten(1, shape),  # [B, S, D]
             grid=grid,
-            text=text if self.is_encoded else Text(text, mask, mask.unsqueeze(1), ids),  # [R, T, D], or tokens [R, T]
-            text_mask=mask,
+            text=text or found[0][0],  # tokens [R, T], or features [R, T, D]
+            text_mask=found[0][1],
             image_ids=ids,
             most=max(Counter(image_ids).values()),
             grids=grids,

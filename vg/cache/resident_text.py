@@ -64,13 +64,13 @@ def feature_table(
     return TokenTable(values, ends, texts)
 
 
-def id_table(
+def id_tables(
     sources: Mapping[Path, CachedSource],
     texts: Sequence[tuple[Path, np.ndarray]],
     device: torch.device,
     tokenize: Expressions,
-) -> TokenTable:
-    """Tokenize all expressions; raises BadSampleError if one is too long."""
+) -> list[TokenTable]:
+    """Tokenize all expressions, for each of the text encoders; raises BadSampleError if one is too long."""
     values, ends, first = [np.array([tokenize.spec.tokenizer.pad_token_id])], {}, 1
     for path, source in sources.items():
         expressions = source.texts["expressions"]
@@ -78,4 +78,5 @@ def id_table(
         values.append(tokens.token_ids[tokens.mask])
         ends[path] = np.cumsum([first, *tokens.mask.sum(axis=1)])
         first = int(ends[path][-1])
-    return TokenTable(torch.from_numpy(np.concatenate(values)).to(device), ends, texts)
+    table = TokenTable(torch.from_numpy(np.concatenate(values)).to(device), ends, texts)
+    return [table, *(id_tables(sources, texts, device, tokenize.extra) if tokenize.extra else [])]

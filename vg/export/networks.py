@@ -144,6 +144,11 @@ def _(model: RecModel) -> Networks:
             "model.keep_aspect=true cannot be exported yet: an exported rec takes images of one size; train with "
             "model.keep_aspect=false, or predict with the checkpoint"
         )
+    if model.extra_text is not None:
+        raise ConfigError(
+            "a rec model with model.extra_text cannot be exported yet: a file contains one tokenizer; predict with the "
+            "checkpoint"
+        )
     size = dict.fromkeys(("height", "width"), model.config.image_size)  # every image is stretched to it
     return Networks(RecText(model), RecDetector(model), (), {"text_tokens": ("prompts", "tokens")}, size)
 

@@ -146,7 +146,7 @@ def test_clip_and_siglip_are_normalized_as_published() -> None:
         (VisionEncoderConfig(architecture={"model_type": "siglip2"}), r"siglip2_vision_model, which is not supported"),
         (VisionEncoderConfig(architecture={"model_type": "bert"}), r"model\.vision.*bert"),
         (TextEncoderConfig(architecture={"model_type": "gpt2"}), r"model\.text.*gpt2.*bert.*t5"),
-        (TextEncoderConfig(architecture={"model_type": "siglip"}), r"siglip_text_model, which is not supported"),
+        (TextEncoderConfig(architecture={"model_type": "siglip2"}), r"siglip2_text_model, which is not supported"),
     ],
 )
 def test_other_types_are_refused_by_name(config: EncoderConfig, message: str) -> None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from vg import boxes as box_ops
 from vg.errors import CheckpointError, ConfigError
@@ -21,6 +22,7 @@ from vg.models.rec.config import RecConfig
 from vg.models.rec.heads import DenseOutput, PooledOutput
 from vg.models.rec.kept_aspect import KeptAspectImage
 from vg.models.rec.vision import VisionEncoder
+from vg.models.settings import TextEncoderConfig
 from vg.types import Batch, EncodedBatch, Features, ImageSpec, LossName, Prediction, StretchedImage, Text, TextSpec
 
 NORMALIZATIONS: dict[str, dict[str, tuple[float, float, float]]] = {  # where it is not that of ImageNet
@@ -46,16 +48,20 @@ class RecModel(EncodableModel):
         if config.keep_aspect and config.image_size < self.vision.stride:
             raise ConfigError(f"model.image_size={config.image_size} is less than {self.vision.stride}, one token")
         self.text = Encoder(config.text, pretrained, lazy=pretrained and "text" in self.external)
-        if self.text.positions is not None and config.max_tokens > self.text.positions:
-            raise ConfigError(
-                f"model.max_tokens={config.max_tokens}, but the text encoder has {self.text.positions} positions; "
-                f"set model.max_tokens={self.text.positions} or less"
-            )
+        self.extra_text: Encoder | None = None
+        if config.extra_text is not None:
+            self.extra_text = Encoder(config.extra_text, pretrained, lazy=pretrained and "extra_text" in self.external)
+        for encoder in self.text_encoders:
+            if encoder.positions is not None and config.max_tokens > encoder.positions:
+                raise ConfigError(
+                    f"model.max_tokens={config.max_tokens}, but the text encoder has {encoder.positions} positions; "
+                    f"set model.max_tokens={encoder.positions} or less"
+                )
         # Not in `vision`, whose weights are not saved if they are external.
         mixed = config.vision.mixed_width
         self.mix: Tensor | None
         self.register_buffer("mix", None if mixed is None else fixed_projection(self.vision.width, mixed))
-        self.head = config.head.build(mixed or self.vision.width, self.text.width)
+        self.head = config.head.build(mixed or self.vision.width, sum(x.width for x in self.text_encoders))
         if pretrained and config.weights is not None:
             self._load(Path(config.weights))
 
@@ -76,20 +82,31 @@ class RecModel(EncodableModel):
             return KeptAspectImage(side, self.vision.stride, **normalization)
         return StretchedImage(side, side, **normalization)
 
+    @property
+    def text_encoders(self) -> list[Encoder]:
+        """The one or two text encoders."""
+        return [self.text] if self.extra_text is None else [self.text, self.extra_text]
+
     @cached_property
     def text_spec(self) -> TextSpec:
-        return TextSpec(load_tokenizer(self.config.text), self.config.max_tokens)
+        extra = self.config.extra_text
+        return self._text_spec(load_tokenizer(self.config.text), extra and load_tokenizer(extra))
 
     def load_tokenizer(self, folder: str) -> None:
-        self.text_spec = TextSpec(read_tokenizer(folder), self.config.max_tokens)
+        extra = None if self.extra_text is None else read_tokenizer(f"{folder}/extra")
+        self.text_spec = self._text_spec(read_tokenizer(folder), extra)
+
+    def _text_spec(self, tokenizer: PreTrainedTokenizerBase, extra: PreTrainedTokenizerBase | None) -> TextSpec:
+        limit = self.config.max_tokens
+        return TextSpec(tokenizer, limit, extra=None if extra is None else TextSpec(extra, limit))
 
     def num_parameters(self, trainable_only: bool = False) -> int:
-        unloaded = 0 if trainable_only else sum(x.num_unloaded_parameters() for x in (self.vision, self.text))
+        unloaded = 0 if trainable_only else sum(x.num_unloaded_parameters() for x in (self.vision, *self.text_encoders))
         return super().num_parameters(trainable_only) + unloaded
 
     @property
     def caches_text(self) -> bool:
-        return self.config.text.frozen
+        return all(encoder.frozen for encoder in self.text_encoders)
 
     def feature_key(self) -> dict[str, Any]:
         vision: dict[str, Any] = weights_key("model.vision", self.config.vision)
@@ -99,22 +116,25 @@ class RecModel(EncodableModel):
             vision["mix"] = {"seed": MIX_SEED, "shape": list(self.mix.shape)}
         if not self.caches_text:
             return {"vision": vision}
-        return {
-            "vision": vision,
-            "text": weights_key("model.text", self.config.text) | {"tokenizer": tokenizer_key(self.config.text)},
-        }
+        text = _text_key(self.config.text)
+        if self.config.extra_text is not None:
+            text["extra"] = _text_key(self.config.extra_text)
+        return {"vision": vision, "text": text}
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         tokens, grid = self.vision(images)
         return tokens if self.mix is None else F.linear(tokens, self.mix), grid
 
     def encode_text(self, text: Text) -> tuple[Tensor, Tensor]:
-        # transformers reads from the device whether a 2-D mask has any padding; it takes a 4-D one as it is, and adds
-        # that to the logits of eager attention.
-        config = self.text.network_config
-        four_dims = config.model_type in FOUR_DIMENSIONAL_MASK and config._attn_implementation != "eager"
-        mask = text.mask[:, None, None].expand(-1, -1, text.mask.shape[1], -1) if four_dims else text.mask.long()
-        return self.text.run(input_ids=text.token_ids, attention_mask=mask), text.mask
+        tokens = _encoded(self.text, text, self.text_spec)
+        if self.extra_text is None:
+            return tokens, text.mask
+        assert text.extra is not None
+        assert self.text_spec.extra is not None
+        extra = _encoded(self.extra_text, text.extra, self.text_spec.extra)
+        # The tokens of each encoder have channels of their own, so the projection of the head has weights for each.
+        tokens, extra = F.pad(tokens, (0, extra.shape[2])), F.pad(extra, (tokens.shape[2], 0))
+        return torch.cat((tokens, extra), dim=1), torch.cat((text.mask, text.extra.mask), dim=1)
 
     def decode(self, features: Features) -> PooledOutput | DenseOutput:
         image, grid, text, mask, image_ids, most, grids = features
@@ -154,6 +174,25 @@ class RecModel(EncodableModel):
         boxes, _ = self.head.rank(output, 1)  # type: ignore[arg-type]  # [R, 1, 4]
         true = torch.cat([target.boxes for target in batch.targets])  # [R, 4]
         return box_ops.iou(*(box_ops.cxcywh_to_xyxy(x).clamp(0, 1) for x in (boxes.squeeze(1).float(), true)))
+
+
+def _text_key(config: TextEncoderConfig) -> dict[str, Any]:
+    return {**weights_key(config.key, config), "tokenizer": tokenizer_key(config)}
+
+
+def _encoded(encoder: Encoder, text: Text, spec: TextSpec) -> Tensor:
+    """Return the tokens of a text encoder, [R, T, D]."""
+    config, ids, mask = encoder.network_config, text.token_ids, text.mask
+    if config.model_type == "siglip_text_model":
+        # Trained on a fixed number of tokens without a mask: it attends to padding, which has an effect.
+        padding = spec.tokenizer.pad_token_id
+        ids = F.pad(ids.masked_fill(~mask, padding), (0, config.max_position_embeddings - ids.shape[1]), value=padding)
+        return encoder.run(input_ids=ids)[:, : mask.shape[1]]
+    # transformers reads from the device whether a 2-D mask has any padding; it takes a 4-D one as it is, and adds that
+    # to the logits of eager attention.
+    four_dims = config.model_type in FOUR_DIMENSIONAL_MASK and config._attn_implementation != "eager"
+    mask = mask[:, None, None].expand(-1, -1, mask.shape[1], -1) if four_dims else mask.long()
+    return encoder.run(input_ids=ids, attention_mask=mask)
 
 
 def fixed_projection(channels: int, width: int) -> Tensor:
