@@ -39,6 +39,7 @@ PUBLISHED = {  # architectures of the ids in our configurations
         "num_attention_heads": 12,
         "intermediate_size": 1536,
     },
+    "openai/clip-vit-base-patch16": {"model_type": "clip"},  # its text encoder has the default sizes
     "facebook/dinov3-vitl16-pretrain-lvd1689m": {
         "model_type": "dinov3_vit",
         "hidden_size": 1024,

@@ -188,6 +188,8 @@ def _encoded(encoder: Encoder, text: Text, spec: TextSpec) -> Tensor:
         padding = spec.tokenizer.pad_token_id
         ids = F.pad(ids.masked_fill(~mask, padding), (0, config.max_position_embeddings - ids.shape[1]), value=padding)
         return encoder.run(input_ids=ids)[:, : mask.shape[1]]
+    if config.model_type == "clip_text_model":
+        return encoder.run(input_ids=ids)  # causal: no token attends to the padding after it
     # transformers reads from the device whether a 2-D mask has any padding; it takes a 4-D one as it is, and adds that
     # to the logits of eager attention.
     four_dims = config.model_type in FOUR_DIMENSIONAL_MASK and config._attn_implementation != "eager"
