@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from tests.cache.feature_data import cached_config
-from tests.cache.test_resident import as_values, mixture, training_data
+from tests.cache.test_resident import as_values, batch_without_values, mixture, training_data
 from tests.cache.test_trained_text import configured, files, train, trained_cache
 from tests.conftest import HEAD, history
 from tests.models.rec.test_two_texts import write_tower
@@ -103,6 +103,12 @@ def test_batches_in_memory_equal_those_of_the_loader(folder: Path, trained: str,
         loaded = training_data(config, is_resident)
         batches.append([as_values(batch) for epoch in range(3) for step in loaded.steps(epoch, 0) for batch in step])
     assert_same(*batches)
+
+
+def test_a_batch_of_tokens_is_made_without_waiting_for_the_device(folder: Path) -> None:
+    config = with_two(folder, {}, trained="text")
+    build_cache(config)
+    assert len(batch_without_values(config).tensors()) == 3 + 2 * 4 + 2 * 6
 
 
 def test_the_key_has_both_encoders(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,12 +94,12 @@ def _locate(root: Path, key: Mapping[str, Any], files: Sequence[Path | None], tr
     exact = root / f"{name}-{_digest(_without(key, ['images']))[:16]}"  # with all paths, as in earlier versions
     if exact.exists():
         return exact
-    counts, keys = {}, _keys(root)  # of images that differ
-    for path, found in keys.items():
+    counts = {}  # of images that differ
+    for path, found in _keys(root).items():
         if not _differences(key, found, trust):
             is_here = trust or found["settings"] == key["settings"]
             counts[path] = 0 if is_here else _num_changed(path, files)
-    best = min(counts, key=lambda path: (counts[path], "text" in key and "text" not in keys[path]), default=None)
+    best = min(counts, key=lambda path: counts[path], default=None)
     if best is not None and counts[best] <= len(files) / 2:
         return best
     path = root / f"{name}-{_digest(_content(key))[:16]}"
