@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from vg.config import RunConfig, load_config
 from vg.data.detection.coco import CocoConfig
@@ -18,6 +20,7 @@ from vg.models.grounding_dino.config import GroundingDinoConfig, ResNetConfig, S
 from vg.models.rec.config import DenseHeadConfig, RecConfig
 from vg.models.rec.model import RecModel
 from vg.training.optim import build_schedule, select_trainable
+from vg.types import Text
 
 FOLDER = Path(__file__).parents[1] / "configs" / "grounding_dino"
 FINE_TUNED = ["finetune_coco_swin_t", "finetune_coco_swin_b", "finetune_cat", "finetune_own"]
@@ -229,6 +232,8 @@ def test_rec_recipes() -> None:
         "refcoco_dense": 224,
         "refcoco_dense_cached": 224,
         "refcoco_dense_lora": 224,
+        "refcoco_dense_text_lora": 224,
+        "refcoco_dense_two_texts": 224,
         "refcoco_dense_448": 448,
         "refcoco_dense_levels": 448,
         "refcoco_dense_672": 672,
@@ -296,6 +301,64 @@ def test_the_size_of_a_cache_of_several_layers() -> None:
     comment = path.read_text().partition("base:")[0]
     for number in (f"{size / 1e6:.2f} MB", f"{16_994 * size / 1e9:.1f} GB", f"{19_994 * size / 1e9:.1f} GB"):
         assert number in comment
+
+
+PUBLISHED_ENCODERS = [
+    "model.vision={id: null, architecture: {model_type: dinov3_vit, hidden_size: 768, num_hidden_layers: 12, "
+    "num_attention_heads: 12, intermediate_size: 3072, num_register_tokens: 4}}",
+    "model.text={id: null, architecture: {model_type: bert, hidden_size: 384, num_hidden_layers: 12, "
+    "num_attention_heads: 12, intermediate_size: 1536}}",
+]
+
+
+@pytest.mark.parametrize("name", ["refcoco_dense_text_lora", "refcoco_dense_two_texts"])
+def test_the_cost_of_adapters_in_text_encoders(name: str) -> None:
+    """As stated in the recipe; RefCOCO has 120,624 expressions of 16,994 images in train, and 3,000 other images."""
+    pytest.importorskip("peft")
+    path = FOLDER.parent / "rec" / f"{name}.yaml"
+    clip = ["model.extra_text={id: null, frozen: false, architecture: {model_type: clip_text_model}}"]
+    encoders = PUBLISHED_ENCODERS + (clip if name == "refcoco_dense_two_texts" else [])
+    config = load_config(path, [*encoders, "model.text.frozen=false"])
+    assert isinstance(config.model, RecConfig)
+    extra = load_config(path).model.extra_text  # type: ignore[union-attr]
+    assert (extra and extra.id) == ("openai/clip-vit-base-patch16" if config.model.extra_text else None)
+    rows, length = 2, 16
+    with torch.device("meta"):
+        model = config.model.build(pretrained=False)
+        assert isinstance(model, RecModel)
+        total = model.num_parameters() - sum(weights.numel() for weights in model.head.parameters())
+        select_trainable(model, config.optim)
+        text = torch.ones((rows, length), dtype=torch.long)
+        mask = text.bool()
+        tokens = Text(text, mask, mask, mask, Text(text, mask, mask, mask))
+
+        def gigaflops(function: Callable[[], object]) -> float:
+            with FlopCounterMode(display=False) as counter:
+                function()
+            return counter.get_total_flops() / rows / 1e9
+
+        def step() -> None:
+            words, valid = model.encode_text(tokens)
+            output = model.head(torch.zeros(rows, 201, 768), (14, 14), words, valid)
+            (output.logits.sum() + output.boxes.sum()).backward()
+
+        words_only = gigaflops(lambda: model.encode_text(tokens)[0].sum().backward())
+        both, image = gigaflops(step), gigaflops(lambda: model.encode_images(torch.zeros(rows, 3, 224, 224)))
+    trained = {name: weights.numel() for name, weights in model.named_parameters() if weights.requires_grad}
+    adapters = sum(count for name, count in trained.items() if ".lora_" in name)
+    assert {name.split(".")[0] for name in trained if ".lora_" in name} == {"text", *(["extra_text"] if extra else [])}
+    assert all(name.startswith("head.") for name in trained if ".lora_" not in name)
+    petaflops = both * 120_624 * config.train.epochs / 1e6
+    assert config.data.cache
+    cache = image * (16_994 * len(config.data.cache.views) + 3_000) / 1e6
+    comment = path.read_text().partition("base:")[0].replace("\n# ", " ")
+    for figure in (
+        f"{adapters:,} weights of the adapters are {adapters / total:.1%} of the {total:,}".replace("%", " %"),
+        f"{words_only:.1f} GFLOP in the text encoder{'s' if extra else ''} and {both - words_only:.1f} in the head",
+        f"{config.train.epochs} epochs are {petaflops:.1f} PFLOP, or {petaflops * 1000 / 20 / 60:.0f} minutes",
+        f"takes {cache:.1f} PFLOP once",
+    ):
+        assert figure in comment, figure
 
 
 def test_encoder_adapters_and_the_head_are_trained() -> None:

@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from vg.config import CheckpointConfig, dump_config, load_checkpoint_config
 from vg.errors import CheckpointError, ConfigError, DamagedCheckpointError, UserError, unpickling_problem
 from vg.files import read_json, replacing
 from vg.models.base import GroundingModel
+from vg.types import TextSpec
 
 ENCODERS = "frozen_encoders.json"  # only with encoders whose weights are not in WEIGHTS
 WEIGHTS, CONFIG, TOKENIZER, TRAINING = "model.safetensors", "config.yaml", "tokenizer", "training.pt"
@@ -53,12 +53,10 @@ def new_checkpoint(path: Path, is_file: bool = False) -> Iterator[Path]:
 
 def write_model(folder: Path, model: GroundingModel, config: CheckpointConfig) -> None:
     """Write weights, resolved configuration and tokenizer into an existing folder (see `new_checkpoint`)."""
-    write_weights(folder, model.own_state_dict(), config, model.text_spec.tokenizer)
+    write_weights(folder, model.own_state_dict(), config, model.text_spec)
 
 
-def write_weights(
-    folder: Path, weights: Mapping[str, Tensor], config: CheckpointConfig, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def write_weights(folder: Path, weights: Mapping[str, Tensor], config: CheckpointConfig, spec: TextSpec) -> None:
     """Like write_model, for weights that are not in a model."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     if encoders := config.model.frozen_weights():
@@ -66,7 +64,9 @@ def write_weights(
     (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors ignores the umask: only the owner could read it
-    tokenizer.save_pretrained(str(folder / TOKENIZER))
+    spec.tokenizer.save_pretrained(str(folder / TOKENIZER))
+    if spec.extra is not None:
+        spec.extra.tokenizer.save_pretrained(str(folder / TOKENIZER / "extra"))
 
 
 def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[GroundingModel, CheckpointConfig]:

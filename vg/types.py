@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # keeps `import vg` and the configuration free of torch
     from transformers import PreTrainedTokenizerBase
     from typing_extensions import Self
 
+ALIGNMENT = 256  # bytes, that of memory on a GPU
+
 
 class Caption(NamedTuple):
     """A text that is the prompt of a sample as it stands; the phrases of the sample are spans of it."""
@@ -57,14 +59,11 @@ class EncodedSample:
     image_key: tuple[str, int]  # cache folder, and index of image and view in it: equal for samples of one image
     image: np.ndarray  # [S, D] float16
     grid: tuple[int, int]  # rows and columns of the last tokens
-    text: np.ndarray  # [T, D] float16
+    text: np.ndarray | None  # [T, D] float16; None if the text encoder is trained
     size: tuple[int, int]  # (height, width) of the view in pixels
     phrase: str
     box: np.ndarray  # [4] float32, xyxy in pixels of the view
     expression_type: str
-
-
-ALIGNMENT = 256  # bytes, that of memory on a GPU
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -103,8 +102,8 @@ class Movable:
                 whole = tensor.new_empty(0, dtype=torch.uint8).set_(memory)
                 moved[memory._cdata] = whole.to(device, non_blocking=non_blocking)
             there = moved[memory._cdata].untyped_storage()
-            empty = tensor.new_empty(0, device=device)
-            return empty.set_(there, tensor.storage_offset(), tensor.size(), tensor.stride())
+            offset, size, stride = tensor.storage_offset(), tensor.size(), tensor.stride()
+            return tensor.new_empty(0, device=device).set_(there, offset, size, stride)
 
         return self.map(move)
 
@@ -122,8 +121,7 @@ class Movable:
 
         def place(tensor: Tensor) -> Tensor:
             start = next(starts)
-            part = block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            return part.copy_(tensor)
+            return block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
         return self.map(place)
 
@@ -141,6 +139,7 @@ class Text(NamedTuple):
     mask: Tensor  # [R, T] bool, False = padding
     phrase_tokens: Tensor  # [R, P, T] bool, tokens of each phrase of the image; all False if in another prompt
     image_ids: Tensor  # [R] int64, index of the image that a prompt belongs to: 0, 1, 1, 2, ...
+    extra: Text | None = None  # the same prompts for a second text encoder
 
 
 class TextArrays(NamedTuple):
@@ -150,11 +149,12 @@ class TextArrays(NamedTuple):
     mask: np.ndarray  # [R, T] bool
     phrase_tokens: np.ndarray  # [R, P, T] bool
     image_ids: np.ndarray  # [R] int64
+    extra: TextArrays | None = None
 
     def tensors(self) -> Text:
         import torch
 
-        return Text(*map(torch.from_numpy, self))
+        return Text._make([*map(torch.from_numpy, self[:4]), self.extra and self.extra.tensors()])
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class Features(NamedTuple):
 
     image: Tensor  # [B, S, D of the image encoder] tokens: class and registers, the cells row by row, padding
     grid: tuple[int, int]  # rows, columns; of the image with the most cells
-    text: Tensor  # [R, T, D of the text encoder]
+    text: Tensor | Text  # [R, T, D of the text encoder]; its input if it is trained and only images are cached
     text_mask: Tensor  # [R, T] bool, False = padding
     image_ids: Tensor  # [R] int64, index of the image that an expression refers to
     most: int | None = None  # expressions that refer to the same image; None: to be read from image_ids
@@ -293,8 +293,7 @@ class FittedImage(ImageSpec):
 
     def resized(self, height: int, width: int, shortest: int | None = None) -> tuple[int, int]:
         """Round as the DETR family: 480 x 640 -> 800 x 1066, because the longer side is truncated, not rounded."""
-        short, long = min(height, width), max(height, width)
-        side = shortest or self.shortest
+        short, long, side = min(height, width), max(height, width), shortest or self.shortest
         if long / short * side > self.longest:
             side = max(1, round(self.longest * short / long))
         other = int(side * long / short)
@@ -311,6 +310,7 @@ class TextSpec:
     delimiters: tuple[str, ...] = ()
     # Position embeddings of the text encoder; None without a limit. With delimiters, positions restart in every phrase.
     positions: int | None = None
+    extra: TextSpec | None = None  # of a second text encoder
 
     @cached_property
     def delimiter_ids(self) -> tuple[int, ...]:

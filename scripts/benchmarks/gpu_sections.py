@@ -154,7 +154,7 @@ def grounding_dino_parity(folder: Path) -> Results:
     The decoder starts from the CPU's queries, because the order of two almost equal scores may differ.
     """
     from vg.models.grounding_dino.config import BertConfig, GroundingDinoConfig, SwinConfig
-    from vg.types import Batch, PromptTargets, Text
+    from vg.types import Batch, PromptTargets, Text, map_tensors
 
     torch.manual_seed(0)
     bert = {"model_type": "bert", "vocab_size": 1040, "hidden_size": 64, "num_hidden_layers": 2}
@@ -185,7 +185,7 @@ def grounding_dino_parity(folder: Path) -> Results:
 
     expected = run(batch)
     references = expected.pop("references").to(DEVICE)
-    model, batch, text = model.to(DEVICE), batch.to(DEVICE), Text(*(x.to(DEVICE) for x in text))
+    model, batch, text = model.to(DEVICE), batch.to(DEVICE), map_tensors(text, lambda tensor: tensor.to(DEVICE))
     torch.backends.cudnn.allow_tf32 = False
     found = run(batch, references)
     torch.backends.cudnn.allow_tf32 = True

@@ -26,6 +26,7 @@ from vg.config import RunConfig, dump_config
 from vg.errors import BadSampleError, CacheError, ConfigError
 from vg.training.data import TrainingData
 from vg.training.trainer import Trainer
+from vg.types import EncodedBatch
 
 VIEWS = ["plain", "flip", "crop"]
 SCRIPT = """
@@ -233,7 +234,7 @@ def test_a_gpu_is_filled_by_half(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     cache, needed = config.data.cache, data.source.num_bytes  # type: ignore[union-attr]
     assert cache
     cache.resident = "auto"
-    monkeypatch.setattr(resident, "ResidentFeatures", lambda data, device: device)
+    monkeypatch.setattr(resident, "ResidentFeatures", lambda data, device, texts: device)
     for free, fits in ((2 * needed, True), (2 * needed - 1, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * free))
         found, plan = resident_features(data, cache, SimpleNamespace(device=torch.device("cuda")))  # type: ignore[arg-type]
@@ -241,18 +242,25 @@ def test_a_gpu_is_filled_by_half(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         assert "in the memory of the GPU" in plan
 
 
+def batch_without_values(config: RunConfig) -> EncodedBatch:
+    """Return a batch of six samples on a device without values, which cannot be waited for."""
+    data = training_data(config, True).data
+    assert isinstance(data, ResidentFeatures)
+    for owner, name in ((data, "image"), (data, "boxes"), (data, "phrase_ids"), *((x, "values") for x in data.texts)):
+        setattr(owner, name, getattr(owner, name).to("meta"))
+    data.device = torch.device("meta")
+    with synchronizations() as found:
+        batch = data.batch([data._load(index, 0) for index in range(6)])
+    assert found == []
+    assert all(tensor.is_meta for tensor in batch.tensors())
+    return batch
+
+
 def test_a_batch_is_made_without_waiting_for_the_device(folder: Path) -> None:
     config = cached_config(folder, {}, data={"expressions_per_image": 3})
     build_cache(config)
-    data = training_data(config, True).data
-    for name in ("image", "text", "boxes", "phrase_ids"):
-        setattr(data, name, getattr(data, name).to("meta"))
-    data.device = torch.device("meta")  # type: ignore[union-attr]
-    with synchronizations() as found:
-        batch = data.collate([data[index] for index in range(6)])  # type: ignore[misc]
-    assert found == []
+    batch = batch_without_values(config)
     assert len(batch.tensors()) == 4 + 2 * 6
-    assert all(tensor.is_meta for tensor in batch.tensors())
 
 
 def test_damaged_features_are_found_when_they_are_loaded(folder: Path) -> None:

@@ -76,7 +76,7 @@ def test_every_view_has_its_own_expression_box_and_features(folder: Path) -> Non
         images = image_views.batch([image_views[int(image_indices(pixels)[index])]])  # V views
         with torch.no_grad():
             tokens, _ = model.encode_images(images.normalized())
-            words = model.encode_text(image_views.collate.texts.arrays([flip.phrase], ["flip"]).tensors())[0]
+            words = model.encode_text(image_views.collate.texts.arrays([flip.phrase], ["flip"]).tensors())[0][0]
         for view, wanted in zip((plain, flip, crop, both), tokens, strict=True):
             np.testing.assert_allclose(view.image, wanted, rtol=2**-10, atol=1e-4)
         np.testing.assert_allclose(flip.text, words, rtol=2**-10, atol=1e-4)

@@ -211,7 +211,7 @@ def test_a_sample_without_boxes(text: TextSpec) -> None:
 def test_a_batch_moves_as_a_whole(text: TextSpec) -> None:
     batch = Collator(SPEC, text)([make()])
     moved = batch.to("meta")
-    tensors = [moved.images, *moved.text, moved.targets[0].boxes, moved.targets[0].phrase_ids]
+    tensors = [moved.images, *moved.text[:4], moved.targets[0].boxes, moved.targets[0].phrase_ids]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.targets[0].id == "a"
 

@@ -132,7 +132,7 @@ def test_the_loss_of_a_batch_equals_that_of_its_images(loss: Loss, prompts: list
     for row, count in enumerate(targets.counts):
         only = slice(row, row + 1)
         one = map_tensors(targets, lambda x, only=only: x[only])._replace(counts=(count,))
-        text = Text(*(part[only] for part in batch.text))
+        text = Text(*(part[only] for part in batch.text[:4]))
         alone.append(count * loss(logits[:, only], boxes[:, only], one, text, (encoder[0][only], encoder[1][only])))
     torch.testing.assert_close(batched, torch.stack(alone).sum() / sum(targets.counts))
 

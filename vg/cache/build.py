@@ -42,7 +42,7 @@ from vg.data.source import Source
 from vg.distributed import new_accelerator, processes_per_machine, progress_bar
 from vg.errors import BadSampleError, CacheError, ConfigError, printable
 from vg.models.base import EncodableModel
-from vg.types import Sample, StretchedImage, Text
+from vg.types import Sample, StretchedImage, Text, map_tensors
 from vg.workers import new_loader
 
 logger = logging.getLogger(__name__)
@@ -128,17 +128,20 @@ class Build:
         self.num_tokens = features.shape[1]
         num_images = sum(len(self.folder.shards[shard]) for shard in self.folder.missing_shards())
         self.image_bytes = num_images * features.numel() * self.folder.num_views * BYTES_PER_VALUE
+        if not self.folder.has_text:
+            return
         # Extrapolated from the expressions of some images, as if no two samples shared one.
         probes = [self.images[n][0] for n in range(0, len(self.images), -(-len(self.images) // NUM_PROBES))]
         num_tokens = sum(self._num_tokens(_distinct(probes)))
         num_samples = max(1, sum(len(record["samples"]) for record in probes))
-        width = self.model.encode_text(self._text(["word"])).shape[-1]
+        width = self.model.encode_text(self._text(["word"]))[0].shape[-1]
         self.text_bytes = round(num_tokens / num_samples * len(self.source) * width * BYTES_PER_VALUE)
 
     def __str__(self) -> str:
         views = ", ".join(self.folder.key["views"])
         counts = f"{len(self.images):,} images ({views}), {len(self.source):,} expressions"
-        size = f"to write: images {gigabytes(self.image_bytes)}, text at most about {gigabytes(self.text_bytes)}"
+        size = f"to write: images {gigabytes(self.image_bytes)}"
+        size += f", text at most about {gigabytes(self.text_bytes)}" if self.folder.has_text else ""
         return f"{self.folder.name}: {counts}; {'complete' if self.done else size} -> {self.folder.path}"
 
     def run(self) -> None:
@@ -148,8 +151,8 @@ class Build:
         folder, main = self.folder, self.accelerator.is_main_process
         if main:
             self._warn_about_changing_images()
-            if not (folder.path / KEY).exists():
-                write_file(folder.path / KEY, json.dumps(folder.key, indent=1).encode())
+            if not (folder.path / KEY).exists() or (folder.has_text and "text" not in folder.stored):
+                write_file(folder.path / KEY, json.dumps({**folder.key, **folder.stored}, indent=1).encode())
         missing = folder.missing_shards()
         self.accelerator.wait_for_everyone()  # all processes have listed the files before one of them writes
         self._encode_images(self._own(missing))
@@ -157,10 +160,11 @@ class Build:
         files = [folder.image_records(shard) for shard in range(len(folder.shards))]
         records = [record for file in files for record in read_records(file)]
         expressions = _distinct(records)
-        missing = self._missing_texts(expressions)
-        self.accelerator.wait_for_everyone()
-        self._encode_texts(expressions, self._own(missing))
-        self.accelerator.wait_for_everyone()
+        if folder.has_text:
+            missing = folder.missing_texts(expressions)
+            self.accelerator.wait_for_everyone()
+            self._encode_texts(expressions, self._own(missing))
+            self.accelerator.wait_for_everyone()
         if main:
             write_file(folder.path / INDEX, self._index(records, expressions))
             CachedSource(self.source, folder, seed=0)  # reads and checks all files
@@ -206,18 +210,6 @@ class Build:
                 write_file(self.folder.image_features(shard), array)
                 write_records(self.folder.image_records(shard), records)
 
-    def _missing_texts(self, expressions: Sequence[str]) -> list[int]:
-        """Return the text shards that are not written, or of other expressions because samples have changed."""
-        missing = []
-        for shard, texts in enumerate(self.folder.text_shards(len(expressions))):
-            path = self.folder.text_records(shard)
-            try:
-                if read_records(path)["expressions"] != expressions[texts.start : texts.stop]:
-                    missing.append(shard)
-            except CacheError:
-                missing.append(shard)
-        return missing
-
     @torch.inference_mode()
     def _encode_texts(self, expressions: Sequence[str], shards: Sequence[int]) -> None:
         ranges = self.folder.text_shards(len(expressions))
@@ -230,9 +222,9 @@ class Build:
                     rows = order[first : first + self.data.eval_batch_size]
                     text = self._text([chunk[row] for row in rows])
                     with self._autocast():
-                        encoded = self.model.encode_text(text)  # [R, T, D]
+                        encoded, masks = self.model.encode_text(text)  # [R, T, D], [R, T]
                     tokens = self._to_half(encoded)
-                    for row, values, mask in zip(rows, tokens, text.mask.cpu().numpy(), strict=True):
+                    for row, values, mask in zip(rows, tokens, masks.cpu().numpy(), strict=True):
                         features[row] = values[mask]
                     bar.update(len(rows))
                 write_file(self.folder.text_features(shard), np.concatenate(features))  # [tokens, D]
@@ -254,7 +246,8 @@ class Build:
     def _text(self, expressions: Sequence[str]) -> Text:
         names = [self.folder.name] * len(expressions)
         text = Expressions(self.model.text_spec).arrays(expressions, names).tensors()
-        return Text(*(tensor.to(self.accelerator.device) for tensor in text))
+        moved: Text = map_tensors(text, lambda tensor: tensor.to(self.accelerator.device))
+        return moved
 
     def _to_half(self, features: Tensor) -> np.ndarray:
         half = features.half()
@@ -282,8 +275,6 @@ class Build:
                 boxes[sample] = [view["boxes"][n] for view in record["views"]]
                 texts[sample] = [expression_ids[view["phrases"][n]] for view in record["views"]]
                 ids[sample], types[sample] = record["ids"][n], record["kinds"][n]
-        shards = range(len(self.folder.text_shards(len(expressions))))
-        checksums = [value for shard in shards for value in read_records(self.folder.text_records(shard))["checksums"]]
         views = [record["views"] for record in records]
         grids = {} if self.one_shape else {"grids": np.array([[view["grid"] for view in image] for image in views])}
         strings = {"ids": ids, "kinds": types, "expressions": list(expressions)}
@@ -293,17 +284,24 @@ class Build:
             "boxes": boxes,  # [samples, V, 4] xyxy in pixels
             "words": texts,  # [samples, V]
             "bad": bad,  # [samples]
-            "ends": np.cumsum(self._num_tokens(expressions)),  # [E]
+            **({"ends": np.cumsum(self._num_tokens(expressions))} if self.folder.has_text else {}),  # [E]
             "grid": np.array(self.grid),
             **grids,  # [images, V, 2]
             "files": np.array([record.get("file", NO_FILE) for record in records], np.int64),  # [images, 3]
             "picture_checksums": np.array([record.get("checksums", [UNKNOWN] * num_views) for record in records]),
-            "word_checksums": np.array(checksums, np.int64),  # [E]
+            **({"word_checksums": self._text_checksums(len(expressions))} if self.folder.has_text else {}),  # [E]
             **{name: np.frombuffer(json.dumps(values).encode(), np.uint8) for name, values in strings.items()},
         }
 
-    def _num_tokens(self, expressions: Sequence[str]) -> list[int]:
-        return [len(token_ids) for token_ids in self.model.text_spec.tokenizer(list(expressions))["input_ids"]]
+    def _text_checksums(self, num_texts: int) -> np.ndarray:
+        files = [self.folder.text_records(shard) for shard in range(len(self.folder.text_shards(num_texts)))]
+        return np.array([value for file in files for value in read_records(file)["checksums"]], np.int64)
+
+    def _num_tokens(self, expressions: Sequence[str]) -> np.ndarray:
+        """Return the tokens of each expression, those of both text encoders if there are two."""
+        spec = self.model.text_spec
+        tokens = [x.tokenizer(list(expressions))["input_ids"] for x in (spec, spec.extra) if x]
+        return np.sum([[len(token_ids) for token_ids in rows] for rows in tokens], axis=0)
 
     def _warn_about_changing_images(self) -> None:
         try:

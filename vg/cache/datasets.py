@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 from vg.cache.key import cache_folder
@@ -13,10 +14,11 @@ from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset, SourceDataset
 from vg.data.mixture import Mixture, MixtureConfig, SourceConfig
 from vg.data.overlap import warn_of_unknown_phrases, without_overlap
+from vg.data.prompt import Expressions
 from vg.data.source import Source
 from vg.errors import ConfigError
 from vg.models.base import EncodableModel, GroundingModel
-from vg.types import EncodedSample, Sample
+from vg.types import EncodedBatch, EncodedSample, Sample
 
 RunDataset: TypeAlias = SourceDataset[Sample] | SourceDataset[EncodedSample]
 
@@ -35,20 +37,21 @@ def training_dataset(config: RunConfig, model: GroundingModel, evaluations: Sequ
     data, seed = config.data, config.train.seed
     if data.cache:
         cached = cached_source(data.train, data.cache, data.cache.views, model, seed)
-        return SourceDataset(without_overlap(cached, evaluations, data.drop_overlap), collate_encoded, data.bad_samples)
+        source = without_overlap(cached, evaluations, data.drop_overlap)
+        return SourceDataset(source, _collate(model), data.bad_samples)
     everything = data.train.build()
     warn_of_unknown_phrases(everything, evaluations)
-    source = without_overlap(everything, evaluations, data.drop_overlap)
+    pixels = without_overlap(everything, evaluations, data.drop_overlap)
     collate = Collator(model.image_spec, model.text_spec, one_prompt=True, normalize=False, one_size=data.one_size)
     share_images = data.expressions_per_image > 1
-    return GroundingDataset(source, data.augment.build(), seed, data.bad_samples, collate, share_images)
+    return GroundingDataset(pixels, data.augment.build(), seed, data.bad_samples, collate, share_images)
 
 
 def evaluation_dataset(settings: SourceConfig, data: DataConfig, model: GroundingModel) -> RunDataset:
     """Return the samples of an evaluation dataset, without augmentation; raises as training_dataset."""
     if data.cache:
         cached = cached_source(settings, data.cache, ["plain"], model, seed=0)
-        return SourceDataset(cached, collate_encoded, data.bad_samples)
+        return SourceDataset(cached, _collate(model), data.bad_samples)
     collate = Collator(model.image_spec, model.text_spec, normalize=False)
     return GroundingDataset(settings.build(), bad_samples=data.bad_samples, collate=collate)
 
@@ -62,6 +65,15 @@ def cached_source(
         return Mixture(cached, settings.weights, settings.seed)
     source = settings.build()
     return CachedSource(source, cache_folder(settings, source, cache, views, encodable(model)), seed)
+
+
+def uncached_text(model: GroundingModel) -> Expressions | None:
+    """Return what tokenizes phrases for a text encoder that is trained; None if its features are cached."""
+    return None if encodable(model).caches_text else Expressions(model.text_spec)
+
+
+def _collate(model: GroundingModel) -> Callable[[Sequence[EncodedSample]], EncodedBatch]:
+    return partial(collate_encoded, texts=uncached_text(model))
 
 
 def encodable(model: GroundingModel) -> EncodableModel:

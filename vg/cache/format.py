@@ -8,6 +8,9 @@ A cache is a folder of shards, each of which is written atomically:
     words/00000.npy, .json      [tokens of 4,096 expressions, D] float16, and the expressions
     index.npz                   written last: sample -> image, expression, box; files of images; checksums
 
+If the text encoder is trained, there are no words and no entry `text` in key.json; such a run also uses the images of a
+cache that has both, and a run with a frozen text encoder adds the words to a cache without them.
+
 The checksum of a row of features is compared when the row is first read, that of a .json file whenever it is read; zip
 has its own.
 """
@@ -43,13 +46,18 @@ class CacheFolder:
     key: Mapping[str, Any]  # all that the features depend on, as JSON values; "data" and "split" name the source
     num_images: int  # without their views
     files: Sequence[Path | None]  # of the images; None for images that are not files
-    encoded_as: str  # name of the dataset when it was encoded
+    stored: Mapping[str, Any]  # the key when it was encoded: its paths may differ, or only one of the two have text
     trust: bool  # do not compare the files with those that were encoded
 
     @property
     def name(self) -> str:
         """Dataset and split for messages."""
         return f"{self.key['data']} ({self.key['split']})"
+
+    @property
+    def has_text(self) -> bool:
+        """Whether features of text are needed, too; they may also exist if they are not needed."""
+        return "text" in self.key
 
     @property
     def num_views(self) -> int:
@@ -89,6 +97,17 @@ class CacheFolder:
     def missing_shards(self) -> list[int]:
         """Return the image shards that are not written yet."""
         return [shard for shard in range(len(self.shards)) if not self.image_records(shard).exists()]
+
+    def missing_texts(self, expressions: Sequence[str]) -> list[int]:
+        """Return the text shards that are not written, or of other expressions because samples have changed."""
+        missing = []
+        for shard, texts in enumerate(self.text_shards(len(expressions))):
+            try:
+                if read_records(self.text_records(shard))["expressions"] != expressions[texts.start : texts.stop]:
+                    missing.append(shard)
+            except CacheError:
+                missing.append(shard)
+        return missing
 
 
 def checksum_of(features: np.ndarray) -> int:

@@ -55,8 +55,8 @@ def cache_folder(
     key = json.loads(json.dumps(key))  # tuples are lists, as in a file
     files = files_of(source, images)
     path = _locate(Path(cache.folder), key, files, cache.trust)
-    encoded_as = _keys(path.parent).get(path, key)["data"]
-    return CacheFolder(path, key, int(images.max()) + 1, files, encoded_as, cache.trust)
+    stored = _keys(path.parent).get(path, key)
+    return CacheFolder(path, key, int(images.max()) + 1, files, stored, cache.trust)
 
 
 def check_complete(folder: CacheFolder) -> None:
@@ -125,17 +125,23 @@ def _num_changed(path: Path, files: Sequence[Path | None]) -> int:
 
 def _content(key: Mapping[str, Any]) -> dict[str, Any]:
     """Return a key without the paths of what its other entries determine."""
-    content = {
-        name: _without(value, ["id"]) if isinstance(value, Mapping) and "weights" in value else value
-        for name, value in key.items()
-    }
+    content: dict[str, Any] = _without_ids(key)
     if key["annotations"] is None:
         return content
     return _without(content, ["data", "pictures"]) | {"settings": _without(key["settings"], PATHS)}
 
 
+def _without_ids(value: Any) -> Any:
+    """Return a value of a key without the ids of encoders, of which it has the weights."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: _without_ids(entry) for name, entry in value.items() if name != "id" or "weights" not in value}
+
+
 def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any], trust: bool = False) -> list[str]:
-    """Return one line for each value in which the content of two keys differs."""
+    """Return one line for each value in which the content of two keys differs; their text only if both have some."""
+    if not ("text" in wanted and "text" in found):
+        wanted, found = _without(wanted, ["text"]), _without(found, ["text"])
     if "images" not in found:  # by an earlier version, which did not record the files of its images
         wanted = _without(wanted, ["images"])
         location = found["settings"].get("image_root") or found["settings"].get("path")

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 def discard_invalid(folder: CacheFolder) -> None:
     """Read all files of a cache and remove those that cannot be used; the index is removed if any of them is.
 
+    The index is also removed if features of text are needed but it has no entries of them.
+
     The features of images are removed if they are damaged, or if an image of the same shard has changed. An image with
     another time of modification but the same content gets the new time.
     """
@@ -29,14 +31,15 @@ def discard_invalid(folder: CacheFolder) -> None:
         except CacheError as error:
             problems.append(error)
     image_shards = [n for n in range(len(folder.shards)) if index is not None or folder.image_records(n).exists()]
-    text_shards = [] if index is None else range(len(folder.text_shards(len(index["ends"]))))
+    ends = index.get("ends", ()) if index is not None and folder.has_text else ()
+    text_shards = range(len(folder.text_shards(len(ends))))
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda shard: _check_images(folder, shard), image_shards))
         found += list(pool.map(lambda shard: _check_texts(folder, shard, index or {}), text_shards))
     problems += [problem for problem in found if isinstance(problem, CacheError)]
     for problem in problems:
         logger.warning("%s", problem)
-    if problems or "touched" in found:
+    if problems or "touched" in found or (folder.has_text and len(ends) == 0):
         (folder.path / INDEX).unlink(missing_ok=True)
 
 

@@ -16,28 +16,33 @@ from accelerate import Accelerator
 from vg import boxes as box_ops
 from vg.cache.datasets import RunDataset
 from vg.cache.format import gigabytes
+from vg.cache.resident_text import READERS, feature_table, id_tables
 from vg.cache.source import CachedSource
 from vg.data.cache import CacheConfig
 from vg.data.dataset import SourceDataset
 from vg.data.mixture import Mixture
+from vg.data.prompt import Expressions
 from vg.data.source import Source
 from vg.data.subset import Subset
 from vg.distributed import processes_per_machine
 from vg.errors import ConfigError
 from vg.machine import available_ram
 from vg.models.base import largest_grid
-from vg.types import EncodedBatch, EncodedSample, Features, Target
+from vg.types import EncodedBatch, EncodedSample, Features, Target, Text
 
-READERS = 4  # threads, each with the features of a shard
-PADDING = 0  # row of the text features that is zero
 Key = TypeVar("Key")
 
 
-def resident_features(data: RunDataset, cache: CacheConfig, accelerator: Accelerator) -> tuple[RunDataset, str]:
+def resident_features(
+    data: RunDataset, cache: CacheConfig, accelerator: Accelerator, texts: Expressions | None = None
+) -> tuple[RunDataset, str]:
     """Load the features of a cached dataset into the memory of the device, as far as `data.cache.resident` allows.
 
     auto: if they take at most half of the free memory of a GPU, or a quarter of the available RAM elsewhere, which the
     processes of a machine share.
+
+    Args:
+        texts: see ResidentFeatures.
 
     Returns:
         The dataset with features in memory, or the given one, which reads them from files; and a sentence for the plan.
@@ -55,7 +60,7 @@ def resident_features(data: RunDataset, cache: CacheConfig, accelerator: Acceler
     limit = {"auto": share * free, True: free, False: -1}[cache.resident]
     size, memory = gigabytes(needed), f"{gigabytes(free)} that are free in the memory of {place}"
     if needed <= limit:
-        return ResidentFeatures(data, device), f"features: {size} of the {memory}"  # type: ignore[arg-type]
+        return ResidentFeatures(data, device, texts), f"features: {size} of the {memory}"  # type: ignore[arg-type]
     if cache.resident is True:
         raise ConfigError(
             f"data.cache.resident=true: the features take {size}, more than the {memory}; set it to auto or false, "
@@ -72,12 +77,14 @@ class ResidentFeatures(SourceDataset[EncodedSample]):
 
     Args:
         data: samples of a CachedSource, of a part of one, or of a mixture of these.
+        texts: tokenizes the phrases, if only the features of images are cached.
 
     Raises:
+        BadSampleError: a phrase is too long for `texts`.
         CacheError: features are damaged.
     """
 
-    def __init__(self, data: SourceDataset[EncodedSample], device: torch.device):
+    def __init__(self, data: SourceDataset[EncodedSample], device: torch.device, texts: Expressions | None = None):
         super().__init__(data.source, self.batch, "skip" if data.skip else "error")  # type: ignore[arg-type]
         self.device = device
         leaves = list(_leaves(data.source))
@@ -88,16 +95,14 @@ class ResidentFeatures(SourceDataset[EncodedSample]):
         self.grids = [(rows, columns) for rows, columns in np.concatenate(grids).tolist()] if grids else None  # of rows
 
         first_rows, num_rows = _offsets({path: source.index["sizes"].size // 2 for path, source in folders.items()})
-        first_tokens, num_tokens = _offsets({path: int(source.ends[-1]) for path, source in folders.items()})
-        self.image_shape, text_width = leaves[0][0].shapes  # S, D of an image, and D
+        self.image_shape = leaves[0][0].image_shape  # S, D
         # A row for each image and view, because selecting rows of a matrix is faster than of three dimensions.
         self.image = torch.empty((num_rows, math.prod(self.image_shape)), dtype=torch.float16, device=device)
-        self.text = torch.empty(
-            (1 + num_tokens, text_width), dtype=torch.float16, device=device
-        )  # a row for each token
-        self.text[PADDING] = 0
         for path, source in folders.items():
-            self._read(source, first_rows[path], 1 + first_tokens[path])
+            self._read(source, first_rows[path])
+        words = [(source.folder.path, source.index["words"].ravel()) for source, _ in leaves]  # of entries
+        self.is_encoded = texts is None
+        self.texts = id_tables(folders, words, device, texts) if texts else [feature_table(folders, words, device)]
 
         # Entry (first sample of the source + sample) * V + view
         self.first, _ = _offsets({source: len(source) for source, _ in leaves})
@@ -105,27 +110,23 @@ class ResidentFeatures(SourceDataset[EncodedSample]):
         self.types: list[str] = []
         self.phrases: list[str] = []  # of entries, as the following
         self.sizes: list[tuple[int, int]] = []
-        rows, starts, lengths, boxes = [], [], [], []
+        rows, boxes = [], []
         for source, prefix in leaves:
-            images, texts = source.index["pictures"], source.index["words"]  # [samples], [samples, V]
+            images, phrases = source.index["pictures"], source.index["words"]  # [samples], [samples, V]
             sizes, views = source.index["sizes"][images], np.arange(self.num_views)  # [samples, V, 2]
             self.ids += [prefix + id for id in source.texts["ids"]]
             self.types += source.texts["kinds"]
-            self.phrases += [source.texts["expressions"][text] for text in texts.ravel().tolist()]
+            self.phrases += [source.texts["expressions"][text] for text in phrases.ravel().tolist()]
             self.sizes += [(height, width) for height, width in sizes.reshape(-1, 2).tolist()]
             rows.append(first_rows[source.folder.path] + images[:, None] * self.num_views + views)
-            starts.append(1 + first_tokens[source.folder.path] + source.ends[texts])
-            lengths.append(source.ends[texts + 1] - source.ends[texts])
             scale = torch.from_numpy(sizes[..., [1, 0, 1, 0]]).float()  # [samples, V, 4]
             boxes.append(box_ops.xyxy_to_cxcywh(torch.from_numpy(source.index["boxes"]) / scale).flatten(0, 1))
-        self.rows, self.starts, self.lengths = (
-            np.concatenate([x.ravel() for x in xs]) for xs in (rows, starts, lengths)
-        )
+        self.rows = np.concatenate([x.ravel() for x in rows])
         self.boxes = torch.cat(boxes).to(device)  # [entries, 4] cxcywh 0..1
         self.phrase_ids = torch.zeros(1, dtype=torch.long, device=device)  # of all targets
 
-    def _read(self, source: CachedSource, first_row: int, first_token: int) -> None:
-        """Copy the features of a source into the memory of the device."""
+    def _read(self, source: CachedSource, first_row: int) -> None:
+        """Copy the features of the images of a source into the memory of the device."""
         folder = source.folder
 
         def read_images(shard: int) -> None:
@@ -133,14 +134,8 @@ class ResidentFeatures(SourceDataset[EncodedSample]):
             features = torch.from_numpy(source.image_shard(shard)).flatten(1)
             self.image[start : start + len(features)].copy_(features)
 
-        def read_texts(shard: int, texts: range) -> None:
-            start = first_token + int(source.ends[texts.start])
-            features = torch.from_numpy(source.text_shard(shard))
-            self.text[start : start + len(features)].copy_(features)
-
         with ThreadPoolExecutor(READERS) as pool:
             list(pool.map(read_images, range(len(folder.shards))))
-            list(pool.map(read_texts, *zip(*enumerate(folder.text_shards(len(source.ends) - 1)), strict=True)))
 
     def _load(self, index: int, epoch: int) -> int:  # type: ignore[override]
         """Return the number of an entry; raises BadSampleError as the source."""
@@ -160,20 +155,24 @@ class ResidentFeatures(SourceDataset[EncodedSample]):
         chosen = np.array(entries)  # [R]
         images: dict[int, int] = {}  # row -> index in the batch
         image_ids = [images.setdefault(row, len(images)) for row in self.rows[chosen].tolist()]
-        steps, lengths = np.arange(self.lengths[chosen].max()), self.lengths[chosen, None]
-        tokens = np.where(steps < lengths, self.starts[chosen, None] + steps, PADDING)  # [R, T]
-        numbers = torch.from_numpy(np.concatenate([list(images), image_ids, chosen, tokens.ravel()]))
+        tokens = [text.rows(chosen) for text in self.texts]  # [R, T]
+        numbers = torch.from_numpy(np.concatenate([list(images), image_ids, chosen, *(x.ravel() for x in tokens)]))
         if self.device.type == "cuda":
             numbers = numbers.pin_memory()
         numbers = numbers.to(self.device, non_blocking=self.device.type != "mps")  # one copy for all
-        rows, ids, chosen_here, tokens_here = numbers.split([len(images), len(chosen), len(chosen), tokens.size])
+        sizes = [len(images), len(chosen), len(chosen), *(x.size for x in tokens)]
+        rows, ids, chosen_here, *tokens_here = numbers.split(sizes)
         grid, grids = largest_grid([self.grids[row] for row in images]) if self.grids else (self.grid, None)
+        found = [text.select(x, y.shape) for text, x, y in zip(self.texts, tokens_here, tokens, strict=True)]
+        text: Text | None = None
+        for values, mask in reversed([] if self.is_encoded else found):
+            text = Text(values, mask, mask.unsqueeze(1), ids, text)
         shape = self.num_prefix + math.prod(grid), self.image_shape[1]  # S, D
         features = Features(
             image=self.image[:, : math.prod(shape)].index_select(0, rows).unflatten(1, shape),  # [B, S, D]
             grid=grid,
-            text=self.text.index_select(0, tokens_here).unflatten(0, tokens.shape),  # [R, T, D]
-            text_mask=(tokens_here != PADDING).view(tokens.shape),
+            text=text or found[0][0],  # tokens [R, T], or features [R, T, D]
+            text_mask=found[0][1],
             image_ids=ids,
             most=max(Counter(image_ids).values()),
             grids=grids,

@@ -13,15 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vg import boxes as box_ops
 from vg.cache.format import INDEX, UNKNOWN, CacheFolder, read_file, read_shard, verify
 from vg.cache.images import changed_images
 from vg.cache.key import check_complete
+from vg.data.prompt import Expressions
 from vg.data.source import HasImageKeys, Source
 from vg.errors import BadSampleError, CacheError
 from vg.models.base import largest_grid
-from vg.types import EncodedBatch, EncodedSample, Features, Sample, Target
+from vg.types import EncodedBatch, EncodedSample, Features, Sample, Target, Text
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +46,13 @@ class CachedSource:
         self.provenance = source.provenance
         self.index: dict[str, np.ndarray] = read_file(folder.path / INDEX)
         self.texts = {name: json.loads(self.index[name].tobytes()) for name in ("ids", "kinds", "expressions")}
-        old, new = (f"{name}/{folder.key['split']}/" for name in (folder.encoded_as, folder.key["data"]))
+        old, new = (f"{name}/{folder.key['split']}/" for name in (folder.stored["data"], folder.key["data"]))
         if old != new:  # a sample id begins with the name of the dataset, which changes with that of its folder
             self.texts["ids"] = [new + id[len(old) :] if id.startswith(old) else id for id in self.texts["ids"]]
-        self.ends = np.concatenate([[0], self.index["ends"]])  # [E + 1] first token of each expression
+        if folder.has_text and "ends" not in self.index:
+            raise CacheError(f"{folder.path} has no features of text, only of images; `vg cache CONFIG` adds them")
+        ends = self.index["ends"] if folder.has_text else np.zeros(0, np.int64)
+        self.ends = np.concatenate([[0], ends])  # [E + 1] first token of each expression; [1] if they are not needed
         self.grid = (int(self.index["grid"][0]), int(self.index["grid"][1]))  # the one with the most cells
         self.grids: np.ndarray | None = self.index.get("grids")  # [images, V, 2]; None if all are equal
         images, texts = self.index["sizes"].shape[:2], self.ends[1:].shape  # [images, V] and [E]
@@ -60,7 +65,7 @@ class CachedSource:
         for n, shard in enumerate(folder.text_shards(len(self.ends) - 1)):
             lengths[folder.text_features(n)] = int(self.ends[shard.stop] - self.ends[shard.start])
         self._arrays = {path: read_shard(path, length) for path, length in lengths.items()}
-        self.num_prefix = self.shapes[0][0] - math.prod(self.grid)  # tokens before those of the grid
+        self.num_prefix = self.image_shape[0] - math.prod(self.grid)  # tokens before those of the grid
         if not folder.trust:
             self._compare_images()
 
@@ -93,9 +98,6 @@ class CachedSource:
         image, view = self.locate(index, epoch)
         image_shard, image_row = divmod(image, self.folder.images_per_shard)
         text = int(arrays["words"][index, view])
-        text_shard, text_row = divmod(text, self.folder.texts_per_shard)
-        first, start, end = self.ends[[text - text_row, text, text + 1]]  # tokens; the first one of the shard
-        tokens = slice(start - first, end - first)
         row = image_row * self.folder.num_views + view
         features = self._features(self.folder.image_features(image_shard), row, self._unverified[0], (image, view))
         grid = self.grid
@@ -107,12 +109,19 @@ class CachedSource:
             image_key=(str(self.folder.path), image * self.folder.num_views + view),
             image=features,
             grid=grid,
-            text=self._features(self.folder.text_features(text_shard), tokens, self._unverified[1], text),
+            text=self._text(text) if self.folder.has_text else None,
             size=(int(arrays["sizes"][image, view, 0]), int(arrays["sizes"][image, view, 1])),
             phrase=self.texts["expressions"][text],
             box=arrays["boxes"][index, view],
             expression_type=self.texts["kinds"][index],
         )
+
+    def _text(self, text: int) -> np.ndarray:
+        """Return the features of an expression, [T, D] float16."""
+        shard, row = divmod(text, self.folder.texts_per_shard)
+        first, start, end = self.ends[[text - row, text, text + 1]]  # tokens; the first one of the shard
+        tokens = slice(start - first, end - first)
+        return self._features(self.folder.text_features(shard), tokens, self._unverified[1], text)
 
     def locate(self, index: int, epoch: int) -> tuple[int, int]:
         """Return the indices of the image and the view of a sample; raises as `load`."""
@@ -125,10 +134,15 @@ class CachedSource:
         return image, self._view(image, epoch)
 
     @property
-    def shapes(self) -> tuple[tuple[int, int], int]:
-        """Tokens S and channels D of the features of an image, and channels of those of an expression."""
-        image, text = (self._arrays[path(0)].shape for path in (self.folder.image_features, self.folder.text_features))
-        return (image[1], image[2]), text[1]
+    def image_shape(self) -> tuple[int, int]:
+        """Tokens S and channels D of the features of an image."""
+        _, tokens, channels = self._arrays[self.folder.image_features(0)].shape
+        return tokens, channels
+
+    @property
+    def text_width(self) -> int:
+        """Channels of the features of an expression."""
+        return int(self._arrays[self.folder.text_features(0)].shape[1])
 
     @property
     def num_bytes(self) -> int:
@@ -187,18 +201,31 @@ def _drawn_view(seed: int, epoch: int, image: int, num_views: int) -> int:
     return int(np.random.default_rng((seed, epoch, image)).integers(num_views)) if num_views > 1 else 0
 
 
-def collate_encoded(samples: Sequence[EncodedSample]) -> EncodedBatch:
-    """Make a batch in which samples with the same view of an image share its features."""
+def collate_encoded(samples: Sequence[EncodedSample], texts: Expressions | None = None) -> EncodedBatch:
+    """Make a batch in which samples with the same view of an image share its features.
+
+    Args:
+        texts: tokenizes the phrases, if features of images only are cached.
+    """
     images = {sample.image_key: sample for sample in samples}
     indices = {key: index for index, key in enumerate(images)}
     image_ids = [indices[sample.image_key] for sample in samples]
-    lengths = [len(sample.text) for sample in samples]
+    text: Tensor | Text
+    if texts is None:
+        stored = [sample.text for sample in samples if sample.text is not None]
+        lengths = torch.tensor([len(features) for features in stored])
+        text, mask = torch.from_numpy(_padded(stored)), torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+    else:
+        tokens = texts.arrays([sample.phrase for sample in samples], [sample.id for sample in samples]).tensors()
+        ids = torch.tensor(image_ids)
+        extra = tokens.extra._replace(image_ids=ids) if tokens.extra else None
+        text, mask = tokens._replace(image_ids=ids, extra=extra), tokens.mask
     grid, grids = largest_grid([sample.grid for sample in images.values()])
     features = Features(
         image=torch.from_numpy(_padded([sample.image for sample in images.values()])),  # [B, S, D]
         grid=grid,
-        text=torch.from_numpy(_padded([sample.text for sample in samples])),  # [R, T, D]
-        text_mask=torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1),  # [R, T]
+        text=text,  # [R, T, D], or tokens [R, T]
+        text_mask=mask,  # [R, T]
         image_ids=torch.tensor(image_ids),
         most=max(Counter(image_ids).values()),
         grids=grids,

@@ -22,6 +22,7 @@ def run(options: argparse.Namespace) -> None:
     from vg.config import CheckpointConfig
     from vg.errors import CheckpointError
     from vg.models.grounding_dino.checkpoints import bert_settings, open_tokenizer, read_checkpoint, write_checkpoint
+    from vg.types import TextSpec
 
     if options.output.exists():
         raise CheckpointError(f"{options.output} exists; choose another path, or remove it first")
@@ -31,7 +32,8 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = None if is_file else open_tokenizer(checkpoint, options.tokenizer)
     with new_checkpoint(options.output, is_file) as partial:
         if options.to == "vg":
-            write_weights(partial, checkpoint.weights, CheckpointConfig(checkpoint.config), tokenizer)
+            spec = TextSpec(tokenizer, checkpoint.config.max_tokens)
+            write_weights(partial, checkpoint.weights, CheckpointConfig(checkpoint.config), spec)
         else:
             write_checkpoint(checkpoint.weights, checkpoint.config, tokenizer, partial, options.to)
     print(f"{options.output}: written in the {options.to} format")

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _CACHE_SIZE = 100_000  # phrases: more than any list of classes; some ten megabytes
 _MOST_UNKNOWN = 10  # phrases of unknown words that are reported
+_PADDED = {"padding": True, "padding_side": "right", "return_attention_mask": True, "return_tensors": "np"}
 _STREAM = 2  # separates these random numbers from others of the same seed, epoch and index
 
 
@@ -31,6 +32,7 @@ class Expressions:
 
     def __init__(self, spec: TextSpec):
         self.spec = spec
+        self.extra: Expressions | None = Expressions(spec.extra) if spec.extra else None
         self._special = set(spec.tokenizer.all_special_ids)
         self._unknown = _UnknownWords()
 
@@ -56,18 +58,20 @@ class Expressions:
         }
         valid = ["" if index in invalid else expression for index, expression in enumerate(expressions)]
         rows = self.spec.tokenizer(valid, verbose=False)["input_ids"]
-        return self._problems(names, expressions, rows, [len(row) for row in rows]) | invalid
+        extra = self.extra.problems(samples) if self.extra else {}
+        return extra | self._problems(names, expressions, rows, [len(row) for row in rows]) | invalid
 
     def arrays(self, expressions: Sequence[str], names: Sequence[str]) -> TextArrays:
         """Return one prompt per expression; raise BadSampleError with the name of one that the model cannot take."""
         for name, expression in zip(names, expressions, strict=True):
             if not is_unicode(expression):
                 raise BadSampleError(_not_unicode(name, expression))
-        tokens = self.spec.tokenizer(list(expressions), padding=True, return_tensors="np")
+        tokens = self.spec.tokenizer(list(expressions), **_PADDED)
         token_ids, mask = tokens["input_ids"].astype(np.int64), tokens["attention_mask"].astype(bool)  # [R, T]
         for problem in self._problems(names, expressions, token_ids.tolist(), mask.sum(axis=1).tolist()).values():
             raise BadSampleError(problem)
-        return TextArrays(token_ids, mask, mask[:, None], np.arange(len(expressions)))
+        extra = self.extra.arrays(expressions, names) if self.extra else None
+        return TextArrays(token_ids, mask, mask[:, None], np.arange(len(expressions)), extra)
 
     def _problems(
         self, names: Sequence[str], expressions: Sequence[str], rows: Sequence[list[int]], lengths: Sequence[int]
@@ -135,13 +139,10 @@ class Prompts:
     def __init__(self, spec: TextSpec, one_prompt: bool):
         self.tokenizer = spec.tokenizer
         self.one_prompt = one_prompt
-        self.max_tokens = spec.max_tokens
-        self.positions = spec.positions
+        self.max_tokens, self.positions = spec.max_tokens, spec.positions
         self._unknown = _UnknownWords()
-        self.begin = self._token_id(spec.tokenizer.cls_token)
-        self.end = self._token_id(spec.tokenizer.sep_token)
-        self.padding = self._token_id(spec.tokenizer.pad_token)
-        self.phrase_end = self._token_id(spec.delimiters[0])
+        special = (spec.tokenizer.cls_token, spec.tokenizer.sep_token, spec.tokenizer.pad_token, spec.delimiters[0])
+        self.begin, self.end, self.padding, self.phrase_end = map(self._token_id, special)
         self.delimiters = set(spec.delimiter_ids)  # models split prompts at these, also inside a phrase
         self._known: dict[str, list[int]] = {}  # a detection dataset repeats its class names for every image
 
@@ -170,8 +171,7 @@ class Prompts:
             mask[row, : len(prompt.token_ids)] = True
             for phrase, positions in prompt.phrase_tokens.items():
                 phrase_tokens[row, phrase, positions] = True
-        image_ids = np.array([i for i, _ in prompts])
-        return TextArrays(token_ids, mask, phrase_tokens, image_ids)
+        return TextArrays(token_ids, mask, phrase_tokens, np.array([i for i, _ in prompts]))
 
     def problems(self, samples: Sequence[tuple[str, tuple[str, ...]]]) -> dict[int, str]:
         """Return the index and the reason of each sample (id, phrases) for which the call raises BadSampleError."""

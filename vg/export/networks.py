@@ -80,7 +80,7 @@ class RecText(nn.Module):
 
     def forward(self, token_ids: Tensor, mask: Tensor) -> tuple[Tensor]:
         """[N, T] int64 and bool (False = padding) -> [N, T, D]."""
-        return (self.model.encode_text(Text(token_ids, mask, mask, mask)),)
+        return self.model.encode_text(Text(token_ids, mask, mask, mask))[:1]
 
 
 class RecDetector(nn.Module):
@@ -143,6 +143,11 @@ def _(model: RecModel) -> Networks:
         raise ConfigError(
             "model.keep_aspect=true cannot be exported yet: an exported rec takes images of one size; train with "
             "model.keep_aspect=false, or predict with the checkpoint"
+        )
+    if model.extra_text is not None:
+        raise ConfigError(
+            "a rec model with model.extra_text cannot be exported yet: a file contains one tokenizer; predict with the "
+            "checkpoint"
         )
     size = dict.fromkeys(("height", "width"), model.config.image_size)  # every image is stretched to it
     return Networks(RecText(model), RecDetector(model), (), {"text_tokens": ("prompts", "tokens")}, size)

@@ -137,7 +137,7 @@ class OnnxBackend:
         for indices, pixels, text in prepared.groups:
             # A model for many phrases takes one prompt per pass, another model all expressions at once.
             rows = [slice(r, r + 1) for r in range(len(text.mask))] if self.takes_many else [slice(None)]
-            outputs = [self.run(pixels, TextArrays(*(values[row] for values in text))) for row in rows]
+            outputs = [self.run(pixels, TextArrays._make([*(x[row] for x in text[:4]), None])) for row in rows]
             boxes, scores, phrase_ids = (np.concatenate(x, axis=1) for x in zip(*outputs, strict=True))
             for index, *values in zip(indices, boxes, scores, phrase_ids, strict=True):
                 found[index] = self._selected(Boxes(*values), prepared.sizes[index])

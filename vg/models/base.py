@@ -147,12 +147,20 @@ class EncodableModel(GroundingModel):
     """A model in two steps, encoders and head: `model(batch)` equals `model.decode(model.encode(batch))`.
 
     The output of frozen encoders never changes, so it can be computed once and cached. An EncodedBatch contains it, and
-    every method accepts one instead of a Batch.
+    every method accepts one instead of a Batch. If the text encoder is trained, images are cached and text is encoded
+    in every step.
     """
+
+    @property
+    @abstractmethod
+    def caches_text(self) -> bool:
+        """Whether the output of the text encoder can be cached, because it is frozen."""
 
     @abstractmethod
     def feature_key(self) -> dict[str, Any]:
         """Return what the features depend on besides the data, as JSON values.
+
+        All that only the features of text depend on is in the entry `text`, which is absent if they are not cached.
 
         Raises:
             ConfigError: an encoder is trained or has random weights, so its features cannot be cached.
@@ -163,8 +171,8 @@ class EncodableModel(GroundingModel):
         """Encode images [B, 3, H, W]: tokens [B, S, D], and the grid (rows, columns) of the last of them."""
 
     @abstractmethod
-    def encode_text(self, text: Text) -> Tensor:
-        """Encode prompts: tokens [R, T, D]."""
+    def encode_text(self, text: Text) -> tuple[Tensor, Tensor]:
+        """Encode prompts: tokens [R, T, D], and their mask [R, T], False = padding."""
 
     def encode_sizes(
         self, images: Tensor, sizes: Sequence[tuple[int, int]]
@@ -196,8 +204,8 @@ class EncodableModel(GroundingModel):
         """Run both encoders."""
         image, grids = self.encode_sizes(batch.images, batch.sizes)
         grid, several = largest_grid(grids)
-        text = self.encode_text(batch.text)
-        return Features(image, grid, text, batch.text.mask, batch.text.image_ids, batch.most, several)
+        text, mask = self.encode_text(batch.text)
+        return Features(image, grid, text, mask, batch.text.image_ids, batch.most, several)
 
     @abstractmethod
     def decode(self, features: Features) -> Any:
@@ -207,7 +215,11 @@ class EncodableModel(GroundingModel):
         if isinstance(batch, Batch):
             return self.decode(self.encode(batch))
         features = batch.features  # float16
-        return self.decode(features._replace(image=features.image.float(), text=features.text.float()))
+        if isinstance(features.text, Text):
+            text, mask = self.encode_text(features.text)
+        else:
+            text, mask = features.text.float(), features.text_mask
+        return self.decode(features._replace(image=features.image.float(), text=text, text_mask=mask))
 
     @abstractmethod
     def loss(self, output: Any, batch: Batch | EncodedBatch) -> dict[LossName, Tensor]: ...

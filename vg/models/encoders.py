@@ -24,6 +24,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    SiglipTextConfig,
+    SiglipTextModel,
 )
 
 from vg.errors import ConfigError
@@ -36,14 +38,16 @@ VISION_TYPES = (
 )
 TEXT_TYPES = (
     *("albert", "bert", "clip_text_model", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta"),
-    *("t5", "xlm-roberta"),
+    *("siglip_text_model", "t5", "xlm-roberta"),
 )
 UNUSED = {  # parameters that do not change the last hidden state, beside poolers and mask tokens
     "clip_vision_model": r"(.*\.)?post_layernorm\..*",
     "convnext": r"layernorm\..*",
     "convnextv2": r"layernorm\..*",
+    "siglip_text_model": r"head\..*",
     "siglip_vision_model": r"(.*\.)?head\..*",
 }
+AutoModelForTextEncoding.register(SiglipTextConfig, SiglipTextModel, exist_ok=True)
 SMALL_VOCABULARY = Path(__file__).parent / "small_vocabulary.txt"
 
 
@@ -117,8 +121,8 @@ class Encoder(nn.Module):
 
     @property
     def _auto(self) -> type[AutoModel]:
-        """The class that builds the network; that of T5 has a decoder, too."""
-        return AutoModelForTextEncoding if self.network_config.model_type == "t5" else AutoModel
+        """The class that builds the network; that of T5 has a decoder, too, and SigLIP is in neither of them."""
+        return AutoModelForTextEncoding if self.network_config.model_type in ("siglip_text_model", "t5") else AutoModel
 
     def _is_unused(self, name: str) -> bool:
         unused = UNUSED.get(self.network_config.model_type, "")
@@ -231,7 +235,7 @@ def encoder_weights(config: EncoderConfig) -> str | None:
 
 def tokenizer_key(config: TextEncoderConfig) -> str:
     """Return a string that identifies the tokenizer of a text encoder."""
-    return _files_key(*_tokenizer_source(config), "model.text.tokenizer")
+    return _files_key(*_tokenizer_source(config), f"{config.key}.tokenizer")
 
 
 def _tokenizer_source(config: TextEncoderConfig) -> tuple[str, str | None]:

@@ -56,6 +56,11 @@ class TextEncoderConfig(EncoderConfig):
     """Hub id, local folder, tokenizer.json or vocab.txt; by default that of `id`, or vg's own small vocabulary."""
 
 
+@dataclass
+class ExtraTextEncoderConfig(TextEncoderConfig):
+    key: ClassVar[str] = "model.extra_text"
+
+
 class ModelSettings(Settings, ABC):
     """Settings of a model family; a subclass is a dataclass with these fields and its own."""
 

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from vg.cache.datasets import training_dataset
+from vg.cache.datasets import training_dataset, uncached_text
 from vg.cache.resident import ResidentFeatures, resident_features
 from vg.config import RunConfig
 from vg.data.samplers import AspectRatioGroupedSampler, EpochSampler, ImageGroupedSampler
@@ -42,7 +42,7 @@ class TrainingData:
         self.data = training_dataset(config, model, evaluations)
         self.plan = ""  # a sentence on where the features are
         if data.cache:
-            self.data, self.plan = resident_features(self.data, data.cache, accelerator)
+            self.data, self.plan = resident_features(self.data, data.cache, accelerator, uncached_text(model))
         resident = isinstance(self.data, ResidentFeatures)  # no data workers, and nothing to copy to the device
         workers = 0 if resident else data.workers
         self.sampler = training_sampler(config, self.data.source, accelerator.num_processes)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from vg.checkpoint import write_weights
 from vg.config import CheckpointConfig
@@ -15,6 +14,7 @@ from vg.evaluation.evaluator import Evaluator
 from vg.evaluation.results import EvaluationResult
 from vg.files import write_json
 from vg.models.base import GroundingModel
+from vg.types import TextSpec
 
 
 class Interpolation:
@@ -64,9 +64,9 @@ class Sweep:
             self.results.append((weight, evaluator.run(model)))
         self.best_weight, _ = max(self.results, key=lambda entry: entry[1].score)  # the first of equal scores
 
-    def write(self, folder: Path, config: CheckpointConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def write(self, folder: Path, config: CheckpointConfig, spec: TextSpec) -> None:
         """Write the best mixture into an existing folder as a checkpoint, with interpolation.json beside it."""
-        write_weights(folder, self.mixtures.at(self.best_weight), config, tokenizer)
+        write_weights(folder, self.mixtures.at(self.best_weight), config, spec)
         rows = [{"weight": weight, **result.flat()} for weight, result in self.results]
         write_json(folder / "interpolation.json", {"best": self.best_weight, "results": rows})
 

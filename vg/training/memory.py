@@ -24,7 +24,7 @@ from vg.losses import set_loss
 from vg.losses.matcher import match_costs
 from vg.models.base import EncodableModel
 from vg.training.optim import Ema, build_optimizer, select_trainable
-from vg.types import Batch, FittedImage, Sample
+from vg.types import Batch, EncodedBatch, FittedImage, Sample
 
 PHRASES = ("dog", "cat", "red car", "person on the left", "chair", "small tree", "bus", "traffic light")
 NUM_BOXES = 16  # of an image, two for each phrase
@@ -80,7 +80,11 @@ class MemoryEstimate:
         dtype = DTYPES.get(self.config.train.precision)
         if self.config.data.cache and isinstance(self.model, EncodableModel):
             with torch.no_grad():
-                batch = self.model.encode(batch)
+                features = self.model.encode(batch)
+            text = features.text.half() if self.model.caches_text else batch.text  # type: ignore[union-attr]
+            batch = EncodedBatch(features._replace(image=features.image.half(), text=text), batch.targets)
+            del features, text
+            self.counter.peak = self.counter.now  # a run that reads a cache does not encode
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             output = self.model(batch)
         terms = self.model.loss(output, batch)

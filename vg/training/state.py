@@ -55,7 +55,7 @@ class TrainingState:
         """Write the evaluated weights as a plain checkpoint: adapters are merged into the layers they adapt."""
         with self.evaluated_weights():
             weights = merged_weights(self.model)
-        checkpoint.write_weights(folder, weights, self.config, self.model.text_spec.tokenizer)
+        checkpoint.write_weights(folder, weights, self.config, self.model.text_spec)
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
         """Write the exported model, and the state that training needs to continue, with the `extra` entries."""

@@ -196,9 +196,9 @@ class Trainer:
         model = self.config.model.build()  # with the weights before the first step
         mixtures = Interpolation(model.own_state_dict(), read_weights(self.folder.best))
         sweep = Sweep(model.to(self.accelerator.device), mixtures, weights, self.evaluator)
-        tokenizer = self.unwrapped_model.text_spec.tokenizer
+        spec = self.unwrapped_model.text_spec
         output = self.folder.path / "interpolated"
-        self.folder.save(output, lambda folder: sweep.write(folder, self.config, tokenizer))
+        self.folder.save(output, lambda folder: sweep.write(folder, self.config, spec))
         if self.accelerator.is_main_process:
             logger.info("interpolation between the initial weights (0) and the best ones (1):\n%s", sweep)
 

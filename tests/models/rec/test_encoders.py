@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, CLIPModel, SiglipModel, T5Model
 from vg.errors import ConfigError
 from vg.models.encoders import TEXT_TYPES, VISION_TYPES, Encoder
 from vg.models.rec.config import BgeConfig, DenseHeadConfig, RecConfig, VisionEncoderConfig
-from vg.models.rec.model import VisionEncoder
+from vg.models.rec.vision import VisionEncoder
 from vg.models.settings import TINY_BERT, EncoderConfig, TextEncoderConfig
 
 WIDTHS: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -146,7 +146,7 @@ def test_clip_and_siglip_are_normalized_as_published() -> None:
         (VisionEncoderConfig(architecture={"model_type": "siglip2"}), r"siglip2_vision_model, which is not supported"),
         (VisionEncoderConfig(architecture={"model_type": "bert"}), r"model\.vision.*bert"),
         (TextEncoderConfig(architecture={"model_type": "gpt2"}), r"model\.text.*gpt2.*bert.*t5"),
-        (TextEncoderConfig(architecture={"model_type": "siglip"}), r"siglip_text_model, which is not supported"),
+        (TextEncoderConfig(architecture={"model_type": "siglip2"}), r"siglip2_text_model, which is not supported"),
     ],
 )
 def test_other_types_are_refused_by_name(config: EncoderConfig, message: str) -> None:

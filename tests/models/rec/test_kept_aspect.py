@@ -30,7 +30,8 @@ from vg.models.rec.config import (
     VisionEncoderConfig,
 )
 from vg.models.rec.kept_aspect import KeptAspectImage
-from vg.models.rec.model import RecModel, VisionEncoder
+from vg.models.rec.model import RecModel
+from vg.models.rec.vision import VisionEncoder
 from vg.types import Batch, Features, Sample
 
 SIZES = {"width": 32, "layers": 2, "heads": 2, "feedforward": 48, "dropout": 0.0}

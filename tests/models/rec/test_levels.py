@@ -18,7 +18,8 @@ from vg.distributed import random_state
 from vg.errors import ConfigError
 from vg.models.encoders import VISION_TYPES
 from vg.models.rec.config import RecConfig, VisionEncoderConfig
-from vg.models.rec.model import VisionEncoder, fixed_projection
+from vg.models.rec.model import fixed_projection
+from vg.models.rec.vision import VisionEncoder
 
 PREFIX = {"deit": 2, "dinov2_with_registers": 5, "convnext": 0, "convnextv2": 0, "resnet": 0, "swin": 0}
 PREFIX |= {"siglip_vision_model": 0}

@@ -18,7 +18,7 @@ from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import CheckpointError, ConfigError
 from vg.models.encoders import SMALL_VOCABULARY
 from vg.models.rec.config import BgeConfig, DenseHeadConfig, PooledHeadConfig, RecConfig, VisionEncoderConfig
-from vg.models.rec.model import VisionEncoder
+from vg.models.rec.vision import VisionEncoder
 from vg.types import Text
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
@@ -39,6 +39,7 @@ PUBLISHED = {  # architectures of the ids in our configurations
         "num_attention_heads": 12,
         "intermediate_size": 1536,
     },
+    "openai/clip-vit-base-patch16": {"model_type": "clip"},  # its text encoder has the default sizes
     "facebook/dinov3-vitl16-pretrain-lvd1689m": {
         "model_type": "dinov3_vit",
         "hidden_size": 1024,
@@ -150,8 +151,8 @@ def test_padding_of_text_has_no_effect(implementation: str) -> None:
     model = replace(config, text=replace(config.text, architecture=architecture)).build(pretrained=False).eval()
     ids = torch.tensor([[101, 103, 104, 102], [101, 102, 0, 0]])
     with torch.no_grad():
-        padded = model.encode_text(Text(ids, ids > 0, ids > 0, torch.arange(2)))[1, :2]
-        alone = model.encode_text(Text(ids[1:, :2], ids[1:, :2] > 0, ids[1:, :2] > 0, torch.arange(1)))[0]
+        padded = model.encode_text(Text(ids, ids > 0, ids > 0, torch.arange(2)))[0][1, :2]
+        alone = model.encode_text(Text(ids[1:, :2], ids[1:, :2] > 0, ids[1:, :2] > 0, torch.arange(1)))[0][0]
     torch.testing.assert_close(padded, alone, rtol=0, atol=1e-6)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 from pydantic import BeforeValidator, Field, PositiveInt
 
 from vg.losses.config import BoxLossConfig, Weight
-from vg.models.settings import TINY_BERT, EncoderConfig, ModelSettings, TextEncoderConfig
+from vg.models.settings import TINY_BERT, EncoderConfig, ExtraTextEncoderConfig, ModelSettings, TextEncoderConfig
 from vg.settings import Settings, by_name
 
 if TYPE_CHECKING:
@@ -141,12 +141,15 @@ class RecConfig(ModelSettings):
     """Longest expression in tokens, special tokens included; a longer one is an error."""
     vision: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
     text: BgeConfig = field(default_factory=BgeConfig)
+    extra_text: ExtraTextEncoderConfig | None = None
+    """A second text encoder with a tokenizer of its own, such as {id: openai/clip-vit-base-patch16}: the head gets the
+    tokens of both."""
     head: HeadConfig = field(default_factory=PooledHeadConfig)
 
     @property
     def frozen_encoders(self) -> Mapping[str, EncoderConfig]:
-        encoders = (("vision", self.vision), ("text", self.text))
-        return {name: encoder for name, encoder in encoders if encoder.frozen and encoder.id}
+        encoders = (("vision", self.vision), ("text", self.text), ("extra_text", self.extra_text))
+        return {name: encoder for name, encoder in encoders if encoder and encoder.frozen and encoder.id}
 
     def build(self, pretrained: bool = True) -> RecModel:
         from vg.models.rec.model import RecModel
