@@ -276,11 +276,14 @@ def test_the_recipe_of_absent_and_several_is_that_of_the_demo() -> None:
         assert (config.model.head.objects, config.model.head.num_boxes) == (number, boxes)
         assert asdict(config.train) == asdict(demo.train) | {"output": config.train.output}
         assert config.optim == demo.optim
-    for settings in (any_number.data.train, *any_number.data.eval_datasets().values()):
-        source = settings.build()
-        assert source.provenance.task == "generalized"
-        numbers = Counter(min(len(source.load(index, 0).boxes), 2) for index in range(60))
-        assert numbers == {0: 20, 1: 20, 2: 20}
+    train, evaluation = (settings.build() for settings in (any_number.data.train, any_number.data.eval))
+    assert train.provenance.task == evaluation.provenance.task == "generalized"
+    assert numbers_of_boxes(evaluation) == {0: 20, 1: 20, 2: 20}
+    assert min(numbers_of_boxes(train).values()) > 15  # a scene may lack expressions of one type
+
+
+def numbers_of_boxes(source: Any) -> Counter[int]:
+    return Counter(min(len(source.load(index, 0).boxes), 2) for index in range(60))
 
 
 def test_the_size_of_a_cache_of_several_layers() -> None:

@@ -17,16 +17,19 @@ import json
 import shlex
 import statistics
 import tempfile
+import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from scripts.benchmarks.machine import machine
-from scripts.benchmarks.trainer import WARM_UP, trainer_times
 from vg.config import load_config
 from vg.training.trainer import Trainer
+from vg.types import Batch, LossName
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "rec" / "crowded_scenes.yaml"
@@ -34,7 +37,9 @@ CONVNEXT = (
     "model.vision.architecture={model_type: dinov3_convnext, hidden_sizes: [64, 128], depths: [1, 1], "
     "layer_scale_init_value: 1.0}"
 )
-EARLIER = [CONVNEXT, "optim.algorithm=adamw", "model.image_size=64"]
+ONE_PER_SCENE = ["data.expressions_per_image=1", "data.train.expressions_per_scene=1"]
+ADAMW = ["optim.algorithm=adamw", "optim.lr=1e-3"]
+EARLIER = [CONVNEXT, *ADAMW, *ONE_PER_SCENE, "model.image_size=64"]
 """The recipe with which the heads were compared."""
 POOLED = "model.head={{name: pooled, width: 128, layers: 4, heads: 4, feedforward: 256, dropout: 0.0, loss: {{{}}}}}"
 ROWS = {
@@ -48,19 +53,36 @@ ROWS = {
     "dense, no average of weights": [*EARLIER, "train.ema=null"],
     "dense, 96 px": [*EARLIER, "model.image_size=96"],
     "the recipe": [],
-    "the recipe, one expression per scene": ["data.expressions_per_image=1", "data.train.expressions_per_scene=1"],
-    "the recipe, AdamW": ["optim.algorithm=adamw"],
+    "the recipe, one expression per scene": ONE_PER_SCENE,
+    "the recipe, AdamW": ADAMW,
     "the recipe, ConvNeXt": [CONVNEXT],
     "the recipe, 64 px": ["model.image_size=64"],
 }
+WARM_UP = 5  # steps that are not timed: memory is allocated
 TIMED = 25  # steps
+
+
+class TimedTrainer(Trainer):
+    """Records when each step ends."""
+
+    def fit(self) -> dict[str, Any]:
+        self.times: list[float] = []
+        return super().fit()
+
+    def step(self, batches: Sequence[Batch]) -> dict[LossName, Tensor] | None:
+        terms = super().step(batches)
+        self.times.append(time.perf_counter())
+        return terms
 
 
 def steps_within(config: Path, minutes: float, overrides: list[str]) -> int:
     """Return how many steps the training of a row takes in that time."""
-    short = load_config(config, [*overrides, f"train.max_steps={WARM_UP + TIMED}", "data.eval.size=32"])
-    times = trainer_times(short)[WARM_UP - 1 :]
-    return max(1, round(60 * minutes / statistics.median(after - before for before, after in pairwise(times))))
+    short = [*overrides, f"train.max_steps={WARM_UP + TIMED}", "data.eval.size=32"]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TimedTrainer(load_config(config, [*short, f"train.output={folder}"]))
+        trainer.fit()
+    seconds = [after - before for before, after in pairwise(trainer.times[WARM_UP - 1 :])]
+    return max(1, round(60 * minutes / statistics.median(seconds)))
 
 
 def train(config: Path, name: str, overrides: list[str], steps: int, split: str, seed: int) -> dict[str, Any]:
