@@ -164,7 +164,7 @@ class RecCost:
             tokens = torch.zeros(num_texts, self.num_tokens, self.model.text.width, dtype=torch.float16).float()
         else:
             image, _ = self.model.encode_images(torch.zeros(num_images, 3, *self.size))
-            tokens = self.model.encode_text(text)
+            tokens, _ = self.model.encode_text(text)
         return Features(image, self.grid, tokens, text.mask, image_ids, together)
 
     def step(self, num_images: int, num_texts: int, cached: bool) -> tuple[Cost, int]:

@@ -176,8 +176,9 @@ def test_a_model_learns_from_absent_and_several_and_predicts_any_number() -> Non
 
 
 def test_expressions_that_share_an_image_have_the_same_loss() -> None:
-    model, kinds = small_model().eval(), ("absent", "several", "attribute", "several")
-    source = ShapesConfig(split="val", image_size=64, kinds=kinds, expressions_per_scene=4).build()
+    model = small_model().eval()
+    settings = ShapesConfig(split="val", image_size=64, kinds=("absent", "several", "attribute", "several"))
+    source = replace(settings, expressions_per_scene=4).build()
     samples = [source.load(index, 0) for index in range(8)]
     collate, shared = Collator(model.image_spec, model.text_spec), []
     for sample, first in zip(samples, np.repeat(samples[::4], 4), strict=True):
