@@ -165,6 +165,13 @@ def test_other_data_is_extra_data(write: Write) -> None:
     assert (mixed.values["refcoco", "val"].marks, drawn.values["refcoco", "val"].marks) == ("†", "")
 
 
+def test_a_given_time_and_a_second_text_encoder_are_stated(write: Write) -> None:
+    overrides = ["train.minutes=30", "model.extra_text={id: openai/clip-vit-base-patch16}"]
+    (row,) = paper_table([write("timed", {"refcoco val": 0.5}, overrides=overrides)]).ours
+    assert row.epochs == "30 minutes"
+    assert row.text.endswith(" + clip-vit-base-patch16")
+
+
 def test_a_checkpoint_that_vg_did_not_train(write: Write) -> None:
     config = yaml.safe_load(dump_config(CheckpointConfig(GroundingDinoConfig())))
     content = {"checkpoint": "swint_ogc.pth", "config": config, "trained_parameters": None}

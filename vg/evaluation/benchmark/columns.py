@@ -30,7 +30,8 @@ def described(config: CheckpointConfig) -> dict[str, str]:
             f"Swin of width {backbone.width}" if isinstance(backbone, SwinConfig) else _encoder(backbone.id, "resnet")
         )
         resolution = f"{model.image.shortest} to {model.image.longest}"
-    text = _encoder(model.text.id, (model.text.architecture or {}).get("model_type"))
+    texts = [model.text, *([model.extra_text] if isinstance(model, RecConfig) and model.extra_text else [])]
+    text = " + ".join(_encoder(x.id, (x.architecture or {}).get("model_type")) for x in texts)
     found = {"vision": vision, "text": text, "resolution": resolution}
     if not isinstance(config, RunConfig):
         return found
@@ -46,7 +47,7 @@ def described(config: CheckpointConfig) -> dict[str, str]:
     return found | {
         "training_data": f"{joint or 'none of RefCOCO'}{' (joint)' * (len(own) > 1)}",
         "extra_data": ", ".join(dict.fromkeys(extra)) or "none",
-        "epochs": ", ".join([str(train.epochs), *limits]),
+        "epochs": ", ".join([f"{train.minutes:g} minutes" if train.minutes else str(train.epochs), *limits]),
     }
 
 
