@@ -67,6 +67,24 @@ def test_few_slow_steps_are_enough(tiny_config: MakeConfig, clock: SimpleNamespa
     assert 0.9 * 300 <= clock.now - 1000 <= 1.1 * 300
 
 
+def test_an_evaluation_that_takes_all_the_time_is_the_last(tiny_config: MakeConfig, clock: SimpleNamespace) -> None:
+    config = tiny_config(train={"minutes": 5, "eval_every": 30, "save_every": 1000})
+    trainer = timed(Trainer(config), clock, 2.0, 400.0, first=2.0)
+    trainer.fit()
+    assert trainer.progress.step == trainer.num_steps == 30
+    assert clock.now - 1000 == 30 * 2 + 400
+    assert [path.name for path in trainer.folder.checkpoints()] == ["step_000030"]
+
+
+def test_a_long_evaluation_before_the_first_step_does_not_shorten_the_timing(
+    tiny_config: MakeConfig, clock: SimpleNamespace
+) -> None:
+    train = {"minutes": 5, "eval_every": 1000, "eval_first": True}
+    trainer = timed(Trainer(tiny_config(train=train)), clock, 2.0, 40.0, first=8.0)
+    trainer.fit()
+    assert 0.9 * 300 <= clock.now - 1000 <= 1.1 * 300
+
+
 def test_the_lower_limit_applies(
     tiny_config: MakeConfig, clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +125,19 @@ def test_a_resumed_run_is_the_same(
         assert resumed.progress.step == straight.progress.step
         weights = [load_file(tmp_path / name / "best" / "model.safetensors") for name in ("straight", "resumed")]
         assert all(weights[0][key].equal(weights[1][key]) for key in weights[0])
+
+
+def test_a_limit_also_applies_to_a_resumed_run(tiny_config: MakeConfig, clock: SimpleNamespace, tmp_path: Path) -> None:
+    train = {"minutes": 3, "eval_every": 1000, "output": str(tmp_path / "run")}
+    interrupted = timed(Trainer(tiny_config(train=train)), clock, 2.0, 4.0, 2.0)
+    interrupted.stop.requested = lambda: interrupted.progress.step == 30  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        interrupted.fit()
+    assert interrupted.num_steps > 40
+    resumed = timed(Trainer(tiny_config(train=train | {"max_steps": 40}), resume=True), clock, 2.0, 4.0, 2.0)
+    resumed.fit()
+    assert resumed.progress.step == 40
+    assert max(resumed.schedule.get_last_lr()) == 0
 
 
 def test_progress_of_older_checkpoints_has_no_number_of_steps() -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vg.training.trainer import Trainer
 
 WARM_UP, TIMED = 5, 20  # steps: the first ones are slower, the next ones give the time of a step
-SHARE = 0.1  # of the time: slow steps are not timed for longer
+SHARE = 0.1  # of the time: slow steps are not timed for longer, apart from an evaluation before the first one
 EVALUATION = 0.5  # time per sample relative to a training step, until the first evaluation is measured
 
 
@@ -42,6 +42,7 @@ class TimeBudget:
         self.seconds = 60 * (trainer.config.train.minutes or 0)
         self.first_step = trainer.progress.step
         self.timed: tuple[int, float] | None = None  # step, and seconds of all steps, when the timed steps began
+        self.limit = SHARE * self.seconds  # seconds after which no more steps are timed
         self.paused, self.evaluations = 0.0, 0  # seconds of evaluations and checkpoints, number of evaluations
         self.final = not self.seconds or trainer.progress.num_steps > 0
         if self.seconds and trainer.progress.num_steps:  # resumed
@@ -63,7 +64,7 @@ class TimeBudget:
         if self.final or self.trainer.progress.num_steps:
             return
         step, now = self.trainer.progress.step, self._now()
-        slow = now - self.started >= SHARE * self.seconds
+        slow = now - self.started >= self.limit
         ready = self.timed is not None and (slow or step - self.timed[0] == TIMED)
         if self.timed is None and (slow or step - self.first_step == WARM_UP):
             self.timed = step, now - self.started - self.paused
@@ -77,8 +78,11 @@ class TimeBudget:
             return
         began = self._now()
         yield
-        self.paused += self._now() - began
+        seconds = self._now() - began
+        self.paused += seconds
         self.evaluations += evaluates
+        if self.trainer.progress.step == self.first_step:
+            self.limit += seconds
         if evaluates and not self.final and self.trainer.progress.num_steps > self.trainer.progress.step:
             self._decide(ready=True)
 
@@ -95,25 +99,26 @@ class TimeBudget:
                 evaluation = self.paused / self.evaluations
             every = config.train.eval_every or trainer.steps_per_epoch
             number = last_step(self.seconds - elapsed, step, per_step, evaluation, every)
-            found = [min(number, config.train.max_steps or number)]
-            limit = "" if found == [number] else " (train.max_steps)"
+            found, steps = [number], min(number, config.train.max_steps or number)
+            limit = "" if steps == number else " (train.max_steps)"
             print_above_bar(
-                f"{found[0]:,} steps{limit} in train.minutes={config.train.minutes:g}: {1000 * per_step:.0f} ms per "
+                f"{steps:,} steps{limit} in train.minutes={config.train.minutes:g}: {1000 * per_step:.0f} ms per "
                 f"step, about {evaluation:.1f} s per evaluation"
             )
-            if config.optim.warmup_steps >= found[0]:
+            if config.optim.warmup_steps >= steps:
                 print_above_bar(f"optim.warmup_steps={config.optim.warmup_steps} is longer than the run: lower it")
         broadcast_object_list(found)
         if found[0]:
             self.final = self.evaluations > 0
             self._use(found[0])
-            self.bar.total = found[0]
+            self.bar.total = self.total
             self.bar.refresh()
 
     def _use(self, num_steps: int) -> None:
         trainer = self.trainer
-        trainer.num_steps = trainer.progress.num_steps = num_steps
-        fit_schedule(trainer.schedule, trainer.config.optim, num_steps, trainer.steps_per_epoch)
+        trainer.progress.num_steps = num_steps  # without train.max_steps, which may change when a run is resumed
+        trainer.num_steps = min(num_steps, trainer.config.train.max_steps or num_steps)
+        fit_schedule(trainer.schedule, trainer.config.optim, trainer.num_steps, trainer.steps_per_epoch)
 
     def _now(self) -> float:
         """Seconds, after the device has finished its work."""

@@ -116,7 +116,8 @@ class Trainer:
         ):
             self.budget.begin(bar)
             if self.config.train.eval_first and not self.progress.step:
-                self.evaluate()
+                with self.budget.pause(evaluates=True, saves=False):
+                    self.evaluate()
             finished = self._after_step(bar) if self.progress.step else False
             steps = self._steps()
             while not finished:
@@ -196,9 +197,8 @@ class Trainer:
         model = self.config.model.build()  # with the weights before the first step
         mixtures = Interpolation(model.own_state_dict(), read_weights(self.folder.best))
         sweep = Sweep(model.to(self.accelerator.device), mixtures, weights, self.evaluator)
-        spec = self.unwrapped_model.text_spec
         output = self.folder.path / "interpolated"
-        self.folder.save(output, lambda folder: sweep.write(folder, self.config, spec))
+        self.folder.save(output, lambda folder: sweep.write(folder, self.config, self.unwrapped_model.text_spec))
         if self.accelerator.is_main_process:
             logger.info("interpolation between the initial weights (0) and the best ones (1):\n%s", sweep)
 
@@ -281,7 +281,9 @@ class Trainer:
                 save_due = finished = True
             if save_due:
                 self.save()
-        return finished
+        if not finished and step >= self.num_steps:  # the evaluation took the rest of `train.minutes`
+            self.save()
+        return finished or step >= self.num_steps
 
     def _log_losses(self, bar: tqdm, log: bool) -> None:
         """Check that all losses since the last log entry are finite, and log their mean."""
