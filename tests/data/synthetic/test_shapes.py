@@ -266,6 +266,7 @@ def test_errors_of_invalid_settings_say_how_to_fix_them():
         ({"seed": -1}, "seed"),
         ({"size": 0}, "size"),
         ({"kinds": ("color",)}, "attribute, superlative, relation, ordinal, chain"),
+        ({"view": "detection", "expressions_per_scene": 2}, "a scene is one sample; set it to 1"),
     ):
         with pytest.raises(DataError, match=message):
             ShapesConfig(**settings).build()

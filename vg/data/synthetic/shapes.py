@@ -13,6 +13,7 @@ from vg.data.synthetic.expressions import shared_phrases
 from vg.data.synthetic.layout import GENERIC_NOUN, Grid, Scene, some
 from vg.data.synthetic.scenes import STYLES, Shape, draw, random_scene
 from vg.data.synthetic.world import World, WorldConfig
+from vg.errors import DataError
 from vg.types import Sample
 
 
@@ -38,6 +39,11 @@ class Shapes(World[Shape, Grid]):
 
     def __init__(self, config: ShapesConfig) -> None:
         super().__init__(config, STYLES, config.view, "detection" if config.view == "detection" else "expressions")
+        if config.view == "detection" and config.expressions_per_scene > 1:
+            raise DataError(
+                f"{config.name}: expressions_per_scene={config.expressions_per_scene} has no meaning for view=detection, "
+                "in which a scene is one sample; set it to 1"
+            )
         self.config = config
 
     def scene(self, rng: np.random.Generator, epoch: int) -> Scene[Shape, Grid]:
