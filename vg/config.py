@@ -81,8 +81,8 @@ class DataConfig(Settings):
     """Resize the training images of a batch to one size, that of the median aspect ratio with sides of multiples of 32
     px, instead of padding them: one pass of the backbone, and few sizes in all. Needs `group_by_aspect_ratio`."""
     expressions_per_image: PositiveInt = 1
-    """Largest number of expressions of one training image that are batched together; it is encoded once for them, and
-    augmented once. The batch size still counts expressions."""
+    """Largest number of expressions of one training image that are batched together; it is augmented once for them, and
+    rec encodes it once. The batch size still counts expressions."""
     cache: CacheConfig | None = None
     """null runs the encoders in every step; {folder: cache} reads their features from that folder."""
 
