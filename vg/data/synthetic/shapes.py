@@ -41,8 +41,8 @@ class Shapes(World[Shape, Grid]):
         super().__init__(config, STYLES, config.view, "detection" if config.view == "detection" else "expressions")
         if config.view == "detection" and config.expressions_per_scene > 1:
             raise DataError(
-                f"{config.name}: expressions_per_scene={config.expressions_per_scene} has no meaning for view=detection, "
-                "in which a scene is one sample; set it to 1"
+                f"{config.name}: expressions_per_scene={config.expressions_per_scene} is for view=expression; with "
+                "view=detection a scene is one sample; set it to 1"
             )
         self.config = config
 
