@@ -144,6 +144,16 @@ def test_what_is_not_comparable_is_marked(write: Write) -> None:
     assert r"$60.00^{\dagger}$" in latex(table)
 
 
+@pytest.mark.parametrize(
+    ("source", "mark"),
+    [("path: refcocog_umd", ""), ("path: refcocog_google", "†"), ("path: refer/refcocog, partition: google", "†")],
+)
+def test_the_partition_by_objects_is_marked(write: Write, source: str, mark: str) -> None:
+    overrides = [f"data.train={{name: refcoco, {source}}}"]
+    (row,) = paper_table([write("run", {"refcocog val": 0.6}, overrides=overrides)], with_published=False).ours
+    assert row.values["refcocog", "val"].marks == mark
+
+
 def test_other_data_is_extra_data(write: Write) -> None:
     data = (
         "data.train={name: mixture, datasets: [{name: refcoco, path: jxu124/refcoco}, {name: glyphs}, "

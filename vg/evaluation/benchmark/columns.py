@@ -84,7 +84,7 @@ def may_have_seen(config: CheckpointConfig, key: str, split: str) -> bool:
     """Whether the run trained on images that another dataset of COCO's images has in this split.
 
     Splits of one dataset share no image, but datasets do: 634 of the 1,300 images of RefCOCOg val (UMD) are in the
-    training split of RefCOCO.
+    training split of RefCOCO. So do its partitions: that of Google splits RefCOCOg by object.
     """
     if not isinstance(config, RunConfig):
         return False  # unknown, as the training data is
@@ -96,4 +96,13 @@ def may_have_seen(config: CheckpointConfig, key: str, split: str) -> bool:
     if data.drop_overlap and (title, split) in evaluated:
         return False
     drawn = (ShapesConfig, GlyphsConfig)
-    return any(_title(leaf) != title for leaf in _leaves(data.train) if not isinstance(leaf, drawn))
+    leaves = [leaf for leaf in _leaves(data.train) if not isinstance(leaf, drawn)]
+    return any(_title(leaf) != title or _partition(leaf) == "google" for leaf in leaves)
+
+
+def _partition(source: DatasetConfig) -> str | None:
+    """Return the partition of a dataset of the RefCOCO family, None if its settings do not determine it."""
+    if not isinstance(source, RefcocoConfig):
+        return None
+    known = identify(source.dataset or source.path)
+    return source.partition or (known[0][1] if len(known) == 1 else None)
