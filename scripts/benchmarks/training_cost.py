@@ -110,12 +110,14 @@ class RecCost:
         num_tokens: T of a batch of expressions, padding included.
 
     Raises:
-        ConfigError: another family, or an encoder cannot be found.
+        ConfigError: another family, train.minutes, or an encoder cannot be found.
     """
 
     def __init__(self, config: RunConfig, num_tokens: int, compute_share: float, bandwidth_share: float):
         if not isinstance(config.model, RecConfig):
             raise ConfigError(f"model.name={config.model.name}: the cost is calculated for rec only")
+        if config.train.minutes:
+            raise ConfigError(f"train.minutes={config.train.minutes:g} is the duration already: set train.epochs")
         self.config, self.num_tokens, self.shares = config, num_tokens, (compute_share, bandwidth_share)
         self.memory = StorageCounter()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -128,6 +130,8 @@ class RecCost:
         _, self.stored_shape, _ = self.encode_images(1, "no")  # a cache pads all images to the tokens of a square
         self.size = self.model.image_spec.resized(*IMAGE)
         _, self.image_shape, self.grid = self.encode_images(1, "no")
+        with self.counting("no"), torch.no_grad():
+            self.text_shape = self.model.encode_text(self._text(1))[0].shape[1:]  # T, D; of both text encoders
 
     @contextmanager
     def counting(self, precision: str) -> Iterator[OperatorCounter]:
@@ -153,7 +157,8 @@ class RecCost:
     def _text(self, number: int) -> Text:
         shape = number, self.num_tokens
         ids, mask = torch.zeros(shape, dtype=torch.long), torch.ones(shape, dtype=torch.bool)
-        return Text(ids, mask, mask.unsqueeze(1), torch.arange(number))
+        text = Text(ids, mask, mask.unsqueeze(1), torch.arange(number))
+        return text if self.model.extra_text is None else text._replace(extra=text)
 
     def _features(self, num_images: int, num_texts: int, cached: bool) -> Features:
         text = self._text(num_texts)
@@ -161,11 +166,14 @@ class RecCost:
         image_ids = torch.arange(num_texts) // together
         if cached:
             image = torch.zeros(num_images, *self.image_shape, dtype=torch.float16).float()
-            tokens = torch.zeros(num_texts, self.num_tokens, self.model.text.width, dtype=torch.float16).float()
         else:
             image, _ = self.model.encode_images(torch.zeros(num_images, 3, *self.size))
-            tokens, _ = self.model.encode_text(text)
-        return Features(image, self.grid, tokens, text.mask, image_ids, together)
+        if cached and self.model.caches_text:
+            tokens = torch.zeros(num_texts, *self.text_shape, dtype=torch.float16).float()
+            mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
+        else:
+            tokens, mask = self.model.encode_text(text)
+        return Features(image, self.grid, tokens, mask, image_ids, together)
 
     def step(self, num_images: int, num_texts: int, cached: bool) -> tuple[Cost, int]:
         """Return the cost of a training step, and the bytes that exist at its worst moment."""
@@ -176,7 +184,10 @@ class RecCost:
                 output = self.model.decode(self._features(num_images, num_texts, cached))
                 with torch.autocast("cpu", enabled=False):
                     output = type(output)(*(x.float() for x in output))  # as Accelerate does
-                    losses = self.model.head.loss(output, torch.full((num_texts, 4), 0.5))  # type: ignore[arg-type]
+                    targets = [torch.full((num_texts, 4), 0.5)]
+                    if self.model.generalized:
+                        targets = [targets[0].unsqueeze(1), torch.ones(num_texts, 1, dtype=torch.bool)]
+                    losses = self.model.head.loss(output, *targets)  # type: ignore[arg-type]
                     torch.stack(list(losses.values())).sum().backward()
                     torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm or math.inf)
                     self.optimizer.step()
@@ -223,7 +234,8 @@ def main() -> None:
         encoded = num_images * num_views + options.eval_images
         phrases = options.expressions * (1 + any("flip" in view for view in cache.views)) + options.eval_expressions
         work["cache: images"] = model.encode_images(32, cache.precision)[0] * (encoded / 32)
-        work["cache: expressions, at most"] = model.encode_text(256, cache.precision) * (phrases / 256)
+        if model.model.caches_text:
+            work["cache: expressions, at most"] = model.encode_text(256, cache.precision) * (phrases / 256)
     # As if all images had equally many expressions.
     groups = num_images * math.ceil(options.expressions / num_images / config.data.expressions_per_image)
     per_step = math.ceil(batch * min(groups, options.expressions) / options.expressions)
@@ -250,7 +262,7 @@ def main() -> None:
     )
     if cache:
         image_bytes = model.stored_shape.numel() * BYTES_PER_VALUE
-        text_bytes = options.tokens * model.model.text.width * BYTES_PER_VALUE
+        text_bytes = model.text_shape.numel() * BYTES_PER_VALUE * model.model.caches_text
         read = per_step * image_bytes + batch * text_bytes
         print(
             f"cache: {image_bytes / MB:.2f} MB per image and view, {encoded * image_bytes / GB:.1f} GB for {encoded:,} "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tests.models.grounding_dino.published import BERT, random_model
 from vg.config import dump_config, load_config
+from vg.errors import ConfigError
 from vg.losses.config import LossConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -363,3 +364,32 @@ def test_the_cost_of_operators_is_counted() -> None:
     live, _ = cost.step(8, 8, cached=False)
     images, _, _ = cost.encode_images(8, "bf16")
     assert live.flops == pytest.approx(step.flops + images.flops + cost.encode_text(8, "bf16").flops, rel=0.05)
+
+
+def test_the_cost_of_trained_and_of_two_text_encoders_is_counted() -> None:
+    from scripts.benchmarks.training_cost import RecCost
+    from tests.cache.feature_data import VISION
+    from tests.conftest import TEXT
+
+    encoders = {"vision": VISION, "text": TEXT}
+    overrides = [f"model.{name}={json.dumps({'id': None, 'architecture': value})}" for name, value in encoders.items()]
+    head = "{name: dense, width: 32, layers: 1, heads: 2, feedforward: 64, loss: {giou: 0}}"
+    overrides += ["model.image_size=64", f"model.head={head}", "data.cache={folder: cache}", "data.augment={}"]
+
+    def cost(*more: str) -> RecCost:
+        path = SCRIPTS.parent / "configs" / "rec" / "refcoco_dense.yaml"
+        return RecCost(load_config(path, [*overrides, *more]), 6, 0.5, 0.7)
+
+    frozen, _ = cost().step(2, 8, cached=True)
+    trained = cost("model.text.frozen=false")
+    text = trained.encode_text(8, "bf16").flops
+    assert 2 * text < trained.step(2, 8, cached=True)[0].flops - frozen.flops < 3.5 * text
+
+    extra = json.dumps({"id": None, "architecture": TEXT, "frozen": True})
+    two = cost(f"model.extra_text={extra}")
+    assert two.text_shape == (2 * 6, 2 * 32)
+    assert two.encode_text(8, "bf16").flops == 2 * text
+    assert two.step(2, 8, cached=True)[0].flops > frozen.flops
+    assert cost("model.head.objects=any").step(2, 8, cached=False)[0].flops > frozen.flops
+    with pytest.raises(ConfigError, match=r"train\.minutes=5 is the duration already"):
+        cost("train.minutes=5")
