@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from vg.cli.arguments import add_overrides
 
 if TYPE_CHECKING:
     from vg.config import RunConfig
+    from vg.models.settings import ModelSettings
 
 NUM_DRAWN = 24  # images in images.png
 
@@ -30,7 +31,6 @@ def run(options: argparse.Namespace) -> None:
     from vg.errors import ConfigError
     from vg.files import write_json
     from vg.inference.grids import image_grid
-    from vg.models.encoders import cached_token_counter
 
     if options.quick is not None and options.quick < 1:
         raise ConfigError(f"--quick {options.quick}: read at least one image of each dataset")
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     datasets = {"train": config.data.train}
     if len(found) != 1:
         datasets |= {f"eval.{name}" if name else "eval": data for name, data in config.data.eval_datasets().items()}
-    count_tokens = cached_token_counter(config.model.text)
+    count_tokens = _token_counter(config.model)
     diagnosis = diagnose(datasets, config.model.max_tokens, count_tokens, options.quick)
     output = Path(options.output)
     write_json(output / "report.json", to_json(diagnosis))
@@ -51,6 +51,17 @@ def run(options: argparse.Namespace) -> None:
     print(f"written to {output}: report.json" + (", images.png" if images else ""))
     if diagnosis.count("error"):
         sys.exit(1)
+
+
+def _token_counter(model: ModelSettings) -> Callable[[list[str]], list[int]] | None:
+    """Count the tokens of phrases by the text encoder that needs most; None if a tokenizer is not on this machine."""
+    from vg.models.encoders import cached_token_counter
+
+    texts = [text for text in (model.text, getattr(model, "extra_text", None)) if text]
+    counters = [counter for counter in map(cached_token_counter, texts) if counter]
+    if len(counters) < len(texts):
+        return None
+    return lambda phrases: [max(counts) for counts in zip(*(count(phrases) for count in counters), strict=True)]
 
 
 def _config_of(found: Mapping[str, dict[str, Any]], overrides: Sequence[str]) -> RunConfig:

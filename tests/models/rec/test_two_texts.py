@@ -15,6 +15,7 @@ from tests.models.rec.test_encoders import PATCHES
 from tests.models.rec.test_encoders import TEXT as TOWER
 from tests.models.rec.test_model import HEADS, TEXT, TINY_VISION, batch_for
 from vg.checkpoint import read_model, write_model
+from vg.cli.check import _token_counter
 from vg.config import CheckpointConfig
 from vg.data.prompt import Expressions
 from vg.data.synthetic.shapes import ShapesConfig
@@ -156,3 +157,15 @@ def test_errors_name_the_second_encoder(tmp_path: Path) -> None:
     assert texts.problems([("one", ("square",)), ("two", (long,))]).keys() == {1}
     with pytest.raises(BadSampleError, match="two: the expression has 9 tokens, the model takes 4"):
         texts.arrays([long], ["two"])
+
+
+def test_the_check_counts_the_tokens_of_both(tmp_path: Path) -> None:
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]))
+    spelled = ExtraTextEncoderConfig(architecture=TEXT, tokenizer=str(tmp_path / "vocab.txt"))
+    for config, expected in ((RecConfig(), [2]), (RecConfig(extra_text=spelled), [7])):
+        count = _token_counter(replace(config, text=BgeConfig(id=None, architecture=TEXT)))
+        assert count is not None
+        assert count(["red star"]) == expected
+    unknown = replace(spelled, tokenizer="nobody/missing")
+    assert _token_counter(RecConfig(text=BgeConfig(id=None, architecture=TEXT), extra_text=unknown)) is None
