@@ -66,7 +66,7 @@ def predict_and_crop(
         prompt: a referring expression, such as "the man in the red shirt".
         model: a Grounder, a model, or a path for `load_model`. For several images, create a Grounder once.
         device: device of a model that is not a Grounder; by default the fastest one available.
-        threshold: minimum score of the box, 0..1; by default any.
+        threshold: minimum score of the box, 0..1; by default as in `Grounder`.
         overrides: see `load_model`.
 
     Returns:
