@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from vg.data.dataset import GroundingDataset
 from vg.data.samplers import ImageGroupedSampler
 from vg.data.shared_images import joined, separated
 from vg.data.synthetic.shapes import ShapesConfig
-from vg.errors import ConfigError
+from vg.errors import ConfigError, DataError
 from vg.training.data import training_sampler
-from vg.types import Batch, Sample
+from vg.types import Batch, Caption, Sample
 
 
 @pytest.fixture
@@ -38,6 +39,16 @@ def test_separated_samples_equal_those_that_were_joined() -> None:
         assert (part.id, part.phrases, part.expression_type) == (sample.id, sample.phrases, sample.expression_type)
         np.testing.assert_array_equal(part.boxes, sample.boxes)
         np.testing.assert_array_equal(part.phrase_ids, sample.phrase_ids)
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [({"crowd": np.zeros(1, bool)}, "crowd regions"), ({"caption": Caption("star", (((0, 4),),))}, "a whole caption")],
+)
+def test_samples_that_are_more_than_expressions_are_refused(more: dict[str, Any], what: str) -> None:
+    sample = ShapesConfig(size=1).build().load(0, 0)
+    with pytest.raises(DataError, match=f"has {what}, with which it cannot share its image"):
+        joined([sample, replace(sample, **more)])
 
 
 def batches_of(folder: Path, shared: int, **data: Any) -> tuple[Any, list[Batch]]:

@@ -15,9 +15,15 @@ def joined(samples: Sequence[Sample]) -> Sample:
     """Join samples of one image: the phrases of all, one after the other, with their boxes.
 
     Raises:
-        DataError: their images differ in size.
+        DataError: their images differ in size, or a sample has crowd regions or a whole caption.
     """
     first = samples[0]
+    for sample in samples:
+        if sample.caption is not None or sample.crowd is not None:
+            raise DataError(
+                f"{sample.id} has {'crowd regions' if sample.caption is None else 'a whole caption'}, with which it "
+                "cannot share its image; set data.expressions_per_image=1"
+            )
     for other in samples:
         if other.image.shape != first.image.shape:
             raise DataError(
@@ -29,6 +35,7 @@ def joined(samples: Sequence[Sample]) -> Sample:
         first,
         phrases=tuple(phrase for sample in samples for phrase in sample.phrases),
         boxes=np.concatenate([sample.boxes for sample in samples]),  # [N, 4]
+        areas=None,
         phrase_ids=np.concatenate([sample.phrase_ids + start for sample, start in zip(samples, starts, strict=False)]),
     )
 
