@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vg.errors import ConfigError
-from vg.models.encoders import SMALL_VOCABULARY, Encoder, load_tokenizer, read_tokenizer
+from vg.models.encoders import SMALL_VOCABULARY, Encoder, cached_token_counter, load_tokenizer, read_tokenizer
 from vg.models.settings import TextEncoderConfig
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +29,8 @@ def test_tokenizers_from_all_locations(tmp_path: Path) -> None:
 def test_a_missing_tokenizer_is_an_error(tmp_path: Path, location: str) -> None:
     with pytest.raises(ConfigError, match=r"nowhere.*model\.text\.tokenizer"):
         load_tokenizer(TextEncoderConfig(architecture=ARCHITECTURE, tokenizer=str(tmp_path / location)))
+    with pytest.raises(ConfigError, match=r"nowhere.*model\.text\.tokenizer"):
+        cached_token_counter(TextEncoderConfig(architecture=ARCHITECTURE, tokenizer=str(tmp_path / location)))
     (tmp_path / "nowhere").mkdir()
     with pytest.raises(ConfigError, match="nowhere"):  # a folder without a vocabulary
         load_tokenizer(TextEncoderConfig(architecture=ARCHITECTURE, tokenizer=str(tmp_path / "nowhere")))

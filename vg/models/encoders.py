@@ -296,9 +296,12 @@ def read_tokenizer(
 
 
 def cached_token_counter(settings: TextEncoderConfig) -> Callable[[list[str]], list[int]] | None:
-    """Count the tokens of phrases if the tokenizer is on this machine; otherwise None: the Hub is not contacted."""
+    """Count the tokens of phrases if the tokenizer is on this machine; otherwise None: the Hub is not contacted.
+
+    Raises ConfigError if the tokenizer is unreadable, or missing where no Hub id has its name.
+    """
     path = settings.tokenizer or settings.id
-    if path is not None and not Path(path).exists():
+    if path is not None and not Path(path).exists() and not Path(path).is_absolute():
         cached = (try_to_load_from_cache(path, name) for name in ("tokenizer.json", "vocab.txt"))
         path = next((file for file in cached if isinstance(file, str)), None)
         if path is None:

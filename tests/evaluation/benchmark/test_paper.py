@@ -19,7 +19,7 @@ import yaml
 from vg.cli import main
 from vg.cli.benchmark import trained_parameters
 from vg.config import CheckpointConfig, dump_config, load_config
-from vg.evaluation.benchmark.paper import paper_table
+from vg.evaluation.benchmark.paper import _common_name, paper_table
 from vg.evaluation.benchmark.typeset import comma_separated, latex, markdown
 from vg.metrics.rec import RecMetric
 from vg.models.grounding_dino.config import GroundingDinoConfig
@@ -173,6 +173,21 @@ def test_other_data_is_extra_data(write: Write) -> None:
     assert mixed.epochs == "10, at most 2,000 steps, early stopping"
     assert (drawn.training_data, drawn.extra_data) == ("none of RefCOCO", "glyphs")
     assert (mixed.values["refcoco", "val"].marks, drawn.values["refcoco", "val"].marks) == ("†", "")
+
+
+@pytest.mark.parametrize(
+    ("names", "common"),
+    [
+        (["mine_0", "mine_1"], "mine"),
+        (["mine_10", "mine_11"], "mine"),
+        (["mine_1", "mine_12"], "mine"),
+        (["vit14", "vit14_1"], "vit14"),
+        (["1", "2"], "1"),
+        (["mine_1"], "mine_1"),
+    ],
+)
+def test_the_name_of_a_row_has_no_part_of_a_number(names: list[str], common: str) -> None:
+    assert _common_name(names) == common
 
 
 def test_a_given_time_and_a_second_text_encoder_are_stated(write: Write) -> None:

@@ -196,9 +196,11 @@ def _comparable(result: Result) -> dict[str, Any]:
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """Return what the names of folders begin with: ["mine_0", "mine_1"] -> "mine"."""
+    """Return what the names of folders begin with: ["mine_10", "mine_11"] -> "mine", whole numbers only."""
     same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
     common = "".join(letters[0] for letters in same)
+    if any(name[len(common) :][:1].isdigit() for name in names):
+        common = common.rstrip("0123456789")
     return (common.rstrip("-_. ") if len(names) > 1 else "") or names[0]
 
 
