@@ -30,6 +30,7 @@ from vg.models.grounding_dino.config import (
     SwinConfig,
 )
 from vg.models.grounding_dino.model import GroundingDino
+from vg.types import TextSpec
 
 TEXT = BertConfig(architecture={"model_type": "bert", "type_vocab_size": 2} | BERT)
 MM = {"classes": ClassHeadConfig(scale="width", bias=True), "shared_heads": False}
@@ -244,8 +245,8 @@ def test_the_checkpoint_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "best").mkdir()
     (tmp_path / "bert").mkdir()
     write_tokenizer(tmp_path / "bert")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bert")
-    write_weights(tmp_path / "best", source.own_state_dict(), CheckpointConfig(config), tokenizer)
+    spec = TextSpec(AutoTokenizer.from_pretrained(tmp_path / "bert"), max_tokens=256)
+    write_weights(tmp_path / "best", source.own_state_dict(), CheckpointConfig(config), spec)
     checkpoint = read_checkpoint(tmp_path, BERT)
     assert (checkpoint.dialect, checkpoint.tokenizer) == ("vg", str(tmp_path / "best" / "tokenizer"))
     assert checkpoint.config == replace(source.config, text=replace(TEXT, frozen=True))
