@@ -3,8 +3,9 @@
     python scripts/benchmarks/ablate_rec.py [--minutes 10] [--seeds 3] [--threads 1] [--only ROW ...]
 
 Every row is the recipe (--config, configs/rec/crowded_scenes.yaml) with overrides, and the script prints its `vg train`
-command. A few steps are timed first to choose `train.max_steps` for the given time, which excludes evaluation. Other
-machines take other numbers of steps; the printed command repeats a row exactly on the same type of processor.
+command. A few steps are timed first to choose `train.max_steps` for the given time, which excludes evaluation; with one
+thread their CPU time counts, so other work on the machine does not change it. Other machines take other numbers of
+steps; the printed command repeats a row exactly on the same type of processor.
 
 Prints mIoU, Acc@0.5, Acc@0.5 of each expression type, and mAP@50 beside the squared accuracy, which is about the mAP of
 a head with one box and uninformative scores. With several seeds, means and standard deviations.
@@ -67,11 +68,12 @@ class TimedTrainer(Trainer):
 
     def fit(self) -> dict[str, Any]:
         self.times: list[float] = []
+        self.clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         return super().fit()
 
     def step(self, batches: Sequence[Batch]) -> dict[LossName, Tensor] | None:
         terms = super().step(batches)
-        self.times.append(time.perf_counter())
+        self.times.append(self.clock())
         return terms
 
 

@@ -5,6 +5,7 @@ A source implements `provenance`, `__len__` and `load`. Each of the protocols be
     protocol          enables                                               without it
     HasImageSizes     data.group_by_aspect_ratio                              error
     HasImageGroups    data.expressions_per_image above 1                    error
+    HasShards         shuffling within blocks of shards                     samples of the whole source are shuffled
     HasImageKeys      finding images shared by training and evaluation      overlap is not detected
     HasImageFiles     detecting replaced images under a feature cache       such a cache is used unnoticed
     HasFingerprint    detecting edited annotations under a feature cache    such a cache is used unnoticed
@@ -103,6 +104,14 @@ class HasImageGroups(Protocol):
 
     def image_groups(self, epoch: int) -> np.ndarray:
         """Return an id of the image that `load(index, epoch)` returns: [samples] int."""
+
+
+@runtime_checkable
+class HasShards(Protocol):
+    """A source of samples in shards, each of which is fast to read as a whole."""
+
+    def shard_ends(self) -> np.ndarray:
+        """Return the index after the last sample of each shard: [shards] int64, ascending."""
 
 
 @runtime_checkable
