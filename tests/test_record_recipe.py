@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel
 
 from tests.conftest import TEXT
+from tests.models.rec.published import PUBLISHED
 from vg.cli import main
 from vg.cli.benchmark import trained_parameters
 from vg.config import load_config
@@ -23,18 +24,10 @@ from vg.models.rec.model import RecModel
 
 RECIPE = Path(__file__).parents[1] / "configs" / "rec" / "refcoco_record.yaml"
 COMMENT = "\n".join(line.removeprefix("#") for line in RECIPE.read_text().splitlines() if line.startswith("#"))
-VISION = {
-    "model_type": "dinov3_vit",
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "num_register_tokens": 4,
-}
-# DINOv3 ViT-L/16 and BGE-base, which cannot be downloaded here.
+VISION = PUBLISHED["facebook/dinov3-vitl16-pretrain-lvd1689m"]
 ENCODERS = [
     f"model.vision={json.dumps({'id': None, 'architecture': VISION, 'layers': [6, 12, 18, 24], 'mixed_width': 1024})}",
-    'model.text={"id": null, "architecture": {"model_type": "bert"}}',
+    f"model.text={json.dumps({'id': None, 'architecture': PUBLISHED['BAAI/bge-base-en-v1.5']})}",
 ]
 PRINTED = (r"([\d,]+) steps", r"([\d.]+) GB of memory", r"view, ([\d.]+) GB", r"([\d.]+) GB/s")
 HEADER = (

@@ -13,9 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from tests.cache.feature_data import VISION, cached_config
-from tests.cache.test_resident import as_values, training_data
+from tests.cache.test_resident import assert_resident_equals_loader
 from tests.conftest import HEAD, history
-from tests.training.test_resume import assert_same
 from vg.cache.build import build_cache
 from vg.cache.datasets import training_dataset
 from vg.config import RunConfig
@@ -92,11 +91,7 @@ def test_batches_in_memory_equal_those_of_the_loader(folder: Path, settings: dic
     cache = {"views": ["plain", "crop"], "precision": precision}
     config = configured(folder, settings, cache, data={"expressions_per_image": 3})
     build_cache(config)
-    batches = []
-    for is_resident in (False, True):
-        data = training_data(config, is_resident)
-        batches.append([as_values(batch) for epoch in range(3) for step in data.steps(epoch, 0) for batch in step])
-    assert_same(*batches)
+    assert_resident_equals_loader(config)
 
 
 @all_settings

@@ -67,6 +67,14 @@ def as_values(value: Any) -> Any:
     return value
 
 
+def assert_resident_equals_loader(config: RunConfig) -> None:
+    batches = []
+    for is_resident in (False, True):
+        data = training_data(config, is_resident)
+        batches.append([as_values(batch) for epoch in range(3) for step in data.steps(epoch, 0) for batch in step])
+    assert_same(*batches)
+
+
 @pytest.mark.parametrize("expressions_per_image", [1, 3])
 @pytest.mark.parametrize("views", [["plain"], VIEWS])
 @pytest.mark.parametrize("weights", [None, [1, 2, 0.4]])

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 from tests.cache.feature_data import cached_config
-from tests.cache.test_resident import as_values, mixture, training_data
+from tests.cache.test_resident import assert_resident_equals_loader, mixture, training_data
 from tests.conftest import HEAD, history
-from tests.training.test_resume import assert_same
 from vg.cache.build import build_cache
 from vg.cache.datasets import evaluation_dataset, training_dataset
 from vg.config import RunConfig
@@ -97,14 +96,10 @@ def test_training_from_the_cache_equals_that_on_images(folder: Path, optim: dict
 
 @pytest.mark.parametrize("weights", [None, [1, 2, 0.4]])
 def test_batches_in_memory_equal_those_of_the_loader(folder: Path, weights: list[float] | None) -> None:
-    data: dict[str, Any] = {"train": mixture(folder, weights)} if weights else {}
-    config = configured(folder, {"views": ["plain", "flip", "crop"], "expressions_per_image": 3}, data=data)
+    data = {"expressions_per_image": 3} | ({"train": mixture(folder, weights)} if weights else {})
+    config = configured(folder, {"views": ["plain", "flip", "crop"]}, data=data)
     build_cache(config)
-    batches = []
-    for is_resident in (False, True):
-        loaded = training_data(config, is_resident)
-        batches.append([as_values(batch) for epoch in range(3) for step in loaded.steps(epoch, 0) for batch in step])
-    assert_same(*batches)
+    assert_resident_equals_loader(config)
 
 
 def test_the_cache_has_images_only(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

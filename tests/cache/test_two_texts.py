@@ -13,11 +13,10 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from tests.cache.feature_data import cached_config
-from tests.cache.test_resident import as_values, batch_without_values, mixture, training_data
+from tests.cache.test_resident import assert_resident_equals_loader, batch_without_values, mixture
 from tests.cache.test_trained_text import configured, files, train, trained_cache
 from tests.conftest import HEAD, history
 from tests.models.rec.test_two_texts import write_tower
-from tests.training.test_resume import assert_same
 from vg.cache.build import build_cache
 from vg.cache.datasets import training_dataset
 from vg.config import RunConfig
@@ -94,15 +93,10 @@ def test_training_from_the_cache_equals_that_on_images(folder: Path, trained: st
 @pytest.mark.parametrize("weights", [None, [1, 2, 0.4]])
 @pytest.mark.parametrize("trained", ["", "text"])
 def test_batches_in_memory_equal_those_of_the_loader(folder: Path, trained: str, weights: list[float] | None) -> None:
-    data: dict[str, Any] = {"train": mixture(folder, weights)} if weights else {}
-    cache = {"views": ["plain", "flip", "crop"], "expressions_per_image": 3}
-    config = with_two(folder, cache, trained=trained, data=data)
+    data = {"expressions_per_image": 3} | ({"train": mixture(folder, weights)} if weights else {})
+    config = with_two(folder, {"views": ["plain", "flip", "crop"]}, trained=trained, data=data)
     build_cache(config)
-    batches = []
-    for is_resident in (False, True):
-        loaded = training_data(config, is_resident)
-        batches.append([as_values(batch) for epoch in range(3) for step in loaded.steps(epoch, 0) for batch in step])
-    assert_same(*batches)
+    assert_resident_equals_loader(config)
 
 
 def test_a_batch_of_tokens_is_made_without_waiting_for_the_device(folder: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModel, BertTokenizer
 
 from tests.conftest import TEXT
+from tests.models.rec.published import PUBLISHED
 from vg.checkpoint import write_model
 from vg.config import CheckpointConfig, load_config, parse_config
 from vg.data.collate import Collator
@@ -23,39 +24,6 @@ from vg.types import Text
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
 
-PUBLISHED = {  # architectures of the ids in our configurations
-    "facebook/dinov3-vitb16-pretrain-lvd1689m": {
-        "model_type": "dinov3_vit",
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "num_register_tokens": 4,
-    },
-    "BAAI/bge-small-en-v1.5": {
-        "model_type": "bert",
-        "hidden_size": 384,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 1536,
-    },
-    "openai/clip-vit-base-patch16": {"model_type": "clip"},  # its text encoder has the default sizes
-    "facebook/dinov3-vitl16-pretrain-lvd1689m": {
-        "model_type": "dinov3_vit",
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-        "num_register_tokens": 4,
-    },
-    "BAAI/bge-base-en-v1.5": {
-        "model_type": "bert",
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-    },
-}
 TINY_VISION = {
     "model_type": "dinov3_vit",
     "hidden_size": 32,
