@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -116,7 +116,8 @@ def map_rows(file: Path, index: Index) -> np.ndarray:
 def write_index(
     folder: Path,
     format: ShardFormat,
-    shards: Sequence[tuple[ShardFile, np.ndarray]],
+    shards: Sequence[ShardFile],
+    rows: Iterable[np.ndarray],
     provenance: Provenance,
     classes: Sequence[str] | None = None,
     category_ids: Sequence[Any] | None = None,
@@ -127,19 +128,20 @@ def write_index(
     """Write samples.npy and then index.json, atomically.
 
     Args:
-        shards: the files in the folder, each with its rows: [samples] of ROW. Shards without samples are left out.
+        shards: the files in the folder; those without samples are left out.
+        rows: the rows of their samples, in this order: any number of [samples] of ROW.
     """
-    shards = [(shard, rows) for shard, rows in shards if shard.samples]
+    shards = [shard for shard in shards if shard.samples]
     with replacing(folder / SAMPLES, is_file=True) as partial, partial.open("wb") as file:
-        length = sum(shard.samples for shard, _ in shards)
+        length = sum(shard.samples for shard in shards)
         header = {"descr": np.lib.format.dtype_to_descr(ROW), "fortran_order": False, "shape": (length,)}
         np.lib.format.write_array_header_1_0(file, header)
-        for _, rows in shards:
-            file.write(rows.astype(ROW, copy=False).tobytes())
+        for some in rows:
+            file.write(some.astype(ROW, copy=False).tobytes())
     table = file_entry(folder / SAMPLES, length)
     index = Index(
         format=format,
-        shards=[shard for shard, _ in shards],
+        shards=shards,
         table=table,
         provenance=provenance,
         classes=classes,

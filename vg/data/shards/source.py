@@ -110,9 +110,8 @@ class Shards:
             DataError: a shard is missing, truncated or changed, or cannot be downloaded.
         """
         image_bytes, text, location = self._bytes(index)
-        parser = LineParser(
-            self._label_map, RaiseFirstError(location, BadSampleError), self._config.captions == "whole", exact=True
-        )
+        strict = RaiseFirstError(self._config.path, BadSampleError)
+        parser = LineParser(self._label_map, strict, self._config.captions == "whole", exact=True)
         row = parser.row(text, location)
         assert row is not None, "an invalid line has raised"
         line = parser.parse_row(row, location)
@@ -188,10 +187,7 @@ class Shards:
 
     def _file(self, number: int) -> _Descriptor:
         """Return the open file of a shard."""
-        if number in self._files:
-            self._files.move_to_end(number)
-            return self._files[number]
-        file = self._open(number)
+        file = self._files.pop(number, None) or self._open(number)
         self._files[number] = file
         if len(self._files) > _OPEN_FILES:
             self._files.popitem(last=False)
@@ -221,7 +217,7 @@ class _Descriptor:
 
     def __init__(self, path: Path) -> None:
         self._number = -1
-        self._number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._number = os.open(path, os.O_RDONLY)
 
     def read(self, length: int, start: int, location: str) -> bytes:
         """Read bytes; raises DataError with `location` if the file has less."""
