@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -84,6 +85,9 @@ class Shards:
                 ids = [self.index.category_ids[label] for label in self.vocabulary.used]
                 # An attribute, because not all shards have it.
                 self.category_ids: Any = dict(zip(self.vocabulary.phrases, ids, strict=True))
+        elif config.vocabulary != VocabularyConfig():
+            unused = "vocabulary is not used: it is for numbered classes, of which these shards have none"
+            warnings.warn(f"{config.path}: {unused}", stacklevel=3)
         self._starts = np.concatenate([[0], self.index.ends])  # [shards + 1]
         self._open_locally()
 
