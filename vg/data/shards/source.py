@@ -178,13 +178,13 @@ class Shards:
 
     def _bytes(self, index: int) -> tuple[bytes, bytes, str]:
         """Return image file, line and location of a sample."""
-        row = self._rows[index]
+        image_start, line_start, image_bytes, line_bytes, *_ = self._rows[index].item()
         number = int(np.searchsorted(self.index.ends, index, side="right"))
         entry = self.index.shards[number]
         location = f"{self._location(entry)}, sample {index - self._starts[number]}"
         file = self._file(number)
-        image = file.read(int(row["image_bytes"]), int(row["image_start"]), location)
-        return image, file.read(int(row["line_bytes"]), int(row["line_start"]), location), location
+        image = file.read(image_bytes, image_start, location)
+        return image, file.read(line_bytes, line_start, location), location
 
     def _location(self, entry: ShardFile) -> str:
         return f"{self._config.path.rstrip('/')}/{entry.file}"
