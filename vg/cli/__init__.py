@@ -14,7 +14,21 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from vg import __version__
-from vg.cli import check, config, convert, demo, evaluate, export, finetune, interpolate, predict, table, train, web
+from vg.cli import (
+    check,
+    config,
+    convert,
+    demo,
+    evaluate,
+    export,
+    finetune,
+    interpolate,
+    predict,
+    shard,
+    table,
+    train,
+    web,
+)
 from vg.cli.arguments import add_config
 from vg.errors import UserError, out_of_memory, printable
 from vg.machine import reuse_freed_memory, use_fast_products
@@ -48,6 +62,7 @@ VERBS = {
     "predict": Verb("ground phrases in an image", predict.add_arguments, predict.run),
     "web": Verb("serve a page on which a model can be tried", web.add_arguments, web.run),
     "check": Verb("validate a dataset before training and suggest fixes", check.add_arguments, check.run),
+    "shard": Verb("write a dataset as WebDataset tar or parquet", shard.add_arguments, shard.run),
     "convert": Verb("convert a Grounding DINO checkpoint to another format", convert.add_arguments, convert.run),
     "export": Verb("write a model as ONNX, or for torch.export, and compare it", export.add_arguments, export.run),
     "interpolate": Verb("mix weights before and after fine-tuning", interpolate.add_arguments, interpolate.run),
