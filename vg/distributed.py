@@ -33,6 +33,7 @@ from accelerate.utils import (
     gather_object,
 )
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from tqdm.auto import tqdm
 
@@ -69,9 +70,9 @@ def _joining() -> list[KwargsHandler]:
     if restarts == "0" or machines != "1":
         return []
 
-    def join(url: str, **options: Any) -> Iterator[tuple[torch.distributed.Store, int, int]]:
+    def join(url: str, **options: Any) -> Iterator[tuple[Store, int, int]]:
         for store, rank, world_size in rendezvous("env://", **options):
-            yield torch.distributed.PrefixStore(f"restart_{restarts}", store), rank, world_size
+            yield PrefixStore(f"restart_{restarts}", store), rank, world_size
 
     with suppress(RuntimeError):  # registered by an earlier call
         register_rendezvous_handler("restart", join)
