@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -99,6 +100,13 @@ def seed_batch(seed: int, step: int, batch: int) -> None:
     Dropout then depends neither on the process that gets the batch nor on interruptions.
     """
     seed_everything(int(np.random.SeedSequence((seed, step, batch)).generate_state(1, np.uint64)[0]))
+
+
+def dead_process(error: BaseException) -> str:
+    """Return the message for the user if a collective failed because another process of the run ended, else ""."""
+    if not isinstance(error, RuntimeError) or not re.search("(closed|reset) by peer", str(error)):
+        return ""
+    return "another process of this run ended, which the launcher names; repeat the command with --resume to continue"
 
 
 def launches() -> list[str]:

@@ -17,6 +17,7 @@ from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
 from tests.training.test_batch_splits import EPS
 from tests.training.test_resume import assert_same_runs, configured, interrupt, stop_in_step
 from vg.checkpoint import read_weights
+from vg.cli import VERBS, main
 from vg.config import RunConfig, dump_config
 from vg.errors import CheckpointError
 from vg.models.grounding_dino.config import DenoisingConfig
@@ -127,6 +128,15 @@ def test_a_dead_process_ends_the_others_and_is_named(tiny_config: MakeConfig, tm
     report = result.stderr[result.stderr.index("Root Cause (first observed failure)") :]
     assert "rank      : 1 (local_rank: 1)" in report
     assert "SIGKILL" in report
+
+
+def test_a_closed_connection_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(options: Any) -> None:
+        raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:2977. This is typically caused by ...")
+
+    monkeypatch.setitem(VERBS, "ops", VERBS["ops"]._replace(run=fail))
+    with pytest.raises(SystemExit, match="error: another process of this run ended, which the launcher names"):
+        main(["ops"])
 
 
 def test_only_a_restart_continues_by_itself(

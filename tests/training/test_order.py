@@ -29,7 +29,7 @@ Step = list[list[str]]  # ids of the samples of each batch of an optimizer step,
 
 @dataclass
 class Scenes:
-    """Samples whose images are told apart by their size; several share one."""
+    """Samples with images of different sizes; several share one."""
 
     name: str
     shard_sizes: list[int]
@@ -80,7 +80,7 @@ class Built:
         return self.source
 
 
-SHARDS = [4, 1, 7, 0, 5, 3, 6, 2, 5, 4, 8]  # 45 samples; no number of processes divides eleven shards
+SHARDS = [4, 1, 7, 0, 5, 3, 6, 2, 5, 4, 8]  # 45 samples in eleven shards, a prime
 
 
 def mixture(*weights: float) -> Mixture:
@@ -115,7 +115,7 @@ def steps(config: RunConfig, processes: int, position: tuple[int, int], count: i
     found: list[Step] = []
     epoch, samples = position
     while True:
-        for parts in zip(*(each.steps(epoch, samples) for each in data), strict=True):
+        for parts in zip(*(part.steps(epoch, samples) for part in data), strict=True):
             if len(found) == count:
                 return found, (epoch, samples)
             batches = [batch for turn in zip(*parts, strict=True) for batch in turn]
