@@ -1,16 +1,18 @@
-"""State shared by the processes of a run: seeds, random number generators, means, and the stop signal."""
+"""State shared by the processes of a run: seeds of random numbers, means, and the stop signal."""
 
 from __future__ import annotations
 
 import gc
 import os
 import random
+import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,8 +25,17 @@ import torch.distributed.nn.functional
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, LoggerType, broadcast_object_list
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    LoggerType,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from tqdm.auto import tqdm
 
 from vg.errors import ConfigError, UserError
@@ -44,9 +55,29 @@ def new_accelerator(**options: Any) -> Accelerator:
         # Batches in page-locked memory (vg.training.data) are copied while the device computes. MPS, here and in other
         # copies, would read memory that may be freed by then.
         loading = DataLoaderConfiguration(non_blocking=not torch.backends.mps.is_available())
-        return Accelerator(dataloader_config=loading, **options)
+        return Accelerator(dataloader_config=loading, kwargs_handlers=_joining(), **options)
     except ValueError as error:
         raise ConfigError(f"train.precision or train.trackers: {error}") from error
+
+
+def _joining() -> list[KwargsHandler]:
+    """Let processes that torchrun has restarted find each other.
+
+    The addresses of the processes before them are still in the store of torchrun, and who reads these fails or waits
+    for ever (pytorch issue 135712). The number of restarts becomes a prefix of the keys if all processes are on one
+    machine; several machines may count differently.
+    """
+    restarts, machines = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("GROUP_WORLD_SIZE", "1")
+    if restarts == "0" or machines != "1":
+        return []
+
+    def join(url: str, **options: Any) -> Iterator[tuple[Store, int, int]]:
+        for store, rank, world_size in rendezvous("env://", **options):
+            yield PrefixStore(f"restart_{restarts}", store), rank, world_size
+
+    with suppress(RuntimeError):  # registered by an earlier call
+        register_rendezvous_handler("restart", join)
+    return [InitProcessGroupKwargs(init_method="restart://")]
 
 
 def shut_down() -> None:
@@ -63,23 +94,30 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def random_state() -> dict[str, Any]:
-    """State of the random number generators of this process, loadable by torch.load with weights_only=True."""
-    state = np.random.get_state(legacy=False)  # noqa: NPY002
-    return {
-        "python": random.getstate(),
-        "numpy": {**state, "state": {**state["state"], "key": state["state"]["key"].tolist()}},
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+def seed_batch(seed: int, step: int, batch: int) -> None:
+    """Seed all random number generators for one of the batches of an optimizer step, which all processes share.
+
+    Dropout then depends neither on the process that gets the batch nor on interruptions.
+    """
+    seed_everything(int(np.random.SeedSequence((seed, step, batch)).generate_state(1, np.uint64)[0]))
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+def dead_process(error: BaseException) -> str:
+    """Return the message for the user if a collective failed because another process of the run ended, else ""."""
+    if not isinstance(error, RuntimeError) or not re.search("(closed|reset) by peer", str(error)):
+        return ""
+    return "another process of this run ended, which the launcher names; repeat the command with --resume to continue"
+
+
+def launches() -> list[str]:
+    """Return what identifies the programs that started the processes of this group and restart it when one dies.
+
+    That is the log folder of each torchrun (or `accelerate launch`), one per machine: every program has a new one and
+    keeps it when it restarts processes. The id of a job (`--rdzv-id`) would not do: many scripts always use the same.
+    Empty if the processes were started in another way.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # LOGS/attempt_0/0/error.json
+    return sorted(set(gather_object([str(Path(file).parents[2])] if file else [])))
 
 
 def processes_per_machine(accelerator: Accelerator) -> int:

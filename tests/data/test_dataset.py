@@ -199,7 +199,7 @@ def test_persistent_workers_get_the_next_epoch() -> None:
 
 
 def test_epoch_sampler() -> None:
-    sampler = EpochSampler(50, seed=1)
+    sampler = EpochSampler(range(50), seed=1)
     orders = []
     for epoch in range(3):
         sampler.begin_epoch(epoch)
@@ -208,7 +208,7 @@ def test_epoch_sampler() -> None:
         torch.rand(3)  # the global generator has no effect
         assert list(sampler) == orders[-1]
     assert len({tuple(order) for order in orders}) == 3
-    other = EpochSampler(50, seed=2)
+    other = EpochSampler(range(50), seed=2)
     assert list(other) != orders[0]
     assert len(other) == 50
 

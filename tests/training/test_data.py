@@ -113,21 +113,21 @@ def test_one_size_makes_a_batch_one_pass_of_the_backbone(make: MakeConfig) -> No
 
 @pytest.mark.filterwarnings("ignore:.*training samples")
 def test_resume_equals_uninterrupted_run(make: MakeConfig) -> None:
-    """The six batches that are not dropped make steps of 4 and 2; the stop is in the middle of the second epoch."""
+    """Twelve images that are not dropped make three steps; the stop is in the middle of the second epoch."""
     settings: dict[str, Any] = {
         "drop_overlap": True,
         "group_by_aspect_ratio": True,
         "augment": {"flip": 0.5},
-        "accumulate": 4,
+        "accumulate": 2,
     }
     straight, stopped = make("straight", **settings), make("stopped", **settings)
     Trainer(straight).fit()
     trainer = Trainer(stopped)
-    assert trainer.num_steps == 4
-    stop_in_step(trainer, 3, interrupt)
+    assert trainer.num_steps == 6
+    stop_in_step(trainer, 5, interrupt)
     with pytest.raises(SystemExit):
         trainer.fit()
     resumed = Trainer(stopped, resume=True)
-    assert (resumed.progress.epoch, resumed.progress.batch) == (1, 4)
+    assert (resumed.progress.epoch, resumed.progress.samples) == (1, 8)
     resumed.fit()
     assert_same_runs(Path(straight.train.output), Path(stopped.train.output))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ import torch
 
 from tests.conftest import NO_DROPOUT, history
 from vg.config import RunConfig, dump_config
-from vg.distributed import StopSignal, random_state, restore_random_state, seed_everything
+from vg.distributed import StopSignal, seed_batch
 from vg.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
@@ -191,20 +192,17 @@ def test_several_processes_check_for_signals_on_the_host(
     assert flags == [("cpu", (torch.distributed.ReduceOp.MAX, "gloo"))]
 
 
-def test_random_state_is_restored(tmp_path: Path) -> None:
-    def draw() -> list[float]:
+def test_random_numbers_depend_on_seed_step_and_batch() -> None:
+    def draw(*position: int) -> tuple[float, float, float]:
         import random
 
-        return [random.random(), float(np.random.rand()), torch.rand(()).item()]  # noqa: NPY002
+        seed_batch(*position)
+        return random.random(), float(np.random.rand()), torch.rand(()).item()  # noqa: NPY002
 
-    seed_everything(3)
-    first = draw()
-    torch.save(random_state(), tmp_path / "state.pt")
-    second = draw()
-    restore_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert draw() == second != first
-    seed_everything(3)
-    assert draw() == first
+    positions = list(itertools.product((0, 1, 2**62), (0, 1), (0, 1, 7)))
+    drawn = [draw(*position) for position in positions]
+    assert all(len(set(values)) == len(positions) for values in zip(*drawn, strict=True))
+    assert [draw(*position) for position in reversed(positions)] == drawn[::-1]
 
 
 MINUTES = """

@@ -118,9 +118,10 @@ def main(arguments: list[str] | None = None) -> None:
             text = text.split(f"{type(error).__name__}: ")[-1].strip()
         sys.exit("error: " + "\n".join(map(printable, text.split("\n"))))
     except (RuntimeError, MemoryError) as error:
+        from vg.distributed import dead_process
         from vg.workers import dead_worker
 
-        if not (message := dead_worker(error) or out_of_memory(error)):
+        if not (message := dead_worker(error) or dead_process(error) or out_of_memory(error)):
             raise
         sys.exit(f"error: {message}")
     finally:

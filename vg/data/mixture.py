@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Generic, Literal, TypeAlias, Union
 
 import numpy as np
 from pydantic import Field, NonNegativeInt
 
 from vg.data import DatasetConfig
-from vg.data.source import HasClasses, Loaded, Provenance, Source, with_image_groups, with_image_sizes
+from vg.data.order import BlockOrder
+from vg.data.source import (
+    HasClasses,
+    Loaded,
+    Provenance,
+    Source,
+    shard_ends,
+    with_image_groups,
+    with_image_sizes,
+)
 from vg.data.subset import SplitConfig
 from vg.errors import DataError
 from vg.settings import Settings
@@ -58,7 +69,7 @@ class Mixture(Generic[Loaded]):
         self.seed = seed
         self._counts = [round(weight * len(source)) for weight, source in zip(self.weights, sources, strict=True)]
         self._ends = np.cumsum(self._counts)  # [sources] index after the last sample of each source
-        self._orders: list[dict[int, np.ndarray]] = [{} for _ in sources]  # per source: pass -> permutation
+        self._orders: list[dict[int, BlockOrder]] = [{} for _ in sources]  # per source: pass -> its order
         self.provenance = Provenance(
             data=" + ".join(
                 f"{source.provenance}{'' if weight == 1 else f' x {weight:g}'}"
@@ -99,7 +110,23 @@ class Mixture(Generic[Loaded]):
         if offset < whole * length:
             return number, offset % length, epoch * (whole + bool(rest)) + offset // length
         turn, offset = divmod(epoch * rest + offset - whole * length, length)
-        return number, int(self._order(number, turn)[offset]), epoch * (whole + 1) + whole
+        return number, int(self._order(number, turn)[offset : offset + 1][0]), epoch * (whole + 1) + whole
+
+    def _passes(self, epoch: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Yield what `locate` returns for all samples: a source, its epoch, and the indices there, [samples] int."""
+        for number, (count, source) in enumerate(zip(self._counts, self.sources, strict=True)):
+            length = len(source)
+            whole, rest = divmod(count, length)
+            first = epoch * (whole + bool(rest))
+            for repetition in range(whole):
+                yield number, first + repetition, np.arange(length)
+            if rest:
+                turn, offset = divmod(epoch * rest, length)
+                end = min(offset + rest, length)
+                parts = [self._order(number, turn)[offset:end]]
+                if end - offset < rest:
+                    parts.append(self._order(number, turn + 1)[0 : rest - (end - offset)])
+                yield number, first + whole, np.concatenate(parts)
 
     @property
     def num_classes(self) -> int | None:
@@ -108,29 +135,60 @@ class Mixture(Generic[Loaded]):
         return max(count or 0 for count in counts) if None not in counts else None
 
     def image_sizes(self, epoch: int) -> np.ndarray:
-        sizes = [with_image_sizes(source).image_sizes(epoch) for source in self.sources]
-        located = [self.locate(index, epoch)[:2] for index in range(len(self))]
-        return np.array([sizes[number][index] for number, index in located], np.int64).reshape(-1, 2)
+        sizes = [
+            with_image_sizes(self.sources[number]).image_sizes(time)[indices]
+            for number, time, indices in self._passes(epoch)
+        ]
+        return np.concatenate(sizes)
 
     def image_groups(self, epoch: int) -> np.ndarray:
         """Return [samples] ids, see vg.data.source.HasImageGroups; repeated samples are in different groups."""
-        located = [self.locate(index, epoch) for index in range(len(self))]
-        groups = {  # of a source in one of its epochs
-            (number, time): with_image_groups(self.sources[number]).image_groups(time)
-            for number, time in {(number, time) for number, _, time in located}
-        }
-        ids: dict[tuple[int, int, int], int] = {}
-        keys = [(number, time, int(groups[number, time][index])) for number, index, time in located]
-        return np.array([ids.setdefault(key, len(ids)) for key in keys], np.int64)
+        ids, count = [], 0
+        for number, time, indices in self._passes(epoch):
+            groups = with_image_groups(self.sources[number]).image_groups(time)[indices]
+            _, first, unique_ids = np.unique(groups, return_index=True, return_inverse=True)
+            by_appearance = np.argsort(np.argsort(first))
+            ids.append(by_appearance[unique_ids] + count)
+            count += len(first)
+        return np.concatenate(ids)
 
-    def _order(self, number: int, turn: int) -> np.ndarray:
-        """Return a permutation of the samples of a source: each occurs once per pass."""
+    def shard_ends(self) -> np.ndarray:
+        """Return the ends of the shards in every pass over a source, see vg.data.source.HasShards.
+
+        A partial pass, which ends within shards, and a source without shards are divided evenly. If no source has
+        shards, the mixture has none, too.
+        """
+        ends = [shard_ends(source) for source in self.sources]
+        counts = [(own[-1], len(own)) for own in ends if len(own) > 1]
+        if not counts:
+            return np.array([len(self)], np.int64)
+        size = math.ceil(sum(samples for samples, _ in counts) / sum(shards for _, shards in counts))
+        found, first = [], 0
+        for count, own in zip(self._counts, ends, strict=True):
+            whole, rest = divmod(count, int(own[-1]))
+            passes = [own if len(own) > 1 else _even(own[-1], size)] * whole + [_even(rest, size)] * bool(rest)
+            for part in passes:
+                found.append(part + first)
+                first += int(part[-1])
+        return np.concatenate(found)
+
+    def _order(self, number: int, turn: int) -> BlockOrder:
+        """Return the order of one pass over a source: each sample occurs once, those of a shard follow each other."""
         orders = self._orders[number]
         if turn not in orders:
-            order = np.random.default_rng((self.seed, number, turn)).permutation(len(self.sources[number]))
             near = {other: kept for other, kept in orders.items() if abs(other - turn) == 1}
+            order = BlockOrder(shard_ends(self.sources[number]), partial(_permutation, (self.seed, number, turn)))
             self._orders[number] = orders = near | {turn: order}  # an epoch may end one pass and begin the next
         return orders[turn]
+
+
+def _even(length: int, size: int) -> np.ndarray:
+    """The ends of ranges of `size` samples; the last one may be shorter."""
+    return np.append(np.arange(size, length, size), length)
+
+
+def _permutation(seed: tuple[int, ...], length: int, block: int) -> np.ndarray:
+    return np.random.default_rng((*seed, block) if block else seed).permutation(length)
 
 
 def sources_of(source: Source) -> Sequence[Source]:

@@ -18,7 +18,7 @@ A source implements `provenance`, `__len__` and `load`. Each of the protocols be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar, runtime_checkable
@@ -154,6 +154,11 @@ class HasChecksums(Protocol):
 def phrases_of(source: Source) -> list[tuple[str, tuple[str, ...]]]:
     """Return the id and the phrases of each sample, or an empty list if the source does not implement HasPhrases."""
     return source.sample_phrases() if isinstance(source, HasPhrases) else []
+
+
+def shard_ends(source: Sized) -> np.ndarray:
+    """Return the index after the last sample of each shard, [shards] int64; one that has none is one shard."""
+    return source.shard_ends() if isinstance(source, HasShards) else np.array([len(source)], np.int64)
 
 
 def with_image_sizes(source: Source) -> HasImageSizes:

@@ -18,6 +18,7 @@ from vg.data.source import (
     Loaded,
     Source,
     phrases_of,
+    shard_ends,
     with_image_groups,
     with_image_sizes,
 )
@@ -31,7 +32,7 @@ class Subset(Generic[Loaded]):
 
     def __init__(self, source: Source[Loaded], indices: np.ndarray):
         self.source: Source[Loaded] = source
-        self.indices = indices  # [kept samples] int
+        self.indices = indices  # [kept samples] int, ascending
         self.provenance = source.provenance
 
     def __len__(self) -> int:
@@ -49,6 +50,9 @@ class Subset(Generic[Loaded]):
 
     def image_groups(self, epoch: int) -> np.ndarray:
         return with_image_groups(self.source).image_groups(epoch)[self.indices]
+
+    def shard_ends(self) -> np.ndarray:
+        return np.searchsorted(self.indices, shard_ends(self.source))
 
     def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
         known = phrases_of(self.source)

@@ -43,7 +43,7 @@ def sized(recipe: Recipe, num_samples: int) -> tuple[RunConfig, list[str]]:
     ]
     if not fitting:
         notes.append("WARNING: even a batch of one may not fit: use another machine, --model small, or --lora")
-    steps_per_epoch = max(1, math.ceil((num_samples // batch_size) / (per_step // batch_size)))
+    steps_per_epoch = max(1, num_samples // per_step)
     epochs = min(recipe.epochs, LARGE_EPOCHS) if num_samples > LARGE else recipe.epochs
     epochs = min(max(epochs, math.ceil(recipe.steps / steps_per_epoch)), MAX_EPOCHS)
     steps = epochs * steps_per_epoch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -45,8 +44,9 @@ class TrainingData:
             self.data, self.plan = resident_features(self.data, data.cache, accelerator, uncached_text(model))
         resident = isinstance(self.data, ResidentFeatures)  # no data workers, and nothing to copy to the device
         workers = 0 if resident else data.workers
-        self.sampler = training_sampler(config, self.data.source, accelerator.num_processes)
         needed = data.batch_size * accelerator.num_processes
+        self.samples_per_step = needed * config.train.accumulate
+        self.sampler = training_sampler(config, self.data.source, accelerator.num_processes)
         if len(self.data) < needed and accelerator.num_processes > 1 and accelerator.is_main_process:
             logger.warning(
                 "%d training samples are less than one batch (data.batch_size=%d) for each of %d processes: samples "
@@ -67,17 +67,25 @@ class TrainingData:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.loader) / self.accumulate)
+        return max(1, len(self.data) // self.samples_per_step)
 
     def steps(self, epoch: int, done: int) -> Iterator[list[Any]]:
-        """Yield the batches (Batch or EncodedBatch) of each remaining step of an epoch; the last step may have fewer.
+        """Yield the batches (Batch or EncodedBatch) of each remaining step of an epoch.
+
+        A step takes the next `samples_per_step` samples of the order of the epoch, which depends on the seed and the
+        source only (with `data.group_by_aspect_ratio` also on `samples_per_step`). Process `i` has the batches i,
+        i + processes, ... of them: with the same batch size, the batches of a step have the same samples for any number
+        of processes and data workers. The samples after the last whole step, others in every epoch, are left out. If
+        all data is less than one step, an epoch is one step of full batches, or of at least one batch per process.
 
         Args:
-            done: batches of this epoch, per process, that were used before.
+            done: samples of this epoch that all processes together have used before.
         """
+        whole = max(0, len(self.data) - done) // self.samples_per_step
+        stop = done + whole * self.samples_per_step if whole or done else len(self.data)
         self.data.begin_epoch(epoch)
-        self.sampler.begin_epoch(epoch)
-        batches = iter(self.accelerator.skip_first_batches(self.loader, done) if done else self.loader)
+        self.sampler.begin_epoch(epoch, done, stop)
+        batches = iter(self.loader)
         while step := list(islice(batches, self.accumulate)):
             yield step
 
@@ -86,7 +94,7 @@ def training_sampler(config: RunConfig, source: Source, num_processes: int = 1) 
     """Return the order of the training samples; raises DataError if the source cannot group its samples that way."""
     data, seed = config.data, config.train.seed
     if data.group_by_aspect_ratio:
-        return AspectRatioGroupedSampler(source, seed, data.batch_size * num_processes)
+        return AspectRatioGroupedSampler(source, seed, data.batch_size * num_processes * config.train.accumulate)
     if data.expressions_per_image > 1:
         return ImageGroupedSampler(source, seed, data.expressions_per_image)
-    return EpochSampler(len(source), seed)
+    return EpochSampler(source, seed)

@@ -49,7 +49,6 @@ class Report:
         ]
         names = [f"eval.{dataset.name}" if dataset.name else "eval" for dataset in trainer.evaluator.datasets]
         lines += map(_describe, names, trainer.evaluator.sources)
-        per_step = config.data.batch_size * config.train.accumulate * trainer.accelerator.num_processes
         epochs = f"epochs of {_count(trainer.steps_per_epoch, 'step')}"
         if total:
             steps, epochs = _count(total, "step"), f"{total / trainer.steps_per_epoch:.3g} {epochs}"
@@ -58,7 +57,7 @@ class Report:
         count = trainer.accelerator.num_processes
         device = f"{trainer.accelerator.device.type}{f' ({count} processes)' * (count > 1)}"
         precision = {"no": "float32"}.get(config.train.precision, config.train.precision)
-        per_step = min(per_step, len(trainer.data.data))
+        per_step = min(trainer.data.samples_per_step, len(trainer.data.data))
         lines.append(f"{steps} of {_count(per_step, 'sample')} ({epochs}) on {device}, {precision}")
         lines += [trainer.data.plan] if trainer.data.plan else []
         lines.append(f"results go to {trainer.folder.path}")

@@ -9,6 +9,7 @@ runs/demo/
     checkpoints/step_000500/  the newest checkpoints, with the state that training needs to continue
     checkpoints/*.damaged     checkpoints that could not be read on resume, see `RunFolder.newest`
     interpolated/             the best interpolation between the initial weights and `best` (`train.interpolate`)
+    launch.json               the programs, such as torchrun, that started the processes and may restart them
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from accelerate.utils import gather_object
 
 from vg.checkpoint import CONFIG, TRAINING, WEIGHTS, new_checkpoint
 from vg.config import RunConfig, dump_config
-from vg.distributed import failing_together
+from vg.distributed import failing_together, launches
 from vg.errors import CheckpointError, DamagedCheckpointError, TrainingError
-from vg.files import read_text, remove, sync, write_bytes, write_json
+from vg.files import read_json, read_text, remove, sync, write_bytes, write_json
 
 T = TypeVar("T")
 
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 VALIDATION = "validation.json"
 EPOCHS = "epochs.md"
+LAUNCH = "launch.json"
 CHECKPOINTS = ("best", "checkpoints", "interpolated")
 
 
@@ -55,6 +57,12 @@ def in_main_process(method: Callable[..., None]) -> Callable[..., None]:
 class RunFolder:
     """Files of a run; all processes call the methods, the main process writes.
 
+    A group of processes that torchrun restarts (`--max-restarts`) resumes the run that it began before, whatever it was
+    started with, because torchrun repeats the command. Another run in the folder is never taken for that one.
+
+    Attributes:
+        resume: whether to continue from the newest checkpoint.
+
     Raises:
         CheckpointError: the folder contains another run, or there is no checkpoint to resume.
     """
@@ -65,11 +73,14 @@ class RunFolder:
         self.history = self.path / "history.jsonl"
         self.config = config
         self.accelerator = accelerator
+        self.launches = launches()
         self._recover()
+        is_restart = bool(set(self.launches).intersection(self._begun_by()))
+        self.resume = resume or (is_restart and bool(self.checkpoints()))
         if resume and not self.checkpoints():
             raise CheckpointError(f"nothing to resume: no checkpoint in {self.path / 'checkpoints'}")
         found = [path for name in CHECKPOINTS for path in sorted(self.path.glob(f"{name}/*"))]
-        if found and not (resume or overwrite):
+        if found and not (resume or overwrite or is_restart):
             raise CheckpointError(
                 f"{self.path} already contains a run ({found[-1].relative_to(self.path)}): continue it with --resume, "
                 "replace it with --overwrite, or choose another train.output"
@@ -82,19 +93,26 @@ class RunFolder:
             if not old.with_suffix("").exists():
                 old.rename(old.with_suffix(""))
 
+    def _begun_by(self) -> list[str]:
+        """The launches of the processes that began or resumed the run in the folder."""
+        file = self.path / LAUNCH
+        return read_json(file, list) if file.exists() else []
+
     @in_main_process
-    def begin(self, resume: bool) -> None:
+    def begin(self) -> None:
         """Create the folder and write the configuration; remove an earlier run unless it is resumed."""
-        if not resume:
+        if not self.resume:
             for name in (*CHECKPOINTS, "logs/vg"):  # trackers log under the project name vg
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            for file in (self.history, self.path / EPOCHS):
+            for file in (self.history, self.path / EPOCHS, self.path / LAUNCH):
                 file.unlink(missing_ok=True)
         for leftover in [*self.path.glob("checkpoints/*.partial"), *self.path.glob("checkpoints/*.old")]:  # of a crash
             remove(leftover)
         for folder in {*self.path.glob("checkpoints/step_*[0-9]")}.difference(self.checkpoints()):
             logger.warning("%s is ignored: %s or %s is missing", folder, WEIGHTS, TRAINING)
         write_bytes(self.path / CONFIG, dump_config(self.config).encode())
+        if self.launches:
+            write_json(self.path / LAUNCH, self.launches)  # last: from here on, a restart may not remove anything
 
     def checkpoints(self) -> list[Path]:
         """Complete, resumable checkpoints, oldest first."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 
 from vg import checkpoint
@@ -18,6 +19,8 @@ from vg.models.base import GroundingModel
 from vg.training.lora import merged_weights
 from vg.training.optim import Ema
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Progress:
@@ -26,13 +29,31 @@ class Progress:
     step: int = 0  # completed optimizer steps
     epoch: int = 0
     num_steps: int = 0  # of the whole run, once `train.minutes` has determined it
-    batch: int = 0  # completed batches of this epoch, per process
+    samples: int = 0  # of this epoch that all processes together have used
+    samples_per_step: int = 0
     evaluated_step: int = 0
     best: float = -math.inf
     evaluations_since_best: int = 0
     skipped: int = 0  # steps skipped because of a non-finite loss or gradient
     skipped_in_a_row: int = 0
     restored: int = 0  # how often non-finite weights were restored from a checkpoint
+
+    @classmethod
+    def read(cls, state: dict[str, Any], config: RunConfig, samples_per_step: int) -> Progress:
+        """Return the progress in the state of a checkpoint; warns if its steps had another number of samples."""
+        saved = dict(state["progress"])
+        if "batch" in saved:  # of earlier versions: batches of this epoch, per process
+            samples = config.data.batch_size * len(state["processes"])
+            saved |= {"samples": saved.pop("batch") * samples, "samples_per_step": samples * config.train.accumulate}
+        before = saved.pop("samples_per_step")
+        if before != samples_per_step and PartialState().is_main_process:
+            logger.warning(
+                "the checkpoint of step %d is from a run with %d samples per step, now there are %d (data.batch_size x "
+                "processes x train.accumulate): it continues at the same sample, but with other steps and another "
+                "schedule than without an interruption",
+                *(saved["step"], before, samples_per_step),
+            )
+        return cls(**saved, samples_per_step=samples_per_step)
 
 
 class TrainingState:

@@ -93,8 +93,8 @@ class TimeBudget:
             assert self.timed is not None
             config, step, elapsed = trainer.config, trainer.progress.step, self._now() - self.started
             per_step = (elapsed - self.paused - self.timed[1]) / (step - self.timed[0])
-            samples = config.data.batch_size * config.train.accumulate * trainer.accelerator.num_processes
-            evaluation = EVALUATION * per_step * sum(map(len, trainer.evaluator.sources)) / samples
+            evaluated = sum(map(len, trainer.evaluator.sources))
+            evaluation = EVALUATION * per_step * evaluated / trainer.data.samples_per_step
             if self.evaluations:
                 evaluation = self.paused / self.evaluations
             every = config.train.eval_every or trainer.steps_per_epoch

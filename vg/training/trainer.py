@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,8 +23,7 @@ from vg.distributed import (
     mean_over_processes,
     new_accelerator,
     progress_bar,
-    random_state,
-    restore_random_state,
+    seed_batch,
     seed_everything,
 )
 from vg.errors import TrainingError
@@ -34,7 +32,7 @@ from vg.files import read_json
 from vg.training.compilation import compile_layers
 from vg.training.data import TrainingData
 from vg.training.interpolation import Interpolation, Sweep
-from vg.training.loss_log import REMEDY, TRAIN_IOU, LossLog
+from vg.training.loss_log import REMEDY, TRAIN_IOU, LossLog, saved_rows
 from vg.training.optim import build_optimizer, build_schedule, lr_factor, select_trainable
 from vg.training.report import Report
 from vg.training.run_folder import VALIDATION, RunFolder
@@ -52,7 +50,7 @@ class Trainer:
     """Train the model of a RunConfig on its data.
 
     Args:
-        resume: continue from the newest checkpoint in `train.output`.
+        resume: continue from the newest checkpoint in `train.output`; a restarted run does so by itself, see RunFolder.
         overwrite: replace an existing run in `train.output`.
 
     Raises:
@@ -78,8 +76,8 @@ class Trainer:
         select_trainable(self.unwrapped_model, config.optim)
         if config.train.compile:
             compile_layers(self.unwrapped_model)
-        batch_size = self.accelerator.num_processes * config.data.batch_size * config.train.accumulate
-        optimizer = build_optimizer(self.unwrapped_model, config.optim, lr_factor(config.optim, batch_size))
+        scale = lr_factor(config.optim, self.data.samples_per_step)
+        optimizer = build_optimizer(self.unwrapped_model, config.optim, scale)
         self.model, self.optimizer = self.accelerator.prepare(self.unwrapped_model, optimizer)
 
         self.steps_per_epoch = self.data.steps_per_epoch
@@ -88,15 +86,15 @@ class Trainer:
         self.schedule = build_schedule(self.optimizer.optimizer, config.optim, self.num_steps, self.steps_per_epoch)
         self.state = TrainingState(config, self.unwrapped_model, self.optimizer, self.accelerator)
 
-        self.progress = Progress()
+        self.progress = Progress(samples_per_step=self.data.samples_per_step)
         self.stop = StopSignal(
             self.accelerator, min(STOP_INTERVAL, config.train.log_every), config.train.preemption_signal
         )
         self.losses = LossLog(self.accelerator)
-        if resume:
+        if self.folder.resume:
             self.restore()
         self.budget = TimeBudget(self)
-        self.folder.begin(resume)  # last, because it replaces the configuration and removes an overwritten run
+        self.folder.begin()  # last, because it replaces the configuration and removes an overwritten run
         self.report = Report(self)
 
     def fit(self) -> dict[str, Any]:
@@ -123,7 +121,7 @@ class Trainer:
             while not finished:
                 batches = next(steps)
                 terms = self.step(batches)
-                self.progress.batch += len(batches)
+                self.progress.samples += self.data.samples_per_step
                 self.progress.step += 1
                 self._count(terms)
                 bar.update()
@@ -146,14 +144,19 @@ class Trainer:
     def step(self, batches: Sequence[Batch]) -> dict[LossName, Tensor] | None:
         """Run one optimizer step; its result does not depend on how the samples are split over batches and processes.
 
+        For the same batches, only the order of sums of gradients depends on the number of processes: two batches give
+        the same bits in one or two processes, more batches differ by rounding.
+
         Returns:
             The loss terms of this process, without graph; None if the step was skipped (`train.on_nan: skip`).
         """
         weights = [self.unwrapped_model.batch_weight(batch) for batch in batches]
         divisor = self._mean_weight(sum(weights))
         terms: dict[LossName, Tensor] = {}
-        for index, (batch, weight) in enumerate(zip(batches, weights, strict=True), start=1):
-            with self.accelerator.no_sync(self.model) if index < len(batches) else nullcontext():
+        for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+            number = self.accelerator.process_index + index * self.accelerator.num_processes  # in all processes
+            seed_batch(self.config.train.seed, self.progress.step, number)
+            with self.accelerator.no_sync(self.model) if index + 1 < len(batches) else nullcontext():
                 output = self.model(batch)
                 # The model divides its sums by the weight of this batch; the step divides by the mean weight instead.
                 losses = self.unwrapped_model.loss(output, batch)
@@ -204,31 +207,24 @@ class Trainer:
 
     def save(self) -> None:
         """Write a resumable checkpoint, which can also be loaded as a model."""
-        processes = gather_object([{"random": random_state(), "unlogged": self.losses.state()}])
-        extra = {"schedule": self.schedule.state_dict(), "progress": asdict(self.progress), "processes": processes}
+        schedule, progress = self.schedule.state_dict(), asdict(self.progress)
+        extra = {"schedule": schedule, "progress": progress, "unlogged": self.losses.state()}
         path = self.folder.path / "checkpoints" / f"step_{self.progress.step:06d}"
         self.folder.save(path, lambda folder: self.state.save(folder, extra))
 
     def restore(self) -> None:
-        """Load the newest checkpoint; with as many processes as before, training continues bit for bit."""
-        folder, state = self.folder.newest(self.state.load)
+        """Load the newest checkpoint; training continues bit for bit, with other processes as exactly as `step` is."""
+        _, state = self.folder.newest(self.state.load)
         self.schedule.load_state_dict(state["schedule"])
-        self.progress = Progress(**state["progress"])
-        processes = state["processes"]
-        if len(processes) != self.accelerator.num_processes:
-            logger.warning(
-                "%s was saved by %d processes: training continues, but not bit for bit", folder, len(processes)
-            )
-        own = processes[self.accelerator.process_index % len(processes)]
-        restore_random_state(own["random"])
-        self.losses.load_state(own["unlogged"])
+        self.progress = Progress.read(state, self.config, self.data.samples_per_step)
+        self.losses.load_state(saved_rows(state))
         self.folder.cut_history(self.progress.step, self.progress.evaluated_step == self.progress.step)
 
     def _steps(self) -> Iterator[list[Batch]]:
         """The batches of every optimizer step from the current position, epoch after epoch without end."""
         while True:
-            yield from self.data.steps(self.progress.epoch, self.progress.batch)
-            self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
+            yield from self.data.steps(self.progress.epoch, self.progress.samples)
+            self.progress.epoch, self.progress.samples = self.progress.epoch + 1, 0
 
     def _mean_weight(self, weight: float) -> Tensor:
         """Mean over the processes, because DDP averages gradients; at least 1 in total, to avoid division by 0."""
@@ -290,7 +286,7 @@ class Trainer:
         means = self.losses.means()
         if not means or not log:
             return
-        self.losses.rows = []
+        self.losses.clear()
         iou = {str(TRAIN_IOU): means.pop(TRAIN_IOU)} if TRAIN_IOU in means else {}
         loss = sum(means.values())
         shown = {"loss": loss} | {name.term: mean for name, mean in means.items() if name == LossName(name.term)}

@@ -34,9 +34,9 @@ RANDOM: dict[str, Any] = {  # every source of randomness
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_within_an_epoch_equals_uninterrupted_run(tiny_config: MakeConfig, tmp_path: Path, workers: int) -> None:
-    """Seven batches make steps of 2, 2, 2 and 1; negative phrases, denoising queries and dropout are random."""
-    train = write_coco(tmp_path / "set", "train", range(1, 15))
-    evaluated = write_coco(tmp_path / "set", "val", range(15, 17))
+    """Four steps of two batches per epoch, one image is left out; negatives, denoising and dropout are random."""
+    train = write_coco(tmp_path / "set", "train", range(1, 18))
+    evaluated = write_coco(tmp_path / "set", "val", range(18, 20))
 
     def make(name: str) -> RunConfig:
         config = tiny_config(
@@ -65,7 +65,7 @@ def test_resume_within_an_epoch_equals_uninterrupted_run(tiny_config: MakeConfig
         with pytest.raises(SystemExit):
             trainer.fit()
         resumed = Trainer(config, resume=True)
-        assert (resumed.progress.epoch, resumed.progress.batch) == (number // 4, 2 * (number % 4))
+        assert (resumed.progress.epoch, resumed.progress.samples) == (number // 4, 4 * (number % 4))
         resumed.fit()
         assert_same_runs(straight.folder.path, resumed.folder.path)
 
