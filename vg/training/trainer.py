@@ -38,6 +38,7 @@ from vg.training.loss_log import REMEDY, TRAIN_IOU, LossLog
 from vg.training.optim import build_optimizer, build_schedule, lr_factor, select_trainable
 from vg.training.report import Report
 from vg.training.run_folder import VALIDATION, RunFolder
+from vg.training.sharding import check_launch, gathered, prepare, whole
 from vg.training.state import Progress, TrainingState
 from vg.training.time_budget import TimeBudget, planned_steps
 from vg.types import Batch, LossName
@@ -60,6 +61,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, resume: bool = False, overwrite: bool = False):
+        check_launch(config)
         self.config = config
         self.accelerator = new_accelerator(
             mixed_precision=config.train.precision,
@@ -80,14 +82,12 @@ class Trainer:
             compile_layers(self.unwrapped_model)
         batch_size = self.accelerator.num_processes * config.data.batch_size * config.train.accumulate
         optimizer = build_optimizer(self.unwrapped_model, config.optim, lr_factor(config.optim, batch_size))
-        self.model, self.optimizer = self.accelerator.prepare(self.unwrapped_model, optimizer)
-
+        self.model, self.optimizer = prepare(self.accelerator, self.unwrapped_model, optimizer)
         self.steps_per_epoch = self.data.steps_per_epoch
         self.num_steps = planned_steps(config.train, self.steps_per_epoch)
         # Not prepared, because Accelerate would step the schedule once per process.
         self.schedule = build_schedule(self.optimizer.optimizer, config.optim, self.num_steps, self.steps_per_epoch)
         self.state = TrainingState(config, self.unwrapped_model, self.optimizer, self.accelerator)
-
         self.progress = Progress()
         self.stop = StopSignal(
             self.accelerator, min(STOP_INTERVAL, config.train.log_every), config.train.preemption_signal
@@ -179,14 +179,14 @@ class Trainer:
     def evaluate(self) -> None:
         """Evaluate the (EMA) weights, log the results, and save the weights to `best` on improvement."""
         progress = self.progress
-        with self.state.evaluated_weights():
+        with self.state.evaluated_weights(), gathered(self.unwrapped_model):
             result = self.evaluator.run(self.unwrapped_model)
             progress.evaluated_step = progress.step
             progress.evaluations_since_best += 1
             improved = result.score > progress.best
             if improved:
                 progress.best, progress.evaluations_since_best = result.score, 0
-                self.folder.save(self.folder.best, self.state.export, {"step": progress.step, **result.flat()})
+                self.folder.save(self.folder.best, self.state.export(), {"step": progress.step, **result.flat()})
         self._log(result.flat_metrics() | result.losses())
         with failing_together():
             self.report.evaluation(result, improved)
@@ -207,7 +207,7 @@ class Trainer:
         processes = gather_object([{"random": random_state(), "unlogged": self.losses.state()}])
         extra = {"schedule": self.schedule.state_dict(), "progress": asdict(self.progress), "processes": processes}
         path = self.folder.path / "checkpoints" / f"step_{self.progress.step:06d}"
-        self.folder.save(path, lambda folder: self.state.save(folder, extra))
+        self.folder.save(path, **self.state.snapshot(extra))
 
     def restore(self) -> None:
         """Load the newest checkpoint; with as many processes as before, training continues bit for bit."""
@@ -240,7 +240,7 @@ class Trainer:
         """Whether loss and gradient are finite in all processes; synchronizes with the device."""
         finite = torch.stack(list(terms.values())).isfinite().all()
         if not self.accelerator.scaler:  # a scaler handles overflow of gradients itself, to find its scale
-            finite = finite & norm.isfinite()
+            finite = finite & whole(norm).isfinite()
         return mean_over_processes(self.accelerator, finite.float()).item() == 1
 
     def _count(self, terms: dict[LossName, Tensor] | None) -> None:
