@@ -166,7 +166,7 @@ class Encoder(nn.Module):
 
 
 def layers_of(network: nn.Module) -> list[nn.Module]:
-    """Return the layers, or stages, of a transformers model: the modules that its class says must not be split."""
+    """Return the layers, or stages, of a transformers model: the modules that it lists as not to be split."""
     names = getattr(network, "_no_split_modules", None) or ()
     return [module for module in network.modules() if type(module).__name__ in names]
 
