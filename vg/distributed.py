@@ -27,6 +27,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DataLoaderConfiguration,
+    DistributedType,
     InitProcessGroupKwargs,
     KwargsHandler,
     LoggerType,
@@ -47,7 +48,10 @@ def new_accelerator(**options: Any) -> Accelerator:
     Raises:
         ConfigError: the machine does not support the precision, or a tracker is unknown or not installed.
     """
-    AcceleratorState._reset_state()
+    # The state of the processes remembers FSDP, but not its settings.
+    sharded = PartialState._shared_state.get("distributed_type") == DistributedType.FSDP
+    AcceleratorState._reset_state(reset_partial_state=sharded)
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers would load weights in one process only
     for name in options.get("log_with") or ():
         if name.upper() in LoggerType.__members__ and LoggerType(name) not in get_available_trackers():
             raise ConfigError(f"train.trackers: {name} is not installed; install its package or leave it out")

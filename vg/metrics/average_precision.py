@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALL_LEVELS = np.linspace(0, 1, 101)
 ANY_AREA = (0.0, 1e10)  # square pixels
 UNDEFINED = -1.0  # value of pycocotools for metrics without a ground-truth box
 
@@ -35,7 +36,6 @@ class Curves(NamedTuple):
 
 
 def precision_and_recall(
-    num_images: int,
     num_categories: int,
     truth: Boxes,
     predicted: Boxes,
@@ -63,19 +63,44 @@ def precision_and_recall(
     """
     areas = _areas(truth.boxes) if areas is None else areas
     crowd = np.zeros(len(areas), dtype=bool) if crowd is None else crowd
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        evaluation = COCOeval(
-            _coco(num_images, num_categories, truth, area=areas, iscrowd=crowd.astype(int)),
-            _coco(num_images, num_categories, predicted, area=_areas(predicted.boxes), score=scores),
-            "bbox",
+    shape = (num_categories, len(area_ranges), len(max_boxes))
+    precision = np.full((len(iou_thresholds), len(RECALL_LEVELS), *shape), UNDEFINED)
+    recall = np.full((len(iou_thresholds), *shape), UNDEFINED)
+    # pycocotools has a Python object for every box and every pair of image and category: one category at a time, and
+    # only the images with boxes of it, need a fraction of the memory.
+    rows_of = zip(*(_rows_by_category(boxes.categories, num_categories) for boxes in (truth, predicted)), strict=True)
+    for category, (true, found) in enumerate(rows_of):
+        image_ids, images = np.unique(
+            np.concatenate((truth.images[true], predicted.images[found])), return_inverse=True
         )
-        evaluation.params.iouThrs = np.asarray(iou_thresholds)
-        evaluation.params.areaRng = [list(limits) for limits in area_ranges]
-        evaluation.params.areaRngLbl = [str(limits) for limits in area_ranges]
-        evaluation.params.maxDets = list(max_boxes)
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return Curves(evaluation.eval["precision"], evaluation.eval["recall"])
+        if not len(image_ids):
+            continue
+        # Limits above the number of boxes of every image have equal results.
+        most = np.bincount(images[len(true) :], minlength=1).max()
+        limits = list(max_boxes[: int(np.searchsorted(max_boxes, most)) + 1])
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+            evaluation = COCOeval(
+                _coco(images[: len(true)], truth.boxes[true], area=areas[true], iscrowd=crowd[true].astype(int)),
+                _coco(
+                    images[len(true) :],
+                    predicted.boxes[found],
+                    area=_areas(predicted.boxes[found]),
+                    score=scores[found],
+                ),
+                "bbox",
+            )
+            evaluation.params.iouThrs = np.asarray(iou_thresholds)
+            evaluation.params.recThrs = RECALL_LEVELS
+            evaluation.params.areaRng = [list(limits) for limits in area_ranges]
+            evaluation.params.areaRngLbl = [str(limits) for limits in area_ranges]
+            evaluation.params.maxDets = limits
+            evaluation.params.imgIds = list(range(len(image_ids)))
+            evaluation.evaluate()
+            evaluation.accumulate()
+        used = np.minimum(np.arange(len(max_boxes)), len(limits) - 1)  # [M]
+        precision[:, :, category] = evaluation.eval["precision"][:, :, 0, :, used].transpose(1, 2, 3, 0)
+        recall[:, category] = evaluation.eval["recall"][:, 0, :, used].transpose(1, 2, 0)
+    return Curves(precision, recall)
 
 
 def mean_defined(values: np.ndarray) -> float:
@@ -97,16 +122,30 @@ def _areas(boxes: np.ndarray) -> np.ndarray:
     return (boxes[:, 2:] - boxes[:, :2]).clip(min=0).prod(axis=1)
 
 
-def _coco(num_images: int, num_categories: int, boxes: Boxes, **columns: np.ndarray) -> COCO:
-    """Return boxes as a COCO object; pycocotools' own `loadRes` fails without predictions."""
-    fields = {"image_id": boxes.images, "category_id": boxes.categories, "bbox": to_xywh(boxes.boxes), **columns}
+def _rows_by_category(categories: np.ndarray, num_categories: int) -> list[np.ndarray]:
+    """[N] category indices -> for each category the rows that have it, in ascending order."""
+    order = np.argsort(categories, kind="stable")
+    return np.split(order, np.searchsorted(categories[order], np.arange(1, num_categories)))
+
+
+def _coco(images: np.ndarray, boxes: np.ndarray, **columns: np.ndarray) -> COCO:
+    """Return boxes of one category as a COCO object; pycocotools' own `loadRes` fails without predictions.
+
+    Args:
+        images: [N] image of each box.
+        boxes: [N, 4] xyxy pixels.
+        columns: [N] each, further fields of the boxes.
+    """
+    fields = {"image_id": images, "bbox": to_xywh(boxes), **columns}
     rows = zip(*(column.tolist() for column in fields.values()), strict=True)
     coco = COCO()
     coco.dataset = {
-        "images": [{"id": image} for image in range(num_images)],
-        "categories": [{"id": category} for category in range(num_categories)],
+        "images": [{"id": image} for image in np.unique(images).tolist()],
+        "categories": [{"id": 0}],
         # ids from 1: pycocotools treats a match with the object of id 0 as unmatched
-        "annotations": [{"id": id} | dict(zip(fields, row, strict=True)) for id, row in enumerate(rows, 1)],
+        "annotations": [
+            {"id": id, "category_id": 0} | dict(zip(fields, row, strict=True)) for id, row in enumerate(rows, 1)
+        ],
     }
     coco.createIndex()
     return coco

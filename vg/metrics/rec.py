@@ -145,7 +145,6 @@ def _metrics(rows: np.ndarray, unique: _Unique, values: dict[str, np.ndarray]) -
     kept = present[unique.owner]  # [K]
     image = (np.cumsum(present) - 1)[unique.owner[kept]]
     precision, _ = precision_and_recall(
-        count,
         1,
         Boxes(np.arange(count), np.zeros(count, int), unique.true_boxes[present]),
         Boxes(image, np.zeros(len(image), int), unique.boxes[kept]),

@@ -79,6 +79,13 @@ class GroundingModel(nn.Module, ABC):
         """Return the layers that `train.compile` compiles one by one; empty if the family has none."""
         return ()
 
+    def layers_to_shard(self) -> Sequence[nn.Module]:
+        """Return the layers whose weights FSDP2 gathers one by one; it gathers all other weights for the whole step.
+
+        Every training step must run each of them once, whatever its batch: processes would wait for each other.
+        """
+        return self.layers_to_compile()
+
     def iou(self, output: Any, batch: Batch) -> Tensor | None:
         """Return the IoU of the best box of each sample, [B], for the log; None if samples have several boxes."""
         return None

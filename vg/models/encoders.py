@@ -165,6 +165,12 @@ class Encoder(nn.Module):
             return self.network(**inputs)
 
 
+def layers_of(network: nn.Module) -> list[nn.Module]:
+    """Return the layers, or stages, of a transformers model: the modules that it lists as not to be split."""
+    names = getattr(network, "_no_split_modules", None) or ()
+    return [module for module in network.modules() if type(module).__name__ in names]
+
+
 def enable_checkpointing(network: PreTrainedModel) -> None:
     """Recompute activations in the backward pass instead of storing them."""
     renamed = getattr(network, "activation_checkpointing_enable", None)  # in transformers 5.23

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,7 @@ from vg.training.lora import LoraConfig, add_adapters
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from vg.models.base import GroundingModel
 
@@ -232,14 +232,17 @@ class Ema:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the context, the model has the averaged weights."""
-        own = [p.data for p in self.parameters]
-        for parameter, average in zip(self.parameters, self.averages, strict=True):
-            parameter.data = average
+        own = [p.detach().clone() for p in self.parameters]
+        self._copy(self.averages)
         try:
             yield
         finally:
-            for parameter, data in zip(self.parameters, own, strict=True):
-                parameter.data = data
+            self._copy(own)
+
+    def _copy(self, weights: Sequence[Tensor]) -> None:
+        """Change the parameters in place, because FSDP2 would not notice other tensors."""
+        for parameter, values in zip(self.parameters, weights, strict=True):
+            parameter.detach().copy_(values)
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_updates": self.num_updates, "averages": self.averages}

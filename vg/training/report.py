@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from vg.data.source import Source
 from vg.errors import DataError, printable
 from vg.files import write_bytes
+from vg.training.fsdp import describe
 from vg.training.run_folder import EPOCHS
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Report:
         precision = {"no": "float32"}.get(config.train.precision, config.train.precision)
         per_step = min(trainer.data.samples_per_step, len(trainer.data.data))
         lines.append(f"{steps} of {_count(per_step, 'sample')} ({epochs}) on {device}, {precision}")
-        lines += [trainer.data.plan] if trainer.data.plan else []
+        lines += filter(None, [describe(trainer.model, count), trainer.data.plan])
         lines.append(f"results go to {trainer.folder.path}")
         if self.first_step:
             lines.append(f"continues after step {self.first_step:,}")

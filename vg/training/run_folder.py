@@ -26,7 +26,7 @@ from typing import Any, TypeVar, cast
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from vg.checkpoint import CONFIG, TRAINING, WEIGHTS, new_checkpoint
+from vg.checkpoint import CONFIG, SHARDS, TRAINING, WEIGHTS, new_checkpoint
 from vg.config import RunConfig, dump_config
 from vg.distributed import failing_together, launches
 from vg.errors import CheckpointError, DamagedCheckpointError, TrainingError
@@ -150,13 +150,43 @@ class RunFolder:
         remove(damaged)
         folder.rename(damaged)
 
+    def save(
+        self,
+        folder: Path,
+        write: Callable[[Path], None],
+        results: dict[str, Any] | None = None,
+        write_shards: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Write a checkpoint and its evaluation results; remove the oldest resumable ones beyond `train.keep`.
+
+        Args:
+            write: called by the main process.
+            write_shards: called by all processes, before it, with a folder that becomes SHARDS of the checkpoint.
+        """
+        shards = None
+        if write_shards is not None:
+            shards = folder.with_name(f"{folder.name}.shards.partial")
+            self._clear(shards)
+            write_shards(shards)
+        self._save(folder, write, results, shards)
+
     @in_main_process
-    def save(self, folder: Path, write: Callable[[Path], None], results: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint and its evaluation results; remove the oldest resumable ones beyond `train.keep`."""
+    def _clear(self, folder: Path) -> None:
+        """Make an empty folder."""
+        self._check_exists()
+        remove(folder)
+        folder.mkdir(parents=True)
+
+    @in_main_process
+    def _save(
+        self, folder: Path, write: Callable[[Path], None], results: dict[str, Any] | None, shards: Path | None
+    ) -> None:
         self._check_exists()
         if self.history.exists():
             sync(self.history)  # a resumed run continues it
         with new_checkpoint(folder) as partial:
+            if shards is not None:
+                shards.rename(partial / SHARDS)
             write(partial)
             if results is not None:
                 write_json(partial / VALIDATION, results)

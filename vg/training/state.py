@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
 
 from vg import checkpoint
 from vg.config import RunConfig
 from vg.errors import CheckpointError
 from vg.models.base import GroundingModel
+from vg.training.fsdp import whole
 from vg.training.lora import merged_weights
 from vg.training.optim import Ema
+from vg.training.sharded_state import files_of, read_shards, split, write_shards
 
 logger = logging.getLogger(__name__)
 
@@ -66,21 +71,34 @@ class TrainingState:
         self.model = model
         self.optimizer = optimizer
         self.scaler = accelerator.scaler
+        self.is_main_process = accelerator.is_main_process
         self.ema = Ema(model, config.train.ema) if config.train.ema else None
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """Within the context, the model has the weights to evaluate and export: the EMA weights, if enabled."""
         return self.ema.applied() if self.ema else nullcontext()
 
-    def export(self, folder: Path) -> None:
-        """Write the evaluated weights as a plain checkpoint: adapters are merged into the layers they adapt."""
-        with self.evaluated_weights():
-            weights = merged_weights(self.model)
-        checkpoint.write_weights(folder, weights, self.config, self.model.text_spec)
+    def export(self) -> Callable[[Path], None]:
+        """Return what writes the evaluated weights as a plain checkpoint; all processes must call `export`.
 
-    def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Write the exported model, and the state that training needs to continue, with the `extra` entries."""
-        self.export(folder)
+        Adapters are merged into the layers they adapt.
+        """
+        weights = {}
+        with self.evaluated_weights():
+            for name, value in merged_weights(self.model).items():
+                value = whole(value)  # one after another: the main process alone keeps them
+                if self.is_main_process:
+                    weights[name] = value.detach().to("cpu", copy=True)
+        return partial(checkpoint.write_weights, weights=weights, config=self.config, spec=self.model.text_spec)
+
+    def snapshot(self, extra: dict[str, Any]) -> dict[str, Any]:
+        """Return functions that write the exported model and the state that training needs to continue.
+
+        They are arguments of RunFolder.save; all processes must call it.
+
+        Args:
+            extra: further entries of the state.
+        """
         exported = self.ema is None and self.config.optim.lora is None
         state = {
             "weights": None if exported else self.model.own_state_dict(),
@@ -88,16 +106,25 @@ class TrainingState:
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "ema": self.ema.state_dict() if self.ema else None,
         }
-        checkpoint.write_training_state(folder, state | extra)
+        export, (state, shards) = self.export(), split(state)
+
+        def write(folder: Path) -> None:
+            export(folder)
+            checkpoint.write_training_state(folder, state | {"shards": files_of(folder)} | extra)
+
+        return {"write": write, "write_shards": partial(write_shards, shards)} if shards else {"write": write}
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Restore weights, average, optimizer and gradient scaler, and return all that `save` wrote.
+        """Restore weights, average, optimizer and gradient scaler, and return all that `snapshot` wrote.
+
+        Processes may be others than those that wrote it, with or without FSDP2.
 
         Raises:
             DamagedCheckpointError: a file is missing or damaged; nothing was restored.
             CheckpointError: it does not match the configuration.
         """
         state = checkpoint.read_training_state(folder)
+        state = read_shards(folder, state, self._layouts())
         if state["weights"] is None or self.config.optim.lora is None:
             checkpoint.load_weights(self.model, folder, self.config)
         try:
@@ -116,3 +143,13 @@ class TrainingState:
         elif self.ema:  # enabled since the checkpoint: the average starts from the restored weights
             self.ema.restart()
         return state
+
+    def _layouts(self) -> dict[str, Tensor]:
+        """Return the weight like which a tensor of the state is distributed, by the beginning of its name."""
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        averages = self.ema.parameters if self.ema else ()
+        return (
+            {f"weights.{name}": value for name, value in self.model.own_state_dict().items()}
+            | {f"optimizer.state.{index}": parameter for index, parameter in enumerate(parameters)}
+            | {f"ema.averages.{index}": parameter for index, parameter in enumerate(averages)}
+        )

@@ -31,6 +31,7 @@ from vg.evaluation.evaluator import Evaluator
 from vg.files import read_json
 from vg.training.compilation import compile_layers
 from vg.training.data import TrainingData
+from vg.training.fsdp import check_launch, gathered, prepare, whole
 from vg.training.interpolation import Interpolation, Sweep
 from vg.training.loss_log import REMEDY, TRAIN_IOU, LossLog, saved_rows
 from vg.training.optim import build_optimizer, build_schedule, lr_factor, select_trainable
@@ -58,6 +59,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, resume: bool = False, overwrite: bool = False):
+        check_launch(config)
         self.config = config
         self.accelerator = new_accelerator(
             mixed_precision=config.train.precision,
@@ -78,7 +80,7 @@ class Trainer:
             compile_layers(self.unwrapped_model)
         scale = lr_factor(config.optim, self.data.samples_per_step)
         optimizer = build_optimizer(self.unwrapped_model, config.optim, scale)
-        self.model, self.optimizer = self.accelerator.prepare(self.unwrapped_model, optimizer)
+        self.model, self.optimizer = prepare(self.accelerator, self.unwrapped_model, optimizer)
 
         self.steps_per_epoch = self.data.steps_per_epoch
         self.num_steps = planned_steps(config.train, self.steps_per_epoch)
@@ -182,14 +184,14 @@ class Trainer:
     def evaluate(self) -> None:
         """Evaluate the (EMA) weights, log the results, and save the weights to `best` on improvement."""
         progress = self.progress
-        with self.state.evaluated_weights():
+        with self.state.evaluated_weights(), gathered(self.unwrapped_model):
             result = self.evaluator.run(self.unwrapped_model)
             progress.evaluated_step = progress.step
             progress.evaluations_since_best += 1
             improved = result.score > progress.best
             if improved:
                 progress.best, progress.evaluations_since_best = result.score, 0
-                self.folder.save(self.folder.best, self.state.export, {"step": progress.step, **result.flat()})
+                self.folder.save(self.folder.best, self.state.export(), {"step": progress.step, **result.flat()})
         self._log(result.flat_metrics() | result.losses())
         with failing_together():
             self.report.evaluation(result, improved)
@@ -210,7 +212,7 @@ class Trainer:
         schedule, progress = self.schedule.state_dict(), asdict(self.progress)
         extra = {"schedule": schedule, "progress": progress, "unlogged": self.losses.state()}
         path = self.folder.path / "checkpoints" / f"step_{self.progress.step:06d}"
-        self.folder.save(path, lambda folder: self.state.save(folder, extra))
+        self.folder.save(path, **self.state.snapshot(extra))
 
     def restore(self) -> None:
         """Load the newest checkpoint; training continues bit for bit, with other processes as exactly as `step` is."""
@@ -236,7 +238,7 @@ class Trainer:
         """Whether loss and gradient are finite in all processes; synchronizes with the device."""
         finite = torch.stack(list(terms.values())).isfinite().all()
         if not self.accelerator.scaler:  # a scaler handles overflow of gradients itself, to find its scale
-            finite = finite & norm.isfinite()
+            finite = finite & whole(norm).isfinite()
         return mean_over_processes(self.accelerator, finite.float()).item() == 1
 
     def _count(self, terms: dict[LossName, Tensor] | None) -> None:

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vg.losses.set_loss import SetLoss
 from vg.models.base import GroundingModel
-from vg.models.encoders import enable_checkpointing, load_tokenizer, read_tokenizer
+from vg.models.encoders import enable_checkpointing, layers_of, load_tokenizer, read_tokenizer
 from vg.models.grounding_dino.attention import Attention, DeformableAttention
 from vg.models.grounding_dino.backbone import ImageFeatures, Neck, extract_image_features
 from vg.models.grounding_dino.checkpoints.load import load_into
@@ -82,6 +82,11 @@ class GroundingDino(GroundingModel):
 
     def layers_to_compile(self) -> Sequence[nn.Module]:
         return (*self.encoder.layers, *self.decoder.layers)
+
+    def layers_to_shard(self) -> Sequence[nn.Module]:
+        # With several image sizes in a batch, the backbone runs once for each of them.
+        backbone = layers_of(self.backbone.network) if self.config.image.mix_sizes else []
+        return (*backbone, *layers_of(self.text.network), *self.layers_to_compile())
 
     def load_own_state_dict(self, weights: Mapping[str, Tensor]) -> None:
         labels = weights.get(LABELS)

@@ -56,6 +56,10 @@ class PooledHead(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.box = MLP(config.width, config.width // 2, 4)
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.decoder.layers
+
     def forward(
         self,
         image: Tensor,

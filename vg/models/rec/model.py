@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from vg import boxes as box_ops
 from vg.errors import CheckpointError, ConfigError
 from vg.models.base import EncodableModel
-from vg.models.encoders import Encoder, load_tokenizer, read_tokenizer, tokenizer_key, weights_key
+from vg.models.encoders import Encoder, layers_of, load_tokenizer, read_tokenizer, tokenizer_key, weights_key
 from vg.models.rec.any_objects import AnyObjectsHead
 from vg.models.rec.config import RecConfig
 from vg.models.rec.heads import DenseOutput, PooledOutput
@@ -101,6 +102,12 @@ class RecModel(EncodableModel):
     def _text_spec(self, tokenizer: PreTrainedTokenizerBase, extra: PreTrainedTokenizerBase | None) -> TextSpec:
         limit = self.config.max_tokens
         return TextSpec(tokenizer, limit, extra=None if extra is None else TextSpec(extra, limit))
+
+    def layers_to_shard(self) -> Sequence[nn.Module]:
+        # With `keep_aspect`, the vision encoder runs once for each image size of a batch.
+        encoders = self.text_encoders if self.config.keep_aspect else [self.vision, *self.text_encoders]
+        layers = [layer for encoder in encoders if encoder.is_loaded for layer in layers_of(encoder.network)]
+        return (*layers, *self.head.layers)
 
     def num_parameters(self, trainable_only: bool = False) -> int:
         unloaded = 0 if trainable_only else sum(x.num_unloaded_parameters() for x in (self.vision, *self.text_encoders))
