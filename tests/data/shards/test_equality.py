@@ -21,6 +21,7 @@ from vg.data.dataset import GroundingDataset
 from vg.data.detection.coco import CocoConfig
 from vg.data.detection.odvg import OdvgConfig
 from vg.data.detection.vocabulary import VocabularyConfig
+from vg.data.overlap import without_overlap
 from vg.data.refcoco.source import RefcocoConfig
 from vg.data.shards.containers import COLUMNS
 from vg.data.shards.index import ShardFormat
@@ -112,6 +113,22 @@ def test_all_classes_are_written_and_the_reader_selects(
     assert shards.num_classes == dataset.build().num_classes
     assert shards.category_ids == dataset.build().category_ids
     assert_same(ShardsConfig(path=str(tmp_path / "shards")).build(), coco.build())
+
+
+def test_overlap_with_images_of_coco_is_found(coco: CocoConfig, tmp_path: Path) -> None:
+    name = "COCO_train2014_000000000716.jpg"
+    (tmp_path / "0.jpg").rename(tmp_path / name)
+    annotations = (tmp_path / "coco.json").read_text().replace('"0.jpg"', f'"{name}"')
+    (tmp_path / "coco.json").write_text(annotations)
+    shards = written(coco, tmp_path / "shards")
+    keys = shards.image_keys()
+    assert keys[0] == coco.build().image_keys()[0] == "coco/716"
+    assert len(set(keys)) == 5
+    with pytest.warns(UserWarning, match="1 of 5 training samples"):
+        kept = without_overlap(shards, [coco.build()], drop=True)
+    assert [kept.load(index, 0).id for index in range(len(kept))] == ["101", "102", "103", "104"]
+    part = SplitConfig(dataset=ShardsConfig(path=str(tmp_path / "shards")), part="val", fraction=0.4).build()
+    assert len(part) == 2
 
 
 def test_image_files_are_kept_as_they_are(coco: CocoConfig, tmp_path: Path) -> None:
