@@ -208,6 +208,31 @@ def test_values_computed_by_hand() -> None:
     assert results["ap_small"] == -1, "there is no small object"
 
 
+def test_pycocotools_gets_one_category_and_its_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has Python objects for every box and every pair of image and category, which LVIS has six million of."""
+    calls = []
+
+    class Recorded(COCOeval):
+        def __init__(self, truth: COCO, predicted: COCO, kind: str):
+            super().__init__(truth, predicted, kind)
+            calls.append(len({*truth.getImgIds(), *predicted.getImgIds()}))
+
+        def evaluate(self) -> None:
+            assert len(self.params.catIds) == 1
+            super().evaluate()
+            assert len(self.params.imgIds) == calls[-1]
+            most = max(len(found) for found in self._dts.values()) if self._dts else 0
+            assert [limit for limit in self.params.maxDets if limit >= most] == self.params.maxDets[-1:]
+
+    monkeypatch.setattr("vg.metrics.average_precision.COCOeval", Recorded)
+    truth, found = scenes(40)
+    metric_of(pairs(truth, found)).compute()
+    images = {
+        id: {row["image_id"] for row in truth["annotations"] + found if row["category_id"] == id} for id in (1, 2, 3)
+    }
+    assert sorted(calls) == sorted(map(len, images.values()))
+
+
 def test_predictions_in_a_crowd_region_are_ignored() -> None:
     box, crowd, wrong = [0.0, 0.0, 20.0, 20.0], [30.0, 30.0, 100.0, 100.0], [40.0, 40.0, 60.0, 60.0]
     flags = {"crowd": torch.tensor([False, True])}
