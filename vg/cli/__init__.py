@@ -14,7 +14,21 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from vg import __version__
-from vg.cli import check, config, convert, demo, evaluate, export, finetune, interpolate, predict, table, train, web
+from vg.cli import (
+    check,
+    config,
+    convert,
+    demo,
+    evaluate,
+    export,
+    finetune,
+    interpolate,
+    label,
+    predict,
+    table,
+    train,
+    web,
+)
 from vg.cli.arguments import add_config
 from vg.errors import UserError, out_of_memory, printable
 from vg.machine import reuse_freed_memory, use_fast_products
@@ -46,6 +60,7 @@ VERBS = {
     "eval": Verb("evaluate a checkpoint and draw its predictions", evaluate.add_arguments, evaluate.run),
     "table": Verb("tabulate benchmark results for a paper: LaTeX, markdown, CSV", table.add_arguments, table.run),
     "predict": Verb("ground phrases in an image", predict.add_arguments, predict.run),
+    "label": Verb("label any number of images with a model, to train on", label.add_arguments, label.run),
     "web": Verb("serve a page on which a model can be tried", web.add_arguments, web.run),
     "check": Verb("validate a dataset before training and suggest fixes", check.add_arguments, check.run),
     "convert": Verb("convert a Grounding DINO checkpoint to another format", convert.add_arguments, convert.run),
@@ -57,7 +72,7 @@ VERBS = {
     "ops": Verb("print which kernels run on this machine and why; build them if needed", lambda parser: None, ops),
 }
 TRAINING = ("train", "finetune", "demo")
-COMPUTING = (*TRAINING, "cache", "eval", "export", "interpolate", "predict", "web")
+COMPUTING = (*TRAINING, "cache", "eval", "export", "interpolate", "label", "predict", "web")
 
 
 class PrintableFormatter(logging.Formatter):
