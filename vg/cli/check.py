@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vg.cli.arguments import add_overrides
+from vg.cli.arguments import add_data, add_overrides, read_data
 
 if TYPE_CHECKING:
-    from vg.config import RunConfig
     from vg.models.settings import ModelSettings
 
 NUM_DRAWN = 24  # images in images.png
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", help="YAML file of a run; or a folder or file in COCO, ODVG, Pascal VOC, YOLO or CSV")
+    add_data(parser)
     add_overrides(parser)
     parser.add_argument("--quick", type=int, metavar="N", help="read N images of each dataset (default: all)")
     parser.add_argument("--output", default="runs/check", help="folder for report and images (default: %(default)s)")
@@ -26,18 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Exit with status 1 if there are errors."""
-    from vg.config import load_config
-    from vg.data.check import detect_format, diagnose, to_json, to_text
+    from vg.data.check import diagnose, to_json, to_text
     from vg.errors import ConfigError
     from vg.files import write_json
     from vg.inference.grids import image_grid
 
     if options.quick is not None and options.quick < 1:
         raise ConfigError(f"--quick {options.quick}: read at least one image of each dataset")
-    found = detect_format(Path(options.data))
-    config = _config_of(found, options.overrides) if found else load_config(options.data, options.overrides)
+    config, is_one_dataset = read_data(options.data, options.overrides)
     datasets = {"train": config.data.train}
-    if len(found) != 1:
+    if not is_one_dataset:
         datasets |= {f"eval.{name}" if name else "eval": data for name, data in config.data.eval_datasets().items()}
     count_tokens = _token_counter(config.model)
     diagnosis = diagnose(datasets, config.model.max_tokens, count_tokens, options.quick)
@@ -62,21 +59,3 @@ def _token_counter(model: ModelSettings) -> Callable[[list[str]], list[int]] | N
     if len(counters) < len(texts):
         return None
     return lambda phrases: [max(counts) for counts in zip(*(count(phrases) for count in counters), strict=True)]
-
-
-def _config_of(found: Mapping[str, dict[str, Any]], overrides: Sequence[str]) -> RunConfig:
-    """A run on the datasets found at a path; each override is a setting of all of them."""
-    from yaml import YAMLError
-
-    from vg.config import parse_config
-    from vg.errors import ConfigError
-    from vg.settings import parse_yaml
-
-    try:
-        changes = {key: parse_yaml(text) for key, _, text in (override.partition("=") for override in overrides)}
-    except YAMLError as error:
-        raise ConfigError(f"{' '.join(overrides)}: a value is not valid YAML ({error})") from error
-    datasets = {split: settings | changes for split, settings in found.items()}
-    train, *evaluation = datasets
-    evaluated = {split: datasets[split] for split in evaluation or [train]}
-    return parse_config({"model": {"name": "grounding_dino"}, "data": {"train": datasets[train], "eval": evaluated}})

@@ -12,6 +12,7 @@ from vg.data.detection.voc import VocConfig
 from vg.data.detection.yolo import YoloConfig
 from vg.data.expressions import CsvConfig
 from vg.data.refcoco.source import RefcocoConfig
+from vg.data.shards.source import ShardsConfig
 from vg.data.synthetic.collage import CollageConfig
 from vg.data.synthetic.glyphs import GlyphsConfig
 from vg.data.synthetic.shapes import ShapesConfig
@@ -27,6 +28,7 @@ DatasetConfig: TypeAlias = Annotated[
         VocConfig,
         YoloConfig,
         CsvConfig,
+        ShardsConfig,
     ],
     Field(discriminator="name"),
 ]

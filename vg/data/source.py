@@ -12,10 +12,13 @@ A source implements `provenance`, `__len__` and `load`. Each of the protocols be
     HasPhrases        finding phrases that are too long before the start    such a sample is found when it is loaded
     HasCategoryIds    vg eval --detections                                  error
     HasClasses        denoising labels that are classes                     the model's default number of labels
+    HasImageBytes     vg shard: image files in their original format        images that are not files become PNG
+    HasChecksums      vg check: damaged files                               only files that cannot be decoded are found
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar, runtime_checkable
@@ -130,6 +133,22 @@ class HasClasses(Protocol):
     @property
     def num_classes(self) -> int | None:
         """Number of phrases of each prompt; None if it differs."""
+
+
+@runtime_checkable
+class HasImageBytes(Protocol):
+    """A source with image files that are inside other files."""
+
+    def image_bytes(self, index: int) -> bytes | None:
+        """Return the image file of a sample; None if its image is not encoded."""
+
+
+@runtime_checkable
+class HasChecksums(Protocol):
+    """A source with checksums of its files."""
+
+    def damaged_files(self) -> Iterator[str]:
+        """Read all files and yield a message for each one that is missing or differs from its checksum."""
 
 
 def phrases_of(source: Source) -> list[tuple[str, tuple[str, ...]]]:

@@ -15,7 +15,7 @@ from vg.data.detection.annotations import AnnotatedBox, AnnotatedImage, Annotati
 from vg.data.detection.issues import Issues
 from vg.data.detection.vocabulary import VocabularyConfig, normalized_name
 from vg.data.images import find_image, image_key, read_image
-from vg.data.source import HasImageKeys, Source, Task, checked
+from vg.data.source import HasChecksums, HasImageKeys, Source, Task, checked
 from vg.errors import BadSampleError, DataError
 
 UNREADABLE = "datasets that training cannot load"
@@ -113,6 +113,9 @@ def read_dataset(name: str, config: Any, limit: int | None) -> CheckedDataset:
                 source = config.build()
             messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
             dataset.issues.add("warning", "warnings of the dataset itself", "see the message", messages)
+            if limit is None and isinstance(source, HasChecksums):
+                fix = "copy them again, or write the dataset again"
+                dataset.issues.add("error", "damaged or missing files", fix, source.damaged_files())
             _read_samples(source, dataset, limit)
     except (DataError, OSError) as error:
         dataset.issues.add("error", UNREADABLE, "see the message", [str(error)])

@@ -1,4 +1,4 @@
-"""Detects the dataset format at a path: COCO json, ODVG jsonl, Pascal VOC, YOLO, or a table of expressions."""
+"""Detects the dataset format at a path: COCO json, ODVG jsonl, Pascal VOC, YOLO, expressions, or shards."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeAlias
 
 from vg.data.detection.yolo import read_document
 from vg.data.expressions import IMAGE, PHRASE, SPLIT, read_rows
+from vg.data.shards.index import SAMPLES
+from vg.data.shards.storage import UNFINISHED
 from vg.errors import DataError
 
 Kind: TypeAlias = Literal["coco", "odvg", "csv"]
@@ -42,6 +44,8 @@ def detect_format(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _detect_folder(folder: Path) -> dict[str, dict[str, Any]]:
+    if (folder / SAMPLES).is_file() or (folder / UNFINISHED).is_file():
+        return {"train": {"name": "shards", "path": str(folder)}}
     yolo = next((file for file in (folder / "data.yaml", folder / "data.yml") if file.is_file()), None)
     voc = (folder / "Annotations").is_dir() or next(folder.glob("*.xml"), None) is not None
     roboflow = list(folder.glob("*/_annotations.coco.json"))

@@ -33,8 +33,9 @@ class OdvgConfig(Settings):
     A line has `filename`, `height`, `width` and one of
 
     - `detection`: {instances: [{bbox, label, category}]}, labels from 0 on;
-    - `grounding`: {caption, regions: [{bbox, phrase, tokens_positive}]}: `bbox` is one box or a list of them, and
-      `tokens_positive` [[begin, end], ...] are the characters of the caption that name them; see `captions`.
+    - `grounding`: {caption, regions: [{bbox, phrase, tokens_positive}]}: `bbox` is one box or a list of them, empty if
+      nothing in the image fits, and `tokens_positive` [[begin, end], ...] are the characters of the caption that name
+      them; see `captions`.
 
     All boxes are left, top, right, bottom in pixels.
     """
@@ -112,7 +113,9 @@ class OdvgSource:
             unused = "vocabulary is not used: it is for lines with numbered classes, which need a label_map"
             warnings.warn(f"{self._path}: {unused}", stacklevel=3)
         if lines:
-            self._parser().items(*self._line(0))
+            text, location = self._line(0)
+            parser = self._parser()
+            parser.items(parser.row(text, location) or {}, location)
             self._check_boxes()
 
     def __len__(self) -> int:
@@ -135,12 +138,7 @@ class OdvgSource:
             boxes, kept = clip_boxes(boxes, image)
         except BadSampleError as error:
             raise BadSampleError(f"{self._path}, {location}: {error}") from error
-        phrases, phrase_ids = tuple(parser.names[parser.num_classes :]), labels[kept] - parser.num_classes
-        if not phrases:
-            assert self.vocabulary is not None, "a line of classes without a label map has raised"
-            labels = self.vocabulary.labels[labels]
-            kept &= labels >= 0
-            phrases, phrase_ids = self.vocabulary.prompt(labels[kept], epoch, index)
+        phrases, phrase_ids, kept = line_prompt(parser, self.vocabulary, labels, kept, epoch, index)
         caption = line.caption and line.caption._replace(location=f"{self._path}, {location}")
         return Sample(f"{index + 1}/{line.file}", image, phrases, boxes[kept], phrase_ids, caption=caption)
 
@@ -181,3 +179,24 @@ class OdvgSource:
 
     def _parser(self) -> LineParser:
         return LineParser(self._label_map, RaiseFirstError(self._path, BadSampleError), self._whole)
+
+
+def line_prompt(
+    parser: LineParser, vocabulary: Vocabulary | None, labels: np.ndarray, kept: np.ndarray, epoch: int, index: int
+) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+    """Return the phrases of the line that `parser` has parsed, or those of a vocabulary if the line has classes.
+
+    Args:
+        labels: [N] int, those of the boxes of the line.
+        kept: [N] bool, which boxes are used.
+
+    Returns:
+        P phrases, phrase_ids [K] int64 of the K boxes that are used, and [N] bool, which ones these are: a vocabulary
+        may leave out classes.
+    """
+    if phrases := tuple(parser.names[parser.num_classes :]):
+        return phrases, labels[kept] - parser.num_classes, kept
+    assert vocabulary is not None, "a line of classes without a label map has raised"
+    labels = vocabulary.labels[labels]
+    kept = kept & (labels >= 0)
+    return *vocabulary.prompt(labels[kept], epoch, index), kept

@@ -56,21 +56,28 @@ class LineParser:
 
     Args:
         whole: captions are prompts: equal spans are one phrase, named by their words. Otherwise equal phrases are one.
+        exact: without a caption, phrases that differ in case or white space only are different phrases.
     """
 
-    def __init__(self, label_map: LabelMap | None, issues: Issues, whole: bool = False) -> None:
+    def __init__(self, label_map: LabelMap | None, issues: Issues, whole: bool = False, exact: bool = False) -> None:
         self.names = [name for _, name in (label_map or {}).values()]  # then the phrases, as first written
         self.num_classes = len(self.names)
         self._label_map = label_map
-        self._label_of_phrase: dict[str, int] = {}  # case-folded
+        self._label_of_phrase: dict[str, int] = {}  # case-folded unless exact
         self._issues = issues
         self._whole = whole
+        self._exact = exact
 
     def parse(self, text: bytes, location: str) -> AnnotatedImage | None:
         """Parse one line, xyxy boxes; None if it cannot be used."""
-        if (found := self.items(text, location)) is None:
+        row = self.row(text, location)
+        return None if row is None else self.parse_row(row, location)
+
+    def parse_row(self, row: Mapping[str, Any], location: str) -> AnnotatedImage | None:
+        """Parse one decoded line, see `parse`."""
+        if (found := self.items(row, location)) is None:
             return None
-        row, key, items = found
+        key, items = found
         file = str(row["filename"])
         image = AnnotatedImage(file, file, location, to_size(row.get("height"), row.get("width")), [])
         caption = str(row[key].get("caption") or "")
@@ -94,10 +101,8 @@ class LineParser:
         self._invalid_line(f"{location}: {text[:80].decode(errors='replace').strip()}: {reason}")
         return None
 
-    def items(self, text: bytes, location: str) -> tuple[dict[str, Any], str, dict[str, dict[str, Any]]] | None:
-        """Return the row, "detection" or "grounding", and instances or regions by location; None if it is invalid."""
-        if (row := self.row(text, location)) is None:
-            return None
+    def items(self, row: Mapping[str, Any], location: str) -> tuple[str, dict[str, dict[str, Any]]] | None:
+        """Return "detection" or "grounding", and instances or regions by location; None if the row is invalid."""
         key = next((key for key in _ITEMS if key in row), "")
         if "filename" not in row or not key:
             missing = "`detection` or `grounding`" if "filename" in row else "`filename`"
@@ -116,7 +121,7 @@ class LineParser:
         located = {f"{location}, {_ITEMS[key][:-1]} {index}": item for index, item in enumerate(items)}
         invalid = [f"{where}: {str(item)[:80]}" for where, item in located.items() if not isinstance(item, dict)]
         self._issues.add("error", "instances or regions that are not objects", "correct or remove them", invalid)
-        return row, key, {where: item for where, item in located.items() if isinstance(item, dict)}
+        return key, {where: item for where, item in located.items() if isinstance(item, dict)}
 
     def _invalid_line(self, example: str) -> None:
         fix = "fix or remove them; a line has a filename, and detection with instances or grounding with regions"
@@ -157,12 +162,13 @@ class LineParser:
             fix = "correct one of them; the phrase is used, and tokens_positive only where there is none"
             example = f"{location}: phrase {phrase[:80]!r}, tokens_positive {words[:80]!r}"
             self._issues.add("warning", "phrases that differ from the text at their tokens_positive", fix, [example])
-        if not isinstance(phrase, str) or not (phrase := " ".join(phrase.split())):
+        exact = self._exact and not caption
+        if not isinstance(phrase, str) or not (words := " ".join(phrase.split())):
             fix = "add it, or tokens_positive [[begin, end], ...]"
             example = f"{location}: phrase {item.get('phrase')!r} and no tokens_positive in the caption"
             self._issues.add("error", "regions without a phrase", fix, [example])
             return None
-        return self._label_of_name(phrase)
+        return self._label_of_name(phrase if exact else words, exact)
 
     def _label_of_spans(self, spans: Spans, words: str, known: dict[Spans, int], example: str) -> int | None:
         """Return the label of spans of a whole caption; the second phrase "a man" of a caption is named "a man (2)"."""
@@ -181,8 +187,8 @@ class LineParser:
             known[key] = next(label for label in map(self._label_of_name, names) if label not in known.values())
         return known[key]
 
-    def _label_of_name(self, name: str) -> int:
-        label = self._label_of_phrase.setdefault(name.casefold(), len(self.names))
+    def _label_of_name(self, name: str, exact: bool = False) -> int:
+        label = self._label_of_phrase.setdefault(name if exact else name.casefold(), len(self.names))
         if label == len(self.names):
             self.names.append(name)
         return label
@@ -200,8 +206,10 @@ class LineParser:
         return tuple((begin, end) for begin, end in spans)
 
     def _boxes(self, item: Mapping[str, Any], key: str, location: str) -> list[list[float]]:
-        """Return the box of an instance, or the boxes of a region, which has one or a list of them."""
+        """Return the box of an instance, or the boxes of a region, which has one or a list of any length."""
         value = item.get("bbox")
+        if value == [] and key == "grounding":
+            return []
         values = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
         boxes = [to_box(value) for value in values]
         if None in boxes:

@@ -163,6 +163,10 @@ class Refcoco:
         files = image_files(self._image_names(), root)  # [rows]
         return [files[row] for row in self._indices[:, 0].tolist()]
 
+    def image_bytes(self, index: int) -> bytes | None:
+        source, _ = image_source(self._table.row(int(self._indices[index, 0])), self._image_root)
+        return source.read_bytes() if isinstance(source, Path) else source if isinstance(source, bytes) else None
+
     def _image_names(self) -> list[str]:
         return [image_name(row) for row in self._table.select(("image_path", "file_name")).rows]  # without pixels
 

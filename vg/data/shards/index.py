@@ -1,0 +1,167 @@
+"""The index of a dataset in shards: index.json lists the shards, samples.npy has the position of every sample in them.
+
+A folder of shards contains
+
+    index.json      format and version, shards with samples, bytes and SHA-256, provenance, classes
+    samples.npy     one row of ROW per sample, in the order of the shards; it is mapped, not read
+    000000.tar      or .parquet: the shards, see vg.data.shards.containers
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+
+from vg.data.source import Provenance
+from vg.errors import DataError
+from vg.files import replacing, write_json
+
+ShardFormat: TypeAlias = Literal["tar", "parquet"]
+
+VERSION = 1
+INDEX, SAMPLES = "index.json", "samples.npy"
+ROW = np.dtype(
+    [
+        ("image_start", "<i8"),  # position of the bytes of the image in the file of the shard
+        ("line_start", "<i8"),  # and of those of the JSON line
+        ("image_bytes", "<u4"),
+        ("line_bytes", "<u4"),
+        ("height", "<u4"),  # of the image, in pixels
+        ("width", "<u4"),
+        ("image", "<i8"),  # equal for samples of one image, which are neighbors
+    ]
+)
+
+
+class ShardFile(NamedTuple):
+    """One file of the dataset; `samples` is the number of samples in it."""
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """The content of index.json."""
+
+    format: ShardFormat
+    shards: Sequence[ShardFile]
+    table: ShardFile  # samples.npy
+    provenance: Provenance
+    classes: Sequence[str] | None  # names by label; None without lines of numbered classes
+    category_ids: Sequence[Any] | None  # ids of the classes in result files, if they have any
+    all_detections: bool  # every line has numbered classes
+    skipped: int  # bad samples of the original dataset that were left out
+    settings: Mapping[str, Any]  # what the shards were written from
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """[shards] int64, the index after the last sample of each shard."""
+        return np.cumsum([shard.samples for shard in self.shards], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.shards) else 0
+
+    def to_json(self) -> dict[str, Any]:
+        own = {"table": self.table._asdict(), "shards": [shard._asdict() for shard in self.shards]}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {"version": VERSION} | values | own | {"provenance": asdict(self.provenance)}
+
+    @classmethod
+    def parse(cls, content: bytes, where: str) -> Index:
+        """Parse index.json.
+
+        Raises:
+            DataError: it is not an index, or one of another version; the message begins with `where`.
+        """
+        try:
+            values = json.loads(content)
+            version = values.pop("version")
+            if version != VERSION:
+                raise DataError(
+                    f"{where} has version {version}, this vg reads version {VERSION}; write the shards again with "
+                    "vg shard, or use the vg that wrote them"
+                )
+            shards = [ShardFile(**shard) for shard in values.pop("shards")]
+            provenance, table = Provenance(**values.pop("provenance")), ShardFile(**values.pop("table"))
+            return cls(shards=shards, table=table, provenance=provenance, **values)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            if isinstance(error, DataError):
+                raise
+            fix = "path is a folder that vg shard has written; copy its index.json again"
+            raise DataError(f"{where} is not an index of shards ({error!r}); {fix}") from error
+
+
+def map_rows(file: Path, index: Index) -> np.ndarray:
+    """Map samples.npy: [samples] of ROW; raises DataError if it does not belong to the index."""
+    try:
+        rows = np.load(file, mmap_mode="r")
+    except (OSError, ValueError) as error:  # ValueError: not a .npy file, or a truncated one
+        raise DataError(f"{file} cannot be read ({error}); copy it again, or write it with vg shard") from error
+    if rows.dtype != ROW or rows.shape != (len(index),):
+        found = f"{rows.dtype} {list(rows.shape)}"
+        raise DataError(f"{file} does not belong to index.json, which has {len(index)} samples; it has {found}")
+    return rows
+
+
+def write_index(
+    folder: Path,
+    format: ShardFormat,
+    shards: Sequence[ShardFile],
+    rows: Iterable[np.ndarray],
+    provenance: Provenance,
+    classes: Sequence[str] | None = None,
+    category_ids: Sequence[Any] | None = None,
+    all_detections: bool = False,
+    skipped: int = 0,
+    settings: Mapping[str, Any] | None = None,
+) -> Index:
+    """Write samples.npy and then index.json, atomically.
+
+    Args:
+        shards: the files in the folder; those without samples are left out.
+        rows: the rows of their samples, in this order: any number of [samples] of ROW.
+    """
+    shards = [shard for shard in shards if shard.samples]
+    with replacing(folder / SAMPLES, is_file=True) as partial, partial.open("wb") as file:
+        length = sum(shard.samples for shard in shards)
+        header = {"descr": np.lib.format.dtype_to_descr(ROW), "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for some in rows:
+            file.write(some.astype(ROW, copy=False).tobytes())
+    table = file_entry(folder / SAMPLES, length)
+    index = Index(
+        format=format,
+        shards=shards,
+        table=table,
+        provenance=provenance,
+        classes=classes,
+        category_ids=category_ids,
+        all_detections=all_detections,
+        skipped=skipped,
+        settings=settings or {},
+    )
+    write_json(folder / INDEX, index.to_json())
+    return index
+
+
+def file_entry(file: Path, samples: int) -> ShardFile:
+    """Return name, size and SHA-256 of a file."""
+    return ShardFile(file.name, samples, file.stat().st_size, sha256_of(file))
+
+
+def sha256_of(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,234 @@
+"""Samples of a dataset in shards, which vg shard writes, from a folder or a URL."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from vg.data.detection.issues import RaiseFirstError
+from vg.data.detection.odvg import OdvgConfig, line_prompt
+from vg.data.detection.odvg_lines import LabelMap, LineParser
+from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
+from vg.data.images import read_image
+from vg.data.shards.containers import check_columns
+from vg.data.shards.index import INDEX, Index, ShardFile, map_rows, sha256_of
+from vg.data.shards.lines import extras
+from vg.data.shards.storage import open_storage
+from vg.errors import BadSampleError, DataError
+from vg.settings import Settings
+from vg.types import Sample
+
+_OPEN_FILES = 64  # shards that a process keeps open
+
+
+@dataclass
+class ShardsConfig(Settings):
+    """Which shards to read."""
+
+    name: Literal["shards"] = "shards"
+    path: str = field(kw_only=True)
+    """The folder that vg shard has written, or its URL: s3://, gs://, hf://, https:// and all others that fsspec opens,
+    for which a package such as s3fs may be necessary."""
+    cache: str | None = None
+    """Folder for shards of a URL, which processes and datasets may share; ~/.cache/vg/shards by default."""
+    cache_gb: Annotated[float, Field(gt=0)] = 100.0
+    """Gigabytes (10^9 bytes) of shards that the cache may have; the least recently used ones are deleted. Downloads in
+    progress may exceed it by one shard per process."""
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    """For numbered classes, all of which are in the shards, see vg.data.detection.vocabulary."""
+    captions: Literal["phrases", "whole"] = "phrases"
+    """Prompt of a sample with a caption, see vg.data.detection.odvg."""
+
+    @classmethod
+    def miniature(cls, folder: Path) -> ShardsConfig:
+        """Write a tiny dataset and return its settings, for tests."""
+        from vg.data.shards.write import write_shards
+
+        write_shards(OdvgConfig.miniature(folder), folder / "shards", samples_per_shard=3)
+        return cls(path=str(folder / "shards"))
+
+    def build(self) -> Shards:
+        return Shards(self)
+
+
+class Shards:
+    """The samples as a vg.data.source.Source; nothing but the index is read before the first sample.
+
+    A sample equals that of the dataset that was written, where settings of vocabulary and captions are equal.
+
+    Raises:
+        DataError: there are no shards, their index is of another version, or the vocabulary does not fit their classes.
+    """
+
+    def __init__(self, config: ShardsConfig) -> None:
+        self._config = config
+        self._storage = open_storage(config.path, config.cache, config.cache_gb)
+        content = self._storage.read_index()
+        self.index = Index.parse(content, f"{config.path.rstrip('/')}/{INDEX}")
+        self.provenance = self.index.provenance
+        self._fingerprint = hashlib.sha256(content).hexdigest()
+        self.vocabulary: Vocabulary | None = None
+        self._label_map: LabelMap | None = None
+        if self.index.classes is not None:
+            self.vocabulary = Vocabulary(self.index.classes, config.vocabulary, config.path)
+            self._label_map = {label: (label, name) for label, name in enumerate(self.index.classes)}
+            if self.index.category_ids is not None:
+                ids = [self.index.category_ids[label] for label in self.vocabulary.used]
+                # An attribute, because not all shards have it.
+                self.category_ids: Any = dict(zip(self.vocabulary.phrases, ids, strict=True))
+        self._starts = np.concatenate([[0], self.index.ends])  # [shards + 1]
+        self._open_locally()
+
+    def _open_locally(self) -> None:
+        self._rows = map_rows(self._storage.file(self.index.table), self.index)
+        self._files: OrderedDict[int, _Descriptor] = OrderedDict()  # by number of the shard, last used last
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the map, which would be copied, and open files; a process with another start method opens them."""
+        return {name: value for name, value in vars(self).items() if name not in ("_rows", "_files")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open_locally()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def load(self, index: int, epoch: int) -> Sample:
+        """Return one sample; the epoch matters where the vocabulary samples phrases.
+
+        Raises:
+            BadSampleError: the message names the shard and the sample.
+            DataError: a shard is missing, truncated or changed, or cannot be downloaded.
+        """
+        image_bytes, text, location = self._bytes(index)
+        strict = RaiseFirstError(self._config.path, BadSampleError)
+        parser = LineParser(self._label_map, strict, self._config.captions == "whole", exact=True)
+        row = parser.row(text, location)
+        assert row is not None, "an invalid line has raised"
+        line = parser.parse_row(row, location)
+        assert line is not None, "an invalid line has raised"
+        image = read_image(image_bytes, f"{line.file} ({location})")
+        if image.shape[:2] != line.size:
+            raise BadSampleError(
+                f"{location}: the image is {image.shape[:2]}, its line has (height, width) {line.size}"
+            )
+        boxes = np.array([box.values for box in line.boxes], np.float32).reshape(-1, 4)
+        labels = np.array([box.label for box in line.boxes], np.int64)
+        expression_type, crowd, areas = extras(row)
+        kept = np.ones(len(boxes), bool)
+        if crowd is not None and self.vocabulary and self.vocabulary.config.negatives is not None:
+            kept = ~crowd  # as in vg.data.detection.source
+        phrases, phrase_ids, kept = line_prompt(parser, self.vocabulary, labels, kept, epoch, index)
+        return Sample(
+            id=row["id"],
+            image=image,
+            phrases=phrases,
+            boxes=boxes[kept],
+            phrase_ids=phrase_ids,
+            expression_type=expression_type,
+            crowd=None if crowd is None or not crowd[kept].any() else crowd[kept],
+            areas=None if areas is None else areas[kept],
+            caption=line.caption and line.caption._replace(location=location),
+        )
+
+    def image_bytes(self, index: int) -> bytes:
+        """Return the image file of a sample; raises as `load`."""
+        return self._bytes(index)[0]
+
+    @property
+    def num_classes(self) -> int | None:
+        if self.vocabulary is None or not self.index.all_detections or self.vocabulary.config.negatives is not None:
+            return None
+        return len(self.vocabulary.names)
+
+    def shard_ends(self) -> np.ndarray:
+        return self.index.ends
+
+    def image_sizes(self, epoch: int) -> np.ndarray:
+        return np.stack([self._rows["height"], self._rows["width"]], axis=1).astype(np.int64)
+
+    def image_groups(self, epoch: int) -> np.ndarray:
+        return np.array(self._rows["image"])
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the index, which has that of every shard."""
+        return self._fingerprint
+
+    def damaged_files(self) -> Iterator[str]:
+        """Read all files and yield a message for each whose checksum is not that of the index, or that is missing."""
+        for entry in (self.index.table, *self.index.shards):
+            try:
+                if sha256_of(self._storage.file(entry)) != entry.sha256:
+                    yield f"{self._location(entry)}: its SHA-256 is not that of {INDEX}"
+            except DataError as error:
+                yield str(error)
+
+    def _bytes(self, index: int) -> tuple[bytes, bytes, str]:
+        """Return image file, line and location of a sample."""
+        row = self._rows[index]
+        number = int(np.searchsorted(self.index.ends, index, side="right"))
+        entry = self.index.shards[number]
+        location = f"{self._location(entry)}, sample {index - self._starts[number]}"
+        file = self._file(number)
+        image = file.read(int(row["image_bytes"]), int(row["image_start"]), location)
+        return image, file.read(int(row["line_bytes"]), int(row["line_start"]), location), location
+
+    def _location(self, entry: ShardFile) -> str:
+        return f"{self._config.path.rstrip('/')}/{entry.file}"
+
+    def _file(self, number: int) -> _Descriptor:
+        """Return the open file of a shard."""
+        file = self._files.pop(number, None) or self._open(number)
+        self._files[number] = file
+        if len(self._files) > _OPEN_FILES:
+            self._files.popitem(last=False)
+        return file
+
+    def _open(self, number: int) -> _Descriptor:
+        entry = self.index.shards[number]
+        for _ in range(3):
+            path = self._storage.file(entry)
+            try:
+                file = _Descriptor(path)
+                if self.index.format == "parquet":
+                    check_columns(path)
+                return file
+            except FileNotFoundError:  # another process has made room in the cache
+                continue
+            except OSError as error:
+                raise DataError(f"the shard {path} cannot be read: {error.strerror}") from error
+        raise DataError(
+            f"{self._location(entry)} was deleted from the cache three times before it could be opened; set a larger "
+            "cache_gb"
+        )
+
+
+class _Descriptor:
+    """An open file that processes and threads read by position; it is closed with its last reference."""
+
+    def __init__(self, path: Path) -> None:
+        self._number = -1
+        self._number = os.open(path, os.O_RDONLY)
+
+    def read(self, length: int, start: int, location: str) -> bytes:
+        """Read bytes; raises DataError with `location` if the file has less."""
+        try:
+            content = os.pread(self._number, length, start)
+        except OSError as error:
+            raise DataError(f"{location} cannot be read: {error.strerror}") from error
+        if len(content) < length:
+            raise DataError(f"{location} ends beyond the end of the file: the shard is truncated; copy it again")
+        return content
+
+    def __del__(self) -> None:
+        if self._number >= 0:
+            os.close(self._number)
