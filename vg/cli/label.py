@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 NUM_SHOWN = 20  # phrases in the summary
 EPILOG = """
-DATA is a folder of images, a pattern such as 'photos/*.jpg', or a table (.jsonl, .csv, .parquet) whose column image
-names them. OUT gets a file of ODVG lines per shard, written as a whole or not at all: a repeated command labels what is
-missing, also with another number of workers. Several workers: torchrun --nproc_per_node 8 -m vg label ..., an array job
-with --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT, or --engine ray. Labels do not depend on workers or
-interruptions, on one type of processor and with one number of threads each.
+DATA is a folder of images, a pattern such as 'photos/*.jpg', a table (.jsonl, .csv, .parquet) whose column image names
+them, or what vg shard has written, as a folder or a URL. OUT gets a file of ODVG lines per shard, written as a whole or
+not at all: a repeated command labels what is missing, also with another number of workers. Several workers: torchrun
+--nproc_per_node 8 -m vg label ..., an array job with --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT, or --engine
+ray. Labels do not depend on workers or interruptions, on one type of processor and with one number of threads each.
 """
 
 
@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='a phrase per line, or JSON with thresholds: {"dog": 0.4, "cat": null}',
     )
     phrases.add_argument(
-        "--captions", metavar="KEY", help="column of the table: search for the noun phrases of each caption"
+        "--captions",
+        metavar="KEY",
+        help="column of the table, or key in the lines of shards: search for the noun phrases of each caption",
     )
     add = parser.add_argument
     add("--pipeline", default="en_core_web_sm", help="pipeline of spaCy, for --captions (default: %(default)s)")
@@ -80,14 +82,14 @@ def run(options: argparse.Namespace) -> None:
     options.phrases = phrases if isinstance(phrases, dict) else phrases and dict.fromkeys(phrases)
     settings = LabelSettings(**{name: getattr(options, name) for name in LabelSettings.__dataclass_fields__})
     if options.engine == "ray":
-        counts, image_root = label_on_ray(settings, options.workers)
+        counts, data = label_on_ray(settings, options.workers)
     else:
-        counts, image_root = label(settings, *worker_of(options.shard))
-    _print(counts, image_root, settings)
+        counts, data = label(settings, *worker_of(options.shard))
+    _print(counts, data, settings)
 
 
-def _print(counts: Counts, image_root: str | None, settings: LabelSettings) -> None:
-    """Print what was labeled, and how to train with it once all shards are there, which have an image root then."""
+def _print(counts: Counts, data: dict[str, str] | None, settings: LabelSettings) -> None:
+    """Print what was labeled and, once all shards are there, how to train with `data`."""
     skipped = f", {counts.skipped:,} images skipped (see *.skipped.json)" if counts.skipped else ""
     print(f"{counts.images:,} images, {counts.boxes:,} boxes{skipped}")
     print(f"{counts.total:.1f} s, {counts.forward:.1f} s of them in forward passes")
@@ -95,9 +97,8 @@ def _print(counts: Counts, image_root: str | None, settings: LabelSettings) -> N
         print(f"  {number:,} {printable(phrase)}")
     if len(counts.phrases) > NUM_SHOWN:
         print(f"  and {len(counts.phrases) - NUM_SHOWN:,} more phrases")
-    if image_root is None:
+    if data is None:
         print(f"{settings.output} is not complete: other workers are at work, or the command must be repeated")
     elif settings.format != "parquet":
-        captions = ", captions: whole" if settings.captions else ""
-        data = f"data.train={{name: odvg, path: {settings.output}, image_root: {image_root}{captions}}}"
-        print(f"{settings.output} is complete; to train with it: {shlex.quote(data)}")
+        values = ", ".join(f"{key}: {value}" for key, value in data.items())
+        print(f"{settings.output} is complete; to train with it: {shlex.quote(f'data.train={{{values}}}')}")

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from vg.data.detection.line_files import LABEL_MAP, SETTINGS
 from vg.errors import ConfigError
 from vg.files import read_json, write_shared
 from vg.inference.formats import Record, write_results
 
 FORMATS = ("odvg", "coco", "parquet")
-SETTINGS, LABEL_MAP, COCO = "labels.json", "label_map.json", "labels.coco.json"
-INFORMATIVE = ("model", "data", "image_root")  # paths: model and data may move
+COCO = "labels.coco.json"
+INFORMATIVE = ("model", "data")  # paths: model and data may move
 Line = Mapping[str, Any]
 
 

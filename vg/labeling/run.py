@@ -35,10 +35,10 @@ def worker_of(shard: str | None) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def label(settings: LabelSettings, index: int, num_workers: int) -> tuple[Counts, str | None]:
-    """Label the missing ones of the shards index, index + num_workers, ...; return counts and the folder of the images.
+def label(settings: LabelSettings, index: int, num_workers: int) -> tuple[Counts, dict[str, str] | None]:
+    """Label the missing ones of the shards index, index + num_workers, ...; return counts and the data to train with.
 
-    The folder is None as long as shards of other workers are missing.
+    The latter is None as long as shards of other workers are missing.
 
     Raises:
         UserError: see Labeler.
@@ -47,10 +47,10 @@ def label(settings: LabelSettings, index: int, num_workers: int) -> tuple[Counts
     shards = labeler.folder.missing(range(index, len(labeler.plan), num_workers))
     shown = int(os.environ.get("LOCAL_RANK", 0)) == 0  # of the workers that share a terminal
     counts = _sum(labeler.run(shards), labeler, shards, shown)
-    return counts, labeler.plan.image_root if labeler.folder.finish() else None
+    return counts, labeler.finish()
 
 
-def label_on_ray(settings: LabelSettings, num_workers: int | None) -> tuple[Counts, str | None]:
+def label_on_ray(settings: LabelSettings, num_workers: int | None) -> tuple[Counts, dict[str, str] | None]:
     """Label the missing shards by workers of Ray, one per GPU of the cluster by default; returns as `label`.
 
     The cluster is that of the environment variable RAY_ADDRESS, or else this machine. Data, model and output are paths
@@ -80,7 +80,7 @@ def label_on_ray(settings: LabelSettings, num_workers: int | None) -> tuple[Coun
         num_gpus=min(1, gpus),
     )
     counts = _sum(map(_counts_of, rows.iter_rows() if shards else ()), labeler, shards, True)
-    return counts, labeler.plan.image_root if labeler.folder.finish() else None
+    return counts, labeler.finish()
 
 
 class _Actor:

@@ -21,19 +21,23 @@ def read_table(file: Path, captions: str | None) -> Iterator[tuple[str, str | No
     Raises:
         DataError: the file cannot be read, has no such column, or a row has no image.
     """
-    first, *keys = captions.split(".") if captions else [""]
+    first = (captions or "").partition(".")[0]
     image = ""
     for location, row in _parquet_rows(file, first) if file.suffix == ".parquet" else read_rows(file):
         image = image or next((name for name in IMAGE if name in row), "")
         if not image or (captions and first not in row):
             missing = f"{first} (--captions)" if image else f"{' or '.join(IMAGE)} (the image file)"
             raise DataError(f"{file}, {location}: no column {missing}; the columns are {', '.join(row)}")
-        name, caption = row.get(image), row.get(first)
-        if not isinstance(name, str) or not name:
+        if not isinstance(name := row.get(image), str) or not name:
             raise DataError(f"{file}, {location}: {image} is {str(name)[:80]!r}, expected the name of an image file")
-        for key in keys:
-            caption = caption.get(key) if isinstance(caption, Mapping) else None
-        yield name, None if caption is None else str(caption)
+        yield name, text_at(row, captions) if captions else None
+
+
+def text_at(row: Any, key: str) -> str | None:
+    """Return the value of a key such as "grounding.caption", None if it is missing."""
+    for name in key.split("."):
+        row = row.get(name) if isinstance(row, Mapping) else None
+    return None if row is None else str(row)
 
 
 def _parquet_rows(file: Path, captions: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

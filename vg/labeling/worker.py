@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,12 +118,23 @@ class Labeler:
                 yield counts
             self.folder.write(shard, lines, skipped)
 
+    def finish(self) -> dict[str, str] | None:
+        """Complete the folder, if all shards are there; return the settings of a dataset of images and labels."""
+        if not self.folder.finish():
+            return None
+        captions = {} if self.settings.captions is None else {"captions": "whole"}
+        return self.plan.train_data(self.settings.output) | captions
+
     def _batches(self, shards: Sequence[int]) -> Iterator[list[PlannedImage]]:
         """Yield the images of the shards in batches, none of which has images of two shards."""
-        for shard in shards:
-            images = self.plan.images(shard)
-            for start in range(0, len(images), self.settings.batch_size):
-                yield images[start : start + self.settings.batch_size]
+        with ThreadPoolExecutor(1, "vg-shards") as pool:  # to download the next shard before it is needed
+            waiting = deque(pool.submit(self.plan.images, shard) for shard in shards[:1])
+            for shard in [*shards[1:], None]:
+                images = waiting.popleft().result()
+                if shard is not None:
+                    waiting.append(pool.submit(self.plan.images, shard))
+                for start in range(0, len(images), self.settings.batch_size):
+                    yield images[start : start + self.settings.batch_size]
 
     def _prepare(self, images: Sequence[PlannedImage], pixels: Sequence[np.ndarray]) -> Planned:
         prompts = self._prompter.prompts(images)
@@ -138,13 +150,13 @@ class Labeler:
         start = time.perf_counter()
         found = iter(self.grounder.backend.predict(batch) if batch is not None else ())
         counts.forward += time.perf_counter() - start
-        for (name, pixels), prompt in zip(ready, prompts, strict=True):
+        for image, pixels, prompt in zip(ready.images, ready.pixels, prompts, strict=True):
             boxes = next(found) if prompt.phrases else Boxes(np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
-            labels = self._selected(Result(name, pixels, prompt.phrases, *boxes))
+            labels = self._selected(Result(image.name, pixels, prompt.phrases, *boxes))
             counts.images += 1
             counts.boxes += len(labels.boxes)
             counts.phrases.update(prompt.phrases[index] for index in labels.phrase_ids.tolist())
-            yield self._prompter.line(labels, prompt)
+            yield {**image.extra, **self._prompter.line(labels, prompt)}
 
     def _selected(self, result: Result) -> Labels:
         """Select boxes by their thresholds, round them, and leave out those that training leaves out."""
@@ -170,7 +182,6 @@ class Labeler:
             "weights": digest(self.grounder, settings.checkpoint),
             "overrides": list(settings.overrides),
             "data": settings.data,
-            "image_root": plan.image_root,
             "images": plan.num_images,
             "names": plan.digest,
             "shards": len(plan),
