@@ -4,16 +4,20 @@
 
 Small drawn scenes and a small Grounding DINO with random weights, one thread per process. The labels of every row must
 equal those of an undisturbed run, byte by byte. The overhead is that of one process: labeling a folder and forward
-passes of the same batches, prepared beforehand, run in turn, and the median of the ratios is reported.
+passes of the same batches, prepared beforehand, run in turn, and the medians of the ratios are reported. On a busy
+machine, compare CPU times.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +26,11 @@ import psutil
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 LABEL = ("-m", "vg", "label")
+CLOCKS = {
+    "elapsed": time.perf_counter,
+    "CPU of the main thread, beside which images are read": time.thread_time,
+    "CPU of all threads": time.process_time,
+}
 PHRASES = ("red cross", "star", "blue square", "circle")
 
 
@@ -45,7 +54,7 @@ class Killed:
 
     Args:
         engine: "torchrun", "array" (one of its workers is started) or "ray".
-        seed: of the moment and of the worker.
+        seed: of the moment and of the worker; of an array, worker `seed` modulo `workers` is started.
     """
 
     def __init__(self, engine: str, workers: int, words: list[str], out: Path, seed: int):
@@ -55,7 +64,7 @@ class Killed:
             launcher = ["python", "-m", "torch.distributed.run", "--nproc_per_node", str(workers)]
             self.process = start([*launcher, *LABEL], words, out)
         elif engine == "array":
-            shard = f"{self.random.randrange(workers)}/{workers}"
+            shard = f"{seed % workers}/{workers}"
             self.process = start(["python", *LABEL], words, out, "--shard", shard)
         else:
             self.process = start(["python", *LABEL], words, out, "--engine", "ray", "--workers", str(workers))
@@ -111,8 +120,8 @@ def write_model(folder: Path) -> None:
     checkpoint.write_model(folder, config.model.build(pretrained=False), config)
 
 
-def overhead(model: Path, images: Path, folder: Path, count: int, rounds: int) -> tuple[float, float, float]:
-    """Return the median seconds of labeling, those of plain forward passes, and the median of their ratios."""
+def overhead(model: Path, images: Path, folder: Path, count: int, rounds: int) -> dict[str, float]:
+    """Return the medians of the ratios of labeling and plain forward passes of the same images, by clock."""
     import torch
 
     from vg.data.images import read_image
@@ -125,21 +134,20 @@ def overhead(model: Path, images: Path, folder: Path, count: int, rounds: int) -
         (few / file.name).symlink_to(file)
     phrases = dict.fromkeys(PHRASES)
     pixels = [read_image(file, file.name) for file in sorted(few.iterdir())]
-    pairs = []
+    ratios: dict[str, list[float]] = {name: [] for name in CLOCKS}
     for number in range(rounds + 1):  # the first is a warm-up
         labeler = Labeler(LabelSettings(str(model), str(few), str(folder / f"few{number}"), phrases, device="cpu"))
-        backend = labeler.grounder.backend
-        batches = [backend.prepare(pixels[i : i + 8], [PHRASES] * len(pixels[i : i + 8])) for i in range(0, count, 8)]
-        begin = time.perf_counter()
+        backend, parts = labeler.grounder.backend, [pixels[i : i + 8] for i in range(0, count, 8)]
+        batches = [backend.prepare(part, [PHRASES] * len(part)) for part in parts]
+        begin = {name: clock() for name, clock in CLOCKS.items()}
         for _ in labeler.run(range(len(labeler.plan))):
             pass
-        middle = time.perf_counter()
+        middle = {name: clock() for name, clock in CLOCKS.items()}
         for batch in batches:
             backend.predict(batch)
-        pairs.append((middle - begin, time.perf_counter() - middle))
-    pairs = pairs[1:]
-    labeling, forward = (statistics.median(values) for values in zip(*pairs, strict=True))
-    return labeling, forward, statistics.median(a / b for a, b in pairs)
+        for name, clock in CLOCKS.items():
+            ratios[name].append((middle[name] - begin[name]) / (clock() - middle[name]))
+    return {name: statistics.median(values[1:]) for name, values in ratios.items()}
 
 
 def kill_test(engine: str, workers: int, words: list[str], out: Path, kills: int, num_shards: int) -> tuple[int, float]:
@@ -184,10 +192,8 @@ def main() -> None:
         write_model(model)
         write_scenes(images, options.images, options.side)
         if options.rounds:
-            labeling, forward, ratio = overhead(model, images, folder, options.timed, options.rounds)
-            print(
-                f"{options.timed} images: vg label {labeling:.2f} s, forward passes {forward:.2f} s, ratio {ratio:.3f}"
-            )
+            for clock, ratio in overhead(model, images, folder, options.timed, options.rounds).items():
+                print(f"{options.timed} images: labeling / forward passes, {clock}: {ratio:.3f}", flush=True)
         settings = ["--threshold", "0.05", "--shard-size", str(options.shard_size), "--device", "cpu"]
         words = [str(model), str(images), "-p", *PHRASES, *settings]
         num_shards = -(-options.images // options.shard_size)
