@@ -62,11 +62,13 @@ def _copy(url: str, file: BinaryIO, size: int | None) -> None:
     with closing(_chunks(url)) as chunks:
         for chunk in chunks:
             count += len(chunk)
+            if size is not None and count > size:
+                raise EOFError(f"more than {size} bytes")
             try:
                 file.write(chunk)
             except OSError as error:
                 raise _WriteError(error) from error
-    if size is not None and count != size:
+    if size is not None and count < size:
         raise EOFError(f"{count} of {size} bytes")
 
 

@@ -104,7 +104,7 @@ class Index:
 def map_rows(file: Path, index: Index) -> np.ndarray:
     """Map samples.npy: [samples] of ROW; raises DataError if it does not belong to the index."""
     try:
-        rows = np.load(file, mmap_mode="r")
+        rows = np.asarray(np.load(file, mmap_mode="r"))  # items of np.memmap are slower
     except (OSError, ValueError) as error:  # ValueError: not a .npy file, or a truncated one
         raise DataError(f"{file} cannot be read ({error}); copy it again, or write it with vg shard") from error
     if rows.dtype != ROW or rows.shape != (len(index),):

@@ -101,18 +101,19 @@ class ShardJob:
         return number
 
     def _entries(self, positions: range, counts: dict[str, int]) -> Iterator[Entry]:
-        last: tuple[int, bytes, str] = (-1, b"", "")
+        image, content, suffix = np.zeros((0, 0, 3), np.uint8), b"", ""  # the last one
         for position in positions:
-            index, image = int(self.order[position]), int(self.images[position])
+            index = int(self.order[position])
             try:
                 sample = self.source.load(index, 0)
                 checked(sample)
-                if image != last[0]:
-                    last = image, *image_file(sample.image, self._original(index))
+                if not np.array_equal(sample.image, image):
+                    content, suffix = image_file(sample.image, self._original(index))
+                    image = sample.image
                 is_detection = self.vocabulary is not None and sample.phrases is self.vocabulary.phrases
                 key, file = f"{position:010d}", self.files[index]
                 classes = self.vocabulary.names if self.vocabulary and is_detection else None
-                line = line_of(sample, file.name if file else key + last[2], classes)
+                line = line_of(sample, file.name if file else key + suffix, classes)
             except BadSampleError as error:
                 if not self.skip:
                     raise
@@ -120,7 +121,7 @@ class ShardJob:
                 counts["skipped"] += 1
                 continue
             counts["detections"] += is_detection
-            yield Entry(key, sample.id, last[1], last[2], line, sample.image.shape[:2], image)
+            yield Entry(key, sample.id, content, suffix, line, image.shape[:2], int(self.images[position]))
 
     def _original(self, index: int) -> bytes | None:
         """Return the image file of a sample of the source, if it has one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -91,6 +92,9 @@ class Shards:
                 ids = [self.index.category_ids[label] for label in self.vocabulary.used]
                 # An attribute, because not all shards have it.
                 self.category_ids: Any = dict(zip(self.vocabulary.phrases, ids, strict=True))
+        elif config.vocabulary != VocabularyConfig():
+            unused = "vocabulary is not used: it is for numbered classes, of which these shards have none"
+            warnings.warn(f"{config.path}: {unused}", stacklevel=3)
         self._starts = np.concatenate([[0], self.index.ends])  # [shards + 1]
         self._open_locally()
 
@@ -195,11 +199,11 @@ class Shards:
 
     def _read(self, index: int, what: Literal["image", "line"]) -> tuple[bytes, str]:
         """Return the image file or the line of a sample in a shard, and its location."""
-        row = self._rows[index]
+        image_start, line_start, image_bytes, line_bytes, *_ = self._rows[index].item()
+        start, length = (image_start, image_bytes) if what == "image" else (line_start, line_bytes)
         number = int(np.searchsorted(self.index.ends, index, side="right"))
         location = f"{self._location(self.index.shards[number])}, sample {index - self._starts[number]}"
-        content = self._file(number).read(int(row[f"{what}_bytes"]), int(row[f"{what}_start"]), location)
-        return content, location
+        return self._file(number).read(length, start, location), location
 
     def _location(self, entry: ShardFile) -> str:
         return f"{self._config.path.rstrip('/')}/{entry.file}"

@@ -94,22 +94,22 @@ class CachedUrl:
         from filelock import FileLock
 
         file = self._folder / entry.file
-        if not _used(file):
-            locks = self._folder / "locks"
-            try:
+        locks = self._folder / "locks"
+        try:
+            if not _used(file):
                 locks.mkdir(parents=True, exist_ok=True)
                 with FileLock(locks / entry.file):  # released if the process ends
                     if not _used(file):  # else another process was faster
                         self._download(entry, file)
-            except OSError as error:
-                raise self._unwritable(error) from error
-        return file
+            return file
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def _download(self, entry: ShardFile, file: Path) -> None:
         """Download a file; if the disk is full, first delete all shards in the cache."""
         if entry.bytes > self.limit:
             raise DataError(
-                f"the shard {self.url}/{entry.file} has {entry.bytes / 1e9:.2g} GB, more than the cache {self.cache} "
+                f"{self.url}/{entry.file} has {entry.bytes / 1e9:.2g} GB, more than the cache {self.cache} "
                 f"may have; set cache_gb to at least {2 * entry.bytes / 1e9:.2g}"
             )
         limits = [self.limit - entry.bytes, 0]

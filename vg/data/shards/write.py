@@ -27,6 +27,8 @@ from vg.files import read_json, remove, write_json
 from vg.settings import differences
 from vg.types import Sample
 
+_WAIT = 5.0  # seconds for the workers of a killed process to end
+
 
 def write_shards(
     dataset: Any,
@@ -67,10 +69,10 @@ def write_shards(
             }
         )
     )
-    if (index := _begin(folder, settings)) is not None:
-        return index
-    job = ShardJob.of(source, folder, format, samples_per_shard, bad_samples == "skip")
     with _locked(folder):
+        if (index := _begin(folder, settings)) is not None:
+            return index
+        job = ShardJob.of(source, folder, format, samples_per_shard, bad_samples == "skip")
         lengths = np.diff(job.ends, prepend=0)  # [shards]
         missing = [number for number in range(len(lengths)) if read_record(folder, number) is None]
         done = len(source) - int(lengths[missing].sum())
@@ -155,8 +157,9 @@ def _locked(folder: Path) -> Any:
     """Lock a folder against other processes that write shards, also those whose main process was killed."""
     from filelock import FileLock, Timeout
 
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(folder / ".lock", timeout=5).acquire()
+        return FileLock(folder.with_name(f"{folder.name}.lock"), timeout=_WAIT).acquire()
     except Timeout as error:
         raise DataError(f"another process is writing shards to {folder}; wait for it, or give a new folder") from error
 
