@@ -153,16 +153,16 @@ def overhead(model: Path, images: Path, folder: Path, count: int, rounds: int) -
 def kill_test(engine: str, workers: int, words: list[str], out: Path, kills: int, num_shards: int) -> tuple[int, float]:
     """Label with `kills` killed workers; return how often the command was repeated, and the seconds of everything."""
     begin, starts = time.perf_counter(), 0
-    each = max(1, num_shards // (kills + 1))
+    distance = max(1, num_shards // (kills + 1))
     left = kills
     while left or len(list(out.glob("*.jsonl"))) < num_shards:
         starts += 1
         killed = Killed(engine, workers, words, out, seed=100 * workers + starts)
         if left:
-            killed.kill_after(each // (workers if engine == "array" else 1), seconds=1.0)
+            killed.kill_after(distance // (workers if engine == "array" else 1), seconds=1.0)
             left -= 1
             while engine == "ray" and left and killed.process.poll() is None:  # it restarts its workers itself
-                killed.kill_after(each, seconds=1.0)
+                killed.kill_after(distance, seconds=1.0)
                 left -= 1
         killed.wait()
         if starts > 20 * workers:
