@@ -11,6 +11,7 @@ machine, compare CPU times.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -31,7 +32,7 @@ CLOCKS = {
     "CPU of the main thread, beside which images are read": time.thread_time,
     "CPU of all threads": time.process_time,
 }
-PHRASES = ("red cross", "star", "blue square", "circle")
+PHRASES = ("circle", "square", "triangle", "star", "cross", "diamond")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -95,16 +96,28 @@ class Killed:
         ]
 
 
-def write_scenes(folder: Path, count: int, side: int) -> None:
-    """Draw scenes as JPEG files."""
+def write_scenes(folder: Path, split: str, count: int, side: int) -> Path:
+    """Draw scenes as JPEG files with their true boxes: the folder `split`, split.jsonl and the file of its classes."""
+    import numpy as np
     from PIL import Image
 
-    from vg.data.synthetic.shapes import ShapesConfig
+    from vg.data.synthetic.scenes import FORMS, draw, random_scene
 
-    source = ShapesConfig(split="train", size=count, image_size=side, view="detection").build()
-    folder.mkdir(parents=True)
-    for index in range(count):
-        Image.fromarray(source.load(index, epoch=0).image).save(folder / f"{index:06d}.jpg", quality=90)
+    (folder / split).mkdir(parents=True)
+    forms = list(FORMS)
+    with (folder / f"{split}.jsonl").open("w") as truth:
+        for index in range(count):
+            scene = random_scene(np.random.default_rng((split == "val", index)), side)
+            name = f"{index:06d}.jpg"
+            Image.fromarray(draw(scene)).save(folder / split / name, quality=90)
+            instances = [
+                {"bbox": [*map(float, item.box)], "label": forms.index(item.form), "category": item.form}
+                for item in scene.objects
+            ]
+            line = {"filename": name, "height": side, "width": side, "detection": {"instances": instances}}
+            truth.write(json.dumps(line) + "\n")
+    (folder / "label_map.json").write_text(json.dumps(dict(enumerate(forms))))
+    return folder / split
 
 
 def write_model(folder: Path) -> None:
@@ -181,16 +194,21 @@ def main() -> None:
     parser.add_argument("--engines", nargs="*", default=["torchrun", "array", "ray"])
     parser.add_argument("--rounds", type=int, default=5, help="of the overhead")
     parser.add_argument("--timed", type=int, default=400, help="images of the overhead")
+    parser.add_argument("--scenes", type=Path, metavar="FOLDER", help="only write the images and their true boxes")
     options = parser.parse_args()
+    if options.scenes:
+        write_scenes(options.scenes, "train", options.images, options.side)
+        write_scenes(options.scenes, "val", 300, options.side)
+        return
 
     from scripts.benchmarks.machine import machine
 
     machine("cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model, images = folder / "model", folder / "images"
+        model = folder / "model"
         write_model(model)
-        write_scenes(images, options.images, options.side)
+        images = write_scenes(folder, "train", options.images, options.side)
         if options.rounds:
             for clock, ratio in overhead(model, images, folder, options.timed, options.rounds).items():
                 print(f"{options.timed} images: labeling / forward passes, {clock}: {ratio:.3f}", flush=True)

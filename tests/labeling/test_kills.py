@@ -11,9 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from scripts.benchmarks.label import Killed, contents, run_quietly
+from scripts.benchmarks.label import (
+    CLOCKS,
+    PHRASES,
+    Killed,
+    contents,
+    overhead,
+    run_quietly,
+    write_model,
+    write_scenes,
+)
 from tests.labeling.conftest import write_noise
 from tests.labeling.test_label import CLASSES, LOW
+from vg.data.detection.odvg import OdvgConfig
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs signals")
 
@@ -55,3 +65,17 @@ def test_a_killed_worker_of_ray_is_restarted(words: list[str], quiet: dict[str, 
     killed.kill_after(num_shards=3)
     assert killed.wait() == 0
     assert contents(tmp_path / "labels") == quiet
+
+
+def test_benchmark(tmp_path: Path) -> None:
+    """Scenes with their true boxes are a dataset, and labeling costs more than forward passes."""
+    images = write_scenes(tmp_path, "train", 20, 64)
+    settings = {"path": str(tmp_path / "train.jsonl"), "image_root": str(images)}
+    source = OdvgConfig(**settings, label_map=str(tmp_path / "label_map.json")).build()
+    sample = source.load(3, 0)
+    assert sample.phrases == PHRASES
+    assert len(sample.boxes) >= 3
+    write_model(tmp_path / "model")
+    ratios = overhead(tmp_path / "model", images, tmp_path, count=16, rounds=1)
+    assert ratios.keys() == CLOCKS.keys()
+    assert all(ratio > 0.5 for ratio in ratios.values())

@@ -21,6 +21,7 @@ from vg.data.detection.odvg import OdvgConfig
 from vg.data.images import list_images, read_image
 from vg.errors import ConfigError, DataError
 from vg.files import write_shared
+from vg.labeling.output import LabelFolder
 from vg.labeling.plan import open_plan
 from vg.labeling.run import worker_of
 from vg.labeling.worker import local_device, read_threads
@@ -162,6 +163,38 @@ def test_coco(detector: Path, photos: Path, tmp_path: Path) -> None:
     first = lines_of(out)[0]["detection"]["instances"]
     np.testing.assert_allclose(source.load(0, 0).boxes, [found["bbox"] for found in first], atol=0.02)
     assert not list(out.glob("*.partial*"))
+
+
+def test_two_processes_finish_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one writes a shard and the COCO file again; the first one has removed its unfinished copies."""
+    settings = {"shards": 1, "format": "coco"}
+    first, second = (LabelFolder(tmp_path / "out", settings, None) for _ in range(2))
+    lines = [{"filename": "a.jpg", "height": 9, "width": 9, "detection": {"instances": []}}]
+    write = write_shared
+
+    def interrupted(path: Path, content: bytes, replace: bool = True) -> None:
+        monkeypatch.undo()
+        first.write(0, lines, [])
+        assert first.finish()
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("vg.labeling.output.write_shared", interrupted)
+    second.write(0, lines, [])
+    (tmp_path / "out/labels.coco.json").unlink()
+
+    def slow(records: Any, path: Path, format: str) -> None:
+        monkeypatch.undo()
+        assert first.finish()
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("vg.labeling.output.write_results", slow)
+    write(tmp_path / "out/000000.jsonl.x.partial", b"")
+    assert second.finish()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"labels.json", "labels.coco.json", "000000.jsonl"}
+    (tmp_path / "out/000000.jsonl").unlink()
+    monkeypatch.setattr("vg.labeling.output.write_shared", lambda path, content: (tmp_path / "x").read_bytes())
+    with pytest.raises(FileNotFoundError):
+        second.write(0, lines, [])
 
 
 def test_parquet(detector: Path, photos: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -61,18 +62,21 @@ class LabelFolder:
         """Write the ODVG lines of a shard, and the images that could not be read."""
         if skipped:
             write_shared(self.path / f"{shard:06d}.skipped.json", _indented(skipped))
-        write_shared(self._file(shard), _parquet(lines) if self._format == "parquet" else _jsonl(lines))
+        with _unless_there(self._file(shard)):
+            write_shared(self._file(shard), _parquet(lines) if self._format == "parquet" else _jsonl(lines))
 
     def finish(self) -> bool:
         """Write what needs all shards; return whether they are there."""
         if self.missing(range(self._num_shards)):
             return False
-        for partial in self.path.glob("*.partial"):  # of processes that were killed
-            partial.unlink(missing_ok=True)
-        if self._format == "coco" and not (self.path / COCO).exists():
+        joined = self.path / COCO
+        if self._format == "coco" and not joined.exists():
             own = self.path / f"{COCO}.{uuid4().hex}"  # another process may write it, too
-            write_results(self._records(), own, "coco")
-            own.replace(self.path / COCO)
+            with _unless_there(joined):
+                write_results(self._records(), own, "coco")
+                own.replace(joined)
+        for partial in self.path.glob("*.partial"):  # of processes that were killed, or have nothing left to write
+            partial.unlink(missing_ok=True)
         return True
 
     def _file(self, shard: int) -> Path:
@@ -82,6 +86,16 @@ class LabelFolder:
         for shard in range(self._num_shards):
             with self._file(shard).open("rb") as file:
                 yield from map(_record, map(json.loads, file))
+
+
+@contextmanager
+def _unless_there(file: Path) -> Iterator[None]:
+    """Write a file; its unfinished copy may disappear if another process has written the file in the meantime."""
+    try:
+        yield
+    except FileNotFoundError:
+        if not file.exists():
+            raise
 
 
 def _indented(values: Any) -> bytes:
