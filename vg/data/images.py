@@ -19,6 +19,7 @@ MAX_PIXELS = int(os.environ.get("VG_MAX_PIXELS", 100_000_000))  # larger images 
 Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, MAX_PIXELS)  # of PIL, which must not be lower
 _FOLDERS = ("", "train2014", "train2017", "val2014", "val2017", "images")  # 2017 has the images of 2014
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+COCO_KEY = "coco/"  # what the keys of COCO images begin with
 _COCO = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})(?:_\d+)?")  # RefCOCO appends the id of an annotation
 
 
@@ -82,7 +83,7 @@ def list_images(folder: Path) -> list[str]:
 def image_key(name: str, root: Path | None = None) -> str:
     """Return a key that is equal for all names of an image: its COCO id, or else its path below `root`."""
     if coco_id := _COCO.fullmatch(Path(name).stem):
-        return f"coco/{int(coco_id[1])}"
+        return f"{COCO_KEY}{int(coco_id[1])}"
     try:
         return str(find_image(name, root).resolve()) if root else name
     except BadSampleError:

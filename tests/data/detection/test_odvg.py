@@ -66,6 +66,18 @@ def test_phrases_that_contradict_their_spans(tmp_path: Path) -> None:
     assert len(source) == 1
 
 
+def test_phrases_without_objects(tmp_path: Path) -> None:
+    """A region with an empty list of boxes; an instance always has a box."""
+    region = {"bbox": [], "phrase": "a dog"}
+    source = write(tmp_path, changed(GROUNDING, "regions", 1, **region))
+    sample = checked(source.load(0, 0))
+    assert sample.phrases == ("A man", "a dog")
+    assert sample.phrase_ids.tolist() == [0, 0]
+    source = write(tmp_path, changed(DETECTION, "instances", 0, bbox=[]), label_map=MAP)
+    with pytest.raises(BadSampleError, match="boxes that are not four finite numbers"):
+        source.load(0, 0)
+
+
 MAP = {"0": "traffic_light", "2": "hot dog", "1": "cat"}
 
 

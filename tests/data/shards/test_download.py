@@ -117,6 +117,13 @@ def test_a_file_is_downloaded_once(folder: Path, tmp_path: Path) -> None:
     assert sorted(Trouble.opened) == sorted([INDEX, *(file.name for file in folder.iterdir())])
 
 
+def test_a_truncated_file_in_the_cache_is_downloaded_again(folder: Path, tmp_path: Path) -> None:
+    opened(folder, tmp_path).load(0, 0)
+    shards_in(tmp_path)[0].write_bytes(b"x")
+    opened(folder, tmp_path).load(0, 0)
+    assert Trouble.opened.count("000000.tar") == 2
+
+
 def test_a_changed_dataset_is_downloaded_again(folder: Path, tmp_path: Path) -> None:
     for size in (4, 5):
         write_shards(ShapesConfig(split="val", size=size, image_size=64), tmp_path / str(size))

@@ -14,17 +14,20 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from vg.data import DatasetConfig
+from vg.data.dataset import GroundingDataset
 from vg.data.detection.coco import CocoConfig
 from vg.data.detection.odvg import OdvgConfig
 from vg.data.detection.vocabulary import VocabularyConfig
+from vg.data.overlap import without_overlap
 from vg.data.refcoco.source import RefcocoConfig
 from vg.data.shards.containers import COLUMNS
 from vg.data.shards.index import ShardFormat
 from vg.data.shards.source import Shards, ShardsConfig
 from vg.data.shards.write import write_shards
-from vg.data.source import HasCategoryIds, Source
+from vg.data.source import HasCategoryIds, Source, checked
 from vg.data.subset import SplitConfig
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.types import Sample
@@ -110,6 +113,22 @@ def test_all_classes_are_written_and_the_reader_selects(
     assert shards.num_classes == dataset.build().num_classes
     assert shards.category_ids == dataset.build().category_ids
     assert_same(ShardsConfig(path=str(tmp_path / "shards")).build(), coco.build())
+
+
+def test_overlap_with_images_of_coco_is_found(coco: CocoConfig, tmp_path: Path) -> None:
+    name = "COCO_train2014_000000000716.jpg"
+    (tmp_path / "0.jpg").rename(tmp_path / name)
+    annotations = (tmp_path / "coco.json").read_text().replace('"0.jpg"', f'"{name}"')
+    (tmp_path / "coco.json").write_text(annotations)
+    shards = written(coco, tmp_path / "shards")
+    keys = shards.image_keys()
+    assert keys[0] == coco.build().image_keys()[0] == "coco/716"
+    assert len(set(keys)) == 5
+    with pytest.warns(UserWarning, match="1 of 5 training samples"):
+        kept = without_overlap(shards, [coco.build()], drop=True)
+    assert [kept.load(index, 0).id for index in range(len(kept))] == ["101", "102", "103", "104"]
+    part = SplitConfig(dataset=ShardsConfig(path=str(tmp_path / "shards")), part="val", fraction=0.4).build()
+    assert len(part) == 2
 
 
 def test_image_files_are_kept_as_they_are(coco: CocoConfig, tmp_path: Path) -> None:
@@ -255,6 +274,20 @@ def test_the_same_bytes_in_every_run(format: ShardFormat, tmp_path: Path) -> Non
     assert len(names) == 5
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_data_workers_read_the_same_samples(start: str, format: ShardFormat, coco: CocoConfig, tmp_path: Path) -> None:
+    """Each opens the shards itself, although the main process has opened one before."""
+    shards = written(coco, tmp_path / "shards", format)
+    shards.load(0, 0)
+    loader = DataLoader(
+        GroundingDataset(shards), batch_size=2, num_workers=2, collate_fn=list, multiprocessing_context=start
+    )
+    samples = [sample for batch in loader for sample in batch]
+    expected = [replace(checked(shards.load(i, 0)), seed=(0, 0, i)) for i in range(len(shards))]
+    np.testing.assert_equal(list(map(as_dict, samples)), list(map(as_dict, expected)))
 
 
 def test_a_pickled_source_has_no_copy_of_the_index(coco: CocoConfig, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_second_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     tmp_path.joinpath("out").mkdir()
     with (
         FileLock(tmp_path / "out.lock"),
-        pytest.raises(DataError, match=r"another process is writing shards to .*; wait for it"),
+        pytest.raises(DataError, match=r"another process is writing the shards .*; wait for it"),
     ):
         write_shards(SHAPES, tmp_path / "out")
 
@@ -185,6 +185,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert f"{tmp_path / 'out'}: 4 samples of" in printed
     assert "in 2 shards" in printed
+    assert not list(tmp_path.glob("*.lock"))
     assert f"data.train={{name: shards, path: {tmp_path / 'out'}}}" in printed
     assert json.loads((tmp_path / "out" / INDEX).read_bytes())["format"] == "parquet"
     main(["check", str(tmp_path / "out"), f"--output={tmp_path / 'report'}"])

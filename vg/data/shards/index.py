@@ -35,7 +35,8 @@ ROW = np.dtype(
         ("line_bytes", "<u4"),
         ("height", "<u4"),  # of the image, in pixels
         ("width", "<u4"),
-        ("image", "<i8"),  # equal for samples of one image, which are neighbors
+        ("image", "<u4"),  # equal for samples of one image, which are neighbors
+        ("coco_id", "<i8"),  # of the image, by which other datasets know it; -1 if its name has none
     ]
 )
 

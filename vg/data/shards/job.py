@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vg.data.detection.vocabulary import Vocabulary
-from vg.data.images import read_image
+from vg.data.images import image_key, read_image
 from vg.data.shards.containers import Entry, write_shard
 from vg.data.shards.index import ShardFile, ShardFormat
 from vg.data.shards.lines import line_of
@@ -121,7 +121,8 @@ class ShardJob:
                 counts["skipped"] += 1
                 continue
             counts["detections"] += is_detection
-            yield Entry(key, sample.id, content, suffix, line, image.shape[:2], int(self.images[position]))
+            number, name = int(self.images[position]), image_key(file.name) if file else ""
+            yield Entry(key, sample.id, content, suffix, line, image.shape[:2], number, name)
 
     def _original(self, index: int) -> bytes | None:
         """Return the image file of a sample of the source, if it has one."""

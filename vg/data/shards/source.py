@@ -18,7 +18,7 @@ from vg.data.detection.issues import RaiseFirstError
 from vg.data.detection.odvg import OdvgConfig, line_prompt
 from vg.data.detection.odvg_lines import LabelMap, LineParser
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
-from vg.data.images import read_image
+from vg.data.images import COCO_KEY, read_image
 from vg.data.shards.containers import check_columns
 from vg.data.shards.index import INDEX, Index, ShardFile, map_rows, sha256_of
 from vg.data.shards.lines import extras
@@ -174,7 +174,13 @@ class Shards:
         return np.stack([self._rows["height"], self._rows["width"]], axis=1).astype(np.int64)
 
     def image_groups(self, epoch: int) -> np.ndarray:
-        return np.array(self._rows["image"])
+        return self._rows["image"].astype(np.int64)
+
+    def image_keys(self) -> list[str]:
+        """Return the key of each image of COCO; other images are known to these shards only."""
+        own, rows = f"shards/{self._fingerprint[:12]}/", self._rows
+        pairs = zip(rows["coco_id"].tolist(), rows["image"].tolist(), strict=True)
+        return [f"{own}{image}" if coco_id < 0 else f"{COCO_KEY}{coco_id}" for coco_id, image in pairs]
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the index, which has that of every shard."""

@@ -15,6 +15,7 @@ from vg.data.shards.index import INDEX, ShardFile, sha256_of
 from vg.errors import DataError
 from vg.files import remove, replacing
 
+_FIX = "copy it again, or write the dataset with vg shard"
 UNFINISHED = "unfinished.json"  # settings of shards that are being written
 _ABANDONED = 3600.0  # seconds after which a partial file has no writer any more; a download writes all the time
 
@@ -68,9 +69,6 @@ class Folder:
         return file
 
 
-_FIX = "copy it again, or write the dataset with vg shard"
-
-
 class CachedUrl:
     """A URL; files are downloaded as a whole, their checksums are compared, and the least recently used are deleted.
 
@@ -96,10 +94,10 @@ class CachedUrl:
         file = self._folder / entry.file
         locks = self._folder / "locks"
         try:
-            if not _used(file):
+            if not _used(file, entry.bytes):
                 locks.mkdir(parents=True, exist_ok=True)
                 with FileLock(locks / entry.file):  # released if the process ends
-                    if not _used(file):  # else another process was faster
+                    if not _used(file, entry.bytes):  # else another process was faster
                         self._download(entry, file)
             return file
         except OSError as error:
@@ -167,10 +165,10 @@ class CachedUrl:
         return DataError(f"the cache {self.cache} cannot be used ({error}); set cache to a folder that can be written")
 
 
-def _used(file: Path) -> bool:
-    """Mark a file as used; return whether it exists."""
+def _used(file: Path, size: int) -> bool:
+    """Mark a file as used; return whether it exists, with all its bytes."""
     try:
         os.utime(file)
+        return file.stat().st_size == size
     except FileNotFoundError:
         return False
-    return True

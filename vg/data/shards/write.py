@@ -69,8 +69,10 @@ def write_shards(
             }
         )
     )
-    with _locked(folder):
+    lock = folder.with_name(f"{folder.name}.lock")
+    with _locked(lock):
         if (index := _begin(folder, settings)) is not None:
+            remove(lock)
             return index
         job = ShardJob.of(source, folder, format, samples_per_shard, bad_samples == "skip")
         lengths = np.diff(job.ends, prepend=0)  # [shards]
@@ -79,7 +81,9 @@ def write_shards(
         with tqdm(total=len(source), initial=done, unit=" samples", desc=str(folder), mininterval=1) as progress:
             for number in _written(job, missing, workers):
                 progress.update(int(lengths[number]))
-        return _finish(job, settings)
+        index = _finish(job, settings)
+        remove(lock)
+        return index
 
 
 def with_all_classes(dataset: Any) -> Any:
@@ -153,15 +157,15 @@ def _written(job: ShardJob, numbers: Sequence[int], workers: int) -> Iterator[in
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _locked(folder: Path) -> Any:
-    """Lock a folder against other processes that write shards, also those whose main process was killed."""
+def _locked(file: Path) -> Any:
+    """Lock against other processes that write the same shards, also those whose main process was killed."""
     from filelock import FileLock, Timeout
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(folder.with_name(f"{folder.name}.lock"), timeout=_WAIT).acquire()
+        return FileLock(file, timeout=_WAIT).acquire()
     except Timeout as error:
-        raise DataError(f"another process is writing shards to {folder}; wait for it, or give a new folder") from error
+        raise DataError(f"another process is writing the shards ({file}); wait for it, or give a new folder") from error
 
 
 def _finish(job: ShardJob, settings: dict[str, Any]) -> Index:
