@@ -25,6 +25,7 @@ cache      -> config data distributed models.base workers
 export     -> cache.datasets config evaluation inference models ops
 inference  -> checkpoint config data metrics.result models.base models.grounding_dino.checkpoints
 web        -> data inference
+labeling   -> data inference
 checkpoint -> config models.base
 config     -> data models training.optim training.settings
 data       ->

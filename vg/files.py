@@ -7,9 +7,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 T = TypeVar("T")
 
@@ -107,6 +108,26 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically."""
     with replacing(path, is_file=True) as partial:
         partial.write_bytes(content)
+
+
+def write_shared(path: Path, content: bytes, replace: bool = True) -> None:
+    """Write a file atomically that other processes, also of other machines, may write at the same time.
+
+    Args:
+        replace: False keeps a file that is already there.
+    """
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # one that no other process writes
+    try:
+        partial.write_bytes(content)
+        _sync_one(partial)
+        if replace:
+            partial.replace(path)
+        else:
+            with suppress(FileExistsError):
+                os.link(partial, path)
+        _sync_one(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -23,6 +23,7 @@ from vg.cli import (
     export,
     finetune,
     interpolate,
+    label,
     predict,
     shard,
     table,
@@ -60,6 +61,7 @@ VERBS = {
     "eval": Verb("evaluate a checkpoint and draw its predictions", evaluate.add_arguments, evaluate.run),
     "table": Verb("tabulate benchmark results for a paper: LaTeX, markdown, CSV", table.add_arguments, table.run),
     "predict": Verb("ground phrases in an image", predict.add_arguments, predict.run),
+    "label": Verb("label any number of images with a model, to train on", label.add_arguments, label.run),
     "web": Verb("serve a page on which a model can be tried", web.add_arguments, web.run),
     "check": Verb("validate a dataset before training and suggest fixes", check.add_arguments, check.run),
     "shard": Verb("write a dataset as WebDataset tar or parquet", shard.add_arguments, shard.run),
@@ -72,7 +74,7 @@ VERBS = {
     "ops": Verb("print which kernels run on this machine and why; build them if needed", lambda parser: None, ops),
 }
 TRAINING = ("train", "finetune", "demo")
-COMPUTING = (*TRAINING, "cache", "eval", "export", "interpolate", "predict", "web")
+COMPUTING = (*TRAINING, "cache", "eval", "export", "interpolate", "label", "predict", "web")
 
 
 class PrintableFormatter(logging.Formatter):

@@ -264,9 +264,9 @@ class Prompts:
         """Return the token ids of each phrase, without full stops at its end; raises as of_sample."""
         if not phrases:
             raise BadSampleError(f"{name} has no phrases; give at least one")
-        if len(self._known) > _CACHE_SIZE:
-            self._known.clear()
-        new = [phrase for phrase in dict.fromkeys(phrases) if phrase not in self._known]
+        # Another thread may replace it, but does not empty this one.
+        known = self._known = {} if len(self._known) > _CACHE_SIZE else self._known
+        new = [phrase for phrase in dict.fromkeys(phrases) if phrase not in known]
         for phrase in new:
             if not is_unicode(phrase):
                 raise BadSampleError(_not_unicode(name, phrase))
@@ -289,8 +289,8 @@ class Prompts:
                         f"{name}: a phrase has {len(token_ids)} tokens, the text encoder takes {self.positions - 1}: "
                         f"{phrase[:80]!r}"
                     )
-                self._known[phrase] = token_ids
-        return [self._known[phrase] for phrase in phrases]
+                known[phrase] = token_ids
+        return [known[phrase] for phrase in phrases]
 
 
 class _UnknownWords:

@@ -298,12 +298,12 @@ class Grounder:
         def predict(images: Sequence[np.ndarray]) -> list[Boxes]:
             return self.backend.predict(prepare(images))
 
-        for names, pixels, prepared in read_ahead(images, batch_size, None if tile else prepare, failed):
+        for ready in read_ahead(images, batch_size, None if tile else prepare, failed):
             if tile is None:
-                found = self.backend.predict(prepared)
+                found = self.backend.predict(ready.prepared)
             else:
-                found = [predict_tiled(predict, image, tile, overlap, batch_size) for image in pixels]
-            yield from (Result(name, x, phrases, *boxes) for name, x, boxes in zip(names, pixels, found, strict=True))
+                found = [predict_tiled(predict, image, tile, overlap, batch_size) for image in ready.pixels]
+            yield from (Result(name, x, phrases, *boxes) for (name, x), boxes in zip(ready, found, strict=True))
 
 
 def checked_phrases(phrases: str | Sequence[str]) -> tuple[str, ...]:

@@ -102,6 +102,9 @@ class OnnxBackend:
         self._tokenize = lru_cache(maxsize=8)(self._text)
         self._encode = lru_cache(maxsize=128)(self._encoded)  # keys are token ids
 
+    def forget_prompts(self) -> None:
+        """Do nothing: the prompts of an image are encoded by themselves, so their features are always the same."""
+
     def to(self, device: str) -> None:
         raise ConfigError(f"an ONNX model cannot be moved; open it there: vg.Grounder(path, device={device!r})")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -17,15 +18,32 @@ NUM_THREADS = 2
 Failed: TypeAlias = Callable[[str, BadSampleError], None]  # receives the name of an image that cannot be used, and why
 
 
-class Ready(NamedTuple):
-    """Some images, at least one."""
+class Readable(Protocol):
+    """An image that is not read yet, such as `vg.inference.images.NamedImage`."""
 
-    names: list[str]
-    pixels: list[np.ndarray]  # [H, W, 3] uint8 each
-    prepared: Any
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def read(self) -> Callable[[], np.ndarray]:
+        """-> [H, W, 3] uint8, RGB; raises BadSampleError."""
 
 
-Read: TypeAlias = tuple[Ready, list[tuple[str, BadSampleError]]]  # with the images that cannot be read
+AnyReadable = TypeVar("AnyReadable", bound=Readable)
+Prepare: TypeAlias = Callable[[Sequence[AnyReadable], Sequence[np.ndarray]], Any]  # of images and their pixels
+
+
+@dataclass
+class Ready(Generic[AnyReadable]):
+    """A batch whose images are read; iterates over their names and pixels."""
+
+    images: list[AnyReadable] = field(default_factory=list)  # those that can be read
+    pixels: list[np.ndarray] = field(default_factory=list)  # [H, W, 3] uint8 each
+    bad: list[tuple[AnyReadable, BadSampleError]] = field(default_factory=list)
+    prepared: Any = None  # of `prepare`, if there are images
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
+        return ((image.name, x) for image, x in zip(self.images, self.pixels, strict=True))
 
 
 def read_ahead(
@@ -33,41 +51,46 @@ def read_ahead(
     batch_size: int,
     prepare: Callable[[Sequence[np.ndarray]], Any] | None,
     failed: Failed | None,
-) -> Iterator[Ready]:
-    """Yield the images in their order.
+) -> Iterator[Ready[NamedImage]]:
+    """Yield the images in their order, at least one at a time.
 
     Args:
         prepare: makes `Ready.prepared` of the pixels.
         failed: called for an image that cannot be read, which is left out; None raises its BadSampleError.
     """
-
-    def read(batch: list[NamedImage]) -> Read:
-        names, pixels, bad = [], [], []
-        for image in batch:
-            try:
-                pixels.append(image.read())
-                names.append(image.name)
-            except BadSampleError as error:
-                bad.append((image.name, error))
-        return Ready(names, pixels, prepare(pixels) if prepare and pixels else None), bad
-
     batches = iter(lambda: list(islice(images, batch_size)), [])
-    for ready, bad in _ahead(read, batches):
-        for name, error in bad:
+    for ready in read_batches(batches, (lambda _, pixels: prepare(pixels)) if prepare else None):
+        for image, error in ready.bad:
             if failed is None:
                 raise error
-            failed(name, error)
-        if ready.names:
+            failed(image.name, error)
+        if ready.images:
             yield ready
 
 
-def _ahead(read: Callable[[list[NamedImage]], Read], batches: Iterator[list[NamedImage]]) -> Iterator[Read]:
-    first = list(islice(batches, NUM_THREADS))
+def read_batches(
+    batches: Iterator[list[AnyReadable]], prepare: Prepare[AnyReadable] | None, threads: int = NUM_THREADS
+) -> Iterator[Ready[AnyReadable]]:
+    """Yield every batch in order, also one of which no image can be read; `prepare` runs in the threads that read."""
+
+    def read(batch: list[AnyReadable]) -> Ready[AnyReadable]:
+        ready = Ready[AnyReadable]()
+        for image in batch:
+            try:
+                ready.pixels.append(image.read())
+                ready.images.append(image)
+            except BadSampleError as error:
+                ready.bad.append((image, error))
+        if prepare and ready.images:
+            ready.prepared = prepare(ready.images, ready.pixels)
+        return ready
+
+    first = list(islice(batches, threads))
     if len(first) < NUM_THREADS:  # nothing to read while the network runs
         yield from map(read, first)
         return
-    with ThreadPoolExecutor(NUM_THREADS, "vg-images") as pool:
-        waiting: list[Future[Read]] = [pool.submit(read, batch) for batch in first]
+    with ThreadPoolExecutor(threads, "vg-images") as pool:
+        waiting: list[Future[Ready[AnyReadable]]] = [pool.submit(read, batch) for batch in first]
         while waiting:
             done = waiting.pop(0).result()
             waiting += [pool.submit(read, batch) for batch in islice(batches, 1)]

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from vg.checkpoint import is_checkpoint, read_model
 from vg.config import CheckpointConfig
 from vg.data.collate import Collator
+from vg.data.prompt import Expressions, Prompts
 from vg.errors import ConfigError
 from vg.inference.cuda_graphs import CudaGraphs
 from vg.inference.result import Boxes
@@ -75,6 +76,15 @@ class TorchBackend:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.model.text_spec.tokenizer
+
+    @property
+    def texts(self) -> Prompts | Expressions:
+        """Makes the prompts of phrases."""
+        return self.collate.texts
+
+    def forget_prompts(self) -> None:
+        """Encode the next prompts again: features differ in their last digits with the prompts of their batch."""
+        self.model.eval()
 
     def to(self, device: str) -> None:
         if self.cuda_graphs and torch.device(device).type != "cuda":

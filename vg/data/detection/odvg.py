@@ -13,7 +13,8 @@ import numpy as np
 
 from vg.data.detection.annotations import Annotations, to_size, without_gc
 from vg.data.detection.issues import Issues, RaiseFirstError
-from vg.data.detection.odvg_lines import LineParser, read_label_map, read_lines
+from vg.data.detection.line_files import LineFiles, label_map_of
+from vg.data.detection.odvg_lines import LineParser, read_label_map
 from vg.data.detection.source import check_image_root, clip_boxes, read_annotated_image
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.images import find_image, image_files, image_key, image_size
@@ -42,11 +43,11 @@ class OdvgConfig(Settings):
 
     name: Literal["odvg"] = "odvg"
     path: str = field(kw_only=True)
-    """The .jsonl file, such as instances_train.jsonl."""
+    """The .jsonl file, such as instances_train.jsonl, or a folder of them, such as vg label writes."""
     label_map: str | None = None
-    """Json file {"0": "person", ...}, for lines with numbered classes."""
+    """Json file {"0": "person", ...}, for lines with numbered classes; in a folder by default its label_map.json."""
     image_root: str | None = None
-    """Folder of the images; by default the folder of the file."""
+    """Folder of the images; by default that of the .jsonl files."""
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     """For lines with numbered classes; captions have no sampled negatives."""
     captions: Literal["phrases", "whole"] = "phrases"
@@ -72,7 +73,14 @@ class OdvgConfig(Settings):
 
     @property
     def image_folder(self) -> Path:
-        return Path(self.image_root) if self.image_root is not None else Path(self.path).resolve().parent
+        if self.image_root is not None:
+            return Path(self.image_root)
+        path = Path(self.path).resolve()
+        return path if path.is_dir() else path.parent
+
+    @property
+    def label_map_file(self) -> str | None:
+        return self.label_map or label_map_of(Path(self.path))
 
     @without_gc()
     def read(self, issues: Issues) -> Annotations:
@@ -81,8 +89,8 @@ class OdvgConfig(Settings):
         Raises:
             DataError: the file cannot be read.
         """
-        parser = LineParser(read_label_map(self.label_map, issues), issues, self.captions == "whole")
-        lines = (parser.parse(text, f"line {number}") for number, _, text in read_lines(Path(self.path)))
+        parser = LineParser(read_label_map(self.label_map_file, issues), issues, self.captions == "whole")
+        lines = (parser.parse(text, location) for text, location in LineFiles(Path(self.path)))
         images = [image for image in lines if image is not None]
         return Annotations.of(images, parser.names, parser.num_classes, image_root=self.image_folder)
 
@@ -100,20 +108,19 @@ class OdvgSource:
         self._path = Path(config.path)
         self._root = config.image_folder
         check_image_root(self._root)
-        self._label_map = read_label_map(config.label_map, RaiseFirstError(self._path))
+        self._label_map = read_label_map(config.label_map_file, RaiseFirstError(self._path))
         self._whole = config.captions == "whole"
         self.vocabulary: Vocabulary | None = None
         if self._label_map is not None:
             names = [name for _, name in self._label_map.values()]
-            self.vocabulary = Vocabulary(names, config.vocabulary, str(config.label_map))
-        lines = [(number, start) for number, start, _ in read_lines(self._path)]
-        self._lines = np.array(lines, np.int64).reshape(-1, 2)  # number and first byte
+            self.vocabulary = Vocabulary(names, config.vocabulary, str(config.label_map_file))
+        self._lines = LineFiles(self._path)
         self.provenance = Provenance(self._path.resolve().parent.name, self._path.stem, "detection")
         if self.vocabulary is None and config.vocabulary != VocabularyConfig():
             unused = "vocabulary is not used: it is for lines with numbered classes, which need a label_map"
             warnings.warn(f"{self._path}: {unused}", stacklevel=3)
-        if lines:
-            text, location = self._line(0)
+        if len(self):
+            text, location = self._lines[0]
             parser = self._parser()
             parser.items(parser.row(text, location) or {}, location)
             self._check_boxes()
@@ -128,7 +135,7 @@ class OdvgSource:
             BadSampleError: the message names the file, the line and the key.
         """
         parser = self._parser()
-        text, location = self._line(index)
+        text, location = self._lines[index]
         line = parser.parse(text, location)
         assert line is not None, "an invalid line has raised"
         boxes = np.array([box.values for box in line.boxes], np.float32).reshape(-1, 4)
@@ -157,7 +164,7 @@ class OdvgSource:
         """The image file of every line, and [lines, 2] its height and width."""
         files, sizes = [], []
         for index in range(len(self)):
-            row = self._parser().row(*self._line(index)) or {}
+            row = self._parser().row(*self._lines[index]) or {}
             files.append(str(row.get("filename")))
             size = to_size(row.get("height"), row.get("width"))
             sizes.append(size if all(size) else image_size(find_image(files[-1], self._root), files[-1]))
@@ -167,15 +174,8 @@ class OdvgSource:
         """Raise DataError if many boxes of up to `_NUM_CHECKED` lines, evenly spaced, would be left out."""
         parser = LineParser(self._label_map, Issues(), self._whole)  # invalid lines are errors when they are loaded
         indices = np.linspace(0, len(self) - 1, min(len(self), _NUM_CHECKED)).astype(int).tolist()
-        images = [image for index in indices if (image := parser.parse(*self._line(index))) is not None]
+        images = [image for index in indices if (image := parser.parse(*self._lines[index])) is not None]
         Annotations.of(images, parser.names, parser.num_classes).report_lost(RaiseFirstError(self._path))
-
-    def _line(self, index: int) -> tuple[bytes, str]:
-        """Content and location of a line."""
-        number, start = self._lines[index].tolist()
-        with self._path.open("rb") as file:
-            file.seek(start)
-            return file.readline(), f"line {number}"
 
     def _parser(self) -> LineParser:
         return LineParser(self._label_map, RaiseFirstError(self._path, BadSampleError), self._whole)

@@ -47,6 +47,8 @@ class ShardsConfig(Settings):
     """For numbered classes, all of which are in the shards, see vg.data.detection.vocabulary."""
     captions: Literal["phrases", "whole"] = "phrases"
     """Prompt of a sample with a caption, see vg.data.detection.odvg."""
+    labels: str | None = None
+    """Folder of labels that vg label has written for these shards; they replace those in the shards."""
 
     @classmethod
     def miniature(cls, folder: Path) -> ShardsConfig:
@@ -57,6 +59,10 @@ class ShardsConfig(Settings):
         return cls(path=str(folder / "shards"))
 
     def build(self) -> Shards:
+        if self.labels is not None:
+            from vg.data.shards.labels import LabeledShards
+
+            return LabeledShards(self, self.labels)
         return Shards(self)
 
 
@@ -71,9 +77,10 @@ class Shards:
 
     def __init__(self, config: ShardsConfig) -> None:
         self._config = config
+        self.path = config.path
         self._storage = open_storage(config.path, config.cache, config.cache_gb)
         content = self._storage.read_index()
-        self.index = Index.parse(content, f"{config.path.rstrip('/')}/{INDEX}")
+        self.index = self._parsed(Index.parse(content, f"{config.path.rstrip('/')}/{INDEX}"))
         self.provenance = self.index.provenance
         self._fingerprint = hashlib.sha256(content).hexdigest()
         self.vocabulary: Vocabulary | None = None
@@ -90,6 +97,9 @@ class Shards:
             warnings.warn(f"{config.path}: {unused}", stacklevel=3)
         self._starts = np.concatenate([[0], self.index.ends])  # [shards + 1]
         self._open_locally()
+
+    def _parsed(self, index: Index) -> Index:
+        return index
 
     def _open_locally(self) -> None:
         self._rows = map_rows(self._storage.file(self.index.table), self.index)
@@ -113,14 +123,14 @@ class Shards:
             BadSampleError: the message names the shard and the sample.
             DataError: a shard is missing, truncated or changed, or cannot be downloaded.
         """
-        image_bytes, text, location = self._bytes(index)
+        text, location = self._line(index)
         strict = RaiseFirstError(self._config.path, BadSampleError)
         parser = LineParser(self._label_map, strict, self._config.captions == "whole", exact=True)
         row = parser.row(text, location)
         assert row is not None, "an invalid line has raised"
         line = parser.parse_row(row, location)
         assert line is not None, "an invalid line has raised"
-        image = read_image(image_bytes, f"{line.file} ({location})")
+        image = read_image(self.image_bytes(index), f"{line.file} ({location})")
         if image.shape[:2] != line.size:
             raise BadSampleError(
                 f"{location}: the image is {image.shape[:2]}, its line has (height, width) {line.size}"
@@ -144,9 +154,12 @@ class Shards:
             caption=line.caption and line.caption._replace(location=location),
         )
 
-    def image_bytes(self, index: int) -> bytes:
-        """Return the image file of a sample; raises as `load`."""
-        return self._bytes(index)[0]
+    def row(self, index: int) -> dict[str, Any]:
+        """Return the decoded line of a sample; raises as `load`."""
+        text, location = self._line(index)
+        row = LineParser(None, RaiseFirstError(self._config.path, BadSampleError)).row(text, location)
+        assert row is not None, "an invalid line has raised"
+        return row
 
     @property
     def num_classes(self) -> int | None:
@@ -182,15 +195,21 @@ class Shards:
             except DataError as error:
                 yield str(error)
 
-    def _bytes(self, index: int) -> tuple[bytes, bytes, str]:
-        """Return image file, line and location of a sample."""
+    def image_bytes(self, index: int) -> bytes:
+        """Return the image file of a sample; raises as `load`."""
+        return self._read(index, "image")[0]
+
+    def _line(self, index: int) -> tuple[bytes, str]:
+        """Return the line of a sample, and its location."""
+        return self._read(index, "line")
+
+    def _read(self, index: int, what: Literal["image", "line"]) -> tuple[bytes, str]:
+        """Return the image file or the line of a sample in a shard, and its location."""
         image_start, line_start, image_bytes, line_bytes, *_ = self._rows[index].item()
+        start, length = (image_start, image_bytes) if what == "image" else (line_start, line_bytes)
         number = int(np.searchsorted(self.index.ends, index, side="right"))
-        entry = self.index.shards[number]
-        location = f"{self._location(entry)}, sample {index - self._starts[number]}"
-        file = self._file(number)
-        image = file.read(image_bytes, image_start, location)
-        return image, file.read(line_bytes, line_start, location), location
+        location = f"{self._location(self.index.shards[number])}, sample {index - self._starts[number]}"
+        return self._file(number).read(length, start, location), location
 
     def _location(self, entry: ShardFile) -> str:
         return f"{self._config.path.rstrip('/')}/{entry.file}"
