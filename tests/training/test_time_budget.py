@@ -141,7 +141,7 @@ def test_a_limit_also_applies_to_a_resumed_run(tiny_config: MakeConfig, clock: S
 
 
 def test_progress_of_older_checkpoints_has_no_number_of_steps() -> None:
-    assert Progress(step=3, epoch=1, batch=2).num_steps == 0
+    assert Progress(step=3, epoch=1, samples=8).num_steps == 0
 
 
 def test_last_step_against_a_simulation() -> None:
