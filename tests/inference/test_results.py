@@ -60,6 +60,7 @@ def test_selections() -> None:
     assert found.best().masks.shape == (10, 80, 120)
     twins = Result("a", found.image, ("x", "y"), found.boxes[[0, 0, 0]], found.scores[:3], np.array([0, 0, 1]))
     assert twins.nms(0.5).labels == ["x", "y"]
+    assert twins.nms(0.5, exclusive=True).labels == ["x"]
 
 
 def test_crops_have_at_least_one_pixel() -> None:

@@ -12,9 +12,11 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import vg
 from tests.labeling.conftest import NUM_IMAGES
+from vg.boxes import pairwise_iou
 from vg.cli import main
 from vg.data.detection.coco import CocoConfig
 from vg.data.detection.odvg import OdvgConfig
@@ -86,6 +88,15 @@ def test_labels_are_a_dataset(detector: Path, photos: Path, tmp_path: Path) -> N
     assert lines_of(out)[1:] == lines[8:], "what is there is not labeled again"
     with pytest.raises(DataError, match=r"labels: lines that are not valid ODVG: 000000\.jsonl, line 1"):
         OdvgConfig(path=str(out), image_root=str(photos)).build()
+
+
+def test_phrases_that_exclude_each_other(detector: Path, photos: Path, tmp_path: Path) -> None:
+    label(detector, photos, tmp_path / "out", "-p", "dog", "cat", "--threshold", 0, "--nms", 0.5, "--exclusive")
+    for line in lines_of(tmp_path / "out"):
+        boxes = torch.tensor([found["bbox"] for found in line["detection"]["instances"]])
+        assert (pairwise_iou(boxes).fill_diagonal_(0) <= 0.5 + 1e-3).all()
+    with pytest.raises(SystemExit, match="--exclusive is about --nms"):
+        label(detector, photos, tmp_path / "out", "-p", "dog", "--exclusive")
 
 
 def test_thresholds_of_phrases(detector: Path, photos: Path, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pipeline", default="en_core_web_sm", help="pipeline of spaCy, for --captions (default: %(default)s)")
     add("--threshold", type=float, help="least score, 0..1 (default: 0.3; rec: the best box, 0.5 if objects are any)")
     add("--nms", type=float, metavar="IOU", help="drop boxes that overlap more with a better one of their phrase")
+    add("--exclusive", action="store_true", help="an object has one phrase: --nms compares boxes of all phrases")
     add("--image-root", metavar="FOLDER", help="folder of the images of a table (default: that of the table)")
     add("--format", choices=["odvg", "coco", "parquet"], default="odvg", help="of the labels (default: %(default)s)")
     add("--bad-images", choices=["error", "skip"], default="error", help="that cannot be read (default: %(default)s)")
@@ -70,6 +71,8 @@ def run(options: argparse.Namespace) -> None:
     for name in ("threshold", "nms"):
         if (value := getattr(options, name)) is not None:
             check_fraction(value, f"--{name}")
+    if options.exclusive and options.nms is None:
+        raise ConfigError("--exclusive is about --nms: give the largest overlap of two objects too, such as --nms 0.7")
     for name in ("batch_size", "workers"):
         if (number := getattr(options, name)) is not None and number < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {number}: expected at least 1")

@@ -92,9 +92,14 @@ class Result:
         """Return the boxes that score at least `threshold`."""
         return self.select(self.scores >= threshold)
 
-    def nms(self, iou: float) -> Result:
-        """Return the boxes without those whose IoU with a better box of the same phrase is above `iou`."""
-        return self.select(nms(self.boxes, self.scores, iou, self.phrase_ids))
+    def nms(self, iou: float, exclusive: bool = False) -> Result:
+        """Return the boxes without those whose IoU with a better box of the same phrase is above `iou`.
+
+        Args:
+            exclusive: compare with the boxes of all phrases, because an object has only one.
+        """
+        groups = np.zeros_like(self.phrase_ids) if exclusive else self.phrase_ids
+        return self.select(nms(self.boxes, self.scores, iou, groups))
 
     def best(self) -> Result:
         """Return the best box of every phrase that has one, in the order of the phrases."""

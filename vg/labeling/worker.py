@@ -42,6 +42,7 @@ class LabelSettings:
     shard_size: int = 1000
     threshold: float | None = None
     nms: float | None = None
+    exclusive: bool = False  # nms compares boxes of all phrases
     format: str = "odvg"
     bad_images: str = "error"
     batch_size: int = 8
@@ -167,7 +168,7 @@ class Labeler:
         limits = [default if (limit := own.get(phrase)) is None else limit for phrase in result.phrases]
         result = result.select(result.scores >= np.array(limits, np.float32)[result.phrase_ids])
         if self.settings.nms is not None:
-            result = result.nms(self.settings.nms)
+            result = result.nms(self.settings.nms, self.settings.exclusive)
         boxes = np.round(result.boxes.astype(np.float64), 2)
         kept = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
         scores = np.round(result.scores.astype(np.float64), 4)
@@ -176,7 +177,17 @@ class Labeler:
     def _recorded(self) -> dict[str, Any]:
         """Return what determines the labels."""
         settings, plan = self.settings, self.plan
-        names = ("threshold", "nms", "format", "bad_images", "batch_size", "dtype", "shard_size", "captions")
+        names = (
+            "threshold",
+            "nms",
+            "exclusive",
+            "format",
+            "bad_images",
+            "batch_size",
+            "dtype",
+            "shard_size",
+            "captions",
+        )
         return {
             "model": settings.checkpoint,
             "weights": digest(self.grounder, settings.checkpoint),
