@@ -113,15 +113,18 @@ def dead_process(error: BaseException) -> str:
     return "another process of this run ended, which the launcher names; repeat the command with --resume to continue"
 
 
-def launches() -> list[str]:
-    """Return what identifies the programs that started the processes of this group and restart it when one dies.
+def launches() -> dict[str, int]:
+    """Return what identifies the programs that started the processes of this group, and how often each restarted them.
 
-    That is the log folder of each torchrun (or `accelerate launch`), one per machine: every program has a new one and
+    The key is the log folder of a torchrun (or `accelerate launch`), one per machine: every program has a new one and
     keeps it when it restarts processes. The id of a job (`--rdzv-id`) would not do: many scripts always use the same.
     Empty if the processes were started in another way.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # LOGS/attempt_0/0/error.json
-    return sorted(set(gather_object([str(Path(file).parents[2])] if file else [])))
+    if file is None:
+        return dict(gather_object([]))
+    attempt = Path(file).parents[1]
+    return dict(sorted(gather_object([(str(attempt.parent), int(attempt.name.removeprefix("attempt_")))])))
 
 
 def processes_per_machine(accelerator: Accelerator) -> int:

@@ -29,7 +29,7 @@ MakeConfig = Callable[..., RunConfig]
 SCRIPT = """
 import os, signal, sys
 import vg.cli
-from vg.training.state import TrainingState
+from vg import checkpoint
 from vg.training.trainer import Trainer
 
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -39,11 +39,11 @@ def kill(moment):
     if KILLS[attempt:][:1] == [(rank, moment, trainers[0].progress.step)]:
         os.kill(os.getpid(), signal.SIGKILL)
 
-fit, step, evaluate, save = Trainer.fit, Trainer.step, Trainer.evaluate, TrainingState.save
+fit, step, evaluate, write = Trainer.fit, Trainer.step, Trainer.evaluate, checkpoint.write_training_state
 Trainer.fit = lambda self: [trainers.append(self), fit(self)]
 Trainer.step = lambda self, batches: [kill("step"), step(self, batches)][1]
 Trainer.evaluate = lambda self: [kill("evaluation"), evaluate(self)]
-TrainingState.save = lambda self, *arguments: [save(self, *arguments), kill("save")]  # written, but not renamed
+checkpoint.write_training_state = lambda *arguments: [write(*arguments), kill("save")]  # before it is renamed
 vg.cli.use_fast_products = lambda: False  # as in the process of the tests
 vg.cli.main(["train", *sys.argv[1:]])
 """
@@ -156,7 +156,12 @@ def test_only_a_restart_continues_by_itself(
     trainer.fit()
     launched("first", 2)
     assert Trainer(config).progress.step == 3
+    with pytest.raises(CheckpointError, match="already contains a run"):
+        Trainer(config)  # a second run of the same processes
+    launched("first", 3)
     assert Trainer(config, overwrite=True).progress.step == 3
+    assert Trainer(config, overwrite=True).progress.step == 0
+    trainer.save()
 
     for name in ("second", None):
         launched(name, 1) if name else monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")

@@ -75,7 +75,8 @@ class RunFolder:
         self.accelerator = accelerator
         self.launches = launches()
         self._recover()
-        is_restart = bool(set(self.launches).intersection(self._begun_by()))
+        before = self._begun_by()
+        is_restart = any(attempt > before.get(launch, attempt) for launch, attempt in self.launches.items())
         self.resume = resume or (is_restart and bool(self.checkpoints()))
         if resume and not self.checkpoints():
             raise CheckpointError(f"nothing to resume: no checkpoint in {self.path / 'checkpoints'}")
@@ -93,10 +94,10 @@ class RunFolder:
             if not old.with_suffix("").exists():
                 old.rename(old.with_suffix(""))
 
-    def _begun_by(self) -> list[str]:
-        """The launches of the processes that began or resumed the run in the folder."""
+    def _begun_by(self) -> dict[str, int]:
+        """The launches of the processes that began or resumed the run in the folder, and their number of restarts."""
         file = self.path / LAUNCH
-        return read_json(file, list) if file.exists() else []
+        return read_json(file, dict) if file.exists() else {}
 
     @in_main_process
     def begin(self) -> None:

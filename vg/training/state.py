@@ -52,11 +52,14 @@ class Progress:
             saved |= {"samples": saved.pop("batch") * samples, "samples_per_step": samples * config.train.accumulate}
         before = saved.pop("samples_per_step")
         if before != samples_per_step and PartialState().is_main_process:
+            position = "at the same sample"
+            if config.data.group_by_aspect_ratio:
+                position = "after as many samples of this epoch, some of which occur twice or never"
             logger.warning(
                 "the checkpoint of step %d is from a run with %d samples per step, now there are %d (data.batch_size x "
-                "processes x train.accumulate): it continues at the same sample, but with other steps and another "
-                "schedule than without an interruption",
-                *(saved["step"], before, samples_per_step),
+                "processes x train.accumulate): it continues %s, but with other steps and another schedule than "
+                "without an interruption",
+                *(saved["step"], before, samples_per_step, position),
             )
         return cls(**saved, samples_per_step=samples_per_step)
 
