@@ -70,14 +70,19 @@ class Killed:
         else:
             self.process = start(["python", *LABEL], words, out, "--engine", "ray", "--workers", str(workers))
 
-    def kill_after(self, num_shards: int, seconds: float = 0.05) -> None:
+    def kill_after(self, num_shards: int, seconds: float = 0.05) -> bool:
         """Wait until there are more shards than now, and a random time; then kill one worker, if any is left."""
         wanted = self._num_shards() + num_shards
         while self._num_shards() < wanted and self.process.poll() is None:
             time.sleep(0.002)
         time.sleep(self.random.uniform(0, seconds))
-        if self.process.poll() is None:
+        if self.process.poll() is not None:
+            return False
+        try:
             self.random.choice(self._workers()).send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:  # it has just ended
+            return False
+        return True
 
     def wait(self) -> int:
         """Return the exit status."""
@@ -163,25 +168,25 @@ def overhead(model: Path, images: Path, folder: Path, count: int, rounds: int) -
     return {name: statistics.median(values[1:]) for name, values in ratios.items()}
 
 
-def kill_test(engine: str, workers: int, words: list[str], out: Path, kills: int, num_shards: int) -> tuple[int, float]:
-    """Label with `kills` killed workers; return how often the command was repeated, and the seconds of everything."""
+def kill_test(
+    engine: str, workers: int, words: list[str], out: Path, kills: int, num_shards: int
+) -> tuple[int, int, float]:
+    """Label with up to `kills` killed workers; return these, the number of commands, and the seconds of everything."""
     begin, starts = time.perf_counter(), 0
     distance = max(1, num_shards // (kills + 1))
     left = kills
-    while left or len(list(out.glob("*.jsonl"))) < num_shards:
+    while len(list(out.glob("*.jsonl"))) < num_shards:
         starts += 1
         killed = Killed(engine, workers, words, out, seed=100 * workers + starts)
         if left:
-            killed.kill_after(distance // (workers if engine == "array" else 1), seconds=1.0)
-            left -= 1
+            left -= killed.kill_after(distance // (workers if engine == "array" else 1), seconds=1.0)
             while engine == "ray" and left and killed.process.poll() is None:  # it restarts its workers itself
-                killed.kill_after(distance, seconds=1.0)
-                left -= 1
+                left -= killed.kill_after(distance, seconds=1.0)
         killed.wait()
         if starts > 20 * workers:
             sys.exit(f"{engine}, {workers} workers: the labels are not complete after {starts} commands")
     run_quietly(words, out)  # nothing is left to label
-    return starts, time.perf_counter() - begin
+    return kills - left, starts, time.perf_counter() - begin
 
 
 def main() -> None:
@@ -223,9 +228,9 @@ def main() -> None:
         for engine in options.engines:
             for workers in options.workers:
                 out = folder / f"{engine}{workers}"
-                starts, seconds = kill_test(engine, workers, words, out, options.kills, num_shards)
+                killed, starts, seconds = kill_test(engine, workers, words, out, options.kills, num_shards)
                 equal = "yes" if contents(out) == quiet else "NO"
-                row = f"| {engine} | {workers} | {options.kills} | {starts} | {seconds:.0f} | {equal} |"
+                row = f"| {engine} | {workers} | {killed} | {starts} | {seconds:.0f} | {equal} |"
                 print(row, flush=True)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -116,10 +118,13 @@ def test_thresholds_of_phrases(detector: Path, photos: Path, tmp_path: Path) -> 
     ("name", "content", "message"),
     [
         ("a.json", '{"dog": 2}', "a.json: dog: 2: expected a score or IoU from 0 to 1"),
-        ("a.json", '{"dog": "x"}', r"a.json: \{'dog': 'x'\}; expected phrases, as"),
-        ("a.json", "[3]", r"a.json: \{3: None\}; expected phrases, as"),
+        ("a.json", '{"dog": "x"}', "a.json: dog: x; expected phrases, as"),
+        ("a.json", "[3]", "a.json: 3; expected phrases, as"),
+        ("a.json", '[{"dog": 0.4}]', r"a.json: \(\('dog', 0.4\),\); expected phrases, as"),
+        ("a.json", '"dog"', "a.json: dog; expected phrases, as"),
+        ("a.json", '{"dog": 0.2, "dog": 0.6}', "a.json: a phrase is there twice"),
         ("a.json", "{", "a.json: Expecting"),
-        ("a.txt", "dog\n\ndog\n", "a.txt: a phrase is there twice"),
+        ("a.txt", "dog\n\n dog \n", "a.txt: a phrase is there twice"),
         ("a.txt", "dog\nDog\n", "the phrases 'dog' and 'Dog' are the same"),
         ("a.txt", "\n", "no phrases; give them with -p, --phrases-file or --captions"),
     ],
@@ -268,9 +273,29 @@ def test_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert worker_of(None) == (2, 4)
+    assert worker_of("1/8") == (6, 32), "torchrun in a job of an array"
     for wrong in ("8/8", "1", "-1/2", "a/b"):
         with pytest.raises(ConfigError, match="expected i/n with i from 0 to n - 1"):
             worker_of(wrong)
+
+
+def test_captions_are_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": ["a.jpg"], "caption": [["a dog", "a cat"]]}), tmp_path / "some.parquet")
+    with pytest.raises(DataError, match=r"some.parquet, row 1: caption is .*, expected one caption, as text"):
+        open_plan(str(tmp_path / "some.parquet"), "caption", None, 5)
+
+
+def test_a_complete_folder_is_completed_again_by_many(detector: Path, photos: Path, tmp_path: Path) -> None:
+    """Unfinished files of a process may be deleted by another one that has found the folder complete."""
+    out = tmp_path / "out"
+    label(detector, photos, out, *CLASSES, *LOW)
+    settings, label_map = (json.loads((out / name).read_text()) for name in ("labels.json", "label_map.json"))
+
+    def complete(_: int) -> bool:
+        return LabelFolder(out, settings, label_map).finish()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(complete, range(400)))
 
 
 def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from threading import Lock
 from typing import Any
@@ -10,6 +11,8 @@ from vg.data.prompt import Expressions, Prompts
 from vg.errors import ConfigError
 from vg.labeling.phrases import Labels, Prompt
 from vg.labeling.plan import PlannedImage
+
+logger = logging.getLogger(__name__)
 
 PIPELINE = "en_core_web_sm"
 _UNUSED = ("ner", "lemmatizer", "textcat", "entity_linker")
@@ -20,7 +23,8 @@ class Captions:
     """The noun phrases of the caption of each image.
 
     Articles and pronouns at the beginning are left out, and so are repeated phrases and those that the model cannot
-    take (too long, without letters). An image without a caption has no phrases.
+    take (too long, without letters). An image without a caption has no phrases, nor has one with a caption that as a
+    whole exceeds the model, which training on `captions: whole` could not use.
 
     Args:
         pipeline: name or folder of a pipeline of spaCy with a parser.
@@ -45,7 +49,14 @@ class Captions:
         texts = [image.caption or "" for image in images]
         with self._lock:
             documents = list(self._pipeline.pipe(texts))
-        return [self._prompt(text, document) for text, document in zip(texts, documents, strict=True)]
+        too_long = self._texts.problems([(image.name, (text,)) for image, text in zip(images, texts, strict=True)])
+        for index in too_long:
+            if texts[index].strip():
+                logger.warning("%s: its caption is too long for the model, so it gets no boxes", images[index].name)
+        return [
+            Prompt((), (), text) if index in too_long else self._prompt(text, document)
+            for index, (text, document) in enumerate(zip(texts, documents, strict=True))
+        ]
 
     def line(self, labels: Labels, prompt: Prompt) -> dict[str, Any]:
         found = zip(labels.boxes.tolist(), labels.phrase_ids.tolist(), labels.scores.tolist(), strict=True)

@@ -46,13 +46,15 @@ class LabelFolder:
         path.mkdir(parents=True, exist_ok=True)
         file = path / SETTINGS
         if not file.exists():
-            write_shared(file, _indented(settings), replace=False)  # the first process decides
+            with _unless_there(file):
+                write_shared(file, _indented(settings), replace=False)  # the first process decides
         found = read_json(file, dict)
         changed = [k for k in settings | found if k not in INFORMATIVE and found.get(k) != settings.get(k)]
         if changed:
             raise ConfigError(f"{path} has labels with other settings ({', '.join(changed)}): use another folder")
-        if label_map is not None:
-            write_shared(path / LABEL_MAP, _indented(label_map))
+        if label_map is not None and not (path / LABEL_MAP).exists():
+            with _unless_there(path / LABEL_MAP):
+                write_shared(path / LABEL_MAP, _indented(label_map))
 
     def missing(self, shards: Iterable[int]) -> list[int]:
         """Return the shards that are not written yet."""
@@ -61,7 +63,9 @@ class LabelFolder:
     def write(self, shard: int, lines: Sequence[Line], skipped: Sequence[Mapping[str, str]]) -> None:
         """Write the ODVG lines of a shard, and the images that could not be read."""
         if skipped:
-            write_shared(self.path / f"{shard:06d}.skipped.json", _indented(skipped))
+            report = self.path / f"{shard:06d}.skipped.json"
+            with _unless_there(report):
+                write_shared(report, _indented(skipped))
         with _unless_there(self._file(shard)):
             write_shared(self._file(shard), _parquet(lines) if self._format == "parquet" else _jsonl(lines))
 

@@ -91,14 +91,18 @@ def read_phrases(file: Path) -> Thresholds:
     """
     try:
         text = read_text(file)
-        values: Any = json.loads(text) if file.suffix == ".json" else [*filter(str.strip, text.splitlines())]
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        values: Any = json.loads(text, object_pairs_hook=tuple) if file.suffix == ".json" else lines
     except (OSError, ValueError) as error:
         raise ConfigError(f"--phrases-file {file}: {error}") from error
-    pairs = list(values.items()) if isinstance(values, dict) else [(phrase, None) for phrase in values]
+    wanted = 'expected phrases, as ["dog", "cat"] or {"dog": 0.4, "cat": null}'
+    if not isinstance(values, (list, tuple)):
+        raise ConfigError(f"--phrases-file {file}: {str(values)[:80]}; {wanted}")
+    pairs = [(phrase, None) for phrase in values] if isinstance(values, list) else list(values)
     for phrase, threshold in pairs:
         if not isinstance(phrase, str) or type(threshold) not in (int, float, type(None)):
-            wanted = 'expected phrases, as ["dog", "cat"] or {"dog": 0.4, "cat": null}'
-            raise ConfigError(f"--phrases-file {file}: {str({phrase: threshold})[:80]}; {wanted}")
+            shown = phrase if threshold is None else f"{phrase}: {threshold}"
+            raise ConfigError(f"--phrases-file {file}: {str(shown)[:80]}; {wanted}")
         if threshold is not None:
             check_fraction(threshold, f"--phrases-file {file}: {phrase}:")
     if len(found := dict(pairs)) < len(pairs):

@@ -127,7 +127,8 @@ class ShardsPlan:
 
     def _image(self, sample: int) -> PlannedImage:
         row = self._source.row(sample)
-        name, caption = str(row["filename"]), text_at(row, self._captions) if self._captions else None
+        name = str(row["filename"])
+        caption = text_at(row, self._captions, f"sample {row['id']}") if self._captions else None
         return PlannedImage(name, partial(self._read, sample, name), caption, {"id": row["id"], "sample": sample})
 
     def _read(self, sample: int, name: str) -> np.ndarray:
@@ -160,6 +161,8 @@ def open_plan(data: str, captions: str | None, image_root: str | None, shard_siz
             raise DataError(f"--image-root {root} is not a folder; it contains the images that {data} names")
         return FilePlan(root, read_table(path, captions), shard_size)
     if "://" in data or (path / INDEX).is_file():
+        if image_root is not None:
+            raise ConfigError(f"--image-root {image_root}: {data} has its images in shards; leave the option out")
         return ShardsPlan(ShardsConfig(path=data).build(), captions)
     for option, value in (("--captions", captions), ("--image-root", image_root)):
         if value is not None:

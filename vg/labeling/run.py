@@ -23,16 +23,16 @@ def worker_of(shard: str | None) -> tuple[int, int]:
     """Return the index of this worker from 0 on, and the number of workers.
 
     Args:
-        shard: "i/n" of an array job, i from 0 on; by default the RANK and WORLD_SIZE of torchrun.
+        shard: "i/n" of an array job, i from 0 on. The processes that torchrun starts, if any, divide it further.
 
     Raises:
         ConfigError: not of that form, or i is not below n.
     """
-    given = shard or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
-    found = re.fullmatch(r"(\d+)/(\d+)", given)
+    found = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
     if not found or int(found[1]) >= int(found[2]):
-        raise ConfigError(f"--shard {given}: expected i/n with i from 0 to n - 1, such as 0/8 for the first of 8")
-    return int(found[1]), int(found[2])
+        raise ConfigError(f"--shard {shard}: expected i/n with i from 0 to n - 1, such as 0/8 for the first of 8")
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return int(found[1]) * size + rank, int(found[2]) * size
 
 
 def label(settings: LabelSettings, index: int, num_workers: int) -> tuple[Counts, dict[str, str] | None]:
@@ -65,6 +65,7 @@ def label_on_ray(settings: LabelSettings, num_workers: int | None) -> tuple[Coun
         import ray.data
     except ImportError as error:
         raise ConfigError("--engine ray needs the package ray: pip install 'ray[data]'") from error
+    settings = absolute(settings)  # workers may run in another folder
     labeler = Labeler(settings if settings.checkpoint.endswith(".onnx") else replace(settings, device="cpu"))
     shards = labeler.folder.missing(range(len(labeler.plan)))
     ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="error")
@@ -81,6 +82,16 @@ def label_on_ray(settings: LabelSettings, num_workers: int | None) -> tuple[Coun
     )
     counts = _sum(map(_counts_of, rows.iter_rows() if shards else ()), labeler, shards, True)
     return counts, labeler.finish()
+
+
+def absolute(settings: LabelSettings) -> LabelSettings:
+    """Return the settings with paths that do not depend on the working directory."""
+    paths: dict[str, Any] = {"output": os.path.abspath(settings.output)}
+    for name in ("checkpoint", "data", "image_root", "pipeline", "tokenizer"):
+        value = getattr(settings, name)
+        if value is not None and (os.path.exists(value) or (name == "data" and "://" not in value)):
+            paths[name] = os.path.abspath(value)
+    return replace(settings, **paths)
 
 
 class _Actor:

@@ -19,7 +19,7 @@ def read_table(file: Path, captions: str | None) -> Iterator[tuple[str, str | No
         captions: column of the captions; in JSON lines and parquet also a key in it, such as "grounding.caption".
 
     Raises:
-        DataError: the file cannot be read, has no such column, or a row has no image.
+        DataError: the file cannot be read, has no such column, or a row has no image or a caption that is not text.
     """
     first = (captions or "").partition(".")[0]
     image = ""
@@ -30,14 +30,20 @@ def read_table(file: Path, captions: str | None) -> Iterator[tuple[str, str | No
             raise DataError(f"{file}, {location}: no column {missing}; the columns are {', '.join(row)}")
         if not isinstance(name := row.get(image), str) or not name:
             raise DataError(f"{file}, {location}: {image} is {str(name)[:80]!r}, expected the name of an image file")
-        yield name, text_at(row, captions) if captions else None
+        yield name, text_at(row, captions, f"{file}, {location}") if captions else None
 
 
-def text_at(row: Any, key: str) -> str | None:
-    """Return the value of a key such as "grounding.caption", None if it is missing."""
+def text_at(row: Any, key: str, where: str) -> str | None:
+    """Return the text of a key such as "grounding.caption", None if it is missing.
+
+    Raises:
+        DataError: the value is not text; the message begins with `where`.
+    """
     for name in key.split("."):
         row = row.get(name) if isinstance(row, Mapping) else None
-    return None if row is None else str(row)
+    if row is not None and not isinstance(row, str):
+        raise DataError(f"{where}: {key} is {str(row)[:80]!r}, expected one caption, as text")
+    return row
 
 
 def _parquet_rows(file: Path, captions: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

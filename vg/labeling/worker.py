@@ -103,8 +103,7 @@ class Labeler:
         """
         ready = read_batches(self._batches(shards), self._prepare, self._threads)
         for shard in shards:
-            if self.settings.captions is not None:
-                self.grounder.backend.forget_prompts()
+            self.grounder.backend.forget_prompts()
             lines: list[Line] = []
             skipped: list[dict[str, str]] = []
             while len(lines) + len(skipped) < self.plan.size(shard):
@@ -185,6 +184,7 @@ class Labeler:
             "bad_images",
             "batch_size",
             "dtype",
+            "tokenizer",
             "shard_size",
             "captions",
         )

@@ -59,9 +59,10 @@ class LineFiles:
             return file.readline(), self._location(number, line)
 
     def __iter__(self) -> Iterator[tuple[bytes, str]]:
+        ends = np.searchsorted(self._rows[:, 0], np.arange(len(self._files)), side="right")  # rows are in file order
         for number, path in enumerate(self._files):
             with path.open("rb") as file:
-                for _, line, start in self._rows[self._rows[:, 0] == number].tolist():
+                for _, line, start in self._rows[ends[number - 1] if number else 0 : ends[number]].tolist():
                     file.seek(start)
                     yield file.readline(), self._location(number, line)
 
