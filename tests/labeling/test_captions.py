@@ -53,13 +53,13 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Texts:
-    """Takes phrases of less than `limit` characters."""
+    """Takes all phrases but `refused`."""
 
-    def __init__(self, limit: int = 20):
-        self.limit = limit
+    def __init__(self, refused: str = ""):
+        self.refused = refused
 
     def problems(self, samples: list[tuple[str, tuple[str, ...]]]) -> dict[int, str]:
-        return {index: "long" for index, (_, (phrase,)) in enumerate(samples) if len(phrase) >= self.limit}
+        return {index: "long" for index, (_, (phrase,)) in enumerate(samples) if phrase == self.refused}
 
 
 def test_noun_phrases(pipeline: Path) -> None:
@@ -69,8 +69,9 @@ def test_noun_phrases(pipeline: Path) -> None:
     assert [prompt.phrases for prompt in prompts] == [("red cross", "star"), ("dog",), ("red star",), (), ()]
     assert prompts[0].spans == ((4, 13), (24, 28))
     assert prompts[2].spans == ((4, 12),), "where the phrase is first"
-    captions._texts = Texts(limit=9)  # type: ignore[assignment]
-    assert captions.prompts([PlannedImage("x", open, texts[0])])[0].phrases == ("star",)  # type: ignore[arg-type]
+    for refused, phrases in (("red cross", ("star",)), (texts[0], ())):
+        captions._texts = Texts(refused)  # type: ignore[arg-type, assignment]
+        assert captions.prompts([PlannedImage("x", open, texts[0])])[0].phrases == phrases  # type: ignore[arg-type]
 
 
 def test_captions_are_a_dataset(
