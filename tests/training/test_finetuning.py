@@ -127,7 +127,7 @@ def test_resuming_with_adapters_equals_an_uninterrupted_run(tiny_config: MakeCon
     lora = {"targets": ["text.network"], "dropout": 0.3, "train_also": ["head"]}
     runs = []
     for name in ("uninterrupted", "stopped"):
-        config = configured(tiny_config, optim={"lora": lora}, output=str(tmp_path / name), accumulate=2)
+        config = configured(tiny_config, optim={"lora": lora}, output=str(tmp_path / name), accumulate=2, epochs=4)
         runs.append(Path(config.train.output))
         trainer = Trainer(config)
         if name == "stopped":

@@ -43,11 +43,11 @@ def test_accumulated_batches_equal_one_large_batch(tiny_config: MakeConfig) -> N
         torch.testing.assert_close(accumulated, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_an_incomplete_last_step_of_an_epoch_has_a_mean_gradient_too(tiny_config: MakeConfig) -> None:
-    """Three batches, two per step: the gradient of the single batch of the second step must not be halved."""
+def test_a_step_with_fewer_batches_has_a_mean_gradient_too(tiny_config: MakeConfig) -> None:
+    """Three batches where a step has four: their gradient must not be divided by four."""
     data = {"train": {"name": "shapes", "split": "val", "image_size": 64, "size": 6}, "batch_size": 2}
-    config = tiny_config(model=NO_DROPOUT, data=data, train={"accumulate": 2, "epochs": 1})
-    trainer = scripted(Trainer(config), [0.5])
+    config = tiny_config(model=NO_DROPOUT, data=data, train={"accumulate": 4, "epochs": 2})
+    trainer = scripted(Trainer(config), [0.5, 0.5])
     gradients = []
     zero_grad = trainer.optimizer.zero_grad
 
@@ -68,7 +68,7 @@ def test_an_incomplete_last_step_of_an_epoch_has_a_mean_gradient_too(tiny_config
     trainer.step = remember  # type: ignore[method-assign]
     trainer.fit()
     assert len(gradients) == 2
-    for group, members in enumerate(([0, 1], [2])):
+    for group, members in enumerate(([0, 1, 2], [3, 4, 5])):
         trainer.unwrapped_model.load_state_dict(weights[members[0]])
         trainer.unwrapped_model.zero_grad()
         losses = [
