@@ -82,7 +82,7 @@ class Shards:
         content = self._storage.read_index()
         self.index = self._parsed(Index.parse(content, f"{config.path.rstrip('/')}/{INDEX}"))
         self.provenance = self.index.provenance
-        self._fingerprint = hashlib.sha256(content).hexdigest()
+        self._digest = hashlib.sha256(content).hexdigest()
         self.vocabulary: Vocabulary | None = None
         self._label_map: LabelMap | None = None
         if self.index.classes is not None:
@@ -178,13 +178,13 @@ class Shards:
 
     def image_keys(self) -> list[str]:
         """Return the key of each image of COCO; other images are known to these shards only."""
-        own, rows = f"shards/{self._fingerprint[:12]}/", self._rows
+        own, rows = f"shards/{self._digest[:12]}/", self._rows
         pairs = zip(rows["coco_id"].tolist(), rows["image"].tolist(), strict=True)
         return [f"{own}{image}" if coco_id < 0 else f"{COCO_KEY}{coco_id}" for coco_id, image in pairs]
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the index, which has that of every shard."""
-        return self._fingerprint
+        return self._digest
 
     def damaged_files(self) -> Iterator[str]:
         """Read all files and yield a message for each whose checksum is not that of the index, or that is missing."""
