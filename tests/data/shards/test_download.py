@@ -92,6 +92,16 @@ def shards_in(cache: Path) -> list[Path]:
     return sorted(cache.glob("*/*.tar"))
 
 
+def test_deleted_shards_take_no_space(folder: Path, tmp_path: Path) -> None:
+    """A file that is open stays on the disk when it is deleted."""
+    size = (folder / "000000.tar").stat().st_size
+    shards = opened(folder, tmp_path, cache_gb=2.5 * size / 1e9)
+    for index in range(len(shards)):
+        shards.load(index, 0)
+        assert sum(file.is_deleted() for file in shards._files.values()) == 0
+    assert len(shards._files) == len(shards_in(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("protocol", ["file", "memory"])
 def test_urls_equal_the_folder(protocol: str, folder: Path, tmp_path: Path) -> None:
     url = f"{protocol}://{folder}"

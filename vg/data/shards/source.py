@@ -42,7 +42,7 @@ class ShardsConfig(Settings):
     """Folder for shards of a URL, which processes and datasets may share; ~/.cache/vg/shards by default."""
     cache_gb: Annotated[float, Field(gt=0)] = 100.0
     """Gigabytes (10^9 bytes) of shards that the cache may have; the least recently used ones are deleted. Downloads in
-    progress may exceed it by one shard per process."""
+    progress may exceed it by one shard per process, and a process frees deleted ones when it opens another."""
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     """For numbered classes, all of which are in the shards, see vg.data.detection.vocabulary."""
     captions: Literal["phrases", "whole"] = "phrases"
@@ -216,7 +216,12 @@ class Shards:
 
     def _file(self, number: int) -> _Descriptor:
         """Return the open file of a shard."""
-        file = self._files.pop(number, None) or self._open(number)
+        file = self._files.pop(number, None)
+        if file is None:
+            file = self._open(number)
+            for other, descriptor in list(self._files.items()):
+                if descriptor.is_deleted():  # from the cache; it takes space on the disk as long as it is open
+                    self._files.pop(other, None)
         self._files[number] = file
         if len(self._files) > _OPEN_FILES:
             self._files.popitem(last=False)
@@ -257,6 +262,9 @@ class _Descriptor:
         if len(content) < length:
             raise DataError(f"{location} ends beyond the end of the file: the shard is truncated; copy it again")
         return content
+
+    def is_deleted(self) -> bool:
+        return os.fstat(self._number).st_nlink == 0
 
     def __del__(self) -> None:
         if self._number >= 0:
