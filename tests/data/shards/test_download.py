@@ -21,7 +21,7 @@ from vg.data.shards.source import Shards, ShardsConfig
 from vg.data.shards.storage import CachedUrl, default_cache
 from vg.data.shards.write import write_shards
 from vg.data.synthetic.shapes import ShapesConfig
-from vg.errors import DataError
+from vg.errors import BadSampleError, DataError
 
 SHAPES = ShapesConfig(split="val", size=30, image_size=96)  # all shards have the same size
 
@@ -132,6 +132,17 @@ def test_a_truncated_file_in_the_cache_is_downloaded_again(folder: Path, tmp_pat
     shards_in(tmp_path)[0].write_bytes(b"x")
     opened(folder, tmp_path).load(0, 0)
     assert Trouble.opened.count("000000.tar") == 2
+
+
+def test_a_damaged_file_in_the_cache_is_named(folder: Path, tmp_path: Path) -> None:
+    shards = opened(folder, tmp_path)
+    shards.load(0, 0)
+    file = shards_in(tmp_path)[0]
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(BadSampleError, match=rf"000000\.tar \(its copy is {file}, delete it if .*\), sample 0"):
+        shards.load(0, 0)
+    (message,) = shards.damaged_files()
+    assert f"(its copy is {file}, delete it if it is damaged): its SHA-256 is not that of index.json" in message
 
 
 def test_a_changed_dataset_is_downloaded_again(folder: Path, tmp_path: Path) -> None:

@@ -77,9 +77,7 @@ def test_a_damaged_folder_is_completed(tmp_path: Path, monkeypatch: pytest.Monke
     (out / "000000.tar").unlink()
     monkeypatch.setattr(job, "line_of", lambda sample, name, classes: b"{}")
     for _ in range(2):
-        with pytest.raises(
-            DataError, match=r"shard 0 in .*out, which was damaged, has become another one"
-        ):
+        with pytest.raises(DataError, match=r"shard 0 in .*out, which was damaged, has become another one"):
             write_shards(SHAPES, out, samples_per_shard=3)
     (out / "samples.npy").unlink()
     with pytest.raises(DataError, match=r"samples\.npy is missing or truncated; copy it again, or give a new folder"):

@@ -20,7 +20,7 @@ from vg.data.detection.odvg_lines import LabelMap, LineParser
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.images import COCO_KEY, read_image
 from vg.data.shards.containers import check_columns
-from vg.data.shards.index import INDEX, Index, ShardFile, map_rows, sha256_of
+from vg.data.shards.index import INDEX, Index, map_rows, sha256_of
 from vg.data.shards.lines import extras
 from vg.data.shards.storage import open_storage
 from vg.errors import BadSampleError, DataError
@@ -191,7 +191,7 @@ class Shards:
         for entry in (self.index.table, *self.index.shards):
             try:
                 if sha256_of(self._storage.file(entry)) != entry.sha256:
-                    yield f"{self._location(entry)}: its SHA-256 is not that of {INDEX}"
+                    yield f"{self._storage.location(entry)}: its SHA-256 is not that of {INDEX}"
             except DataError as error:
                 yield str(error)
 
@@ -208,11 +208,8 @@ class Shards:
         image_start, line_start, image_bytes, line_bytes, *_ = self._rows[index].item()
         start, length = (image_start, image_bytes) if what == "image" else (line_start, line_bytes)
         number = int(np.searchsorted(self.index.ends, index, side="right"))
-        location = f"{self._location(self.index.shards[number])}, sample {index - self._starts[number]}"
+        location = f"{self._storage.location(self.index.shards[number])}, sample {index - self._starts[number]}"
         return self._file(number).read(length, start, location), location
-
-    def _location(self, entry: ShardFile) -> str:
-        return f"{self._config.path.rstrip('/')}/{entry.file}"
 
     def _file(self, number: int) -> _Descriptor:
         """Return the open file of a shard."""
@@ -241,8 +238,8 @@ class Shards:
             except OSError as error:
                 raise DataError(f"the shard {path} cannot be read: {error.strerror}") from error
         raise DataError(
-            f"{self._location(entry)} was deleted from the cache three times before it could be opened; set a larger "
-            "cache_gb"
+            f"{self._storage.location(entry)} was deleted from the cache three times before it could be opened; "
+            "set a larger cache_gb"
         )
 
 
