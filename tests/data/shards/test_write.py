@@ -84,6 +84,13 @@ def test_a_damaged_folder_is_completed(tmp_path: Path, monkeypatch: pytest.Monke
         write_shards(SHAPES, out, samples_per_shard=3)
 
 
+def test_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    write_shards(SHAPES, Path("."), samples_per_shard=3)
+    assert len(ShardsConfig(path=".").build()) == 11
+
+
 def test_killed_processes(tmp_path: Path) -> None:
     """SIGKILL, several times: workers end with the main process, and the result is that of a straight run."""
     command = [sys.executable, "-m", "vg", "shard", "configs/demo_rec.yaml", str(tmp_path / "out"), "--split=eval"]

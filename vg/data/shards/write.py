@@ -57,7 +57,7 @@ def write_shards(
     """
     if samples_per_shard < 1:
         raise DataError(f"{samples_per_shard} samples per shard: write at least 1")
-    dataset = with_all_classes(dataset)
+    folder, dataset = folder.resolve(), with_all_classes(dataset)
     source: Source[Sample] = dataset.build()
     settings = json.loads(
         json.dumps(
