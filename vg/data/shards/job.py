@@ -34,8 +34,7 @@ class Record(NamedTuple):
     """What is known of a finished shard before the index is written; a small file beside it."""
 
     shard: ShardFile
-    read: int  # samples of the source
-    skipped: int  # of them, because they are bad
+    skipped: int  # samples of the source, because they are bad
     detections: int  # lines of numbered classes
     rows: Sequence[Sequence[int]]  # of the index
 
@@ -97,7 +96,7 @@ class ShardJob:
         """Write a shard, and then its record, which marks it as finished."""
         start = int(self.ends[number - 1]) if number else 0
         positions = range(start, int(self.ends[number]))
-        counts = {"read": len(positions), "skipped": 0, "detections": 0}
+        counts = {"skipped": 0, "detections": 0}
         file = self.folder / f"{number:06d}.{self.format}"
         shard, rows = write_shard(file, self.format, self._entries(positions, counts))
         record = Record(shard=shard, rows=rows.tolist(), **counts)
