@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from vg.cli import main
 from vg.data.detection.odvg import OdvgConfig
 from vg.data.expressions import CsvConfig
 from vg.data.images import list_images, read_image
+from vg.data.overlap import without_overlap
+from vg.data.shards.labels import digest_of
 from vg.data.shards.source import ShardsConfig
 from vg.data.shards.write import write_shards
 from vg.errors import DataError
@@ -80,6 +83,8 @@ def test_training_on_labels_of_shards(detector: Path, photos: Path, shards: Path
         assert tuple(source.image_sizes(0)[index]) == sample.image.shape[:2]
     assert source.shard_ends().tolist() == [8, 16, 20]
     assert len(set(source.image_groups(0).tolist())) == NUM_IMAGES
+    assert source.image_keys() == ShardsConfig(path=str(shards)).build().image_keys()[::2]
+    assert pickle.loads(pickle.dumps(source)).image_keys() == source.image_keys()
     assert source.fingerprint() != ShardsConfig(path=str(shards)).build().fingerprint()
     data = {"name": "shards", "path": str(shards), "labels": str(out)}
     assert sum("loss" in row for row in train(data, tmp_path / "run")) == 2
@@ -95,6 +100,37 @@ def test_labels_of_other_images(detector: Path, photos: Path, tmp_path: Path) ->
     write_shards(CsvConfig(path=str(photos / "table.csv")), tmp_path / "few", samples_per_shard=16)
     with pytest.raises(DataError, match=r"other has labels of another dataset than .*few"):
         ShardsConfig(path=str(tmp_path / "few"), labels=str(tmp_path / "other")).build()
+
+
+def test_labels_of_as_many_other_images(detector: Path, photos: Path, tmp_path: Path) -> None:
+    write_shards(write_csv(photos), tmp_path / "shards", samples_per_shard=16)
+    label(detector, tmp_path / "shards", tmp_path / "labels", *CLASSES)
+    names = list_images(photos)
+    read_image(photos / names[0], "it")
+    (photos / names[0]).write_bytes((photos / names[1]).read_bytes())
+    write_shards(write_csv(photos), tmp_path / "other", samples_per_shard=16)
+    with pytest.raises(DataError, match=r"labels has labels of another dataset than .*other, of .*shards; label its"):
+        ShardsConfig(path=str(tmp_path / "other"), labels=str(tmp_path / "labels")).build()
+
+
+def test_overlap_of_labels_of_shards(photos: Path, tmp_path: Path) -> None:
+    """The keys of images are those of the lines, not those of all samples; lines without boxes are no samples."""
+    for number, name in enumerate(list_images(photos)):
+        (photos / name).rename(photos / f"{number + 1:012d}.png")
+    config = write_csv(photos)
+    write_shards(config, tmp_path / "shards")
+    (tmp_path / "labels").mkdir()
+    line = {"filename": "a", "id": "a", "grounding": {"caption": "a dog", "regions": []}}
+    lines = [json.dumps({**line, "sample": sample}) + "\n" for sample in range(0, 2 * NUM_IMAGES, 2)]
+    (tmp_path / "labels/000000.jsonl").write_text("".join(lines))
+    source = ShardsConfig(path=str(tmp_path / "shards"), labels=str(tmp_path / "labels")).build()
+    (photos / "table.csv").write_text("\n".join((photos / "table.csv").read_text().splitlines()[:3]) + "\n")
+    with pytest.warns(UserWarning, match="1 of 20 training samples"):
+        assert len(without_overlap(source, [config.build()], True)) == NUM_IMAGES - 1
+    digest = digest_of(ShardsConfig(path=str(tmp_path / "shards")).build().fingerprint(), "caption")
+    (tmp_path / "labels/labels.json").write_text(json.dumps({"shards": 1, "names": digest, "captions": "caption"}))
+    with pytest.raises(DataError, match=r"labels has no label to train on; label the images with a lower --threshold"):
+        ShardsConfig(path=str(tmp_path / "shards"), labels=str(tmp_path / "labels")).build()
 
 
 def test_captions_in_shards(photos: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from vg.cli.arguments import add_data, add_overrides, read_data
 
 EPILOG = """
 All classes are written, and no negatives are sampled: vocabulary.only and vocabulary.negatives are settings of the
-reader, {name: shards, path: OUT, vocabulary: {...}}. Captions of ODVG are written with captions: whole. After an
-interruption, the same command continues; finished shards are kept.
+reader, {name: shards, path: OUT, vocabulary: {...}}. Captions of ODVG are lost unless the dataset has captions: whole.
+After an interruption, the same command continues; finished shards are kept.
 """
 
 

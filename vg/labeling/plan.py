@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from vg.data.images import find_image, list_images, read_image
 from vg.data.shards.index import INDEX
+from vg.data.shards.labels import digest_of
 from vg.data.shards.source import Shards, ShardsConfig
 from vg.errors import ConfigError, DataError
 from vg.labeling.tables import SUFFIXES, read_table, text_at
@@ -110,7 +111,7 @@ class ShardsPlan:
         self._samples = np.flatnonzero(first) if captions is None else np.arange(len(images))  # of every image
         self._ends = np.searchsorted(self._samples, source.shard_ends())  # [shards]
         self.num_images = len(self._samples)
-        self.digest = hashlib.sha256(f"{source.fingerprint()} {captions}".encode()).hexdigest()
+        self.digest = digest_of(source.fingerprint(), captions)
 
     def __len__(self) -> int:
         return len(self._ends)

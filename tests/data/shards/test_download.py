@@ -21,7 +21,7 @@ from vg.data.shards.source import Shards, ShardsConfig
 from vg.data.shards.storage import CachedUrl, default_cache
 from vg.data.shards.write import write_shards
 from vg.data.synthetic.shapes import ShapesConfig
-from vg.errors import DataError
+from vg.errors import BadSampleError, DataError
 
 SHAPES = ShapesConfig(split="val", size=30, image_size=96)  # all shards have the same size
 
@@ -92,6 +92,16 @@ def shards_in(cache: Path) -> list[Path]:
     return sorted(cache.glob("*/*.tar"))
 
 
+def test_deleted_shards_take_no_space(folder: Path, tmp_path: Path) -> None:
+    """A file that is open stays on the disk when it is deleted."""
+    size = (folder / "000000.tar").stat().st_size
+    shards = opened(folder, tmp_path, cache_gb=2.5 * size / 1e9)
+    for index in range(len(shards)):
+        shards.load(index, 0)
+        assert sum(file.is_deleted() for file in shards._files.values()) == 0
+    assert len(shards._files) == len(shards_in(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("protocol", ["file", "memory"])
 def test_urls_equal_the_folder(protocol: str, folder: Path, tmp_path: Path) -> None:
     url = f"{protocol}://{folder}"
@@ -124,6 +134,17 @@ def test_a_truncated_file_in_the_cache_is_downloaded_again(folder: Path, tmp_pat
     assert Trouble.opened.count("000000.tar") == 2
 
 
+def test_a_damaged_file_in_the_cache_is_named(folder: Path, tmp_path: Path) -> None:
+    shards = opened(folder, tmp_path)
+    shards.load(0, 0)
+    file = shards_in(tmp_path)[0]
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(BadSampleError, match=rf"000000\.tar \(its copy is {file}, delete it if .*\), sample 0"):
+        shards.load(0, 0)
+    (message,) = shards.damaged_files()
+    assert f"(its copy is {file}, delete it if it is damaged): its SHA-256 is not that of index.json" in message
+
+
 def test_a_changed_dataset_is_downloaded_again(folder: Path, tmp_path: Path) -> None:
     for size in (4, 5):
         write_shards(ShapesConfig(split="val", size=size, image_size=64), tmp_path / str(size))
@@ -146,7 +167,7 @@ def test_a_url_that_does_not_answer(folder: Path, tmp_path: Path) -> None:
     Trouble.trouble["000002"] = ["hang"] * 5
     start = time.monotonic()
     with pytest.raises(
-        DataError, match=rf"flaky://{folder}/000002.tar cannot be read after 5 attempts \(TimeoutError: no d"
+        DataError, match=rf"flaky://{folder}/000002.tar cannot be read after 5 attempts \(TimeoutError: less than 4 MiB"
     ):
         shards.load(7, 0)
     assert 1.5 <= time.monotonic() - start < 3

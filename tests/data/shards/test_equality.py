@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -70,6 +71,23 @@ def test_every_source(member: Any, format: ShardFormat, tmp_path: Path) -> None:
     if isinstance(source, HasCategoryIds):
         assert shards.category_ids == source.category_ids
     assert getattr(shards, "num_classes", None) == getattr(source, "num_classes", None)
+
+
+def test_image_keys_of_tables_and_of_shards(tmp_path: Path) -> None:
+    """Shards of a table that contains its images have keys of COCO, and so have shards of these shards."""
+    name, buffer = "COCO_train2014_000000000716.jpg", io.BytesIO()
+    Image.new("RGB", (60, 50), "red").save(buffer, "JPEG")
+    row = {"question_id": "1", "file_name": name, "answer": ["a man"], "bbox": [1.0, 2.0, 10.0, 20.0]}
+    features = {name: datasets.Value("string") for name in ("question_id", "file_name")}
+    features |= {"answer": datasets.Sequence(datasets.Value("string")), "image": datasets.Image()}
+    features |= {"bbox": datasets.Sequence(datasets.Value("float64"))}
+    rows = [row | {"image": {"bytes": buffer.getvalue(), "path": name}}]
+    datasets.Dataset.from_list(rows, datasets.Features(features)).save_to_disk(str(tmp_path / "table"))
+    shards = written(RefcocoConfig(path=str(tmp_path / "table"), split="val"), tmp_path / "shards")
+    again = written(ShardsConfig(path=str(tmp_path / "shards")), tmp_path / "again")
+    assert shards.image_keys() == again.image_keys() == ["coco/716"]
+    assert shards.row(0) == again.row(0)
+    assert shards.row(0)["filename"] == "000000000716.jpg"
 
 
 @pytest.fixture

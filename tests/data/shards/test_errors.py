@@ -44,6 +44,21 @@ def edit_index(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     (folder / INDEX).write_text(json.dumps(values))
 
 
+@pytest.mark.parametrize("name", ["../000000.tar", "/tmp/000000.tar", "samples.npy", "000000.tar\n", "0.sh", "", None])
+def test_names_that_lead_out_of_the_folder(name: str | None, shards: Shards, tmp_path: Path) -> None:
+    """A cache would write a file of that name."""
+    edit_index(tmp_path / "out", lambda values: values["shards"][1].update(file=name))
+    with pytest.raises(DataError, match=r"index\.json names the file .*, which vg shard never writes; copy its"):
+        ShardsConfig(path=f"file://{tmp_path}/out", cache=str(tmp_path / "cache")).build()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_name_of_the_table(shards: Shards, tmp_path: Path) -> None:
+    edit_index(tmp_path / "out", lambda values: values["table"].update(file="../samples.npy"))
+    with pytest.raises(DataError, match=r"names the file '\.\./samples\.npy', which vg shard never writes"):
+        ShardsConfig(path=f"file://{tmp_path}/out", cache=str(tmp_path / "cache")).build()
+
+
 def test_truncated_shard(shards: Shards) -> None:
     file = file_of(shards, 1)
     with file.open("r+b") as opened:

@@ -64,6 +64,33 @@ def test_an_interrupted_run_continues_without_reading_finished_samples(
     assert contents(tmp_path / "out") == contents(tmp_path / "straight"), "a finished folder stays as it is"
 
 
+def test_a_damaged_folder_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, loaded = tmp_path / "out", []
+    write_shards(SHAPES, out, samples_per_shard=3)
+    straight = contents(out)
+    (out / "000000.tar").write_bytes(straight["000000.tar"][:-1])
+    (out / "000002.tar").unlink()
+    monkeypatch.setattr(job, "checked", lambda sample: loaded.append(sample.id))
+    write_shards(SHAPES, out, samples_per_shard=3)
+    assert contents(out) == straight
+    assert len(loaded) == 3 + 3, "other shards stay as they are"
+    (out / "000000.tar").unlink()
+    monkeypatch.setattr(job, "line_of", lambda sample, name, classes: b"{}")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"shard 0 in .*out, which was damaged, has become another one"):
+            write_shards(SHAPES, out, samples_per_shard=3)
+    (out / "samples.npy").unlink()
+    with pytest.raises(DataError, match=r"samples\.npy is missing or truncated; copy it again, or give a new folder"):
+        write_shards(SHAPES, out, samples_per_shard=3)
+
+
+def test_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    write_shards(SHAPES, Path("."), samples_per_shard=3)
+    assert len(ShardsConfig(path=".").build()) == 11
+
+
 def test_killed_processes(tmp_path: Path) -> None:
     """SIGKILL, several times: workers end with the main process, and the result is that of a straight run."""
     command = [sys.executable, "-m", "vg", "shard", "configs/demo_rec.yaml", str(tmp_path / "out"), "--split=eval"]

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from vg.data.images import COCO_KEY
 from vg.data.shards.index import ROW, ShardFile, ShardFormat, file_entry
 from vg.errors import DataError
 from vg.files import replacing
@@ -37,7 +36,7 @@ class Entry(NamedTuple):
     line: bytes  # see vg.data.shards.lines
     size: tuple[int, int]  # (height, width) of the image in pixels
     image_number: int  # equal for samples of one image
-    image_key: str = ""  # see vg.data.source.HasImageKeys; those of COCO images are kept
+    coco_id: int = -1  # of the image, see vg.data.source.HasImageKeys; -1: it is no image of COCO
 
 
 def write_shard(file: Path, format: ShardFormat, entries: Iterable[Entry]) -> tuple[ShardFile, np.ndarray]:
@@ -51,8 +50,7 @@ def write_shard(file: Path, format: ShardFormat, entries: Iterable[Entry]) -> tu
         write = _write_tar if format == "tar" else _write_parquet
         for (image_start, line_start), entry in write(partial, entries):
             lengths = len(entry.image), len(entry.line)
-            coco_id = int(entry.image_key.removeprefix(COCO_KEY)) if entry.image_key.startswith(COCO_KEY) else -1
-            rows.append((image_start, line_start, *lengths, *entry.size, entry.image_number, coco_id))
+            rows.append((image_start, line_start, *lengths, *entry.size, entry.image_number, entry.coco_id))
     return file_entry(file, len(rows)), np.array(rows, ROW)
 
 

@@ -14,10 +14,10 @@ from vg.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 60.0  # seconds without any byte
+TIMEOUT = 60.0  # seconds for a chunk
 ATTEMPTS = 5
 BACKOFF = 1.0  # seconds before the second attempt, doubled before each further one
-_CHUNK = 4 << 20  # bytes
+_CHUNK = 4 << 20  # bytes; much smaller requests are slow, and fsspec may read as much ahead
 
 
 class _WriteError(Exception):
@@ -73,7 +73,7 @@ def _copy(url: str, file: BinaryIO, size: int | None) -> None:
 
 
 def _chunks(url: str) -> Generator[bytes, None, None]:
-    """Yield the content of a URL; raises TimeoutError if nothing comes for TIMEOUT seconds.
+    """Yield the content of a URL; raises TimeoutError if a chunk takes more than TIMEOUT seconds.
 
     A thread reads, because a call that hangs cannot be interrupted; it is abandoned then.
     """
@@ -97,7 +97,7 @@ def _chunks(url: str) -> Generator[bytes, None, None]:
             try:
                 chunk = chunks.get(timeout=TIMEOUT)
             except queue.Empty:
-                raise TimeoutError(f"no data for {TIMEOUT:g} s") from None
+                raise TimeoutError(f"less than {_CHUNK >> 20} MiB in {TIMEOUT:g} s") from None
             if isinstance(chunk, BaseException):
                 raise chunk
             if not chunk:

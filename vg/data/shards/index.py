@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -94,12 +95,19 @@ class Index:
                 )
             shards = [ShardFile(**shard) for shard in values.pop("shards")]
             provenance, table = Provenance(**values.pop("provenance")), ShardFile(**values.pop("table"))
-            return cls(shards=shards, table=table, provenance=provenance, **values)
+            index = cls(shards=shards, table=table, provenance=provenance, **values)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
             fix = "path is a folder that vg shard has written; copy its index.json again"
             raise DataError(f"{where} is not an index of shards ({error!r}); {fix}") from error
+        for entry in (table, *shards):  # of which a cache writes copies
+            pattern = re.escape(SAMPLES) if entry is table else rf"\d+\.{re.escape(str(index.format))}"
+            if not re.fullmatch(pattern, str(entry.file), re.ASCII):
+                raise DataError(
+                    f"{where} names the file {entry.file!r}, which vg shard never writes; copy its index.json again"
+                )
+        return index
 
 
 def map_rows(file: Path, index: Index) -> np.ndarray:

@@ -14,11 +14,12 @@ import numpy as np
 from PIL import Image
 
 from vg.data.detection.vocabulary import Vocabulary
-from vg.data.images import image_key, read_image
+from vg.data.images import COCO_KEY, read_image
 from vg.data.shards.containers import Entry, write_shard
 from vg.data.shards.index import ShardFile, ShardFormat
 from vg.data.shards.lines import line_of
-from vg.data.source import HasImageBytes, HasImageFiles, HasImageGroups, Provenance, Source, checked
+from vg.data.shards.source import Shards
+from vg.data.source import HasImageBytes, HasImageFiles, HasImageGroups, HasImageKeys, Provenance, Source, checked
 from vg.data.subset import Subset
 from vg.errors import BadSampleError
 from vg.files import read_json, write_bytes
@@ -33,8 +34,7 @@ class Record(NamedTuple):
     """What is known of a finished shard before the index is written; a small file beside it."""
 
     shard: ShardFile
-    read: int  # samples of the source
-    skipped: int  # of them, because they are bad
+    skipped: int  # samples of the source, because they are bad
     detections: int  # lines of numbered classes
     rows: Sequence[Sequence[int]]  # of the index
 
@@ -53,6 +53,7 @@ class ShardJob:
     images: np.ndarray  # [samples] number of the image, ascending
     ends: np.ndarray  # [shards] index in `order` after the last sample
     files: Sequence[Path | None]  # [samples in the source] image files
+    coco_ids: np.ndarray  # [samples in the source] of their images; -1: none
 
     @classmethod
     def of(cls, source: Source[Sample], folder: Path, format: ShardFormat, limit: int, skip: bool) -> ShardJob:
@@ -73,6 +74,7 @@ class ShardJob:
             after = int(np.searchsorted(image_ends, wanted, side="right"))  # the first image that ends later
             last = int(image_ends[after - 1]) if after else 0
             ends.append(last if last > ends[-1] else int(image_ends[after]))
+        keys = source.image_keys() if isinstance(source, HasImageKeys) else [""] * len(source)
         vocabulary: Vocabulary | None = getattr(source, "vocabulary", None)
         return cls(
             source=source,
@@ -85,13 +87,16 @@ class ShardJob:
             images=images,
             ends=np.array(ends[1:], np.int64),
             files=source.image_files() if isinstance(source, HasImageFiles) else [None] * len(source),
+            coco_ids=np.array(
+                [int(key[len(COCO_KEY) :]) if key.startswith(COCO_KEY) else -1 for key in keys], np.int64
+            ),
         )
 
     def write(self, number: int) -> int:
         """Write a shard, and then its record, which marks it as finished."""
         start = int(self.ends[number - 1]) if number else 0
         positions = range(start, int(self.ends[number]))
-        counts = {"read": len(positions), "skipped": 0, "detections": 0}
+        counts = {"skipped": 0, "detections": 0}
         file = self.folder / f"{number:06d}.{self.format}"
         shard, rows = write_shard(file, self.format, self._entries(positions, counts))
         record = Record(shard=shard, rows=rows.tolist(), **counts)
@@ -111,9 +116,9 @@ class ShardJob:
                     content, suffix = image_file(sample.image, self._original(index))
                     image = sample.image
                 is_detection = self.vocabulary is not None and sample.phrases is self.vocabulary.phrases
-                key, file = f"{position:010d}", self.files[index]
+                key = f"{position:010d}"
                 classes = self.vocabulary.names if self.vocabulary and is_detection else None
-                line = line_of(sample, file.name if file else key + suffix, classes)
+                line = line_of(sample, self._name(index) or key + suffix, classes)
             except BadSampleError as error:
                 if not self.skip:
                     raise
@@ -121,14 +126,27 @@ class ShardJob:
                 counts["skipped"] += 1
                 continue
             counts["detections"] += is_detection
-            number, name = int(self.images[position]), image_key(file.name) if file else ""
-            yield Entry(key, sample.id, content, suffix, line, image.shape[:2], number, name)
+            number, coco_id = int(self.images[position]), int(self.coco_ids[index])
+            yield Entry(key, sample.id, content, suffix, line, image.shape[:2], number, coco_id)
+
+    def _name(self, index: int) -> str:
+        """Return the name of the image of a sample of the source; empty if it is not known."""
+        if (file := self.files[index]) is not None:
+            return file.name
+        if isinstance(self.source, Shards):
+            return str(self.source.row(index)["filename"])
+        return f"{coco_id:012d}.jpg" if (coco_id := self.coco_ids[index]) >= 0 else ""
 
     def _original(self, index: int) -> bytes | None:
         """Return the image file of a sample of the source, if it has one."""
         if (file := self.files[index]) is not None:
             return file.read_bytes()
         return self.source.image_bytes(index) if isinstance(self.source, HasImageBytes) else None
+
+
+def _coco_id(key: str) -> int:
+    number = key.removeprefix(COCO_KEY)
+    return int(number) if key.startswith(COCO_KEY) and number.isdecimal() else -1
 
 
 def image_file(image: np.ndarray, original: bytes | None) -> tuple[bytes, str]:

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from vg.data.detection.issues import RaiseFirstError
-from vg.data.detection.line_files import LineFiles, label_map_of
+from vg.data.detection.line_files import SETTINGS, LineFiles, label_map_of
 from vg.data.detection.odvg_lines import read_label_map
 from vg.data.shards.index import Index
 from vg.data.shards.source import Shards, ShardsConfig
 from vg.errors import DataError
+from vg.files import read_json
 
 
 class LabeledShards(Shards):
@@ -24,7 +25,7 @@ class LabeledShards(Shards):
         labels: the folder.
 
     Raises:
-        DataError: see Shards and LineFiles; or labels of another dataset.
+        DataError: see Shards and LineFiles; or there are no labels, or labels of another dataset.
     """
 
     def __init__(self, config: ShardsConfig, labels: str) -> None:
@@ -40,14 +41,28 @@ class LabeledShards(Shards):
             except (ValueError, KeyError, TypeError) as error:
                 fix = "label the images of these shards with vg label"
                 raise DataError(f"{labels}, {location}: no index of a sample ({error!r}); {fix}") from error
+        if not samples:
+            raise DataError(f"{labels} has no label to train on; label the images with a lower --threshold")
         self._samples = np.array(samples, np.int64)  # [lines]
-        if (len(samples) and (np.diff(self._samples) <= 0).any()) or self._samples.max(initial=0) >= len(self.index):
-            raise DataError(f"{labels} has labels of another dataset than {config.path}; label its images again")
+        file = Path(labels, SETTINGS)
+        settings = read_json(file, dict) if file.is_file() else None  # not beside lines that were written otherwise
+        other = settings is not None and settings.get("names") != digest_of(
+            super().fingerprint(), settings.get("captions")
+        )
+        if other or (np.diff(self._samples) <= 0).any() or self._samples[-1] >= len(self.index) or samples[0] < 0:
+            origin = f", of {settings.get('data')}" if settings else ""
+            raise DataError(
+                f"{labels} has labels of another dataset than {config.path}{origin}; label its images again"
+            )
         self._fingerprint = digest.hexdigest()
 
     def _parsed(self, index: Index) -> Index:
         names = None if self._classes is None else [name for _, name in self._classes.values()]
         return replace(index, classes=names, category_ids=None, all_detections=names is not None)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the index and of the labels."""
+        return self._fingerprint
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -67,3 +82,12 @@ class LabeledShards(Shards):
 
     def image_groups(self, epoch: int) -> np.ndarray:
         return super().image_groups(epoch)[self._samples]
+
+    def image_keys(self) -> list[str]:
+        keys = super().image_keys()
+        return [keys[sample] for sample in self._samples.tolist()]
+
+
+def digest_of(fingerprint: str, captions: str | None) -> str:
+    """Return the `names` in labels.json for images of shards, and the key of the captions in their lines."""
+    return hashlib.sha256(f"{fingerprint} {captions}".encode()).hexdigest()

@@ -20,7 +20,7 @@ from vg.data.detection.odvg_lines import LabelMap, LineParser
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.images import COCO_KEY, read_image
 from vg.data.shards.containers import check_columns
-from vg.data.shards.index import INDEX, Index, ShardFile, map_rows, sha256_of
+from vg.data.shards.index import INDEX, Index, map_rows, sha256_of
 from vg.data.shards.lines import extras
 from vg.data.shards.storage import open_storage
 from vg.errors import BadSampleError, DataError
@@ -42,7 +42,7 @@ class ShardsConfig(Settings):
     """Folder for shards of a URL, which processes and datasets may share; ~/.cache/vg/shards by default."""
     cache_gb: Annotated[float, Field(gt=0)] = 100.0
     """Gigabytes (10^9 bytes) of shards that the cache may have; the least recently used ones are deleted. Downloads in
-    progress may exceed it by one shard per process."""
+    progress may exceed it by one shard per process, and a process frees deleted ones when it opens another."""
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     """For numbered classes, all of which are in the shards, see vg.data.detection.vocabulary."""
     captions: Literal["phrases", "whole"] = "phrases"
@@ -82,7 +82,7 @@ class Shards:
         content = self._storage.read_index()
         self.index = self._parsed(Index.parse(content, f"{config.path.rstrip('/')}/{INDEX}"))
         self.provenance = self.index.provenance
-        self._fingerprint = hashlib.sha256(content).hexdigest()
+        self._digest = hashlib.sha256(content).hexdigest()
         self.vocabulary: Vocabulary | None = None
         self._label_map: LabelMap | None = None
         if self.index.classes is not None:
@@ -178,20 +178,20 @@ class Shards:
 
     def image_keys(self) -> list[str]:
         """Return the key of each image of COCO; other images are known to these shards only."""
-        own, rows = f"shards/{self._fingerprint[:12]}/", self._rows
+        own, rows = f"shards/{self._digest[:12]}/", self._rows
         pairs = zip(rows["coco_id"].tolist(), rows["image"].tolist(), strict=True)
         return [f"{own}{image}" if coco_id < 0 else f"{COCO_KEY}{coco_id}" for coco_id, image in pairs]
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the index, which has that of every shard."""
-        return self._fingerprint
+        return self._digest
 
     def damaged_files(self) -> Iterator[str]:
         """Read all files and yield a message for each whose checksum is not that of the index, or that is missing."""
         for entry in (self.index.table, *self.index.shards):
             try:
                 if sha256_of(self._storage.file(entry)) != entry.sha256:
-                    yield f"{self._location(entry)}: its SHA-256 is not that of {INDEX}"
+                    yield f"{self._storage.location(entry)}: its SHA-256 is not that of {INDEX}"
             except DataError as error:
                 yield str(error)
 
@@ -208,15 +208,17 @@ class Shards:
         image_start, line_start, image_bytes, line_bytes, *_ = self._rows[index].item()
         start, length = (image_start, image_bytes) if what == "image" else (line_start, line_bytes)
         number = int(np.searchsorted(self.index.ends, index, side="right"))
-        location = f"{self._location(self.index.shards[number])}, sample {index - self._starts[number]}"
+        location = f"{self._storage.location(self.index.shards[number])}, sample {index - self._starts[number]}"
         return self._file(number).read(length, start, location), location
-
-    def _location(self, entry: ShardFile) -> str:
-        return f"{self._config.path.rstrip('/')}/{entry.file}"
 
     def _file(self, number: int) -> _Descriptor:
         """Return the open file of a shard."""
-        file = self._files.pop(number, None) or self._open(number)
+        file = self._files.pop(number, None)
+        if file is None:
+            file = self._open(number)
+            for other, descriptor in list(self._files.items()):
+                if descriptor.is_deleted():  # from the cache; it takes space on the disk as long as it is open
+                    self._files.pop(other, None)
         self._files[number] = file
         if len(self._files) > _OPEN_FILES:
             self._files.popitem(last=False)
@@ -236,8 +238,8 @@ class Shards:
             except OSError as error:
                 raise DataError(f"the shard {path} cannot be read: {error.strerror}") from error
         raise DataError(
-            f"{self._location(entry)} was deleted from the cache three times before it could be opened; set a larger "
-            "cache_gb"
+            f"{self._storage.location(entry)} was deleted from the cache three times before it could be opened; "
+            "set a larger cache_gb"
         )
 
 
@@ -257,6 +259,9 @@ class _Descriptor:
         if len(content) < length:
             raise DataError(f"{location} ends beyond the end of the file: the shard is truncated; copy it again")
         return content
+
+    def is_deleted(self) -> bool:
+        return os.fstat(self._number).st_nlink == 0
 
     def __del__(self) -> None:
         if self._number >= 0:

@@ -29,6 +29,9 @@ class Storage(Protocol):
     def file(self, entry: ShardFile) -> Path:
         """Return a local file of this size; it may vanish at any time, but not while it is open."""
 
+    def location(self, entry: ShardFile) -> str:
+        """Return what messages call a file, with its local path."""
+
 
 def open_storage(path: str, cache: str | None, cache_gb: float) -> Storage:
     return CachedUrl(path, Path(cache or default_cache()), int(cache_gb * 1e9)) if "://" in path else Folder(Path(path))
@@ -68,6 +71,9 @@ class Folder:
             )
         return file
 
+    def location(self, entry: ShardFile) -> str:
+        return str(self.path / entry.file)
+
 
 class CachedUrl:
     """A URL; files are downloaded as a whole, their checksums are compared, and the least recently used are deleted.
@@ -102,6 +108,9 @@ class CachedUrl:
             return file
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def location(self, entry: ShardFile) -> str:
+        return f"{self.url}/{entry.file} (its copy is {self._folder / entry.file}, delete it if it is damaged)"
 
     def _download(self, entry: ShardFile, file: Path) -> None:
         """Download a file; if the disk is full, first delete all shards in the cache."""

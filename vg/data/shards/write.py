@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from vg.data.shards.index import INDEX, ROW, Index, ShardFormat, write_index
+from vg.data.shards.index import INDEX, ROW, Index, ShardFile, ShardFormat, write_index
 from vg.data.shards.job import Record, ShardJob, read_record
 from vg.data.shards.storage import UNFINISHED
 from vg.data.source import HasCategoryIds, HasFingerprint, Source
@@ -49,13 +49,15 @@ def write_shards(
         workers: processes that write shards; 0 writes them in this one.
         bad_samples: "skip" logs, counts and leaves out unusable samples.
 
+    Shards of a complete folder that are missing or truncated are written again.
+
     Raises:
         BadSampleError: a sample that cannot be used.
         DataError: the dataset cannot be read, or the folder has other files or shards of other settings.
     """
     if samples_per_shard < 1:
         raise DataError(f"{samples_per_shard} samples per shard: write at least 1")
-    dataset = with_all_classes(dataset)
+    folder, dataset = folder.resolve(), with_all_classes(dataset)
     source: Source[Sample] = dataset.build()
     settings = json.loads(
         json.dumps(
@@ -71,17 +73,22 @@ def write_shards(
     )
     lock = folder.with_name(f"{folder.name}.lock")
     with _locked(lock):
-        if (index := _begin(folder, settings)) is not None:
+        index = _begin(folder, settings)
+        damaged = [] if index is None else _damaged(folder, index)
+        if index is not None and not damaged:
             remove(lock)
             return index
         job = ShardJob.of(source, folder, format, samples_per_shard, bad_samples == "skip")
         lengths = np.diff(job.ends, prepend=0)  # [shards]
-        missing = [number for number in range(len(lengths)) if read_record(folder, number) is None]
+        missing = damaged or [number for number in range(len(lengths)) if read_record(folder, number) is None]
         done = len(source) - int(lengths[missing].sum())
         with tqdm(total=len(source), initial=done, unit=" samples", desc=str(folder), mininterval=1) as progress:
             for number in _written(job, missing, workers):
                 progress.update(int(lengths[number]))
-        index = _finish(job, settings)
+        if index is None:
+            index = _finish(job, settings)
+        else:
+            _check_same(folder, index, damaged)
         remove(lock)
         return index
 
@@ -114,6 +121,32 @@ def _begin(folder: Path, settings: dict[str, Any]) -> Index | None:
     if index is not None:
         _clean(folder)
     return index
+
+
+def _damaged(folder: Path, index: Index) -> list[int]:
+    """Return the numbers of the shards of a complete folder that are missing or not of their size."""
+
+    def is_damaged(entry: ShardFile) -> bool:
+        file = folder / entry.file
+        return not file.is_file() or file.stat().st_size != entry.bytes
+
+    if is_damaged(index.table):
+        raise DataError(f"{folder / index.table.file} is missing or truncated; copy it again, or give a new folder")
+    return [int(Path(entry.file).stem) for entry in index.shards if is_damaged(entry)]
+
+
+def _check_same(folder: Path, index: Index, numbers: Sequence[int]) -> None:
+    """Raise DataError and remove a shard if it was written again, and is not that of the index."""
+    known = {entry.file: entry for entry in index.shards}
+    for number in numbers:
+        record = read_record(folder, number)
+        if record is None or known[record.shard.file] != record.shard:
+            remove(folder / f"{number:06d}.{index.format}")
+            raise DataError(
+                f"shard {number} in {folder}, which was damaged, has become another one: images or libraries have "
+                "changed since; give a new folder"
+            )
+    _clean(folder)
 
 
 _job: ShardJob | None = None  # of a worker process
