@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -123,8 +123,13 @@ def write_shared(path: Path, content: bytes, replace: bool = True) -> None:
         if replace:
             partial.replace(path)
         else:
-            with suppress(FileExistsError):
+            try:
                 os.link(partial, path)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links, where the last of two processes may win
+                if not path.exists():
+                    partial.replace(path)
         _sync_one(path.parent)
     finally:
         partial.unlink(missing_ok=True)

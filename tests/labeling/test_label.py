@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -324,7 +325,10 @@ def test_wrong_options(options: tuple[object, ...], message: str, photos: Path, 
         label("nowhere", photos, tmp_path / "out", *CLASSES, *options)
 
 
-def test_files_of_several_writers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_links", [True, False], ids=["hard links", "no hard links"])
+def test_files_of_several_writers(has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "not permitted")))
     file = tmp_path / "a.json"
     write_shared(file, b"1", replace=False)
     write_shared(file, b"2", replace=False)

@@ -142,6 +142,7 @@ def test_a_missing_or_damaged_shard_is_reported(tmp_path: Path) -> None:
         ({"FSDP_VERSION": "1"}, "train", {}, "FSDP version 1 is not supported: launch with --fsdp_version 2"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, "train", {}, "--fsdp_offload_params false"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "train", {}, "--fsdp_activation_checkpointing false"),
+        ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, "train", {}, "--fsdp_reshard_after_forward true"),
         ({}, "optim", {"algorithm": "muon"}, "optim.algorithm=adamw"),
         ({}, "train", {"compile": True}, "train.compile=false"),
         ({}, "train", {"precision": "fp16"}, "train.precision=bf16"),
@@ -161,6 +162,18 @@ def test_unsupported_combinations_are_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         Trainer(config)
+
+
+def test_shards_on_a_full_disk_are_removed(tiny_config: MakeConfig) -> None:
+    folder = Trainer(tiny_config()).folder
+
+    def fail(shards: Path) -> None:
+        (shards / "part").write_bytes(b"1")
+        raise CheckpointError("could not write")
+
+    with pytest.raises(CheckpointError, match="could not write"):
+        folder.save(folder.path / "checkpoints" / "step_000001", lambda path: None, write_shards=fail)
+    assert not list((folder.path / "checkpoints").iterdir())
 
 
 def test_a_backbone_that_runs_for_each_image_size_is_gathered_once() -> None:

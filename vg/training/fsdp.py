@@ -46,6 +46,10 @@ def check_launch(config: RunConfig) -> None:
         ),
         "activation checkpointing of Accelerate is not supported: launch with --fsdp_activation_checkpointing false "
         "(grounding_dino has model.gradient_checkpointing)": _is_set("FSDP_ACTIVATION_CHECKPOINTING"),
+        "an evaluation divides the weights again: launch with --fsdp_reshard_after_forward true": os.environ.get(
+            "FSDP_RESHARD_AFTER_FORWARD", "true"
+        ).lower()
+        in ("0", "false", "no"),
         "optim.algorithm=muon needs whole matrices, of which FSDP2 leaves each process a shard: set "
         "optim.algorithm=adamw": config.optim.algorithm == "muon",
         "train.compile=true with FSDP2 is not supported: set train.compile=false": config.train.compile,

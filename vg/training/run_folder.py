@@ -168,7 +168,11 @@ class RunFolder:
         if write_shards is not None:
             shards = folder.with_name(f"{folder.name}.shards.partial")
             self._clear(shards)
-            write_shards(shards)
+            try:
+                write_shards(shards)
+            except CheckpointError:  # in all processes; the disk may be full
+                self._remove(shards)
+                raise
         self._save(folder, write, results, shards)
 
     @in_main_process
@@ -177,6 +181,10 @@ class RunFolder:
         self._check_exists()
         remove(folder)
         folder.mkdir(parents=True)
+
+    @in_main_process
+    def _remove(self, folder: Path) -> None:
+        remove(folder)
 
     @in_main_process
     def _save(
