@@ -262,3 +262,15 @@ def test_real_images_load():
     assert len({sample.id for sample in samples}) == 22
     sizes = {(row["height"], row["width"], 3) for row in json.loads((folder / "refs.json").read_text())}
     assert {sample.image.shape for sample in samples} == sizes
+
+
+def test_images_without_names_are_told_apart(tmp_path):
+    """Rows without any name must not count as one image, which all datasets have in common."""
+    columns = {"ann_id": [1, 2], "sent": [["a dog", "the dog"], ["a cat"]], "bbox": [XYWH, XYWH]}
+    table = datasets.Dataset.from_dict(columns | {"image": [{"bytes": jpeg(), "path": None}] * 2})
+    table = table.cast_column("image", datasets.Image())
+    datasets.DatasetDict({"val": table}).save_to_disk(tmp_path / "plain")
+    source = RefcocoConfig(path=str(tmp_path / "plain"), split="val").build()
+    assert source.image_keys() == ["plain/val/row 0", "plain/val/row 0", "plain/val/row 1"]
+    assert source.image_groups(0).tolist() == [0, 0, 1]
+    assert source.load(2, 0).image.shape == (60, 80, 3)

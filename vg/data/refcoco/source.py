@@ -150,8 +150,9 @@ class Refcoco:
 
     def image_keys(self) -> list[str]:
         names = self._image_names()
-        keys = {name: image_key(name, self._image_root) for name in dict.fromkeys(names)}
-        return [keys[names[row]] for row in self._indices[:, 0].tolist()]
+        keys = {name: image_key(name, self._image_root) for name in dict.fromkeys(names) if name}
+        where = f"{self.provenance.data}/{self.provenance.split}"
+        return [keys.get(names[row], f"{where}/row {row}") for row in self._indices[:, 0].tolist()]
 
     def image_groups(self, epoch: int) -> np.ndarray:
         return np.unique(self.image_keys(), return_inverse=True)[1]
@@ -168,7 +169,11 @@ class Refcoco:
         return source.read_bytes() if isinstance(source, Path) else source if isinstance(source, bytes) else None
 
     def _image_names(self) -> list[str]:
-        return [image_name(row) for row in self._table.select(("image_path", "file_name")).rows]  # without pixels
+        """Return the image file that each row names, "" if none, without reading pixels."""
+        columns = ("image_path", "file_name")
+        if self._table.columns.isdisjoint(columns):
+            return [""] * len(self._table.rows)
+        return [image_name(row) for row in self._table.select(columns).rows]
 
     def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
         """Return the id and the expression of each sample."""
