@@ -36,7 +36,7 @@ from vg.config import RunConfig, load_config
 from vg.errors import ConfigError
 from vg.models.rec.config import RecConfig
 from vg.models.rec.model import RecModel
-from vg.training.memory import DTYPES, StorageCounter
+from vg.training.memory import DTYPES, StorageCounter, positions_not_kept
 from vg.training.optim import Ema, build_optimizer, select_trainable
 from vg.types import Features, Text
 
@@ -140,7 +140,8 @@ class RecCost:
         # On a CPU, dropout would make attention materialize its weights, which it does not on a GPU.
         replacement = partial(_without_dropout, F.scaled_dot_product_attention)
         attention = patch.object(F, "scaled_dot_product_attention", replacement)
-        with attention, self.fake, self.memory, counter, torch.autocast("cpu", dtype, enabled=dtype is not None):
+        autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
+        with attention, self.fake, self.memory, counter, autocast, positions_not_kept():
             yield counter
 
     def encode_images(self, number: int, precision: str) -> tuple[Cost, torch.Size, tuple[int, int]]:

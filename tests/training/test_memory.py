@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.cache.feature_data import VISION
 from vg.cli import main
 from vg.config import load_config
 from vg.training.memory import MemoryEstimate, StorageCounter
@@ -52,6 +53,17 @@ def test_every_vision_encoder_can_be_estimated() -> None:
     config = load_config(ROOT / REC, [f"model.vision.architecture={json.dumps(vision)}", "model.vision.frozen=false"])
     estimate = MemoryEstimate(config)
     assert estimate.step(2, estimate.sizes[-1]) > estimate.weights > 0
+
+
+def test_positions_without_values_are_not_kept() -> None:
+    """The same vision encoder must be usable afterwards, for images of the same size."""
+    architecture = VISION | {"num_hidden_layers": 1}
+    overrides = [f"model.vision.architecture={json.dumps(architecture)}", "model.image_size=176"]
+    estimate = MemoryEstimate(load_config(REC, overrides))
+    estimate.step(1, estimate.sizes[0])
+    model = load_config(REC, overrides).model.build(pretrained=False)
+    tokens, _ = model.encode_images(torch.zeros(1, 3, 176, 176))  # type: ignore[operator]
+    assert type(tokens.detach()) is torch.Tensor
 
 
 def test_nothing_is_left_after_a_step() -> None:

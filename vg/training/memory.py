@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.initialization import no_init_weights
+from transformers.models.dinov3_vit import modeling_dinov3_vit
 
 from vg.config import RunConfig
 from vg.data.collate import Collator
@@ -108,9 +110,19 @@ class MemoryEstimate:
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
-        with warnings.catch_warnings(), self.fake, self.counter, patch.object(set_loss, "match", _match_nothing):
+        matching = patch.object(set_loss, "match", _match_nothing)
+        with warnings.catch_warnings(), self.fake, self.counter, matching, positions_not_kept():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # of torch itself, in copies
             yield
+
+
+def positions_not_kept() -> AbstractContextManager[Any]:
+    """Within the context, DINOv3 does not keep the positions of its patches, which it does for each size.
+
+    Those that are made without values would be used later for images with values.
+    """
+    name = "get_patches_center_coordinates"
+    return patch.object(modeling_dinov3_vit, name, inspect.unwrap(getattr(modeling_dinov3_vit, name)))
 
 
 def _match_nothing(*arguments: Any) -> Tensor:
