@@ -171,9 +171,8 @@ class Refcoco:
     def _image_names(self) -> list[str]:
         """Return the image file that each row names, "" if none, without reading pixels."""
         columns = ("image_path", "file_name")
-        if self._table.columns.isdisjoint(columns):
-            return [""] * len(self._table.rows)
-        return [image_name(row) for row in self._table.select(columns).rows]
+        table = self._table.select(columns)
+        return [image_name(row) for row in table.rows] if table.columns else [""] * len(self._table.rows)
 
     def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
         """Return the id and the expression of each sample."""
