@@ -13,9 +13,9 @@ import resource
 import time
 
 import torch
-from machine import machine
 from torch import Tensor
 
+from scripts.benchmarks.machine import machine
 from vg.boxes import from_pixels
 from vg.metrics import CocoMetric
 from vg.types import Prediction, Target
