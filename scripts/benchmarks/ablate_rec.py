@@ -1,11 +1,11 @@
 """Compare variants of the rec family, each trained for the same time on crowded drawn scenes or on another recipe.
 
-    python scripts/benchmarks/ablate_rec.py [--minutes 10] [--seeds 3] [--threads 1] [--only ROW ...]
+    python scripts/benchmarks/ablate_rec.py [--minutes 3] [--seeds 3] [--threads 1] [--only ROW ...]
 
-Every row is the recipe (--config, configs/rec/crowded_scenes.yaml) with overrides, and the script prints its `vg train`
-command. A few steps are timed first to choose `train.max_steps` for the given time, which excludes evaluation; with one
-thread their CPU time counts, so other work on the machine does not change it. Other machines take other numbers of
-steps; the printed command repeats a row exactly on the same type of processor.
+Every row is the recipe (--config, configs/rec/crowded_scenes.yaml) at 64 px with overrides, and the script prints its
+`vg train` command. A few steps of all rows are timed first, in turn, to choose `train.max_steps` for the given time,
+which excludes evaluation; with one thread their CPU time counts, which other work on the machine changes little. Other
+machines take other numbers of steps; the printed command repeats a row exactly on the same type of processor.
 
 Prints mIoU, Acc@0.5, Acc@0.5 of each expression type, and mAP@50 beside the squared accuracy, which is about the mAP of
 a head with one box and uninformative scores. With several seeds, means and standard deviations.
@@ -38,29 +38,38 @@ CONVNEXT = (
     "model.vision.architecture={model_type: dinov3_convnext, hidden_sizes: [64, 128], depths: [1, 1], "
     "layer_scale_init_value: 1.0}"
 )
+SECOND_TEXT = (
+    "model.extra_text={frozen: false, architecture: {model_type: bert, vocab_size: 400, hidden_size: 128, "
+    "num_hidden_layers: 1, num_attention_heads: 4, intermediate_size: 256, max_position_embeddings: 64, "
+    "hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}}"
+)
 ONE_PER_SCENE = ["data.expressions_per_image=1", "data.train.expressions_per_scene=1"]
 ADAMW = ["optim.algorithm=adamw", "optim.lr=1e-3"]
-EARLIER = [CONVNEXT, *ADAMW, *ONE_PER_SCENE, "model.image_size=64"]
-"""The recipe with which the heads were compared."""
 POOLED = "model.head={{name: pooled, width: 128, layers: 4, heads: 4, feedforward: 256, dropout: 0.0, loss: {{{}}}}}"
+POOLED_RECIPE = [CONVNEXT, *ONE_PER_SCENE, "optim.algorithm=adamw", "optim.lr=3e-4"]
 ROWS = {
-    "pooled, DIoU, as published": [*EARLIER, POOLED.format("diou: 1.0"), "optim.lr=3e-4", "train.ema=null"],
-    "pooled, L1 + GIoU": [*EARLIER, POOLED.format("diou: 0.0, l1: 5.0, giou: 2.0"), "optim.lr=3e-4"],
-    "dense": EARLIER,
-    "dense, 2 layers": [*EARLIER, "model.head.layers=2"],
-    "dense, 6 layers": [*EARLIER, "model.head.layers=6"],
-    "dense, DIoU only": [*EARLIER, "model.head.loss={token: 2.0, l1: 0.0, giou: 0.0, diou: 2.0}"],
-    "dense, L1 + GIoU + DIoU": [*EARLIER, "model.head.loss={token: 2.0, diou: 2.0}"],
-    "dense, no average of weights": [*EARLIER, "train.ema=null"],
-    "dense, 96 px": [*EARLIER, "model.image_size=96"],
     "the recipe": [],
-    "the recipe, one expression per scene": ONE_PER_SCENE,
-    "the recipe, AdamW": ADAMW,
-    "the recipe, ConvNeXt": [CONVNEXT],
-    "the recipe, 64 px": ["model.image_size=64"],
+    "one expression per scene": ONE_PER_SCENE,
+    "AdamW": ADAMW,
+    "ConvNeXt": [CONVNEXT],
+    "no average of weights": ["train.ema=null"],
+    "2 layers": ["model.head.layers=2"],
+    "6 layers": ["model.head.layers=6"],
+    "DIoU only": ["model.head.loss={token: 2.0, l1: 0.0, giou: 0.0, diou: 2.0}"],
+    "L1 + GIoU + DIoU": ["model.head.loss={token: 2.0, diou: 2.0}"],
+    "two levels": ["model.vision.layers=[1, 2]"],
+    "two text encoders": [SECOND_TEXT],
+    "mirrored views": ["data.augment.flip=0.5"],
+    "cropped views": ["data.augment.crop=0.5"],
+    "bfloat16": ["train.precision=bf16"],
+    "96 px": ["model.image_size=96"],
+    "pooled, L1 + GIoU": [*POOLED_RECIPE, POOLED.format("diou: 0.0, l1: 5.0, giou: 2.0")],
+    "pooled, DIoU, as published": [*POOLED_RECIPE, POOLED.format("diou: 1.0"), "train.ema=null"],
 }
+SMALL = "model.image_size=64"  # of all rows, unless they say otherwise
 WARM_UP = 5  # steps that are not timed: memory is allocated
-TIMED = 25  # steps
+TIMED = 12  # steps
+ROUNDS = 3
 
 
 class TimedTrainer(Trainer):
@@ -77,14 +86,13 @@ class TimedTrainer(Trainer):
         return terms
 
 
-def steps_within(config: Path, minutes: float, overrides: list[str]) -> int:
-    """Return how many steps the training of a row takes in that time."""
+def seconds_per_step(config: Path, overrides: list[str]) -> float:
+    """Time a few steps."""
     short = [*overrides, f"train.max_steps={WARM_UP + TIMED}", "data.eval.size=32"]
     with tempfile.TemporaryDirectory() as folder:
         trainer = TimedTrainer(load_config(config, [*short, f"train.output={folder}"]))
         trainer.fit()
-    seconds = [after - before for before, after in pairwise(trainer.times[WARM_UP - 1 :])]
-    return max(1, round(60 * minutes / statistics.median(seconds)))
+    return statistics.median(after - before for before, after in pairwise(trainer.times[WARM_UP - 1 :]))
 
 
 def train(config: Path, name: str, overrides: list[str], steps: int, split: str, seed: int) -> dict[str, Any]:
@@ -119,7 +127,7 @@ def expression_types(result: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=CONFIG, help="(default: crowded scenes)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="training time per row (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=3.0, help="training time per row (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each row (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="(default: all)")
@@ -128,11 +136,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     machine("cpu")
+    variants = {name: [SMALL, *ROWS[name]] for name in options.only}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(ROUNDS):
+        for name, overrides in variants.items():
+            seconds[name].append(seconds_per_step(options.config, overrides))
     rows = []
-    for name in options.only:
-        steps = steps_within(options.config, options.minutes, ROWS[name])
+    for name, overrides in variants.items():
+        steps = max(1, round(60 * options.minutes / statistics.median(seconds[name])))
+        print(f"{name}: {1000 * statistics.median(seconds[name]):.0f} ms per step", flush=True)
         seeds = range(options.seeds)
-        rows.append([train(options.config, name, ROWS[name], steps, options.split, seed) for seed in seeds])
+        rows.append([train(options.config, name, overrides, steps, options.split, seed) for seed in seeds])
     columns = ["head", "steps", "Acc@0.5", *expression_types(rows[0][0]), "mIoU", "mAP@50", "Acc@0.5 squared"]
     print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     print("\n".join(map(line, rows)))

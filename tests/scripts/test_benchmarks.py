@@ -191,13 +191,14 @@ def test_ablation_rows_differ_and_their_commands_repeat_them(
 ) -> None:
     from scripts.benchmarks import ablate_rec
 
-    configs = [load_config(ablate_rec.CONFIG, overrides) for overrides in ablate_rec.ROWS.values()]
+    rows = [[ablate_rec.SMALL, *overrides] for overrides in ablate_rec.ROWS.values()]
+    configs = [load_config(ablate_rec.CONFIG, overrides) for overrides in rows]
     assert len({json.dumps(asdict(config), default=str) for config in configs}) == len(configs)
     small = tmp_path / "small.yaml"
     overrides = ["data.eval.size=20", "data.train.size=640", "data.batch_size=4"]
     small.write_text(dump_config(load_config(ablate_rec.CONFIG, overrides)))
     monkeypatch.setattr(ablate_rec, "TIMED", 3)
-    pooled = next(iter(ablate_rec.ROWS))
+    pooled = next(reversed(ablate_rec.ROWS))
     options = ["--minutes", "0.002", "--seeds", "2", "--only", pooled, "--json", str(tmp_path / "rows.json")]
     monkeypatch.setattr(sys, "argv", ["ablate_rec.py", "--config", str(small), *options])
     ablate_rec.main()
