@@ -13,6 +13,7 @@ import pytest
 from tests.labeling.conftest import NUM_IMAGES
 from tests.labeling.test_label import CLASSES, LOW, label, lines_of
 from vg.cli import main
+from vg.data.check.formats import detect_format
 from vg.data.detection.odvg import OdvgConfig
 from vg.data.expressions import CsvConfig
 from vg.data.images import list_images, read_image
@@ -57,6 +58,7 @@ def train(data: dict[str, Any], output: Path) -> list[dict[str, Any]]:
 def test_training_on_labels_of_files(detector: Path, photos: Path, tmp_path: Path) -> None:
     label(detector, photos, tmp_path / "labels", *CLASSES, *LOW, "--shard-size", 8)
     data = {"name": "odvg", "path": str(tmp_path / "labels"), "image_root": str(photos)}
+    assert detect_format(tmp_path / "labels") == {"train": data}, "as vg check and vg finetune read them"
     assert sum("loss" in row for row in train(data, tmp_path / "run")) == 2
 
 
@@ -87,6 +89,7 @@ def test_training_on_labels_of_shards(detector: Path, photos: Path, shards: Path
     assert pickle.loads(pickle.dumps(source)).image_keys() == source.image_keys()
     assert source.fingerprint() != ShardsConfig(path=str(shards)).build().fingerprint()
     data = {"name": "shards", "path": str(shards), "labels": str(out)}
+    assert detect_format(out) == {"train": data}
     assert sum("loss" in row for row in train(data, tmp_path / "run")) == 2
 
 

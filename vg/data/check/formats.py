@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from vg.data.detection.line_files import SETTINGS
 from vg.data.detection.yolo import read_document
 from vg.data.expressions import IMAGE, PHRASE, SPLIT, read_rows
 from vg.data.shards.index import SAMPLES
 from vg.data.shards.storage import UNFINISHED
 from vg.errors import DataError
+from vg.files import read_json
 
 Kind: TypeAlias = Literal["coco", "odvg", "csv"]
 _TITLES: dict[Kind, str] = {"coco": "COCO", "odvg": "ODVG", "csv": "expressions"}
@@ -46,6 +48,8 @@ def detect_format(path: Path) -> dict[str, dict[str, Any]]:
 def _detect_folder(folder: Path) -> dict[str, dict[str, Any]]:
     if (folder / SAMPLES).is_file() or (folder / UNFINISHED).is_file():
         return {"train": {"name": "shards", "path": str(folder)}}
+    if (folder / SETTINGS).is_file() and next(folder.glob("*.jsonl"), None):
+        return {"train": _of_labels(folder)}
     yolo = next((file for file in (folder / "data.yaml", folder / "data.yml") if file.is_file()), None)
     voc = (folder / "Annotations").is_dir() or next(folder.glob("*.xml"), None) is not None
     roboflow = list(folder.glob("*/_annotations.coco.json"))
@@ -79,6 +83,14 @@ def _detect_folder(folder: Path) -> dict[str, dict[str, Any]]:
     raise DataError(
         f"{folder} has neither data.yaml (YOLO) nor Annotations (Pascal VOC); it has {known}: name the file to use"
     )
+
+
+def _of_labels(folder: Path) -> dict[str, str]:
+    """Return the settings for a folder that vg label has written, with the images that it has labeled."""
+    data = str(read_json(folder / SETTINGS, dict).get("data", ""))
+    if (Path(data) / SAMPLES).is_file() or "://" in data:
+        return {"name": "shards", "path": data, "labels": str(folder)}
+    return {"name": "odvg", "path": str(folder)} | ({"image_root": data} if Path(data).is_dir() else {})
 
 
 def _kind(file: Path) -> Kind:
