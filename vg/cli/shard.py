@@ -43,6 +43,9 @@ def run(options: argparse.Namespace) -> None:
     )
     skipped = f", {index.skipped} bad samples left out" if index.skipped else ""
     print(f"{options.output}: {len(index)} samples of {index.provenance} in {len(index.shards)} shards{skipped}")
+    part = getattr(dataset, "dataset", dataset)  # of a split
+    if getattr(part, "captions", "") == "phrases" and index.classes is None:
+        print("captions are left out, only the phrases of their regions are written; captions=whole keeps them")
     print(f"data.train={{name: shards, path: {options.output}}}")
 
 

@@ -35,7 +35,7 @@ def shards(request: pytest.FixtureRequest, tmp_path: Path) -> Shards:
 
 
 def file_of(shards: Shards, number: int) -> Path:
-    return Path(shards._config.path, shards.index.shards[number].file)
+    return Path(shards.path, shards.index.shards[number].file)
 
 
 def edit_index(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -121,7 +121,7 @@ def test_damaged_bytes(shards: Shards) -> None:
 
 
 def test_another_version(shards: Shards) -> None:
-    folder = Path(shards._config.path)
+    folder = Path(shards.path)
     edit_index(folder, lambda values: values.update(version=2))
     with pytest.raises(DataError, match=rf"{folder / INDEX} has version 2, this vg reads version 1; write"):
         ShardsConfig(path=str(folder)).build()

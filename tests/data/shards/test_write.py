@@ -18,6 +18,7 @@ from PIL import Image
 
 from vg.cli import main
 from vg.data.detection.coco import CocoConfig
+from vg.data.detection.odvg import OdvgConfig
 from vg.data.expressions import CsvConfig
 from vg.data.shards import job
 from vg.data.shards.index import INDEX
@@ -225,6 +226,19 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "damaged or missing files" in printed
     assert "000001.parquet: its SHA-256 is not that of index.json" in printed
+
+
+@pytest.mark.parametrize("captions", ["phrases", "whole"])
+def test_captions_that_are_left_out_are_announced(
+    captions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    OdvgConfig.miniature(tmp_path)
+    region = {"phrase": "star", "bbox": [1, 2, 30, 30], "tokens_positive": [[2, 6]]}
+    line = {"filename": "0.png", "height": 64, "width": 64, "grounding": {"caption": "a star", "regions": [region]}}
+    (tmp_path / "captions.jsonl").write_text(json.dumps(line))
+    main(["shard", str(tmp_path / "captions.jsonl"), str(tmp_path / "out"), f"captions={captions}", "--workers=0"])
+    announced = "captions are left out, only the phrases of their regions are written; captions=whole keeps them"
+    assert (announced in capsys.readouterr().out) == (captions == "phrases")
 
 
 @pytest.mark.parametrize(
