@@ -18,7 +18,7 @@ test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-extras: $(VENV)/installed-extras
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/web tests/export tests/inference tests/labeling tests/test_notebooks.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/web tests/export tests/inference tests/labeling tests/training/test_stream.py tests/test_notebooks.py
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
@@ -50,7 +50,7 @@ $(VENV)/installed-lint: $(VENV)/installed
 	touch $@
 
 $(VENV)/installed-extras: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,web,export,diffusion,captions,ray]' supervision playwright
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,web,export,diffusion,captions,ray,streaming]' supervision playwright
 	touch $@
 
 clean:

@@ -23,6 +23,7 @@ from pydantic import (
 from vg.data.augment import AugmentConfig
 from vg.data.cache import CacheConfig
 from vg.data.mixture import SourceConfig
+from vg.data.stream import StreamConfig
 from vg.errors import ConfigError
 from vg.models import ModelConfig
 from vg.settings import (
@@ -91,6 +92,12 @@ class DataConfig(Settings):
             raise ValueError("augment changes pixels, but a cache holds features; use cache.views instead")
         if self.expressions_per_image > 1 and self.group_by_aspect_ratio:
             raise ValueError("a batch is grouped by image (expressions_per_image) or by aspect ratio, not by both")
+        if isinstance(self.train, StreamConfig):
+            for name in ("cache", "drop_overlap", "group_by_aspect_ratio"):
+                if getattr(self, name):
+                    raise ValueError(f"a stream cannot be used with {name}, which needs to know all samples")
+            if self.expressions_per_image > 1:
+                raise ValueError("a stream cannot be used with expressions_per_image above 1: it is not in that order")
         if self.one_size and not self.group_by_aspect_ratio:
             raise ValueError("one_size would distort images of different shapes; set group_by_aspect_ratio=true, too")
 

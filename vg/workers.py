@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -22,8 +23,10 @@ from vg.errors import ConfigError, DataError
 OPEN_FILES, OPEN_FILES_PER_WORKER = 64, 48
 
 
-def new_loader(data: Dataset[Any], workers: int, **options: Any) -> DataLoader[Any]:
-    """Return a DataLoader whose workers end and fail as described above.
+def new_loader(
+    data: Dataset[Any], workers: int, kind: Callable[..., DataLoader[Any]] | None = None, **options: Any
+) -> DataLoader[Any]:
+    """Return a DataLoader, or one of the subclass `kind`, whose workers end and fail as described above.
 
     Raises:
         ConfigError: the limit of open files is too low for that many workers, which would wait for ever.
@@ -31,8 +34,8 @@ def new_loader(data: Dataset[Any], workers: int, **options: Any) -> DataLoader[A
     if workers and sys.platform != "win32":
         _allow_open_files(workers)
     # With a generator of its own, a loader does not advance the global one, from which a resumed run would differ.
-    generator = torch.Generator()
-    return DataLoader(data, num_workers=workers, worker_init_fn=start_worker, generator=generator, **options)
+    options |= {"num_workers": workers, "worker_init_fn": start_worker, "generator": torch.Generator()}
+    return kind(data, **options) if kind else DataLoader(data, **options)
 
 
 def _allow_open_files(workers: int) -> None:

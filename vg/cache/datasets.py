@@ -12,7 +12,7 @@ from vg.config import DataConfig, RunConfig
 from vg.data.cache import CacheConfig
 from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset, SourceDataset
-from vg.data.mixture import Mixture, MixtureConfig, SourceConfig
+from vg.data.mixture import Mixture, MixtureConfig, SourceConfig, configs_of
 from vg.data.overlap import warn_of_unknown_phrases, without_overlap
 from vg.data.prompt import Expressions
 from vg.data.source import Source
@@ -63,8 +63,9 @@ def cached_source(
     if isinstance(settings, MixtureConfig):
         cached = [cached_source(dataset, cache, views, model, seed) for dataset in settings.datasets]
         return Mixture(cached, settings.weights, settings.seed)
-    source = settings.build()
-    return CachedSource(source, cache_folder(settings, source, cache, views, encodable(model)), seed)
+    (dataset,) = configs_of(settings)
+    source = dataset.build()
+    return CachedSource(source, cache_folder(dataset, source, cache, views, encodable(model)), seed)
 
 
 def uncached_text(model: GroundingModel) -> Expressions | None:

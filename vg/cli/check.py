@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Exit with status 1 if there are errors."""
     from vg.data.check import diagnose, to_json, to_text
+    from vg.data.stream import StreamConfig
     from vg.errors import ConfigError
     from vg.files import write_json
     from vg.inference.grids import image_grid
@@ -36,6 +37,8 @@ def run(options: argparse.Namespace) -> None:
     datasets = {"train": config.data.train}
     if not is_one_dataset:
         datasets |= {f"eval.{name}" if name else "eval": data for name, data in config.data.eval_datasets().items()}
+    for name in [name for name, dataset in datasets.items() if isinstance(dataset, StreamConfig)]:
+        print(f"{name}: {datasets.pop(name)} is a stream, which is not checked")
     count_tokens = _token_counter(config.model)
     diagnosis = diagnose(datasets, config.model.max_tokens, count_tokens, options.quick)
     output = Path(options.output)

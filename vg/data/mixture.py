@@ -22,6 +22,7 @@ from vg.data.source import (
     with_image_groups,
     with_image_sizes,
 )
+from vg.data.stream import StreamConfig
 from vg.data.subset import SplitConfig
 from vg.errors import DataError
 from vg.settings import Settings
@@ -45,7 +46,7 @@ class MixtureConfig(Settings):
 
 OneDatasetConfig: TypeAlias = DatasetConfig | SplitConfig
 SourceConfig: TypeAlias = Annotated[
-    Union[DatasetConfig, MixtureConfig, SplitConfig],  # noqa: UP007
+    Union[DatasetConfig, MixtureConfig, SplitConfig, StreamConfig],  # noqa: UP007
     Field(discriminator="name"),
 ]
 
@@ -197,5 +198,7 @@ def sources_of(source: Source) -> Sequence[Source]:
 
 
 def configs_of(config: SourceConfig) -> Sequence[OneDatasetConfig]:
-    """Return the datasets of a mixture, or the one dataset."""
+    """Return the datasets of a mixture, or the one dataset; raises ConfigError for a stream."""
+    if isinstance(config, StreamConfig):
+        config.build()
     return config.datasets if isinstance(config, MixtureConfig) else [config]

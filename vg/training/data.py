@@ -14,11 +14,16 @@ from vg.cache.datasets import training_dataset, uncached_text
 from vg.cache.resident import ResidentFeatures, resident_features
 from vg.config import RunConfig
 from vg.data.samplers import AspectRatioGroupedSampler, EpochSampler, ImageGroupedSampler
-from vg.data.source import Source
+from vg.data.source import HasClasses, Source
+from vg.data.stream import StreamConfig
+from vg.errors import CheckpointError, DataError
 from vg.models.base import GroundingModel
+from vg.training.stream import StreamedData
 from vg.workers import new_loader
 
 logger = logging.getLogger(__name__)
+
+NUM_EXAMPLES = 3  # phrases of a dataset
 
 
 class TrainingData:
@@ -46,12 +51,13 @@ class TrainingData:
         workers = 0 if resident else data.workers
         needed = data.batch_size * accelerator.num_processes
         self.samples_per_step = needed * config.train.accumulate
+        self.size = len(self.data)  # samples
         self.sampler = training_sampler(config, self.data.source, accelerator.num_processes)
-        if len(self.data) < needed and accelerator.num_processes > 1 and accelerator.is_main_process:
+        if self.size < needed and accelerator.num_processes > 1 and accelerator.is_main_process:
             logger.warning(
                 "%d training samples are less than one batch (data.batch_size=%d) for each of %d processes: samples "
                 "are repeated in every step; use fewer processes or a smaller batch size",
-                *(len(self.data), data.batch_size, accelerator.num_processes),
+                *(self.size, data.batch_size, accelerator.num_processes),
             )
         loader = new_loader(
             self.data,
@@ -59,15 +65,30 @@ class TrainingData:
             batch_size=data.batch_size,
             sampler=self.sampler,
             collate_fn=self.data.collate,
-            drop_last=len(self.data) >= needed,
+            drop_last=self.size >= needed,
             pin_memory=accelerator.device.type == "cuda" and not resident,
             persistent_workers=workers > 0,
         )
         self.loader: DataLoader[Any] = accelerator.prepare_data_loader(loader, device_placement=not resident)
 
     @property
+    def num_classes(self) -> int | None:
+        """Number of phrases of every prompt; None if it differs."""
+        source = self.data.source
+        return source.num_classes if isinstance(source, HasClasses) else None
+
+    @property
+    def phrases(self) -> list[str]:
+        """Examples."""
+        return example_phrases(self.data.source)
+
+    @property
+    def description(self) -> str:
+        return describe_source(self.data.source)
+
+    @property
     def steps_per_epoch(self) -> int:
-        return max(1, len(self.data) // self.samples_per_step)
+        return max(1, self.size // self.samples_per_step)
 
     def steps(self, epoch: int, done: int) -> Iterator[list[Any]]:
         """Yield the batches (Batch or EncodedBatch) of each remaining step of an epoch.
@@ -81,13 +102,52 @@ class TrainingData:
         Args:
             done: samples of this epoch that all processes together have used before.
         """
-        whole = max(0, len(self.data) - done) // self.samples_per_step
-        stop = done + whole * self.samples_per_step if whole or done else len(self.data)
+        whole = max(0, self.size - done) // self.samples_per_step
+        stop = done + whole * self.samples_per_step if whole or done else self.size
         self.data.begin_epoch(epoch)
         self.sampler.begin_epoch(epoch, done, stop)
         batches = iter(self.loader)
         while step := list(islice(batches, self.accumulate)):
             yield step
+
+    def state(self) -> None:
+        """Nothing: the number of samples that have been used is the position; see StreamedData."""
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Nothing, see `state`; raises CheckpointError if the state is that of a stream."""
+        if state is not None:
+            raise CheckpointError(
+                "the run to resume read a stream, whose position is not one in other data; train a new one that starts "
+                "from its weights (train.output=ANOTHER_FOLDER model.weights=RUN/best)"
+            )
+
+
+def training_data(
+    config: RunConfig, model: GroundingModel, accelerator: Accelerator, evaluations: Sequence[Source]
+) -> TrainingData | StreamedData:
+    """Return the training batches of a run, see TrainingData and StreamedData."""
+    if isinstance(config.data.train, StreamConfig):
+        return StreamedData(config, model, accelerator)
+    return TrainingData(config, model, accelerator, evaluations)
+
+
+def describe_source(source: Source[Any]) -> str:
+    """Return number and origin of the samples of a source."""
+    return (
+        f"{len(source):,} {'images' if source.provenance.task == 'detection' else 'expressions'} of {source.provenance}"
+    )
+
+
+def example_phrases(source: Source[Any]) -> list[str]:
+    """Return different phrases of a dataset, up to NUM_EXAMPLES, in the order of its samples."""
+    found: dict[str, None] = {}
+    for index in dict.fromkeys(round(i * (len(source) - 1) / NUM_EXAMPLES) for i in range(NUM_EXAMPLES)):
+        try:
+            sample = source.load(index, epoch=0)
+        except DataError:  # reported, or skipped, where the sample is used
+            continue
+        found |= dict.fromkeys(sample.phrases if hasattr(sample, "phrases") else [sample.phrase])
+    return list(found)[:NUM_EXAMPLES]
 
 
 def training_sampler(config: RunConfig, source: Source, num_processes: int = 1) -> EpochSampler:

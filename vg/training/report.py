@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from vg.data.source import Source
-from vg.errors import DataError, printable
+from vg.errors import printable
 from vg.files import write_bytes
+from vg.training.data import NUM_EXAMPLES, describe_source, example_phrases
 from vg.training.fsdp import describe
 from vg.training.run_folder import EPOCHS
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from vg.training.trainer import Trainer
 
 WARM_UP, TIMED = 5, 20  # steps: the first ones are slower, the next ones give the expected duration
-NUM_EXAMPLES = 3  # phrases of a dataset
 MIN_GAIN = 0.03  # of the best metric, which is 0..1; smaller ones may be chance on a few hundred samples
 LONGER = "a longer run (train.minutes, or train.epochs and train.max_steps) would probably gain more"
 
@@ -43,13 +42,14 @@ class Report:
             return
         config, model, total = trainer.config, trainer.unwrapped_model, trainer.budget.total
         self.first_step = trainer.progress.step
-        self.phrases = example_phrases(trainer.data.data.source)
+        self.phrases = trainer.data.phrases
         lines = [
             f"{config.model.name}, {model.num_parameters(trainable_only=True):,} trainable parameters",
-            _describe("train", trainer.data.data.source),
+            _dataset("train", trainer.data.description, self.phrases),
         ]
         names = [f"eval.{dataset.name}" if dataset.name else "eval" for dataset in trainer.evaluator.datasets]
-        lines += map(_describe, names, trainer.evaluator.sources)
+        for name, source in zip(names, trainer.evaluator.sources, strict=True):
+            lines.append(_dataset(name, describe_source(source), example_phrases(source)))
         epochs = f"epochs of {_count(trainer.steps_per_epoch, 'step')}"
         if total:
             steps, epochs = _count(total, "step"), f"{total / trainer.steps_per_epoch:.3g} {epochs}"
@@ -58,7 +58,7 @@ class Report:
         count = trainer.accelerator.num_processes
         device = f"{trainer.accelerator.device.type}{f' ({count} processes)' * (count > 1)}"
         precision = {"no": "float32"}.get(config.train.precision, config.train.precision)
-        per_step = min(trainer.data.samples_per_step, len(trainer.data.data))
+        per_step = min(trainer.data.samples_per_step, trainer.data.size)
         lines.append(f"{steps} of {_count(per_step, 'sample')} ({epochs}) on {device}, {precision}")
         lines += filter(None, [describe(trainer.model, count), trainer.data.plan])
         lines.append(f"results go to {trainer.folder.path}")
@@ -144,18 +144,6 @@ def print_above_bar(text: str) -> None:
     tqdm.write("\n".join(map(printable, text.split("\n"))))
 
 
-def example_phrases(source: Source[Any]) -> list[str]:
-    """Return different phrases of a dataset, up to NUM_EXAMPLES, in the order of its samples."""
-    found: dict[str, None] = {}
-    for index in dict.fromkeys(round(i * (len(source) - 1) / NUM_EXAMPLES) for i in range(NUM_EXAMPLES)):
-        try:
-            sample = source.load(index, epoch=0)
-        except DataError:  # reported, or skipped, where the sample is used
-            continue
-        found |= dict.fromkeys(sample.phrases if hasattr(sample, "phrases") else [sample.phrase])
-    return list(found)[:NUM_EXAMPLES]
-
-
 def epoch_table(rows: Sequence[Mapping[str, Any]], steps_per_epoch: int) -> str:
     """Return a Markdown table with a row per evaluation: mean loss and IoU of training since the last one, and its own.
 
@@ -180,10 +168,9 @@ def epoch_table(rows: Sequence[Mapping[str, Any]], steps_per_epoch: int) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, ["---:"] * len(header), *lines])
 
 
-def _describe(name: str, source: Source[Any]) -> str:
-    unit = "images" if source.provenance.task == "detection" else "expressions"
-    phrases = ", ".join(map(repr, example_phrases(source)))
-    return f"{name}: {len(source):,} {unit} of {source.provenance}{f', such as {phrases}' if phrases else ''}"
+def _dataset(name: str, description: str, phrases: Sequence[str]) -> str:
+    examples = ", ".join(map(repr, phrases[:NUM_EXAMPLES]))
+    return f"{name}: {description}{f', such as {examples}' if examples else ''}"
 
 
 def _count(number: int, unit: str) -> str:

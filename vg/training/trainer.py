@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from vg.checkpoint import read_weights
 from vg.config import RunConfig
-from vg.data.source import HasClasses
 from vg.distributed import (
     StopSignal,
     failing_together,
@@ -30,7 +29,7 @@ from vg.errors import TrainingError
 from vg.evaluation.evaluator import Evaluator
 from vg.files import read_json
 from vg.training.compilation import compile_layers
-from vg.training.data import TrainingData
+from vg.training.data import training_data
 from vg.training.fsdp import check_launch, gathered, prepare, whole
 from vg.training.interpolation import Interpolation, Sweep
 from vg.training.loss_log import REMEDY, TRAIN_IOU, LossLog, saved_rows
@@ -72,8 +71,8 @@ class Trainer:
         self.unwrapped_model = config.model.build()  # self.model may be wrapped for DDP
         best_metric = config.train.best_metric
         self.evaluator = Evaluator(config.data, self.unwrapped_model, self.accelerator, best_metric, with_loss=True)
-        self.data = TrainingData(config, self.unwrapped_model, self.accelerator, self.evaluator.sources)
-        if isinstance(self.data.data.source, HasClasses) and (classes := self.data.data.source.num_classes):
+        self.data = training_data(config, self.unwrapped_model, self.accelerator, self.evaluator.sources)
+        if classes := self.data.num_classes:
             self.unwrapped_model.use_classes(classes)
         select_trainable(self.unwrapped_model, config.optim)
         if config.train.compile:
@@ -210,7 +209,7 @@ class Trainer:
     def save(self) -> None:
         """Write a resumable checkpoint, which can also be loaded as a model."""
         schedule, progress = self.schedule.state_dict(), asdict(self.progress)
-        extra = {"schedule": schedule, "progress": progress, "unlogged": self.losses.state()}
+        extra = {"schedule": schedule, "progress": progress, "unlogged": self.losses.state(), "data": self.data.state()}
         path = self.folder.path / "checkpoints" / f"step_{self.progress.step:06d}"
         self.folder.save(path, **self.state.snapshot(extra))
 
@@ -220,6 +219,7 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         self.progress = Progress.read(state, self.config, self.data.samples_per_step)
         self.losses.load_state(saved_rows(state))
+        self.data.restore(state.get("data"))
         self.folder.cut_history(self.progress.step, self.progress.evaluated_step == self.progress.step)
 
     def _steps(self) -> Iterator[list[Batch]]:

@@ -8,6 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from vg.data.detection.issues import RaiseFirstError
+from vg.data.detection.odvg import line_prompt
+from vg.data.detection.odvg_lines import LabelMap, LineParser
+from vg.data.detection.source import clip_boxes
+from vg.data.detection.vocabulary import Vocabulary
+from vg.data.images import read_image
 from vg.errors import BadSampleError
 from vg.types import Sample
 
@@ -70,11 +76,95 @@ def _region(sample: Sample, phrase_id: int) -> dict[str, Any]:
     return {"phrase": " ".join(words.split()), "bbox": [], "tokens_positive": [list(span) for span in spans]}
 
 
-def extras(row: Mapping[str, Any]) -> tuple[str, np.ndarray | None, np.ndarray | None]:
-    """Return expression type, crowd [N] bool and areas [N] float32 of a decoded line; None where it has none."""
-    crowd, areas = row.get("iscrowd"), row.get("areas")
-    return (
-        str(row.get("expression_type", "")),
-        None if crowd is None else np.array(crowd, bool),
-        None if areas is None else np.array(areas, np.float32),
-    )
+class LineReader:
+    """Makes samples of lines and their images.
+
+    Args:
+        origin: of the lines, for messages.
+        label_map: the classes, if lines have labels.
+        vocabulary: of these classes.
+        whole: captions are prompts, see `captions` of vg.data.detection.odvg.
+        clip: clip boxes to the image, and leave out those without area in it; otherwise they are in the image.
+    """
+
+    def __init__(
+        self,
+        origin: str,
+        label_map: LabelMap | None,
+        vocabulary: Vocabulary | None,
+        whole: bool = False,
+        clip: bool = False,
+    ) -> None:
+        self._strict = RaiseFirstError(origin, BadSampleError)
+        self._label_map = label_map
+        self._vocabulary = vocabulary
+        self._whole = whole
+        self._clip = clip
+
+    def row(self, text: bytes, location: str) -> dict[str, Any]:
+        """Decode a line; raises BadSampleError, which names its location."""
+        row = LineParser(None, self._strict).row(text, location)
+        assert row is not None, "an invalid line has raised"
+        return row
+
+    def sample(self, row: Mapping[str, Any], image_file: bytes, location: str, epoch: int, index: int) -> Sample:
+        """Return the sample of a decoded line and the content of its image file.
+
+        Args:
+            epoch, index: what the phrases depend on where the vocabulary samples them.
+
+        Raises:
+            BadSampleError: the message names the location.
+        """
+        parser = LineParser(self._label_map, self._strict, self._whole, exact=True)
+        line = parser.parse_row(row, location)
+        assert line is not None, "an invalid line has raised"
+        image = read_image(image_file, f"{line.file} ({location})")
+        if all(line.size) and image.shape[:2] != tuple(line.size):
+            raise BadSampleError(
+                f"{location}: the image is {image.shape[:2]}, its line has (height, width) {line.size}"
+            )
+        boxes = np.array([box.values for box in line.boxes], np.float32).reshape(-1, 4)
+        labels = np.array([box.label for box in line.boxes], np.int64)
+        kept = np.ones(len(boxes), bool)
+        try:
+            expression_type, crowd, areas = _extras(row, len(boxes))
+            if self._clip:
+                boxes, kept = clip_boxes(boxes, image, min_side=0.0)
+        except BadSampleError as error:
+            raise BadSampleError(f"{location}: {error}") from error
+        if crowd is not None and self._vocabulary and self._vocabulary.config.negatives is not None:
+            kept &= ~crowd  # as in vg.data.detection.source
+        phrases, phrase_ids, kept = line_prompt(parser, self._vocabulary, labels, kept, epoch, index)
+        return Sample(
+            id=str(row.get("id", line.file)),
+            image=image,
+            phrases=phrases,
+            boxes=boxes[kept],
+            phrase_ids=phrase_ids,
+            expression_type=expression_type,
+            crowd=None if crowd is None or not crowd[kept].any() else crowd[kept],
+            areas=None if areas is None else areas[kept],
+            caption=line.caption and line.caption._replace(location=location),
+        )
+
+
+def _extras(row: Mapping[str, Any], count: int) -> tuple[str, np.ndarray | None, np.ndarray | None]:
+    """Return expression type, crowd [N] bool and areas [N] float32 of a decoded line; None where it has none.
+
+    Args:
+        count: N, the boxes of the line.
+
+    Raises:
+        BadSampleError: there is not a number for each box.
+    """
+    found: dict[str, np.ndarray | None] = {}
+    for name, dtype in (("iscrowd", np.bool_), ("areas", np.float32)):
+        values = row.get(name)
+        try:
+            found[name] = None if values is None else np.array(values, np.float32).reshape(count).astype(dtype)
+        except (ValueError, TypeError) as error:
+            raise BadSampleError(
+                f"{name} is {str(values)[:80]}, expected a number for each of {count} boxes"
+            ) from error
+    return str(row.get("expression_type", "")), found["iscrowd"], found["areas"]

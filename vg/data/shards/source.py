@@ -14,16 +14,15 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from vg.data.detection.issues import RaiseFirstError
-from vg.data.detection.odvg import OdvgConfig, line_prompt
-from vg.data.detection.odvg_lines import LabelMap, LineParser
+from vg.data.detection.odvg import OdvgConfig
+from vg.data.detection.odvg_lines import LabelMap
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
-from vg.data.images import COCO_KEY, read_image
+from vg.data.images import COCO_KEY
 from vg.data.shards.containers import check_columns
 from vg.data.shards.index import INDEX, Index, map_rows, sha256_of
-from vg.data.shards.lines import extras
+from vg.data.shards.lines import LineReader
 from vg.data.shards.storage import open_storage
-from vg.errors import BadSampleError, DataError
+from vg.errors import DataError
 from vg.settings import Settings
 from vg.types import Sample
 
@@ -76,7 +75,6 @@ class Shards:
     """
 
     def __init__(self, config: ShardsConfig) -> None:
-        self._config = config
         self.path = config.path
         self._storage = open_storage(config.path, config.cache, config.cache_gb)
         content = self._storage.read_index()
@@ -84,10 +82,10 @@ class Shards:
         self.provenance = self.index.provenance
         self._digest = hashlib.sha256(content).hexdigest()
         self.vocabulary: Vocabulary | None = None
-        self._label_map: LabelMap | None = None
+        label_map: LabelMap | None = None
         if self.index.classes is not None:
             self.vocabulary = Vocabulary(self.index.classes, config.vocabulary, config.path)
-            self._label_map = {label: (label, name) for label, name in enumerate(self.index.classes)}
+            label_map = {label: (label, name) for label, name in enumerate(self.index.classes)}
             if self.index.category_ids is not None:
                 ids = [self.index.category_ids[label] for label in self.vocabulary.used]
                 # An attribute, because not all shards have it.
@@ -95,6 +93,7 @@ class Shards:
         elif config.vocabulary != VocabularyConfig():
             unused = "vocabulary is not used: it is for numbered classes, of which these shards have none"
             warnings.warn(f"{config.path}: {unused}", stacklevel=3)
+        self._reader = LineReader(config.path, label_map, self.vocabulary, config.captions == "whole")
         self._starts = np.concatenate([[0], self.index.ends])  # [shards + 1]
         self._open_locally()
 
@@ -124,42 +123,11 @@ class Shards:
             DataError: a shard is missing, truncated or changed, or cannot be downloaded.
         """
         text, location = self._line(index)
-        strict = RaiseFirstError(self._config.path, BadSampleError)
-        parser = LineParser(self._label_map, strict, self._config.captions == "whole", exact=True)
-        row = parser.row(text, location)
-        assert row is not None, "an invalid line has raised"
-        line = parser.parse_row(row, location)
-        assert line is not None, "an invalid line has raised"
-        image = read_image(self.image_bytes(index), f"{line.file} ({location})")
-        if image.shape[:2] != line.size:
-            raise BadSampleError(
-                f"{location}: the image is {image.shape[:2]}, its line has (height, width) {line.size}"
-            )
-        boxes = np.array([box.values for box in line.boxes], np.float32).reshape(-1, 4)
-        labels = np.array([box.label for box in line.boxes], np.int64)
-        expression_type, crowd, areas = extras(row)
-        kept = np.ones(len(boxes), bool)
-        if crowd is not None and self.vocabulary and self.vocabulary.config.negatives is not None:
-            kept = ~crowd  # as in vg.data.detection.source
-        phrases, phrase_ids, kept = line_prompt(parser, self.vocabulary, labels, kept, epoch, index)
-        return Sample(
-            id=row["id"],
-            image=image,
-            phrases=phrases,
-            boxes=boxes[kept],
-            phrase_ids=phrase_ids,
-            expression_type=expression_type,
-            crowd=None if crowd is None or not crowd[kept].any() else crowd[kept],
-            areas=None if areas is None else areas[kept],
-            caption=line.caption and line.caption._replace(location=location),
-        )
+        return self._reader.sample(self._reader.row(text, location), self.image_bytes(index), location, epoch, index)
 
     def row(self, index: int) -> dict[str, Any]:
         """Return the decoded line of a sample; raises as `load`."""
-        text, location = self._line(index)
-        row = LineParser(None, RaiseFirstError(self._config.path, BadSampleError)).row(text, location)
-        assert row is not None, "an invalid line has raised"
-        return row
+        return self._reader.row(*self._line(index))
 
     @property
     def num_classes(self) -> int | None:

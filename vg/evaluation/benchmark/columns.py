@@ -10,6 +10,7 @@ from vg.data import DatasetConfig
 from vg.data.mixture import MixtureConfig, SourceConfig
 from vg.data.refcoco.official import identify
 from vg.data.refcoco.source import RefcocoConfig
+from vg.data.stream import StreamConfig
 from vg.data.subset import SplitConfig
 from vg.data.synthetic.glyphs import GlyphsConfig
 from vg.data.synthetic.shapes import ShapesConfig
@@ -55,7 +56,7 @@ def _encoder(id: str | None, model_type: str | None) -> str:
     return Path(id).name if id else f"{model_type}, from scratch"
 
 
-def _leaves(source: SourceConfig) -> Iterator[DatasetConfig]:
+def _leaves(source: SourceConfig) -> Iterator[DatasetConfig | StreamConfig]:
     """The datasets of a mixture or split."""
     if isinstance(source, MixtureConfig):
         for dataset in source.datasets:
@@ -66,7 +67,7 @@ def _leaves(source: SourceConfig) -> Iterator[DatasetConfig]:
         yield source
 
 
-def _official(source: DatasetConfig) -> str | None:
+def _official(source: DatasetConfig | StreamConfig) -> str | None:
     """Return the title of a dataset of the RefCOCO family, None for others."""
     if not isinstance(source, RefcocoConfig):
         return None
@@ -74,7 +75,9 @@ def _official(source: DatasetConfig) -> str | None:
     return known[0][0] if known else None
 
 
-def _title(source: DatasetConfig) -> str:
+def _title(source: DatasetConfig | StreamConfig) -> str:
+    if isinstance(source, StreamConfig):
+        return f"{source} ({source.split})"
     title = _official(source) or Path(getattr(source, "path", source.name)).name
     split = getattr(source, "split", None) or "train"
     return title if split == "train" else f"{title} ({split})"
@@ -100,7 +103,7 @@ def may_have_seen(config: CheckpointConfig, key: str, split: str) -> bool:
     return any(_title(leaf) != title or _partition(leaf) == "google" for leaf in leaves)
 
 
-def _partition(source: DatasetConfig) -> str | None:
+def _partition(source: DatasetConfig | StreamConfig) -> str | None:
     """Return the partition of a dataset of the RefCOCO family, None if its settings do not determine it."""
     if not isinstance(source, RefcocoConfig):
         return None
