@@ -171,7 +171,7 @@ class Result:
             ImportError: supervision is not installed.
         """
         try:
-            from supervision import Detections  # type: ignore[import-not-found]
+            from supervision import Detections
         except ImportError as error:
             raise ImportError("to_supervision needs the package supervision: pip install supervision") from error
         return Detections(
