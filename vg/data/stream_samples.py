@@ -229,9 +229,9 @@ def _label_map(config: StreamConfig) -> LabelMap | None:
     if file.name != INDEX:
         return read_label_map(config.label_map, RaiseFirstError(str(config)))
     try:
-        classes = Index.parse(file.read_bytes(), str(file)).classes
+        label_map = Index.parse(file.read_bytes(), str(file)).label_map
     except OSError as error:
         raise DataError(f"label_map {file} cannot be read: {error.strerror}") from error
-    if classes is None:
+    if label_map is None:
         raise DataError(f"label_map {file}: these shards have no numbered classes; leave label_map out")
-    return {label: (label, name) for label, name in enumerate(classes)}
+    return label_map

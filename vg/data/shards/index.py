@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from vg.data.detection.odvg_lines import LabelMap
 from vg.data.source import Provenance
 from vg.errors import DataError
 from vg.files import replacing, write_json
@@ -69,6 +70,10 @@ class Index:
     def ends(self) -> np.ndarray:
         """[shards] int64, the index after the last sample of each shard."""
         return np.cumsum([shard.samples for shard in self.shards], dtype=np.int64)
+
+    @property
+    def label_map(self) -> LabelMap | None:
+        return None if self.classes is None else {label: (label, name) for label, name in enumerate(self.classes)}
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.shards) else 0

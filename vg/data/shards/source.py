@@ -15,7 +15,6 @@ import numpy as np
 from pydantic import Field
 
 from vg.data.detection.odvg import OdvgConfig
-from vg.data.detection.odvg_lines import LabelMap
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.images import COCO_KEY
 from vg.data.shards.containers import check_columns
@@ -82,10 +81,8 @@ class Shards:
         self.provenance = self.index.provenance
         self._digest = hashlib.sha256(content).hexdigest()
         self.vocabulary: Vocabulary | None = None
-        label_map: LabelMap | None = None
         if self.index.classes is not None:
             self.vocabulary = Vocabulary(self.index.classes, config.vocabulary, config.path)
-            label_map = {label: (label, name) for label, name in enumerate(self.index.classes)}
             if self.index.category_ids is not None:
                 ids = [self.index.category_ids[label] for label in self.vocabulary.used]
                 # An attribute, because not all shards have it.
@@ -93,7 +90,7 @@ class Shards:
         elif config.vocabulary != VocabularyConfig():
             unused = "vocabulary is not used: it is for numbered classes, of which these shards have none"
             warnings.warn(f"{config.path}: {unused}", stacklevel=3)
-        self._reader = LineReader(config.path, label_map, self.vocabulary, config.captions == "whole")
+        self._reader = LineReader(config.path, self.index.label_map, self.vocabulary, config.captions == "whole")
         self._starts = np.concatenate([[0], self.index.ends])  # [shards + 1]
         self._open_locally()
 
