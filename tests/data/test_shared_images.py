@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from tests.cache.feature_data import cached_config, write_encoders, write_expressions
 from vg.cache.datasets import training_dataset
+from vg.data import images
 from vg.data.dataset import GroundingDataset
 from vg.data.samplers import ImageGroupedSampler
 from vg.data.shared_images import joined, separated
@@ -74,6 +75,17 @@ def test_a_batch_encodes_an_image_once(folder: Path) -> None:
             other, other_row = single[target.id]
             assert torch.equal(other.targets[other_row].boxes, target.boxes)
             torch.testing.assert_close(model(other).boxes[other_row], output.boxes[row], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shared", [1, 3])
+def test_an_image_is_decoded_once_for_its_expressions(
+    shared: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, decode = [], images.image_to_rgb
+    monkeypatch.setattr(images, "image_to_rgb", lambda image, name: decoded.append(name) or decode(image, name))
+    _, batches = batches_of(folder, shared)
+    assert sum(len(batch) for batch in batches) == 15
+    assert len(decoded) == 15 // shared
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from vg.data.augment import Augment
 from vg.data.collate import Collator
+from vg.data.images import decoded_once
 from vg.data.mixture import sources_of
 from vg.data.shared_images import joined, separated
 from vg.data.source import Loaded, Source, checked, phrases_of, with_image_groups
@@ -145,7 +146,8 @@ class GroundingDataset(SourceDataset[Sample]):
 
     def _of_one_image(self, indices: Sequence[int], epoch: int) -> list[Sample]:
         try:
-            unchanged = [self._unchanged(index, epoch) for index in indices]
+            with decoded_once():
+                unchanged = [self._unchanged(index, epoch) for index in indices]
             whole = joined(unchanged)
             samples = separated(self._augmented(whole), unchanged)
             if self.skip and self.texts:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from io import BytesIO
 from pathlib import Path
 
@@ -21,6 +22,7 @@ _FOLDERS = ("", "train2014", "train2017", "val2014", "val2017", "images")  # 201
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 COCO_KEY = "coco/"  # what the keys of COCO images begin with
 _COCO = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})(?:_\d+)?")  # RefCOCO appends the id of an annotation
+_decoded: ContextVar[dict[tuple[Path | bytes, bool], np.ndarray] | None] = ContextVar("_decoded", default=None)
 
 
 def find_image(name: str, root: Path) -> Path:
@@ -145,8 +147,26 @@ def read_image(source: Path | bytes | Image.Image, name: str, upright: bool = Fa
     Raises:
         BadSampleError: not an image, a damaged one, one with more than MAX_PIXELS, or see `image_to_rgb`.
     """
+    if isinstance(source, Image.Image) or (known := _decoded.get()) is None:
+        return _decode(source, name, upright)
+    if (source, upright) not in known:
+        known[source, upright] = _decode(source, name, upright)
+    return known[source, upright]
+
+
+def _decode(source: Path | bytes | Image.Image, name: str, upright: bool) -> np.ndarray:
     with _opened(source, name) as image:
         return image_to_rgb(ImageOps.exif_transpose(image) if upright else image, name)
+
+
+@contextmanager
+def decoded_once() -> Iterator[None]:
+    """Let `read_image` return the same array for the same file or bytes, which nobody may change then."""
+    token = _decoded.set({})
+    try:
+        yield
+    finally:
+        _decoded.reset(token)
 
 
 def image_to_rgb(image: Image.Image, name: str) -> np.ndarray:
