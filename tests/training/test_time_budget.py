@@ -140,6 +140,24 @@ def test_a_limit_also_applies_to_a_resumed_run(tiny_config: MakeConfig, clock: S
     assert max(resumed.schedule.get_last_lr()) == 0
 
 
+def test_other_minutes_of_a_resumed_run_are_announced(
+    tiny_config: MakeConfig, clock: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = {"minutes": 3, "eval_every": 1000, "output": str(tmp_path / "run")}
+    interrupted = timed(Trainer(tiny_config(train=train)), clock, 2.0, 4.0, 2.0)
+    interrupted.stop.requested = lambda: interrupted.progress.step == 30  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        interrupted.fit()
+    Trainer(tiny_config(train=train), resume=True)
+    assert "train.minutes" not in caplog.text
+    resumed = Trainer(tiny_config(train=train | {"minutes": 6}), resume=True)
+    assert resumed.num_steps == interrupted.num_steps
+    assert (
+        f"train.minutes=6 has no effect: the interrupted run was fitted to 3 minutes, {interrupted.num_steps} steps"
+        in caplog.text
+    )
+
+
 def test_progress_of_older_checkpoints_has_no_number_of_steps() -> None:
     assert Progress(step=3, epoch=1, samples=8).num_steps == 0
 

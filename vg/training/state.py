@@ -33,7 +33,8 @@ class Progress:
 
     step: int = 0  # completed optimizer steps
     epoch: int = 0
-    num_steps: int = 0  # of the whole run, once `train.minutes` has determined it
+    num_steps: int = 0  # of the whole run, once `train.minutes` has determined it ...
+    minutes: float | None = None  # ... which was this then
     samples: int = 0  # of this epoch that all processes together have used
     samples_per_step: int = 0
     evaluated_step: int = 0

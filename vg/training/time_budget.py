@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from vg.training.settings import TrainConfig
 
 if TYPE_CHECKING:
     from vg.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 WARM_UP, TIMED = 5, 20  # steps: the first ones are slower, the next ones give the time of a step
 SHARE = 0.1  # of the time: slow steps are not timed for longer, apart from an evaluation before the first one
@@ -47,6 +50,13 @@ class TimeBudget:
         self.final = not self.seconds or trainer.progress.num_steps > 0
         if self.seconds and trainer.progress.num_steps:  # resumed
             self._use(trainer.progress.num_steps)
+            before, now = trainer.progress.minutes, trainer.config.train.minutes
+            if before not in (None, now) and trainer.accelerator.is_main_process:
+                logger.warning(
+                    "train.minutes=%g has no effect: the interrupted run was fitted to %g minutes, %d steps; "
+                    "train.max_steps makes it shorter",
+                    *(now, before, trainer.progress.num_steps),
+                )
 
     @property
     def total(self) -> int | None:
@@ -110,6 +120,7 @@ class TimeBudget:
         broadcast_object_list(found)
         if found[0]:
             self.final = self.evaluations > 0
+            trainer.progress.minutes = trainer.config.train.minutes
             self._use(found[0])
             self.bar.total = self.total
             self.bar.refresh()
