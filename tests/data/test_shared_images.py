@@ -12,11 +12,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.cache.feature_data import cached_config, write_encoders, write_expressions
-from vg.cache.datasets import training_dataset
+from vg.cache.datasets import evaluation_dataset, training_dataset
 from vg.data import images
 from vg.data.dataset import GroundingDataset
 from vg.data.samplers import ImageGroupedSampler
 from vg.data.shared_images import joined, separated
+from vg.data.source import with_image_groups
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import ConfigError, DataError
 from vg.training.data import training_sampler
@@ -86,6 +87,22 @@ def test_an_image_is_decoded_once_for_its_expressions(
     _, batches = batches_of(folder, shared)
     assert sum(len(batch) for batch in batches) == 15
     assert len(decoded) == 15 // shared
+
+
+def test_an_evaluation_encodes_an_image_once_per_batch(folder: Path) -> None:
+    config = cached_config(folder, None)
+    torch.manual_seed(0)
+    model = config.model.build().eval()
+    data = evaluation_dataset(config.data.train, config.data, model)
+    separate = GroundingDataset(data.source, collate=data.collate)
+    images_of = with_image_groups(data.source).image_groups(0)
+    for indices in (range(6), range(6, 15)):
+        shared, single = (
+            dataset.collate(dataset.__getitems__(indices)).to("cpu") for dataset in (data, separate) if dataset.collate
+        )
+        assert len(shared.images) == len({*images_of[list(indices)].tolist()}) < len(single.images) == len(indices)
+        assert [target.id for target in shared.targets] == [target.id for target in single.targets]
+        torch.testing.assert_close(model(shared).boxes, model(single).boxes, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

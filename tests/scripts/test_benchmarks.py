@@ -328,6 +328,20 @@ def test_the_data_path_is_measured_without_a_network(
     assert [line.split(",")[0] for line in lines] == 2 * ["files", "files", "in memory"]
 
 
+def test_an_evaluation_is_measured_with_and_without_shared_images(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scripts.benchmarks import rec_evaluation
+    from tests.cache.feature_data import VISION
+    from tests.conftest import TEXT
+
+    monkeypatch.setattr(rec_evaluation, "ENCODERS", {"vision": VISION, "text": TEXT})
+    monkeypatch.setattr(sys, "argv", ["rec_evaluation.py", "--images", "2", "--rounds", "1"])
+    rec_evaluation.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "expressions/s" in line]
+    assert [line.split(":")[0] for line in lines] == ["an image once per batch", "an image per expression"]
+
+
 def test_the_cost_of_operators_is_counted() -> None:
     """Operations by the formulas of a transformer layer; bytes of inputs and outputs, and none for views."""
     from torch._subclasses.fake_tensor import FakeTensorMode

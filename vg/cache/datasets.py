@@ -53,7 +53,7 @@ def evaluation_dataset(settings: SourceConfig, data: DataConfig, model: Groundin
         cached = cached_source(settings, data.cache, ["plain"], model, seed=0)
         return SourceDataset(cached, _collate(model), data.bad_samples)
     collate = Collator(model.image_spec, model.text_spec, normalize=False)
-    return GroundingDataset(settings.build(), bad_samples=data.bad_samples, collate=collate)
+    return GroundingDataset(settings.build(), bad_samples=data.bad_samples, collate=collate, share_images=True)
 
 
 def cached_source(

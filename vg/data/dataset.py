@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import groupby
 from typing import Literal
@@ -90,8 +91,8 @@ class GroundingDataset(SourceDataset[Sample]):
     """Samples of a source after validation and augmentation; further arguments as in SourceDataset.
 
     Args:
-        share_images: give consecutive samples of one image in a batch the same augmentation and the same array, which
-            the collator passes on once; the source must implement HasImageGroups.
+        share_images: give samples of one image in a batch the same array, which the collator passes on once. With
+            augmentation, consecutive samples share it, and the source must implement HasImageGroups.
 
     Raises:
         BadSampleError: phrases that the source knows without images (HasPhrases) exceed the token limit of the model.
@@ -107,7 +108,8 @@ class GroundingDataset(SourceDataset[Sample]):
         share_images: bool = False,
     ):
         super().__init__(source, collate, bad_samples)
-        self.images = with_image_groups(source) if share_images else None
+        self.share_images = share_images
+        self.images = with_image_groups(source) if share_images and augment else None
         self.augment = augment
         self.seed = seed
         self._groups: tuple[int, np.ndarray] = (-1, np.zeros(0))  # epoch, and an id of the image of each sample
@@ -135,7 +137,8 @@ class GroundingDataset(SourceDataset[Sample]):
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """Load the samples of a batch; a DataLoader calls this."""
         if self.images is None:
-            return [self[index] for index in indices]
+            with decoded_once() if self.share_images else nullcontext():
+                return [self[index] for index in indices]
         epoch = int(self._epoch)
         if self._groups[0] != epoch:
             self._groups = epoch, self.images.image_groups(epoch)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -22,7 +23,8 @@ _FOLDERS = ("", "train2014", "train2017", "val2014", "val2017", "images")  # 201
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 COCO_KEY = "coco/"  # what the keys of COCO images begin with
 _COCO = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})(?:_\d+)?")  # RefCOCO appends the id of an annotation
-_decoded: ContextVar[dict[tuple[Path | bytes, bool], np.ndarray] | None] = ContextVar("_decoded", default=None)
+# Within `decoded_once`: image and pixels by image (its id, if it is opened, which is not reused while it is kept).
+_decoded: ContextVar[dict[Any, tuple[Any, np.ndarray]] | None] = ContextVar("_decoded", default=None)
 
 
 def find_image(name: str, root: Path) -> Path:
@@ -147,11 +149,12 @@ def read_image(source: Path | bytes | Image.Image, name: str, upright: bool = Fa
     Raises:
         BadSampleError: not an image, a damaged one, one with more than MAX_PIXELS, or see `image_to_rgb`.
     """
-    if isinstance(source, Image.Image) or (known := _decoded.get()) is None:
+    if (known := _decoded.get()) is None:
         return _decode(source, name, upright)
-    if (source, upright) not in known:
-        known[source, upright] = _decode(source, name, upright)
-    return known[source, upright]
+    key = (id(source) if isinstance(source, Image.Image) else source), upright
+    if key not in known:
+        known[key] = source, _decode(source, name, upright)
+    return known[key][1]
 
 
 def _decode(source: Path | bytes | Image.Image, name: str, upright: bool) -> np.ndarray:
@@ -161,7 +164,7 @@ def _decode(source: Path | bytes | Image.Image, name: str, upright: bool) -> np.
 
 @contextmanager
 def decoded_once() -> Iterator[None]:
-    """Let `read_image` return the same array for the same file or bytes, which nobody may change then."""
+    """Let `read_image` return the same array for the same image, which nobody may change then."""
     token = _decoded.set({})
     try:
         yield

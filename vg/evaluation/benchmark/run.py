@@ -129,7 +129,9 @@ def run(
     """
     model = model.to(accelerator.device).eval()
     collate = Collator(model.image_spec, model.text_spec)
-    data = [GroundingDataset(split.source, bad_samples=bad_samples, collate=collate) for split in splits]
+    data = [
+        GroundingDataset(split.source, bad_samples=bad_samples, collate=collate, share_images=True) for split in splits
+    ]
     with accelerator.autocast():  # compiles kernels and allocates memory before anything is timed
         TorchBackend(model, str(accelerator.device)).predict_samples([data[0][0]])
     unused = RefcocoConfig()  # each split has its own source
