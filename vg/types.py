@@ -101,9 +101,8 @@ class Movable:
             if memory._cdata not in moved:
                 whole = tensor.new_empty(0, dtype=torch.uint8).set_(memory)
                 moved[memory._cdata] = whole.to(device, non_blocking=non_blocking)
-            there = moved[memory._cdata].untyped_storage()
-            offset, size, stride = tensor.storage_offset(), tensor.size(), tensor.stride()
-            return tensor.new_empty(0, device=device).set_(there, offset, size, stride)
+            layout = tensor.storage_offset(), tensor.size(), tensor.stride()
+            return tensor.new_empty(0, device=device).set_(moved[memory._cdata].untyped_storage(), *layout)
 
         return self.map(move)
 
@@ -133,12 +132,12 @@ class Movable:
 
 
 class Text(NamedTuple):
-    """Tokenized prompts of a batch: one per image, or several where one cannot hold all phrases of an image."""
+    """Tokenized prompts of a batch: one per sample, or several where one cannot hold all phrases of a sample."""
 
     token_ids: Tensor  # [R, T] int64
     mask: Tensor  # [R, T] bool, False = padding
-    phrase_tokens: Tensor  # [R, P, T] bool, tokens of each phrase of the image; all False if in another prompt
-    image_ids: Tensor  # [R] int64, index of the image that a prompt belongs to: 0, 1, 1, 2, ...
+    phrase_tokens: Tensor  # [R, P, T] bool, tokens of each phrase of the sample; all False if in another prompt
+    sample_ids: Tensor  # [R] int64, index of the sample that a prompt belongs to: 0, 1, 1, 2, ...
     extra: Text | None = None  # the same prompts for a second text encoder
 
 
@@ -148,7 +147,7 @@ class TextArrays(NamedTuple):
     token_ids: np.ndarray  # [R, T] int64
     mask: np.ndarray  # [R, T] bool
     phrase_tokens: np.ndarray  # [R, P, T] bool
-    image_ids: np.ndarray  # [R] int64
+    sample_ids: np.ndarray  # [R] int64
     extra: TextArrays | None = None
 
     def tensors(self) -> Text:
@@ -219,7 +218,7 @@ class Features(NamedTuple):
     grid: tuple[int, int]  # rows, columns; of the image with the most cells
     text: Tensor | Text  # [R, T, D of the text encoder]; its input if it is trained and only images are cached
     text_mask: Tensor  # [R, T] bool, False = padding
-    image_ids: Tensor  # [R] int64, index of the image that an expression refers to
+    image_ids: Tensor | None  # [R] int64, index of the image that an expression refers to; None: each to its own
     most: int | None = None  # expressions that refer to the same image; None: to be read from image_ids
     grids: tuple[tuple[int, int], ...] | None = None  # [B] of each image; None if all are equal: there is no padding
 
@@ -231,9 +230,10 @@ class Batch(Movable):
     images: Tensor  # [B, 3, H, W] float32, normalized; zeros right of and below an image smaller than H x W
     sizes: tuple[tuple[int, int], ...]  # B times (height, width) without padding; boxes are relative to Target.size
     text: Text
-    targets: list[Target]
+    targets: list[Target]  # of the samples
     prompt_targets: PromptTargets  # the boxes of `targets` by prompt, see vg.data.collate.prompt_targets
-    most: int | None = None  # as in Features
+    image_ids: Tensor | None = None  # [samples] int64, index of the image of each sample; None: each has its own
+    most: int | None = None  # samples that have the same image
 
     def __len__(self) -> int:
         return len(self.targets)

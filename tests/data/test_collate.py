@@ -52,7 +52,7 @@ def test_shapes_types_and_boxes(text: TextSpec) -> None:
     assert batch.text.mask.sum(1).tolist() == [4, 6], "with [CLS] and [SEP]"
     assert (batch.text.token_ids.dtype, batch.text.mask.dtype) == (torch.int64, torch.bool)
     assert torch.equal(batch.text.phrase_tokens, batch.text.mask.unsqueeze(1)), "[R, 1, T]: the whole prompt"
-    assert batch.text.image_ids.tolist() == [0, 1]
+    assert batch.text.sample_ids.tolist() == [0, 1]
     for sample, target in zip(samples, batch.targets, strict=True):
         assert (target.id, target.phrases, target.expression_type) == (sample.id, sample.phrases, "color")
         assert target.size == sample.image.shape[:2]
@@ -171,7 +171,7 @@ def many(name: str = "many") -> Sample:
 def test_many_phrases(text: TextSpec) -> None:
     """Phrases that do not fit into one prompt go into further ones, and none is lost."""
     batch = Collator(SPEC, replace(text, delimiters=(".", "?")))([many(), make()])
-    assert batch.text.image_ids.tolist() == [0, 0, 0, 1], "of six tokens each"
+    assert batch.text.sample_ids.tolist() == [0, 0, 0, 1], "of six tokens each"
     assert batch.text.phrase_tokens[:3].sum(dim=(0, 2)).tolist() == [2, 1, 3]
     target = batch.targets[0]
     assert (target.phrases, target.phrase_ids.tolist()) == (many().phrases, [0, 1, 1, 2])
@@ -188,7 +188,7 @@ def test_one_prompt_drops_boxes_and_warns_once(text: TextSpec, caplog: pytest.Lo
         assert not caplog.records, "all phrases fit"
         batch = collate([make(), many("train/7")])
         collate([many()])
-    assert batch.text.image_ids.tolist() == [0, 1]
+    assert batch.text.sample_ids.tolist() == [0, 1]
     target = batch.targets[1]
     assert target.phrases == many().phrases, "they keep their ids"
     assert target.phrase_ids.tolist() == [0, 1, 1]

@@ -70,7 +70,7 @@ def test_tokens_and_phrase_positions(tokenizer: PreTrainedTokenizerBase) -> None
     )
     assert text.token_ids.shape == text.mask.shape == (2, 7)
     assert text.phrase_tokens.shape == (2, 2, 7)
-    assert text.image_ids.tolist() == [0, 1]
+    assert text.sample_ids.tolist() == [0, 1]
     assert [tensor.dtype for tensor in text[:4]] == [torch.int64, torch.bool, torch.bool, torch.int64]
     assert (text.token_ids[~text.mask] == tokenizer.pad_token_id).all()
 
@@ -138,7 +138,7 @@ def test_full_stops_and_text_that_looks_like_a_special_token(
 def test_phrases_that_do_not_fit_go_into_additional_prompts(tokenizer: PreTrainedTokenizerBase) -> None:
     many = sample("dog", "red circle", "car", "blue cup", "cat")  # 1 + 2 + 1 + 2 + 1 tokens, and 5 full stops
     text = prompts(tokenizer, sample("star"), many, sample("man", name="c"), max_tokens=9)
-    assert text.image_ids.tolist() == [0, 1, 1, 2]
+    assert text.sample_ids.tolist() == [0, 1, 1, 2]
     assert text.mask.sum(dim=1).tolist() == [4, 9, 7, 4]
     phrase_tokens = text.phrase_tokens[1:3]  # [R, P, T] of that image
     assert phrase_tokens.any(dim=2).sum(dim=0).tolist() == [1] * 5, "each phrase is in one prompt"
@@ -156,7 +156,7 @@ def test_one_prompt_prefers_phrases_with_boxes(tokenizer: PreTrainedTokenizerBas
     )
     text = prompts(tokenizer, sample(*phrases, boxes_of=(3, 4)), max_tokens=6, one_prompt=True)
     assert words_of_phrases(tokenizer, text) == ["", "", "", "big blue cup", ""], "nothing else fits"
-    assert text.image_ids.tolist() == [0]
+    assert text.sample_ids.tolist() == [0]
 
 
 def test_what_one_prompt_leaves_out_is_drawn_for_each_sample(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -20,14 +20,14 @@ def target(phrase_ids: list[int], crowd: list[bool] | None = None) -> Target:
     )
 
 
-def text(phrases: list[dict[int, list[int]]], image_ids: list[int], num_tokens: int = 6) -> Text:
+def text(phrases: list[dict[int, list[int]]], sample_ids: list[int], num_tokens: int = 6) -> Text:
     """One prompt per dict, which maps a phrase to its tokens."""
     phrase_tokens = torch.zeros(len(phrases), 3, num_tokens, dtype=torch.bool)
     for row, tokens in enumerate(phrases):
         for phrase, columns in tokens.items():
             phrase_tokens[row, phrase, columns] = True
     ones = torch.ones(len(phrases), num_tokens)
-    return Text(ones.long(), ones.bool(), phrase_tokens, torch.tensor(image_ids))
+    return Text(ones.long(), ones.bool(), phrase_tokens, torch.tensor(sample_ids))
 
 
 def test_phrases_of_an_image_in_several_prompts() -> None:

@@ -242,7 +242,7 @@ class Echo(GroundingModel):
         in_prompt = output.batch.text.phrase_tokens.any(dim=2)  # [R, P]
         predictions = []
         for i, target in enumerate(batch.targets):
-            phrase_ids = in_prompt[batch.text.image_ids == i].any(dim=0).nonzero().squeeze(1)
+            phrase_ids = in_prompt[batch.text.sample_ids == i].any(dim=0).nonzero().squeeze(1)
             boxes, scores = torch.tensor([[0.0, 0, 4, 4]]).expand(len(phrase_ids), 4), 1 / (1 + phrase_ids.float())
             predictions.append(Prediction(target.id, boxes, scores, phrase_ids, target.phrases))
         return predictions

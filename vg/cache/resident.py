@@ -164,9 +164,10 @@ class ResidentFeatures(SourceDataset[EncodedSample]):
         rows, ids, chosen_here, *tokens_here = numbers.split(sizes)
         grid, grids = largest_grid([self.grids[row] for row in images]) if self.grids else (self.grid, None)
         found = [text.select(x, y.shape) for text, x, y in zip(self.texts, tokens_here, tokens, strict=True)]
+        sample_ids = torch.arange(len(chosen), device=self.device)
         text: Text | None = None
         for values, mask in reversed([] if self.is_encoded else found):
-            text = Text(values, mask, mask.unsqueeze(1), ids, text)
+            text = Text(values, mask, mask.unsqueeze(1), sample_ids, text)
         shape = self.num_prefix + math.prod(grid), self.image_shape[1]  # S, D
         features = Features(
             image=self.image[:, : math.prod(shape)].index_select(0, rows).unflatten(1, shape),  # [B, S, D]

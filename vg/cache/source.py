@@ -217,9 +217,7 @@ def collate_encoded(samples: Sequence[EncodedSample], texts: Expressions | None 
         text, mask = torch.from_numpy(_padded(stored)), torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
     else:
         tokens = texts.arrays([sample.phrase for sample in samples], [sample.id for sample in samples]).tensors()
-        ids = torch.tensor(image_ids)
-        extra = tokens.extra._replace(image_ids=ids) if tokens.extra else None
-        text, mask = tokens._replace(image_ids=ids, extra=extra), tokens.mask
+        text, mask = tokens, tokens.mask
     grid, grids = largest_grid([sample.grid for sample in images.values()])
     features = Features(
         image=torch.from_numpy(_padded([sample.image for sample in images.values()])),  # [B, S, D]

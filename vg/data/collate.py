@@ -37,7 +37,9 @@ class PixelBatch(Batch):
             if (height, width) != images.shape[2:]:
                 image[:, height:].zero_()
                 image[:, :, width:].zero_()
-        return Batch(images, moved.sizes, moved.text, moved.targets, moved.prompt_targets, moved.most)
+        return Batch(
+            *(images, moved.sizes, moved.text, moved.targets, moved.prompt_targets, moved.image_ids, moved.most)
+        )
 
 
 class Collator:
@@ -65,6 +67,7 @@ class Collator:
         self.normalize = normalize
         self.one_size = one_size
         self.texts = Prompts(text_spec, one_prompt) if text_spec.delimiters else Expressions(text_spec)
+        self.own_images = one_prompt and isinstance(self.texts, Prompts)  # in training, one prompt has one image
         # Shared memory: only the first worker of a DataLoader that drops boxes warns.
         self._warned = torch.zeros(1, dtype=torch.bool).share_memory_()
 
@@ -73,19 +76,20 @@ class Collator:
         text = self.texts(samples)
         targets = [_target(sample, self._kept_boxes(sample, text, i)) for i, sample in enumerate(samples)]
         boxes = prompt_targets(text, targets)
-        most = None
-        if isinstance(self.texts, Expressions):  # expressions that refer to one array share its image
-            numbers: dict[int, int] = {}
-            image_ids = [numbers.setdefault(id(sample.image), len(numbers)) for sample in samples]
-            text, most = text._replace(image_ids=torch.tensor(image_ids)), max(map(image_ids.count, image_ids))
-            samples = [samples[image_ids.index(number)] for number in range(len(numbers))]
+        image_ids, most = None, 1
+        numbers: dict[int, int] = {}
+        indices = [numbers.setdefault(id(sample.image), len(numbers)) for sample in samples]
+        if len(numbers) < len(samples) and not self.own_images:  # samples of one array share its image
+            image_ids, most = torch.tensor(indices), max(map(indices.count, indices))
+            samples = [samples[indices.index(number)] for number in range(len(numbers))]
         if self.normalize:
             images, sizes = self.images(samples)
-            return Batch(images, sizes, text, targets, boxes, most)
+            return Batch(images, sizes, text, targets, boxes, image_ids, most)
         sizes = self._sizes(samples)
         pixels, mean_and_std = padded([sample.image for sample in samples], sizes), normalization(self.image_spec)
         return PixelBatch(
-            torch.from_numpy(pixels), sizes, text, targets, boxes, most, normalization=torch.from_numpy(mean_and_std)
+            *(torch.from_numpy(pixels), sizes, text, targets, boxes, image_ids, most),
+            normalization=torch.from_numpy(mean_and_std),
         )
 
     def images(self, samples: Sequence[Sample]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
@@ -100,9 +104,9 @@ class Collator:
             return (_common_size(sizes, self.image_spec),) * len(sizes)
         return sizes
 
-    def _kept_boxes(self, sample: Sample, text: Text, image_id: int) -> np.ndarray:
+    def _kept_boxes(self, sample: Sample, text: Text, sample_id: int) -> np.ndarray:
         """Return which boxes have their phrase in a prompt: [N] bool."""
-        in_prompt = text.phrase_tokens[text.image_ids == image_id].any(dim=2).any(dim=0)  # [P]
+        in_prompt = text.phrase_tokens[text.sample_ids == sample_id].any(dim=2).any(dim=0)  # [P]
         kept: np.ndarray = in_prompt.numpy()[sample.phrase_ids]
         if not kept.all() and not self._warned:
             self._warned[0] = True
@@ -150,7 +154,7 @@ def prompt_targets(text: Text, targets: Sequence[Target]) -> PromptTargets:
 
     Called once per batch, on the CPU: on a GPU the counts would cost a synchronization.
     """
-    rows = text.image_ids
+    rows = text.sample_ids
     boxes = pad_sequence([target.boxes for target in targets], batch_first=True)[rows]  # [R, N, 4]
     phrase_ids = pad_sequence([target.phrase_ids for target in targets], batch_first=True)[rows]  # [R, N]
     single = [torch.ones_like(t.phrase_ids, dtype=torch.bool) if t.crowd is None else ~t.crowd for t in targets]

@@ -212,7 +212,7 @@ class EncodableModel(GroundingModel):
         image, grids = self.encode_sizes(batch.images, batch.sizes)
         grid, several = largest_grid(grids)
         text, mask = self.encode_text(batch.text)
-        return Features(image, grid, text, mask, batch.text.image_ids, batch.most, several)
+        return Features(image, grid, text, mask, batch.image_ids, batch.most, several)
 
     @abstractmethod
     def decode(self, features: Features) -> Any:

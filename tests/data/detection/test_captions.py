@@ -111,7 +111,7 @@ def test_golden_values_by_hand(tmp_path: Path, tokenizer: PreTrainedTokenizerBas
         [15, 16, 17, 18],
         [6, 7],
     ]
-    assert text.image_ids.tolist() == [0]
+    assert text.sample_ids.tolist() == [0]
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.models.grounding_dino.tiny import batch_of, sample, tiny_config, tiny_model
+from vg.data.collate import Collator
 from vg.models.grounding_dino.config import (
     ClassHeadConfig,
     DenoisingConfig,
@@ -106,6 +108,21 @@ def test_several_prompts_per_image_in_a_batch_equal_single_images() -> None:
     samples = [sample(["dog", "cat", "red", "blue", "star"]), sample(["up"], (64, 64), seed=1), sample(["dog", "box"])]
     for one, alone in zip(predict(model, *samples), (predict(model, x)[0] for x in samples), strict=True):
         same(one, alone)
+
+
+def test_samples_of_one_image_encode_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(max_tokens=8)
+    first, second = sample(["dog", "cat", "red", "blue", "star"]), sample(["up"], (64, 64), seed=1)
+    samples = [first, second, replace(first, phrases=("box",)), replace(second, phrases=("left dog", "cat", "red"))]
+    alone = [predict(model, x)[0] for x in samples]
+    encoded: list[int] = []  # images per call
+    encode = model.backbone.forward
+    monkeypatch.setattr(model.backbone, "forward", lambda images: encoded.append(len(images)) or encode(images))
+    for one, other in zip(predict(model, *samples), alone, strict=True):
+        same(one, other)
+    assert sum(encoded) == 2
+    batch = Collator(model.image_spec, model.text_spec, one_prompt=True)(samples)
+    assert len(batch.images) == 4, "in training"
 
 
 def test_text_padding_changes_nothing() -> None:

@@ -52,13 +52,13 @@ def postprocess(logits: Tensor, boxes: Tensor, batch: Batch, config: PredictConf
         boxes: [R, Q, 4] cxcywh, 0..1 of the image without padding.
     """
     text = batch.text
-    image_ids = text.image_ids.tolist()
+    sample_ids = text.sample_ids.tolist()
     expressions = [len(target.phrases) == 1 and target.caption is None for target in batch.targets]
-    single = torch.tensor([expressions[image] for image in image_ids], device=text.mask.device)
+    single = torch.tensor([expressions[sample] for sample in sample_ids], device=text.mask.device)
     scores = phrase_scores(logits, text.phrase_tokens, text.mask & single.unsqueeze(1), config.score)  # [R, Q, P]
     predictions = []
-    for image_id, target in enumerate(batch.targets):
-        rows = [row for row, other in enumerate(image_ids) if other == image_id]
+    for sample_id, target in enumerate(batch.targets):
+        rows = [row for row, other in enumerate(sample_ids) if other == sample_id]
         candidates = scores[rows].flatten()  # [rows * Q * P]
         top = candidates.topk(min(config.top_k, len(candidates)))
         kept = ~((top.values < config.threshold) | (top.values <= 0))  # no absent phrases or padded queries, but NaN
