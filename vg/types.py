@@ -218,7 +218,7 @@ class Features(NamedTuple):
     grid: tuple[int, int]  # rows, columns; of the image with the most cells
     text: Tensor | Text  # [R, T, D of the text encoder]; its input if it is trained and only images are cached
     text_mask: Tensor  # [R, T] bool, False = padding
-    image_ids: Tensor | None  # [R] int64, index of the image that an expression refers to; None: each to its own
+    image_ids: Tensor  # [R] int64, index of the image that an expression refers to
     most: int | None = None  # expressions that refer to the same image; None: to be read from image_ids
     grids: tuple[tuple[int, int], ...] | None = None  # [B] of each image; None if all are equal: there is no padding
 
@@ -232,7 +232,7 @@ class Batch(Movable):
     text: Text
     targets: list[Target]  # of the samples
     prompt_targets: PromptTargets  # the boxes of `targets` by prompt, see vg.data.collate.prompt_targets
-    image_ids: Tensor | None = None  # [samples] int64, index of the image of each sample; None: each has its own
+    image_ids: Tensor  # [samples] int64, index of the image of each sample
     most: int | None = None  # samples that have the same image
 
     def __len__(self) -> int:

@@ -169,7 +169,9 @@ def grounding_dino_parity(folder: Path) -> Results:
     text = Text(ids, ids > 0, (ids > 0).unsqueeze(1), torch.arange(2))
     images = torch.randn(2, 3, 320, 416)
     images[1, :, :, 320:] = 0
-    batch = Batch(images, ((320, 416), (320, 320)), text, [], PromptTargets.without_boxes(text))
+    batch = Batch(
+        images, ((320, 416), (320, 320)), text, [], PromptTargets.without_boxes(text), torch.arange(len(images))
+    )
 
     def run(batch: Batch, references: Tensor | None = None) -> dict[str, Tensor]:
         text_features = model.text(batch.text.token_ids, batch.text.mask, (101, 102, 1012, 1029))
@@ -217,7 +219,7 @@ def cuda_graphs(folder: Path) -> Results:
         ids = torch.tensor([[start, word, full_stop, end]], device=DEVICE)
         text = Text(ids, ids > 0, (ids > 0).unsqueeze(1), torch.zeros(1, dtype=torch.long, device=DEVICE))
         images = torch.randn(1, 3, *GRAPH_SIZE, device=DEVICE)
-        return Batch(images, (GRAPH_SIZE,), text, [], PromptTargets.without_boxes(text))
+        return Batch(images, (GRAPH_SIZE,), text, [], PromptTargets.without_boxes(text), torch.arange(len(images)))
 
     graphs, half_graphs = CudaGraphs(model), CudaGraphs(model)
     for word in range(200, 202 + CALLS_BEFORE):

@@ -112,7 +112,7 @@ def batch_of(images: Tensor, ids: Tensor) -> Batch:
     mask = torch.ones_like(ids, dtype=torch.bool)
     sizes = ((images.shape[-2], images.shape[-1]),) * len(images)
     text = Text(ids, mask, mask.unsqueeze(1), torch.arange(len(ids), device=ids.device))
-    return Batch(images, sizes, text, [], PromptTargets.without_boxes(text))
+    return Batch(images, sizes, text, [], PromptTargets.without_boxes(text), torch.arange(len(images)))
 
 
 # ---- inputs -------------------------------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ def test_a_packed_batch_moves_in_one_copy(text: TextSpec) -> None:
     with Copies():
         moved = packed.to("meta", non_blocking=True)
     assert copies == [("meta", True)]
-    assert len(batch.tensors()) == 1 + 4 + 2 * 2 + 2 + 4
+    assert len(batch.tensors()) == 1 + 4 + 2 * 2 + 2 + 4 + 1
     for tensor, original in zip(moved.tensors(), packed.tensors(), strict=True):
         assert (tensor.device.type, tensor.dtype, tensor.shape) == ("meta", original.dtype, original.shape)
         assert tensor.storage_offset() == original.storage_offset()

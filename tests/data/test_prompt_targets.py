@@ -66,7 +66,8 @@ def test_images_without_boxes() -> None:
 
 def test_a_batch_moves_its_prompt_targets_and_keeps_the_counts_on_the_host() -> None:
     prompts, targets = text([{0: [1]}, {0: [1]}], [0, 1]), [target([0]), target([0, 0])]
-    batch = Batch(torch.zeros(2, 3, 4, 4), ((4, 4),) * 2, prompts, targets, prompt_targets(prompts, targets)).to("meta")
+    of_prompts = prompt_targets(prompts, targets)
+    batch = Batch(torch.zeros(2, 3, 4, 4), ((4, 4),) * 2, prompts, targets, of_prompts, torch.arange(2)).to("meta")
     assert all(x.device.type == "meta" for x in batch.prompt_targets[:4])
     assert batch.prompt_targets.counts == (1, 2)
 

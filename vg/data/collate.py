@@ -76,12 +76,12 @@ class Collator:
         text = self.texts(samples)
         targets = [_target(sample, self._kept_boxes(sample, text, i)) for i, sample in enumerate(samples)]
         boxes = prompt_targets(text, targets)
-        image_ids, most = None, 1
         numbers: dict[int, int] = {}
-        indices = [numbers.setdefault(id(sample.image), len(numbers)) for sample in samples]
-        if len(numbers) < len(samples) and not self.own_images:  # samples of one array share its image
-            image_ids, most = torch.tensor(indices), max(map(indices.count, indices))
+        indices = list(range(len(samples)))
+        if not self.own_images:  # samples of one array share its image
+            indices = [numbers.setdefault(id(sample.image), len(numbers)) for sample in samples]
             samples = [samples[indices.index(number)] for number in range(len(numbers))]
+        image_ids, most = torch.tensor(indices), max(map(indices.count, indices))
         if self.normalize:
             images, sizes = self.images(samples)
             return Batch(images, sizes, text, targets, boxes, image_ids, most)

@@ -58,4 +58,8 @@ def golden_case(name: str) -> tuple[Batch, dict[str, Tensor], dict[str, Tensor]]
     token_ids = recorded["input_ids"]
     phrase_tokens = torch.zeros(len(token_ids), 1, token_ids.shape[1], dtype=torch.bool)
     text = Text(token_ids, recorded["text_token_mask"].bool(), phrase_tokens, torch.arange(len(token_ids)))
-    return Batch(images, sizes, text, [], PromptTargets.without_boxes(text)), recorded, image_features
+    return (
+        Batch(images, sizes, text, [], PromptTargets.without_boxes(text), torch.arange(len(images))),
+        recorded,
+        image_features,
+    )

@@ -90,5 +90,5 @@ def output_of_vg(model: GroundingDino) -> tuple[Tensor, Tensor]:
     """Logits [1, Q, T] and boxes [1, Q, 4]."""
     mask = torch.ones_like(IDS, dtype=torch.bool)
     text = Text(IDS, mask, mask.unsqueeze(1), torch.zeros(1, dtype=torch.int64))
-    output = model(Batch(pixels(), (SIZE,), text, [], PromptTargets.without_boxes(text)))
+    output = model(Batch(pixels(), (SIZE,), text, [], PromptTargets.without_boxes(text), torch.arange(1)))
     return output.logits[-1], output.boxes[-1]

@@ -47,6 +47,7 @@ class Recording:
             text=text,
             targets=targets,
             prompt_targets=prompt_targets(text, targets),
+            image_ids=torch.arange(2),
         )
 
     @staticmethod

@@ -101,14 +101,14 @@ class GroundingDino(GroundingModel):
         """Run the network; raises ValueError in training if an image has several prompts."""
         image = self.encode_image(batch)
         text = self.encode_text(batch.text)
-        if batch.image_ids is None and len(text.tokens) == len(image.tokens):  # one prompt per image
+        if len(text.tokens) == len(image.tokens):  # one prompt per image
             denoise = self.training and self.denoising is not None
             return self.ground(image, text, batch.prompt_targets if denoise else None)
         if self.training:
             raise ValueError("training takes one prompt per image: make batches with Collator(..., one_prompt=True)")
         # Prompts of one image share its features. As many prompts run at a time as there are samples, to save memory.
         chunks = torch.arange(len(text.tokens)).split(max(len(batch), len(image.tokens)))
-        image_ids = batch.text.sample_ids if batch.image_ids is None else batch.image_ids[batch.text.sample_ids]  # [R]
+        image_ids = batch.image_ids[batch.text.sample_ids]  # [R]
         outputs = [self.ground(image.select(image_ids[rows]), text.select(rows)) for rows in chunks]
         fields = (torch.cat(x, dim=-3) if isinstance(x[0], Tensor) else None for x in zip(*outputs, strict=True))
         return Output(*fields)  # type: ignore[arg-type]
