@@ -13,7 +13,7 @@ from torch.optim import AdamW
 
 MIN_SIDE = 16  # rows and columns; smaller matrices are outputs, such as scores and boxes
 MOMENTUM = 0.95
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of x, x^3 and x^5, and the number of iterations:
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of x, x^3 and x^5 in an iteration
 ITERATIONS = 5
 EPSILON = 1e-7  # of norms
 ADAMW_SCALE = 0.2  # root mean square of an update of AdamW, in learning rates
@@ -65,7 +65,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def _step(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for parameter in parameters:
-            self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         updates = orthogonalized(torch._foreach_lerp(gradients, momenta, MOMENTUM))  # Nesterov momentum

@@ -29,7 +29,7 @@ class StreamedData:
 
     Raises:
         ConfigError: torchdata is not installed.
-        DataError: see vg.data.stream.StreamDataset.
+        DataError: see vg.data.stream_samples.StreamDataset.
     """
 
     num_classes = None  # of all prompts; lines with captions may follow
