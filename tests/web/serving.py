@@ -17,6 +17,7 @@ from tests.inference.bright import Bright, Output
 from vg.inference.grounder import Grounder
 from vg.models.base import GroundingModel
 from vg.types import Batch, Prediction, TextSpec
+from vg.web.uploads import folder_of_server
 
 web_page = pytest.importorskip("vg.web.page", reason="gradio is not installed: pip install gradio")
 httpx = pytest.importorskip("httpx")
@@ -79,6 +80,7 @@ class Server:
 
 @contextmanager
 def serving(model: GroundingModel | None = None) -> Iterator[Server]:
-    page = web_page.new_page(Grounder(model or Bright(), "cpu"), "bright")
-    yield Server(web_page.launch(page, "127.0.0.1", None, share=False)[0], page)
-    page.close()
+    with folder_of_server():
+        page = web_page.new_page(Grounder(model or Bright(), "cpu"), "bright")
+        yield Server(web_page.launch(page, "127.0.0.1", None, share=False)[0], page)
+        page.close()

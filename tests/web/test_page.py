@@ -153,6 +153,13 @@ def test_a_taken_port_is_an_error(server: Server) -> None:
         launch(new_page(Grounder(Bright(), "cpu"), "second"), "127.0.0.1", port, share=False)
 
 
+def test_a_server_that_stops_keeps_the_uploads_of_others(server: Server) -> None:
+    path = server.upload("scene.png", as_png(scene())).json()[0]
+    with serving() as other:
+        other.upload("scene.png", as_png(scene()))
+    assert server.find(path, "a box")["success"]
+
+
 def test_nan_weights_are_reported() -> None:
     class Broken(Bright):
         def predict(self, output, batch):  # type: ignore[no-untyped-def]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, wraps
@@ -27,7 +26,7 @@ from vg.inference.grounder import Grounder
 from vg.web.answer import HEADERS, NUM_SHOWN, Answer, Shown
 from vg.web.guard import Guard
 from vg.web.phrases import split_phrases
-from vg.web.uploads import MAX_BYTES, check_image, fetch, named_upload, read_upload
+from vg.web.uploads import MAX_BYTES, check_image, fetch, folder_of_server, named_upload, read_upload
 
 QUEUE_SIZE = 40  # waiting requests; further ones are refused with a message
 NUM_SESSIONS = 100  # pages whose answer is kept, at most 8 MB each
@@ -302,8 +301,7 @@ def launch(page: gr.Blocks, host: str, port: int | None, share: bool) -> tuple[s
 
 def serve(grounder: Grounder, title: str, host: str, port: int | None, share: bool) -> None:
     """Serve the page of a model until the process is interrupted; raises as `launch`."""
-    with tempfile.TemporaryDirectory(prefix="vg_web_") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # by default all servers of a machine share one
+    with folder_of_server():
         page = new_page(grounder, title)
         url, public_url = launch(page, host, port, share)
         print(f"{title}: {url} (Ctrl-C stops)", flush=True)

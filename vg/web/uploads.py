@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,23 @@ from vg.inference.download import download, is_url
 
 MAX_PIXELS = int(os.environ.get("VG_MAX_PIXELS", 25_000_000))  # less than for files of one's own: strangers upload
 MAX_BYTES = 30_000_000
+
+
+@contextmanager
+def folder_of_server() -> Iterator[None]:
+    """Keep the uploads of a page that is built and served inside in a folder that is deleted in the end.
+
+    By default, all Gradio servers of a machine share one folder, and each that stops deletes files of the others.
+    """
+    shared = os.environ.get(variable := "GRADIO_TEMP_DIR")
+    with tempfile.TemporaryDirectory(prefix="vg_web_") as folder:
+        os.environ[variable] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop(variable)
+            if shared is not None:
+                os.environ[variable] = shared
 
 
 def check_image(source: Path | bytes, name: str) -> None:
