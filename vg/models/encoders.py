@@ -24,30 +24,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    SiglipTextConfig,
-    SiglipTextModel,
 )
 
 from vg.errors import ConfigError
 from vg.hub import loading
+from vg.models.encoder_types import SIGLIP_TEXT, TEXT_TYPES, UNUSED, VISION_TYPES
 from vg.models.settings import EncoderConfig, TextEncoderConfig
 
-VISION_TYPES = (
-    *("beit", "clip_vision_model", "convnext", "convnextv2", "deit", "dinov2", "dinov2_with_registers"),
-    *("dinov3_convnext", "dinov3_vit", "resnet", "siglip_vision_model", "swin", "vit"),
-)
-TEXT_TYPES = (
-    *("albert", "bert", "clip_text_model", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta"),
-    *("siglip_text_model", "t5", "xlm-roberta"),
-)
-UNUSED = {  # parameters that do not change the last hidden state, beside poolers and mask tokens
-    "clip_vision_model": r"(.*\.)?post_layernorm\..*",
-    "convnext": r"layernorm\..*",
-    "convnextv2": r"layernorm\..*",
-    "siglip_text_model": r"head\..*",
-    "siglip_vision_model": r"(.*\.)?head\..*",
-}
-AutoModelForTextEncoding.register(SiglipTextConfig, SiglipTextModel, exist_ok=True)
 SMALL_VOCABULARY = Path(__file__).parent / "small_vocabulary.txt"
 
 
@@ -122,7 +105,8 @@ class Encoder(nn.Module):
     @property
     def _auto(self) -> type[AutoModel]:
         """The class that builds the network; that of T5 has a decoder, too, and SigLIP is in neither of them."""
-        return AutoModelForTextEncoding if self.network_config.model_type in ("siglip_text_model", "t5") else AutoModel
+        in_neither = self.network_config.model_type in (*SIGLIP_TEXT, "t5")
+        return AutoModelForTextEncoding if in_neither else AutoModel
 
     def _is_unused(self, name: str) -> bool:
         unused = UNUSED.get(self.network_config.model_type, "")

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, CLIPModel, SiglipModel, T5Model
+from transformers import AutoConfig, AutoModel, CLIPModel, Siglip2ImageProcessorPil, SiglipModel, T5Model
 
+from vg.data.images import normalized
 from vg.errors import ConfigError
-from vg.models.encoders import TEXT_TYPES, VISION_TYPES, Encoder
+from vg.models.encoder_types import SIGLIP_VISION, TEXT_TYPES, VISION_TYPES
+from vg.models.encoders import Encoder
 from vg.models.rec.config import BgeConfig, DenseHeadConfig, RecConfig, VisionEncoderConfig
 from vg.models.rec.vision import VisionEncoder
 from vg.models.settings import TINY_BERT, EncoderConfig, TextEncoderConfig
@@ -24,6 +27,7 @@ OTHER_VISION = {
     "convnextv2": STAGES | {"num_stages": 2},
     "dinov3_convnext": STAGES,
     "resnet": STAGES | {"embedding_size": 8},
+    "siglip2_vision_model": WIDTHS | {"patch_size": 8, "num_patches": 16},
     "swin": SWIN,
 }
 TEXT = {**WIDTHS, "vocab_size": 400, "max_position_embeddings": 80, "pad_token_id": 0}
@@ -55,7 +59,7 @@ def test_vision_encoders_at_any_resolution(model_type: str) -> None:
     for height, width in ((32, 32), (64, 64), (16, 16), (40, 40), (32, 64), (50, 50), (32, 32)):
         features, (rows, columns) = encoder(torch.randn(2, 3, height, width))
         prefix = {"deit": 2, "dinov2_with_registers": 5, "convnext": 0, "convnextv2": 0, "resnet": 0, "swin": 0}
-        expected = prefix.get(model_type, 0 if model_type == "siglip_vision_model" else 1) + rows * columns
+        expected = prefix.get(model_type, 0 if model_type in SIGLIP_VISION else 1) + rows * columns
         assert features.shape == (2, expected, encoder.width)
         if height % 8 == width % 8 == 0:
             assert (rows, columns) == (height // 8, width // 8)
@@ -118,6 +122,21 @@ def test_towers_of_clip_and_siglip_have_their_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(encoder.run(input_ids=tokens, attention_mask=torch.ones_like(tokens)), expected)
 
 
+def test_siglip2_sees_images_as_its_own_processor(tmp_path: Path) -> None:
+    """NaFlex: any aspect ratio, as flat patches whose values are in another order than those of a convolution."""
+    whole = saved("siglip2", tmp_path, vision_config=vision("siglip2_vision_model"), text_config=TEXT)
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    processor = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=15)  # as many as the image has: no resizing
+    expected = whole.vision_model(**processor(pixels, return_tensors="pt")).last_hidden_state
+    config = RecConfig(
+        vision=VisionEncoderConfig(id=str(tmp_path)), text=BgeConfig(architecture=TINY_BERT), head=DenseHeadConfig()
+    )
+    model = config.build()
+    tokens, grid = model.encode_images(torch.from_numpy(normalized([pixels], [(24, 40)], model.image_spec)))
+    assert grid == (3, 5)
+    torch.testing.assert_close(tokens, expected)
+
+
 def test_the_encoder_of_t5_has_its_weights(tmp_path: Path) -> None:
     whole = saved("t5", tmp_path, **OTHER_TEXT["t5"])
     assert isinstance(whole, T5Model)
@@ -129,24 +148,22 @@ def test_the_encoder_of_t5_has_its_weights(tmp_path: Path) -> None:
 
 def test_clip_and_siglip_are_normalized_as_published() -> None:
     means = {}
-    for model_type in ("clip_vision_model", "siglip_vision_model", "dinov2"):
+    for model_type in ("clip_vision_model", *SIGLIP_VISION, "dinov2"):
         config = RecConfig(
             vision=VisionEncoderConfig(architecture=vision(model_type)),
             text=BgeConfig(architecture=TINY_BERT),
             head=DenseHeadConfig(width=32, layers=1, heads=2, feedforward=64),
         )
         means[model_type] = config.build().image_spec.mean[0]
-    assert means == {"clip_vision_model": 0.48145466, "siglip_vision_model": 0.5, "dinov2": 0.485}
+    assert means == {"clip_vision_model": 0.48145466, "dinov2": 0.485} | dict.fromkeys(SIGLIP_VISION, 0.5)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (VisionEncoderConfig(architecture={"model_type": "vit_mae"}), r"model\.vision.*vit_mae.*dinov2.*vit"),
-        (VisionEncoderConfig(architecture={"model_type": "siglip2"}), r"siglip2_vision_model, which is not supported"),
         (VisionEncoderConfig(architecture={"model_type": "bert"}), r"model\.vision.*bert"),
         (TextEncoderConfig(architecture={"model_type": "gpt2"}), r"model\.text.*gpt2.*bert.*t5"),
-        (TextEncoderConfig(architecture={"model_type": "siglip2"}), r"siglip2_text_model, which is not supported"),
     ],
 )
 def test_other_types_are_refused_by_name(config: EncoderConfig, message: str) -> None:

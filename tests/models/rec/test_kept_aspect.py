@@ -18,7 +18,7 @@ from vg.data.collate import Collator
 from vg.errors import ConfigError
 from vg.export.networks import networks
 from vg.inference.torch_backend import TorchBackend
-from vg.models.encoders import VISION_TYPES
+from vg.models.encoder_types import SIGLIP_VISION, VISION_TYPES
 from vg.models.layers import padded_centers, token_centers
 from vg.models.rec import heads
 from vg.models.rec.config import (
@@ -137,7 +137,7 @@ def test_every_encoder(model_type: str, layers: list[int] | None) -> None:
             torch.testing.assert_close(features.image[index, : len(expected)], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["clip_vision_model", "dinov2", "siglip_vision_model", "vit"])
+@pytest.mark.parametrize("model_type", ["clip_vision_model", "dinov2", *SIGLIP_VISION, "vit"])
 def test_learned_positions_are_interpolated_along_the_right_axis(model_type: str) -> None:
     """With positions that depend on the row only, the tokens of a row are equal."""
     torch.manual_seed(0)
@@ -161,6 +161,7 @@ FULL_SIZE = {  # architecture, parameters, (stride of the last layer, of the fir
     "dinov2": (VIT | {"patch_size": 14, "image_size": 518}, 86_580_480, (14, 14)),
     "clip_vision_model": (VIT | {"patch_size": 16}, 85_799_424, (16, 16)),
     "siglip_vision_model": (VIT | {"patch_size": 16, "image_size": 224}, 92_884_224, (16, 16)),
+    "siglip2_vision_model": (VIT, 92_930_304, (16, 16)),
     "vit": (VIT, 86_389_248, (16, 16)),
     "swin": ({"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}, 86_743_224, (32, 8)),
 }
@@ -180,7 +181,7 @@ def test_full_size_encoders_at_high_resolution(model_type: str) -> None:
             assert height > width
             tokens, grid = encoder(torch.zeros(2, 3, height, width))
             assert grid == (height // finest, width // finest)
-            prefix = {"dinov3_vit": 5, "swin": 0, "siglip_vision_model": 0}.get(model_type, 1)
+            prefix = ({"dinov3_vit": 5, "swin": 0} | dict.fromkeys(SIGLIP_VISION, 0)).get(model_type, 1)
             assert tokens.shape == (2, prefix + grid[0] * grid[1], encoder.width)
     assert encoder.width == (256 + 512 + 1024 if stride == 32 else 4 * 768)
 

@@ -17,13 +17,13 @@ from tests.models.rec.test_encoders import trained_without_gradient, vision
 from vg.checkpoint import read_model, write_model
 from vg.config import CheckpointConfig
 from vg.errors import ConfigError
-from vg.models.encoders import VISION_TYPES
+from vg.models.encoder_types import SIGLIP_VISION, VISION_TYPES
 from vg.models.rec.config import RecConfig, VisionEncoderConfig
 from vg.models.rec.model import fixed_projection
 from vg.models.rec.vision import VisionEncoder
 
 PREFIX = {"deit": 2, "dinov2_with_registers": 5, "convnext": 0, "convnextv2": 0, "resnet": 0, "swin": 0}
-PREFIX |= {"siglip_vision_model": 0}
+PREFIX |= dict.fromkeys(SIGLIP_VISION, 0)
 
 
 def encoder(model_type: str, layers: list[int] | None, **settings: Any) -> VisionEncoder:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from vg import boxes as box_ops
 from vg.errors import CheckpointError, ConfigError
 from vg.models.base import EncodableModel
+from vg.models.encoder_types import SIGLIP_TEXT, SIGLIP_VISION
 from vg.models.encoders import Encoder, layers_of, load_tokenizer, read_tokenizer, tokenizer_key, weights_key
 from vg.models.rec.any_objects import AnyObjectsHead
 from vg.models.rec.config import RecConfig
@@ -32,7 +33,7 @@ NORMALIZATIONS: dict[str, dict[str, tuple[float, float, float]]] = {  # where it
         "mean": (0.48145466, 0.4578275, 0.40821073),
         "std": (0.26862954, 0.26130258, 0.27577711),
     },
-    "siglip_vision_model": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+    **{key: {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)} for key in SIGLIP_VISION},
 }
 # Text encoders that take a bool mask [R, 1, T, T]; the others add it, or combine masks of their own with a 2-D one.
 FOUR_DIMENSIONAL_MASK = ("albert", "bert", "distilbert", "electra", "roberta", "xlm-roberta")
@@ -208,7 +209,7 @@ def _text_key(config: TextEncoderConfig) -> dict[str, Any]:
 def _encoded(encoder: Encoder, text: Text, spec: TextSpec) -> Tensor:
     """Return the tokens of a text encoder, [R, T, D]."""
     config, ids, mask = encoder.network_config, text.token_ids, text.mask
-    if config.model_type == "siglip_text_model":
+    if config.model_type in SIGLIP_TEXT:
         # Trained on a fixed number of tokens without a mask: it attends to padding, which has an effect.
         padding = spec.tokenizer.pad_token_id
         ids = F.pad(ids.masked_fill(~mask, padding), (0, config.max_position_embeddings - ids.shape[1]), value=padding)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vg.errors import ConfigError
+from vg.models.encoder_types import SIGLIP_VISION
 from vg.models.encoders import Encoder
 from vg.models.rec.config import VisionEncoderConfig
 
@@ -16,7 +18,7 @@ from vg.models.rec.config import VisionEncoderConfig
 FINAL_NORMS = {
     **dict.fromkeys(("beit", "deit", "dinov2", "dinov2_with_registers", "vit"), "layernorm"),
     "dinov3_vit": "norm",
-    "siglip_vision_model": "post_layernorm",
+    **dict.fromkeys(SIGLIP_VISION, "post_layernorm"),
 }
 
 
@@ -76,12 +78,14 @@ class VisionEncoder(Encoder):
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Return the tokens and the grid (rows, columns) of the last S = rows x columns of them."""
         config, (height, width), stride = self.network_config, images.shape[2:], self.stride
-        options: dict[str, bool] = {} if self.layers is None else {"output_hidden_states": True}
+        inputs: dict[str, Any] = {"pixel_values": images}
+        if self.layers is not None:
+            inputs["output_hidden_states"] = True
         if config.model_type == "swin":
             grid = -(-height // stride), -(-width // stride)
             # transformers fails on a feature map that is smaller than a window, unless the map is padded to one.
-            options["always_partition"] = min(grid) < config.window_size
-            options["output_hidden_states_before_downsampling"] = self.layers is not None
+            inputs["always_partition"] = min(grid) < config.window_size
+            inputs["output_hidden_states_before_downsampling"] = self.layers is not None
             for stage in self.network.encoder.layers:  # which keep the windows of the last image that was small
                 for index, block in enumerate(stage.blocks):
                     block.window_size, block.shift_size = config.window_size, index % 2 * (config.window_size // 2)
@@ -89,8 +93,10 @@ class VisionEncoder(Encoder):
             grid = height // stride, width // stride
         # Position embeddings of a fixed number of patches; the other types adapt theirs without an argument.
         if config.model_type in ("clip_vision_model", "deit", "siglip_vision_model", "vit"):
-            options["interpolate_pos_encoding"] = True
-        output = self.outputs(pixel_values=images, **options)
+            inputs["interpolate_pos_encoding"] = True
+        elif config.model_type == "siglip2_vision_model":
+            inputs |= as_patches(images, grid, stride)
+        output = self.outputs(**inputs)
         features = output.last_hidden_state
         if features.dim() == 4:  # a convolutional network: [B, D, rows, columns]
             grid = features.shape[2], features.shape[3]
@@ -126,3 +132,13 @@ class VisionEncoder(Encoder):
         resized = [x if x.shape[2:] == finest else F.interpolate(x, finest, mode="bilinear") for x in maps]
         tokens = torch.cat(resized, dim=1).flatten(2).mT  # [B, S, D]
         return torch.cat((torch.cat(means, dim=2), tokens), dim=1), finest
+
+
+def as_patches(images: Tensor, grid: tuple[int, int], stride: int) -> dict[str, Tensor | None]:
+    """Return the inputs of SigLIP 2 NaFlex for images of one size: flat patches, of which none is padding."""
+    rows, columns = grid
+    cells = images[:, :, : rows * stride, : columns * stride]  # a convolution would ignore the remainder, too
+    cells = cells.unflatten(3, (columns, stride)).unflatten(2, (rows, stride))  # [B, 3, rows, stride, columns, stride]
+    patches = cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [B, S, stride * stride * 3]
+    shapes = torch.tensor([grid] * len(images), device="cpu")  # which transformers reads on the host
+    return {"pixel_values": patches, "pixel_attention_mask": None, "spatial_shapes": shapes}
