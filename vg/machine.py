@@ -5,7 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, from malloc.h
 
@@ -51,8 +57,8 @@ def use_fast_products() -> bool:
     MKL, the default of torch, has its fastest kernels for CPUs of Intel; on others oneDNN is faster
     (`scripts/benchmarks/cpu_settings.py` measures training steps with both). torch has it under a setting that also
     permits products of bfloat16, which oneDNN uses where a CPU has matrix units (AMX): a product computed here shows
-    that precision is kept. vg.models.layers.attention_kernel avoids products that are too small for oneDNN. While
-    oneDNN is used, torch.get_float32_matmul_precision raises an error.
+    that precision is kept. Attention keeps MKL, because it multiplies small blocks, for which oneDNN takes up to ten
+    times as long. While oneDNN is used, torch.get_float32_matmul_precision raises an error.
 
     Returns:
         Whether oneDNN is used.
@@ -60,16 +66,48 @@ def use_fast_products() -> bool:
     if not _is_amd():
         return False
     import torch
+    from torch.nn import functional as F
 
     if torch.cuda.is_available() or not torch.backends.mkldnn.is_available():
         return False
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    if setting.fp32_precision == "bf16":
+        return True  # after an earlier call
     before, setting.fp32_precision = setting.fp32_precision, "bf16"
     a = torch.linspace(-1, 1, 2**18).sin().view(512, 512)
     if not torch.allclose((a @ a).double(), a.double() @ a.double(), rtol=0, atol=1e-2):  # bfloat16: 0.3
         setting.fp32_precision = before
         return False
+    # Layers of torch and transformers call it, too.
+    F.scaled_dot_product_attention = _by_mkl(F.scaled_dot_product_attention, setting, before)
     return True
+
+
+def _by_mkl(attention: Callable[..., Tensor], setting: Any, precision: str) -> Callable[..., Tensor]:
+    """Return an attention function that is computed without oneDNN, in the backward pass, too."""
+    import torch
+
+    def use_mkl(*_: Any) -> None:
+        setting.fp32_precision = precision
+
+    def use_onednn(*_: Any) -> None:
+        setting.fp32_precision = "bf16"
+
+    @wraps(attention)
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return attention(*args, **kwargs)
+        use_mkl()
+        try:
+            x = attention(*args, **kwargs)
+        finally:
+            use_onednn()
+        if x.grad_fn is not None:
+            x.grad_fn.register_prehook(use_mkl)
+            x.grad_fn.register_hook(use_onednn)
+        return x
+
+    return call
 
 
 def _is_amd(root: Path = Path("/")) -> bool:

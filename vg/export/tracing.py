@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from inspect import unwrap
 from typing import Any
 from unittest.mock import patch
 
@@ -53,7 +54,9 @@ class _Operators(TorchFunctionMode):
             return x.gather(dim, index.expand(shape))
         if function is torch.Tensor.new_tensor:  # symbols would become the sizes of the example
             return _stacked(args[1], args[0].dtype)
-        if function is F.scaled_dot_product_attention:  # the layout of its output depends on the kernel
+        if function is unwrap(
+            F.scaled_dot_product_attention
+        ):  # wrapped by vg.machine; the layout of its output depends on the kernel
             return _attention(*args, **kwargs or {})
         return function(*args, **kwargs or {})
 

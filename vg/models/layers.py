@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-SHORT = 512  # tokens
-
-
-def attention_kernel(tokens: Tensor) -> AbstractContextManager[None]:
-    """Within the context, attention over tokens [..., S, D] has the fastest kernel.
-
-    That of torch for CPUs multiplies small blocks, for which oneDNN (vg.machine.use_fast_products) takes five times as
-    long as for whole matrices; sequences of SHORT tokens and more need it for their memory.
-    """
-    if torch.compiler.is_compiling() or tokens.device.type != "cpu" or tokens.shape[-2] >= SHORT:
-        return nullcontext()
-    by_onednn = torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
-    return sdpa_kernel(SDPBackend.MATH) if by_onednn else nullcontext()
 
 
 class MLP(nn.Sequential):
@@ -186,6 +170,5 @@ class RotaryTransformerLayer(nn.Module):
         rotated = complex_product(query_key, rotation.unsqueeze(-3))
         query, key = rotated.flatten(-2).to(value.dtype).transpose(1, 2).chunk(2, dim=1)  # [B, heads, S, D / heads]
         dropout = self.dropout.p if self.training else 0.0
-        with attention_kernel(x):
-            x = F.scaled_dot_product_attention(query, key, value, mask[:, None, None], dropout)
+        x = F.scaled_dot_product_attention(query, key, value, mask[:, None, None], dropout)
         return self.attention_output(x.transpose(1, 2).flatten(2))
