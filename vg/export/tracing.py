@@ -54,9 +54,8 @@ class _Operators(TorchFunctionMode):
             return x.gather(dim, index.expand(shape))
         if function is torch.Tensor.new_tensor:  # symbols would become the sizes of the example
             return _stacked(args[1], args[0].dtype)
-        if function is unwrap(
-            F.scaled_dot_product_attention
-        ):  # wrapped by vg.machine; the layout of its output depends on the kernel
+        # The layout of its output depends on the kernel. On some CPUs it has a wrapper (vg.machine).
+        if function is unwrap(F.scaled_dot_product_attention):
             return _attention(*args, **kwargs or {})
         return function(*args, **kwargs or {})
 
