@@ -75,6 +75,29 @@ def test_it_equals_two_optimizers() -> None:
     assert torch.equal(together, train(model, muon, torch.optim.AdamW(of_adamw, lr=1e-2, fused=True)))
 
 
+def test_kernels_of_a_convolution_are_one_matrix() -> None:
+    torch.manual_seed(0)
+    convolution, images = nn.Conv2d(2, 24, 3, bias=False), torch.randn(4, 2, 8, 8)
+    matrix = nn.Parameter(convolution.weight.detach().flatten(1))  # [24, 2 x 3 x 3]
+    optimizer = build_optimizer(convolution, OptimConfig(algorithm="muon", lr=1e-2, weight_decay=0.1))
+    muon = torch.optim.Muon([matrix], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        convolution.zero_grad()
+        convolution(images).square().mean().backward()
+        assert convolution.weight.grad is not None
+        matrix.grad = convolution.weight.grad.flatten(1)
+        optimizer.step()
+        muon.step()
+        assert torch.equal(convolution.weight.flatten(1), matrix)
+
+
+def test_grouped_and_small_convolutions_are_left_to_adamw() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 4, stride=4), nn.Conv2d(16, 16, 7, groups=16), nn.Conv2d(16, 4, 1), nn.Conv2d(3, 32, 1)
+    )
+    assert list(matrices(model)) == [model[0].weight]
+
+
 def _bias(layer: nn.Linear) -> Tensor:
     return layer.bias
 

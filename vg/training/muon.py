@@ -1,4 +1,4 @@
-"""Muon for weight matrices and AdamW for all other parameters, as one optimizer."""
+"""Muon for the weights of linear layers and convolutions, AdamW for all other parameters, as one optimizer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 MIN_SIDE = 16  # rows and columns; smaller matrices are outputs, such as scores and boxes
+LAYERS = (nn.Linear, nn.MultiheadAttention, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of x, x^3 and x^5 in an iteration
 ITERATIONS = 5
@@ -20,11 +21,14 @@ ADAMW_SCALE = 0.2  # root mean square of an update of AdamW, in learning rates
 
 
 def matrices(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the weights that Muon is meant for: those of linear layers, without embeddings and small outputs."""
+    """Yield the weights that Muon is meant for: those of linear layers and of convolutions that mix all channels.
+
+    Embeddings, small outputs and grouped convolutions are left out: each group has a matrix of its own.
+    """
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.MultiheadAttention)):
+        if isinstance(module, LAYERS) and getattr(module, "groups", 1) == 1:
             for parameter in module.parameters(recurse=False):
-                if parameter.dim() == 2 and min(parameter.shape) >= MIN_SIDE:
+                if parameter.dim() >= 2 and min(parameter.flatten(1).shape) >= MIN_SIDE:
                     yield parameter
 
 
@@ -33,7 +37,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     Muon (Jordan et al. 2024) makes the update of a matrix orthogonal. Its size is matched to that of AdamW (Liu et al.
     2025, arXiv 2502.16982), so that one learning rate and one weight decay serve both. The updates equal those of
-    torch.optim.Muon, but matrices of one shape are computed together, which is faster.
+    torch.optim.Muon, but matrices of one shape are computed together, which is faster. The kernels of a convolution are
+    a matrix with one row per output channel.
 
     Args:
         matrices: parameter groups of Muon, each with "params", "lr" and "weight_decay".
@@ -69,10 +74,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-        updates = orthogonalized(torch._foreach_lerp(gradients, momenta, MOMENTUM))  # Nesterov momentum
+        nesterov = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+        updates = orthogonalized([update.flatten(1) for update in nesterov])
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
         for parameter, update in zip(parameters, updates, strict=True):
-            parameter.add_(update, alpha=-lr * (ADAMW_SCALE * math.sqrt(max(parameter.shape))))
+            parameter.add_(update.view_as(parameter), alpha=-lr * (ADAMW_SCALE * math.sqrt(max(update.shape))))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)  # makes new groups and a new state

@@ -37,8 +37,8 @@ class OptimConfig(Settings):
     """Optimizer with linear warm-up and a schedule; trainable modules and per-module settings."""
 
     algorithm: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices of linear layers, AdamW for everything else, with the same learning rate and weight
-    decay. Networks that start from random weights learn in fewer steps."""
+    """muon: Muon for the weights of linear layers and convolutions, AdamW for everything else, with the same learning
+    rate and weight decay. Networks that start from random weights learn in fewer steps."""
     lr: NonNegativeFloat = 1e-4
     batch_size: PositiveInt | None = None
     """Samples per optimizer step (processes x data.batch_size x train.accumulate) that the learning rates are meant
