@@ -265,7 +265,7 @@ def test_errors_of_invalid_settings_say_how_to_fix_them():
         ({"image_size": 64, "scenes": "crowded"}, "at least 80"),
         ({"seed": -1}, "seed"),
         ({"size": 0}, "size"),
-        ({"kinds": ("color",)}, "attribute, superlative, relation, ordinal, chain"),
+        ({"kinds": ("color",)}, "attribute, superlative, relation, closest, ordinal, chain"),
         ({"view": "detection", "expressions_per_scene": 2}, "a scene is one sample; set it to 1"),
     ):
         with pytest.raises(DataError, match=message):

@@ -1,25 +1,24 @@
 """Phrases and referring expressions for scenes; an expression refers to one object, or by its type to none or several.
 
 Every expression type is generated the same way: try candidates in random order and take the first unambiguous one.
-Margins ensure that an expression stays unambiguous under strict and loose readings of its words.
+The margins of comparisons ensure that an expression stays unambiguous under strict and loose readings of its words.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product, starmap
-from typing import Any, Generic, Literal, NamedTuple, TypeAlias
+from typing import Any, Generic, Literal, NamedTuple
 
 import numpy as np
 
-from vg.data.synthetic.layout import GENERIC_NOUN, Noun, Object, Scene, SceneObject, pick, some
+from vg.data.synthetic.comparisons import DIRECTIONS, all_opposite, lead_of, precedes, related
+from vg.data.synthetic.layout import GENERIC_NOUN, AnyScene, Noun, Object, SceneObject, pick, some
 from vg.errors import DataError
 
-ExpressionType = Literal["attribute", "superlative", "relation", "ordinal", "chain", "absent", "several"]
+ExpressionType = Literal["attribute", "superlative", "relation", "closest", "ordinal", "chain", "absent", "several"]
 GENERALIZED: frozenset[ExpressionType] = frozenset(("absent", "several"))  # the others refer to exactly one object
-AnyScene: TypeAlias = Scene[Object, Any]
 
 SIZES = {"small": ("small", "little"), "big": ("big", "large")}
 SUPERLATIVES = {  # {} is the phrase of the compared objects
@@ -30,7 +29,6 @@ SUPERLATIVES = {  # {} is the phrase of the compared objects
     "smaller": ("smallest {}",),
     "larger": ("largest {}", "biggest {}"),
 }
-DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis (x, y) and sign
 ORDINALS = ("second", "third")
 RELATIONS = {
     "left": ("left of", "to the left of", "on the left of"),
@@ -39,17 +37,10 @@ RELATIONS = {
     "below": ("below", "under"),
     "near": ("closest to", "nearest to", "next to"),
 }
-
-POSITION_LEAD = 0.10  # "leftmost": minimum distance to the runner-up, as a fraction of the image side
-SIZE_LEAD = math.log(1.25)  # "largest": at least 1.25 times the runner-up (per side)
-RELATION_LEAD = 0.12  # "left of": minimum distance of the target from the anchor on that side ...
-RELATION_REFUSAL = 0.04  # ... and of all other candidates on the opposite side, as fractions of the image side
 MAX_SCENES = 1000  # that are sampled for one expression
-NEAR_RATIO = 1.75  # "closest to": the runner-up is at least this many times further away
 QUANTIFIERS = {2: ("both", "the two"), 3: ("the three",)}  # by number of objects, besides those for any number:
 ANY_NUMBER = ("all", "all the", "the")
 PLURALS = {"knife": "knives", "mouse": "mice", "person": "people"} | {x: x for x in ("scissors", "sheep", "skis")}
-
 
 _WORDINGS = [
     *(("the",), GENERIC_NOUN, ORDINALS),
@@ -148,8 +139,8 @@ def further_expressions(
 def by_attribute(rng: np.random.Generator, scene: AnyScene[Object]) -> Expression[Object] | None:
     """Generate an expression such as "the small red circle"."""
     for item in some(rng, scene.objects):
-        if phrases := unique_phrases(item, scene):
-            return Expression(_article(rng) + pick(rng, phrases).text(rng), "attribute", (item,))
+        if text := _attributes(rng, scene, item):
+            return Expression(text, "attribute", (item,))
     return None
 
 
@@ -161,10 +152,10 @@ def _by_order(rng: np.random.Generator, scene: AnyScene[Object], ordinal: bool) 
             if ordinal and order not in DIRECTIONS and phrase.noun == GENERIC_NOUN:
                 continue  # comparing sizes of different forms is ambiguous
             objects = phrase.matches(scene.objects)
-            ordered = sorted(objects, key=lambda item: _lead(order, item, objects[0], scene), reverse=True)
+            ordered = sorted(objects, key=lambda item: lead_of(order, item, objects[0], scene), reverse=True)
             target = ordered[rank]
-            if all(_before(order, item, target, scene) for item in ordered[:rank]) and all(
-                _before(order, target, item, scene) for item in ordered[rank + 1 :]
+            if all(precedes(order, item, target, scene) for item in ordered[:rank]) and all(
+                precedes(order, target, item, scene) for item in ordered[rank + 1 :]
             ):
                 wordings = [wording for wording in SUPERLATIVES[order] if not ordinal or wording.endswith("{}")]
                 text = pick(rng, wordings).format(phrase.text(rng))
@@ -180,12 +171,17 @@ by_ordinal = partial(_by_order, ordinal=True)
 
 def by_relation(rng: np.random.Generator, scene: AnyScene[Object]) -> Expression[Object] | None:
     """Generate an expression such as "circle above the red star" for a scene with several circles and one red star."""
+    return _by_relation(rng, scene, "relation", scene.objects, partial(_attributes, rng, scene))
 
-    def describe(anchor: Object) -> str | None:
-        phrases = unique_phrases(anchor, scene)
-        return _article(rng) + pick(rng, phrases).text(rng) if phrases else None
 
-    return _by_relation(rng, scene, "relation", scene.objects, describe)
+def by_closest(rng: np.random.Generator, scene: AnyScene[Object]) -> Expression[Object] | None:
+    """Generate an expression such as "circle next to the red star" where something else is closer to another circle.
+
+    Other relations can mostly be guessed: a circle left of anything is the leftmost one, one next to something is often
+    that in the middle.
+    """
+    describe = partial(_attributes, rng, scene)
+    return _by_relation(rng, scene, "closest", scene.objects, describe, ("near",), decisive=True)
 
 
 def by_chain(rng: np.random.Generator, scene: AnyScene[Object]) -> Expression[Object] | None:
@@ -208,13 +204,21 @@ def _by_relation(
     expression_type: ExpressionType,
     anchors: Sequence[Object],
     describe: Callable[[Object], str | None],
+    relations: Sequence[str] = tuple(RELATIONS),
+    decisive: bool = False,
 ) -> Expression[Object] | None:
-    """Refer to an object by its relation to an anchor for which `describe` returns an expression."""
-    for relation in some(rng, tuple(RELATIONS)):
-        for phrase in some(rng, shared_phrases(scene, at_least=2)):
-            candidates = phrase.matches(scene.objects)
-            for anchor in some(rng, [item for item in anchors if item not in candidates]):
-                target = _related(relation, candidates, anchor, scene)
+    """Refer to an object by its relation to an anchor for which `describe` returns an expression.
+
+    With `decisive`, not all anchors have the same object closest to them.
+    """
+    shared = [(phrase, phrase.matches(scene.objects)) for phrase in shared_phrases(scene, at_least=2)]
+    for relation in some(rng, relations):
+        for phrase, candidates in some(rng, shared):
+            remaining = [item for item in anchors if item not in candidates]
+            if decisive and len({min(candidates, key=item.distance) for item in remaining}) < 2:
+                continue
+            for anchor in some(rng, remaining):
+                target = related(relation, candidates, anchor, scene)
                 if target and (anchor_text := describe(anchor)):
                     text = f"{phrase.text(rng)} {pick(rng, RELATIONS[relation])} {anchor_text}"
                     return Expression(_article(rng) + text, expression_type, (target,))
@@ -250,9 +254,8 @@ def _missing_relation(rng: np.random.Generator, scene: AnyScene[Object]) -> str 
         for phrase in some(rng, shared_phrases(scene)):
             candidates = phrase.matches(scene.objects)
             for anchor in some(rng, [item for item in scene.objects if item not in candidates]):
-                opposite = all(_lead(relation, item, anchor, scene) <= -RELATION_LEAD for item in candidates)
-                if opposite and (unique := unique_phrases(anchor, scene)):
-                    anchor_text = _article(rng) + pick(rng, unique).text(rng)
+                opposite = all_opposite(relation, candidates, anchor, scene)
+                if opposite and (anchor_text := _attributes(rng, scene, anchor)):
                     return f"{phrase.text(rng)} {pick(rng, RELATIONS[relation])} {anchor_text}"
     return None
 
@@ -274,6 +277,7 @@ DESCRIBE: dict[ExpressionType, Callable[[np.random.Generator, AnyScene[Any]], Ex
     "attribute": by_attribute,
     "superlative": by_superlative,
     "relation": by_relation,
+    "closest": by_closest,
     "ordinal": by_ordinal,
     "chain": by_chain,
     "absent": by_absent,
@@ -285,33 +289,7 @@ def _article(rng: np.random.Generator) -> str:
     return pick(rng, ("the ", ""))
 
 
-def _before(order: str, item: Object, other: Object, scene: AnyScene[Object]) -> bool:
-    """Whether an object precedes another with a sufficient margin, and its outer edge does so too."""
-    lead = _lead(order, item, other, scene)
-    if order not in DIRECTIONS:
-        return lead >= SIZE_LEAD
-    axis, sign = DIRECTIONS[order]
-    edge = axis if sign < 0 else axis + 2  # its index in a box
-    return lead >= POSITION_LEAD and sign * (item.box[edge] - other.box[edge]) >= 0
-
-
-def _lead(order: str, item: Object, other: Object, scene: AnyScene[Object]) -> float:
-    """Return how far an object precedes another: a fraction of the image side, or the log ratio of sizes
-    (side lengths of squares with the same area), the least one of all areas."""
-    if order in DIRECTIONS:
-        axis, sign = DIRECTIONS[order]
-        return sign * (item.center[axis] - other.center[axis]) / scene.size
-    larger = [math.log(own / area) / 2 for own, area in zip(item.areas, other.areas, strict=True)]
-    return min(larger) if order == "larger" else -max(larger)
-
-
-def _related(relation: str, candidates: list[Object], anchor: Object, scene: AnyScene[Object]) -> Object | None:
-    """Return the only candidate in the relation to the anchor; None if that is ambiguous for any candidate."""
-    if relation == "near":
-        first, second = sorted(candidates, key=lambda item: math.dist(item.center, anchor.center))[:2]
-        ratio = math.dist(second.center, anchor.center) / math.dist(first.center, anchor.center)
-        return first if ratio >= NEAR_RATIO else None
-    leads = {item: _lead(relation, item, anchor, scene) for item in candidates}
-    first = max(candidates, key=leads.__getitem__)
-    clear = all(lead <= -RELATION_REFUSAL for item, lead in leads.items() if item is not first)
-    return first if clear and leads[first] >= RELATION_LEAD else None
+def _attributes(rng: np.random.Generator, scene: AnyScene[Object], item: Object) -> str | None:
+    """Return a phrase that matches only this object, such as "the red star"; None if there is none."""
+    phrases = unique_phrases(item, scene)
+    return _article(rng) + pick(rng, phrases).text(rng) if phrases else None

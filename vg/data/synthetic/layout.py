@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -41,6 +41,10 @@ class SceneObject(ABC):
         left, top, right, bottom = self.box
         return (left + right) / 2, (top + bottom) / 2
 
+    def distance(self, other: SceneObject) -> float:
+        """Return the distance of the centers in pixels."""
+        return math.dist(self.center, other.center)
+
     @property
     def areas(self) -> tuple[float, ...]:
         """Return the areas in square pixels by which people may compare sizes, by default that of the box."""
@@ -55,6 +59,10 @@ class Scene(Generic[Object, Background]):
     objects: tuple[Object, ...]
     size: int  # image side in pixels
     background: Background
+    margin: float = 1.0  # of comparisons in its expressions, see WorldConfig
+
+
+AnyScene: TypeAlias = Scene[Object, Any]
 
 
 def smooth_background(scene: Scene[Any, Grid]) -> Image.Image:

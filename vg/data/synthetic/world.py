@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Generic, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Generic, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from vg.data.refcoco.rows import samples_of
 from vg.data.source import Provenance, Task
@@ -42,9 +42,13 @@ class WorldConfig(Settings):
     """3 to 6 objects, or 8 to 14 smaller ones."""
     expressions_per_scene: PositiveInt = 1
     """Expressions of one scene, each a sample of its own."""
+    margin: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of comparisons, which are harder with less than 1. With 0.5, the runner-up of a leftmost star is at half of the
+    distance or more, and that of the star closest to something is 1.32 instead of 1.75 times as far away."""
     kinds: tuple[ExpressionType, ...] = ("attribute", "superlative", "relation")
-    """Expression types, which alternate; also available: "ordinal" (second leftmost star) and "chain" (circle above the
-    leftmost star); and, for models of generalized expressions, "absent" (no object fits) and "several" (both stars)."""
+    """Expression types, which alternate; also available: "ordinal" (second leftmost star), "chain" (circle above the
+    leftmost star) and "closest" (relations that need the second object: circle next to the star, where something else
+    is closest to another circle); for generalized expressions "absent" (no object fits) and "several" (both stars)."""
 
 
 class World(ABC, Generic[Object, Background]):
@@ -126,10 +130,10 @@ class World(ABC, Generic[Object, Background]):
     def _described(self, index: int, epoch: int) -> tuple[Image.Image, list[Expression[Object]]]:
         """Return a drawn scene and its expressions; the last one is kept, because samples of a scene are neighbors."""
         if self._last is None or self._last[0] != (epoch, index):
-            kinds, number = self.settings.kinds, self.settings.expressions_per_scene
+            kinds, number, margin = self.settings.kinds, self.settings.expressions_per_scene, self.settings.margin
             types = [kinds[(index + i) % len(kinds)] for i in range(number)]
             rng = self.rng(index * number, epoch)
-            scene, first = described_scene(rng, types[0], lambda rng: self.scene(rng, epoch))
+            scene, first = described_scene(rng, types[0], lambda rng: replace(self.scene(rng, epoch), margin=margin))
             image = Image.fromarray(self.draw(scene))
             self._last = (epoch, index), image, [first, *further_expressions(rng, scene, first, types[1:])]
         return self._last[1:]
