@@ -88,7 +88,7 @@ def test_counter_counts_storages_once() -> None:
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["config", str(ROOT / REC), "--memory", "data.batch_size=8"])
+    main(["config", str(ROOT / REC), "--memory", "data.batch_size=8", "optim.algorithm=adamw"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["images", "batch", "of", "1", "batch", "of", "8", "batch", "of", "16"]
     assert lines[1].split()[:3] == ["64", "x", "64"]
