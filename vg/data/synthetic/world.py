@@ -44,7 +44,7 @@ class WorldConfig(Settings):
     """Expressions of one scene, each a sample of its own."""
     margin: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Of comparisons, which are harder with less than 1. With 0.5, the runner-up of a leftmost star is at half of the
-    distance or more, and that of the star closest to something is 1.32 instead of 1.75 times as far away."""
+    distance or more, and that of the star closest to something at least 1.32, not 1.75 times as far away."""
     kinds: tuple[ExpressionType, ...] = ("attribute", "superlative", "relation")
     """Expression types, which alternate; also available: "ordinal" (second leftmost star), "chain" (circle above the
     leftmost star) and "closest" (relations that need the second object: circle next to the star, where something else
