@@ -72,7 +72,7 @@ import vg.machine
 torch.manual_seed(0)
 a, b = torch.randn(300, 200), torch.randn(200, 400)
 exact = a.double() @ b.double()
-query = torch.randn(2, 4, 50, 16, requires_grad=True)
+query = torch.randn(2, 4, 150, 16, requires_grad=True)
 layer = torch.nn.MultiheadAttention(16, 2)
 setting, seen = torch.backends.mkldnn.matmul, []
 
@@ -107,6 +107,51 @@ def test_fast_products_keep_their_precision(maker: str) -> None:
     default, after_attention, in_backward, last = precisions
     assert default == after_attention == in_backward != "bf16"  # attention has no products of oneDNN
     assert last == ("bf16" if used else default)  # not on a CPU of another maker, or that would compute in bfloat16
+
+
+SHORT_ATTENTION = """
+import json, sys
+import torch
+import vg.machine
+
+torch.manual_seed(0)
+attention = torch.nn.functional.scaled_dot_product_attention
+vg.machine._is_amd = lambda: True
+if not vg.machine.use_fast_products():
+    print("null")
+    sys.exit()
+keys = torch.rand(3, 1, 1, 20) > 0.5
+rows = torch.rand(3, 4, 20, 20) > 0.5
+without_key = rows.clone()
+without_key[1, 2, 3] = False
+differences, products = [], []
+short_attention = vg.machine._short_attention
+vg.machine._short_attention = lambda *inputs: calls.append(inputs) or short_attention(*inputs)
+for options in (
+    *({"attn_mask": mask} for mask in (None, keys, rows, without_key, torch.randn(3, 4, 20, 20))),
+    *({"is_causal": True}, {"scale": 0.5}),
+):
+    inputs = [torch.randn(3, 4, 20, size, requires_grad=True) for size in (16, 16, 8)]
+    results, calls = [], []
+    for function in (attention, torch.nn.functional.scaled_dot_product_attention):
+        attended = function(*inputs, **options)
+        results.append((attended, *torch.autograd.grad(attended.sin().sum(), inputs)))
+    products.append(len(calls))
+    differences.append(max(float((a - b).detach().abs().max()) for a, b in zip(*results)))
+print(json.dumps([products, differences]))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these settings are for machines without a GPU")
+def test_attention_of_short_sequences_equals_that_of_torch() -> None:
+    command = [sys.executable, "-c", SHORT_ATTENTION]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    if found is None:
+        pytest.skip("oneDNN is not available, or has bfloat16 products here")
+    products, differences = found
+    # Without a key, with biases, in causal order or with another scale, torch computes it.
+    assert products == [1, 1, 1, 0, 0, 0, 0]
+    assert max(differences) < 1e-5
 
 
 def test_the_maker_of_the_cpu_is_read_from_the_system(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, from malloc.h
+SHORT = 100  # queries and keys; products of whole sequences are faster up to here, blocks of them from here
 
 
 def available_ram(root: Path = Path("/")) -> int:
@@ -57,8 +58,9 @@ def use_fast_products() -> bool:
     MKL, the default of torch, has its fastest kernels for CPUs of Intel; on others oneDNN is faster
     (`scripts/benchmarks/cpu_settings.py` measures training steps with both). torch has it under a setting that also
     permits products of bfloat16, which oneDNN uses where a CPU has matrix units (AMX): a product computed here shows
-    that precision is kept. Attention keeps MKL, because it multiplies small blocks, for which oneDNN takes up to ten
-    times as long. While oneDNN is used, torch.get_float32_matmul_precision raises an error.
+    that precision is kept. Attention multiplies whole sequences if they are short; else torch multiplies small blocks,
+    with MKL, because oneDNN takes up to ten times as long for these. While oneDNN is used,
+    torch.get_float32_matmul_precision raises an error.
 
     Returns:
         Whether oneDNN is used.
@@ -79,12 +81,12 @@ def use_fast_products() -> bool:
         setting.fp32_precision = before
         return False
     # Layers of torch and transformers call it, too.
-    F.scaled_dot_product_attention = _by_mkl(F.scaled_dot_product_attention, setting, before)
+    F.scaled_dot_product_attention = _fast_attention(F.scaled_dot_product_attention, setting, before)
     return True
 
 
-def _by_mkl(attention: Callable[..., Tensor], setting: Any, precision: str) -> Callable[..., Tensor]:
-    """Return an attention function that is computed without oneDNN, in the backward pass, too."""
+def _fast_attention(attention: Callable[..., Tensor], setting: Any, precision: str) -> Callable[..., Tensor]:
+    """Return an attention function that uses oneDNN for short sequences only, in the backward pass, too."""
     import torch
 
     def use_mkl(*_: Any) -> None:
@@ -94,12 +96,16 @@ def _by_mkl(attention: Callable[..., Tensor], setting: Any, precision: str) -> C
         setting.fp32_precision = "bf16"
 
     @wraps(attention)
-    def call(*args: Any, **kwargs: Any) -> Tensor:
+    def call(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         if torch.compiler.is_compiling():
-            return attention(*args, **kwargs)
+            return attention(query, key, value, attn_mask, *args, **kwargs)
+        if not any(args) and not any(kwargs.values()) and _is_short(query, key, value, attn_mask):
+            return _short_attention(query, key, value, attn_mask)
         use_mkl()
         try:
-            x = attention(*args, **kwargs)
+            x = attention(query, key, value, attn_mask, *args, **kwargs)
         finally:
             use_onednn()
         if x.grad_fn is not None:
@@ -108,6 +114,38 @@ def _by_mkl(attention: Callable[..., Tensor], setting: Any, precision: str) -> C
         return x
 
     return call
+
+
+def _is_short(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether `_short_attention` can and should compute this."""
+    import torch
+
+    if query.device.type != "cpu" or query.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    if query.dim() != 4 or not query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        return False
+    if max(query.shape[2], key.shape[2]) > SHORT:
+        return False
+    # The softmax of a query without any key would be NaN.
+    return mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and bool(mask.any(dim=-1).all()))
+
+
+def _short_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Return attention [B, heads, L, D] of queries [B, heads, L, D], keys and values [B, heads, S, D].
+
+    mask: [B, heads, L, S] bool or broadcast to it, False = no attention.
+    """
+    import torch
+
+    q, k, v = (x.flatten(0, 1) for x in (query, key, value))  # [B heads, L or S, D]
+    scale = query.shape[-1] ** -0.5
+    if mask is None:
+        scores = torch.bmm(q * scale, k.mT)  # [B heads, L, S]
+    else:
+        bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        bias = bias.expand(*query.shape[:2], -1, -1).flatten(0, 1)  # [B heads, L or 1, S]
+        scores = torch.baddbmm(bias, q, k.mT, alpha=scale)
+    return torch.bmm(scores.softmax(dim=-1), v).unflatten(0, query.shape[:2])
 
 
 def _is_amd(root: Path = Path("/")) -> bool:
