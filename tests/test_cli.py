@@ -78,7 +78,7 @@ def test_quick_demo_trains_for_ninety_seconds(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(SystemExit):
             main(arguments)
     assert [config.train.minutes for config in configs] == [None, 1.5, 0.5]
-    assert [config.train.max_steps for config in configs] == [2800, None, None]
+    assert [config.train.epochs for config in configs] == [4, 4, 4]  # train.minutes takes precedence
     assert [config.train.output for config in configs] == ["runs/demo", "runs/demo_quick", "runs/demo_quick"]
     with pytest.raises(SystemExit, match="2"):
         main(["demo", "--quick", "--config", "configs/demo_rec.yaml"])
