@@ -264,7 +264,7 @@ def test_the_recipe_of_glyphs_is_that_of_the_demo() -> None:
     assert isinstance(glyphs.data.eval, GlyphsConfig)
     assert (glyphs.data.eval.split, glyphs.data.eval.image_size) == ("val", 64)
     glyphs.data.train, glyphs.data.eval = demo.data.train, demo.data.eval
-    glyphs.train.output = demo.train.output
+    glyphs.train.output, glyphs.train.epochs = demo.train.output, demo.train.epochs
     assert glyphs == demo
 
 

@@ -43,6 +43,11 @@ SECOND_TEXT = (
     "num_hidden_layers: 1, num_attention_heads: 4, intermediate_size: 256, max_position_embeddings: 64, "
     "hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}}"
 )
+WIDE = [
+    "model.head={name: dense, width: 128, layers: 4, heads: 4, feedforward: 256, dropout: 0.0, loss: {token: 2.0}}",
+    "model.vision.architecture={model_type: resnet, embedding_size: 64, hidden_sizes: [64, 128], depths: [1, 1], "
+    "layer_type: basic}",
+]
 ONE_PER_SCENE = ["data.expressions_per_image=1", "data.train.expressions_per_scene=1"]
 ADAMW = ["optim.algorithm=adamw", "optim.lr=1e-3"]
 POOLED = "model.head={{name: pooled, width: 128, layers: 4, heads: 4, feedforward: 256, dropout: 0.0, loss: {{{}}}}}"
@@ -53,8 +58,9 @@ ROWS = {
     "AdamW": ADAMW,
     "ConvNeXt": [CONVNEXT],
     "no average of weights": ["train.ema=null"],
-    "2 layers": ["model.head.layers=2"],
+    "4 layers": ["model.head.layers=4"],
     "6 layers": ["model.head.layers=6"],
+    "4 layers of width 128": WIDE,
     "DIoU only": ["model.head.loss={token: 2.0, l1: 0.0, giou: 0.0, diou: 2.0}"],
     "L1 + GIoU + DIoU": ["model.head.loss={token: 2.0, diou: 2.0}"],
     "two levels": ["model.vision.layers=[1, 2]"],
