@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, from malloc.h
-SHORT = 100  # queries and keys; products of whole sequences are faster up to here, blocks of them from here
+SHORT = 100  # tokens up to which attention by two products is faster, see scripts/benchmarks/short_attention.py
 
 
 def available_ram(root: Path = Path("/")) -> int:

@@ -328,6 +328,23 @@ def test_the_data_path_is_measured_without_a_network(
     assert [line.split(",")[0] for line in lines] == 2 * ["files", "files", "in memory"]
 
 
+def test_attention_of_short_sequences_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scripts.benchmarks import short_attention
+
+    monkeypatch.setattr(short_attention, "reuse_freed_memory", lambda: True)  # both are for the whole process
+    monkeypatch.setattr(short_attention, "use_fast_products", lambda: True)
+    arguments = ["--tokens", "25", "50", "--rounds", "4", "--threads", str(torch.get_num_threads())]
+    monkeypatch.setattr(sys, "argv", ["short_attention.py", *arguments])
+    short_attention.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if " x " in line]
+    assert [row[0] for row in rows] == ["| 96 x 25", "| 48 x 50"]
+    monkeypatch.setattr(short_attention, "use_fast_products", lambda: False)
+    with pytest.raises(SystemExit, match="this CPU does not use oneDNN"):
+        short_attention.main()
+
+
 def test_an_evaluation_is_measured_with_and_without_shared_images(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
