@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from vg.data.mixture import SourceConfig
 
 QUICK = [
-    *("train.minutes=1.5", "train.output=runs/demo_quick"),
-    *("data.train.kinds=[attribute, superlative, relation]", "data.train.margin=1.0"),  # easier
+    "train.minutes=1.5",
+    "train.output=runs/demo_quick",
+    "data.train.kinds=[attribute, superlative, relation]",  # easier, as is the margin
+    "data.train.margin=1.0",
 ]
 SCENE = 3  # index of the sample that is saved: "the red cross" in the README
 
