@@ -7,11 +7,15 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from torch.nn import functional as F
 
+from vg import machine
 from vg.machine import _is_amd, available_ram
 
 
@@ -109,49 +113,37 @@ def test_fast_products_keep_their_precision(maker: str) -> None:
     assert last == ("bf16" if used else default)  # not on a CPU of another maker, or that would compute in bfloat16
 
 
-SHORT_ATTENTION = """
-import json, sys
-import torch
-import vg.machine
-
-torch.manual_seed(0)
-attention = torch.nn.functional.scaled_dot_product_attention
-vg.machine._is_amd = lambda: True
-if not vg.machine.use_fast_products():
-    print("null")
-    sys.exit()
-keys = torch.rand(3, 1, 1, 20) > 0.5
-rows = torch.rand(3, 4, 20, 20) > 0.5
-without_key = rows.clone()
-without_key[1, 2, 3] = False
-differences, products = [], []
-short_attention = vg.machine._short_attention
-vg.machine._short_attention = lambda *inputs: calls.append(inputs) or short_attention(*inputs)
-for options in (
-    *({"attn_mask": mask} for mask in (None, keys, rows, without_key, torch.randn(3, 4, 20, 20))),
-    *({"is_causal": True}, {"scale": 0.5}),
-):
-    inputs = [torch.randn(3, 4, 20, size, requires_grad=True) for size in (16, 16, 8)]
-    results, calls = [], []
-    for function in (attention, torch.nn.functional.scaled_dot_product_attention):
-        attended = function(*inputs, **options)
-        results.append((attended, *torch.autograd.grad(attended.sin().sum(), inputs)))
-    products.append(len(calls))
-    differences.append(max(float((a - b).detach().abs().max()) for a, b in zip(*results)))
-print(json.dumps([products, differences]))
-"""
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="these settings are for machines without a GPU")
-def test_attention_of_short_sequences_equals_that_of_torch() -> None:
-    command = [sys.executable, "-c", SHORT_ATTENTION]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    if found is None:
-        pytest.skip("oneDNN is not available, or has bfloat16 products here")
-    products, differences = found
+def test_attention_of_short_sequences_equals_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = F.scaled_dot_product_attention
+    fast = machine._fast_attention(attention, SimpleNamespace(), "ieee")
+    calls: list[tuple[Any, ...]] = []
+    short = machine._short_attention
+    monkeypatch.setattr(machine, "_short_attention", lambda *inputs: calls.append(inputs) or short(*inputs))
+    rows = torch.rand(3, 4, 20, 20) > 0.5
+    rows[..., 0] = True
+    without_key = rows.clone()
+    without_key[1, 2, 3] = False
     # Without a key, with biases, in causal order or with another scale, torch computes it.
-    assert products == [1, 1, 1, 0, 0, 0, 0]
-    assert max(differences) < 1e-5
+    cases: list[tuple[dict[str, Any], int]] = [
+        ({}, 1),
+        *(({"attn_mask": mask}, 1) for mask in (rows, rows[:, :1], rows[:, :1, :1])),
+        *(({"attn_mask": mask}, 0) for mask in (without_key, torch.randn(3, 4, 20, 20))),
+        *(({"is_causal": True}, 0), ({"scale": 0.5}, 0)),
+    ]
+    for options, expected in cases:
+        inputs = [torch.randn(3, 4, 20, size, requires_grad=True) for size in (16, 16, 8)]
+        calls.clear()
+        results = []
+        for function in (attention, fast):
+            attended = function(*inputs, **options)
+            results.append((attended, *torch.autograd.grad(attended.sin().sum(), inputs)))
+        assert len(calls) == expected
+        for correct, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, correct, rtol=0, atol=1e-5)
+    long = torch.randn(1, 1, machine.SHORT + 1, 8)
+    calls.clear()
+    assert torch.equal(fast(long, long, long), attention(long, long, long))
+    assert not calls
 
 
 def test_the_maker_of_the_cpu_is_read_from_the_system(tmp_path: Path) -> None:
