@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from matplotlib.font_manager import fontManager
 from matplotlib.ft2font import FT2Font
 from PIL import ImageFont, features
 
@@ -88,6 +89,13 @@ def test_a_font_that_has_all_characters_is_used() -> None:
     assert typeset("\U000f1234", 14)[0] == "\\U000f1234", (
         "the font of last resort is not used: all its glyphs are boxes"
     )
+
+
+def test_fonts_are_found_that_the_list_of_matplotlib_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fontManager, "ttflist", [])  # as if it was written before they were installed
+    for cached in (labels._font_files, labels._font_file_with):
+        cached.cache_clear()
+    assert typeset("ᶁ 0.91", 14)[0] == "ᶁ 0.91"
 
 
 @pytest.mark.skipif(not features.check("raqm"), reason="this Pillow sets texts from left to right only: no Raqm")

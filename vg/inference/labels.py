@@ -10,6 +10,7 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -177,10 +178,23 @@ def _characters(path: str) -> np.ndarray:
 @lru_cache(maxsize=256)
 def _font_file_with(characters: frozenset[int]) -> str | None:
     """Return an installed font with all characters, upright and of normal weight if there is one."""
-    from matplotlib.font_manager import fontManager
-
     wanted = np.fromiter(characters, np.uint32)
+    return next((file for file in _font_files() if np.isin(wanted, _characters(file)).all()), None)
+
+
+@cache
+def _font_files() -> list[str]:
+    """List installed fonts and those of matplotlib, upright ones of normal weight first.
+
+    matplotlib keeps its list on disk and never looks again, so fonts installed since are added to it here.
+    """
+    from matplotlib import get_data_path
+    from matplotlib.font_manager import findSystemFonts, fontManager
+
+    listed = {font.fname for font in fontManager.ttflist}
+    for file in {*findSystemFonts(), *findSystemFonts(get_data_path())} - listed:
+        with suppress(OSError, RuntimeError):  # a file that cannot be read
+            fontManager.addfont(file)
     fonts = sorted(fontManager.ttflist, key=lambda font: (font.style != "normal", font.weight != 400, font.name))
     # "Last Resort" has all characters, but draws the same box for all letters of a script.
-    files = (font.fname for font in fonts if "Last Resort" not in font.name)
-    return next((file for file in files if np.isin(wanted, _characters(file)).all()), None)
+    return [font.fname for font in fonts if "Last Resort" not in font.name]
