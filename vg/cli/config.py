@@ -14,7 +14,6 @@ EPILOG = """
 --memory runs training steps on tensors without values, in a minute and without data: nothing of that size is allocated.
 Prompts are eight phrases and images have sixteen boxes; more of either need more.
 """
-GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,11 +42,14 @@ def print_memory(config: RunConfig) -> None:
     print(f"{'images':>11}" + "".join(f"{f'batch of {count}':>16}" for count in counts))
     for height, width in estimate.sizes:
         steps = [estimate.step(count, (height, width)) for count in counts]
-        print(f"{height:>4} x {width:4}" + "".join(f"{step / GIB:12.2f} GiB" for step in steps), flush=True)
+        print(f"{height:>4} x {width:4}" + "".join(f"{_size(step):>16}" for step in steps), flush=True)
     device, usable = available_memory()
     print(
-        f"of these, weights are {estimate.weights / GIB:.2f} GiB and the state of the optimizer "
-        f"{estimate.moments / GIB:.2f} GiB; "
+        f"of these, weights are {_size(estimate.weights)} and the state of the optimizer {_size(estimate.moments)}; "
         "the rest are gradients, activations and temporary tensors.\n"
-        f"The allocator adds up to a third on a CPU. {usable / GIB:.1f} GiB are usable on this machine ({device})."
+        f"The allocator adds up to a third on a CPU. {_size(usable)} are usable on this machine ({device})."
     )
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
