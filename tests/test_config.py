@@ -61,6 +61,14 @@ def test_overrides(minimal: Path) -> None:
     assert config.model.head == DenseHeadConfig(layers=2, loss=DenseLossConfig(l1=1))
 
 
+def test_overrides_below_null(tmp_path: Path, minimal: Path) -> None:
+    """`vg config` prints all options, null where they are off."""
+    (tmp_path / "full.yaml").write_text(dump_config(load_config(minimal)))
+    config = load_config(tmp_path / "full.yaml", ["data.cache.folder=cache", "train.output=x"])
+    assert config.data.cache is not None
+    assert config.data.cache.folder == "cache"
+
+
 def test_precision_no_although_yaml_reads_it_as_false(minimal: Path) -> None:
     assert load_config(minimal, ["train.precision=no"]).train.precision == "no"
     with pytest.raises(ConfigError, match="precision: Input should be"):

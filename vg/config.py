@@ -282,8 +282,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"an override must read key.subkey=value, for example optim.lr=1e-4; got {override!r}")
     *parents, last = key.split(".")
     for parent in parents:
-        child = values.setdefault(parent, {})
-        if isinstance(child, str):  # `head: dense` is short for `head: {name: dense}`
+        child = values.get(parent)
+        if child is None:
+            child = values[parent] = {}
+        elif isinstance(child, str):  # `head: dense` is short for `head: {name: dense}`
             child = values[parent] = {"name": child}
         if not isinstance(child, dict):
             raise ConfigError(f"{override}: {parent} is {child!r}, which has no keys")
