@@ -106,6 +106,18 @@ def test_image_sizes_follow_the_samples():
         Mixture([Indices("a", 2), ShapesConfig(size=2).build()]).image_sizes(0)
 
 
+def test_ids_differ_for_datasets_of_one_name():
+    mixture = Mixture([Indices("valid", 2), Indices("valid", 2), Indices("other", 1)])
+    assert sorted(ids(mixture, 0)) == [
+        *("other/train/0@0", "valid/train/0/0@0", "valid/train/0/1@0", "valid/train/1/0@0", "valid/train/1/1@0")
+    ]
+
+
+def test_a_small_weight_does_not_leave_out_a_dataset():
+    mixture = Mixture([Indices("a", 1), Indices("b", 10)], [0.05, 0.5])
+    assert Counter(id[0] for id in ids(mixture, 0)) == {"a": 1, "b": 5}
+
+
 def test_errors():
     with pytest.raises(DataError, match="without datasets"):
         Mixture([])

@@ -68,7 +68,12 @@ class Mixture(Generic[Loaded]):
         self.sources: list[Source[Loaded]] = list(sources)
         self.weights = [1.0] * len(sources) if weights is None else list(weights)
         self.seed = seed
-        self._counts = [round(weight * len(source)) for weight, source in zip(self.weights, sources, strict=True)]
+        self._counts = [
+            max(1, round(weight * len(source))) if weight and len(source) else 0
+            for weight, source in zip(self.weights, sources, strict=True)
+        ]
+        names = [f"{source.provenance.data}/{source.provenance.split}/" for source in sources]
+        self._prefixes = [f"{name}{i}/" if names.count(name) > 1 else name for i, name in enumerate(names)]
         self._ends = np.cumsum(self._counts)  # [sources] index after the last sample of each source
         self._orders: list[dict[int, BlockOrder]] = [{} for _ in sources]  # per source: pass -> its order
         self.provenance = Provenance(
@@ -94,8 +99,7 @@ class Mixture(Generic[Loaded]):
 
     def prefix(self, number: int) -> str:
         """Return what the ids of the samples of a source begin with."""
-        provenance = self.sources[number].provenance
-        return f"{provenance.data}/{provenance.split}/"
+        return self._prefixes[number]
 
     def locate(self, index: int, epoch: int) -> tuple[int, int, int]:
         """Return the number of the source of a sample, its index there, and the epoch of that source.
