@@ -22,6 +22,7 @@ from vg.data.dataset import GroundingDataset
 from vg.data.detection.coco import CocoConfig
 from vg.data.detection.odvg import OdvgConfig
 from vg.data.detection.vocabulary import VocabularyConfig
+from vg.data.expressions import CsvConfig
 from vg.data.overlap import without_overlap
 from vg.data.refcoco.source import RefcocoConfig
 from vg.data.shards.containers import COLUMNS
@@ -71,6 +72,15 @@ def test_every_source(member: Any, format: ShardFormat, tmp_path: Path) -> None:
     if isinstance(source, HasCategoryIds):
         assert shards.category_ids == source.category_ids
     assert getattr(shards, "num_classes", None) == getattr(source, "num_classes", None)
+
+
+def test_images_in_a_folder_named_coco_have_no_coco_id(tmp_path: Path) -> None:
+    """The key of an image that is missing is its path, which may begin as keys of COCO do."""
+    (tmp_path / "data").mkdir()
+    config = CsvConfig.miniature(tmp_path / "data")
+    Path(config.path).write_text(Path(config.path).read_text() + "coco/missing.png,a dog,1,1,20,20\n")
+    shards = write_shards(config, tmp_path / "shards", bad_samples="skip")
+    assert len(shards) == len(config.build()) - 1
 
 
 def test_image_keys_of_tables_and_of_shards(tmp_path: Path) -> None:

@@ -87,9 +87,7 @@ class ShardJob:
             images=images,
             ends=np.array(ends[1:], np.int64),
             files=source.image_files() if isinstance(source, HasImageFiles) else [None] * len(source),
-            coco_ids=np.array(
-                [int(key[len(COCO_KEY) :]) if key.startswith(COCO_KEY) else -1 for key in keys], np.int64
-            ),
+            coco_ids=np.array([_coco_id(key) for key in keys], np.int64),
         )
 
     def write(self, number: int) -> int:
