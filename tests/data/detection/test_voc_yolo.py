@@ -153,6 +153,35 @@ def test_yolo_in_its_variants(tmp_path: Path, changes: dict[str, Any]):
     assert [len(source.load(index, 0).boxes) for index in range(3)] == [2, 1, 0]
 
 
+@pytest.mark.parametrize("kind", ["parent", "absolute folder", "absolute list"])
+def test_yolo_images_beside_the_folder_of_the_yaml(tmp_path: Path, kind: str):
+    write_yolo(tmp_path)
+    images = tmp_path / "images" / "val"
+    value = {"parent": "../images/val", "absolute folder": str(images), "absolute list": "val.txt"}[kind]
+    file = write_yolo(tmp_path / "config", path=None, val=value)
+    (tmp_path / "config" / "val.txt").write_text("".join(f"{images / name}.png\n" for name in "abc"))
+    for image in (tmp_path / "config" / "images" / "val").iterdir():
+        image.unlink()  # only those outside remain
+    (tmp_path / "config" / "images" / "val").rmdir()
+    source = YoloConfig(path=str(file), split="val").build()
+    assert [len(checked(source.load(index, 0)).boxes) for index in range(3)] == [2, 1, 0]
+    assert source.load(0, 0).id == "images/val/a"
+
+
+@pytest.mark.parametrize(("shape", "keypoints"), [([2, 2], ".45 .45 .55 .55"), ([2, 3], ".45 .45 1 .55 .55 0")])
+def test_yolo_keypoints_are_no_polygons(tmp_path: Path, shape: list[int], keypoints: str):
+    file = write_yolo(tmp_path, kpt_shape=shape)
+    labels = tmp_path / "labels" / "val"
+    (labels / "a.txt").write_text(f"0 .5 .5 .2 .2 {keypoints}\n")
+    (labels / "b.txt").write_text("0 .5 .5 .2 .2\n")
+    source = YoloConfig(path=str(file), split="val").build()
+    np.testing.assert_allclose(source.load(0, 0).boxes, [[24, 16, 36, 24]], atol=1e-4)
+    np.testing.assert_allclose(source.load(1, 0).boxes, [[24, 16, 36, 24]], atol=1e-4)
+    (labels / "b.txt").write_text("0 .1 .1 .5 .1 .3 .6\n")
+    with pytest.raises(DataError, match=r"expected: class x y width height, and \d numbers of keypoints"):
+        YoloConfig(path=str(file), split="val").build()
+
+
 def test_yolo_labels_refer_to_the_upright_image(tmp_path: Path):
     file = write_yolo(tmp_path)
     exif = Image.Exif()
@@ -191,6 +220,9 @@ def test_yolo_errors_name_the_line(tmp_path: Path, line: str, message: str):
         ({"names": [{"cat": 1}]}, "expected a list of class names or a mapping 0: name"),
         ({"names": {0: "cat", "one": "dog"}}, "expected a list of class names or a mapping 0: name"),
         ({"names": {1: "cat", 2: "dog"}}, "expected a list of class names or a mapping 0: name"),
+        ({"names": [True, "cat"]}, "YAML reads one of the names as True; put it in quotes"),
+        ({"names": [None, "cat"]}, "YAML reads one of the names as None; put it in quotes"),
+        ({"kpt_shape": 17}, r"kpt_shape is 17, expected \[number of keypoints, 2 or 3\]"),
         ({"nc": 3}, "nc is 3 but there are 2 names"),
         ({"val": None, "train": "images/val"}, "has no split 'val'; it has train"),
         ({"val": "photos"}, r"val is photos, but .*photos does not exist"),

@@ -75,7 +75,8 @@ class Annotations:
     segmentations: Sequence[Any] = ()  # A, as written: polygons, a run-length encoding or None; or empty
     locate: Callable[[int], str] = str  # box index -> where the box is described
     box_format: BoxFormat = XYXY
-    relative: bool = False  # boxes are in 0..1 of the image with its EXIF orientation applied, not in pixels
+    relative: bool = False  # boxes are in 0..1 of the image, not in pixels
+    upright: bool = False  # they refer to the image with its EXIF orientation applied, not to the pixels as stored
 
     @classmethod
     def of(cls, images: Sequence[AnnotatedImage], names: list[str], num_classes: int, **fields: Any) -> Annotations:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -58,9 +59,8 @@ class YoloConfig(Settings):
         annotations = self.read(strict)
         annotations.report_lost(strict)
         vocabulary = Vocabulary(annotations.names, self.vocabulary, self.path)
-        return DetectionSource(
-            annotations, vocabulary, Provenance(annotations.image_root.name, self.split, "detection")
-        )
+        name = annotations.image_root.name or Path(self.path).resolve().parent.name
+        return DetectionSource(annotations, vocabulary, Provenance(name, self.split, "detection"))
 
     @without_gc()
     def read(self, issues: Issues) -> Annotations:
@@ -75,8 +75,11 @@ class YoloConfig(Settings):
         names = _class_names(document, file)
         root = (file.resolve().parent / str(document.get("path") or ".")).resolve()
         root = root if root.is_dir() else file.resolve().parent
+        files = _split_images(document, self.split, root, file)
+        root = Path(os.path.commonpath([root, *files]))  # images may be beside the folder of data.yaml
+        num_keypoints = _num_keypoint_values(document, file)
         images, unlabeled = [], {}
-        for index, image in enumerate(_split_images(document, self.split, root, file)):
+        for index, image in enumerate(files):
             # The last images/ in the path becomes labels/; without one, the labels are beside the image.
             label_file = Path(re.sub("(.*/)images/", r"\1labels/", image.as_posix())).with_suffix(".txt")
             name, label_name = (p.relative_to(root) if p.is_relative_to(root) else p for p in (image, label_file))
@@ -84,17 +87,20 @@ class YoloConfig(Settings):
             if label_file.is_file():
                 text = label_file.read_text(encoding="utf-8-sig", errors="replace")
                 for number, line in enumerate(text.splitlines(), start=1):
+                    if not line.strip():
+                        continue
                     location = f"{label_name}, line {number}"
-                    if line.strip() and (box := _read_line(line, len(names), location, index, issues)) is not None:
-                        boxes.append(box)
+                    found = _read_line(line, len(names), num_keypoints, location, index, issues)
+                    boxes += [] if found is None else [found]
             else:
                 unlabeled[index] = f"{name}: {label_file} does not exist"
-            id = name if name.is_absolute() else name.with_suffix("")
-            images.append(AnnotatedImage(str(id), str(name), label_file.name, (0, 0), boxes))
+            images.append(AnnotatedImage(str(name.with_suffix("")), str(name), label_file.name, (0, 0), boxes))
         severity: Severity = "error" if unlabeled and len(unlabeled) == len(images) else "note"
         fix = "nothing if they contain no objects; otherwise move the labels to the path above"
         issues.add(severity, f"images of {self.split} without a label file", fix, unlabeled.values(), [*unlabeled])
-        return Annotations.of(images, names, len(names), image_root=root, box_format=CXCYWH, relative=True)
+        return Annotations.of(
+            images, names, len(names), image_root=root, box_format=CXCYWH, relative=True, upright=True
+        )
 
 
 def read_document(file: Path) -> Mapping[str, Any]:
@@ -121,7 +127,18 @@ def _class_names(document: Mapping[str, Any], file: Path) -> list[str]:
         )
     if document.get("nc", len(names)) != len(names):
         raise DataError(f"{file}: nc is {document['nc']} but there are {len(names)} names; correct one of them")
+    for name in names:
+        if not isinstance(name, (str, int, float)) or isinstance(name, bool):
+            raise DataError(f"{file}: YAML reads one of the names as {name!r}; put it in quotes")
     return list(map(str, names))
+
+
+def _num_keypoint_values(document: Mapping[str, Any], file: Path) -> int:
+    """Return how many numbers follow the box in a line of a dataset for pose estimation; 0 for others."""
+    shape = document.get("kpt_shape") or [0, 0]
+    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(value, int) for value in shape):
+        raise DataError(f"{file}: kpt_shape is {shape}, expected [number of keypoints, 2 or 3]")
+    return math.prod(shape)
 
 
 def _split_images(document: Mapping[str, Any], split: str, root: Path, file: Path) -> list[Path]:
@@ -141,16 +158,26 @@ def _split_images(document: Mapping[str, Any], split: str, root: Path, file: Pat
         else:
             lines = read_text(path).split("\n")
             images += [root / line.strip() for line in lines if line.strip()]
-    return images
+    return [Path(os.path.abspath(image)) for image in images]
 
 
-def _read_line(line: str, num_classes: int, location: str, image_index: int, issues: Issues) -> AnnotatedBox | None:
-    """Parse a line: class, center x, center y, width, height; more than four coordinates are a polygon."""
+def _read_line(
+    line: str, num_classes: int, num_keypoints: int, location: str, image_index: int, issues: Issues
+) -> AnnotatedBox | None:
+    """Parse a line: class, center x, center y, width, height.
+
+    After them are `num_keypoints` numbers of keypoints. Without keypoints, more than four coordinates are a polygon.
+    """
     label, *values = map(to_float, line.split())
     example = f"{location}: {line[:80]}"
-    if len(values) < 4 or len(values) % 2 or any(map(math.isnan, values)):
+    if num_keypoints and len(values) == 4 + num_keypoints:
+        values = values[:4]
+    is_polygon = len(values) > 4
+    if len(values) < 4 or len(values) % 2 or (is_polygon and num_keypoints) or any(map(math.isnan, values)):
         what = "invalid label lines"
         fix = "expected: class x y width height, or: class and x y of each corner, all of them numbers"
+        if num_keypoints:
+            fix = f"expected: class x y width height, and {num_keypoints} numbers of keypoints (kpt_shape in data.yaml)"
         example += f" ({len(values)} coordinates)"
     elif not 0 <= label < num_classes or label != int(label):
         what = "classes that are not in data.yaml"
@@ -159,7 +186,7 @@ def _read_line(line: str, num_classes: int, location: str, image_index: int, iss
         what = "coordinates beyond 0..1"
         fix = "divide x and width by the width of the image in pixels, y and height by its height"
     else:
-        if len(values) > 4:
+        if is_polygon:
             left, top, right, bottom = min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
             values = [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
         return AnnotatedBox(int(label), values, location)
