@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.data.detection.detection_files import write_image
 from vg.data.check import detect_format, diagnose
 from vg.data.expressions import Columns, CsvConfig
 from vg.errors import BadSampleError, DataError
 from vg.inference.formats import write_results
+from vg.inference.images import to_array
 from vg.inference.result import Result
 
 BOX = [5.0, 6.0, 25.0, 36.0]  # xyxy
@@ -117,12 +119,38 @@ def test_rows_of_a_split(tmp_path: Path) -> None:
     splits = ["train", "train", "val", "testA"]
     config = write(tmp_path, *({"image": f"{i}.png", **row, "split": split} for i, split in enumerate(splits)))
     assert detect_format(tmp_path) == {
-        split: {"name": "csv", "path": config.path, "split": split} for split in ("train", "val")
+        split: {"name": "csv", "path": config.path, "split": split} for split in ("train", "val", "testA")
     }
     assert [len(CsvConfig(path=config.path, split=split).build()) for split in (None, "train", "val")] == [4, 2, 1]
     write(tmp_path, {"image": "0.png", **row, "split": "val"})
-    with pytest.raises(DataError, match="the column 'split' has val, but no row has 'train'"):
+    with pytest.raises(DataError, match="has val, but no train: name the part to train on train"):
         detect_format(tmp_path)
+    write(tmp_path, *({"image": "0.png", **row, "split": split} for split in ("train", "")))
+    with pytest.raises(DataError, match="the column 'split' is empty in some rows"):
+        detect_format(tmp_path)
+
+
+def test_boxes_are_those_of_the_upright_image(tmp_path: Path) -> None:
+    """What vg predict and annotation tools show, so that predictions on photos of phones can be trained on."""
+    config = write(tmp_path, {"image": "a.png", "phrase": "the cat", **XYXY})
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    write_image(tmp_path / "a.png", 40, 60, exif=exif)
+    source = config.build()
+    assert source.load(0, epoch=0).image.shape == (60, 40, 3)
+    assert source.load(0, epoch=0).image.tolist() == to_array(tmp_path / "a.png").tolist()
+    assert source.image_sizes(0).tolist() == [[60, 40]]
+    assert source.image_files() == [tmp_path / "a.png"]
+    assert not any("orientation" in issue.what for issue in diagnose({"train": config}, max_tokens=256).issues)
+
+
+def test_unreadable_images_do_not_stop_grouping(tmp_path: Path) -> None:
+    config = write(tmp_path, *({"image": name, "phrase": "the cat", **XYXY} for name in ("a.png", "b.png")))
+    (tmp_path / "b.png").write_bytes(b"damaged")
+    source = config.build()
+    assert source.image_sizes(0).tolist() == [[40, 60], [1, 1]]
+    with pytest.raises(BadSampleError, match=r"b\.png cannot be read"):
+        source.load(1, epoch=0)
 
 
 def test_predictions_are_a_dataset(tmp_path: Path) -> None:

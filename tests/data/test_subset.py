@@ -33,6 +33,8 @@ def test_parts_share_no_image_and_lose_no_sample(tmp_path: Path, member: Any) ->
     assert len(train) + len(val) == len(dataset.build())
     assert isinstance(val, HasCategoryIds) == isinstance(dataset.build(), HasCategoryIds)
     assert val.provenance.split.startswith("25 % of ")
+    for part in (train, val):  # so that a feature cache notices a replaced image
+        assert [str(file) for file in part.image_files()] == part.image_keys()
 
 
 def test_the_seed_selects_the_images(tmp_path: Path) -> None:

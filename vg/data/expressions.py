@@ -26,7 +26,7 @@ from vg.data.detection.annotations import (
 from vg.data.detection.issues import Issues, RaiseFirstError
 from vg.data.detection.odvg_lines import read_lines
 from vg.data.detection.source import check_image_root, read_annotated_image
-from vg.data.images import find_image, image_key, image_size
+from vg.data.images import find_size, image_files, image_key
 from vg.data.source import Provenance, Task
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import BadSampleError, DataError
@@ -79,7 +79,7 @@ class CsvConfig(Settings):
     - `image`, `file_name` or `filename`: the file below `image_root`;
     - `phrase`, `expression`, `caption` or `text`;
     - the box in pixels: `left, top, right, bottom`, or `x1, y1, x2, y2`, or `x, y, width, height`, or one list of four
-      numbers in `box_xyxy` or `box_xywh`;
+      numbers in `box_xyxy` or `box_xywh`; of the image as viewers show it, with its EXIF orientation applied;
     - optionally `split`.
 
     Other columns are ignored. This includes what `vg predict --format csv` writes.
@@ -145,7 +145,9 @@ class CsvConfig(Settings):
                 image.boxes.append(AnnotatedBox(names.setdefault(phrase, len(names)), box, location))
         root = Path(self.image_root) if self.image_root is not None else Path(self.path).resolve().parent
         box_format = BOX[columns.box] if columns else XYXY
-        return Annotations.of(list(images.values()), list(names), 0, image_root=root, box_format=box_format)
+        return Annotations.of(
+            list(images.values()), list(names), 0, image_root=root, box_format=box_format, upright=True
+        )
 
 
 class CsvExpressions:
@@ -174,7 +176,7 @@ class CsvExpressions:
     def load(self, index: int, epoch: int) -> Sample:
         """Return the sample of one row; raises BadSampleError that names it if its image cannot be read."""
         try:
-            image = read_annotated_image(self._files[self._images[index]], self._root, (0, 0))
+            image = read_annotated_image(self._files[self._images[index]], self._root, (0, 0), upright=True)
         except BadSampleError as error:
             raise BadSampleError(f"{self._path}, {self._locations[index]}: {error}") from error
         return Sample(self._id(index), image, self._phrase(index), self._boxes[[index]], np.zeros(1, np.int64))
@@ -182,6 +184,10 @@ class CsvExpressions:
     def image_keys(self) -> list[str]:
         keys = [image_key(file, self._root) for file in self._files]
         return [keys[image] for image in self._images.tolist()]
+
+    def image_files(self) -> list[Path | None]:
+        files = image_files(self._files, self._root)
+        return [files[image] for image in self._images.tolist()]
 
     def image_groups(self, epoch: int) -> np.ndarray:
         return self._images
@@ -205,8 +211,8 @@ class CsvExpressions:
 
     @cached_property
     def _sizes(self) -> np.ndarray:  # [I, 2] (height, width)
-        files = [find_image(file, self._root) for file in self._files]
-        return np.array([image_size(file, str(file)) for file in files], np.int64).reshape(-1, 2)
+        sizes = [find_size(file, self._root, upright=True) for file in self._files]
+        return np.array(sizes, np.int64).reshape(-1, 2)
 
 
 def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

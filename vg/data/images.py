@@ -21,6 +21,7 @@ MAX_PIXELS = int(os.environ.get("VG_MAX_PIXELS", 100_000_000))  # larger images 
 Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, MAX_PIXELS)  # of PIL, which must not be lower
 _FOLDERS = ("", "train2014", "train2017", "val2014", "val2017", "images")  # 2017 has the images of 2014
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+UNKNOWN_SIZE = 1, 1  # (height, width) of an image that cannot be read; loading its sample raises or skips it
 COCO_KEY = "coco/"  # what the keys of COCO images begin with
 _COCO = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})(?:_\d+)?")  # RefCOCO appends the id of an annotation
 # Within `decoded_once`: image and pixels by image (its id, if it is opened, which is not reused while it is kept).
@@ -126,6 +127,14 @@ def image_size(source: Path | bytes | Image.Image, name: str, upright: bool = Fa
     """Return (height, width) of what `read_image` returns, from the file header; same arguments and errors."""
     with _opened(source, name) as image:
         return (image.width, image.height) if upright and _is_rotated(image) else (image.height, image.width)
+
+
+def find_size(name: str, root: Path, upright: bool = False) -> tuple[int, int]:
+    """Return (height, width) of an image below `root`; UNKNOWN_SIZE if it cannot be read."""
+    try:
+        return image_size(find_image(name, root), name, upright)
+    except BadSampleError:
+        return UNKNOWN_SIZE
 
 
 def is_rotated(source: Path | bytes, name: str) -> bool:

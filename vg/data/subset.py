@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, Generic, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from vg.data.source import (
     HasCategoryIds,
     HasClasses,
     HasFingerprint,
+    HasImageFiles,
     HasImageKeys,
     Loaded,
     Source,
@@ -50,6 +52,10 @@ class Subset(Generic[Loaded]):
 
     def image_groups(self, epoch: int) -> np.ndarray:
         return with_image_groups(self.source).image_groups(epoch)[self.indices]
+
+    def image_files(self) -> list[Path | None]:
+        files = self.source.image_files() if isinstance(self.source, HasImageFiles) else [None] * len(self.source)
+        return [files[index] for index in self.indices]
 
     def shard_ends(self) -> np.ndarray:
         return np.searchsorted(self.indices, shard_ends(self.source))

@@ -175,8 +175,13 @@ def test_detected_formats(tmp_path: Path) -> None:
     voc(tmp_path / "voc", "")
     assert detect_format(tmp_path / "voc")["train"]["name"] == "voc"
     (tmp_path / "voc" / "ImageSets" / "Main").mkdir(parents=True)
-    (tmp_path / "voc" / "ImageSets" / "Main" / "val.txt").write_text("a")
-    assert detect_format(tmp_path / "voc") == {"val": {"name": "voc", "path": str(tmp_path / "voc"), "split": "val"}}
+    (tmp_path / "voc" / "ImageSets" / "Main" / "test.txt").write_text("a")
+    with pytest.raises(DataError, match="voc has test, but no train: name the part to train on train"):
+        detect_format(tmp_path / "voc")
+    (tmp_path / "voc" / "ImageSets" / "Main" / "trainval.txt").write_text("a")
+    in_voc = {"name": "voc", "path": str(tmp_path / "voc")}
+    expected = {"train": in_voc | {"split": "trainval"}, "test": in_voc | {"split": "test"}}
+    assert list(detect_format(tmp_path / "voc").items()) == list(expected.items())
     yolo(tmp_path / "yolo", "")
     assert detect_format(tmp_path / "yolo") == detect_format(tmp_path / "yolo" / "data.yaml")
     assert detect_format(Path(__file__).parents[3] / "configs" / "demo_rec.yaml") == {}
@@ -184,6 +189,14 @@ def test_detected_formats(tmp_path: Path) -> None:
         (tmp_path / "both" / "annotations").mkdir(parents=True, exist_ok=True)
         (tmp_path / "both" / "annotations" / f"{name}.json").write_text("{}")
     assert list(detect_format(tmp_path / "both")) == ["train", "val"]
+    (tmp_path / "two").mkdir()
+    for name in ("train_val", "test"):
+        (tmp_path / "two" / f"{name}.json").write_text("{}")
+    files = {split: settings["path"] for split, settings in detect_format(tmp_path / "two").items()}
+    assert files == {
+        "train": str(tmp_path / "two" / "train_val.json"),
+        "test": str(tmp_path / "two" / "test.json"),
+    }
     for path, message in (
         (tmp_path / "none", "does not exist"),
         (tmp_path, "neither data.yaml"),

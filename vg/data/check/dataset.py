@@ -74,7 +74,7 @@ class CheckedDataset:
         if self.load_image is not None:
             return self.load_image(index)
         file = find_image(self.annotations.files[index], self.annotations.image_root)
-        return read_image(file, str(file), upright=self.annotations.relative)
+        return read_image(file, str(file), upright=self.annotations.upright)
 
     @cached_property
     def limits(self) -> np.ndarray:
@@ -82,7 +82,7 @@ class CheckedDataset:
         sizes = self.annotations.sizes.copy()  # [I, 2]
         for index, file in self.image_files.items():
             if not sizes[index].all():
-                sizes[index] = file.size[::-1] if file.is_rotated and self.annotations.relative else file.size
+                sizes[index] = file.size[::-1] if file.is_rotated and self.annotations.upright else file.size
         return sizes[self.annotations.image_indices][:, ::-1].astype(np.float64)
 
     def to_pixels(self, box_format: BoxFormat) -> np.ndarray:

@@ -19,7 +19,7 @@ Kind: TypeAlias = Literal["coco", "odvg", "csv"]
 _TITLES: dict[Kind, str] = {"coco": "COCO", "odvg": "ODVG", "csv": "expressions"}
 _SUFFIXES = (".json", ".jsonl", ".csv")
 # The first existing one is for training, the others are for evaluation.
-_SPLITS = ("train", "val", "valid", "validation", "test")
+_SPLITS = ("train", "val", "valid", "validation", "dev", "test")
 
 
 def detect_format(path: Path) -> dict[str, dict[str, Any]]:
@@ -34,15 +34,22 @@ def detect_format(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         raise DataError(f"{path} does not exist; give the path of a configuration or a dataset")
     if path.is_dir():
-        return _detect_folder(path)
-    if path.suffix in (".yaml", ".yml"):
-        return _yolo_splits(path)
-    if path.suffix in _SUFFIXES:
-        return _file_splits(path)
-    raise DataError(
-        f"{path} is not a dataset: expected a .json (COCO), a .jsonl (ODVG, or expressions), a .csv (expressions), a "
-        "folder with Annotations and JPEGImages (Pascal VOC), or a folder with data.yaml (YOLO)"
-    )
+        found = _detect_folder(path)
+    elif path.suffix in (".yaml", ".yml"):
+        found = _yolo_splits(path)
+    elif path.suffix in _SUFFIXES:
+        found = _file_splits(path)
+    else:
+        raise DataError(
+            f"{path} is not a dataset: expected a .json (COCO), a .jsonl (ODVG, or expressions), a .csv (expressions), "
+            "a folder with Annotations and JPEGImages (Pascal VOC), or a folder with data.yaml (YOLO)"
+        )
+    if found and "train" not in found:
+        raise DataError(
+            f"{path} has {' and '.join(found)}, but no train: name the part to train on train (the file, the list in "
+            "ImageSets/Main, the key in data.yaml, or the cells of the column split)"
+        )
+    return found
 
 
 def _detect_folder(folder: Path) -> dict[str, dict[str, Any]]:
@@ -69,14 +76,18 @@ def _detect_folder(folder: Path) -> dict[str, dict[str, Any]]:
     if yolo:
         return _yolo_splits(yolo) or {"train": {"name": "yolo", "path": str(yolo)}}
     if voc:
-        splits = [split for split in _SPLITS if (folder / "ImageSets" / "Main" / f"{split}.txt").is_file()]
+        lists = {file.stem for file in (folder / "ImageSets" / "Main").glob("*.txt")}
         settings = {"name": "voc", "path": str(folder)}
-        return {split: settings | {"split": split} for split in splits} if splits else {"train": settings}
+        splits = {split: settings | {"split": split} for split in _SPLITS if split in lists}
+        if "trainval" in lists and "train" not in lists:
+            splits = {"train": settings | {"split": "trainval"}} | splits
+        return splits or {"train": settings}
     root = {} if roboflow else {"image_root": str(folder)}
     if len(files) == 1:
         settings = root if file_of.keys() != {"coco"} and files[0].parent != folder else {}
         return {split: values | settings for split, values in _file_splits(files[0]).items()}
-    by_split = {split: [file for file in files if split in _words(file, folder)] for split in _SPLITS}
+    split_of = {file: next((split for split in _SPLITS if split in _words(file, folder)), None) for file in files}
+    by_split = {split: [file for file in files if split_of[file] == split] for split in _SPLITS}
     if any(by_split.values()) and all(len(named) <= 1 for named in by_split.values()):
         return {split: _settings(named[0]) | root for split, named in by_split.items() if named}
     known = ", ".join(str(file.relative_to(folder)) for file in files[:10]) or "no .json, .jsonl or .csv file either"
@@ -117,18 +128,17 @@ def _file_splits(file: Path) -> dict[str, dict[str, Any]]:
     """Return the settings for one file, or for each split that its column `split` names.
 
     Raises:
-        DataError: no row has the split "train".
+        DataError: the column is empty in some rows.
     """
     settings = _settings(file)
-    values = {str(row[SPLIT]) for _, row in read_rows(file) if SPLIT in row} if settings["name"] == "csv" else set()
-    if not values:
+    rows = [row for _, row in read_rows(file)] if settings["name"] == "csv" else []
+    if not any(SPLIT in row for row in rows):
         return {"train": settings}
-    if "train" not in values:
-        raise DataError(
-            f"{file}: the column {SPLIT!r} has {', '.join(sorted(values))}, but no row has 'train'; write it there, or "
-            "rename the column to use all rows"
-        )
-    return {split: settings | {"split": split} for split in _SPLITS if split in values}
+    cells = {str(row.get(SPLIT) or "").strip() for row in rows}
+    if "" in cells:
+        raise DataError(f"{file}: the column {SPLIT!r} is empty in some rows; fill it in, or rename it to use all rows")
+    names = [split for split in _SPLITS if split in cells] + sorted(cells - set(_SPLITS))
+    return {split: settings | {"split": split} for split in names}
 
 
 def _is_label_map(file: Path) -> bool:
@@ -137,7 +147,7 @@ def _is_label_map(file: Path) -> bool:
 
 def _words(file: Path, folder: Path) -> set[str]:
     """Words that may name the split in annotations/instances_val2017.json or valid/_annotations.coco.json."""
-    name = str(file.relative_to(folder).with_suffix("")).lower()
+    name = str(file.relative_to(folder).with_suffix("")).lower().replace("trainval", "train")
     return {word.rstrip("0123456789") for word in re.split(r"[/\-._]", name)}
 
 

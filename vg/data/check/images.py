@@ -31,7 +31,7 @@ def check_images(dataset: CheckedDataset, indices: Sequence[int]) -> None:
             if not file.digest:
                 what, fix = "missing images", "put them there, or set image_root to the folder that contains them"
             dataset.issues.add("error", what, fix, [f"{files[index]}: {file.error}"])
-        elif not dataset.annotations.relative:
+        elif not dataset.annotations.upright:
             _check_size(dataset, index, file)
 
 

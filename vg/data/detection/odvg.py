@@ -17,7 +17,7 @@ from vg.data.detection.line_files import LineFiles, label_map_of
 from vg.data.detection.odvg_lines import LineParser, read_label_map
 from vg.data.detection.source import check_image_root, clip_boxes, read_annotated_image
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
-from vg.data.images import find_image, image_files, image_key, image_size
+from vg.data.images import find_size, image_files, image_key
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import BadSampleError
@@ -167,7 +167,7 @@ class OdvgSource:
             row = self._parser().row(*self._lines[index]) or {}
             files.append(str(row.get("filename")))
             size = to_size(row.get("height"), row.get("width"))
-            sizes.append(size if all(size) else image_size(find_image(files[-1], self._root), files[-1]))
+            sizes.append(size if all(size) else find_size(files[-1], self._root))
         return files, np.array(sizes, np.int64).reshape(-1, 2)
 
     def _check_boxes(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from vg.data.detection.annotations import MIN_SIDE, Annotations
 from vg.data.detection.vocabulary import Vocabulary
-from vg.data.images import find_image, image_files, image_key, image_size, read_image
+from vg.data.images import find_image, find_size, image_files, image_key, read_image
 from vg.data.source import OVERHANG, Provenance
 from vg.errors import BadSampleError, DataError
 from vg.types import Sample
@@ -52,7 +52,7 @@ class DetectionSource:
         self._boxes = annotations.xyxy[order].astype(np.float32)  # [A, 4] in pixels or, if relative, in 0..1
         self._labels, self._crowd = labels[order], annotations.crowd[order]  # [A] both
         self._areas = None if areas is None else areas[order].astype(np.float32)  # [A]
-        self._relative = annotations.relative
+        self._relative, self._upright = annotations.relative, annotations.upright
         self._min_side = min_side
         if not len(self._boxes):
             warnings.warn(f"{provenance}: no image has a box; annotate them, or use the right file", stacklevel=3)
@@ -63,7 +63,7 @@ class DetectionSource:
 
     def load(self, index: int, epoch: int) -> Sample:
         """Return the sample of one image; the epoch matters where the vocabulary samples phrases."""
-        image = read_annotated_image(self._files[index], self._root, self._annotated_sizes[index], self._relative)
+        image = read_annotated_image(self._files[index], self._root, self._annotated_sizes[index], self._upright)
         own = slice(self._starts[index], self._starts[index + 1])
         boxes = self._boxes[own] * _scale(image) if self._relative else self._boxes[own]  # [N, 4]
         boxes, kept = clip_boxes(boxes, image, self._min_side)
@@ -93,8 +93,7 @@ class DetectionSource:
     def _sizes(self) -> np.ndarray:
         sizes = self._annotated_sizes.copy()
         for index in np.flatnonzero((sizes == 0).any(axis=1)).tolist():
-            file = find_image(self._files[index], self._root)
-            sizes[index] = image_size(file, str(file), self._relative)
+            sizes[index] = find_size(self._files[index], self._root, self._upright)
         return sizes
 
     def image_keys(self) -> list[str]:

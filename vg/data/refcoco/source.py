@@ -6,14 +6,15 @@ import hashlib
 import json
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from vg.data.images import image_files, image_key, image_size, read_image
+from vg.data.images import UNKNOWN_SIZE, image_files, image_key, image_size, read_image
 from vg.data.refcoco.official import Counts, check_counts
 from vg.data.refcoco.rows import (
     COLUMNS,
@@ -217,5 +218,11 @@ class Refcoco:
     @cached_property
     def _sizes(self) -> np.ndarray:  # [rows, 2] (height, width)
         rows = (self._table.row(row) for row in range(len(self._table.rows)))
-        sizes = [image_size(*image_source(row, self._image_root)) for row in rows]
-        return np.array(sizes, np.int64).reshape(-1, 2)
+        return np.array([_size(row, self._image_root) for row in rows], np.int64).reshape(-1, 2)
+
+
+def _size(row: Mapping[str, Any], image_root: Path | None) -> tuple[int, int]:
+    try:
+        return image_size(*image_source(row, image_root))
+    except BadSampleError:
+        return UNKNOWN_SIZE
