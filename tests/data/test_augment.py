@@ -98,6 +98,18 @@ def test_crop_contains_all_boxes() -> None:
     assert len(sizes) > 10, "crops differ"
 
 
+def test_crop_contains_boxes_of_fractions_of_pixels() -> None:
+    augment = AugmentConfig(crop=1).build()
+    assert augment is not None
+    for height, width in ((40, 60), (2, 3), (1, 1)):
+        inset = min(height, width) * 0.3001
+        box = np.array([[inset, inset, width - inset, height - inset]], np.float32)
+        for seed in SEEDS:
+            sample = Sample("a", np.zeros((height, width, 3), np.uint8), ("x",), box, np.zeros(1, np.int64))
+            cropped = augment(sample, seed)
+            np.testing.assert_allclose(cropped.boxes[:, 2:] - cropped.boxes[:, :2], box[:, 2:] - box[:, :2], atol=1e-3)
+
+
 def test_color_jitter_keeps_boxes_phrases_and_hues() -> None:
     augment = AugmentConfig(color=0.3).build()
     assert augment is not None

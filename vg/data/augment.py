@@ -68,19 +68,17 @@ class Augment:
 
         self.config = config
         self.flip = _with_boxes(A.HorizontalFlip(p=1))
-        self.crop = _with_boxes(A.BBoxSafeRandomCrop(p=1))
         jitter = (1 - config.color, 1 + config.color)
         self.color = A.ColorJitter(jitter, jitter, jitter, hue=(0, 0), p=1)
 
     def __call__(self, sample: Sample, seed: tuple[int, int, int]) -> Sample:
         random = np.random.default_rng(seed)
         flip, crop = random.random(2) < (self.config.flip, self.config.crop)
-        self.crop.set_random_seed(int(random.integers(2**31)))
         self.color.set_random_seed(int(random.integers(2**31)))
         if flip and (phrases := _mirrored_phrases(sample)):
             sample = replace(_transformed(self.flip, sample), phrases=phrases)
         if crop:
-            sample = _transformed(self.crop, sample)
+            sample = _cropped(sample, random)
         if self.config.resize:
             sample = self._resized(sample, self.config.resize, random)
         if self.config.color:
@@ -107,6 +105,20 @@ class Augment:
             top = int(random.integers(height - crop_height + 1))
             sample = _transformed(_with_boxes(A.Crop(left, top, left + crop_width, top + crop_height, p=1)), sample)
         return replace(sample, shortest=int(random.choice(config.shortest)))
+
+
+def _cropped(sample: Sample, random: np.random.Generator) -> Sample:
+    """Crop to a random region of whole pixels that contains all boxes completely; all of an image without boxes."""
+    import albumentations as A
+
+    if not len(sample.boxes):
+        return sample
+    height, width = sample.image.shape[:2]
+    left, top = np.floor(sample.boxes[:, :2].min(axis=0)).astype(int).tolist()
+    right, bottom = np.ceil(sample.boxes[:, 2:].max(axis=0)).astype(int).tolist()
+    left, top = int(random.integers(left + 1)), int(random.integers(top + 1))
+    right, bottom = int(random.integers(right, width + 1)), int(random.integers(bottom, height + 1))
+    return _transformed(_with_boxes(A.Crop(left, top, right, bottom, p=1)), sample)
 
 
 def _mirrored_phrases(sample: Sample) -> tuple[str, ...]:
