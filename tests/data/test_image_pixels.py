@@ -29,6 +29,14 @@ def test_16_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
     np.testing.assert_array_equal(array_to_rgb(np.repeat(RAMP[..., None], 3, axis=2), "x"), EXPECTED)
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64, np.uint32])
+def test_8_bits_in_larger_integers_are_not_scaled(dtype: type[np.generic]) -> None:
+    image = np.arange(256).reshape(16, 16)
+    np.testing.assert_array_equal(array_to_rgb(image.astype(dtype), "x")[..., 0], image)
+    np.testing.assert_array_equal(image_to_rgb(Image.fromarray(image.astype(np.int32)), "x")[..., 0], image)
+    assert array_to_rgb(image.astype(np.uint16), "x").max() == 1, "a dark image of 16 bits"
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_transparent_pixels_are_white(mode: str) -> None:
     image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))

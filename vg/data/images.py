@@ -203,6 +203,8 @@ def image_to_rgb(image: Image.Image, name: str) -> np.ndarray:
 def array_to_rgb(array: np.ndarray, name: str) -> np.ndarray:
     """Convert an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (RGBA) of 8 or 16 bits -> [H, W, 3] uint8, RGB.
 
+    Integers of another size than 8 and 16 bits are of 8 bits if none exceeds 255.
+
     Raises:
         BadSampleError: another shape, no pixels, or values of unknown range.
     """
@@ -220,7 +222,9 @@ def array_to_rgb(array: np.ndarray, name: str) -> np.ndarray:
                 f"image {name} has {array.dtype} values from {array.min():g} to {array.max():g}, whose range is "
                 "unknown; convert it to 8 bits (0 to 255)"
             )
-        array = np.round(array / 257).astype(np.uint8)  # 65535 -> 255
+        if array.dtype == np.uint16 or array.max() > 255:
+            array = np.round(array / 257)  # 16 bits: 65535 -> 255
+        array = array.astype(np.uint8)
     if array.shape[2] == 4:
         alpha = array[..., 3:] / np.float32(255)
         array = np.round(array[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
