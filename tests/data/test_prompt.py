@@ -241,6 +241,14 @@ def test_an_expression_of_unknown_tokens_is_logged_once(
     assert message.startswith("val/3: all tokens of the phrase '猫 犬' are unknown to the tokenizer")
 
 
+def test_expressions_leave_the_tokenizer_as_it_is(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Threads share it, and its padding would change what another thread is tokenizing."""
+    text = Expressions(TextSpec(tokenizer, 8)).arrays(["red", "red dog"], ["a", "b"])
+    assert text.mask.tolist() == [[True, True, True, False], [True] * 4]
+    assert text.token_ids[0, 3] == tokenizer.pad_token_id
+    assert tokenizer.backend_tokenizer.padding is None
+
+
 def test_the_longest_phrase_that_fits(tokenizer: PreTrainedTokenizerBase) -> None:
     text = prompts(tokenizer, sample("red circle left of dog"), max_tokens=8)
     assert words(tokenizer, text) == "[CLS] red circle left of dog . [SEP]"

@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 _CACHE_SIZE = 100_000  # phrases: more than any list of classes; some ten megabytes
 _MOST_UNKNOWN = 10  # phrases of unknown words that are reported
-_PADDED = {"padding": True, "padding_side": "right", "return_attention_mask": True, "return_tensors": "np"}
 _STREAM = 2  # separates these random numbers from others of the same seed, epoch and index
 
 
@@ -59,36 +58,37 @@ class Expressions:
         valid = ["" if index in invalid else expression for index, expression in enumerate(expressions)]
         rows = self.spec.tokenizer(valid, verbose=False)["input_ids"]
         extra = self.extra.problems(samples) if self.extra else {}
-        return extra | self._problems(names, expressions, rows, [len(row) for row in rows]) | invalid
+        return extra | self._problems(names, expressions, rows) | invalid
 
     def arrays(self, expressions: Sequence[str], names: Sequence[str]) -> TextArrays:
         """Return one prompt per expression; raise BadSampleError with the name of one that the model cannot take."""
         for name, expression in zip(names, expressions, strict=True):
             if not is_unicode(expression):
                 raise BadSampleError(_not_unicode(name, expression))
-        tokens = self.spec.tokenizer(list(expressions), **_PADDED)
-        token_ids, mask = tokens["input_ids"].astype(np.int64), tokens["attention_mask"].astype(bool)  # [R, T]
-        for problem in self._problems(names, expressions, token_ids.tolist(), mask.sum(axis=1).tolist()).values():
+        # Padding is a state of tokenizers, and threads share this one.
+        rows = self.spec.tokenizer(list(expressions), verbose=False)["input_ids"]
+        for problem in self._problems(names, expressions, rows).values():
             raise BadSampleError(problem)
+        lengths = np.array([len(row) for row in rows], np.int64)
+        mask = np.arange(lengths.max(initial=0)) < lengths[:, None]  # [R, T]
+        token_ids = np.full(mask.shape, self.spec.tokenizer.pad_token_id or 0, np.int64)
+        token_ids[mask] = np.concatenate(rows) if rows else ()
         extra = self.extra.arrays(expressions, names) if self.extra else None
         return TextArrays(token_ids, mask, mask[:, None], np.arange(len(expressions)), extra)
 
-    def _problems(
-        self, names: Sequence[str], expressions: Sequence[str], rows: Sequence[list[int]], lengths: Sequence[int]
-    ) -> dict[int, str]:
+    def _problems(self, names: Sequence[str], expressions: Sequence[str], rows: Sequence[list[int]]) -> dict[int, str]:
         """Describe each expression that has too many tokens, and report those of unknown words.
 
         Args:
-            rows: the tokens of each expression, and maybe padding.
-            lengths: the numbers of tokens without padding.
+            rows: the tokens of each expression.
         """
         problems = {}
         for index, (name, expression, row) in enumerate(zip(names, expressions, rows, strict=True)):
             if self._special.issuperset(row):
                 self._unknown.report(name, expression)
-            if lengths[index] > self.spec.max_tokens:
+            if len(row) > self.spec.max_tokens:
                 problems[index] = (
-                    f"{name}: the expression has {lengths[index]} tokens, the model takes {self.spec.max_tokens} "
+                    f"{name}: the expression has {len(row)} tokens, the model takes {self.spec.max_tokens} "
                     f"(raise model.max_tokens): {expression[:80]!r}"
                 )
         return problems
