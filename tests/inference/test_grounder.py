@@ -174,6 +174,15 @@ def test_empty_phrases_raise(grounder: vg.Grounder, phrases: str | list[str]) ->
         grounder.predict(scene(), phrases)
 
 
+def test_predict_and_crop_has_the_threshold_of_the_model(
+    grounder: vg.Grounder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vg.Grounder, "threshold", lambda self, threshold: 1.0 if threshold is None else threshold)
+    with pytest.raises(DataError, match="no box reaches the threshold of the model"):
+        vg.predict_and_crop(scene(), "red circle", grounder)
+    assert vg.predict_and_crop(scene(), "red circle", grounder, threshold=0.0)[0].size
+
+
 def test_boxes_below_the_threshold_are_left_out(grounder: vg.Grounder) -> None:
     everything = grounder.predict(scene(), "red circle")
     assert len(everything.boxes) == 5
