@@ -114,7 +114,8 @@ def test_frames_of_a_video(tmp_path: Path, grounder: vg.Grounder) -> None:
 def test_images_of_a_coco_file(folder: Path, grounder: vg.Grounder) -> None:
     images = [{"id": 7, "file_name": "00.png"}, {"id": 9, "file_name": "more/01.png"}]
     (folder / "coco.json").write_text(json.dumps({"images": images}))
-    assert [result.name for result in grounder(folder / "coco.json", "square")] == ["00.png", "more/01.png"]
+    names = [str(folder / "00.png"), str(folder / "more/01.png")]
+    assert [result.name for result in grounder(folder / "coco.json", "square")] == names
     (folder / "odd.json").write_text('{"images": [{"id": 1}]}')
     with pytest.raises(BadSampleError, match=r"odd\.json is not a COCO file with images that have a file_name"):
         grounder(folder / "odd.json", "square")
@@ -246,6 +247,19 @@ def test_an_image_that_is_given_twice_has_one_result(detector: Path, folder: Pat
     predict(detector, image, folder, image, "-p", "dog", "--output", tmp_path / "out", "--no-draw", "--batch-size", 1)
     names = [record["image"] for record in records(tmp_path / "out")]
     assert len(names) == len(set(names)) == COUNT
+
+
+def test_coco_files_with_equal_names_of_different_images(detector: Path, tmp_path: Path) -> None:
+    files = []
+    for number, name in enumerate(("first", "second")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (30 + number, 20)).save(tmp_path / name / "0001.png")
+        files.append(tmp_path / name / "coco.json")
+        files[-1].write_text('{"images": [{"id": 1, "file_name": "0001.png"}]}')
+    predict(detector, *files, "-p", "dog", "--output", tmp_path / "out")
+    found = {record["image"]: record["width"] for record in records(tmp_path / "out")}
+    assert found == {str(tmp_path / "first/0001.png"): 30, str(tmp_path / "second/0001.png"): 31}
+    assert len(list((tmp_path / "out/drawn").iterdir())) == 2
 
 
 def test_other_settings_need_another_folder(detector: Path, folder: Path, tmp_path: Path) -> None:

@@ -154,12 +154,16 @@ def _frames(path: str, every: int) -> tuple[Iterator[NamedImage], int | None]:
 
 
 def _of_coco(file: Path) -> tuple[Iterator[NamedImage], int]:
-    """The images of a COCO json file, in its folder or the usual ones below it."""
+    """The images of a COCO json file, in its folder or the usual ones below it.
+
+    Their names begin with that folder, because another file may have other images of the same names.
+    """
     try:
         names = [str(image["file_name"]) for image in json.loads(file.read_bytes())["images"]]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise BadSampleError(f"{file} is not a COCO file with images that have a file_name: {error!r}") from error
-    return (NamedImage(name, partial(_read_below, name, file.parent)) for name in names), len(names)
+    images = (NamedImage(str(file.parent / name), partial(_read_below, name, file.parent)) for name in names)
+    return images, len(names)
 
 
 def _read_below(name: str, root: Path) -> np.ndarray:
