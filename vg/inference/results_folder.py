@@ -51,8 +51,12 @@ class ResultsFolder:
             )
         path.mkdir(parents=True, exist_ok=True)
         write_json(file, settings)
-        self.names = set(self._completed())
-        self._stems: dict[str, str] = {}  # names of images -> of their files, which differ
+        self.names: set[str] = set()
+        self._given: set[str] = set()  # names that `lacks` has seen
+        self._stems: set[str] = set()  # of the files of images, in the order of the records: equal in every command
+        for name in self._completed():
+            self.names.add(name)
+            self._new_stem(name)
 
     def _completed(self) -> list[str]:
         """Return the names of the images that have a record; the last line may be torn by a crash, and is removed."""
@@ -66,20 +70,19 @@ class ResultsFolder:
         return [str(record["image"]) for record in read_records(self._results)]
 
     def lacks(self, name: str) -> bool:
-        """Whether an image has no result yet, False if asked again; called for all in order, it names their files."""
-        if name in self._stems:  # given twice; its result may not be there yet
+        """Whether an image has no result yet; False if asked again."""
+        if name in self._given:  # given twice; its result may not be there yet
             return False
-        stem = re.sub(r"[^\w.#-]+", "_", re.sub(r"\.\w{3,4}$", "", name)).strip("_.")[-150:] or "image"
-        taken = set(self._stems.values())
-        self._stems[name] = next(x for x in chain([stem], (f"{stem}_{n}" for n in count(2))) if x not in taken)
+        self._given.add(name)
         return name not in self.names
 
     def add(self, result: Result, draw: bool, crops: bool) -> None:
         """Write the images of a result, then its record."""
+        stem = self._new_stem(result.name)
         if draw:
-            self._save("drawn", result.name, "", result.draw(max(READABLE_SIDE, *result.size)))
+            self._save("drawn", stem, result.draw(max(READABLE_SIDE, *result.size)))
         for number, pixels in enumerate(result.crop() if crops else ()):
-            self._save("crops", result.name, f"_{number}", pixels)
+            self._save("crops", f"{stem}_{number}", pixels)
         with self._results.open("a", encoding="utf-8") as file:
             file.write(result.to_json() + "\n")
         self.names.add(result.name)
@@ -93,7 +96,14 @@ class ResultsFolder:
                 write_results(read_records(self._results), path, format)
         return sorted(path for path in self.path.iterdir() if path.name != "settings.json")
 
-    def _save(self, folder: str, name: str, suffix: str, pixels: np.ndarray) -> None:
-        path = self.path / folder / f"{self._stems[name]}{suffix}.png"
+    def _new_stem(self, name: str) -> str:
+        """Return a name for the files of an image that no other image has."""
+        stem = re.sub(r"[^\w.#-]+", "_", re.sub(r"\.\w{3,4}$", "", name)).strip("_.")[-150:] or "image"
+        new = next(x for x in chain([stem], (f"{stem}_{n}" for n in count(2))) if x not in self._stems)
+        self._stems.add(new)
+        return new
+
+    def _save(self, folder: str, stem: str, pixels: np.ndarray) -> None:
+        path = self.path / folder / f"{stem}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(path)

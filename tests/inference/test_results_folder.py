@@ -1,0 +1,46 @@
+"""The folder of results: what earlier commands finished stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vg.inference.result import Result
+from vg.inference.results_folder import ResultsFolder
+
+SETTINGS = {"checkpoint": "model", "phrases": ["dog"]}
+
+
+def result(name: str, gray: int) -> Result:
+    """One box on an image of one color."""
+    box, one = np.array([[4, 4, 20, 20]], np.float32), np.ones(1, np.float32)
+    return Result(name, np.full((40, 60, 3), gray, np.uint8), ("dog",), box, one, np.zeros(1, np.int64))
+
+
+def fill(path: Path, images: dict[str, int], unusable: tuple[str, ...] = ()) -> None:
+    """Add the results of images (name -> gray) that have none, as a command does."""
+    folder = ResultsFolder(path, SETTINGS)
+    for name in [name for name in images if folder.lacks(name) and name not in unusable]:
+        folder.add(result(name, images[name]), draw=True, crops=True)
+    folder.finish([])
+
+
+def crops(path: Path) -> dict[str, int]:
+    return {file.name: int(np.asarray(Image.open(file))[0, 0, 0]) for file in (path / "crops").iterdir()}
+
+
+def test_images_that_are_added_later_do_not_replace_files(tmp_path: Path) -> None:
+    fill(tmp_path, {"photos/cat.png": 50})
+    drawn = (tmp_path / "drawn/photos_cat.png").read_bytes()
+    fill(tmp_path, {"photos/cat.jpg": 200, "photos/cat.png": 50})
+    assert crops(tmp_path) == {"photos_cat_0.png": 50, "photos_cat_2_0.png": 200}
+    assert (tmp_path / "drawn/photos_cat.png").read_bytes() == drawn
+
+
+def test_images_that_were_unusable_do_not_replace_files(tmp_path: Path) -> None:
+    images = {"photos/cat.jpg": 200, "photos/cat.png": 50}
+    fill(tmp_path, images, unusable=("photos/cat.jpg",))
+    fill(tmp_path, images)
+    assert crops(tmp_path) == {"photos_cat_0.png": 50, "photos_cat_2_0.png": 200}
