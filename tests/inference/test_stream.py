@@ -262,6 +262,24 @@ def test_coco_files_with_equal_names_of_different_images(detector: Path, tmp_pat
     assert len(list((tmp_path / "out/drawn").iterdir())) == 2
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes")
+@pytest.mark.parametrize("options", [("--no-draw", "--output"), ("--json", "--crops", "--output"), ("--json",)])
+def test_a_name_that_is_not_unicode(
+    options: tuple[str, ...], detector: Path, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes((folder / "00.png").read_bytes())
+    out = (tmp_path / "out",) if options[-1] == "--output" else ()
+    with pytest.raises(SystemExit) as stopped:
+        predict(detector, folder, "-p", "dog", *options, *out)
+    assert stopped.value.code == 3
+    output = capfd.readouterr()
+    assert r"caf\udce9.png: its name is not valid Unicode; rename it" in output.err
+    if out:
+        assert len(records(*out)) == COUNT
+    if "--json" in options:
+        assert len(output.out.splitlines()) == COUNT
+
+
 def test_other_settings_need_another_folder(detector: Path, folder: Path, tmp_path: Path) -> None:
     out = ("--output", tmp_path / "out", "--no-draw")
     predict(detector, folder, "-p", "dog", *out)

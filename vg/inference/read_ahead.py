@@ -71,12 +71,16 @@ def read_ahead(
 def read_batches(
     batches: Iterator[list[AnyReadable]], prepare: Prepare[AnyReadable] | None, threads: int = NUM_THREADS
 ) -> Iterator[Ready[AnyReadable]]:
-    """Yield every batch in order, also one of which no image can be read; `prepare` runs in the threads that read."""
+    """Yield every batch in order, also one of which no image can be read; `prepare` runs in the threads that read.
+
+    An image whose name is not valid Unicode is one that cannot be read: no result could be written.
+    """
 
     def read(batch: list[AnyReadable]) -> Ready[AnyReadable]:
         ready = Ready[AnyReadable]()
         for image in batch:
             try:
+                _check_name(image.name)
                 ready.pixels.append(image.read())
                 ready.images.append(image)
             except BadSampleError as error:
@@ -95,3 +99,12 @@ def read_batches(
             done = waiting.pop(0).result()
             waiting += [pool.submit(read, batch) for batch in islice(batches, 1)]
             yield done
+
+
+def _check_name(name: str) -> None:
+    """Raise BadSampleError for a name with surrogates: Python has them in names of files that are not UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        escaped = name.encode(errors="backslashreplace").decode()
+        raise BadSampleError(f"image {escaped}: its name is not valid Unicode; rename it") from error
