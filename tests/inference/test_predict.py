@@ -113,6 +113,22 @@ def test_a_model_of_any_number_of_objects_says_that_nothing_is_there(
         grounder(image, phrases, tile=64)
 
 
+def test_a_refused_command_does_not_touch_the_results(expression_model: Path, image: Path, tmp_path: Path) -> None:
+    command = ["predict", str(expression_model), str(image), "-p", "dog", "--device", "cpu", "--output"]
+    new, old = tmp_path / "new", tmp_path / "old"
+    with pytest.raises(SystemExit, match="tile: the model answers one expression"):
+        main([*command, str(new), "--tile", "800"])
+    assert not new.exists()
+    main([*command, str(old), "--crops"])
+    files = {file: file.read_bytes() for file in old.rglob("*.*")}
+    assert len(files) == 4, "settings, results, a drawing and a crop"
+    for wrong, message in ((["--tile", "800"], "tile: the model"), (["--masks", "nowhere"], "nowhere")):
+        with pytest.raises(SystemExit, match=message):
+            main([*command, str(old), "--overwrite", *wrong])
+        assert {file: file.read_bytes() for file in old.rglob("*.*")} == files
+    main([*command, str(old), "--crops"])
+
+
 @pytest.mark.parametrize("threshold", ["30", "-0.1", "nan"])
 def test_a_threshold_outside_of_0_to_1_is_refused(threshold: str, image: Path) -> None:
     with pytest.raises(SystemExit, match=rf"--threshold {threshold}: expected a score or IoU from 0 to 1"):

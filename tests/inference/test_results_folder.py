@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from vg.errors import ConfigError
 from vg.inference.result import Result
 from vg.inference.results_folder import ResultsFolder
 
@@ -29,6 +31,13 @@ def fill(path: Path, images: dict[str, int], unusable: tuple[str, ...] = ()) -> 
 
 def crops(path: Path) -> dict[str, int]:
     return {file.name: int(np.asarray(Image.open(file))[0, 0, 0]) for file in (path / "crops").iterdir()}
+
+
+def test_settings_of_a_folder_without_results_do_not_matter(tmp_path: Path) -> None:
+    ResultsFolder(tmp_path, {**SETTINGS, "tile": 800}).finish([])
+    fill(tmp_path, {"cat.png": 50})
+    with pytest.raises(ConfigError, match=r"has results with other settings \(tile\)"):
+        ResultsFolder(tmp_path, {**SETTINGS, "tile": 800})
 
 
 def test_images_that_are_added_later_do_not_replace_files(tmp_path: Path) -> None:

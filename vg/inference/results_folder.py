@@ -29,6 +29,8 @@ from vg.inference.result import READABLE_SIDE, Result
 class ResultsFolder:
     """Appends results, and knows which images have one.
 
+    Nothing is written or removed before the first result, because a command can be refused until then.
+
     Args:
         settings: JSON values that determine the results.
         overwrite: remove earlier results.
@@ -40,23 +42,21 @@ class ResultsFolder:
     def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool = False):
         self.path = path
         self._results = path / "results.jsonl"
+        self._settings = settings
+        self._overwrite = overwrite
+        self._started = False
+        self.names: set[str] = set()
+        self._given: set[str] = set()  # names that `lacks` has seen
+        self._stems: set[str] = set()  # of the files of images, in the order of the records: equal in every command
+        for name in () if overwrite else self._completed():
+            self.names.add(name)
+            self._new_stem(name)
         file = path / "settings.json"
-        if overwrite:
-            for name in ("settings.json", "results.jsonl", "drawn", "crops"):
-                remove(path / name)
-        elif file.exists() and (found := json.loads(file.read_text(encoding="utf-8"))) != settings:
+        if self.names and file.exists() and (found := json.loads(file.read_text(encoding="utf-8"))) != settings:
             changed = [key for key in settings if found.get(key) != settings[key]]
             raise ConfigError(
                 f"{path} has results with other settings ({', '.join(changed)}): use another --output, or --overwrite"
             )
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(file, settings)
-        self.names: set[str] = set()
-        self._given: set[str] = set()  # names that `lacks` has seen
-        self._stems: set[str] = set()  # of the files of images, in the order of the records: equal in every command
-        for name in self._completed():
-            self.names.add(name)
-            self._new_stem(name)
 
     def _completed(self) -> list[str]:
         """Return the names of the images that have a record; the last line may be torn by a crash, and is removed."""
@@ -78,6 +78,7 @@ class ResultsFolder:
 
     def add(self, result: Result, draw: bool, crops: bool) -> None:
         """Write the images of a result, then its record."""
+        self._start()
         stem = self._new_stem(result.name)
         if draw:
             self._save("drawn", stem, result.draw(max(READABLE_SIDE, *result.size)))
@@ -89,12 +90,23 @@ class ResultsFolder:
 
     def finish(self, formats: Sequence[Format]) -> list[Path]:
         """Write the other formats; return all files and folders."""
+        self._start()
         self._results.touch()
         for format in formats:
             path = self.path / f"results{SUFFIXES[format]}"
             if format != "jsonl":
                 write_results(read_records(self._results), path, format)
         return sorted(path for path in self.path.iterdir() if path.name != "settings.json")
+
+    def _start(self) -> None:
+        """Remove earlier results and write the settings, once."""
+        if self._started:
+            return
+        self._started = True
+        for name in ("settings.json", "results.jsonl", "drawn", "crops") if self._overwrite else ():
+            remove(self.path / name)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "settings.json", self._settings)
 
     def _new_stem(self, name: str) -> str:
         """Return a name for the files of an image that no other image has."""
