@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -127,6 +128,17 @@ def test_a_refused_command_does_not_touch_the_results(expression_model: Path, im
             main([*command, str(old), "--overwrite", *wrong])
         assert {file: file.read_bytes() for file in old.rglob("*.*")} == files
     main([*command, str(old), "--crops"])
+
+
+def test_every_0th_frame_is_refused(expression_model: Path, tmp_path: Path) -> None:
+    clip = str(tmp_path / "clip.avi")
+    video = cv2.VideoWriter(clip, cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
+    video.write(np.zeros((48, 64, 3), np.uint8))
+    video.release()
+    command = ["predict", str(expression_model), clip, "dog", "--every", "0", "--device", "cpu"]
+    for option in (["--json"], ["--output", str(tmp_path / "out")]):
+        with pytest.raises(SystemExit, match="every 0: expected at least 1"):
+            main([*command, *option])
 
 
 @pytest.mark.parametrize("threshold", ["30", "-0.1", "nan"])

@@ -245,7 +245,7 @@ class Grounder:
         for name, value in (("threshold", threshold), ("nms", nms)):
             if value is not None:
                 check_fraction(value, name)
-        for name, number in (("batch_size", batch_size), ("every", every), ("tile", 1 if tile is None else tile)):
+        for name, number in (("batch_size", batch_size), ("tile", 1 if tile is None else tile)):
             if number < 1:
                 raise ConfigError(f"{name} {number}: expected at least 1")
         if not 0 <= overlap <= 0.9:

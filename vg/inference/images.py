@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vg.data.images import array_to_rgb, find_image, list_images, read_image
-from vg.errors import BadSampleError, DataError
+from vg.errors import BadSampleError, ConfigError, DataError
 from vg.hub import loading
 from vg.inference.download import download, is_url
 
@@ -77,8 +77,11 @@ def named_images(
 
     Raises:
         BadSampleError: no images in a folder, or none that match a pattern; an unreadable video or json file.
+        ConfigError: `every` is less than 1.
         DataError: a dataset that cannot be loaded, or without images.
     """
+    if every < 1:
+        raise ConfigError(f"every {every}: expected at least 1")
     if isinstance(images, (np.ndarray, Image.Image, bytes)):
         images = [images]
     if isinstance(images, (str, Path)):
