@@ -229,7 +229,7 @@ def test_json_is_all_of_standard_output(detector: Path, folder: Path, capfd: pyt
 def test_images_from_standard_input(
     detector: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", iter([f"{folder / '00.png'}\n", "\n", f"{folder / 'more'}\n"]))
+    monkeypatch.setattr(sys, "stdin", iter([f"{folder / '00.png'}\n", "\r\n", f"{folder / 'more'}\r\n"]))
     predict(detector, "-", "-p", "dog", "--output", tmp_path / "out", "--no-draw")
     assert len(records(tmp_path / "out")) == 1 + 8
     assert not (tmp_path / "out/drawn").exists()

@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
             check_fraction(value, f"--{name}")
     to_folder = options.crops or options.format or (options.output and not Path(options.output).suffix)
     if inputs == ["-"]:
-        inputs = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        inputs = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     elif len(inputs) == 1 and is_single(inputs[0]) and not (to_folder or options.json):
         return _draw_one(inputs[0], wanted, options, overrides)
     if options.output and Path(options.output).suffix:
