@@ -78,7 +78,7 @@ def named_images(
     Raises:
         BadSampleError: no images in a folder, or none that match a pattern; an unreadable video or json file.
         ConfigError: `every` is less than 1.
-        DataError: a dataset that cannot be loaded, or without images.
+        DataError: a dataset that cannot be loaded, or without images; an item of another type.
     """
     if every < 1:
         raise ConfigError(f"every {every}: expected at least 1")
@@ -131,6 +131,11 @@ def _of_path(path: str, every: int) -> tuple[Iterator[NamedImage], int | None]:
 
 
 def _pixels(image: np.ndarray | Image.Image | bytes, name: str) -> NamedImage:
+    if not isinstance(image, (np.ndarray, Image.Image, bytes)):  # such as a tensor, or its rows
+        raise DataError(
+            f"{name} is of type {type(image).__name__}; expected a path, a URL, a PIL image, the bytes of a file, or "
+            "a NumPy array [H, W, 3]"
+        )
     return NamedImage(name, partial(to_array, image, name))
 
 
