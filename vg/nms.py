@@ -21,12 +21,12 @@ def nms(boxes: np.ndarray, scores: np.ndarray, threshold: float, groups: np.ndar
     while len(left):
         best, left = left[0], left[1:]
         kept.append(int(best))
-        suppressed = (groups[left] == groups[best]) & (_iou(boxes[best], boxes[left]) > threshold)
+        suppressed = (groups[left] == groups[best]) & (box_iou(boxes[best], boxes[left]) > threshold)
         left = left[~suppressed]
     return np.array(kept, np.int64)
 
 
-def _iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+def box_iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Intersection over union of one box [4] and others [K, 4] -> [K]; zero for inverted and empty boxes."""
     size = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
     intersection = size.clip(min=0).prod(axis=1)

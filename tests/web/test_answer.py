@@ -96,6 +96,25 @@ def test_a_repeated_edit_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
+    ("row", "shown"),
+    [
+        (["dog", 0.9, 40, 10, 60, 30], [("dog", 1.0), ("cat", 0.6)]),
+        (["bird", 0.9, 10, 10, 30, 30], [("bird", 1.0), ("cat", 0.6)]),
+        (None, [("cat", 0.6)]),
+    ],
+    ids=["moved", "relabeled", "removed"],
+)
+def test_a_correction_does_not_bring_up_what_nms_dropped(row: list[Any] | None, shown: list[tuple[str, float]]) -> None:
+    table = answer().shown(0.3, 0.7).table()
+    assert [entry[1] for entry in table] == [0.9, 0.6]
+    corrected = answer().with_table([*([row] if row else []), table[1]], 0.3, 0.7)
+    assert [tuple(entry[:2]) for entry in corrected.shown(0.3, 0.7).table()] == shown
+    assert len(corrected.shown(0, 0.7).result) == len(shown) + 1, "the box below the threshold stays"
+    above = answer().with_table([row] if row else [], 0.85, 0.7)
+    assert 0.8 in scores(above, 0), "also one that overlaps stays below the threshold"
+
+
+@pytest.mark.parametrize(
     ("column", "value", "message"),
     [
         (0, " ", "row 3 has no phrase"),

@@ -16,7 +16,7 @@ from PIL import Image
 from vg.errors import DataError
 from vg.inference.formats import SUFFIXES, Format, write_results
 from vg.inference.result import Result
-from vg.nms import nms
+from vg.nms import box_iou, nms
 from vg.web.phrases import checked_label
 
 PREVIEW = (800, 1280)  # least and most pixels of its longest side: small images need room for labels
@@ -63,8 +63,9 @@ class Answer:
         return Shown(self.result.select(indices[:NUM_SHOWN]), self.size, len(indices))
 
     def with_table(self, rows: Sequence[Sequence[Any]], threshold: float, iou: float) -> Answer:
-        """Replace the boxes of a selection by rows of HEADERS; what was not selected stays.
+        """Replace the boxes of a selection by rows of HEADERS; boxes below the threshold stay.
 
+        A box that is changed or removed takes along those that NMS dropped in its favor: they are the same object.
         A row that differs from those of the selection is a box by hand, with the score BY_HAND. An empty row becomes a
         box in the center, to be moved.
 
@@ -83,6 +84,10 @@ class Answer:
             else:
                 added.append(self._centered())
         hidden = np.setdiff1d(np.arange(len(self.result)), indices)
+        for index in np.setdiff1d(indices, kept):
+            overlaps = box_iou(self.result.boxes[index], self.result.boxes[hidden]) > iou
+            same_phrase = self.result.phrase_ids[hidden] == self.result.phrase_ids[index]
+            hidden = hidden[~(overlaps & same_phrase & (self.result.scores[hidden] >= threshold))]
         return self._with_boxes(np.sort([*hidden, *kept]).astype(np.int64), added)
 
     def with_box(self, phrase: str, corners: Sequence[tuple[float, float]]) -> Answer:
