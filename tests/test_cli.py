@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from vg.checkpoint import write_model
 from vg.cli import VERBS, main
 from vg.config import RunConfig
 from vg.errors import CheckpointError
+from vg.evaluation.evaluator import DatasetEvaluator
 from vg.inference.torch_backend import load_model
 from vg.training.trainer import Trainer
 
@@ -64,6 +69,29 @@ def test_empty_tokenizer_folder_is_named(tiny_config, tmp_path: Path) -> None:  
         file.unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer \(the tokenizer of the checkpoint\) cannot be loaded"):
         load_model(config.train.output)
+
+
+def test_detections_are_refused_before_the_evaluation(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config()
+    write_model(tmp_path, config.model.build(), config)
+    monkeypatch.setattr(DatasetEvaluator, "predict", lambda *_: pytest.fail("evaluated"))
+    with pytest.raises(SystemExit, match=r"data\.eval has no detection dataset"):
+        main(["eval", str(tmp_path), "--detections"])
+
+
+def test_detections_are_written(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    Image.new("RGB", (64, 48)).save(tmp_path / "1.png")
+    image = {"id": 1, "file_name": "1.png", "width": 64, "height": 48}
+    box = {"id": 1, "image_id": 1, "category_id": 7, "bbox": [4, 4, 20, 20], "area": 400, "iscrowd": 0}
+    content = {"images": [image], "annotations": [box], "categories": [{"id": 7, "name": "dog"}]}
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    config = tiny_config(data={"eval": {"name": "coco", "path": str(tmp_path / "coco.json")}})
+    write_model(tmp_path, config.model.build(), config)
+    main(["eval", str(tmp_path), "--detections"])
+    rows = json.loads((tmp_path / "detections.json").read_text())
+    assert {(row["image_id"], row["category_id"]) for row in rows} == {(1, 7)}
 
 
 def test_quick_demo_trains_for_ninety_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,8 @@ def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: b
     model, config = load_with_data(checkpoint, overrides)
     accelerator = new_accelerator(mixed_precision=config.train.precision)
     evaluator = Evaluator(config.data, model, accelerator)
+    if detections:
+        evaluator.category_ids()  # raises ConfigError before minutes of evaluation
     result = evaluator.run(model.to(accelerator.device))
     rows_of = evaluator.detections() if detections else {}  # dataset name -> rows
     if accelerator.is_main_process:

@@ -192,21 +192,31 @@ class Evaluator:
                 changes.append(f"{verb} {abs(points):.1f} {dataset.metric.label} on {name}")
         return ", ".join(changes)
 
-    def detections(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the detections of the last `run` as rows of a COCO results file, by name of the detection dataset.
-
-        Every process must call it.
+    def category_ids(self) -> dict[str, Mapping[str, int]]:
+        """Return the category ids of the classes, by name of the detection dataset.
 
         Raises:
             ConfigError: there is no detection dataset, or the classes of one have no ids.
         """
-        rows = {}
+        ids: dict[str, Mapping[str, int]] = {}
         for dataset in self.datasets:
             if isinstance(dataset.metric, CocoMetric):
                 source = dataset.data.source
                 if not isinstance(source, HasCategoryIds):
                     raise ConfigError(f"{source.provenance.data} has no category ids, which COCO results need")
-                rows[dataset.name] = dataset.metric.detections(source.category_ids)
-        if not rows:
+                ids[dataset.name] = source.category_ids
+        if not ids:
             raise ConfigError("data.eval has no detection dataset whose boxes could be written as COCO results")
-        return rows
+        return ids
+
+    def detections(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the detections of the last `run` as rows of a COCO results file, by name of the detection dataset.
+
+        Every process must call it; raises as `category_ids`.
+        """
+        ids = self.category_ids()
+        return {
+            dataset.name: dataset.metric.detections(ids[dataset.name])
+            for dataset in self.datasets
+            if isinstance(dataset.metric, CocoMetric)
+        }
