@@ -42,8 +42,12 @@ def test_names_become_natural_language():
     ("names", "settings", "message"),
     [
         ([], {}, "x.json: there are no classes"),
-        (["cat", "cat"], {}, "'cat' and 'cat' have the same phrase 'cat'"),
-        (["hot_dog", "Hot dog"], {}, "'hot_dog' and 'Hot dog' have the same phrase"),
+        (["cat", "cat"], {}, "'cat' and 'cat' have the same phrase 'cat'.* merge or rename one$"),
+        (
+            ["hot_dog", "Hot dog"],
+            {},
+            "'hot_dog' and 'Hot dog' have the same phrase.*, or set vocabulary.phrases",
+        ),
         (["cat", "__"], {}, "'__' has no word"),
         (["cat"], {"phrases": {"dog": "hound"}}, r"vocabulary.phrases has \['dog'\], the classes are 'cat'"),
         (["cat", "dog"], {"phrases": {"dog": "cat"}}, "have the same phrase 'cat'"),

@@ -119,9 +119,11 @@ def _alternatives(names: Sequence[str], config: VocabularyConfig, where: str) ->
             raise DataError(f"{where}: the class {names[label]!r} has no word; set its phrase in vocabulary.phrases")
         other = owner.setdefault(phrases[0].casefold(), label)
         if other != label:
+            # The keys of vocabulary.phrases are names.
+            fix = "" if names[other] == names[label] else ", or set vocabulary.phrases for it"
             raise DataError(
                 f"{where}: the classes {names[other]!r} and {names[label]!r} have the same phrase {phrases[0]!r}, so "
-                "each would be a negative of the other; merge or rename one, or set vocabulary.phrases for it"
+                f"each would be a negative of the other; merge or rename one{fix}"
             )
     return unique
 
