@@ -106,6 +106,18 @@ def test_epoch_table_of_the_published_card(tiny_config: MakeConfig, capsys: pyte
     assert table in capsys.readouterr().out
 
 
+def test_any_number_of_objects_logs_the_same_terms_at_every_step(tiny_config: MakeConfig) -> None:
+    """Expressions with one object and with none alternate; in batches of one, only the first would have an IoU."""
+    scenes = {"name": "shapes", "image_size": 64, "size": 4, "kinds": ["attribute", "absent"]}
+    config = tiny_config(
+        model={"head": NO_DROPOUT["head"] | {"objects": "any"}},
+        data={"train": scenes, "eval": scenes, "batch_size": 1},
+        train={"max_steps": 4, "log_every": 4},
+    )
+    Trainer(config).fit()
+    assert all("train_iou" not in row for row in history(config))
+
+
 def test_losses_of_an_evaluation_are_those_of_its_samples(tiny_config: MakeConfig) -> None:
     """The loss on the evaluation data does not depend on how its samples are batched."""
     values = []

@@ -87,7 +87,7 @@ class GroundingModel(nn.Module, ABC):
         return self.layers_to_compile()
 
     def iou(self, output: Any, batch: Batch) -> Tensor | None:
-        """Return the IoU of the best box of each sample, [B], for the log; None if samples have several boxes."""
+        """Return the IoU of the best box of each sample, [B], for the log; always None if samples may have several."""
         return None
 
     def own_state_dict(self) -> dict[str, Tensor]:

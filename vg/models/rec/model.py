@@ -187,8 +187,8 @@ class RecModel(EncodableModel):
 
     @torch.no_grad()
     def iou(self, output: PooledOutput | DenseOutput, batch: Batch | EncodedBatch) -> Tensor | None:
-        if any(len(target.boxes) != 1 for target in batch.targets):
-            return None
+        if self.generalized or any(len(target.boxes) != 1 for target in batch.targets):
+            return None  # for all batches of a generalized model: every step must log the same terms
         boxes, _ = self.head.rank(output, 1)  # type: ignore[arg-type]  # [R, 1, 4]
         true = torch.cat([target.boxes for target in batch.targets])  # [R, 4]
         return box_ops.iou(*(box_ops.cxcywh_to_xyxy(x).clamp(0, 1) for x in (boxes.squeeze(1).float(), true)))
