@@ -332,6 +332,33 @@ def test_resuming_with_another_configuration_raises(tiny_config: MakeConfig, tmp
         Trainer(config, resume=True)
 
 
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+def test_resuming_with_other_hyperparameters_of_the_optimizer(
+    tiny_config: MakeConfig, tmp_path: Path, algorithm: Literal["adamw", "muon"]
+) -> None:
+    """The configured values apply from the first step; one group had a learning rate of 0."""
+    config = configured(tiny_config, tmp_path / "run")
+    config.optim.algorithm = algorithm
+    config.optim.groups = {"vision": GroupConfig(lr=0.0)}
+    trainer = Trainer(config)
+    stop_in_step(trainer, 4, interrupt)
+    with pytest.raises(SystemExit):
+        trainer.fit()
+    before = [(group["lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups]
+    config.optim.lr, config.optim.weight_decay, config.optim.betas = 1e-4, 0.5, (0.8, 0.9)
+    config.optim.groups = {"vision": GroupConfig(lr=3e-5)}
+    resumed = Trainer(config, resume=True)
+    assert resumed.schedule.last_epoch == 4
+    factor = trainer.schedule.get_last_lr()[-1] / 1e-3
+    assert 0 < factor < 1
+    expected = [(3e-5 * factor if lr == 0 else 1e-4 * factor, 0.5 if decay else 0.0) for lr, decay in before]
+    groups = resumed.optimizer.param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [pytest.approx(pair) for pair in expected]
+    assert {group["betas"] for group in groups if "betas" in group} == {(0.8, 0.9)}
+    assert resumed.schedule.get_last_lr() == [group["lr"] for group in groups]
+    resumed.fit()
+
+
 WAITING = """
 import sys, time
 from pathlib import Path

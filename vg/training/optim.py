@@ -189,6 +189,18 @@ def fit_schedule(
     schedule.lr_lambdas = [_lr_factors(config, num_steps, steps_per_epoch)] * len(schedule.lr_lambdas)
 
 
+def restore_schedule(schedule: torch.optim.lr_scheduler.LambdaLR, state: dict[str, Any]) -> None:
+    """Restore the position of a schedule, after its optimizer; changed learning rates of the configuration apply."""
+    configured = schedule.base_lrs
+    schedule.load_state_dict({**state, "base_lrs": configured})
+    for index, group in enumerate(schedule.optimizer.param_groups):
+        before, now = state["base_lrs"][index], configured[index]
+        if now != before:  # else the exact value of the checkpoint, which `train.minutes` may have changed
+            factor = group["lr"] / before if before else schedule.lr_lambdas[index](schedule.last_epoch)
+            group["lr"] = now * factor
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+
 def _lr_factors(config: OptimConfig, num_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
     """What the learning rates are multiplied by at every step, see build_schedule."""
 

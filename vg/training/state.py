@@ -134,11 +134,12 @@ class TrainingState:
         try:
             if state["weights"] is not None:
                 self.model.load_own_state_dict(state["weights"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self._load_optimizer(state["optimizer"])
         except ValueError as error:
             path = folder / checkpoint.TRAINING
             raise CheckpointError(
-                f"{path} does not match the configuration (model, optim.algorithm, optim.lora, optim.groups): {error}"
+                f"{path} does not match the configuration (model, optim.algorithm, optim.lora, optim.groups, or an "
+                f"optim.lr or optim.weight_decay that merges or splits groups): {error}"
             ) from error
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -147,6 +148,16 @@ class TrainingState:
         elif self.ema:  # enabled since the checkpoint: the average starts from the restored weights
             self.ema.restart()
         return state
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Restore the state of the optimizer, but keep the configured weight decay and betas.
+
+        Learning rates are those of the checkpoint: `vg.training.optim.restore_schedule` adapts them.
+        """
+        configured = self.optimizer.param_groups
+        self.optimizer.load_state_dict(state)
+        for group, own in zip(self.optimizer.param_groups, configured, strict=True):
+            group |= {key: own[key] for key in ("initial_lr", "weight_decay", "betas") if key in own}
 
     def _layouts(self) -> dict[str, Tensor]:
         """Return the weight like which a tensor of the state is distributed, by the beginning of its name."""

@@ -33,7 +33,7 @@ from vg.training.data import training_data
 from vg.training.fsdp import check_launch, gathered, prepare, whole
 from vg.training.interpolation import Interpolation, Sweep
 from vg.training.loss_log import REMEDY, TRAIN_IOU, LossLog, saved_rows
-from vg.training.optim import build_optimizer, build_schedule, lr_factor, select_trainable
+from vg.training.optim import build_optimizer, build_schedule, lr_factor, restore_schedule, select_trainable
 from vg.training.report import Report
 from vg.training.run_folder import VALIDATION, RunFolder
 from vg.training.state import Progress, TrainingState
@@ -216,7 +216,7 @@ class Trainer:
     def restore(self) -> None:
         """Load the newest checkpoint; training continues bit for bit, with other processes as exactly as `step` is."""
         _, state = self.folder.newest(self.state.load)
-        self.schedule.load_state_dict(state["schedule"])
+        restore_schedule(self.schedule, state["schedule"])
         self.progress = Progress.read(state, self.config, self.data.samples_per_step)
         self.losses.load_state(saved_rows(state))
         self.data.restore(state.get("data"))
