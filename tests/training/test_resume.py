@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -357,6 +358,27 @@ def test_resuming_with_other_hyperparameters_of_the_optimizer(
     assert {group["betas"] for group in groups if "betas" in group} == {(0.8, 0.9)}
     assert resumed.schedule.get_last_lr() == [group["lr"] for group in groups]
     resumed.fit()
+
+
+def test_resuming_with_another_best_metric(
+    tiny_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Scores of two metrics are not compared; a checkpoint of an earlier version does not name its metric."""
+    config = configured(tiny_config, tmp_path / "run", max_steps=1)
+    Trainer(config).fit()
+    path = tmp_path / "run" / "checkpoints" / "step_000001" / "training.pt"
+    state = torch.load(path, weights_only=True)
+    state["progress"] |= {"best": 2.0, "evaluations_since_best": 3}
+    torch.save(state, path)
+    assert Trainer(config, resume=True).progress.best == 2
+    config.train.best_metric, config.train.max_steps = "acc@0.5", 2
+    resumed = Trainer(config, resume=True)
+    assert (resumed.progress.best, resumed.progress.evaluations_since_best) == (-math.inf, 0)
+    assert "the best score of the checkpoint of step 1 is of miou, but train.best_metric is acc@0.5 now" in caplog.text
+    assert resumed.fit()["step"] == 2
+    del state["progress"]["best_metric"]
+    torch.save(state, tmp_path / "run" / "checkpoints" / "step_000002" / "training.pt")
+    assert Trainer(config, resume=True).progress.best == 2
 
 
 WAITING = """

@@ -38,6 +38,7 @@ class Progress:
     samples: int = 0  # of this epoch that all processes together have used
     samples_per_step: int = 0
     evaluated_step: int = 0
+    best_metric: str | None = None  # flat key; checkpoints of earlier versions lack it
     best: float = -math.inf
     evaluations_since_best: int = 0
     skipped: int = 0  # steps skipped because of a non-finite loss or gradient
@@ -45,8 +46,11 @@ class Progress:
     restored: int = 0  # how often non-finite weights were restored from a checkpoint
 
     @classmethod
-    def read(cls, state: dict[str, Any], config: RunConfig, samples_per_step: int) -> Progress:
-        """Return the progress in the state of a checkpoint; warns if its steps had another number of samples."""
+    def read(cls, state: dict[str, Any], config: RunConfig, samples_per_step: int, best_metric: str) -> Progress:
+        """Return the progress in the state of a checkpoint.
+
+        Warns if its steps had another number of samples, or if its best score is that of another metric and is reset.
+        """
         saved = dict(state["progress"])
         if "batch" in saved:  # of earlier versions: batches of this epoch, per process
             samples = config.data.batch_size * len(state["processes"])
@@ -62,7 +66,16 @@ class Progress:
                 "without an interruption",
                 *(saved["step"], before, samples_per_step, position),
             )
-        return cls(**saved, samples_per_step=samples_per_step)
+        metric = saved.pop("best_metric", None)
+        if metric not in (None, best_metric):
+            saved |= {"best": -math.inf, "evaluations_since_best": 0}
+            if PartialState().is_main_process:
+                logger.warning(
+                    "the best score of the checkpoint of step %d is of %s, but train.best_metric is %s now: the next "
+                    "evaluation replaces the best checkpoint",
+                    *(saved["step"], metric, best_metric),
+                )
+        return cls(**saved, samples_per_step=samples_per_step, best_metric=best_metric)
 
 
 class TrainingState:

@@ -87,7 +87,7 @@ class Trainer:
         self.schedule = build_schedule(self.optimizer.optimizer, config.optim, self.num_steps, self.steps_per_epoch)
         self.state = TrainingState(config, self.unwrapped_model, self.optimizer, self.accelerator)
 
-        self.progress = Progress(samples_per_step=self.data.samples_per_step)
+        self.progress = Progress(samples_per_step=self.data.samples_per_step, best_metric=self.evaluator.best_metric)
         self.stop = StopSignal(
             self.accelerator, min(STOP_INTERVAL, config.train.log_every), config.train.preemption_signal
         )
@@ -217,7 +217,7 @@ class Trainer:
         """Load the newest checkpoint; training continues bit for bit, with other processes as exactly as `step` is."""
         _, state = self.folder.newest(self.state.load)
         restore_schedule(self.schedule, state["schedule"])
-        self.progress = Progress.read(state, self.config, self.data.samples_per_step)
+        self.progress = Progress.read(state, self.config, self.data.samples_per_step, self.evaluator.best_metric)
         self.losses.load_state(saved_rows(state))
         self.data.restore(state.get("data"))
         self.folder.cut_history(self.progress.step, self.progress.evaluated_step == self.progress.step)
