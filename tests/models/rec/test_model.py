@@ -327,3 +327,22 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
         replace(config, weights=str(tmp_path), head=PooledHeadConfig(width=32, layers=1, heads=2)).build()
     with pytest.raises(CheckpointError, match=r"gone.*No such file"):
         replace(config, weights="gone").build()
+
+
+def test_weights_of_another_meaning_are_refused(tmp_path: Path) -> None:
+    """The shapes of the weights depend neither on the number of heads nor on which layers of the encoder are read."""
+    config = RecConfig.tiny()
+    config.vision = VisionEncoderConfig(architecture=TINY_VISION | {"num_hidden_layers": 2}, frozen=True)
+    write_model(tmp_path, config.build(), CheckpointConfig(config))
+    assert isinstance(config.head, DenseHeadConfig)
+    config = replace(config, weights=str(tmp_path))
+    with pytest.raises(
+        CheckpointError, match=r"config\.yaml has other settings.*: model\.head\.heads=2 there, 4 here$"
+    ):
+        replace(config, head=replace(config.head, heads=4)).build()
+    replace(config, vision=replace(config.vision, layers=[2])).build()
+    with pytest.raises(CheckpointError, match=r"model\.vision\.layers=\[2\] there, \[1\] here"):
+        replace(config, vision=replace(config.vision, layers=[1])).build()
+    (tmp_path / "config.yaml").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"config\.yaml is not the configuration of a rec"):
+        config.build()

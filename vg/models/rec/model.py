@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from vg.models.rec.heads import DenseOutput, PooledOutput
 from vg.models.rec.kept_aspect import KeptAspectImage
 from vg.models.rec.vision import VisionEncoder
 from vg.models.settings import TextEncoderConfig
+from vg.settings import read_yaml
 from vg.types import Batch, EncodedBatch, Features, ImageSpec, LossName, Prediction, StretchedImage, Text, TextSpec
 
 NORMALIZATIONS: dict[str, dict[str, tuple[float, float, float]]] = {  # where it is not that of ImageNet
@@ -76,8 +78,24 @@ class RecModel(EncodableModel):
             self.load_own_state_dict(load_file(folder / "model.safetensors"))
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"model.weights: {folder}: {error}") from error
+        if (folder / "config.yaml").exists():
+            self._check_settings(folder / "config.yaml")
         if self.config.text.tokenizer is None:
             self.load_tokenizer(str(folder / "tokenizer"))
+
+    def _check_settings(self, file: Path) -> None:
+        """Raise CheckpointError if weights of this configuration fit, but have another meaning here."""
+        try:
+            values = read_yaml(file)["model"]
+            heads, layers = values["head"]["heads"], values["vision"].get("layers")
+        except (OSError, yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"model.weights: {file} is not the configuration of a rec: {error!r}") from error
+        own = self.config.vision.layers
+        if own != layers:  # by default the last one
+            own, layers = own or [self.vision.num_layers], layers or [self.vision.num_layers]
+        pairs = {"head.heads": (self.config.head.heads, heads), "vision.layers": (own, layers)}
+        if wrong := [f"model.{key}={b} there, {a} here" for key, (a, b) in pairs.items() if a != b]:
+            raise CheckpointError(f"model.weights: {file} has other settings, use the same: {'; '.join(wrong)}")
 
     @property
     def image_spec(self) -> ImageSpec:
