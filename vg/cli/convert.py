@@ -21,7 +21,13 @@ def run(options: argparse.Namespace) -> None:
     from vg.checkpoint import new_checkpoint, write_weights
     from vg.config import CheckpointConfig
     from vg.errors import CheckpointError
-    from vg.models.grounding_dino.checkpoints import bert_settings, open_tokenizer, read_checkpoint, write_checkpoint
+    from vg.models.grounding_dino.checkpoints import (
+        bert_settings,
+        not_stored,
+        open_tokenizer,
+        read_checkpoint,
+        write_checkpoint,
+    )
     from vg.types import TextSpec
 
     if options.output.exists():
@@ -37,3 +43,5 @@ def run(options: argparse.Namespace) -> None:
         else:
             write_checkpoint(checkpoint.weights, checkpoint.config, tokenizer, partial, options.to)
     print(f"{options.output}: written in the {options.to} format")
+    if lost := not_stored(checkpoint.config, options.to):
+        print(f"the {options.to} format does not store {', '.join(lost)}: set these where the file is used")

@@ -26,6 +26,7 @@ from vg.models.grounding_dino.config import (
     ClassHeadConfig,
     DenoisingConfig,
     GroundingDinoConfig,
+    ImageConfig,
     ResNetConfig,
     SwinConfig,
 )
@@ -236,6 +237,27 @@ def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         main(["convert", str(tmp_path / "a" / "vg"), str(tmp_path / name), "--to", dialect])
         assert equal(read_checkpoint(tmp_path / name, BERT).weights, source.own_state_dict())
     assert (tmp_path / "vg" / "config.yaml").read_text() == (tmp_path / "a" / "vg" / "config.yaml").read_text()
+
+
+def test_convert_prints_settings_that_the_format_does_not_store(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hf").mkdir()
+    write_tokenizer(tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for name, image in (("small", ImageConfig(shortest=128)), ("default", ImageConfig())):
+        source = model(image=image, max_tokens=64 if name == "small" else 256)
+        (tmp_path / name).mkdir()
+        write_checkpoint(source.own_state_dict(), source.config, tokenizer, tmp_path / name, "transformers")
+        for dialect in ("vg", "official", "mmdet"):
+            main(["convert", str(tmp_path / name), str(tmp_path / f"{name}_{dialect}"), "--to", dialect])
+            lost = (
+                f"the {dialect} format does not store model.image.shortest=128 (readers assume 800), "
+                "model.max_tokens=64 (readers assume 256): set these where the file is used\n"
+            )
+            printed = capsys.readouterr().out
+            lost = lost if name == "small" and dialect != "vg" else ""
+            assert printed.endswith(f"written in the {dialect} format\n{lost}")
 
 
 def test_the_checkpoint_of_a_run(tmp_path: Path) -> None:

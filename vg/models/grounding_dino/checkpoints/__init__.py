@@ -7,13 +7,14 @@ raises if a tensor is missing or unknown.
 from vg.models.grounding_dino.checkpoints.load import bert_settings, load_into, open_model, open_tokenizer
 from vg.models.grounding_dino.checkpoints.names import Dialect
 from vg.models.grounding_dino.checkpoints.read import Checkpoint, read_checkpoint
-from vg.models.grounding_dino.checkpoints.write import write_checkpoint
+from vg.models.grounding_dino.checkpoints.write import not_stored, write_checkpoint
 
 __all__ = [
     "Checkpoint",
     "Dialect",
     "bert_settings",
     "load_into",
+    "not_stored",
     "open_model",
     "open_tokenizer",
     "read_checkpoint",

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vg.errors import CheckpointError
-from vg.models.grounding_dino.checkpoints.names import Foreign, on_meta, tensor_names, to_file
+from vg.models.grounding_dino.checkpoints.names import Dialect, Foreign, on_meta, tensor_names, to_file
 from vg.models.grounding_dino.checkpoints.variant import LABELS
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.types import ImageSpec
@@ -84,6 +84,19 @@ def _unsupported(config: GroundingDinoConfig, dialect: Foreign) -> str | None:
     if dialect != "transformers" and (config.points, config.position_temperature) != (4, 20):
         return "model.points other than 4 or model.position_temperature other than 20"
     return None
+
+
+def not_stored(config: GroundingDinoConfig, dialect: Dialect) -> list[str]:
+    """List the settings that the dialect cannot store and that differ from the defaults, which readers assume."""
+    if dialect in ("vg", "transformers"):
+        return []
+    default = GroundingDinoConfig()
+    settings = {
+        "image.shortest": (config.image.shortest, default.image.shortest),
+        "image.longest": (config.image.longest, default.image.longest),
+        "max_tokens": (config.max_tokens, default.max_tokens),
+    }
+    return [f"model.{key}={own} (readers assume {other})" for key, (own, other) in settings.items() if own != other]
 
 
 def _write_settings(
