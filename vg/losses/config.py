@@ -53,3 +53,8 @@ class LossConfig(BoxLossConfig):
     """Weight of a contrastive loss between matched queries and the tokens of their phrases (MDETR)."""
     alignment_temperature: Annotated[float, Field(gt=0)] = 0.07
     matching: MatchingConfig = field(default_factory=MatchingConfig)
+
+    def __post_init__(self) -> None:
+        terms = ("class_weight", "diou", "l1", "giou", "alignment")
+        if not any(getattr(self, term) for term in terms):
+            raise ValueError(f"every loss weight is zero; give one of {', '.join(terms)} a positive weight")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.models.grounding_dino.tiny import batch_of, sample, tiny_config, tiny_model
+from vg.config import parse_config
 from vg.data.collate import Collator
+from vg.errors import ConfigError
 from vg.models.grounding_dino.config import (
     ClassHeadConfig,
     DenoisingConfig,
@@ -322,3 +325,30 @@ def test_invalid_settings() -> None:
             tiny_config(**settings)
     with pytest.raises(ValueError, match="end with 4"):
         SwinConfig(stages=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backbone": {"depths": [2, 2, 6]}}, r"model\.backbone\.depths: .* at least 4 items"),
+        ({"backbone": {"heads": [3, 6, 12, 24, 48]}}, r"model\.backbone\.heads: .* at most 4 items"),
+        ({"backbone": {"name": "resnet", "widths": [8] * 3}}, r"model\.backbone\.widths: .* at least 4 items"),
+        (
+            {"backbone": {"heads": [3, 6, 12, 25]}},
+            r"model\.backbone.*: .*heads \(\[3, 6, 12, 25\]\) must divide the widths of the stages "
+            r"\(\[96, 192, 384, 768\]\)",
+        ),
+        ({"position_temperature": 0}, r"model\.position_temperature: .* greater than 0"),
+        ({"image": {"std": [0.2, 0, 0.2]}}, r"model\.image\.std\.1: .* greater than 0"),
+        (
+            {"loss": {"class_weight": 0, "l1": 0, "giou": 0}},
+            r"model\.loss: .*every loss weight is zero; give one of class_weight, diou, l1, giou, alignment a positive",
+        ),
+    ],
+)
+def test_settings_without_a_meaning_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    data = {"train": {"name": "shapes"}, "eval": {"name": "shapes"}}
+    if "backbone" in settings:
+        settings = {"backbone": {"name": "swin"} | settings["backbone"]}
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"model": {"name": "grounding_dino"} | settings, "data": data})

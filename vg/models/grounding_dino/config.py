@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from vg.errors import ConfigError
 from vg.hub import loading
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vg.models.grounding_dino.model import GroundingDino
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
+Stages = Annotated[list[PositiveInt], Field(min_length=4, max_length=4)]  # a number for each stage of the backbone
 
 
 @dataclass
@@ -55,10 +56,16 @@ class SwinConfig(BackboneConfig):
 
     name: Literal["swin"] = "swin"
     width: PositiveInt = 96
-    depths: list[PositiveInt] = field(default_factory=lambda: [2, 2, 6, 2])
-    heads: list[PositiveInt] = field(default_factory=lambda: [3, 6, 12, 24])
+    depths: Stages = field(default_factory=lambda: [2, 2, 6, 2])
+    heads: Stages = field(default_factory=lambda: [3, 6, 12, 24])
     window: PositiveInt = 7
     drop_path: Probability = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        widths = [self.width * 2**stage for stage in range(len(self.heads))]
+        if any(width % heads for width, heads in zip(widths, self.heads, strict=True)):
+            raise ValueError(f"heads ({self.heads}) must divide the widths of the stages ({widths})")
 
     def of_transformers(self) -> PreTrainedConfig:
         import transformers
@@ -91,8 +98,8 @@ class ResNetConfig(BackboneConfig):
     """ResNet (He et al. 2016) with frozen batch norms; the stem and the first stage are frozen, too."""
 
     name: Literal["resnet"] = "resnet"
-    depths: list[PositiveInt] = field(default_factory=lambda: [3, 4, 6, 3])
-    widths: list[PositiveInt] = field(default_factory=lambda: [256, 512, 1024, 2048])
+    depths: Stages = field(default_factory=lambda: [3, 4, 6, 3])
+    widths: Stages = field(default_factory=lambda: [256, 512, 1024, 2048])
 
     def of_transformers(self) -> PreTrainedConfig:
         import transformers
@@ -127,7 +134,7 @@ class ImageConfig(Settings):
     """Upper limit of the longer side in pixels."""
     mean: tuple[float, float, float] = ImageSpec.mean
     """Of the three channels in 0..1, with which images are normalized; those of ImageNet by default."""
-    std: tuple[float, float, float] = ImageSpec.std
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = ImageSpec.std
     mix_sizes: bool = False
     """Run images of different sizes through the backbone in one padded pass, as all other implementations do. Padding
     then leaks into Swin's windows, group norms and query positions, and results depend on the rest of the batch. Unlike
@@ -206,7 +213,7 @@ class GroundingDinoConfig(ModelSettings):
     feedforward: PositiveInt = 2048
     """Inner width of feed-forward networks; text layers and the fusion attention have half of it."""
     num_queries: PositiveInt = 900
-    position_temperature: float = 20.0
+    position_temperature: PositiveFloat = 20.0
     """Temperature of the sine encoding of image positions."""
     logit_eps: tuple[float, float] = (1e-3, 1e-3)
     """Clamp of the inverse sigmoid of boxes, for refinement between layers and for predictions. Official 1e-3, 1e-3;
