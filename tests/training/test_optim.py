@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from vg.config import RunConfig
+from vg.errors import ConfigError
 from vg.training.optim import (
     Ema,
     GroupConfig,
@@ -142,6 +145,14 @@ def test_step_decay_at_milestones() -> None:
 def test_milestones_require_schedule_step(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimConfig(**settings)
+
+
+@pytest.mark.parametrize("betas", [[1.5, 0.9], [0.9, 1.0], [-0.1, 0.9]])
+def test_betas_are_decay_rates(tiny_config: Callable[..., RunConfig], betas: list[float]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"optim\.betas\.[01]: Input should be (less than 1|greater than or equal to 0)"
+    ):
+        tiny_config(optim={"betas": betas})
 
 
 def test_weight_decay_of_vectors() -> None:

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from vg.errors import ConfigError, closest
 from vg.settings import Settings
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vg.models.base import GroundingModel
 
 logger = logging.getLogger(__name__)
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass
@@ -49,7 +51,7 @@ class OptimConfig(Settings):
     """Not applied to biases, norm weights and other vectors, unless `decay_vectors`."""
     decay_vectors: bool = False
     """Apply weight decay to all parameters, as in the training of DETR and Grounding DINO."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip_norm: PositiveFloat | None = 1.0
     """Maximum norm of the gradient; null disables clipping."""
     warmup_steps: NonNegativeInt = 0
