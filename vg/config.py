@@ -123,7 +123,10 @@ class RunConfig(CheckpointConfig):
 
     def __post_init__(self) -> None:
         if self.train.minutes and self.optim.milestones:
-            raise ValueError("optim.milestones are epochs, which train.minutes replaces: use optim.schedule=cosine")
+            raise ValueError(
+                "optim.milestones are epochs, which train.minutes replaces: use optim.schedule=cosine and "
+                "optim.milestones=[]"
+            )
 
 
 Config = TypeVar("Config", bound=CheckpointConfig)

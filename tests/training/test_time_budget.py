@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import scripted_result
-from vg.config import RunConfig
+from vg.config import RunConfig, load_config
 from vg.errors import ConfigError
 from vg.training import time_budget
 from vg.training.state import Progress
@@ -177,5 +177,8 @@ def test_last_step_against_a_simulation() -> None:
 
 
 def test_milestones_are_refused(tiny_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match=r"optim\.milestones are epochs, which train\.minutes replaces"):
+    with pytest.raises(ConfigError, match=r"optim\.milestones are epochs, which train\.minutes replaces") as caught:
         tiny_config(train={"minutes": 5}, optim={"schedule": "step", "milestones": [1]})
+    _, advice = str(caught.value).split(": use ")
+    recipe = Path(__file__).parents[2] / "configs" / "grounding_dino" / "finetune_coco_swin_t.yaml"
+    load_config(recipe, ["train.minutes=5", *advice.split(" and ")])

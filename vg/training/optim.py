@@ -72,7 +72,8 @@ class OptimConfig(Settings):
             raise ValueError("lora trains matrices of low rank, which muon is not meant for: use algorithm: adamw")
         if (self.schedule == "step") != bool(self.milestones):
             raise ValueError(
-                "milestones, such as [11] of 12 epochs, are required by schedule: step and allowed by no other"
+                "milestones, such as [11] of 12 epochs, are required by schedule: step and allowed by no other, which "
+                "needs milestones: []"
             )
         if self.milestones != sorted(self.milestones):
             raise ValueError(f"milestones ({self.milestones}) must be in ascending order")
