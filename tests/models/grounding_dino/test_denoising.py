@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.models.grounding_dino.tiny import batch_of, sample, tiny_model
+from tests.models.grounding_dino.tiny import batch_of, sample, tiny_config, tiny_model
 from vg import boxes as box_ops
 from vg.losses.config import LossConfig
 from vg.losses.set_loss import SetLoss
@@ -212,3 +212,14 @@ def test_the_mask_is_converted_once_for_all_decoder_layers(monkeypatch: pytest.M
     assert masks[-1][0].dtype == torch.bool
     assert once.logits.equal(converted_in_layers.logits)
     assert once.boxes.equal(converted_in_layers.boxes)
+
+
+def test_other_random_weights_do_not_depend_on_the_number_of_labels() -> None:
+    """The end of training builds the model again, with a number that was unknown before: see Trainer.interpolate."""
+    config, built = tiny_config(denoising=DenoisingConfig()), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        built.append(config.build(pretrained=False))
+        built[-1].use_classes(5)
+    first, second = (model.own_state_dict() for model in built)
+    assert [name for name in first if not first[name].equal(second[name])] == ["denoising.labels.weight"]

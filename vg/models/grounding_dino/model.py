@@ -65,8 +65,9 @@ class GroundingDino(GroundingModel):
         self.encoder = FeatureEnhancer(config)
         self.queries = QuerySelection(config)
         self.decoder = CrossModalityDecoder(config)
-        self.denoising = Denoising(config.denoising, config.width) if config.denoising else None
         self._initialize()
+        # Last, so that other random weights do not depend on the size of its embedding, which `use_classes` may change.
+        self.denoising = Denoising(config.denoising, config.width) if config.denoising else None
         if pretrained and config.weights is not None:
             tokenizer = load_into(self, config.weights)
             if tokenizer is not None and config.text.tokenizer is None:
