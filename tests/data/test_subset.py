@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from vg.data import CocoConfig, CsvConfig, ShapesConfig, VocConfig, YoloConfig
+from vg.data import CocoConfig, CsvConfig, RefcocoConfig, ShapesConfig, VocConfig, YoloConfig
 from vg.data.check import diagnose
+from vg.data.images import UNKNOWN_SIZE
 from vg.data.mixture import SourceConfig
 from vg.data.source import HasCategoryIds
 from vg.data.subset import Part, SplitConfig
@@ -35,6 +36,19 @@ def test_parts_share_no_image_and_lose_no_sample(tmp_path: Path, member: Any) ->
     assert val.provenance.split.startswith("25 % of ")
     for part in (train, val):  # so that a feature cache notices a replaced image
         assert [str(file) for file in part.image_files()] == part.image_keys()
+
+
+@pytest.mark.parametrize("member", [CsvConfig, RefcocoConfig, YoloConfig])
+def test_unreadable_images_have_a_size_for_grouping(tmp_path: Path, member: Any) -> None:
+    """Loading such a sample raises or skips it; see data.bad_samples."""
+    dataset = member.miniature(tmp_path)
+    intact = dataset.build().image_sizes(0)
+    damaged = next(file for file in dataset.build().image_files() if file)
+    damaged.write_bytes(b"damaged")
+    sizes = dataset.build().image_sizes(0)
+    changed = (sizes != intact).any(axis=1)
+    assert changed.tolist() == [file == damaged for file in dataset.build().image_files()]
+    assert set(map(tuple, sizes[changed].tolist())) == {UNKNOWN_SIZE}
 
 
 def test_the_seed_selects_the_images(tmp_path: Path) -> None:

@@ -108,7 +108,10 @@ class Augment:
 
 
 def _cropped(sample: Sample, random: np.random.Generator) -> Sample:
-    """Crop to a random region of whole pixels that contains all boxes completely; all of an image without boxes."""
+    """Crop to a random region of whole pixels that contains all boxes completely; all of an image without boxes.
+
+    BBoxSafeRandomCrop of albumentations rounds the region down, which cuts up to one pixel of a box.
+    """
     import albumentations as A
 
     if not len(sample.boxes):

@@ -18,7 +18,7 @@ from vg.files import read_json
 Kind: TypeAlias = Literal["coco", "odvg", "csv"]
 _TITLES: dict[Kind, str] = {"coco": "COCO", "odvg": "ODVG", "csv": "expressions"}
 _SUFFIXES = (".json", ".jsonl", ".csv")
-# The first existing one is for training, the others are for evaluation.
+# The first one is for training; of the others, the first existing one is for evaluation.
 _SPLITS = ("train", "val", "valid", "validation", "dev", "test")
 
 
