@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.data.check.cases import check, found, valid_coco, write
 from vg.data import images
-from vg.data.images import find_image, image_size, is_rotated, read_image
+from vg.data.images import find_image, image_size, orientation, read_image
 from vg.errors import BadSampleError
 from vg.inference.images import to_array
 
@@ -91,6 +91,6 @@ def test_orientation(tmp_path: Path) -> None:
     exif[0x0112] = 6  # rotated by 90 degrees
     file = tmp_path / "a.png"
     Image.new("RGB", (8, 4)).save(file, exif=exif)
-    assert is_rotated(file, "a")
+    assert orientation(file, "a") == 6
     assert image_size(file, "a") == read_image(file, "a").shape[:2] == (4, 8)
     assert image_size(file, "a", upright=True) == read_image(file, "a", upright=True).shape[:2] == (8, 4)

@@ -21,6 +21,7 @@ MAX_PIXELS = int(os.environ.get("VG_MAX_PIXELS", 100_000_000))  # larger images 
 Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, MAX_PIXELS)  # of PIL, which must not be lower
 _FOLDERS = ("", "train2014", "train2017", "val2014", "val2017", "images")  # 2017 has the images of 2014
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+SWAPPED = 5  # EXIF orientations from this on swap height and width
 UNKNOWN_SIZE = 1, 1  # (height, width) of an image that cannot be read; loading its sample raises or skips it
 COCO_KEY = "coco/"  # what the keys of COCO images begin with
 _COCO = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})(?:_\d+)?")  # RefCOCO appends the id of an annotation
@@ -123,13 +124,13 @@ def _opened(source: Path | bytes | Image.Image, name: str) -> Iterator[Image.Ima
         raise BadSampleError(f"image {name} cannot be read ({error}); replace the file by an intact copy") from error
 
 
-def image_size(source: Path | bytes | Image.Image, name: str, upright: bool = False) -> tuple[int, int]:
+def image_size(source: Path | bytes | Image.Image, name: str, upright: bool | None = False) -> tuple[int, int]:
     """Return (height, width) of what `read_image` returns, from the file header; same arguments and errors."""
     with _opened(source, name) as image:
-        return (image.width, image.height) if upright and _is_rotated(image) else (image.height, image.width)
+        return image.size if upright and _orientation(image) >= SWAPPED else image.size[::-1]
 
 
-def find_size(name: str, root: Path, upright: bool = False) -> tuple[int, int]:
+def find_size(name: str, root: Path, upright: bool | None = False) -> tuple[int, int]:
     """Return (height, width) of an image below `root`; UNKNOWN_SIZE if it cannot be read."""
     try:
         return image_size(find_image(name, root), name, upright)
@@ -137,37 +138,42 @@ def find_size(name: str, root: Path, upright: bool = False) -> tuple[int, int]:
         return UNKNOWN_SIZE
 
 
-def is_rotated(source: Path | bytes, name: str) -> bool:
-    """Return whether viewers turn the image by 90 degrees because of its EXIF orientation; raises as read_image."""
+def orientation(source: Path | bytes, name: str) -> int:
+    """Return the EXIF orientation: 1 is upright, 2 to 4 flip, 5 to 8 swap height and width; raises as read_image."""
     with _opened(source, name) as image:
-        return _is_rotated(image)
+        return _orientation(image)
 
 
-def _is_rotated(image: Image.Image) -> bool:
-    return image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+def _orientation(image: Image.Image) -> int:
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
-def read_image(source: Path | bytes | Image.Image, name: str, upright: bool = False) -> np.ndarray:
+def read_image(
+    source: Path | bytes | Image.Image, name: str, upright: bool | None = False, size: Sequence[int] = (0, 0)
+) -> np.ndarray:
     """Decode an image -> [H, W, 3] uint8, RGB.
 
     Args:
         source: a file, its bytes, or an opened image.
         name: the image in error messages.
-        upright: apply the EXIF orientation. COCO boxes refer to the pixels as stored.
+        upright: apply the EXIF orientation; None: where the upright image has the annotated size, the stored one not.
+        size: annotated (height, width) in pixels; 0 if unknown.
 
     Raises:
         BadSampleError: not an image, a damaged one, one with more than MAX_PIXELS, or see `image_to_rgb`.
     """
     if (known := _decoded.get()) is None:
-        return _decode(source, name, upright)
-    key = (id(source) if isinstance(source, Image.Image) else source), upright
+        return _decode(source, name, upright, size)
+    key = (id(source) if isinstance(source, Image.Image) else source), upright, tuple(size)
     if key not in known:
-        known[key] = source, _decode(source, name, upright)
+        known[key] = source, _decode(source, name, upright, size)
     return known[key][1]
 
 
-def _decode(source: Path | bytes | Image.Image, name: str, upright: bool) -> np.ndarray:
+def _decode(source: Path | bytes | Image.Image, name: str, upright: bool | None, size: Sequence[int]) -> np.ndarray:
     with _opened(source, name) as image:
+        if upright is None:  # PIL has (width, height)
+            upright = tuple(size) == image.size != image.size[::-1] and _orientation(image) >= SWAPPED
         return image_to_rgb(ImageOps.exif_transpose(image) if upright else image, name)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from PIL import Image
 
+from vg.data.detection.annotations import to_size
 from vg.data.images import array_to_rgb, find_image, list_images, read_image
 from vg.errors import BadSampleError, ConfigError, DataError
 from vg.hub import loading
@@ -167,15 +168,16 @@ def _of_coco(file: Path) -> tuple[Iterator[NamedImage], int]:
     Their names begin with that folder, because another file may have other images of the same names.
     """
     try:
-        names = [str(image["file_name"]) for image in json.loads(file.read_bytes())["images"]]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        images = json.loads(file.read_bytes())["images"]
+        rows = [(str(row["file_name"]), to_size(row.get("height"), row.get("width"))) for row in images]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise BadSampleError(f"{file} is not a COCO file with images that have a file_name: {error!r}") from error
-    images = (NamedImage(str(file.parent / name), partial(_read_below, name, file.parent)) for name in names)
-    return images, len(names)
+    root = file.parent
+    return (NamedImage(str(root / name), partial(_read_below, name, root, size)) for name, size in rows), len(rows)
 
 
-def _read_below(name: str, root: Path) -> np.ndarray:
-    return read_image(find_image(name, root), name)
+def _read_below(name: str, root: Path, size: tuple[int, int]) -> np.ndarray:
+    return read_image(find_image(name, root), name, upright=None, size=size)
 
 
 def _of_dataset(name: str) -> tuple[Iterator[NamedImage], int | None]:

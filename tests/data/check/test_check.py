@@ -192,13 +192,20 @@ def test_missing_damaged_resized_and_rotated_images(tmp_path: Path) -> None:
     exif[0x0112] = 6
     write_image(tmp_path / "4.png", 60, 40, exif=exif)
     write_image(tmp_path / "5.png", 40, 60, exif=exif)
+    exif[0x0112] = 3
+    write_image(tmp_path / "6.png", 40, 60, exif=exif)
     diagnosis = check(config)
     assert "0.png" in found(diagnosis, "missing").examples[0]
     assert found(diagnosis, "cannot be read").count == 2
     assert "120 x 80, annotation 60 x 40" in found(diagnosis, "resized after").examples[0]
-    assert "4.png" in found(diagnosis, "annotated upright, but stored rotated").examples[0]
-    assert found(diagnosis, "viewers rotate").severity == "warning"
+    turned = found(diagnosis, "viewers turn or mirror")
+    assert (turned.severity, [example[:7] for example in turned.examples]) == ("warning", ["image 5", "image 6"])
+    assert "4.png" not in str(diagnosis.issues), "its annotated size is that of the upright image"
     assert len(diagnosis.images(12)) == 9, "all readable images are drawn"
+    diagnosis = check(replace(config, upright=True))
+    assert "5.png" in found(diagnosis, "upright, unlike their annotations").examples[0]
+    assert not any("viewers" in issue.what for issue in diagnosis.issues)
+    assert "4.png" in found(check(replace(config, upright=False)), "not upright, unlike").examples[0]
 
 
 def test_limit_of_images(tmp_path: Path) -> None:

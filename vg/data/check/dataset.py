@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vg.data.detection.annotations import AnnotatedBox, AnnotatedImage, Annotations, BoxFormat, ReadsAnnotations
 from vg.data.detection.issues import Issues
 from vg.data.detection.vocabulary import VocabularyConfig, normalized_name
-from vg.data.images import find_image, image_key, read_image
+from vg.data.images import SWAPPED, find_image, image_key, read_image
 from vg.data.source import HasChecksums, HasImageKeys, Source, Task, checked
 from vg.errors import BadSampleError, DataError
 
@@ -25,9 +25,14 @@ class ImageFile(NamedTuple):
     """Properties of an image file."""
 
     size: tuple[int, int] = (0, 0)  # (height, width) in pixels as stored; 0, 0 if it cannot be decoded
-    is_rotated: bool = False  # its EXIF orientation swaps height and width
+    orientation: int = 1  # in EXIF
     digest: bytes = b""  # of the content; empty if there is no such file
     error: str = ""  # why it cannot be read
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """(height, width) in pixels as viewers show it."""
+        return self.size[::-1] if self.orientation >= SWAPPED else self.size
 
 
 @dataclass
@@ -74,7 +79,7 @@ class CheckedDataset:
         if self.load_image is not None:
             return self.load_image(index)
         file = find_image(self.annotations.files[index], self.annotations.image_root)
-        return read_image(file, str(file), upright=self.annotations.upright)
+        return read_image(file, str(file), self.annotations.upright, self.annotations.sizes[index].tolist())
 
     @cached_property
     def limits(self) -> np.ndarray:
@@ -82,7 +87,7 @@ class CheckedDataset:
         sizes = self.annotations.sizes.copy()  # [I, 2]
         for index, file in self.image_files.items():
             if not sizes[index].all():
-                sizes[index] = file.size[::-1] if file.is_rotated and self.annotations.upright else file.size
+                sizes[index] = file.upright_size if self.annotations.upright else file.size
         return sizes[self.annotations.image_indices][:, ::-1].astype(np.float64)
 
     def to_pixels(self, box_format: BoxFormat) -> np.ndarray:

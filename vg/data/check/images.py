@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vg.data.check.dataset import CheckedDataset, ImageFile
-from vg.data.images import find_image, is_rotated, read_image
+from vg.data.images import SWAPPED, find_image, orientation, read_image
 from vg.errors import BadSampleError
 
 _THREADS = 8
@@ -31,7 +31,7 @@ def check_images(dataset: CheckedDataset, indices: Sequence[int]) -> None:
             if not file.digest:
                 what, fix = "missing images", "put them there, or set image_root to the folder that contains them"
             dataset.issues.add("error", what, fix, [f"{files[index]}: {file.error}"])
-        elif not dataset.annotations.upright:
+        else:
             _check_size(dataset, index, file)
 
 
@@ -46,25 +46,27 @@ def _open(name: str, root: Path) -> ImageFile:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             height, width, _ = read_image(data, name).shape
-            return ImageFile((height, width), is_rotated(data, name), digest)
+            return ImageFile((height, width), orientation(data, name), digest)
     except BadSampleError as error:
         return ImageFile(digest=digest, error=str(error))
 
 
 def _check_size(dataset: CheckedDataset, index: int, file: ImageFile) -> None:
-    """Compare the stored size of an image with the annotated one, (height, width) in pixels."""
-    annotations, (height, width) = dataset.annotations, file.size
+    """Compare the size of an image with the annotated one, (height, width) in pixels."""
+    annotations = dataset.annotations
     size = tuple(annotations.sizes[index].tolist())
+    is_upright = annotations.upright or (annotations.upright is None and size == file.upright_size != file.size)
+    height, width = file.upright_size if is_upright else file.size
     example = f"{annotations.locations[index]} ({annotations.files[index]}): {width} x {height}"
-    if size == file.size or not all(size):
-        if file.is_rotated:
-            what = "images that viewers rotate by their EXIF orientation, but training does not"
-            fix = "look at them in images.png: where boxes are wrong, store the images upright"
+    if size == (height, width) or not all(size):
+        if file.orientation > 1 and not is_upright:
+            what = "images that viewers turn or mirror by their EXIF orientation, but training does not"
+            fix = "look at them in images.png: where boxes are wrong, set upright=true, which applies the orientation"
             dataset.issues.add("warning", what, fix, [example], [index])
         return
-    if file.is_rotated and (width, height) == size:
-        what = "images annotated upright, but stored rotated by their EXIF orientation"
-        fix = "store them upright (for instance `mogrify -auto-orient`)"
+    if size == (width, height) and file.orientation >= SWAPPED:
+        what = f"images that are {'upright' if is_upright else 'not upright'}, unlike their annotations"
+        fix = f"leave out upright={str(annotations.upright).lower()}, or annotate all images in the same way"
     elif abs((height / size[0]) / (width / size[1]) - 1) < _RATIO:
         what = "images resized after they were annotated"
         fix = "use the images that were annotated, or scale boxes, width and height too"

@@ -76,7 +76,7 @@ class Annotations:
     locate: Callable[[int], str] = str  # box index -> where the box is described
     box_format: BoxFormat = XYXY
     relative: bool = False  # boxes are in 0..1 of the image, not in pixels
-    upright: bool = False  # they refer to the image with its EXIF orientation applied, not to the pixels as stored
+    upright: bool | None = None  # they refer to the image with its EXIF orientation applied, see `read_image`
 
     @classmethod
     def of(cls, images: Sequence[AnnotatedImage], names: list[str], num_classes: int, **fields: Any) -> Annotations:

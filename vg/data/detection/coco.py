@@ -37,6 +37,9 @@ class CocoConfig(Settings):
     min_side: NonNegativeFloat = 0.0
     """Pixels; boxes with a shorter side are left out. Published training: 1. Evaluation counts every box that has an
     area, as pycocotools does."""
+    upright: bool | None = None
+    """Apply the EXIF orientation of images. null: only where the annotated height and width are those of the upright
+    image; this does not find images that are flipped or turned by 180 degrees."""
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
 
     @classmethod
@@ -144,6 +147,7 @@ class CocoConfig(Settings):
             segmentations=[rows[index].get("segmentation") for index in positions],
             locate=lambda index: locate(positions[index]),
             box_format=XYWH,
+            upright=self.upright,
         )
 
 

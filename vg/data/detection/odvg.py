@@ -48,6 +48,8 @@ class OdvgConfig(Settings):
     """Json file {"0": "person", ...}, for lines with numbered classes; in a folder by default its label_map.json."""
     image_root: str | None = None
     """Folder of the images; by default that of the .jsonl files."""
+    upright: bool | None = None
+    """See the setting of coco; `true` for files of vg predict."""
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     """For lines with numbered classes; captions have no sampled negatives."""
     captions: Literal["phrases", "whole"] = "phrases"
@@ -92,7 +94,8 @@ class OdvgConfig(Settings):
         parser = LineParser(read_label_map(self.label_map_file, issues), issues, self.captions == "whole")
         lines = (parser.parse(text, location) for text, location in LineFiles(Path(self.path)))
         images = [image for image in lines if image is not None]
-        return Annotations.of(images, parser.names, parser.num_classes, image_root=self.image_folder)
+        fields = {"image_root": self.image_folder, "upright": self.upright}
+        return Annotations.of(images, parser.names, parser.num_classes, **fields)
 
 
 class OdvgSource:
@@ -110,6 +113,7 @@ class OdvgSource:
         check_image_root(self._root)
         self._label_map = read_label_map(config.label_map_file, RaiseFirstError(self._path))
         self._whole = config.captions == "whole"
+        self._upright = config.upright
         self.vocabulary: Vocabulary | None = None
         if self._label_map is not None:
             names = [name for _, name in self._label_map.values()]
@@ -141,7 +145,7 @@ class OdvgSource:
         boxes = np.array([box.values for box in line.boxes], np.float32).reshape(-1, 4)
         labels = np.array([box.label for box in line.boxes], np.int64)
         try:
-            image = read_annotated_image(line.file, self._root, line.size)
+            image = read_annotated_image(line.file, self._root, line.size, self._upright)
             boxes, kept = clip_boxes(boxes, image)
         except BadSampleError as error:
             raise BadSampleError(f"{self._path}, {location}: {error}") from error
@@ -167,7 +171,7 @@ class OdvgSource:
             row = self._parser().row(*self._lines[index]) or {}
             files.append(str(row.get("filename")))
             size = to_size(row.get("height"), row.get("width"))
-            sizes.append(size if all(size) else find_size(files[-1], self._root))
+            sizes.append(size if all(size) else find_size(files[-1], self._root, self._upright))
         return files, np.array(sizes, np.int64).reshape(-1, 2)
 
     def _check_boxes(self) -> None:

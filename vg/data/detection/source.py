@@ -146,19 +146,19 @@ def check_image_root(folder: Path) -> None:
         raise DataError(f"image_root {folder} is not a folder; set it to the one that contains the images")
 
 
-def read_annotated_image(name: str, root: Path, size: Sequence[int], upright: bool = False) -> np.ndarray:
-    """Read an image -> [H, W, 3] uint8.
+def read_annotated_image(name: str, root: Path, size: Sequence[int], upright: bool | None = None) -> np.ndarray:
+    """Read an image -> [H, W, 3] uint8; `upright` as in `read_image`.
 
     Raises:
         BadSampleError: it cannot be read, or is not of the annotated (height, width), where 0 matches any size.
     """
     file = find_image(name, root)
-    image = read_image(file, str(file), upright)
+    image = read_image(file, str(file), upright, size)
     height, width = image.shape[:2]
     if all(size) and (height, width) != tuple(size):
         advice = "use the image that was annotated, or correct height and width"
         if (width, height) == tuple(size):
-            advice = "store it upright instead of with an EXIF orientation"
+            advice = "its annotation is of the image turned by 90 degrees; turn the image, or set `upright`"
         raise BadSampleError(
             f"image {file} is {width} wide and {height} high, its annotation has {size[1]} and {size[0]}; {advice}"
         )

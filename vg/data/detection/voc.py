@@ -33,6 +33,8 @@ class VocConfig(Settings):
     """Name of a file in ImageSets/Main; null selects all images that have an annotation."""
     classes: list[str] | None = None
     """By default the names found in all annotations, in alphabetical order."""
+    upright: bool | None = None
+    """See the setting of coco."""
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
 
     @classmethod
@@ -113,7 +115,7 @@ class VocConfig(Settings):
         for index, name, box, location, is_difficult in objects:
             if index >= 0 and name in labels:
                 images[index].boxes.append(AnnotatedBox(labels[name], box, location, is_difficult))
-        return Annotations.of(images, names, len(names), image_root=image_root, box_format=VOC)
+        return Annotations.of(images, names, len(names), image_root=image_root, box_format=VOC, upright=self.upright)
 
 
 def _read_objects(
