@@ -14,6 +14,7 @@ from PIL import Image
 
 from vg.checkpoint import write_model
 from vg.cli import VERBS, main
+from vg.cli.evaluate import name_of
 from vg.config import RunConfig
 from vg.errors import CheckpointError
 from vg.evaluation.evaluator import DatasetEvaluator
@@ -90,8 +91,21 @@ def test_detections_are_written(tiny_config: Callable[..., RunConfig], tmp_path:
     config = tiny_config(data={"eval": {"name": "coco", "path": str(tmp_path / "coco.json")}})
     write_model(tmp_path, config.model.build(), config)
     main(["eval", str(tmp_path), "--detections"])
-    rows = json.loads((tmp_path / "detections.json").read_text())
+    rows = json.loads((tmp_path / "eval" / "detections.json").read_text())
     assert {(row["image_id"], row["category_id"]) for row in rows} == {(1, 7)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], ""),
+        (["data.eval.split=testA"], "split=testA"),
+        (["data.eval.split=testB", "data.eval.size=9"], "split=testB,size=9"),
+        (["data.eval={name: coco, path: a.b/c=d}"], "eval=_name__coco,_path__a.b_c=d_-c91f4904"),
+    ],
+)
+def test_evaluations_with_other_settings_have_folders_of_their_own(overrides: list[str], name: str) -> None:
+    assert name_of(overrides) == name
 
 
 def test_quick_demo_trains_for_ninety_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

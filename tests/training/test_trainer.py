@@ -153,9 +153,13 @@ def test_an_existing_run_is_not_overwritten_without_the_flag(tiny_config: MakeCo
         Trainer(config, overwrite=True)
     assert history(config) == before, "nothing is removed if the new run cannot start"
     config.optim.groups = {}
+    folder = Path(config.train.output)
+    (folder / "eval" / "split=testA").mkdir(parents=True)
+    (folder / "benchmark.json").write_text("{}")
     Trainer(config, overwrite=True)
     assert history(config) == []
-    assert not Path(config.train.output, "checkpoints").exists()
+    assert not (folder / "checkpoints").exists()
+    assert not {"eval", "benchmark.json"}.intersection(file.name for file in folder.iterdir()), "of other weights"
 
 
 def test_a_non_finite_loss_raises_and_is_never_saved(tiny_config: MakeConfig) -> None:

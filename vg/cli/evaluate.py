@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 from vg.cli import benchmark
@@ -14,20 +17,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder of a run or checkpoint, or YAML file with model.weights")
     add_overrides(parser)
     parser.add_argument(
-        "--output", help="folder for metrics.json and predictions.png (default: that folder, or runs/NAME)"
+        "--output",
+        help="folder for metrics.json and predictions.png (default: RUN/eval, or RUN/eval/split=testA with such an "
+        "override), or for the files of --suite (default: RUN)",
     )
     parser.add_argument("--detections", action="store_true", help="also write the detections as COCO results json")
     benchmark.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> None:
+    from vg.training.run_folder import EVALUATIONS
+
     path = Path(options.checkpoint)
-    output = Path(options.output or (path if path.is_dir() else Path("runs", path.stem)))
+    folder = path if path.is_dir() else Path("runs", path.stem)
     if options.suite:
-        benchmark.run(options, output)
+        benchmark.run(options, Path(options.output or folder))
     else:
         benchmark.refuse_options(options)
+        output = Path(options.output or folder / EVALUATIONS / name_of(options.overrides))
         evaluate(path, options.overrides, output, options.detections)
+
+
+def name_of(overrides: Sequence[str]) -> str:
+    """Return the name of a folder for results with these settings: "split=testA" of data.eval.split=testA."""
+    full = ",".join(re.sub(r"^[^=]*\.", "", override) for override in overrides)
+    name = re.sub(r"[^\w.,=-]", "_", full)[:80]
+    return name if name == full else f"{name}-{sha256(full.encode()).hexdigest()[:8]}"
 
 
 def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: bool = False) -> None:

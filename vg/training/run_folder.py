@@ -8,6 +8,7 @@ runs/demo/
     best/                     the checkpoint with the best evaluation so far, and its results in validation.json
     checkpoints/step_000500/  the newest checkpoints, with the state that training needs to continue
     checkpoints/*.damaged     checkpoints that could not be read on resume, see `RunFolder.newest`
+    eval/                     results of `vg eval`, those of other settings in folders such as eval/split=testA
     interpolated/             the best interpolation between the initial weights and `best` (`train.interpolate`)
     launch.json               the programs, such as torchrun, that started the processes and may restart them
 """
@@ -40,6 +41,8 @@ VALIDATION = "validation.json"
 EPOCHS = "epochs.md"
 LAUNCH = "launch.json"
 CHECKPOINTS = ("best", "checkpoints", "interpolated")
+EVALUATIONS = "eval"  # folder for the results of `vg eval`
+RESULTS = ("metrics.json", "predictions.png", "benchmark.json", "benchmark.html")  # of `vg demo`, `--suite`
 
 
 def in_main_process(method: Callable[..., None]) -> Callable[..., None]:
@@ -103,10 +106,10 @@ class RunFolder:
     def begin(self) -> None:
         """Create the folder and write the configuration; remove an earlier run unless it is resumed."""
         if not self.resume:
-            for name in (*CHECKPOINTS, "logs/vg"):  # trackers log under the project name vg
+            for name in (*CHECKPOINTS, EVALUATIONS, "logs/vg"):  # trackers log under the project name vg
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            for file in (self.history, self.path / EPOCHS, self.path / LAUNCH):
-                file.unlink(missing_ok=True)
+            for name in (self.history.name, EPOCHS, LAUNCH, *RESULTS):
+                (self.path / name).unlink(missing_ok=True)
         for leftover in [*self.path.glob("checkpoints/*.partial"), *self.path.glob("checkpoints/*.old")]:  # of a crash
             remove(leftover)
         for folder in {*self.path.glob("checkpoints/step_*[0-9]")}.difference(self.checkpoints()):
