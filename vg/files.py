@@ -53,8 +53,12 @@ def replacing(target: Path, is_file: bool = False) -> Iterator[Path]:
         is_file: yield the path of a file to create instead of an empty folder.
 
     Raises:
-        OSError: writing failed; it names `target` if the system named no file, as for a full disk.
+        OSError: a file is to be written, but `target` is a folder, or the reverse; or writing failed: it names `target`
+            if the system named no file, as for a full disk.
     """
+    if target.exists() and target.is_dir() == is_file:
+        problem = (errno.EISDIR, "Is a folder; name a file") if is_file else (errno.ENOTDIR, "Is a file; name a folder")
+        raise OSError(*problem, str(target))
     partial, old = target.with_name(target.name + ".partial"), target.with_name(target.name + ".old")
     # A rename is on the disk once its folder is, and a new folder once its parent is.
     folders = [target.parent, *(folder.parent for folder in target.parents if not folder.exists())]
@@ -63,7 +67,7 @@ def replacing(target: Path, is_file: bool = False) -> Iterator[Path]:
         (partial.parent if is_file else partial).mkdir(parents=True, exist_ok=is_file)
         yield partial
         sync(partial)
-        if is_file and not target.is_dir():
+        if is_file:
             partial.replace(target)
         else:
             remove(old)

@@ -59,6 +59,19 @@ def test_a_run_is_saved_with_its_card(run: Path, tmp_path: Path) -> None:
     assert "vg predict" in text
 
 
+def test_only_a_model_is_replaced(run: Path, tmp_path: Path) -> None:
+    grounder = vg.Grounder.from_pretrained(run, device="cpu")
+    for _ in range(2):
+        grounder.save_pretrained(tmp_path / "saved")
+    with pytest.raises(CheckpointError, match=r"run contains best, which saving a model there would remove"):
+        grounder.save_pretrained(run)
+    assert (run / "best" / "model.safetensors").exists()
+    (tmp_path / "saved" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"saved contains notes\.txt"):
+        grounder.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "notes.txt").exists()
+
+
 def test_a_model_of_another_library_is_saved(tmp_path: Path) -> None:
     model = tiny_model(points=4, logit_eps=(1e-5, 1e-5))
     folder = tmp_path / "transformers"

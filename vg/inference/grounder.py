@@ -134,7 +134,7 @@ class Grounder:
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a checkpoint with a model card that `from_pretrained` reads; an existing folder is replaced."""
+        """Write a checkpoint with a model card; one is replaced, a folder with other files raises CheckpointError."""
         from vg.inference.publish import save_model
 
         save_model(Path(folder), self.model, self._saved_config(), self.results, str(folder))

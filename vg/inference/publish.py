@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vg.checkpoint import write_model
+from vg.checkpoint import ENCODERS, write_model
 from vg.config import CheckpointConfig
 from vg.errors import CheckpointError
 from vg.files import replacing
@@ -38,12 +38,21 @@ def save_model(
     Args:
         results: of the evaluation, as in the validation.json of a run; None if there was none.
         name: path or Hub id in the card.
+
+    Raises:
+        CheckpointError: the folder contains something else, which would be lost, such as a run.
     """
     with replacing(folder) as partial:
         write_model(partial, model, config)
         if results is not None:
             (partial / VALIDATION).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (partial / CARD).write_text(model_card(model, config, results, name), encoding="utf-8")
+        existing = {file.name for file in folder.iterdir()} if folder.exists() else set()
+        if others := existing.difference([file.name for file in partial.iterdir()], [VALIDATION, ENCODERS]):
+            raise CheckpointError(
+                f"{folder} contains {', '.join(sorted(others)[:3])}, which saving a model there would remove; choose "
+                "another folder"
+            )
 
 
 def push_model(
