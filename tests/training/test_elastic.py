@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
+from tests.models.rec.test_model import TINY_RESNET
 from tests.training.test_batch_splits import EPS
 from tests.training.test_resume import assert_same_runs, configured, interrupt, stop_in_step
 from vg.checkpoint import read_weights
@@ -69,6 +70,8 @@ def launch(
 def make_config(make: MakeConfig, output: Path, family: str, accumulate: int, **train: Any) -> RunConfig:
     """Six steps of which an epoch has three, with dropout, augmentation and, in Grounding DINO, denoising."""
     config = configured(make, output, {"batch_size": 2}, accumulate=accumulate, **train)
+    if family == "batch_norm":
+        config.model.vision.architecture = TINY_RESNET  # type: ignore[union-attr]
     if family == "grounding_dino":
         config.data.train.view = config.data.eval.view = "detection"  # type: ignore[union-attr]
         config.model = tiny_grounding_dino(denoising=DenoisingConfig(num_queries=6, num_labels=8), dropout=0.1)
@@ -76,7 +79,8 @@ def make_config(make: MakeConfig, output: Path, family: str, accumulate: int, **
 
 
 @pytest.mark.parametrize(
-    ("family", "accumulate", "is_exact"), [("rec", 2, True), ("grounding_dino", 2, True), ("rec", 4, False)]
+    ("family", "accumulate", "is_exact"),
+    [("rec", 2, True), ("grounding_dino", 2, True), ("batch_norm", 2, True), ("rec", 4, False)],
 )
 def test_resuming_with_another_number_of_processes(
     tiny_config: MakeConfig, tmp_path: Path, family: str, accumulate: int, is_exact: bool

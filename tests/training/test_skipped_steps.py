@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
 from tests.conftest import history
+from tests.models.rec.test_model import TINY_RESNET
 from tests.training.test_distributed import launch
 from vg.config import RunConfig, dump_config
+from vg.distributed import new_accelerator
 from vg.errors import TrainingError
 from vg.training.trainer import Trainer
 from vg.types import Batch
@@ -167,26 +171,53 @@ shut_down()
 """
 
 
+def test_a_skipped_step_leaves_running_statistics(tiny_config: MakeConfig) -> None:
+    config = configured(tiny_config)
+    config.model.vision.architecture = TINY_RESNET  # type: ignore[union-attr]
+    trainer = Trainer(config)
+    poison(trainer, 1)
+    trainer.model.train()
+    before = {name: values.clone() for name, values in trainer.unwrapped_model.named_buffers()}
+    batches = next(trainer.data.steps(0, 0))
+    for step, is_equal in ((0, True), (1, False)):
+        trainer.progress.step = step
+        assert (trainer.step(batches) is None) == is_equal
+        for name, values in trainer.unwrapped_model.named_buffers():
+            if "running" in name or "tracked" in name:
+                assert values.equal(before[name]) == is_equal, name
+
+
 def test_all_processes_skip_the_same_step(tiny_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump_config(configured(tiny_config, max_steps=4)))
     (tmp_path / "train.py").write_text(SCRIPT)
     assert launch(tmp_path).count("skipped 1") == 2
 
 
-def test_a_gradient_scaler_continues_after_a_skipped_step(tiny_config: MakeConfig) -> None:
+def test_a_gradient_scaler_continues_after_a_skipped_step(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As in fp16, which needs a GPU: every step is closed for the scaler, and overflows are not counted as skips."""
-    trainer = Trainer(configured(tiny_config, max_steps=6))
-    accelerator = trainer.accelerator
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
-    accelerator.scaler = trainer.state.scaler = scaler
-    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
-    accelerator._optimizers = [trainer.optimizer]
+
+    def with_scaler(**settings: Any) -> Accelerator:
+        accelerator = new_accelerator(**settings)
+        accelerator.scaler = scaler
+        return accelerator
+
+    monkeypatch.setattr("vg.training.trainer.new_accelerator", with_scaler)
+    trainer = Trainer(configured(tiny_config, max_steps=6))
+    assert isinstance(trainer.optimizer, AcceleratedOptimizer)
+    assert trainer.optimizer.scaler is trainer.state.scaler is scaler
+    monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp16")
+    monkeypatch.setattr(trainer.accelerator, "native_amp", True)
     poison(trainer, 2)
     weight = next(trainer.unwrapped_model.head.parameters())
     weight.register_hook(lambda x: x * float("inf") if trainer.progress.step == 3 else x)
-    trainer.fit()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Seems like `optimizer.step")  # the schedule wraps the step that is taken
+        trainer.fit()
     assert trainer.progress.step == 6
     assert trainer.progress.skipped == 1, "the overflow in step 4 does not count"
+    assert trainer.schedule.last_epoch == 5, "the schedule counts it"
     assert scaler.get_scale() == 2.0**8, "both halve the scale"
     assert all(weights.isfinite().all() for weights in trainer.unwrapped_model.state_dict().values())

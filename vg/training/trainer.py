@@ -28,6 +28,7 @@ from vg.distributed import (
 from vg.errors import TrainingError
 from vg.evaluation.evaluator import Evaluator
 from vg.files import read_json
+from vg.training.batch_norm import RunningStatistics
 from vg.training.compilation import compile_layers
 from vg.training.data import training_data
 from vg.training.fsdp import check_launch, gathered, prepare, whole
@@ -79,12 +80,11 @@ class Trainer:
             compile_layers(self.unwrapped_model)
         scale = lr_factor(config.optim, self.data.samples_per_step)
         optimizer = build_optimizer(self.unwrapped_model, config.optim, scale)
-        self.model, self.optimizer = prepare(self.accelerator, self.unwrapped_model, optimizer)
-
         self.steps_per_epoch = self.data.steps_per_epoch
         self.num_steps = planned_steps(config.train, self.steps_per_epoch)
         # Not prepared, because Accelerate would step the schedule once per process.
-        self.schedule = build_schedule(self.optimizer.optimizer, config.optim, self.num_steps, self.steps_per_epoch)
+        self.schedule = build_schedule(optimizer, config.optim, self.num_steps, self.steps_per_epoch)
+        self.model, self.optimizer = prepare(self.accelerator, self.unwrapped_model, optimizer)
         self.state = TrainingState(config, self.unwrapped_model, self.optimizer, self.accelerator)
 
         self.progress = Progress(samples_per_step=self.data.samples_per_step, best_metric=self.evaluator.best_metric)
@@ -153,6 +153,7 @@ class Trainer:
         """
         weights = [self.unwrapped_model.batch_weight(batch) for batch in batches]
         divisor = self._mean_weight(sum(weights))
+        statistics = RunningStatistics(self.unwrapped_model, self.accelerator)
         terms: dict[LossName, Tensor] = {}
         for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
             number = self.accelerator.process_index + index * self.accelerator.num_processes  # in all processes
@@ -163,6 +164,7 @@ class Trainer:
                 losses = self.unwrapped_model.loss(output, batch)
                 scaled = torch.stack(list(losses.values())) * (max(1, weight) / divisor)  # [terms]
                 self.accelerator.backward(scaled.sum())
+            statistics.collect()
             losses = dict(zip(losses, scaled.detach().unbind(), strict=True))
             if (iou := self.unwrapped_model.iou(output, batch)) is not None:
                 losses[TRAIN_IOU] = iou.detach().sum() / divisor  # logged only
@@ -170,9 +172,9 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm or math.inf)
         taken = self.config.train.on_nan == "stop" or self._is_finite(terms, norm)
         if taken:
+            statistics.update()
             self.optimizer.step()
-            if not self.accelerator.optimizer_step_was_skipped:  # fp16: the gradients overflowed
-                self.schedule.step()
+            self.schedule.step()  # it also counts a step of fp16 whose gradients overflow, which the scaler leaves out
             if self.state.ema:
                 self.state.ema.update()
         elif self.accelerator.scaler:
