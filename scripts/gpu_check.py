@@ -1,6 +1,6 @@
 """Check the project on a GPU in three parts of less than 8 minutes each: build and test the kernels, measure all.
 
-    PYTHONPATH=. python scripts/gpu_check.py [--part 1] [--output gpu_check.json] [--only SECTION ...]
+    python -m scripts.gpu_check [--part 1] [--output gpu_check.json] [--only SECTION ...]
 
 Part 1 builds and tests the CUDA kernels, part 2 measures them and runs the other tests of the operator, and part 3
 compares and measures Grounding DINO; without --part all of them run. It needs torch, the CUDA toolkit (nvcc) and g++;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,9 +69,14 @@ def plain_pytorch(case: Case, *inputs: Tensor) -> Tensor:
 
 def tables(case: Case) -> tuple[Tensor, Tensor]:
     """Return shapes [L, 2] and first tokens [L] as tensors, which the other implementations need."""
-    shapes = torch.tensor(case.shapes, device=case.grad.device)
-    ends = shapes.prod(1).cumsum(0)
-    return shapes, torch.cat((ends.new_zeros(1), ends[:-1]))
+    return _tables(case.shapes, case.grad.device)
+
+
+@cache  # a model makes them once for all layers; making them waits for a GPU, so it must not be timed
+def _tables(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    sizes = torch.tensor(shapes, device=device)
+    ends = sizes.prod(1).cumsum(0)
+    return sizes, torch.cat((ends.new_zeros(1), ends[:-1]))
 
 
 def transformers_module() -> Contender:

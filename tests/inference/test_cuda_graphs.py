@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from tests.models.grounding_dino.tiny import batch_of, sample, tiny_model
 from tests.training.synchronizations import synchronizations
 from vg.errors import ConfigError
 from vg.inference import cuda_graphs, torch_backend
-from vg.inference.cuda_graphs import CudaGraphs
+from vg.inference.cuda_graphs import CudaGraphs, Recorder
 from vg.models.grounding_dino import backbone, model
 from vg.models.grounding_dino.model import GroundingDino, Output
 from vg.types import Batch
@@ -121,7 +123,7 @@ def test_the_setting_of_a_grounder(network: GroundingDino, monkeypatch: pytest.M
     image = sample(["cat"]).image
     expected = vg.Grounder(network, device="cpu").predict_batch([image] * 4, ["cat"] * 4)
     recorder = Rerun()
-    monkeypatch.setattr(cuda_graphs, "Recorder", lambda: recorder)
+    monkeypatch.setattr(torch_backend, "Recorder", lambda device: recorder)
     monkeypatch.setattr(torch_backend, "checked_device", lambda device: device)
     monkeypatch.setattr(network, "to", lambda device: network)
     grounder = vg.Grounder(network, device="cuda", cuda_graphs=True)
@@ -132,12 +134,17 @@ def test_the_setting_of_a_grounder(network: GroundingDino, monkeypatch: pytest.M
     grounder.bfloat16()
     assert list(grounder.stream([image] * 4, "cat", 0.0, batch_size=1))
     assert recorder.recorded == 2, "another precision is recorded again"
+    with pytest.raises(ConfigError, match=r"use compile\(\) or cuda_graphs, not both"):
+        grounder.compile()
 
 
+@pytest.mark.parametrize("phrases", [["cat"], ["cat", "dog", "red circle", "blue square"]])
 @torch.no_grad()
-def test_a_recorded_pass_reads_no_memory_of_the_host(network: GroundingDino, monkeypatch: Any) -> None:
-    """Neither for sizes, which are made by kernels, nor for prompts, whose cache is left out."""
-    x = batch_of(network, sample(["cat"], (64, 96)), sample(["dog"], (64, 64)))
+def test_a_recorded_pass_reads_no_memory_of_the_host(phrases: list[str], monkeypatch: Any) -> None:
+    """Neither for sizes, which are made by kernels, nor for prompts, of which an image may have several."""
+    network = tiny_model(max_tokens=8)
+    x = batch_of(network, sample(phrases, (64, 96)), sample(phrases, (64, 64)))
+    assert (len(x.text.token_ids) > 2) == (len(phrases) > 1)
     expected = network(x)
     for module in (backbone, model):
         monkeypatch.setattr(module, "is_recorded", lambda device: True)
@@ -150,3 +157,66 @@ def test_a_recorded_pass_reads_no_memory_of_the_host(network: GroundingDino, mon
     with synchronizations() as found:
         network(x)
     assert found == []
+
+
+class Cuda:
+    """Stands for the part of torch.cuda that records: which device and stream are current, and graphs."""
+
+    def __init__(self) -> None:
+        self.current = ["cuda:0", "default"]
+        self.calls: list[tuple[str, ...]] = []
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current[0] = self.current[0], str(device)
+        try:
+            yield
+        finally:
+            self.current[0] = before
+
+    @contextmanager
+    def stream(self, stream: str) -> Iterator[None]:
+        before, self.current[1] = self.current[1], stream
+        try:
+            yield
+        finally:
+            self.current[1] = before
+
+    @contextmanager
+    def graph(self, graph: Any, pool: str, stream: str, capture_error_mode: str) -> Iterator[None]:
+        self.current[1] = stream
+        yield  # like torch, it does not return to the stream before if this fails
+        self.current[1] = "default"
+
+    def Stream(self, device: torch.device) -> str:  # noqa: N802
+        return f"stream of {device}"
+
+    def graph_pool_handle(self) -> str:
+        return "pool"
+
+    def CUDAGraph(self) -> Any:  # noqa: N802
+        return SimpleNamespace(replay=lambda: self.calls.append(("replay", *self.current)))
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_a_graph_belongs_to_the_device_of_the_network(fail: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda()
+    monkeypatch.setattr(torch, "cuda", cuda)
+
+    def network() -> str:
+        cuda.calls.append(("run", *cuda.current))
+        if fail:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return "output"
+
+    recorder = Recorder(torch.device("cuda:1"))
+    if fail:
+        with pytest.raises(RuntimeError, match="not permitted"):
+            recorder(network)
+    else:
+        replay, output = recorder(network)
+        replay()
+        assert output == "output"
+    expected = [("run", "cuda:1", "stream of cuda:1"), ("replay", "cuda:1", "default")]
+    assert cuda.calls == expected[: 2 - fail]
+    assert cuda.current == ["cuda:0", "default"]

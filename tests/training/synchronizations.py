@@ -56,7 +56,8 @@ class _Operations(TorchDispatchMode):
             self.found.append(_where(str(operation)))
             if operation in READS:
                 return torch.zeros((), dtype=tensors[0].dtype).item()
-        if operation in INDEXING and any(x.dtype in (torch.bool, torch.uint8) for x in args[1] if x is not None):
+        indices = [x for x in args[1] if x is not None and x.is_meta] if operation in INDEXING else []
+        if any(x.dtype in (torch.bool, torch.uint8) for x in indices):
             self.found.append(_where("index by a mask"))
         if operation is aten._to_copy:
             target = torch.device(kwargs.get("device") or args[0].device).type
@@ -86,6 +87,8 @@ class _Functions(TorchFunctionMode):
             indices = args[1] if isinstance(args[1], tuple) else args[1:2]
             if any(isinstance(index, (list, tuple)) for index in indices):
                 self.found.append(_where("index by a list"))
+            if any(isinstance(index, Tensor) and not index.is_meta for index in indices):
+                self.found.append(_where("index by a tensor of the host"))
         result = func(*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and result.is_meta:
             self.found.append(_where("tensor of host values"))

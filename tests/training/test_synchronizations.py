@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from tests.cache.feature_data import cached_config, write_encoders, write_expressions
@@ -18,13 +19,28 @@ from tests.training.synchronizations import synchronizations
 from vg.cache.build import build_cache
 from vg.config import RunConfig
 from vg.losses import matcher
+from vg.models.base import check_finite, on_host
 from vg.models.grounding_dino.config import BertConfig, DenoisingConfig, ImageConfig
 from vg.training.trainer import Trainer
+from vg.types import map_tensors
 
 MakeConfig = Callable[..., RunConfig]
 
+
 MATCHING = ["vg/losses/matcher.py _to_host copy to the host"]
 POOLED = {"name": "pooled", "width": 64, "layers": 2, "heads": 2, "feedforward": 128}
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Use the GPU, if there is one: other tests do not."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def detection(make: MakeConfig, mix_sizes: bool) -> RunConfig:
@@ -97,6 +113,7 @@ ON_META = {
     "masked_select": lambda x: x.masked_select(x > 0),
     "index by a mask": lambda x: x[x > 0],
     "index by a list": lambda x: x[..., [0, 2]],
+    "index by a tensor of the host": lambda x: x[torch.arange(2)],
     "set by a mask": lambda x: x.__setitem__(x[:, 0] > 0, torch.zeros(1, 4)),
     "repeats": lambda x: torch.arange(3, device=x.device).repeat_interleave(x[:, 0].long()),
 }
@@ -144,6 +161,27 @@ def test_generalized_expressions(tiny_config: MakeConfig) -> None:
     scenes = {"name": "shapes", "image_size": 64, "size": 20, "kinds": ["absent", "several", "attribute"]}
     model = TINY | {"text": {"architecture": TEXT}, "head": HEAD | {"objects": "any"}}
     assert synchronizations_of_a_step(tiny_config(model=model, data={"train": scenes, "eval": scenes})) == []
+
+
+@pytest.mark.parametrize("objects", ["one", "any"])
+def test_evaluations_wait_as_often_for_a_large_batch(tiny_config: MakeConfig, objects: str) -> None:
+    """For the boxes, their scores, and two types of numbers of the targets; not for every expression."""
+    model = TINY | {"text": {"architecture": TEXT}, "head": HEAD | {"objects": objects}}
+    kinds = ["absent", "several", "attribute"] if objects == "any" else ["attribute"]
+    scenes = {"name": "shapes", "image_size": 64, "size": 20, "kinds": kinds}
+    trainer = Trainer(tiny_config(model=model, data={"train": scenes, "eval": scenes}))
+    dataset = trainer.evaluator.datasets[0]
+    (batch, *_) = dataset.loader
+    output = trainer.unwrapped_model.eval()(batch)
+    dataset.metric.to("meta")
+    dataset.metric.reset()
+    move = lambda tensor: tensor.to("meta")  # noqa: E731
+    with synchronizations() as found:
+        predictions = on_host(trainer.unwrapped_model.predict(map_tensors(output, move), batch))
+        check_finite(predictions, trainer.unwrapped_model)
+        dataset.metric.update(predictions, on_host([target.map(move) for target in batch.targets]))
+    assert len(batch) == 5
+    assert len([name for name in found if "copy to the device" not in name]) == 4, found
 
 
 @pytest.mark.parametrize("head", [HEAD, POOLED], ids=["dense", "pooled"])

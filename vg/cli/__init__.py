@@ -127,10 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         sys.exit(f"error: {message}")
     finally:
-        if "torch" in sys.modules:  # `vg config` does not need it
-            from vg.distributed import shut_down
-
-            shut_down()
+        if distributed := sys.modules.get("vg.distributed"):  # no process group was made without it
+            distributed.shut_down()
 
 
 def _is_output_closed() -> bool:

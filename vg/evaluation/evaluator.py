@@ -20,7 +20,7 @@ from vg.evaluation.results import DatasetResult, EvaluationResult
 from vg.evaluation.table import cell
 from vg.metrics import CocoMetric, GrecMetric, RecMetric
 from vg.metrics.result import flat_key, split_flat_key
-from vg.models.base import GroundingModel, check_finite
+from vg.models.base import GroundingModel, check_finite, on_host
 from vg.workers import new_loader
 
 NUM_PRINTED = 6  # metrics of a dataset in the line of an evaluation
@@ -78,9 +78,9 @@ class DatasetEvaluator:
         for batch in progress_bar(self.accelerator, iterable=self.loader, desc=description, leave=False):
             with self.accelerator.autocast():
                 output = model(batch)
-            predictions = model.predict(output, batch)
+            predictions = on_host(model.predict(output, batch))
             check_finite(predictions, model)
-            self.metric.update(predictions, batch.targets)
+            self.metric.update(predictions, on_host(batch.targets))
             if self.with_loss and (model.generalized or model.iou(output, batch) is not None):
                 weight = max(1, model.batch_weight(batch))
                 loss = torch.stack(list(model.loss(output, batch).values())).sum()

@@ -26,9 +26,9 @@ class CudaGraphs:
         record: runs a function and returns what repeats it on the same memory, and its output; see Recorder.
     """
 
-    def __init__(self, network: Callable[[Batch], Any], record: Any = None):
+    def __init__(self, network: Callable[[Batch], Any], record: Recorder | None):
         self.network = network
-        self.record = record or Recorder()
+        self.record = record
         self.calls: Counter[Hashable] = Counter()
         # Static input, replay and static output; the least recently used one first.
         self.graphs: dict[Hashable, tuple[Batch, Callable[[], Any], Any]] = {}
@@ -67,13 +67,28 @@ class CudaGraphs:
 
 
 class Recorder:
-    """Records CUDA graphs that share their memory, so outputs must be copied before the next replay of any of them."""
+    """Records CUDA graphs that share their memory, so outputs must be copied before the next replay of any of them.
 
-    def __init__(self) -> None:
+    Args:
+        device: that of the network, such as "cuda:1"; it need not be the current one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # By default torch records on a stream of the device that was current in the first recording of the process.
+        self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # other threads read images
-            output = function()
-        return graph.replay, output
+        # torch.cuda.graph does not return to the current stream if the recording fails; torch.cuda.stream does.
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            mode = "thread_local"  # because other threads read images
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode):
+                output = function()
+
+        def replay() -> None:
+            with torch.cuda.device(self.device):
+                graph.replay()
+
+        return replay, output

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +17,9 @@ from vg.config import CheckpointConfig
 from vg.data.collate import Collator
 from vg.data.prompt import Expressions, Prompts
 from vg.errors import ConfigError
-from vg.inference.cuda_graphs import CudaGraphs
+from vg.inference.cuda_graphs import CudaGraphs, Recorder
 from vg.inference.result import Boxes
-from vg.models.base import GroundingModel, check_finite
+from vg.models.base import GroundingModel, check_finite, on_host
 from vg.models.grounding_dino.checkpoints import open_model
 from vg.models.grounding_dino.checkpoints.files import local_path
 from vg.types import Batch, Prediction, Sample, map_tensors
@@ -102,13 +101,15 @@ class TorchBackend:
 
     def compile(self) -> None:
         """Compile the network at the next call; images of other sizes may compile it again."""
+        if self.cuda_graphs:
+            raise ConfigError("a compiled network cannot be recorded: use compile() or cuda_graphs, not both")
         self.compiled = True
         self._set_network()
 
     def _set_network(self) -> None:
         """Forget what was compiled or recorded for another device or precision."""
         network: Any = torch.compile(self.model, dynamic=True) if self.compiled else self.model
-        self.network = CudaGraphs(network) if self.cuda_graphs else network
+        self.network = CudaGraphs(network, Recorder(self.model.device)) if self.cuda_graphs else network
 
     def prepare(self, images: Sequence[np.ndarray], phrases: Sequence[tuple[str, ...]]) -> Prepared:
         """Make the batch of images [H, W, 3] uint8 and the phrases of each; may run in a thread.
@@ -139,9 +140,11 @@ class TorchBackend:
     @torch.no_grad()
     def _predictions(self, batch: Batch) -> list[Prediction]:
         batch = batch.to(self.model.device)
-        with nullcontext() if self.dtype == torch.float32 else torch.autocast(self.model.device.type, self.dtype):
+        half = self.dtype != torch.float32  # else autocast of the caller, whose casts a graph would keep, is disabled
+        precision = {"dtype": self.dtype} if half else {"enabled": False}
+        with torch.autocast(self.model.device.type, cache_enabled=not self.cuda_graphs, **precision):
             output = self.network(batch)
-        predictions = [prediction.to("cpu") for prediction in self.model.predict(_float32(output), batch)]
+        predictions = on_host(self.model.predict(_float32(output), batch))
         check_finite(predictions, self.model)
         return predictions
 

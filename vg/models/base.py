@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vg.errors import PredictionError
-from vg.types import Batch, EncodedBatch, Features, ImageSpec, LossName, Prediction, Text, TextSpec
+from vg.types import Batch, EncodedBatch, Features, ImageSpec, LossName, Movable, Prediction, Text, TextSpec
+
+_Movable = TypeVar("_Movable", bound=Movable)
 
 
 class GroundingModel(nn.Module, ABC):
@@ -129,6 +131,14 @@ def check_finite_weights(weights: Mapping[str, Tensor]) -> None:
             f"the weights are not finite (NaN or Inf): {', '.join(bad[:3])}{more}; the training has diverged, or the "
             "file is damaged: use an earlier checkpoint"
         )
+
+
+def on_host(values: Sequence[_Movable]) -> list[_Movable]:
+    """Copy predictions or targets to the host, one transfer for all tensors of a dtype: each waits for the device."""
+    tensors = [tensor for value in values for tensor in value.tensors()]
+    flat = {dtype: [x.flatten() for x in tensors if x.dtype == dtype] for dtype in {x.dtype for x in tensors}}
+    copied = {dtype: iter(torch.cat(x).cpu().split([len(y) for y in x])) for dtype, x in flat.items()}
+    return [value.map(lambda tensor: next(copied[tensor.dtype]).view(tensor.shape)) for value in values]
 
 
 def check_finite(predictions: Sequence[Prediction], model: GroundingModel) -> None:

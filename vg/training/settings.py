@@ -30,7 +30,8 @@ class TrainConfig(Settings):
     step (abort after 10 consecutive skips); non-finite weights are restored from the last checkpoint. Skipping needs a
     device synchronization in every step."""
     precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)] = "no"
-    """Mixed precision; use bf16 on GPUs that support it. (YAML reads a bare `no` as false, which is accepted.)"""
+    """Mixed precision; use bf16 on GPUs that support it: with "no", products are computed in float32, not in TF32.
+    (YAML reads a bare `no` as false, which is accepted.)"""
     compile: bool = False
     """Compile the layers that take most of the time with torch.compile, at the first step and evaluation."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None

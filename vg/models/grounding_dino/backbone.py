@@ -156,7 +156,8 @@ def on_device(numbers: Sequence[Sequence[tuple[int, int]]], device: torch.device
     if is_recorded(device):  # replays of a copy would read memory of the host that is freed
         flat = [torch.full((), x, dtype=torch.float32, device=device) for row in numbers for pair in row for x in pair]
         return torch.stack(flat).view(len(numbers), -1, 2)
-    tensor = torch.tensor(numbers, dtype=torch.float32, pin_memory=device.type == "cuda")  # else the copy waits
+    pin_memory = device.type == "cuda" and not torch.compiler.is_compiling()  # else the copy waits
+    tensor = torch.tensor(numbers, dtype=torch.float32, pin_memory=pin_memory)
     return tensor.to(device, non_blocking=device.type != "mps")
 
 

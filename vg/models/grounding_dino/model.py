@@ -108,7 +108,8 @@ class GroundingDino(GroundingModel):
         if self.training:
             raise ValueError("training takes one prompt per image: make batches with Collator(..., one_prompt=True)")
         # Prompts of one image share its features. As many prompts run at a time as there are samples, to save memory.
-        chunks = torch.arange(len(text.tokens)).split(max(len(batch), len(image.tokens)))
+        count = max(len(batch), len(image.tokens))
+        chunks = (slice(start, start + count) for start in range(0, len(text.tokens), count))
         image_ids = batch.image_ids[batch.text.sample_ids]  # [R]
         outputs = [self.ground(image.select(image_ids[rows]), text.select(rows)) for rows in chunks]
         fields = (torch.cat(x, dim=-3) if isinstance(x[0], Tensor) else None for x in zip(*outputs, strict=True))

@@ -190,7 +190,8 @@ class RecModel(EncodableModel):
         return len(batch)
 
     def predict(self, output: PooledOutput | DenseOutput, batch: Batch | EncodedBatch) -> list[Prediction]:
-        boxes, scores = self.head.rank(output)  # type: ignore[arg-type]  # [R, K, 4], [R, K]
+        ranked = self.head.rank(output)  # type: ignore[arg-type]  # [R, K, 4], [R, K]
+        boxes, scores = (x.cpu() for x in ranked)  # here, because what follows is small and by sample
         found: Any = scores > 0 if self.generalized else [slice(None)] * len(scores)
         return [
             Prediction(
