@@ -101,7 +101,8 @@ def test_detections_are_written(tiny_config: Callable[..., RunConfig], tmp_path:
         ([], ""),
         (["data.eval.split=testA"], "split=testA"),
         (["data.eval.split=testB", "data.eval.size=9"], "split=testB,size=9"),
-        (["data.eval={name: coco, path: a.b/c=d}"], "eval=_name__coco,_path__a.b_c=d_-c91f4904"),
+        (["data.eval.base.split=test", "train.precision=bf16"], "base.split=test,train.precision=bf16"),
+        (["data.eval={name: coco, path: a.b/c=d}"], "data.eval=_name__coco,_path__a.b_c=d_-adb7ab5c"),
     ],
 )
 def test_evaluations_with_other_settings_have_folders_of_their_own(overrides: list[str], name: str) -> None:

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
 
 def name_of(overrides: Sequence[str]) -> str:
     """Return the name of a folder for results with these settings: "split=testA" of data.eval.split=testA."""
-    full = ",".join(re.sub(r"^[^=]*\.", "", override) for override in overrides)
+    full = ",".join(override.removeprefix("data.eval.") for override in overrides)
     name = re.sub(r"[^\w.,=-]", "_", full)[:80]
     return name if name == full else f"{name}-{sha256(full.encode()).hexdigest()[:8]}"
 
@@ -48,7 +48,7 @@ def name_of(overrides: Sequence[str]) -> str:
 def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: bool = False) -> None:
     """Evaluate a checkpoint; write metrics.json, predictions.png and optionally detections.json to `output`."""
     from vg.cli.models import load_with_data
-    from vg.distributed import new_accelerator
+    from vg.distributed import failing_together, new_accelerator
     from vg.evaluation.evaluator import Evaluator
     from vg.evaluation.table import table
     from vg.files import write_bytes, write_json
@@ -57,15 +57,17 @@ def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: b
     model, config = load_with_data(checkpoint, overrides)
     accelerator = new_accelerator(mixed_precision=config.train.precision)
     evaluator = Evaluator(config.data, model, accelerator)
+    with failing_together():
+        if accelerator.is_main_process:
+            output.mkdir(parents=True, exist_ok=True)  # raises OSError before minutes of evaluation
     if detections:
         evaluator.category_ids()  # raises ConfigError before minutes of evaluation
     result = evaluator.run(model.to(accelerator.device))
     rows_of = evaluator.detections() if detections else {}  # dataset name -> rows
     if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
+        print(table(result))  # first: it is there if the files cannot be written
         write_json(output / "metrics.json", {"checkpoint": str(checkpoint), **result.flat()})
         for name, rows in rows_of.items():
             write_bytes(output / f"detections{name and '_'}{name}.json", json.dumps(rows).encode())
-        print(table(result))
         draw_samples(model, config.data, output / "predictions.png")
         print(f"written to {output}: metrics.json, predictions.png")
