@@ -186,7 +186,7 @@ class PromptTargets(NamedTuple):
     """Ground truth of every prompt of a batch: the boxes of its phrases, padded to the most that a prompt has."""
 
     boxes: Tensor  # [R, N, 4] cxcywh, 0..1 of the image without padding
-    tokens: Tensor  # [R, N, T] bool, the tokens of the phrase of each box
+    positive_map: Tensor  # [R, N, T] bool, the tokens of the phrase of each box
     phrase_ids: Tensor  # [R, N] int64, index of that phrase among the phrases of the image
     mask: Tensor  # [R, N] bool, True = a box; False = padding, which comes last and has no meaning
     counts: tuple[int, ...]  # [R] boxes of each prompt; integers on the host, so that a GPU need not be waited for
@@ -195,8 +195,8 @@ class PromptTargets(NamedTuple):
     def without_boxes(cls, text: Text) -> PromptTargets:
         """Return targets with N = 0, for batches that are only predicted."""
         mask = text.mask.new_zeros((len(text.mask), 0))
-        boxes, tokens = (mask.unsqueeze(-1).expand(-1, -1, size) for size in (4, text.mask.shape[1]))
-        return cls(boxes.float(), tokens, mask.long(), mask, (0,) * len(mask))
+        boxes, positive_map = (mask.unsqueeze(-1).expand(-1, -1, size) for size in (4, text.mask.shape[1]))
+        return cls(boxes.float(), positive_map, mask.long(), mask, (0,) * len(mask))
 
 
 class LossName(NamedTuple):

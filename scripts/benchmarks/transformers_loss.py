@@ -38,7 +38,7 @@ def transformers_loss(
     labels = [
         {"class_labels": (named[:count].float() @ label_map.T.float()).argmax(dim=1), "boxes": truth[:count]}
         for named, truth, count, label_map in zip(
-            targets.tokens, targets.boxes, targets.counts, label_maps, strict=True
+            targets.positive_map, targets.boxes, targets.counts, label_maps, strict=True
         )
     ]
     encoder_logits, encoder_boxes = encoder or (None, None)

@@ -36,14 +36,14 @@ def test_phrases_of_an_image_in_several_prompts() -> None:
     found = prompt_targets(prompts, [target([1]), target([1, 0, 2, 1, 0])])
     assert found.counts == (1, 2, 2)
     assert found.boxes.shape == (3, 2, 4)
-    assert found.tokens.shape == (3, 2, 6)
+    assert found.positive_map.shape == (3, 2, 6)
     assert found.mask.tolist() == [[True, False], [True, True], [True, True]]
     torch.testing.assert_close(found.boxes[:, :, 0], torch.tensor([[0.0, 0.0], [0.1, 0.4], [0.0, 0.3]]))
     assert found.phrase_ids[found.mask].tolist() == [1, 0, 0, 1, 1]
-    assert found.tokens[0, 0].nonzero().flatten().tolist() == [3, 4]
-    assert [row.nonzero().flatten().tolist() for row in found.tokens[1]] == [[2], [2]]
-    assert [row.nonzero().flatten().tolist() for row in found.tokens[2]] == [[1, 2], [1, 2]]
-    assert not found.tokens[~found.mask].any()
+    assert found.positive_map[0, 0].nonzero().flatten().tolist() == [3, 4]
+    assert [row.nonzero().flatten().tolist() for row in found.positive_map[1]] == [[2], [2]]
+    assert [row.nonzero().flatten().tolist() for row in found.positive_map[2]] == [[1, 2], [1, 2]]
+    assert not found.positive_map[~found.mask].any()
 
 
 def test_crowd_regions_are_left_out() -> None:
@@ -60,7 +60,7 @@ def test_images_without_boxes() -> None:
     found = prompt_targets(prompts, [target([]), target([])])
     assert found.counts == (0, 0)
     assert found.boxes.shape == (2, 0, 4)
-    assert found.tokens.shape == (2, 0, 6)
+    assert found.positive_map.shape == (2, 0, 6)
     assert found.mask.shape == (2, 0)
 
 

@@ -28,7 +28,7 @@ class Case(NamedTuple):
         boxes, tokens = max(self.targets.counts), int(self.mask.sum(dim=1).max())
         targets = PromptTargets(
             self.targets.boxes[:, :boxes],
-            self.targets.tokens[:, :boxes, :tokens],
+            self.targets.positive_map[:, :boxes, :tokens],
             self.targets.phrase_ids[:, :boxes],
             self.targets.mask[:, :boxes],
             self.targets.counts,

@@ -33,8 +33,8 @@ def assert_cheapest(cost: Tensor, assignment: Tensor) -> None:
 
 def test_class_costs_equal_values_computed_by_hand() -> None:
     case = random_case(counts=(1,), lengths=(3,), queries=1, layers=1)
-    case.targets.tokens[:] = False
-    case.targets.tokens[0, 0, :2] = True
+    case.targets.positive_map[:] = False
+    case.targets.positive_map[0, 0, :2] = True
     case.logits[0, 0, 0, :3] = torch.tensor([0.2, -0.4, 1.5])
     p = case.logits[0, 0, 0, :3].sigmoid()
     positive, negative = -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log()

@@ -121,13 +121,13 @@ def test_perfect_predictions_have_no_loss_and_errors_have_the_expected_one() -> 
     logits = torch.full_like(case.logits, -20.0)
     for row, count in enumerate(case.targets.counts):
         boxes[0, row, :count] = case.targets.boxes[row, :count]
-        logits[0, row, :count][case.targets.tokens[row, :count]] = 20.0
+        logits[0, row, :count][case.targets.positive_map[row, :count]] = 20.0
     perfect = SetLoss(LossConfig())(logits, boxes, *case[2:])
     assert all(value.item() == pytest.approx(0, abs=1e-5) for value in perfect.values())
     logits[0, 0, 0] = -20.0
     boxes[0, 0, 1, 0] += 0.1
     worse = SetLoss(LossConfig())(logits, boxes, *case[2:])
-    num_boxes, num_tokens = sum(case.targets.counts), case.targets.tokens[0, 0].sum()
+    num_boxes, num_tokens = sum(case.targets.counts), case.targets.positive_map[0, 0].sum()
     torch.testing.assert_close(worse[LossName("class")], 0.25 * 20 * num_tokens / num_boxes)
     torch.testing.assert_close(worse[LossName("l1")], torch.tensor(5 * 0.1 / num_boxes))
 
@@ -185,7 +185,7 @@ def test_denoising_terms_equal_the_loss_functions() -> None:
     l1 = giou = focal = torch.tensor(0.0)
     for row in range(2):
         for query, box in enumerate(restores[row].tolist()):
-            named = case.targets.tokens[row, box] if box >= 0 else torch.zeros(11, dtype=torch.bool)
+            named = case.targets.positive_map[row, box] if box >= 0 else torch.zeros(11, dtype=torch.bool)
             focal = focal + terms.focal(logits[0, row, query, :9], named[:9], 0.25, 2).sum()
             if box >= 0:
                 l1 = l1 + terms.l1(boxes[0, row, query], case.targets.boxes[row, box])

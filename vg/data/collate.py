@@ -159,11 +159,13 @@ def prompt_targets(text: Text, targets: Sequence[Target]) -> PromptTargets:
     phrase_ids = pad_sequence([target.phrase_ids for target in targets], batch_first=True)[rows]  # [R, N]
     single = [torch.ones_like(t.phrase_ids, dtype=torch.bool) if t.crowd is None else ~t.crowd for t in targets]
     phrase_of_box = phrase_ids.unsqueeze(-1).expand(-1, -1, text.mask.shape[1])
-    tokens = text.phrase_tokens.gather(1, phrase_of_box)  # [R, N, T]
-    tokens = tokens & pad_sequence(single, batch_first=True)[rows].unsqueeze(-1)
-    selected = tokens.any(dim=-1)  # [R, N]
+    positive_map = text.phrase_tokens.gather(1, phrase_of_box)  # [R, N, T]
+    positive_map = positive_map & pad_sequence(single, batch_first=True)[rows].unsqueeze(-1)
+    selected = positive_map.any(dim=-1)  # [R, N]
     counts = selected.sum(dim=1)  # [R]
     mask = torch.arange(int(counts.max()), device=rows.device) < counts.unsqueeze(1)  # [R, most boxes of a prompt]
     order = (~selected).int().argsort(dim=1, stable=True)[:, : mask.shape[1]]
     row = torch.arange(len(rows), device=rows.device).unsqueeze(1)
-    return PromptTargets(boxes[row, order], tokens[row, order], phrase_ids[row, order], mask, tuple(counts.tolist()))
+    return PromptTargets(
+        boxes[row, order], positive_map[row, order], phrase_ids[row, order], mask, tuple(counts.tolist())
+    )

@@ -49,18 +49,18 @@ def match_costs(logits: Tensor, boxes: Tensor, targets: PromptTargets, mask: Ten
     """Compute the cost of matching every query with every box: [L, R, Q, N] float32; arguments as in `match`."""
     costs = config.matching
     with torch.autocast(logits.device.type, enabled=False):
-        class_cost = _class_cost(logits.float(), targets.tokens, mask, config)  # [L, R, Q, N]
+        class_cost = _class_cost(logits.float(), targets.positive_map, mask, config)  # [L, R, Q, N]
     pair = boxes.float().unsqueeze(-2), targets.boxes.unsqueeze(1)  # [L, R, Q, 1, 4], [R, 1, N, 4]
     return costs.class_weight * class_cost + costs.l1 * terms.l1(*pair) + costs.giou * terms.giou(*pair)
 
 
-def _class_cost(logits: Tensor, tokens: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
+def _class_cost(logits: Tensor, positive_map: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
     """[L, R, Q, T], [R, N, T] bool, [R, T] bool -> [L, R, Q, N], low if the tokens of the phrase have high logits."""
     reduction, alpha, gamma = config.matching.class_cost, config.focal_alpha, config.focal_gamma
     probability = logits.masked_fill(~mask.unsqueeze(1), 0.0).sigmoid()  # [L, R, Q, T]
     positive = -alpha * (1 - probability) ** gamma * (probability + _EPS[reduction]).log()
     negative = -(1 - alpha) * probability**gamma * (1 - probability + _EPS[reduction]).log()
-    weights = tokens.to(logits.dtype)
+    weights = positive_map.to(logits.dtype)
     if reduction == "mean":
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1)
     cost = (positive - negative) @ weights.mT  # [L, R, Q, N]

@@ -60,7 +60,7 @@ class SetLoss:
             assignment = match(logits, boxes, targets, mask, self.config)  # [L, R, Q]
             losses = self._terms(factors, logits, boxes, assignment, targets, mask, num_boxes)
             if vectors and self.config.alignment:
-                positive = _gather_boxes(targets.tokens, assignment[last])  # [R, Q, T]
+                positive = _gather_boxes(targets.positive_map, assignment[last])  # [R, Q, T]
                 alignment = terms.alignment(*vectors, positive, mask, self.config.alignment_temperature)  # [R]
                 losses[LossName("alignment")] = self.config.alignment * alignment.sum() / num_boxes
             if denoising and self.config.denoising:
@@ -96,7 +96,7 @@ class SetLoss:
         """The terms of queries [L, R, Q] with an assignment [L or 1, R, Q]; `factors` has one entry for each layer."""
         config = self.config
         matched = assignment >= 0  # [L, R, Q]
-        positive = _gather_boxes(targets.tokens, assignment)  # [L, R, Q, T], all False for unmatched queries
+        positive = _gather_boxes(targets.positive_map, assignment)  # [L, R, Q, T], all False for unmatched queries
         target = _gather_boxes(targets.boxes, assignment)  # [L, R, Q, 4]
         valid = mask.unsqueeze(1) & ~logits.isneginf()  # [L, R, Q, T]; padded queries are -inf everywhere
         logits = logits.float().masked_fill(~valid, 0.0)  # before the loss: infinite logits have no gradient

@@ -316,7 +316,7 @@ def test_a_training_step_equals_one_with_an_explicit_positive_map(tmp_path: Path
     assert found[0] == wanted[0]
     assert torch.equal(found[1], wanted[1])
     assert found[1].abs().sum() > 0
-    first, second = batch.prompt_targets.tokens[1, :2]
+    first, second = batch.prompt_targets.positive_map[1, :2]
     assert first.nonzero().flatten().tolist() == [1, 2]
     assert second.nonzero().flatten().tolist() == [10, 11]
 
