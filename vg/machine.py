@@ -131,19 +131,19 @@ def _is_short(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
 
 
 def _short_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Return attention [B, heads, L, D] of queries [B, heads, L, D], keys and values [B, heads, S, D].
+    """Return attention [B, heads, Q, D] of queries [B, heads, Q, D], keys and values [B, heads, S, D].
 
-    mask: [B, heads, L, S] bool or broadcast to it, False = no attention.
+    mask: [B, heads, Q, S] bool or broadcast to it, False = no attention.
     """
     import torch
 
-    q, k, v = (x.flatten(0, 1) for x in (query, key, value))  # [B heads, L or S, D]
+    q, k, v = (x.flatten(0, 1) for x in (query, key, value))  # [B heads, Q or S, D]
     scale = query.shape[-1] ** -0.5
     if mask is None:
-        scores = torch.bmm(q * scale, k.mT)  # [B heads, L, S]
+        scores = torch.bmm(q * scale, k.mT)  # [B heads, Q, S]
     else:
         bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-        bias = bias.expand(*query.shape[:2], -1, -1).flatten(0, 1)  # [B heads, L or 1, S]
+        bias = bias.expand(*query.shape[:2], -1, -1).flatten(0, 1)  # [B heads, Q or 1, S]
         scores = torch.baddbmm(bias, q, k.mT, alpha=scale)
     return torch.bmm(scores.softmax(dim=-1), v).unflatten(0, query.shape[:2])
 

@@ -1,7 +1,7 @@
 """The values that pass between folders: a sample on its way from a file to a metric.
 
-Shape legend used in the whole project: B batch, R prompts, Q queries, T text tokens, P phrases, N boxes, L layers,
-S image tokens of all levels, D channels, K predicted boxes of one image, H and W pixels.
+Shape legend of the project: B batch, R prompts, Q queries, T text tokens, P phrases, N boxes, L decoder layers, S image
+tokens of all levels, D channels, K predicted boxes of one image, H and W pixels; other axes are words: levels, heads.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Attention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """[R, Q, D], [R, K, D], [R, K, D] -> [R, Q, D].
 
-        mask: broadcasts to [R, heads, Q, K]; bool, True = attends, or as of additive_mask.
+        mask: broadcasts to [R, heads, Q, K]; bool (True = may attend) or float, added to the scores; see additive_mask.
         """
         query, key, value = (
             projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [R, heads, Q or K, D / heads]
@@ -43,7 +43,10 @@ class Attention(nn.Module):
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a bool mask, True = attends, to one that is added to scores, once for all layers that use it."""
+    """Convert a bool mask (True = may attend) to a float mask that is added to the attention scores.
+
+    It is done once, because all layers share it.
+    """
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
 
 
@@ -76,8 +79,7 @@ class DeformableAttention(nn.Module):
 
         Args:
             query: [R, Q, D]
-            references: [R, Q, L or 1, 2 or 4] float32, points (x, y) or boxes cxcywh, 0..1 of the padded image; here L
-                counts feature levels.
+            references: [R, Q, levels or 1, 2 or 4] float32, points (x, y) or boxes cxcywh, 0..1 of the padded image.
             memory: [R, S, D] image tokens of all levels.
             shapes: (height, width) of each level.
             mask: [R, S] bool, False = padding; None if nothing is padded.
@@ -93,7 +95,7 @@ class DeformableAttention(nn.Module):
             shapes,
             references,
             self.offsets(query).unflatten(-1, (self.heads, self.levels, self.points, 2)),
-            self.weights(query).unflatten(-1, (self.heads, -1)),  # [R, Q, heads, L * points]
+            self.weights(query).unflatten(-1, (self.heads, -1)),  # [R, Q, heads, levels * points]
         )
         return self.output(x)
 

@@ -28,12 +28,12 @@ NAMES_IN_FILES = (
 
 
 class ImageFeatures(NamedTuple):
-    """Image tokens of all levels, level by level and row by row; L counts feature levels."""
+    """Image tokens of all levels, level by level and row by row."""
 
     tokens: Tensor  # [B, S, D]
     positions: Tensor  # [B, S, D] encoding of position and level, added to queries
     centers: Tensor  # [B, S, 2] (x, y) of the token, 0..1 of the image without padding
-    valid_ratios: Tensor  # [B, L, 2] fraction (x, y) of each level that is not padding
+    valid_ratios: Tensor  # [B, levels, 2] fraction (x, y) of each level that is not padding
     mask: Tensor | None  # [B, S] bool, False = padding; None if nothing is padded
     shapes: Shapes  # (height, width) of each level
 
@@ -145,7 +145,7 @@ class Neck(nn.Module):
             tokens=torch.cat([x.flatten(2).mT for x in levels], dim=1),
             positions=torch.cat(positions, dim=1),
             centers=torch.cat(centers, dim=1),
-            valid_ratios=sizes / padded_sizes,  # [B, L, 2]
+            valid_ratios=sizes / padded_sizes,  # [B, levels, 2]
             mask=torch.cat(masks, dim=1) if padded else None,
             shapes=shapes,
         )
@@ -153,10 +153,11 @@ class Neck(nn.Module):
 
 def on_device(numbers: Sequence[Sequence[tuple[int, int]]], device: torch.device) -> Tensor:
     """Return nested numbers as a float32 tensor without waiting for the device."""
-    if is_recorded(device):  # replays of a copy would read memory of the host that is freed
+    if is_recorded(device):  # a captured copy would read freed host memory on replay
         flat = [torch.full((), x, dtype=torch.float32, device=device) for row in numbers for pair in row for x in pair]
         return torch.stack(flat).view(len(numbers), -1, 2)
-    pin_memory = device.type == "cuda" and not torch.compiler.is_compiling()  # else the copy waits
+    # A copy from pageable memory would block the host.
+    pin_memory = device.type == "cuda" and not torch.compiler.is_compiling()
     tensor = torch.tensor(numbers, dtype=torch.float32, pin_memory=pin_memory)
     return tensor.to(device, non_blocking=device.type != "mps")
 

@@ -214,7 +214,7 @@ class ImageEnhancerLayer(nn.Module):
         self.feedforward_norm = ImageNorm(config.width)
 
     def forward(self, x: Tensor, image: ImageFeatures, references: Tensor) -> Tensor:
-        """[R, S, D] -> [R, S, D]; references: [R, S, L or 1, 2] token centers in 0..1 of each padded level."""
+        """[R, S, D] -> [R, S, D]; references: [R, S, levels or 1, 2] token centers in 0..1 of each padded level."""
         attended = self.attention(x + image.positions, references, x, image.shapes, image.mask)
         return torch.cat([self._residual(*chunk) for chunk in token_chunks(x, attended)], dim=1)
 
@@ -247,7 +247,7 @@ class FeatureEnhancer(nn.Module):
         """Return the same features with enhanced tokens."""
         references = image.centers.unsqueeze(2)  # [R, S, 1, 2]
         if image.mask is not None:
-            references = references * image.valid_ratios.unsqueeze(1)  # [R, S, L, 2]
+            references = references * image.valid_ratios.unsqueeze(1)  # [R, S, levels, 2]
         # The residual stream of the image has the dtype of autocast, but the range of float16 is too small for sums.
         stream = torch.float32 if text.tokens.dtype == torch.float16 else text.tokens.dtype
         image = image._replace(tokens=image.tokens.to(stream), positions=image.positions.to(stream))

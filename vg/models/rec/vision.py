@@ -23,7 +23,7 @@ FINAL_NORMS = {
 
 
 class VisionEncoder(Encoder):
-    """Images [B, 3, H, W] -> tokens [B, R + S, D]: R prefix tokens (class, registers), then the S cells of the grid.
+    """Images [B, 3, H, W] -> tokens [B, prefix + S, D]: prefix tokens (class, registers), then the S cells of the grid.
 
     With `layers` in the settings, D are the channels of all these layers. The final norm of the encoder is applied to
     every layer, as get_intermediate_layers of DINOv2 and DINOv3 does. In a network with stages it fits the last one
@@ -118,11 +118,12 @@ class VisionEncoder(Encoder):
 
         Args:
             stages: [B, D, rows, columns] of the stem and of every stage.
-            last: [B, R + S, D] normalized tokens of the last stage; R is 1 in DINOv3, the mean of the cells, else 0.
+            last: [B, prefix + S, D] normalized tokens of the last stage; the prefix is the mean of the cells in DINOv3,
+                else empty.
             grid: of the last stage.
         """
         prefix, cells = last.split((last.shape[1] - grid[0] * grid[1], grid[0] * grid[1]), dim=1)
-        maps, means = [], []  # [B, D, rows, columns] and [B, R, D] of each stage
+        maps, means = [], []  # [B, D, rows, columns] and [B, prefix, D] of each stage
         for stage in self.layers or ():
             is_last = stage == self.num_layers
             maps.append(cells.mT.unflatten(2, grid) if is_last else stages[stage])
