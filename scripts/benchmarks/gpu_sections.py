@@ -173,27 +173,27 @@ def grounding_dino_parity(folder: Path) -> Results:
         images, ((320, 416), (320, 320)), text, [], PromptTargets.without_boxes(text), torch.arange(len(images))
     )
 
-    def run(batch: Batch, references: Tensor | None = None) -> dict[str, Tensor]:
+    def run(batch: Batch, reference_logits: Tensor | None = None) -> dict[str, Tensor]:
         text_features = model.text(batch.text.token_ids, batch.text.mask, (101, 102, 1012, 1029))
         image, encoded = model.encoder(model.encode_image(batch), text_features)
         queries = model.queries(image, encoded)
-        if references is None:
-            references = queries.references
-        logits, boxes, _ = model.decoder(queries.content, references, image, encoded)
+        if reference_logits is None:
+            reference_logits = queries.reference_logits
+        logits, boxes, _ = model.decoder(queries.content, reference_logits, image, encoded)
         outputs = {"image tokens": image.tokens[image.mask], "text tokens": encoded.tokens[text.mask]}
         # Logits of padding are -inf; a NaN must stay one.
-        outputs |= {"logits": logits.where(logits != -torch.inf, 0), "boxes": boxes, "references": references}
+        outputs |= {"logits": logits.where(logits != -torch.inf, 0), "boxes": boxes, "references": reference_logits}
         return {name: x.float().cpu() for name, x in outputs.items()}
 
     expected = run(batch)
-    references = expected.pop("references").to(DEVICE)
+    reference_logits = expected.pop("references").to(DEVICE)
     model, batch, text = model.to(DEVICE), batch.to(DEVICE), map_tensors(text, lambda tensor: tensor.to(DEVICE))
     torch.backends.cudnn.allow_tf32 = False
-    found = run(batch, references)
+    found = run(batch, reference_logits)
     torch.backends.cudnn.allow_tf32 = True
     errors = {f"error of {name}": float((found[name] - x).abs().max() / x.abs().max()) for name, x in expected.items()}
     with torch.autocast(DEVICE, torch.bfloat16):
-        half = run(batch, references)
+        half = run(batch, reference_logits)
     half.pop("references")  # boxes proposed by image tokens at the border are infinite
     if wrong := [name for name, error in errors.items() if not error < 1e-4]:
         raise AssertionError(f"CPU and GPU differ: {', '.join(f'{name} {errors[name]:.1e}' for name in wrong)}")

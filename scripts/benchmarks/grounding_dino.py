@@ -165,11 +165,11 @@ def differences(case: Case, theirs: GroundingDinoForObjectDetection, ours: Groun
     batch = batch_of(images, ids)
     image, text = ours.encoder(ours.encode_image(batch), ours.encode_text(batch.text))
     queries = ours.queries(image, text)
-    references = expected.init_reference_points.logit()  # [B, Q, 4]
-    logits, boxes, _ = ours.decoder(queries.content, references, image, text)
+    reference_logits = expected.init_reference_points.logit()  # [B, Q, 4]
+    logits, boxes, _ = ours.decoder(queries.content, reference_logits, image, text)
     torch.backends.cudnn.allow_tf32 = True
 
-    count, length = references.shape[1], ids.shape[1]
+    count, length = reference_logits.shape[1], ids.shape[1]
     top_scores = expected.enc_outputs_class.amax(dim=-1).topk(count, dim=1).values  # [B, Q]
     same = (queries.boxes - expected.init_reference_points).abs().amax(dim=-1) < TOLERANCE  # [B, Q]
     found = {

@@ -39,8 +39,8 @@ def exact(**settings: int) -> Denoising:
 def test_every_group_has_a_positive_and_a_negative_query_per_box() -> None:
     queries = exact(num_queries=7)(targets(), num_queries=5)  # at most two groups of three boxes
     assert queries.content.shape == (3, 12, 8)
-    assert queries.references.shape == (3, 12, 4)
-    assert queries.blocked.shape == (17, 17)
+    assert queries.reference_logits.shape == (3, 12, 4)
+    assert queries.mask.shape == (17, 17)
     group = [[0, 1, -1, -1, -1, -1], [-1] * 6, [0, 1, 2, -1, -1, -1]]
     assert queries.assignment.tolist() == [row * 2 for row in group]
 
@@ -59,13 +59,13 @@ def test_without_noise_queries_equal_the_ground_truth() -> None:
     denoising, truth = exact(num_queries=3, num_labels=32), targets()
     queries = denoising(truth, num_queries=5)
     for half in (slice(0, 3), slice(3, 6)):
-        boxes = queries.references[:, half].sigmoid()
+        boxes = queries.reference_logits[:, half].sigmoid()
         torch.testing.assert_close(boxes[truth.mask], truth.boxes[truth.mask])
         labels = truth.phrase_ids[truth.mask] % 32
         assert labels.tolist() == [0, 1, 16, 17, 18]
         assert torch.equal(queries.content[:, half][truth.mask], denoising.labels.weight[labels])
         assert (queries.content[:, half][~truth.mask] == 0).all()
-        assert (queries.references[:, half][~truth.mask] == 0).all()
+        assert (queries.reference_logits[:, half][~truth.mask] == 0).all()
 
 
 def sides_moved(queries: Tensor, truth: PromptTargets) -> tuple[Tensor, Tensor]:
@@ -82,12 +82,12 @@ def test_box_noise(noise: float) -> None:
     """Sides of positive queries move by up to noise / 2 in both directions, negative ones by noise / 2 to noise."""
     truth = targets((3, 3))
     queries = Denoising(DenoisingConfig(num_queries=3000, box_noise=noise), width=8)(truth, 1)
-    positive, negative = sides_moved(queries.references, truth)
+    positive, negative = sides_moved(queries.reference_logits, truth)
     assert positive.abs().max() <= noise / 2 + 1e-4
     assert positive.abs().max() > 0.49 * noise
     assert positive.abs().min() < 0.01 * noise
     assert positive.mean().abs() < 0.01
-    upright = (queries.references.sigmoid()[..., 2:] > 0.0011).all(dim=-1).unflatten(1, (-1, 2, 3))[:, :, 1]
+    upright = (queries.reference_logits.sigmoid()[..., 2:] > 0.0011).all(dim=-1).unflatten(1, (-1, 2, 3))[:, :, 1]
     assert upright.float().mean() > 0.5, "in the other queries, opposite sides crossed"
     assert negative[upright].abs().min() >= noise / 2 - 1e-4
     assert negative[upright].abs().max() <= noise + 1e-4
@@ -97,8 +97,8 @@ def test_box_noise(noise: float) -> None:
 def test_noisy_boxes_stay_in_the_image() -> None:
     truth = targets((1,))._replace(boxes=torch.tensor([[[0.5, 0.5, 1.0, 1.0]]]))
     queries = Denoising(DenoisingConfig(num_queries=500), width=8)(truth, 1)
-    corners = box_ops.cxcywh_to_xyxy(queries.references.sigmoid())
-    assert queries.references.isfinite().all()
+    corners = box_ops.cxcywh_to_xyxy(queries.reference_logits.sigmoid())
+    assert queries.reference_logits.isfinite().all()
     assert corners.min() >= -1e-3
     assert corners.max() <= 1 + 1e-3
 
@@ -113,11 +113,11 @@ def test_label_noise() -> None:
 
 
 def test_queries_attend_within_their_group_only() -> None:
-    blocked = exact(num_queries=7)(targets(), num_queries=5).blocked
+    mask = exact(num_queries=7)(targets(), num_queries=5).mask
     for query in range(17):
         for key in range(17):
             same_group = key // 6 == query // 6 and query < 12
-            assert blocked[query, key] == (key < 12 and not same_group)
+            assert mask[query, key] == (key >= 12 or same_group)
 
 
 def test_noise_comes_from_the_global_generator() -> None:
@@ -126,7 +126,7 @@ def test_noise_comes_from_the_global_generator() -> None:
     def draw(seed: int) -> Tensor:
         torch.manual_seed(seed)
         queries = denoising(truth, 5)
-        return torch.cat((queries.content, queries.references), dim=-1)
+        return torch.cat((queries.content, queries.reference_logits), dim=-1)
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
@@ -139,12 +139,12 @@ def test_the_label_embedding_always_gets_a_gradient(counts: tuple[int, ...]) -> 
     queries = denoising(targets(counts), num_queries=5)
     content = torch.cat((queries.content, torch.ones(len(counts), 5, 8, requires_grad=True)), dim=1)
     content.sum().backward()
-    assert not queries.references.requires_grad
+    assert not queries.reference_logits.requires_grad
     assert denoising.labels.weight.grad is not None
     if not any(counts):
         assert queries.content.shape == (2, 0, 8)
         assert queries.assignment.shape == (2, 0)
-        assert not queries.blocked.any()
+        assert queries.mask.all()
         assert (denoising.labels.weight.grad == 0).all()
         return
     uses = denoising.labels.weight.grad[:, 0].nonzero().flatten().tolist()
@@ -155,7 +155,7 @@ def test_the_loss_uses_the_assignment_of_the_queries() -> None:
     """Queries without noise that predict their own box have no loss if the negative ones predict background."""
     truth = targets()
     queries = exact(num_queries=3)(truth, num_queries=5)
-    boxes = queries.references.sigmoid().unsqueeze(0)
+    boxes = queries.reference_logits.sigmoid().unsqueeze(0)
     logits = torch.full((1, 3, 6, 4), -20.0).masked_fill((queries.assignment >= 0)[None, ..., None], 20.0)
     mask = torch.ones(3, 4, dtype=torch.bool)
     matching = torch.zeros(1, 3, 5, 4), torch.rand(1, 3, 5, 4)
@@ -173,7 +173,7 @@ def test_no_value_is_read_from_the_device() -> None:
     denoising = Denoising(DenoisingConfig(num_queries=7), width=8).to("meta")
     queries = denoising(truth, num_queries=5)
     assert queries.content.shape == (3, 12, 8)
-    counts = SetLoss._counts(truth, (queries.content, queries.references, queries.assignment))
+    counts = SetLoss._counts(truth, (queries.content, queries.reference_logits, queries.assignment))
     assert counts.shape == (2,)
 
 

@@ -63,7 +63,7 @@ def test_outputs_of_every_module_equal_the_recorded_ones(model: GroundingDino, n
     queries = model.queries(image, text)
     assert_close(queries.logits, expected["interm_pred_logits"], LOGITS)
     assert_close(queries.boxes, expected["enc_selected_boxes"], BOXES)
-    assert_close(queries.references.sigmoid(), expected["reference.0"], BOXES)
+    assert_close(queries.reference_logits.sigmoid(), expected["reference.0"], BOXES)
     token_logits = model.queries.class_head(
         model.queries.memory_norm(model.queries.memory_projection(image.tokens)), text
     )
@@ -71,7 +71,7 @@ def test_outputs_of_every_module_equal_the_recorded_ones(model: GroundingDino, n
     assert_close(token_logits.take_along_dim(selected, dim=1), queries.logits, 0)  # the same tokens, in the same order
 
     model.decoder.train()  # returns the outputs of all layers; dropout is 0
-    logits, boxes, hidden = model.decoder(queries.content, queries.references, image, text)
+    logits, boxes, hidden = model.decoder(queries.content, queries.reference_logits, image, text)
     model.decoder.eval()
     assert_close(logits, expected["pred_logits"], LOGITS)
     assert_close(boxes, expected["pred_boxes"], BOXES)

@@ -47,7 +47,14 @@ class DecoderLayer(nn.Module):
         text: TextFeatures,
         mask: Tensor | None,
     ) -> Tensor:
-        """[R, Q, D] -> [R, Q, D]; positions [R, Q, D], references [R, Q, L or 1, 4] cxcywh, mask of additive_mask."""
+        """Return [R, Q, D].
+
+        Args:
+            x: [R, Q, D]
+            positions: [R, Q, D], added to queries and to the keys of self-attention.
+            references: [R, Q, levels or 1, 4] boxes cxcywh, 0..1 of the padded image.
+            mask: broadcasts to [R, heads, Q, Q]; see additive_mask.
+        """
         query = x + positions
         x = self.self_norm(x + self._drop(self.self_attention(query, query, x, mask)))
         text_mask = text.mask[:, None, None]  # [R, 1, 1, T]
@@ -74,13 +81,18 @@ class CrossModalityDecoder(nn.Module):
         self.checkpointing = config.gradient_checkpointing
 
     def forward(
-        self, content: Tensor, references: Tensor, image: ImageFeatures, text: TextFeatures, mask: Tensor | None = None
+        self,
+        content: Tensor,
+        reference_logits: Tensor,
+        image: ImageFeatures,
+        text: TextFeatures,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Decode the queries.
 
         Args:
             content: [R, Q, D]
-            references: [R, Q, 4] logits of boxes cxcywh, detached.
+            reference_logits: [R, Q, 4] logits of boxes cxcywh, detached.
             mask: bool, broadcasts to [R, heads, Q, Q], True = the query of the row may attend to that of the column;
                 None for no restriction.
 
@@ -89,15 +101,18 @@ class CrossModalityDecoder(nn.Module):
             L are all layers in training, and the last layer in evaluation.
         """
         logits, boxes = [], []
-        x = content.contiguous()  # torch.compile compiles a layer twice for queries that the images of a batch share
-        boxes_before = references.sigmoid()  # [R, Q, 4]
+        # The content is expanded: its stride is 0, for which torch.compile would compile the layer again.
+        x = content.contiguous()
+        boxes_before = reference_logits.sigmoid()  # [R, Q, 4]
         for index, layer in enumerate(self.layers):
+            # One head for all layers, or one for each.
             box_head, class_head = (heads[index % len(heads)] for heads in (self.box_heads, self.class_heads))
             reference = boxes_before.detach()
             by_level = self._by_level(reference, image)
+            # Published models encode positions in the padded image, which depend on the batch.
             positions = self._positions(by_level[:, :, 0] if self.mix_sizes else reference)
-            if mask is not None and index == 0:
-                mask = additive_mask(mask, positions.dtype)  # which is that of the queries, also under autocast
+            if mask is not None and index == 0:  # `positions` have the dtype of the queries, also under autocast
+                mask = additive_mask(mask, positions.dtype)
             inputs = (x, positions, by_level, image, text, mask)
             x = (
                 checkpoint(layer, *inputs, use_reentrant=False)
@@ -122,7 +137,7 @@ class CrossModalityDecoder(nn.Module):
 
     @staticmethod
     def _by_level(reference: Tensor, image: ImageFeatures) -> Tensor:
-        """[R, Q, 4] in 0..1 of the image -> [R, Q, L or 1, 4] in 0..1 of each padded level."""
+        """[R, Q, 4] in 0..1 of the image -> [R, Q, levels or 1, 4] in 0..1 of each padded level."""
         if image.mask is None:
             return reference.unsqueeze(2)
         return reference.unsqueeze(2) * image.valid_ratios.repeat(1, 1, 2).unsqueeze(1)

@@ -19,8 +19,8 @@ class DenoisingQueries(NamedTuple):
     """M denoising queries, which precede the Q matching queries."""
 
     content: Tensor  # [R, M, D]
-    references: Tensor  # [R, M, 4] logits of noisy boxes cxcywh
-    blocked: Tensor  # [M + Q, M + Q] bool, True = the query of the row may not attend to that of the column
+    reference_logits: Tensor  # [R, M, 4] logits of noisy boxes cxcywh
+    mask: Tensor  # [M + Q, M + Q] bool, True = the query of the row may attend to that of the column
     assignment: Tensor  # [R, M] int64, index of the box that a query reconstructs, -1 for background; for SetLoss
 
 
@@ -57,13 +57,13 @@ class Denoising(nn.Module):
         shape = (num_rows, groups, 2, num_boxes)
         real = targets.mask[:, None, None].expand(shape)
         content = self.labels(self._noisy_labels(targets.phrase_ids[:, None, None].expand(shape)))  # [..., D]
-        references = inverse_sigmoid(self._noisy_boxes(targets.boxes[:, None, None].expand(*shape, 4)), eps=1e-3)
+        reference_logits = inverse_sigmoid(self._noisy_boxes(targets.boxes[:, None, None].expand(*shape, 4)), eps=1e-3)
         box = torch.arange(num_boxes, device=real.device).expand(shape)
         negative = torch.arange(2, device=real.device).view(2, 1) == 1
         return DenoisingQueries(
             content=(content * real.unsqueeze(-1)).flatten(1, 3),
-            references=(references * real.unsqueeze(-1)).flatten(1, 3),
-            blocked=self._blocked(groups, 2 * num_boxes, num_queries, real.device),
+            reference_logits=(reference_logits * real.unsqueeze(-1)).flatten(1, 3),
+            mask=self._mask(groups, 2 * num_boxes, num_queries, real.device),
             assignment=box.masked_fill(~real | negative, -1).flatten(1),
         )
 
@@ -87,8 +87,8 @@ class Denoising(nn.Module):
         return box_ops.xyxy_to_cxcywh(sides.clamp(0, 1))
 
     @staticmethod
-    def _blocked(groups: int, group_size: int, num_queries: int, device: torch.device) -> Tensor:
+    def _mask(groups: int, group_size: int, num_queries: int, device: torch.device) -> Tensor:
         """Hide the queries of a group from all other queries: their boxes reveal the ground truth."""
         group = torch.arange(groups, device=device).repeat_interleave(group_size)  # [M]
         group = torch.cat((group, group.new_full((num_queries,), -1)))  # [M + Q]
-        return (group >= 0) & (group != group.unsqueeze(1))
+        return (group < 0) | (group == group.unsqueeze(1))

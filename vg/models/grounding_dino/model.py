@@ -102,18 +102,9 @@ class GroundingDino(GroundingModel):
         """Run the network; raises ValueError in training if an image has several prompts."""
         image = self.encode_image(batch)
         text = self.encode_text(batch.text)
-        if len(text.tokens) == len(image.tokens):  # one prompt per image
-            denoise = self.training and self.denoising is not None
-            return self.ground(image, text, batch.prompt_targets if denoise else None)
-        if self.training:
-            raise ValueError("training takes one prompt per image: make batches with Collator(..., one_prompt=True)")
-        # Prompts of one image share its features. As many prompts run at a time as there are samples, to save memory.
-        count = max(len(batch), len(image.tokens))
-        chunks = (slice(start, start + count) for start in range(0, len(text.tokens), count))
-        image_ids = batch.image_ids[batch.text.sample_ids]  # [R]
-        outputs = [self.ground(image.select(image_ids[rows]), text.select(rows)) for rows in chunks]
-        fields = (torch.cat(x, dim=-3) if isinstance(x[0], Tensor) else None for x in zip(*outputs, strict=True))
-        return Output(*fields)  # type: ignore[arg-type]
+        if len(text.tokens) != len(image.tokens):  # images have several prompts
+            return self._ground_in_chunks(image, text, batch)
+        return self.ground(image, text, batch.prompt_targets if self.training else None)
 
     def encode_image(self, batch: Batch) -> ImageFeatures:
         """Extract multi-scale features [B, S, D] with the image backbone (section 3.1)."""
@@ -136,15 +127,17 @@ class GroundingDino(GroundingModel):
         """
         image, text = self.encoder(image, text)
         queries = self.queries(image, text)
-        content, references, denoising = queries.content, queries.references, None
+        content, reference_logits = queries.content, queries.reference_logits  # [R, Q, D], [R, Q, 4]
         mask = None if queries.mask is None else queries.mask[:, None, None]  # [R, 1, 1, Q]
-        if self.denoising is not None and targets is not None:
-            noisy = self.denoising(targets, content.shape[1])
-            content, references = torch.cat((noisy.content, content), 1), torch.cat((noisy.references, references), 1)
+        noisy = None if self.denoising is None or targets is None else self.denoising(targets, content.shape[1])
+        if noisy is not None:  # M + Q queries
+            content = torch.cat((noisy.content, content), dim=1)
+            reference_logits = torch.cat((noisy.reference_logits, reference_logits), dim=1)
+            mask = noisy.mask if mask is None else noisy.mask & F.pad(mask, (noisy.content.shape[1], 0), value=True)
+        logits, boxes, last = self.decoder(content, reference_logits, image, text, mask)
+        denoising = None
+        if noisy is not None:
             count = noisy.content.shape[1]  # M
-            mask = ~noisy.blocked if mask is None else ~noisy.blocked & F.pad(mask, (count, 0), value=True)
-        logits, boxes, last = self.decoder(content, references, image, text, mask)  # Q, or M + Q queries
-        if self.denoising is not None and targets is not None:
             denoising = logits[:, :, :count], boxes[:, :, :count], noisy.assignment
             logits, boxes, last = logits[:, :, count:], boxes[:, :, count:], last[:, count:]
         encoder_logits = queries.logits
@@ -152,6 +145,21 @@ class GroundingDino(GroundingModel):
             padding = ~queries.mask.unsqueeze(-1)  # [R, Q, 1]
             logits, encoder_logits = (x.masked_fill(padding, -torch.inf) for x in (logits, encoder_logits))
         return Output(logits, boxes, encoder_logits, queries.boxes, last, text.tokens, denoising)
+
+    def _ground_in_chunks(self, image: ImageFeatures, text: TextFeatures, batch: Batch) -> Output:
+        """Ground several prompts per image, which share its features: as many at a time as there are samples.
+
+        More would take more memory than a batch with one prompt per image.
+        """
+        if self.training:
+            raise ValueError("training takes one prompt per image: make batches with Collator(..., one_prompt=True)")
+        count = max(len(batch), len(image.tokens))
+        chunks = (slice(start, start + count) for start in range(0, len(text.tokens), count))
+        image_ids = batch.image_ids[batch.text.sample_ids]  # [R]
+        outputs = [self.ground(image.select(image_ids[rows]), text.select(rows)) for rows in chunks]
+        # R is the third axis from the right in every field of Output.
+        fields = (torch.cat(x, dim=-3) if isinstance(x[0], Tensor) else None for x in zip(*outputs, strict=True))
+        return Output(*fields)  # type: ignore[arg-type]
 
     def loss(self, output: Output, batch: Batch) -> dict[LossName, Tensor]:
         return SetLoss(self.config.loss)(

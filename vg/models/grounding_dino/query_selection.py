@@ -56,7 +56,7 @@ class BoxHead(MLP):
 
 class Queries(NamedTuple):
     content: Tensor  # [R, Q, D]
-    references: Tensor  # [R, Q, 4] logits of boxes cxcywh, detached
+    reference_logits: Tensor  # [R, Q, 4] logits of boxes cxcywh, detached
     logits: Tensor  # [R, Q, T] of the selected image tokens, for the encoder loss
     boxes: Tensor  # [R, Q, 4] cxcywh 0..1 of the references, with gradient
     mask: Tensor | None  # [R, Q] bool, False = padding, if an image has fewer than Q tokens; None if nothing is padded
@@ -92,7 +92,7 @@ class QuerySelection(nn.Module):
         boxes = self.box_head(memory.take_along_dim(selected, 1)) + proposals.take_along_dim(selected, 1)
         return Queries(
             content=self.content[:count].expand(logits.shape[0], -1, -1),
-            references=boxes.detach(),
+            reference_logits=boxes.detach(),
             logits=logits.take_along_dim(selected, 1),
             boxes=boxes.sigmoid(),
             mask=None if image.mask is None else best.isfinite(),
