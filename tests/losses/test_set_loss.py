@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import fields
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.losses.cases import Case, random_boxes, random_case
 from vg.losses import terms
-from vg.losses.config import LossConfig, MatchingConfig
+from vg.losses.config import BoxLossConfig, LossConfig, MatchingConfig
 from vg.losses.set_loss import SetLoss
 from vg.types import LossName
 
@@ -47,6 +48,21 @@ def assert_same(losses: dict[LossName, Tensor], expected: dict[LossName, Tensor]
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value, rtol=1e-5, atol=1e-6, msg=str(name))
+
+
+def test_a_new_box_term_may_be_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CONTRIBUTING.md adds for a loss term, a field of BoxLossConfig and an entry of BOX_TERMS, is sufficient."""
+    field = copy(BoxLossConfig.__dataclass_fields__["l1"])
+    field.name = "center"
+    monkeypatch.setitem(BoxLossConfig.__dataclass_fields__, "center", field)
+    monkeypatch.setattr(BoxLossConfig, "center", 2.0, raising=False)
+    monkeypatch.setitem(terms.BOX_TERMS, "center", terms.l1)
+    case = random_case()
+    losses = SetLoss(LossConfig(class_weight=0, l1=0, giou=0))(*case)
+    assert {name.term for name in losses} == {"center"}
+    monkeypatch.setattr(BoxLossConfig, "center", 0.0)
+    with pytest.raises(ValueError, match="give one of class_weight, diou, l1, giou, center, alignment a positive"):
+        LossConfig(class_weight=0, l1=0, giou=0)
 
 
 def test_one_term_per_loss_layer_and_component() -> None:
@@ -97,7 +113,6 @@ def test_weights_and_factors() -> None:
     ("off", "gone"),
     [
         ({"auxiliary": 0.0}, "layer"),
-        ({"encoder": 0.0}, "encoder"),
         ({"denoising": 0.0}, "denoising"),
         ({"alignment": 0.0}, "alignment"),
         ({"class_weight": 0.0}, "class"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -20,6 +20,10 @@ class BoxLossConfig(Settings):
     l1: Weight = 5.0
     giou: Weight = 2.0
 
+    def box_weights(self) -> dict[str, float]:
+        """Return the weights of the box terms by name, without those of other terms that a subclass adds."""
+        return {term.name: getattr(self, term.name) for term in fields(BoxLossConfig)}
+
 
 @dataclass
 class MatchingConfig(Settings):
@@ -35,7 +39,10 @@ class MatchingConfig(Settings):
 
 @dataclass
 class LossConfig(BoxLossConfig):
-    """Weights of the loss terms; zero switches a term off. Open-GroundingDino: class_weight 2, matching as above."""
+    """Weights of the loss terms; zero switches a term off.
+
+    Open-GroundingDino: class_weight 2 and matching {class_cost: mean, class_weight: 1}.
+    """
 
     class_weight: Weight = 1.0
     """Weight of the focal loss between queries and text tokens."""
@@ -55,6 +62,6 @@ class LossConfig(BoxLossConfig):
     matching: MatchingConfig = field(default_factory=MatchingConfig)
 
     def __post_init__(self) -> None:
-        terms = ("class_weight", "diou", "l1", "giou", "alignment")
-        if not any(getattr(self, term) for term in terms):
+        terms = {"class_weight": self.class_weight, **self.box_weights(), "alignment": self.alignment}
+        if not any(terms.values()):
             raise ValueError(f"every loss weight is zero; give one of {', '.join(terms)} a positive weight")

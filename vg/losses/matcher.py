@@ -41,7 +41,7 @@ def match(logits: Tensor, boxes: Tensor, targets: PromptTargets, mask: Tensor, c
 
 
 def _to_host(costs: Tensor) -> Tensor:
-    """Copy the costs to the host: the only time that it waits for the device in a training step."""
+    """Copy the costs to the host: the only host-device synchronization of a training step."""
     return torch.empty(costs.shape, dtype=costs.dtype, pin_memory=costs.is_cuda).copy_(costs)
 
 
@@ -70,7 +70,7 @@ def _class_cost(logits: Tensor, positive_map: Tensor, mask: Tensor, config: Loss
 
 
 def _finite(cost: np.ndarray) -> np.ndarray:
-    """[Q, N] with non-finite costs replaced by a cost that no choice of other pairs can make up for."""
+    """Replace non-finite costs [Q, N] by one so high that such a pair is matched only if nothing else is left."""
     finite = np.isfinite(cost)
     if finite.all():
         return cost

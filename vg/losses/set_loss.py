@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,8 +13,15 @@ from vg.losses.config import LossConfig
 from vg.losses.matcher import match
 from vg.types import LossName, PromptTargets
 
-Output = tuple[str, int | None]  # component and layer of LossName
 Denoising = tuple[Tensor, Tensor, Tensor]
+
+
+class Supervised(NamedTuple):
+    """Predictions that have a loss: of decoder layers, and of the encoder as one more layer."""
+
+    factors: dict[tuple[str, int | None], float]  # (component, layer) of LossName -> factor of its terms; L entries
+    logits: Tensor  # [L, R, Q, T]
+    boxes: Tensor  # [L, R, Q, 4]
 
 
 class SetLoss:
@@ -51,30 +60,35 @@ class SetLoss:
         """
         with torch.autocast(logits.device.type, enabled=False):
             num_boxes, num_denoised = self._counts(targets, denoising)
-            factors = self._layer_factors(len(logits))
-            logits, boxes = logits[-len(factors) :], boxes[-len(factors) :]
-            last = len(factors) - 1
-            if encoder and self.config.encoder:
-                factors["encoder", None] = self.config.encoder
-                logits, boxes = torch.cat((logits, encoder[0][None])), torch.cat((boxes, encoder[1][None]))
-            assignment = match(logits, boxes, targets, mask, self.config)  # [L, R, Q]
-            losses = self._terms(factors, logits, boxes, assignment, targets, mask, num_boxes)
+            decoder = self._supervised(logits, boxes)
+            # The encoder is matched with the decoder layers, because every call of `match` waits for the device.
+            queries = decoder if encoder is None else self._with_encoder(decoder, *encoder)
+            assignment = match(queries.logits, queries.boxes, targets, mask, self.config)  # [L, R, Q]
+            losses = self._terms(queries, assignment, targets, mask, num_boxes)
             if vectors and self.config.alignment:
+                last = len(decoder.factors) - 1
                 positive = _gather_boxes(targets.positive_map, assignment[last])  # [R, Q, T]
                 alignment = terms.alignment(*vectors, positive, mask, self.config.alignment_temperature)  # [R]
                 losses[LossName("alignment")] = self.config.alignment * alignment.sum() / num_boxes
             if denoising and self.config.denoising:
-                logits, boxes, assignment = denoising
-                factors = self._layer_factors(len(logits), "denoising", self.config.denoising)
-                logits, boxes = logits[-len(factors) :], boxes[-len(factors) :]
-                losses |= self._terms(factors, logits, boxes, assignment[None], targets, mask, num_denoised)
+                noisy_logits, noisy_boxes, noisy_assignment = denoising
+                noisy = self._supervised(noisy_logits, noisy_boxes, "denoising", self.config.denoising)
+                losses |= self._terms(noisy, noisy_assignment[None], targets, mask, num_denoised)
         return losses
 
-    def _layer_factors(self, num_layers: int, component: str = "", factor: float = 1.0) -> dict[Output, float]:
-        """The decoder layers that are supervised, first to last, each with the factor of its terms."""
-        auxiliary = self.config.auxiliary * factor
-        earlier: dict[Output, float] = {(component, layer): auxiliary for layer in range(num_layers - 1) if auxiliary}
-        return earlier | {(component, None): factor}
+    def _supervised(self, logits: Tensor, boxes: Tensor, component: str = "", factor: float = 1.0) -> Supervised:
+        """Select the decoder layers that have a loss: all of them, or the last one if `auxiliary` is 0."""
+        auxiliary, layers = self.config.auxiliary * factor, range(len(logits) - 1)
+        factors: dict[tuple[str, int | None], float] = {(component, layer): auxiliary for layer in layers if auxiliary}
+        factors[component, None] = factor
+        return Supervised(factors, logits[-len(factors) :], boxes[-len(factors) :])
+
+    def _with_encoder(self, decoder: Supervised, logits: Tensor, boxes: Tensor) -> Supervised:
+        return Supervised(
+            {**decoder.factors, ("encoder", None): self.config.encoder},
+            torch.cat((decoder.logits, logits[None])),
+            torch.cat((decoder.boxes, boxes[None])),
+        )
 
     @staticmethod
     def _counts(targets: PromptTargets, denoising: Denoising | None) -> Tensor:
@@ -84,17 +98,11 @@ class SetLoss:
         return torch.stack((num_boxes, num_denoised)).float().clamp(min=1)
 
     def _terms(
-        self,
-        factors: dict[Output, float],
-        logits: Tensor,
-        boxes: Tensor,
-        assignment: Tensor,
-        targets: PromptTargets,
-        mask: Tensor,
-        count: Tensor,
+        self, queries: Supervised, assignment: Tensor, targets: PromptTargets, mask: Tensor, count: Tensor
     ) -> dict[LossName, Tensor]:
-        """The terms of queries [L, R, Q] with an assignment [L or 1, R, Q]; `factors` has one entry for each layer."""
+        """Compute the terms of queries [L, R, Q] with an assignment [L or 1, R, Q]; sums are divided by `count`."""
         config = self.config
+        factors, logits, boxes = queries
         matched = assignment >= 0  # [L, R, Q]
         positive = _gather_boxes(targets.positive_map, assignment)  # [L, R, Q, T], all False for unmatched queries
         target = _gather_boxes(targets.boxes, assignment)  # [L, R, Q, 4]
@@ -104,17 +112,17 @@ class SetLoss:
             "class": (terms.focal(logits, positive, config.focal_alpha, config.focal_gamma) * valid).sum(dim=-1),
         }  # [L, R, Q] each
         values |= {t: x.where(matched, 0.0) for t, x in terms.box_terms(config, boxes.float(), target).items()}
-        weights = {"class": config.class_weight} | vars(config)
+        weights = {"class": config.class_weight, **config.box_weights()}
         used = [term for term in values if weights[term]]
         if not used:
             return {}
-        # All terms as one tensor, because an operation per term costs more time than the term.
+        # One stacked tensor: launching an operation per term would cost more than the arithmetic.
         weight = [[weights[term] * factor for factor in factors.values()] for term in used]
         scale = torch.tensor(weight, pin_memory=logits.is_cuda).to(
             logits.device, non_blocking=logits.device.type != "mps"
         )
         losses = scale * torch.stack([values[term].sum(dim=(1, 2)) for term in used]) / count  # [terms, L]
-        names = [LossName(term, *output) for term in used for output in factors]
+        names = [LossName(term, *layer) for term in used for layer in factors]
         return dict(zip(names, losses.flatten().unbind(), strict=True))
 
 

@@ -30,7 +30,8 @@ BOX_TERMS = {"diou": diou, "l1": l1, "giou": giou}  # by the name of its weight 
 
 def box_terms(config: BoxLossConfig, predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
     """Return the box terms whose weight is not zero, unweighted: [..., 4] cxcywh 0..1 each -> {term: [...]}."""
-    return {name: term(predicted, target) for name, term in BOX_TERMS.items() if getattr(config, name)}
+    weights = config.box_weights()
+    return {name: term(predicted, target) for name, term in BOX_TERMS.items() if weights[name]}
 
 
 def token_cross_entropy(logits: Tensor, positive: Tensor) -> Tensor:

@@ -340,6 +340,7 @@ def test_invalid_settings() -> None:
         ),
         ({"position_temperature": 0}, r"model\.position_temperature: .* greater than 0"),
         ({"image": {"std": [0.2, 0, 0.2]}}, r"model\.image\.std\.1: .* greater than 0"),
+        ({"loss": {"encoder": 0}}, r"model\.loss\.encoder: .* greater than 0"),
         (
             {"loss": {"class_weight": 0, "l1": 0, "giou": 0}},
             r"model\.loss: .*every loss weight is zero; give one of class_weight, diou, l1, giou, alignment a positive",

@@ -36,7 +36,7 @@ class AnyObjectsHead(DenseHead):
             target: [R, N, 4] cxcywh 0..1.
             mask: [R, N] bool, False = padding.
         """
-        target, mask = F.pad(target, (0, 0, 0, 1)), F.pad(mask, (0, 1))  # N + 1, as if no expression had N = 0
+        target, mask = F.pad(target, (0, 0, 0, 1)), F.pad(mask, (0, 1))  # append one padded box, so that N >= 1
         positive = self.positive_tokens_of_many(output.centers, target, mask)  # [R, N, S]
         found = positive.any(dim=1)  # [R, S]
         entropy = F.binary_cross_entropy_with_logits(output.logits.float(), found.float(), reduction="none")
@@ -45,10 +45,11 @@ class AnyObjectsHead(DenseHead):
         areas = target[..., 2:].prod(dim=-1, keepdim=True)  # [R, N, 1]
         owner = torch.where(positive, areas, torch.inf).argmin(dim=1, keepdim=True)  # [R, 1, S]
         owned = torch.zeros_like(positive).scatter(1, owner, True) & positive  # [R, N, S]
-        weights = (owned / owned.sum(dim=2, keepdim=True).clamp(min=1)).sum(dim=1)  # [R, S]
+        shares = (owned / owned.sum(dim=2, keepdim=True).clamp(min=1)).sum(dim=1)  # [R, S]
         target = target.gather(1, owner.squeeze(1).unsqueeze(-1).expand(-1, -1, 4))  # [R, S, 4]
+        weights = self.config.loss.box_weights()
         for name, loss in terms.box_terms(self.config.loss, output.boxes, target).items():  # [R, S]
-            losses[name] = (getattr(self.config.loss, name) * loss * weights).sum(dim=1).mean()
+            losses[name] = (weights[name] * loss * shares).sum(dim=1).mean()
         return losses
 
     @staticmethod

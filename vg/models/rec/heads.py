@@ -95,8 +95,9 @@ class PooledHead(nn.Module):
 
     def loss(self, output: PooledOutput, target: Tensor) -> dict[str, Tensor]:
         """target: [R, 4] cxcywh 0..1."""
-        weights, losses = self.config.loss, terms.box_terms(self.config.loss, output.boxes, target)  # [R] each
-        return {name: (getattr(weights, name) * loss).mean() for name, loss in losses.items()}
+        weights = self.config.loss.box_weights()
+        losses = terms.box_terms(self.config.loss, output.boxes, target)  # [R] each
+        return {name: (weights[name] * loss).mean() for name, loss in losses.items()}
 
     def rank(self, output: PooledOutput, limit: int = 1) -> tuple[Tensor, Tensor]:
         """Return boxes [R, 1, 4] and scores [R, 1]; this head predicts no confidence, so the score is always 1."""
@@ -166,11 +167,11 @@ class DenseHead(nn.Module):
     def loss(self, output: DenseOutput, target: Tensor) -> dict[str, Tensor]:
         """target: [R, 4] cxcywh 0..1."""
         positive = self.positive_tokens(output.centers, target)  # [R, S]
-        weights = positive / positive.sum(dim=1, keepdim=True)
+        shares = positive / positive.sum(dim=1, keepdim=True)  # [R, S]
         losses = {"token": self.config.loss.token * terms.token_cross_entropy(output.logits, positive).mean()}
-        target = target.unsqueeze(1).expand_as(output.boxes)
+        target, weights = target.unsqueeze(1).expand_as(output.boxes), self.config.loss.box_weights()
         for name, loss in terms.box_terms(self.config.loss, output.boxes, target).items():  # [R, S]
-            losses[name] = (getattr(self.config.loss, name) * loss * weights).sum(dim=1).mean()
+            losses[name] = (weights[name] * loss * shares).sum(dim=1).mean()
         return losses
 
     @staticmethod
