@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # keeps `import vg` and the configuration free of torch
     from transformers import PreTrainedTokenizerBase
     from typing_extensions import Self
 
-ALIGNMENT = 256  # bytes, that of memory on a GPU
+ALIGNMENT = 256  # bytes; alignment of CUDA allocations
 
 
 class Caption(NamedTuple):
@@ -189,7 +189,7 @@ class PromptTargets(NamedTuple):
     positive_map: Tensor  # [R, N, T] bool, the tokens of the phrase of each box
     phrase_ids: Tensor  # [R, N] int64, index of that phrase among the phrases of the image
     mask: Tensor  # [R, N] bool, True = a box; False = padding, which comes last and has no meaning
-    counts: tuple[int, ...]  # [R] boxes of each prompt; integers on the host, so that a GPU need not be waited for
+    counts: tuple[int, ...]  # [R] boxes of each prompt; on the host, so that reading them needs no synchronization
 
     @classmethod
     def without_boxes(cls, text: Text) -> PromptTargets:
@@ -219,7 +219,7 @@ class Features(NamedTuple):
     text: Tensor | Text  # [R, T, D of the text encoder]; its input if it is trained and only images are cached
     text_mask: Tensor  # [R, T] bool, False = padding
     image_ids: Tensor  # [R] int64, index of the image that an expression refers to
-    most: int | None = None  # expressions that refer to the same image; None: to be read from image_ids
+    max_per_image: int | None = None  # expressions of one image; None: computed from image_ids, which synchronizes
     grids: tuple[tuple[int, int], ...] | None = None  # [B] of each image; None if all are equal: there is no padding
 
 
@@ -233,7 +233,7 @@ class Batch(Movable):
     targets: list[Target]  # of the samples
     prompt_targets: PromptTargets  # the boxes of `targets` by prompt, see vg.data.collate.prompt_targets
     image_ids: Tensor  # [samples] int64, index of the image of each sample
-    most: int | None = None  # samples that have the same image
+    max_per_image: int | None = None  # samples that have the same image
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -67,7 +67,7 @@ def test_a_batch_encodes_an_image_once(folder: Path) -> None:
     model, batches = batches_of(folder, 3)
     assert [len(batch.images) for batch in batches] == [2, 2, 1]
     assert [len(batch) for batch in batches] == [6, 6, 3]
-    assert [batch.most for batch in batches] == [3, 3, 3]
+    assert [batch.max_per_image for batch in batches] == [3, 3, 3]
     _, separate = batches_of(folder, 1)
     single = {target.id: (batch, i) for batch in separate for i, target in enumerate(batch.targets)}
     for batch in batches:

@@ -57,7 +57,7 @@ def assert_same(found: Output, expected: Output) -> None:
 
 
 @torch.no_grad()
-def test_a_size_is_recorded_after_two_calls_and_replayed(network: GroundingDino) -> None:
+def test_a_size_is_capturing_cuda_graph_after_two_calls_and_replayed(network: GroundingDino) -> None:
     recorder = Rerun()
     graphs = CudaGraphs(network, recorder)
     batches = [batch(network, seed, phrase=phrase) for seed, phrase in enumerate(("cat", "dog", "cat", "dog", "cat"))]
@@ -147,7 +147,7 @@ def test_a_recorded_pass_reads_no_memory_of_the_host(phrases: list[str], monkeyp
     assert (len(x.text.token_ids) > 2) == (len(phrases) > 1)
     expected = network(x)
     for module in (backbone, model):
-        monkeypatch.setattr(module, "is_recorded", lambda device: True)
+        monkeypatch.setattr(module, "is_capturing_cuda_graph", lambda device: True)
     monkeypatch.setattr(network.text, "cached", None)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "tensor", None)

@@ -175,7 +175,7 @@ class ResidentFeatures(SourceDataset[EncodedSample]):
             text=text or found[0][0],  # tokens [R, T], or features [R, T, D]
             text_mask=found[0][1],
             image_ids=ids,
-            most=max(Counter(image_ids).values()),
+            max_per_image=max(Counter(image_ids).values()),
             grids=grids,
         )
         boxes = self.boxes.index_select(0, chosen_here).split(1)  # R times [1, 4]

@@ -225,7 +225,7 @@ def collate_encoded(samples: Sequence[EncodedSample], texts: Expressions | None 
         text=text,  # [R, T, D], or tokens [R, T]
         text_mask=mask,  # [R, T]
         image_ids=torch.tensor(image_ids),
-        most=max(Counter(image_ids).values()),
+        max_per_image=max(Counter(image_ids).values()),
         grids=grids,
     )
     targets = []

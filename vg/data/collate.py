@@ -37,9 +37,8 @@ class PixelBatch(Batch):
             if (height, width) != images.shape[2:]:
                 image[:, height:].zero_()
                 image[:, :, width:].zero_()
-        return Batch(
-            *(images, moved.sizes, moved.text, moved.targets, moved.prompt_targets, moved.image_ids, moved.most)
-        )
+        own = {name: value for name, value in vars(moved).items() if name != "normalization"}
+        return Batch(**own | {"images": images})
 
 
 class Collator:
@@ -81,14 +80,14 @@ class Collator:
         if not self.own_images:  # samples of one array share its image
             indices = [numbers.setdefault(id(sample.image), len(numbers)) for sample in samples]
             samples = [samples[indices.index(number)] for number in range(len(numbers))]
-        image_ids, most = torch.tensor(indices), max(map(indices.count, indices))
+        image_ids, max_per_image = torch.tensor(indices), max(map(indices.count, indices))
         if self.normalize:
             images, sizes = self.images(samples)
-            return Batch(images, sizes, text, targets, boxes, image_ids, most)
+            return Batch(images, sizes, text, targets, boxes, image_ids, max_per_image)
         sizes = self._sizes(samples)
         pixels, mean_and_std = padded([sample.image for sample in samples], sizes), normalization(self.image_spec)
         return PixelBatch(
-            *(torch.from_numpy(pixels), sizes, text, targets, boxes, image_ids, most),
+            *(torch.from_numpy(pixels), sizes, text, targets, boxes, image_ids, max_per_image),
             normalization=torch.from_numpy(mean_and_std),
         )
 

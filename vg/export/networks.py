@@ -95,7 +95,7 @@ class RecDetector(nn.Module):
         model, count = self.model, (images.shape[0], mask.shape[0])
         image, grid = model.encode_images(images)
         head = model.head(by_image(image, count), grid, by_prompt(features, count), by_prompt(mask, count))
-        boxes, scores = model.head.rank(head)  # [B * N, K, 4], [B * N, K]
+        boxes, scores = model.head.select_boxes(head)  # [B * N, K, 4], [B * N, K]
         boxes, scores = boxes.unflatten(0, count), scores.unflatten(0, count)
         phrase_ids = torch.arange(count[1], device=images.device).view(1, -1, 1).expand_as(scores)
         scores, order = scores.flatten(1).topk(scores.shape[1] * scores.shape[2])

@@ -219,10 +219,10 @@ class EncodableModel(GroundingModel):
 
     def encode(self, batch: Batch) -> Features:
         """Run both encoders."""
-        image, grids = self.encode_sizes(batch.images, batch.sizes)
-        grid, several = largest_grid(grids)
+        image, all_grids = self.encode_sizes(batch.images, batch.sizes)
+        grid, grids = largest_grid(all_grids)
         text, mask = self.encode_text(batch.text)
-        return Features(image, grid, text, mask, batch.image_ids, batch.most, several)
+        return Features(image, grid, text, mask, batch.image_ids, batch.max_per_image, grids)
 
     @abstractmethod
     def decode(self, features: Features) -> Any:

@@ -86,8 +86,8 @@ def complex_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(a) * torch.view_as_complex(b))  # one pass over memory, not six
 
 
-def is_recorded(device: torch.device) -> bool:
-    """Return whether a CUDA graph is being recorded: replays repeat its kernels, but no Python code."""
+def is_capturing_cuda_graph(device: torch.device) -> bool:
+    """Return whether a CUDA graph is being captured: replays repeat its kernels, but no Python code."""
     return not torch.compiler.is_compiling() and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -116,8 +116,8 @@ class SharedMemoryDecoderLayer(nn.TransformerDecoderLayer):
 
         Args:
             padding: [R, T] bool, True = padding.
-            rows: [R] index of the memory of each row, [R] index among the rows with the same memory, and the most rows
-                of a memory; None if row r has memory r.
+            rows: [R] index of the memory of each row, [R] index among the rows with the same memory, and the largest
+                number of rows with the same memory; None if row r has memory r.
             memory_padding: [B, S] bool, True = padding.
         """
         attended = self.self_attn(x, x, x, key_padding_mask=padding, need_weights=False)[0]
@@ -125,11 +125,11 @@ class SharedMemoryDecoderLayer(nn.TransformerDecoderLayer):
         if rows is None:
             attended = self.multihead_attn(x, memory, memory, memory_padding, need_weights=False)[0]
         else:
-            group, order, most = rows
-            queries = x.new_zeros(len(memory), most, *x.shape[1:])  # [B, most, T, D]
-            queries = queries.index_put((group, order), x).flatten(1, 2)  # [B, most x T, D]
+            memory_ids, order, max_rows = rows
+            queries = x.new_zeros(len(memory), max_rows, *x.shape[1:])  # [B, max_rows, T, D]
+            queries = queries.index_put((memory_ids, order), x).flatten(1, 2)  # [B, max_rows x T, D]
             attended = self.multihead_attn(queries, memory, memory, memory_padding, need_weights=False)[0]
-            attended = attended.unflatten(1, (most, -1))[group, order]  # [R, T, D]
+            attended = attended.unflatten(1, (max_rows, -1))[memory_ids, order]  # [R, T, D]
         x = self.norm2(x + self.dropout2(attended))
         return self.norm3(x + self.dropout3(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 

@@ -126,14 +126,14 @@ def test_rank_finds_every_object_once() -> None:
     left, right, alone = [0.2, 0.5, 0.3, 0.8], [0.7, 0.5, 0.2, 0.4], [0.5, 0.95, 0.05, 0.05]
     probability = torch.tensor([[0.8, 0.9, 0.7, 0.6, 0.95, 0.1], [0.01, 0.02, 0.01, 0.01, 0.01, 0.01]])
     proposals = torch.tensor([[left] * 3 + [right] * 2 + [alone]]).expand(2, -1, -1)
-    boxes, scores = build().rank(DenseOutput(probability.logit(), proposals, torch.rand(6, 2)))
+    boxes, scores = build().select_boxes(DenseOutput(probability.logit(), proposals, torch.rand(6, 2)))
     torch.testing.assert_close(boxes[0, :3], torch.tensor([right, left, alone]))
     torch.testing.assert_close(scores, torch.tensor([[0.95, 0.9, 0.1, 0.0], [0.02, 0.01, 0.01, 0.0]]))
 
 
 def test_a_box_without_area_is_found_once() -> None:
     proposals = torch.tensor([[[0.5, 0.5, 0.0, 0.0], [0.2, 0.2, 0.1, 0.1]]])
-    boxes, scores = build().rank(DenseOutput(torch.tensor([[2.0, 1.0]]), proposals, torch.rand(2, 2)))
+    boxes, scores = build().select_boxes(DenseOutput(torch.tensor([[2.0, 1.0]]), proposals, torch.rand(2, 2)))
     assert boxes.equal(proposals)
     assert (scores > 0).all()
 
@@ -147,7 +147,7 @@ def test_padding_of_the_image_is_never_positive_and_never_found() -> None:
     assert positive.sum(dim=(1, 2)).tolist() == [9, 8]
     assert not positive[1, 0, 8:].any()
     assert all(value.isfinite() for value in head.loss(output, boxes, torch.ones(2, 1, dtype=torch.bool)).values())
-    assert (head.rank(output, 12)[1][1] > 0).sum() <= 8
+    assert (head.select_boxes(output, 12)[1][1] > 0).sum() <= 8
 
 
 def test_weights_of_a_head_for_one_object_fit() -> None:

@@ -43,7 +43,7 @@ def some_boxes(samples: int = 4) -> Tensor:
 def test_shapes(config: HeadConfig) -> None:
     head = build(config)
     output = head(*tokens())
-    boxes, scores = head.rank(output)
+    boxes, scores = head.select_boxes(output)
     if config.name == "pooled":
         assert output.boxes.shape == (4, 4)
         assert boxes.shape == (4, 1, 4)
@@ -116,7 +116,7 @@ def test_positive_tokens(box: tuple[float, ...], expected: list[int]) -> None:
 
 def test_rank_is_sorted_and_inside_bounds() -> None:
     head = build(DenseHeadConfig(**SIZES, num_boxes=30))
-    boxes, scores = head.rank(head(*tokens()))
+    boxes, scores = head.select_boxes(head(*tokens()))
     assert boxes.shape == (4, 12, 4)  # no more than there are tokens
     assert (scores[:, :-1] >= scores[:, 1:]).all()
     assert ((scores >= 0) & (scores <= 1)).all()
@@ -128,7 +128,7 @@ def test_an_inverted_box_becomes_empty() -> None:
     """An untrained head predicts such boxes; valid boxes are unchanged."""
     signs = torch.tensor([[1, 1, -1, 1], [1, 1, 1, -1], [1, 1, -1, -1], [1, 1, 1, 1]])
     inverted = signs * torch.tensor([0.5, 0.4, 0.2, 0.3])
-    boxes, _ = build(HEADS["pooled"]).rank(PooledOutput(inverted))
+    boxes, _ = build(HEADS["pooled"]).select_boxes(PooledOutput(inverted))
     assert boxes[3, 0].equal(inverted[3])
     corners = box_ops.to_pixels(boxes[:, 0], (60, 80))  # [4, 4]
     assert (corners[:, 2:] >= corners[:, :2]).all()
@@ -142,7 +142,7 @@ def test_rank_scores_are_expected_ious() -> None:
     probability = torch.tensor([[0.15, 0.15, 0.15, 0.15, 0.18, 0.18, 0.04]])
     proposals = torch.tensor([[left] * 4 + [right] * 2 + [alone]])
     output = DenseOutput(probability.log(), proposals, torch.rand(7, 2))
-    boxes, scores = build(DenseHeadConfig(**SIZES, num_boxes=4)).rank(output)
+    boxes, scores = build(DenseHeadConfig(**SIZES, num_boxes=4)).select_boxes(output)
     torch.testing.assert_close(boxes[0, :3], torch.tensor([left, right, alone]))  # each object once
     torch.testing.assert_close(scores, torch.tensor([[0.60, 0.36, 0.04, 0.0]]))
 
@@ -151,7 +151,7 @@ def test_rank_score_is_one_if_one_token_has_all_weight() -> None:
     logits = torch.zeros(1, 12)
     logits[0, 3] = 50.0
     output = DenseOutput(logits, some_boxes(12).unsqueeze(0), token_centers(GRID))
-    boxes, scores = build(HEADS["dense"]).rank(output)
+    boxes, scores = build(HEADS["dense"]).select_boxes(output)
     torch.testing.assert_close(boxes[0, 0], output.boxes[0, 3])
     torch.testing.assert_close(scores[0, 0], torch.tensor(1.0))
 

@@ -257,7 +257,7 @@ def test_padding_is_never_scored_positive_or_predicted() -> None:
         assert not probability[row, count:].any()
         assert not positive[row, count:].any()
         assert torch.equal(output.centers[row, :count], token_centers(grids[row]))
-    boxes, scores = model.head.rank(output)
+    boxes, scores = model.head.select_boxes(output)
     assert boxes.shape == (3, 6, 4)
     assert (scores[0, 3:] == 0).all()
     own = torch.cdist(boxes[0, :3], output.boxes[0, :3]).min(dim=1).values

@@ -22,5 +22,5 @@ Where each equation is implemented, and the setting that belongs to it:
 | contrastive alignment, -log softmax(q't / temperature) (InfoNCE) | vg.losses.terms.alignment | model.loss.alignment |
 | contrastive denoising | denoising.Denoising | model.denoising |
 
-Everything that the published models lack is off by default.
+Options that no published model uses are off by default.
 """

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from vg.models.grounding_dino.attention import Shapes
-from vg.models.layers import is_recorded, sine_encoding
+from vg.models.layers import is_capturing_cuda_graph, sine_encoding
 
 # transformers renames submodules of a loaded Swin between versions; our checkpoints use the names in its files.
 NAMES_IN_FILES = (
@@ -153,7 +153,7 @@ class Neck(nn.Module):
 
 def on_device(numbers: Sequence[Sequence[tuple[int, int]]], device: torch.device) -> Tensor:
     """Return nested numbers as a float32 tensor without waiting for the device."""
-    if is_recorded(device):  # a captured copy would read freed host memory on replay
+    if is_capturing_cuda_graph(device):  # a captured copy would read freed host memory on replay
         flat = [torch.full((), x, dtype=torch.float32, device=device) for row in numbers for pair in row for x in pair]
         return torch.stack(flat).view(len(numbers), -1, 2)
     # A copy from pageable memory would block the host.

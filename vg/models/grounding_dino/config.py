@@ -39,11 +39,11 @@ class BackboneConfig(Settings, ABC):
             raise ValueError(f"stages ({self.stages}) must be ascending and end with 4: later stages would be unused")
 
     @abstractmethod
-    def of_transformers(self) -> PreTrainedConfig:
+    def transformers_config(self) -> PreTrainedConfig:
         """Return the settings of the network in transformers."""
 
     def _network(self, architecture: type[PreTrainedModel], pretrained: bool) -> PreTrainedModel:
-        settings = self.of_transformers()
+        settings = self.transformers_config()
         if self.id and pretrained:
             with loading(self.id, "model.backbone.id", ConfigError):
                 return architecture.from_pretrained(self.id, config=settings, trust_remote_code=False)
@@ -67,7 +67,7 @@ class SwinConfig(BackboneConfig):
         if any(width % heads for width, heads in zip(widths, self.heads, strict=True)):
             raise ValueError(f"heads ({self.heads}) must divide the widths of the stages ({widths})")
 
-    def of_transformers(self) -> PreTrainedConfig:
+    def transformers_config(self) -> PreTrainedConfig:
         import transformers
 
         return transformers.SwinConfig(
@@ -101,7 +101,7 @@ class ResNetConfig(BackboneConfig):
     depths: Stages = field(default_factory=lambda: [3, 4, 6, 3])
     widths: Stages = field(default_factory=lambda: [256, 512, 1024, 2048])
 
-    def of_transformers(self) -> PreTrainedConfig:
+    def transformers_config(self) -> PreTrainedConfig:
         import transformers
 
         stages = [f"stage{stage}" for stage in self.stages]

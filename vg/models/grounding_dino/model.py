@@ -38,7 +38,7 @@ from vg.models.grounding_dino.feature_enhancer import FeatureEnhancer, FusionLay
 from vg.models.grounding_dino.postprocess import postprocess
 from vg.models.grounding_dino.query_selection import BoxHead, QuerySelection
 from vg.models.grounding_dino.text_encoder import TextEncoder, TextFeatures
-from vg.models.layers import is_recorded
+from vg.models.layers import is_capturing_cuda_graph
 from vg.types import Batch, FittedImage, ImageSpec, LossName, Prediction, PromptTargets, Text, TextSpec
 
 
@@ -115,7 +115,7 @@ class GroundingDino(GroundingModel):
     def encode_text(self, text: Text) -> TextFeatures:
         """Extract features [R, T, D] with the text backbone, phrase by phrase (sections 3.1 and 3.4)."""
         uncached = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        uncached = uncached or is_recorded(text.mask.device)
+        uncached = uncached or is_capturing_cuda_graph(text.mask.device)
         encode = self.text if uncached else self.text.cached
         return encode(text.token_ids, text.mask, self.text_spec.delimiter_ids)
 

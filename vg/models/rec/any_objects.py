@@ -65,7 +65,7 @@ class AnyObjectsHead(DenseHead):
         positive = torch.zeros_like(inside).scatter(2, closest, True) & inside
         return positive.scatter(2, closest[..., :1], True) & mask.unsqueeze(-1)
 
-    def rank(self, output: DenseOutput, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    def select_boxes(self, output: DenseOutput, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """Return boxes [R, K, 4] and their probabilities [R, K], best first, after non-maximum suppression.
 
         K is as in DenseHead; where fewer objects are found, the remaining boxes have probability 0.

@@ -100,7 +100,7 @@ class DenseHeadConfig(Settings):
     feedforward: PositiveInt = 1024
     dropout: Dropout = 0.1
     num_boxes: PositiveInt = 5
-    """Number of boxes that `predict` returns, best first; the most if objects are any."""
+    """Number of boxes that `predict` returns, best first; an upper limit with `objects: any`."""
     objects: Literal["one", "any"] = "one"
     """How many objects an expression names: exactly one, or also none or several, with a probability for each box."""
     loss: DenseLossConfig = field(default_factory=DenseLossConfig)

@@ -67,7 +67,7 @@ class PooledHead(nn.Module):
         text: Tensor,
         text_mask: Tensor,
         image_ids: Tensor | None = None,
-        most: int | None = None,
+        max_per_image: int | None = None,
         grids: Sequence[tuple[int, int]] | None = None,
     ) -> PooledOutput:
         """Predict a box for every expression.
@@ -75,14 +75,15 @@ class PooledHead(nn.Module):
         Args:
             image: [B, S, D] tokens, those of the grid last.
             image_ids: [R] index of the image of each expression; None if expression r belongs to image r.
-            most: expressions that refer to the same image; None waits for the device to read it.
+            max_per_image: expressions that refer to the same image, at most; if None, computed from `image_ids`, which
+                synchronizes with the device.
             grids: of each image, if they differ: padding follows the tokens of a grid with fewer cells than `grid`.
         """
         x, memory = self.text_projection(text), self.vision_projection(image)  # [R, T, D], [B, S, D]
         rows = None
         if image_ids is not None:
             order = index_in_group(image_ids)  # [R]
-            rows = image_ids, order, int(order.max()) + 1 if most is None else most
+            rows = image_ids, order, int(order.max()) + 1 if max_per_image is None else max_per_image
         padding = None
         if grids is not None:
             padding = ~padded_centers(grids, image.device)[1]
@@ -99,7 +100,7 @@ class PooledHead(nn.Module):
         losses = terms.box_terms(self.config.loss, output.boxes, target)  # [R] each
         return {name: (weights[name] * loss).mean() for name, loss in losses.items()}
 
-    def rank(self, output: PooledOutput, limit: int = 1) -> tuple[Tensor, Tensor]:
+    def select_boxes(self, output: PooledOutput, limit: int = 1) -> tuple[Tensor, Tensor]:
         """Return boxes [R, 1, 4] and scores [R, 1]; this head predicts no confidence, so the score is always 1."""
         center, size = output.boxes.unsqueeze(1).chunk(2, dim=-1)
         # The predicted left edge can be right of the right edge, especially before training: such a box is empty.
@@ -130,10 +131,10 @@ class DenseHead(nn.Module):
         text: Tensor,
         text_mask: Tensor,
         image_ids: Tensor | None = None,
-        most: int | None = None,
+        max_per_image: int | None = None,
         grids: Sequence[tuple[int, int]] | None = None,
     ) -> DenseOutput:
-        """Predict as PooledHead, which needs `most`; padding has no score, an empty box and no center."""
+        """Predict as PooledHead, which alone uses `max_per_image`; padding has no score, an empty box and no center."""
         num_cells, valid = grid[0] * grid[1], None
         if grids is None:
             centers = token_centers(grid, image.device)  # [S, 2]
@@ -182,7 +183,7 @@ class DenseHead(nn.Module):
         inside = (offset <= target[:, None, 2:] / 2).all(dim=-1)
         return inside.scatter(1, nearest, True)
 
-    def rank(self, output: DenseOutput, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    def select_boxes(self, output: DenseOutput, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the best boxes [R, K, 4] and their scores [R, K], best first (soft-NMS style rescoring).
 
         `limit` is the largest K, by default `num_boxes` of the settings.

@@ -18,9 +18,9 @@ class KeptAspectImage(ImageSpec):
 
     def resized(self, height: int, width: int, shortest: int | None = None) -> tuple[int, int]:
         """Return multiples of the stride; of the nearest ones, those with the nearest aspect ratio."""
-        most = (self.side // self.stride) ** 2  # cells
-        exact = math.sqrt(most * height / width), math.sqrt(most * width / height)  # rows, columns
-        near = [{min(max(1, side), most) for side in (math.floor(x), math.ceil(x))} for x in exact]
-        grids = [(rows, columns) for rows, columns in product(*near) if rows * columns <= most]
+        max_cells = (self.side // self.stride) ** 2
+        exact = math.sqrt(max_cells * height / width), math.sqrt(max_cells * width / height)  # rows, columns
+        near = [{min(max(1, side), max_cells) for side in (math.floor(x), math.ceil(x))} for x in exact]
+        grids = [(rows, columns) for rows, columns in product(*near) if rows * columns <= max_cells]
         rows, columns = min(grids, key=lambda grid: abs(math.log(grid[0] * width / (grid[1] * height))))
         return rows * self.stride, columns * self.stride

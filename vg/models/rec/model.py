@@ -154,19 +154,27 @@ class RecModel(EncodableModel):
         return tokens if self.mix is None else F.linear(tokens, self.mix), grid
 
     def encode_text(self, text: Text) -> tuple[Tensor, Tensor]:
-        tokens = _encoded(self.text, text, self.text_spec)
+        tokens = _run_text_encoder(self.text, text, self.text_spec)
         if self.extra_text is None:
             return tokens, text.mask
         assert text.extra is not None
         assert self.text_spec.extra is not None
-        extra = _encoded(self.extra_text, text.extra, self.text_spec.extra)
+        extra = _run_text_encoder(self.extra_text, text.extra, self.text_spec.extra)
         # The tokens of each encoder have channels of their own, so the projection of the head has weights for each.
         tokens, extra = F.pad(tokens, (0, extra.shape[2])), F.pad(extra, (tokens.shape[2], 0))
         return torch.cat((tokens, extra), dim=1), torch.cat((text.mask, text.extra.mask), dim=1)
 
     def decode(self, features: Features) -> PooledOutput | DenseOutput:
-        image, grid, text, mask, image_ids, most, grids = features
-        return self.head(image, grid, text, mask, image_ids if len(image) < len(text) else None, most, grids)
+        is_shared = len(features.image) < len(features.text)  # else expression r refers to image r
+        return self.head(
+            features.image,
+            features.grid,
+            features.text,
+            features.text_mask,
+            image_ids=features.image_ids if is_shared else None,
+            max_per_image=features.max_per_image,
+            grids=features.grids,
+        )
 
     def loss(self, output: PooledOutput | DenseOutput, batch: Batch | EncodedBatch) -> dict[LossName, Tensor]:
         """Return the loss terms of the head.
@@ -190,8 +198,8 @@ class RecModel(EncodableModel):
         return len(batch)
 
     def predict(self, output: PooledOutput | DenseOutput, batch: Batch | EncodedBatch) -> list[Prediction]:
-        ranked = self.head.rank(output)  # type: ignore[arg-type]  # [R, K, 4], [R, K]
-        boxes, scores = (x.cpu() for x in ranked)  # here, because what follows is small and by sample
+        selected = self.head.select_boxes(output)  # type: ignore[arg-type]  # [R, K, 4], [R, K]
+        boxes, scores = (x.cpu() for x in selected)  # here, because what follows is small and by sample
         found: Any = scores > 0 if self.generalized else [slice(None)] * len(scores)
         return [
             Prediction(
@@ -208,7 +216,7 @@ class RecModel(EncodableModel):
     def iou(self, output: PooledOutput | DenseOutput, batch: Batch | EncodedBatch) -> Tensor | None:
         if self.generalized or any(len(target.boxes) != 1 for target in batch.targets):
             return None  # for all batches of a generalized model: every step must log the same terms
-        boxes, _ = self.head.rank(output, 1)  # type: ignore[arg-type]  # [R, 1, 4]
+        boxes, _ = self.head.select_boxes(output, 1)  # type: ignore[arg-type]  # [R, 1, 4]
         true = torch.cat([target.boxes for target in batch.targets])  # [R, 4]
         return box_ops.iou(*(box_ops.cxcywh_to_xyxy(x).clamp(0, 1) for x in (boxes.squeeze(1).float(), true)))
 
@@ -225,7 +233,7 @@ def _text_key(config: TextEncoderConfig) -> dict[str, Any]:
     return {**weights_key(config.key, config), "tokenizer": tokenizer_key(config)}
 
 
-def _encoded(encoder: Encoder, text: Text, spec: TextSpec) -> Tensor:
+def _run_text_encoder(encoder: Encoder, text: Text, spec: TextSpec) -> Tensor:
     """Return the tokens of a text encoder, [R, T, D]."""
     config, ids, mask = encoder.network_config, text.token_ids, text.mask
     if config.model_type in SIGLIP_TEXT:

@@ -108,7 +108,7 @@ def _write_settings(
     biased = config.classes.bias
     family = transformers.MMGroundingDinoConfig if biased else transformers.GroundingDinoConfig
     settings = family(
-        backbone_config=config.backbone.of_transformers(),
+        backbone_config=config.backbone.transformers_config(),
         text_config=transformers.BertConfig(**(config.text.architecture or {})),
         num_queries=config.num_queries,
         encoder_layers=config.encoder_layers,
