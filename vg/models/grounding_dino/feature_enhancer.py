@@ -44,10 +44,8 @@ class FoldedLinear(nn.Linear):
 class FusionLayer(nn.Module):
     """Bi-directional cross-attention: one similarity matrix, softmax over rows for the image, columns for the text.
 
-    The published module projects all image tokens three times (query, value, output) to `feedforward / 2` channels.
-    Image tokens are many and text tokens few, so we multiply these matrices with the text first: X Wq K' = X (Wq K'),
-    P (X Wv) = (P X) Wv, and P (V Wo) is P times one [T, D] matrix per head. Weights are the same, and results differ
-    by rounding only (and by the bias of the image values, which dropout of P does not scale here).
+    Both have `feedforward / 2` inner channels. `attend_unfolded` is the published computation, `attend_folded` a
+    cheaper one with the same weights.
     """
 
     def __init__(self, config: GroundingDinoConfig):
@@ -89,22 +87,27 @@ class FusionLayer(nn.Module):
     def attend(
         self, image: Tensor, text: Tensor, image_mask: Tensor | None, text_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Compute text-to-image attention [R, S, D] and image-to-text attention [R, T, D]."""
+        """Return image tokens attending to text [R, S, D], and text tokens attending to image [R, T, D]."""
         # Folding costs S x heads x T scores in memory, several times; a GPU has kernels that need none.
         long = image.device.type == "cuda" and text.shape[1] > LONG_PROMPT
         return (self.attend_unfolded if long else self.attend_folded)(image, text, image_mask, text_mask)
+
+    def _split_heads(self, x: Tensor, dim: int = -1) -> Tensor:
+        """[..., inner, ...] -> [..., heads, d, ...], the channels d of each head."""
+        return x.unflatten(dim, (self.heads, -1))
 
     def attend_unfolded(
         self, image: Tensor, text: Tensor, image_mask: Tensor | None, text_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Attend with the published projections and without scores in memory; not run on a GPU yet.
 
-        The kernels add masks to float32 scores, so float16 needs no clamp. A row of padding only, which no batch has,
-        gets the same values, but another gradient.
+        The queries of the image are the keys of the text, and vice versa. The kernels add masks to float32 scores, so
+        float16 needs no clamp. A row of padding only, which no batch has, gets the same values as in attend_folded, but
+        another gradient.
         """
 
         def by_head(x: Tensor) -> Tensor:  # [R, S or T, inner] -> [R, heads, S or T, d]
-            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            return self._split_heads(x).transpose(1, 2)
 
         def bias(mask: Tensor) -> Tensor:  # finite, so that a row without any token is a mean, as in attend_folded
             zeros = torch.zeros_like(mask, dtype=key.dtype)
@@ -114,8 +117,8 @@ class FusionLayer(nn.Module):
         key, text_value = by_head(self.text_key(text)), by_head(self.text_value(text))
         query = by_head(F.linear(image, self.image_query.weight, self.image_query.bias))
         image_value = by_head(F.linear(image, self.image_value.weight))  # its bias is added after dropout
-        to_image = F.scaled_dot_product_attention(query, key, text_value, bias(text_mask), dropout)
         over_image = None if image_mask is None else bias(image_mask)
+        to_image = F.scaled_dot_product_attention(query, key, text_value, bias(text_mask), dropout)
         to_text = F.scaled_dot_product_attention(key, query, image_value, over_image, dropout)
         to_image, to_text = (x.transpose(1, 2).flatten(2) for x in (to_image, to_text))  # [R, S or T, inner]
         to_image = F.linear(to_image, self.image_output.weight, self.image_output.bias)
@@ -124,16 +127,19 @@ class FusionLayer(nn.Module):
     def attend_folded(
         self, image: Tensor, text: Tensor, image_mask: Tensor | None, text_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Attend with the projections of the image folded into those of the text."""
+        """Attend with the projections of the image folded into those of the text.
 
-        def by_head(x: Tensor, dim: int = -1) -> Tensor:  # inner channels -> heads, channels d of a head
-            return x.unflatten(dim, (self.heads, -1))
-
-        key, value = by_head(self.text_key(text)), by_head(self.text_value(text))  # [R, T, heads, d]
+        The published computation projects all image tokens X three times (query, value, output). Image tokens are many
+        and text tokens few, so we multiply these matrices with the text first: X Wq K' = X (Wq K'),
+        P (X Wv) = (P X) Wv, and P (V Wo) is P times one [T, D] matrix per head. Results differ by rounding only (and by
+        the bias of the image values, which dropout of P does not scale).
+        """
+        split = self._split_heads
+        key, value = split(self.text_key(text)), split(self.text_value(text))  # [R, T, heads, d]
         key = key * key.shape[-1] ** -0.5
-        folded_query = torch.einsum("rthd,hdc->rhtc", key, by_head(self.image_query.weight, 0)).flatten(1, 2)
-        offset = torch.einsum("rthd,hd->rht", key, by_head(self.image_query.bias, 0)).flatten(1).unsqueeze(1)
-        folded_output = torch.einsum("rthd,chd->rhtc", value, by_head(self.image_output.weight)).flatten(1, 2)
+        folded_query = torch.einsum("rthd,hdc->rhtc", key, split(self.image_query.weight, 0)).flatten(1, 2)
+        offset = torch.einsum("rthd,hd->rht", key, split(self.image_query.bias, 0)).flatten(1).unsqueeze(1)
+        folded_output = torch.einsum("rthd,chd->rhtc", value, split(self.image_output.weight)).flatten(1, 2)
         lowest = torch.finfo(offset.dtype).min / 2
         text_bias = torch.zeros_like(text_mask, dtype=offset.dtype).masked_fill(~text_mask, lowest)[:, None, None]
 
@@ -146,7 +152,7 @@ class FusionLayer(nn.Module):
             scores = torch.baddbmm(offset, tokens, folded_query.mT)  # [R, chunk of S, heads * T]
             if scores.dtype == torch.float16:
                 scores = scores.clamp(-50000, 50000)  # infinity minus infinity would be NaN
-            over_text = (by_head(scores) + text_bias).softmax(dim=-1)  # [R, chunk of S, heads, T]
+            over_text = (split(scores) + text_bias).softmax(dim=-1)  # [R, chunk of S, heads, T]
             over_text = F.dropout(over_text, self.dropout, self.training).flatten(2)
             to_image.append(torch.baddbmm(self.image_output.bias, over_text, folded_output))  # [R, chunk of S, D]
 
@@ -159,8 +165,8 @@ class FusionLayer(nn.Module):
             # Sums over thousands of tokens overflow half precision, so it is used for means only.
             means = F.dropout(weights / chunk_total, self.dropout, self.training).to(tokens.dtype).mT @ tokens
             attended = attended * rescale.mT + chunk_total.mT * means
-        attended = by_head((attended / total.mT).to(image.dtype), 1)  # [R, heads, T, D]
-        attended = torch.einsum("rhtc,hdc->rthd", attended, by_head(self.image_value.weight, 0)).flatten(2)
+        attended = split((attended / total.mT).to(image.dtype), 1)  # [R, heads, T, D]
+        attended = torch.einsum("rhtc,hdc->rthd", attended, split(self.image_value.weight, 0)).flatten(2)
         return torch.cat(to_image, dim=1), self.text_output(attended + self.image_value.bias)
 
 

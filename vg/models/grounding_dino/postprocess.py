@@ -61,7 +61,8 @@ def postprocess(logits: Tensor, boxes: Tensor, batch: Batch, config: PredictConf
         rows = [row for row, other in enumerate(sample_ids) if other == sample_id]
         candidates = scores[rows].flatten()  # [rows * Q * P]
         top = candidates.topk(min(config.top_k, len(candidates)))
-        kept = ~((top.values < config.threshold) | (top.values <= 0))  # no absent phrases or padded queries, but NaN
+        # Drops absent phrases (-1) and padded queries (0); NaN passes, so that check_finite raises.
+        kept = ~((top.values < config.threshold) | (top.values <= 0))
         values, indices = top.values[kept], top.indices[kept]
         phrase_ids = indices % scores.shape[2]
         pixels = box_ops.to_pixels(boxes[rows].flatten(0, 1)[indices // scores.shape[2]], target.size)

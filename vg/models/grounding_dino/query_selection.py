@@ -79,8 +79,7 @@ class QuerySelection(nn.Module):
 
     def forward(self, image: ImageFeatures, text: TextFeatures) -> Queries:
         proposals = box_proposals(image)  # [R, S, 4], inf = invalid
-        valid = proposals.isfinite().all(dim=-1, keepdim=True)  # [R, S, 1]
-        memory = self.memory_norm(self.memory_projection(image.tokens.masked_fill(~valid, 0.0)))
+        memory = self._memory(image, proposals)  # [R, S, D]
         logits = self.class_head(memory, text)  # [R, S, T]
         count = torch.sym_min(len(self.content), logits.shape[1])  # small images have fewer tokens than Q
         scores = logits.amax(dim=-1)  # [R, S]
@@ -98,9 +97,21 @@ class QuerySelection(nn.Module):
             mask=None if image.mask is None else best.isfinite(),
         )
 
+    def token_logits(self, image: ImageFeatures, text: TextFeatures) -> Tensor:
+        """Return the similarity of every image token and text token, by which queries are selected: [R, S, T]."""
+        return self.class_head(self._memory(image, box_proposals(image)), text)
+
+    def _memory(self, image: ImageFeatures, proposals: Tensor) -> Tensor:
+        """Project the image tokens: [R, S, D]; those with an invalid proposal are zeroed before, and all alike."""
+        valid = proposals.isfinite().all(dim=-1, keepdim=True)  # [R, S, 1]
+        return self.memory_norm(self.memory_projection(image.tokens.masked_fill(~valid, 0.0)))
+
 
 def best_tokens(scores: Tensor, count: int | torch.SymInt) -> tuple[Tensor, Tensor]:
-    """[R, S] -> the highest scores [R, count], best first, and the indices of their tokens [R, count]."""
+    """[R, S] -> the highest scores [R, count], best first, and the indices of their tokens [R, count].
+
+    This is a function only because vg.export.parity patches it, to select the tokens of an exported model.
+    """
     top = scores.topk(count, dim=1)
     return top.values, top.indices
 
