@@ -24,6 +24,7 @@ from vg.types import TextSpec
 
 ENCODERS = "frozen_encoders.json"  # only with encoders whose weights are not in WEIGHTS
 WEIGHTS, CONFIG, TOKENIZER, TRAINING = "model.safetensors", "config.yaml", "tokenizer", "training.pt"
+VALIDATION = "validation.json"  # results of the evaluation of a checkpoint, if there was one
 SHARDS = "shards"  # beside TRAINING, the tensors of each process of FSDP2
 STATE = {"weights", "optimizer", "schedule", "progress"}  # keys of TRAINING, at least
 TORCH_WRITER = "inline_container"  # the source file that torch names in errors of writing

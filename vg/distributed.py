@@ -137,7 +137,7 @@ def mean_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 
 @contextmanager
-def failing_together() -> Iterator[None]:
+def raise_on_all_processes() -> Iterator[None]:
     """Make all processes raise what the main process raises in the block; they would wait for it in a collective."""
     failure: list[Exception | None] = [None]
     try:

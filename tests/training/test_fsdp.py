@@ -32,13 +32,13 @@ import os, shutil, sys
 import torch
 from vg.config import load_config
 from vg.distributed import shut_down
-from vg.training.fsdp import is_sharded, whole
+from vg.training.fsdp import gather_full, is_sharded
 from vg.training.trainer import Trainer
 
 def state(trainer):
     weights = [*trainer.unwrapped_model.state_dict().values(), *trainer.state.ema.averages]
     moments = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
-    return [whole(tensor).clone() for tensor in (*weights, *moments)]
+    return [gather_full(tensor).clone() for tensor in (*weights, *moments)]
 
 def train(output, resume=False):
     config = load_config("config.yaml")

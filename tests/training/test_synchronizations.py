@@ -142,7 +142,7 @@ def test_a_batch_moves_without_waiting(tiny_config: MakeConfig) -> None:
     trainer = Trainer(detection(tiny_config, mix_sizes=False))
     loader = trainer.data.loader
     assert loader.collate_fn is not None
-    batch = loader.collate_fn([trainer.data.data[index] for index in range(4)])
+    batch = loader.collate_fn([trainer.data.dataset[index] for index in range(4)])
     assert batch.images.dtype == torch.uint8
     assert len(set(batch.sizes)) > 1
     with synchronizations() as found:

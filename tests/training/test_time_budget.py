@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.conftest import scripted_result
 from vg.config import RunConfig, load_config
 from vg.errors import ConfigError
-from vg.training import time_budget
+from vg.training import report
 from vg.training.state import Progress
 from vg.training.time_budget import last_step
 from vg.training.trainer import Trainer
@@ -25,7 +25,7 @@ MakeConfig = Callable[..., RunConfig]
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that stands still unless `timed` moves it."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(time_budget, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
 
 
@@ -56,7 +56,7 @@ def test_a_run_takes_the_time_and_ends_with_a_learning_rate_of_zero(
     trainer.fit()
     seconds = clock.now - 1000
     assert 0.9 * 300 <= seconds <= 1.1 * 300
-    assert trainer.progress.step == trainer.num_steps == trainer.progress.num_steps == trainer.budget.bar.total
+    assert trainer.progress.step == trainer.num_steps == trainer.progress.fitted_steps == trainer.budget.bar.total
     assert max(trainer.schedule.get_last_lr()) == 0
     assert trainer.progress.evaluated_step == trainer.num_steps
 
@@ -159,7 +159,8 @@ def test_other_minutes_of_a_resumed_run_are_announced(
 
 
 def test_progress_of_older_checkpoints_has_no_number_of_steps() -> None:
-    assert Progress(step=3, epoch=1, samples=8).num_steps == 0
+    assert Progress(step=3, epoch=1, samples=8).fitted_steps == 0
+    assert Progress(fitted_steps=7).state()["num_steps"] == 7, "the key in the checkpoints of all versions"
 
 
 def test_last_step_against_a_simulation() -> None:

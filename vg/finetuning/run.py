@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vg.checkpoint import CONFIG
+from vg.checkpoint import CONFIG, VALIDATION
 from vg.config import RunConfig, load_config
 from vg.distributed import ignore_stop_signals
 from vg.evaluation.evaluator import NUM_PRINTED
@@ -22,7 +22,6 @@ from vg.inference.draw import save_image
 from vg.inference.sample_grid import draw_samples
 from vg.inference.torch_backend import load_model
 from vg.training.report import print_above_bar
-from vg.training.run_folder import VALIDATION
 from vg.training.trainer import Trainer
 
 if TYPE_CHECKING:

@@ -16,14 +16,13 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from vg.data.images import normalized
 from vg.data.prompt import Expressions, Prompts
 from vg.errors import CheckpointError, ConfigError, PredictionError
-from vg.inference.result import Boxes
+from vg.inference.result import NO_BOXES, Boxes
 from vg.nms import nms
 from vg.types import ImageSpec, Sample, TextArrays, TextSpec
 
 INSTALL = "pip install onnxruntime"
 SETTINGS, TOKENIZER = "vg", "tokenizer.json"  # keys of the metadata of an ONNX file
 SPECIAL_TOKENS = ("cls_token", "sep_token", "pad_token", "unk_token", "bos_token", "eos_token")
-NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)

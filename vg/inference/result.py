@@ -13,6 +13,7 @@ from vg.nms import nms
 
 Box: TypeAlias = tuple[float, float, float, float]  # (left, top, right, bottom) in pixels
 READABLE_SIDE = 640  # longer side of a drawing in pixels, from which on labels are readable
+NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)  # boxes and phrase_ids of a Sample without ground truth
 _NUM_SHOWN = 20  # boxes in the text of a result
 
 

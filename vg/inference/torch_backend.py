@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from vg.checkpoint import is_checkpoint, read_model
+from vg.checkpoint import VALIDATION, is_checkpoint, read_model
 from vg.config import CheckpointConfig
 from vg.data.collate import Collator
 from vg.data.prompt import Expressions, Prompts
 from vg.errors import ConfigError
 from vg.inference.cuda_graphs import CudaGraphs, Recorder
-from vg.inference.result import Boxes
+from vg.inference.result import NO_BOXES, Boxes
 from vg.models.base import GroundingModel, check_finite, on_host
 from vg.models.grounding_dino.checkpoints import open_model
 from vg.models.grounding_dino.checkpoints.files import local_path
@@ -29,7 +29,6 @@ DTYPES = {
     **dict.fromkeys(("bf16", "bfloat16"), torch.bfloat16),
     **dict.fromkeys(("fp16", "float16", "half"), torch.float16),
 }
-NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
 
 
 class Prepared(NamedTuple):
@@ -208,7 +207,7 @@ def load(
     folder = local_path(path, revision)
     if is_checkpoint(folder):
         model, config = read_model(folder, overrides)
-        files = (folder / name for name in ("best/validation.json", "validation.json"))
+        files = (folder / name for name in (f"best/{VALIDATION}", VALIDATION))
         results = next((json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()), None)
         return model, config, results
     if overrides:

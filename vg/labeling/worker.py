@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vg.data.detection.annotations import MIN_SIDE
 from vg.errors import BadSampleError
 from vg.inference.grounder import Grounder
 from vg.inference.onnx_backend import text_file
@@ -24,7 +25,6 @@ from vg.labeling.output import LabelFolder, Line
 from vg.labeling.phrases import Classes, Labels, Prompt, Thresholds
 from vg.labeling.plan import PlannedImage, open_plan
 
-MIN_SIDE = 1.0  # pixels: training leaves out boxes with a shorter side
 MAX_THREADS = 8  # that read images for one GPU
 
 

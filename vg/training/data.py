@@ -43,16 +43,16 @@ class TrainingData:
         data = config.data
         self.accelerator = accelerator
         self.accumulate = config.train.accumulate
-        self.data = training_dataset(config, model, evaluations)
+        self.dataset = training_dataset(config, model, evaluations)
         self.plan = ""  # a sentence on where the features are
         if data.cache:
-            self.data, self.plan = resident_features(self.data, data.cache, accelerator, uncached_text(model))
-        resident = isinstance(self.data, ResidentFeatures)  # no data workers, and nothing to copy to the device
+            self.dataset, self.plan = resident_features(self.dataset, data.cache, accelerator, uncached_text(model))
+        resident = isinstance(self.dataset, ResidentFeatures)  # no data workers, and nothing to copy to the device
         workers = 0 if resident else data.workers
         needed = data.batch_size * accelerator.num_processes
         self.samples_per_step = needed * config.train.accumulate
-        self.size = len(self.data)  # samples
-        self.sampler = training_sampler(config, self.data.source, accelerator.num_processes)
+        self.size = len(self.dataset)  # samples
+        self.sampler = training_sampler(config, self.dataset.source, accelerator.num_processes)
         if self.size < needed and accelerator.num_processes > 1 and accelerator.is_main_process:
             logger.warning(
                 "%d training samples are less than one batch (data.batch_size=%d) for each of %d processes: samples "
@@ -60,11 +60,11 @@ class TrainingData:
                 *(self.size, data.batch_size, accelerator.num_processes),
             )
         loader = new_loader(
-            self.data,
+            self.dataset,
             workers,
             batch_size=data.batch_size,
             sampler=self.sampler,
-            collate_fn=self.data.collate,
+            collate_fn=self.dataset.collate,
             drop_last=self.size >= needed,
             pin_memory=accelerator.device.type == "cuda" and not resident,
             persistent_workers=workers > 0,
@@ -74,17 +74,17 @@ class TrainingData:
     @property
     def num_classes(self) -> int | None:
         """Number of phrases of every prompt; None if it differs."""
-        source = self.data.source
+        source = self.dataset.source
         return source.num_classes if isinstance(source, HasClasses) else None
 
     @property
     def phrases(self) -> list[str]:
         """Examples."""
-        return example_phrases(self.data.source)
+        return example_phrases(self.dataset.source)
 
     @property
     def description(self) -> str:
-        return describe_source(self.data.source)
+        return describe_source(self.dataset.source)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -102,9 +102,9 @@ class TrainingData:
         Args:
             done: samples of this epoch that all processes together have used before.
         """
-        whole = max(0, self.size - done) // self.samples_per_step
-        stop = done + whole * self.samples_per_step if whole or done else self.size
-        self.data.begin_epoch(epoch)
+        num_steps = max(0, self.size - done) // self.samples_per_step
+        stop = done + num_steps * self.samples_per_step if num_steps or done else self.size
+        self.dataset.begin_epoch(epoch)
         self.sampler.begin_epoch(epoch, done, stop)
         batches = iter(self.loader)
         while step := list(islice(batches, self.accumulate)):

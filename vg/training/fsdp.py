@@ -60,7 +60,7 @@ def check_launch(config: RunConfig) -> None:
             raise ConfigError(problem)
 
 
-def prepare(
+def prepare_for_training(
     accelerator: Accelerator, model: GroundingModel, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, AcceleratedOptimizer]:
     """Prepare model and optimizer for training: wrapped for DDP, or sharded in place if launched with FSDP2.
@@ -117,7 +117,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
             unit.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor; every process must call it. Returns any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

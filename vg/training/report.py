@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vg.evaluation.results import EvaluationResult
     from vg.training.trainer import Trainer
 
-WARM_UP, TIMED = 5, 20  # steps: the first ones are slower, the next ones give the expected duration
+WARM_UP, TIMED = 5, 20  # steps: the first ones are slower, the next ones give the time of a step
 MIN_GAIN = 0.03  # of the best metric, which is 0..1; smaller ones may be chance on a few hundred samples
 LONGER = "a longer run (train.minutes, or train.epochs and train.max_steps) would probably gain more"
 
@@ -118,10 +118,14 @@ class Report:
         print_above_bar("\n".join(lines))
 
     def _now(self) -> float:
-        """Seconds, after the device has finished its work."""
-        if self.trainer.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return synchronized_time(self.trainer.accelerator.device)
+
+
+def synchronized_time(device: torch.device) -> float:
+    """Return the time in seconds after the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def last_gain(scores: Sequence[float]) -> float | None:

@@ -27,9 +27,9 @@ from typing import Any, TypeVar, cast
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from vg.checkpoint import CONFIG, SHARDS, TRAINING, WEIGHTS, new_checkpoint
+from vg.checkpoint import CONFIG, SHARDS, TRAINING, VALIDATION, WEIGHTS, new_checkpoint
 from vg.config import RunConfig, dump_config
-from vg.distributed import failing_together, launches
+from vg.distributed import launches, raise_on_all_processes
 from vg.errors import CheckpointError, DamagedCheckpointError, TrainingError
 from vg.files import read_json, read_text, remove, sync, write_bytes, write_json
 
@@ -37,7 +37,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-VALIDATION = "validation.json"
 EPOCHS = "epochs.md"
 LAUNCH = "launch.json"
 CHECKPOINTS = ("best", "checkpoints", "interpolated")
@@ -50,7 +49,7 @@ def in_main_process(method: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(method)
     def run(self: RunFolder, *args: Any) -> None:
-        with failing_together():
+        with raise_on_all_processes():
             if self.accelerator.is_main_process:
                 method(self, *args)
 
@@ -221,7 +220,7 @@ class RunFolder:
         """Append a row to the history, such as {"step": 20, "loss": 1.2, "loss/l1": 0.4, "lr": 1e-4}.
 
         Keys of evaluations are those of vg.evaluation.results.EvaluationResult.flat_metrics. Only the main process
-        appends, see `failing_together`.
+        appends, see `raise_on_all_processes`.
         """
         if self.accelerator.is_main_process:
             self._check_exists()

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from vg import checkpoint
 from vg.config import RunConfig
 from vg.errors import CheckpointError
 from vg.models.base import GroundingModel
-from vg.training.fsdp import whole
+from vg.training.fsdp import gather_full
 from vg.training.lora import merged_weights
 from vg.training.optim import Ema
 from vg.training.sharded_state import files_of, read_shards, split, write_shards
@@ -33,8 +33,8 @@ class Progress:
 
     step: int = 0  # completed optimizer steps
     epoch: int = 0
-    num_steps: int = 0  # of the whole run, once `train.minutes` has determined it ...
-    minutes: float | None = None  # ... which was this then
+    fitted_steps: int = 0  # of the whole run without `train.max_steps`; 0 until `train.minutes` has determined it
+    minutes: float | None = None  # the `train.minutes` that did
     samples: int = 0  # of this epoch that all processes together have used
     samples_per_step: int = 0
     evaluated_step: int = 0
@@ -45,6 +45,12 @@ class Progress:
     skipped_in_a_row: int = 0
     restored: int = 0  # how often non-finite weights were restored from a checkpoint
 
+    def state(self) -> dict[str, Any]:
+        """Return the entries of a checkpoint, in which `fitted_steps` is `num_steps`."""
+        entries = asdict(self)
+        entries["num_steps"] = entries.pop("fitted_steps")
+        return entries
+
     @classmethod
     def read(cls, state: dict[str, Any], config: RunConfig, samples_per_step: int, best_metric: str) -> Progress:
         """Return the progress in the state of a checkpoint.
@@ -52,6 +58,7 @@ class Progress:
         Warns if its steps had another number of samples, or if its best score is that of another metric and is reset.
         """
         saved = dict(state["progress"])
+        saved["fitted_steps"] = saved.pop("num_steps", 0)
         if "batch" in saved:  # of earlier versions: batches of this epoch, per process
             samples = config.data.batch_size * len(state["processes"])
             saved |= {"samples": saved.pop("batch") * samples, "samples_per_step": samples * config.train.accumulate}
@@ -103,7 +110,7 @@ class TrainingState:
         weights = {}
         with self.evaluated_weights():
             for name, value in merged_weights(self.model).items():
-                value = whole(value)  # one after another: the main process alone keeps them
+                value = gather_full(value)  # one after another: the main process alone keeps them
                 if self.is_main_process:
                     weights[name] = value.detach().to("cpu", copy=True)
         return partial(checkpoint.write_weights, weights=weights, config=self.config, spec=self.model.text_spec)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from vg.training.optim import fit_schedule
-from vg.training.report import print_above_bar
+from vg.training.report import TIMED, WARM_UP, print_above_bar, synchronized_time
 from vg.training.settings import TrainConfig
 
 if TYPE_CHECKING:
@@ -22,8 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WARM_UP, TIMED = 5, 20  # steps: the first ones are slower, the next ones give the time of a step
-SHARE = 0.1  # of the time: slow steps are not timed for longer, apart from an evaluation before the first one
+SHARE = 0.1  # stop timing steps after this fraction of the budget (an evaluation before the first step not counted)
 EVALUATION = 0.5  # time per sample relative to a training step, until the first evaluation is measured
 
 
@@ -47,15 +44,15 @@ class TimeBudget:
         self.timed: tuple[int, float] | None = None  # step, and seconds of all steps, when the timed steps began
         self.limit = SHARE * self.seconds  # seconds after which no more steps are timed
         self.paused, self.evaluations = 0.0, 0  # seconds of evaluations and checkpoints, number of evaluations
-        self.final = not self.seconds or trainer.progress.num_steps > 0
-        if self.seconds and trainer.progress.num_steps:  # resumed
-            self._use(trainer.progress.num_steps)
+        self.final = not self.seconds or trainer.progress.fitted_steps > 0
+        if self.seconds and trainer.progress.fitted_steps:  # resumed
+            self._use(trainer.progress.fitted_steps)
             before, now = trainer.progress.minutes, trainer.config.train.minutes
             if before not in (None, now) and trainer.accelerator.is_main_process:
                 logger.warning(
                     "train.minutes=%g has no effect: the interrupted run was fitted to %g minutes, %d steps; "
                     "train.max_steps makes it shorter",
-                    *(now, before, trainer.progress.num_steps),
+                    *(now, before, trainer.progress.fitted_steps),
                 )
 
     @property
@@ -71,7 +68,7 @@ class TimeBudget:
 
     def step(self) -> None:
         """Determine the number of steps as soon as enough of them are timed; call it after every step."""
-        if self.final or self.trainer.progress.num_steps:
+        if self.final or self.trainer.progress.fitted_steps:
             return
         step, now = self.trainer.progress.step, self._now()
         slow = now - self.started >= self.limit
@@ -93,7 +90,7 @@ class TimeBudget:
         self.evaluations += evaluates
         if self.trainer.progress.step == self.first_step:
             self.limit += seconds
-        if evaluates and not self.final and self.trainer.progress.num_steps > self.trainer.progress.step:
+        if evaluates and not self.final and self.trainer.progress.fitted_steps > self.trainer.progress.step:
             self._decide(ready=True)
 
     def _decide(self, ready: bool) -> None:
@@ -127,15 +124,12 @@ class TimeBudget:
 
     def _use(self, num_steps: int) -> None:
         trainer = self.trainer
-        trainer.progress.num_steps = num_steps  # without train.max_steps, which may change when a run is resumed
+        trainer.progress.fitted_steps = num_steps  # without train.max_steps, which may change when a run is resumed
         trainer.num_steps = min(num_steps, trainer.config.train.max_steps or num_steps)
         fit_schedule(trainer.schedule, trainer.config.optim, trainer.num_steps, trainer.steps_per_epoch)
 
     def _now(self) -> float:
-        """Seconds, after the device has finished its work."""
-        if self.trainer.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return synchronized_time(self.trainer.accelerator.device)
 
 
 def last_step(seconds: float, step: int, per_step: float, evaluation: float, every: int) -> int:

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vg.checkpoint import read_weights
+from vg.checkpoint import VALIDATION, read_weights
 from vg.config import RunConfig
 from vg.distributed import (
     StopSignal,
-    failing_together,
     mean_over_processes,
     new_accelerator,
     progress_bar,
+    raise_on_all_processes,
     seed_batch,
     seed_everything,
 )
@@ -31,12 +30,12 @@ from vg.files import read_json
 from vg.training.batch_norm import RunningStatistics
 from vg.training.compilation import compile_layers
 from vg.training.data import training_data
-from vg.training.fsdp import check_launch, gathered, prepare, whole
+from vg.training.fsdp import check_launch, gather_full, gathered, prepare_for_training
 from vg.training.interpolation import Interpolation, Sweep
 from vg.training.loss_log import REMEDY, TRAIN_IOU, LossLog, saved_rows
 from vg.training.optim import build_optimizer, build_schedule, lr_factor, restore_schedule, select_trainable
 from vg.training.report import Report
-from vg.training.run_folder import VALIDATION, RunFolder
+from vg.training.run_folder import RunFolder
 from vg.training.state import Progress, TrainingState
 from vg.training.time_budget import TimeBudget, planned_steps
 from vg.types import Batch, LossName
@@ -84,7 +83,7 @@ class Trainer:
         self.num_steps = planned_steps(config.train, self.steps_per_epoch)
         # Not prepared, because Accelerate would step the schedule once per process.
         self.schedule = build_schedule(optimizer, config.optim, self.num_steps, self.steps_per_epoch)
-        self.model, self.optimizer = prepare(self.accelerator, self.unwrapped_model, optimizer)
+        self.model, self.optimizer = prepare_for_training(self.accelerator, self.unwrapped_model, optimizer)
         self.state = TrainingState(config, self.unwrapped_model, self.optimizer, self.accelerator)
 
         self.progress = Progress(samples_per_step=self.data.samples_per_step, best_metric=self.evaluator.best_metric)
@@ -117,14 +116,15 @@ class Trainer:
             if self.config.train.eval_first and not self.progress.step:
                 with self.budget.pause(evaluates=True, saves=False):
                     self.evaluate()
-            finished = self._after_step(bar) if self.progress.step else False
+            # A run may have been interrupted between a step and its evaluation.
+            finished = self.progress.step > 0 and self._after_step(bar)
             steps = self._steps()
             while not finished:
                 batches = next(steps)
                 terms = self.step(batches)
                 self.progress.samples += self.data.samples_per_step
                 self.progress.step += 1
-                self._count(terms)
+                self._record_step(terms)
                 bar.update()
                 self.budget.step()
                 self.report.step()
@@ -156,8 +156,8 @@ class Trainer:
         statistics = RunningStatistics(self.unwrapped_model, self.accelerator)
         terms: dict[LossName, Tensor] = {}
         for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-            number = self.accelerator.process_index + index * self.accelerator.num_processes  # in all processes
-            seed_batch(self.config.train.seed, self.progress.step, number)
+            batch_index = self.accelerator.process_index + index * self.accelerator.num_processes  # over all processes
+            seed_batch(self.config.train.seed, self.progress.step, batch_index)
             with self.accelerator.no_sync(self.model) if index + 1 < len(batches) else nullcontext():
                 output = self.model(batch)
                 # The model divides its sums by the weight of this batch; the step divides by the mean weight instead.
@@ -194,7 +194,7 @@ class Trainer:
                 progress.best, progress.evaluations_since_best = result.score, 0
                 self.folder.save(self.folder.best, self.state.export(), {"step": progress.step, **result.flat()})
         self._log(result.flat_metrics() | result.losses())
-        with failing_together():
+        with raise_on_all_processes():
             self.report.evaluation(result, improved)
 
     def interpolate(self, weights: Sequence[float]) -> None:
@@ -210,13 +210,13 @@ class Trainer:
 
     def save(self) -> None:
         """Write a resumable checkpoint, which can also be loaded as a model."""
-        schedule, progress = self.schedule.state_dict(), asdict(self.progress)
+        schedule, progress = self.schedule.state_dict(), self.progress.state()
         extra = {"schedule": schedule, "progress": progress, "unlogged": self.losses.state(), "data": self.data.state()}
         path = self.folder.path / "checkpoints" / f"step_{self.progress.step:06d}"
         self.folder.save(path, **self.state.snapshot(extra))
 
     def restore(self) -> None:
-        """Load the newest checkpoint; training continues bit for bit, with other processes as exactly as `step` is."""
+        """Load the newest checkpoint; training continues bit for bit, or with other processes up to rounding."""
         _, state = self.folder.newest(self.state.load)
         restore_schedule(self.schedule, state["schedule"])
         self.progress = Progress.read(state, self.config, self.data.samples_per_step, self.evaluator.best_metric)
@@ -240,10 +240,10 @@ class Trainer:
         """Whether loss and gradient are finite in all processes; synchronizes with the device."""
         finite = torch.stack(list(terms.values())).isfinite().all()
         if not self.accelerator.scaler:  # a scaler handles overflow of gradients itself, to find its scale
-            finite = finite & whole(norm).isfinite()
+            finite = finite & gather_full(norm).isfinite()
         return mean_over_processes(self.accelerator, finite.float()).item() == 1
 
-    def _count(self, terms: dict[LossName, Tensor] | None) -> None:
+    def _record_step(self, terms: dict[LossName, Tensor] | None) -> None:
         """Record the loss terms of a step, or that it was skipped."""
         progress = self.progress
         if terms is not None:
@@ -281,9 +281,11 @@ class Trainer:
                 save_due = finished = True
             if save_due:
                 self.save()
-        if not finished and step >= self.num_steps:  # the evaluation took the rest of `train.minutes`
+        # The end of `pause` may reduce `self.num_steps`: the evaluation took the rest of `train.minutes`.
+        out_of_time = not finished and step >= self.num_steps
+        if out_of_time:
             self.save()
-        return finished or step >= self.num_steps
+        return finished or out_of_time
 
     def _log_losses(self, bar: tqdm, log: bool) -> None:
         """Check that all losses since the last log entry are finite, and log their mean."""
@@ -315,6 +317,6 @@ class Trainer:
         logger.warning("%s: restored from %s", problem, folder)
 
     def _log(self, values: dict[str, Any]) -> None:
-        with failing_together():
+        with raise_on_all_processes():
             self.folder.log({"step": self.progress.step, **values})
             self.accelerator.log(values, step=self.progress.step)
