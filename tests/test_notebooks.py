@@ -95,3 +95,13 @@ def test_committed_outputs_are_complete_and_clean(path: Path) -> None:
         assert output.get("name") != "stderr", "warnings and progress bars do not belong in the file"
         text = output.get("text", "") or output["data"].get("text/plain", "")
         assert not re.search(r"/(?:home|tmp|root|Users)/|Warning|it/s", text), text
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_title_is_above_the_sections(path: Path) -> None:
+    """The first cell begins with the only title; all other headings are one level below it."""
+    sources = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+    assert re.match(r"# \w", sources[0]), sources[0][:80]
+    _, *sections = (line for source in sources for line in source.splitlines() if line.lstrip().startswith("#"))
+    assert sections
+    assert all(section.startswith("## ") for section in sections), sections
