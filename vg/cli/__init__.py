@@ -30,7 +30,7 @@ from vg.cli import (
     train,
     web,
 )
-from vg.cli.arguments import add_config
+from vg.cli.arguments import HelpFormatter, add_config, check_overrides
 from vg.errors import UserError, out_of_memory, printable
 from vg.machine import reuse_freed_memory, use_fast_products
 
@@ -39,6 +39,7 @@ class Verb(NamedTuple):
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
+    example: str  # arguments
 
 
 def cache(options: argparse.Namespace) -> None:
@@ -56,22 +57,58 @@ def ops(options: argparse.Namespace) -> None:
 
 
 VERBS = {
-    "train": Verb("train a model", train.add_arguments, train.run),
-    "finetune": Verb("train on a folder of annotated images", finetune.add_arguments, finetune.run),
-    "eval": Verb("evaluate a checkpoint and draw its predictions", evaluate.add_arguments, evaluate.run),
-    "table": Verb("tabulate benchmark results for a paper: LaTeX, markdown, CSV", table.add_arguments, table.run),
-    "predict": Verb("ground phrases in an image", predict.add_arguments, predict.run),
-    "label": Verb("label any number of images with a model, to train on", label.add_arguments, label.run),
-    "web": Verb("serve a page on which a model can be tried", web.add_arguments, web.run),
-    "check": Verb("validate a dataset before training and suggest fixes", check.add_arguments, check.run),
-    "shard": Verb("write a dataset as WebDataset tar or parquet", shard.add_arguments, shard.run),
-    "convert": Verb("convert a Grounding DINO checkpoint to another format", convert.add_arguments, convert.run),
-    "export": Verb("write a model as ONNX, or for torch.export, and compare it", export.add_arguments, export.run),
-    "interpolate": Verb("mix weights before and after fine-tuning", interpolate.add_arguments, interpolate.run),
-    "cache": Verb("run frozen encoders once and write their features to data.cache.folder", add_config, cache),
-    "config": Verb("print a configuration with all defaults, or the memory it needs", config.add_arguments, config.run),
-    "demo": Verb("train, evaluate and draw on synthetic scenes, in minutes", demo.add_arguments, demo.run),
-    "ops": Verb("print which kernels run on this machine and why; build them if needed", lambda parser: None, ops),
+    "train": Verb(
+        "train a model", train.add_arguments, train.run, "configs/demo_rec.yaml optim.lr=3e-4 train.output=runs/mine"
+    ),
+    "finetune": Verb(
+        "train on a folder of annotated images", finetune.add_arguments, finetune.run, "raccoons --model small"
+    ),
+    "eval": Verb(
+        "evaluate a checkpoint and draw its predictions",
+        *(evaluate.add_arguments, evaluate.run, "runs/demo data.eval.split=test"),
+    ),
+    "table": Verb(
+        "tabulate benchmark results for a paper: LaTeX, markdown, CSV",
+        *(table.add_arguments, table.run, "runs/refcoco runs/refcoco_1 --output paper.tex"),
+    ),
+    "predict": Verb(
+        "ground phrases in images",
+        *(predict.add_arguments, predict.run, 'runs/demo runs/demo/scene.png "the red cross"'),
+    ),
+    "label": Verb(
+        "label any number of images with a model, to train on",
+        *(label.add_arguments, label.run, 'runs/detector photos labels -p dog "red car"'),
+    ),
+    "web": Verb("serve a page on which a model can be tried", web.add_arguments, web.run, "runs/demo"),
+    "check": Verb(
+        "validate a dataset before training and suggest fixes", check.add_arguments, check.run, "raccoons --quick 100"
+    ),
+    "shard": Verb(
+        "write a dataset as WebDataset tar or parquet",
+        *(shard.add_arguments, shard.run, "raccoons/train.json shards/raccoons image_root=raccoons/images"),
+    ),
+    "convert": Verb(
+        "convert a Grounding DINO checkpoint to another format",
+        *(convert.add_arguments, convert.run, "groundingdino_swint_ogc.pth swin_t --to transformers"),
+    ),
+    "export": Verb(
+        "write a model as ONNX, or for torch.export, and compare it with PyTorch",
+        *(export.add_arguments, export.run, "runs/demo demo.onnx"),
+    ),
+    "interpolate": Verb(
+        "mix weights before and after fine-tuning",
+        *(interpolate.add_arguments, interpolate.run, "runs/before runs/after --output runs/mixed"),
+    ),
+    "cache": Verb(
+        "run frozen encoders once and write their features to data.cache.folder",
+        *(add_config, cache, "configs/rec/refcoco_cached.yaml"),
+    ),
+    "config": Verb(
+        "print a configuration with all defaults, or the memory it needs",
+        *(config.add_arguments, config.run, "configs/demo_rec.yaml model.head=pooled"),
+    ),
+    "demo": Verb("train, evaluate and draw on synthetic scenes, in minutes", demo.add_arguments, demo.run, "--quick"),
+    "ops": Verb("print which kernels run on this machine and why; build them if needed", lambda parser: None, ops, ""),
 }
 TRAINING = ("train", "finetune", "demo")
 COMPUTING = (*TRAINING, "cache", "eval", "export", "interpolate", "label", "predict", "web")
@@ -106,6 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.verb in TRAINING:
         reuse_freed_memory()
     try:
+        check_overrides(options)
         if options.verb in COMPUTING and not str(getattr(options, "checkpoint", "")).endswith(".onnx"):  # without torch
             use_fast_products()
         VERBS[options.verb].run(options)
@@ -147,5 +185,9 @@ def new_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vg {__version__}")
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
-        verb.add_arguments(subparsers.add_parser(name, help=verb.help))
+        about = f"{verb.help[0].upper()}{verb.help[1:]}."
+        subparser = subparsers.add_parser(name, help=verb.help, description=about, formatter_class=HelpFormatter)
+        verb.add_arguments(subparser)
+        example = f"example:\n  vg {name} {verb.example}".rstrip()
+        subparser.epilog = "\n\n".join(filter(None, [(subparser.epilog or "").strip(), example]))
     return parser

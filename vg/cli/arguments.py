@@ -7,32 +7,70 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vg.errors import ConfigError
+
 if TYPE_CHECKING:
     from vg.config import RunConfig
+
+THRESHOLD_HELP = "minimum score, 0..1 (default: 0.3; rec: only the best box; with objects: any, 0.5)"
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps each paragraph of a description or epilog, and keeps the lines of one with indented lines, an example."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = []
+        for paragraph in text.strip("\n").split("\n\n"):
+            is_example = "\n  " in paragraph
+            paragraphs.append(paragraph if is_example else super()._fill_text(paragraph, width, indent))
+        return "\n\n".join(paragraphs)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add the configuration of a run and its overrides."""
-    parser.add_argument("config", help="YAML file of the run, such as configs/demo_rec.yaml")
-    add_overrides(parser)
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run, such as configs/demo_rec.yaml")
+    add_overrides(parser, "settings of the run, such as optim.lr=1e-4 model.head=dense")
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Add the datasets that `read_data` reads."""
     known = "COCO, ODVG, Pascal VOC, YOLO, CSV or shards"
-    parser.add_argument("data", help=f"YAML file of a run; or a folder or file in {known}")
+    parser.add_argument("data", metavar="DATA", help=f"YAML file of a run; or a folder or file in {known}")
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Add KEY=VALUE pairs that override values of the configuration."""
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optim.lr=1e-4 model.head=dense")
+def add_data_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add overrides for `read_data`."""
+    of_run, of_data = "data.train.split=val for a YAML file", "image_root=photos otherwise"
+    add_overrides(parser, f"settings of the run, such as {of_run}; of the dataset, such as {of_data}")
+
+
+def add_model_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add overrides of a model that is only run; those of data and training would have no effect."""
+    add_overrides(parser, "settings of the model, such as model.vision.id=/new/folder", ("data", "optim", "train"))
+
+
+def add_overrides(parser: argparse.ArgumentParser, about: str, without_effect: Sequence[str] = ()) -> None:
+    """Add KEY=VALUE pairs that override values of a configuration.
+
+    Args:
+        about: what the keys are, with an example.
+        without_effect: sections of the configuration that the verb does not use; `check_overrides` refuses them.
+    """
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=about)
+    parser.set_defaults(without_effect=without_effect)
+
+
+def check_overrides(options: argparse.Namespace) -> None:
+    """Raise ConfigError for an override that would have no effect."""
+    for override in getattr(options, "overrides", ()):
+        if override.partition(".")[0] in options.without_effect:
+            raise ConfigError(f"{override} has no effect on vg {options.verb}; leave it out")
 
 
 def add_tokenizer(parser: Any) -> None:
     """Add the tokenizer for a checkpoint that does not contain one."""
-    parser.add_argument(
-        "--tokenizer", help="folder or Hub id of BERT, because a .pth contains no tokenizer (default: its Hub id)"
-    )
+    about = "BERT tokenizer for a .pth, which contains none: folder or Hub id (default: google-bert/bert-base-uncased)"
+    parser.add_argument("--tokenizer", help=about)
 
 
 def read_data(path: str, overrides: Sequence[str]) -> tuple[RunConfig, bool]:
@@ -53,7 +91,6 @@ def _config_of(found: Mapping[str, dict[str, Any]], overrides: Sequence[str]) ->
     from yaml import YAMLError
 
     from vg.config import parse_config
-    from vg.errors import ConfigError
     from vg.settings import parse_yaml
 
     try:

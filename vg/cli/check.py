@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vg.cli.arguments import add_data, add_overrides, read_data
+from vg.cli.arguments import add_data, add_data_overrides, read_data
 
 if TYPE_CHECKING:
     from vg.models.settings import ModelSettings
@@ -18,7 +18,7 @@ NUM_DRAWN = 24  # images in images.png
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
-    add_overrides(parser)
+    add_data_overrides(parser)
     parser.add_argument("--quick", type=int, metavar="N", help="read N images of each dataset (default: all)")
     parser.add_argument("--output", default="runs/check", help="folder for report and images (default: %(default)s)")
 

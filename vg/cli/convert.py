@@ -10,9 +10,13 @@ from vg.cli.arguments import add_tokenizer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", help=".pth, folder of transformers or vg, or Hub id; the format is detected automatically"
+        "checkpoint",
+        metavar="IN",
+        help=".pth, folder of transformers or vg, or Hub id; the format is detected automatically",
     )
-    parser.add_argument("output", type=Path, help=".pth (official, mmdet) or folder (transformers, vg) to write")
+    parser.add_argument(
+        "output", type=Path, metavar="OUT", help=".pth (official, mmdet) or folder (transformers, vg) to write"
+    )
     parser.add_argument("--to", required=True, choices=["official", "transformers", "mmdet", "vg"], help="format")
     add_tokenizer(parser)
 

@@ -23,7 +23,7 @@ SCENE = 3  # index of the sample that is saved: "the red cross" in the README
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_overrides(parser)
+    add_overrides(parser, "settings of the run, such as train.minutes=2 train.output=runs/mine")
     recipe = parser.add_mutually_exclusive_group()
     recipe.add_argument("--config", help="YAML file (default: the rec family, configs/demo_rec.yaml)")
     recipe.add_argument("--quick", action="store_true", help="train the rec family for 90 seconds, in runs/demo_quick")

@@ -14,8 +14,10 @@ from vg.cli.arguments import add_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="folder of a run or checkpoint, or YAML file with model.weights")
-    add_overrides(parser)
+    models = "folder of a run or checkpoint, or YAML file with model.weights"
+    parser.add_argument("checkpoint", metavar="MODEL", help=models)
+    about = "settings of the run, such as data.eval.split=test model.vision.id=/new/folder"
+    add_overrides(parser, about, ("optim",))
     parser.add_argument(
         "--output",
         help="folder for metrics.json and predictions.png (default: RUN/eval, or RUN/eval/split=testA with such an "

@@ -24,9 +24,12 @@ differ by more than 0.001 from those of PyTorch.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("checkpoint", help="folder of a run or checkpoint, a published Grounding DINO, or its Hub id")
+    parser.add_argument(
+        "checkpoint", metavar="MODEL", help="folder of a run or checkpoint, a published Grounding DINO, or its Hub id"
+    )
     parser.add_argument("output", type=Path, metavar="OUT", help="file to write: .onnx or .pt2")
-    add_overrides(parser)
+    about = "settings of the run, such as model.vision.id=/new/folder"
+    add_overrides(parser, about, ("optim", "train"))
     parser.add_argument(
         "--form",
         choices=["gather", "grid-sample"],

@@ -9,8 +9,7 @@ from vg.cli.arguments import add_overrides, add_tokenizer
 EPILOG = """
 FOLDER has images with boxes in COCO json, Pascal VOC, YOLO or ODVG, or a CSV or jsonl of expressions with the columns
 image, phrase and left, top, right, bottom. Without a validation split, a fifth of the images becomes one. The plan is
-printed before training; it is a configuration for vg train (--dry-run > plan.yaml). KEY=VALUE changes it, such as
-train.max_steps=100.
+printed before training; it is a configuration for vg train (--dry-run > plan.yaml).
 """
 
 
@@ -18,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="folder of annotated images, or the file with the annotations")
-    add_overrides(parser)
+    add_overrides(parser, "settings of the plan, such as train.max_steps=100 optim.lr=1e-5")
     add("--model", help='run, .pth, folder or Hub id to start from, or "small" (default: Grounding DINO Swin-T)')
-    phrases = "classes to train, of all; NAME=PHRASE gives one another phrase"
+    phrases = "train only on these classes (default: all); NAME=PHRASE renames one"
     add("--phrases", nargs="+", action="extend", metavar="PHRASE", help=phrases)
     add("--images", metavar="DIR", help="folder of the images, if they are not where the annotations are")
     add("--output", help="folder of the run (default: runs/NAME of the folder)")

@@ -10,11 +10,16 @@ from vg.cli.arguments import add_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("initial", type=Path, help="checkpoint before: folder, or YAML file with model.weights")
     parser.add_argument(
-        "final", type=Path, help="folder of the run or checkpoint after; its data.eval selects the best mixture"
+        "initial", type=Path, metavar="INITIAL", help="checkpoint before: folder, or YAML file with model.weights"
     )
-    add_overrides(parser)
+    parser.add_argument(
+        "final",
+        type=Path,
+        metavar="FINAL",
+        help="folder of the run or checkpoint after; its data.eval selects the best mixture",
+    )
+    add_overrides(parser, "settings of that run, such as data.eval.split=val", ("optim",))
     parser.add_argument(
         "--weights",
         nargs="+",

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vg.cli.arguments import add_overrides, add_tokenizer
+from vg.cli.arguments import THRESHOLD_HELP, add_model_overrides, add_tokenizer
 from vg.errors import ConfigError, printable
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("data", metavar="DATA", help="images to label")
     parser.add_argument("output", metavar="OUT", help="folder of the labels")
-    add_overrides(parser)
+    add_model_overrides(parser)
     phrases = parser.add_mutually_exclusive_group(required=True)
     phrases.add_argument("-p", "--phrases", nargs="+", action="extend", metavar="PHRASE", help="such as dog 'red car'")
     phrases.add_argument(
@@ -46,16 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("--pipeline", default="en_core_web_sm", help="pipeline of spaCy, for --captions (default: %(default)s)")
-    add("--threshold", type=float, help="least score, 0..1 (default: 0.3; rec: the best box, 0.5 if objects are any)")
+    add("--threshold", type=float, help=THRESHOLD_HELP)
     add("--nms", type=float, metavar="IOU", help="drop boxes that overlap more with a better one of their phrase")
     add("--exclusive", action="store_true", help="an object has one phrase: --nms compares boxes of all phrases")
     add("--image-root", metavar="FOLDER", help="folder of the images of a table (default: that of the table)")
-    add("--format", choices=["odvg", "coco", "parquet"], default="odvg", help="of the labels (default: %(default)s)")
-    add("--bad-images", choices=["error", "skip"], default="error", help="that cannot be read (default: %(default)s)")
+    add("--format", choices=["odvg", "coco", "parquet"], default="odvg", help="format of the labels (default: odvg)")
+    unreadable = "what to do with unreadable images (default: error)"
+    add("--bad-images", choices=["error", "skip"], default="error", help=unreadable)
     add("--shard-size", type=int, default=1000, metavar="N", help="images in a shard (default: %(default)s)")
     add("--shard", metavar="I/N", help="label every N-th shard, from the I-th on; I counts from 0")
     add("--engine", choices=["ray"], help="run the workers on a cluster of Ray, or on this machine")
-    add("--workers", type=int, metavar="N", help="of Ray (default: one per GPU)")
+    add("--workers", type=int, metavar="N", help="number of Ray workers (default: one per GPU)")
     add("--batch-size", type=int, default=8, help="images in a pass of the network (default: %(default)s)")
     add("--device", help="cpu, cuda or mps (default: the fastest available; under torchrun, one GPU each)")
     add("--dtype", choices=["fp32", "bf16", "fp16"], help="precision of the network (default: fp32)")

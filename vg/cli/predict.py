@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from vg.cli.arguments import add_tokenizer
+from vg.cli.arguments import THRESHOLD_HELP, add_model_overrides, add_tokenizer
 from vg.errors import ConfigError, printable
 
 if TYPE_CHECKING:
@@ -24,9 +24,8 @@ SETTINGS = ("overrides", "tokenizer", "threshold", "nms", "tile", "overlap", "ma
 EPILOG = """
 INPUT is an image, a folder, a pattern such as 'photos/*.jpg', a video, a URL, a COCO json file, a dataset of the Hub
 (hf://datasets/ORG/NAME:SPLIT), or - for a list of them on standard input. One image is drawn in prediction.png; the
-results of several go to the folder predictions/, which a repeated command completes. KEY=VALUE overrides a setting of
-the checkpoint, such as model.vision.id=/new/folder. Exit status: 0 done, 1 error, 2 wrong usage, 3 some images were
-unusable.
+results of several go to the folder predictions/, which a repeated command completes. Exit status: 0 done, 1 error,
+2 wrong usage, 3 some images were unusable.
 """
 
 
@@ -34,15 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from vg.inference.formats import FORMATS
 
     parser.epilog = EPILOG
-    parser.add_argument("checkpoint", help="folder of a run or checkpoint, its Hub id, or an .onnx file")
+    models = "folder of a run or checkpoint, a published Grounding DINO, its Hub id, or an .onnx file"
+    parser.add_argument("checkpoint", metavar="MODEL", help=models)
     parser.add_argument("words", nargs="+", metavar="INPUT", help="images; without -p one image and then the phrases")
-    parser.set_defaults(overrides=[])  # filled with those after the options
+    add_model_overrides(parser)
     add = parser.add_argument
     add("-p", "--phrases", nargs="+", action="extend", metavar="PHRASE", help='such as "the man in the red shirt"')
-    add("--threshold", type=float, help="least score, 0..1 (default: 0.3; rec: the best box, 0.5 if objects are any)")
+    add("--threshold", type=float, help=THRESHOLD_HELP)
     add("--nms", type=float, metavar="IOU", help="drop boxes that overlap more with a better one of their phrase")
-    add("--tile", type=int, metavar="PIXELS", help="also look at tiles of this side, for small objects in large images")
-    add("--overlap", type=float, default=0.2, help="least fraction that neighboring tiles share (default: %(default)s)")
+    add("--tile", type=int, metavar="PIXELS", help="also search tiles of this side, for small objects in large images")
+    add("--overlap", type=float, default=0.2, help="minimum fraction that neighboring tiles share (default: 0.2)")
     add("--masks", nargs="?", const=True, default=False, metavar="ID", help="also segment every box with SAM or SAM 2")
     add("--output", help="image file for one image (default: prediction.png), else folder (default: predictions)")
     add("--format", choices=FORMATS, action="append", help="also write the results in this format; may be repeated")
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-draw", action="store_true", help="do not write images with boxes")
     add("--json", action="store_true", help="print one JSON record per image on standard output, and nothing else")
     add("--batch-size", type=int, default=8, help="images in a pass of the network (default: %(default)s)")
-    add("--every", type=int, default=1, metavar="N", help="of a video, take each N-th frame")
+    add("--every", type=int, default=1, metavar="N", help="use every N-th frame of a video")
     add("--overwrite", action="store_true", help="replace the results in the output folder")
     add("--device", help="cpu, cuda or mps (default: the fastest available)")
     add("--dtype", choices=["fp32", "bf16", "fp16"], help="precision of the network (default: fp32)")
@@ -181,7 +181,7 @@ def _check_phrases(phrases: Sequence[str]) -> None:
         if phrase.startswith(("http://", "https://")) or (_is_image(phrase) and os.path.isfile(phrase)):
             raise ConfigError(
                 f"{phrase} is an image file, not a phrase: without -p, vg predict takes one image and then phrases; "
-                f"for several images: vg predict CHECKPOINT IMAGE... -p PHRASE..."
+                f"for several images: vg predict MODEL IMAGE... -p PHRASE..."
             )
 
 

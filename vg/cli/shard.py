@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vg.cli.arguments import add_data, add_overrides, read_data
+from vg.cli.arguments import add_data, add_data_overrides, read_data
 
 EPILOG = """
 All classes are written, and no negatives are sampled: vocabulary.only and vocabulary.negatives are settings of the
@@ -20,14 +20,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add_data(parser)
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write, new or of an interrupted run")
-    add_overrides(parser)
+    add_data_overrides(parser)
     parser.add_argument("--split", default="train", help="train, eval, or eval.NAME of several (default: train)")
-    parser.add_argument("--format", choices=["tar", "parquet"], default="tar", help="(default: tar)")
-    parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="(default: 1000)")
+    parser.add_argument(
+        "--format", choices=["tar", "parquet"], default="tar", help="format of the shards (default: tar)"
+    )
+    number = "samples of each shard (default: 1000)"
+    parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help=number)
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes; 0 writes in the main one (default: number of cores)"
     )
-    parser.add_argument("--bad-samples", choices=["error", "skip"], default="error", help="skip: log, count, leave out")
+    parser.add_argument(
+        "--bad-samples", choices=["error", "skip"], default="error", help="what to do with unusable samples"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

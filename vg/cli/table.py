@@ -14,7 +14,9 @@ training data may contain.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("results", nargs="+", help="folders with the benchmark.json of `vg eval --suite refcoco`")
+    parser.add_argument(
+        "results", nargs="+", metavar="RUN", help="folders with the benchmark.json of `vg eval --suite refcoco`"
+    )
     parser.add_argument(
         "--output", type=Path, help="file.tex (booktabs), file.md or file.csv (default: print it as markdown)"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vg.cli.arguments import add_overrides, add_tokenizer
+from vg.cli.arguments import add_model_overrides, add_tokenizer
 from vg.errors import ConfigError
 
 EPILOG = """
@@ -16,8 +16,8 @@ images are fetched from public addresses only. The environment variable VG_MAX_P
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("checkpoint", help="folder of a run or checkpoint, or its Hub id")
-    add_overrides(parser)
+    parser.add_argument("checkpoint", metavar="MODEL", help="folder of a run or checkpoint, or its Hub id")
+    add_model_overrides(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860 on)")
     parser.add_argument("--share", action="store_true", help="also open a public link, through a server of Gradio")
