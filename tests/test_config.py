@@ -123,7 +123,9 @@ def test_round_trip(tmp_path: Path, minimal: Path) -> None:
     ("overrides", "message"),
     [
         (["optm.lr=1"], "optm: unknown key; did you mean `optim`?"),
-        (["optim.learning=1"], "optim.learning: unknown key; "),
+        (["optim.learning=1"], "optim.learning: unknown key; expected one of algorithm, lr, "),
+        (["optim.learning_rate=1"], "optim.learning_rate: unknown key; did you mean `lr`?"),
+        (["optim.wd=1"], "optim.wd: unknown key; did you mean `weight_decay`?"),
         (["optim.warmup_step=1"], "optim.warmup_step: unknown key; did you mean `warmup_steps`?"),
         (["data.train.sise=3"], "data.train.sise: unknown key; did you mean `size`?"),
         (["model.head=pooled", "model.head.widht=3"], "model.head.widht: unknown key; did you mean `width`?"),

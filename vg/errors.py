@@ -87,6 +87,17 @@ def _shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]} [...] {text[-limit // 3 :]}"
 
 
-def closest(name: object, known: Iterable[str], limit: int = 1, cutoff: float = 0.4) -> list[str]:
-    """The known names most similar to a misspelled one, best first; empty if none is similar."""
-    return difflib.get_close_matches(str(name), list(known), n=limit, cutoff=cutoff)
+def closest(name: object, known: Iterable[str], limit: int = 1, cutoff: float = 0.5) -> list[str]:
+    """The known names most similar to a misspelled one, best first; empty if none is similar.
+
+    A name and its initials are similar, such as learning_rate and lr.
+    """
+    name, names = str(name), list(known)
+    short = [own for own in names if name and own and (own == _initials(name) or name == _initials(own))]
+    return list(dict.fromkeys([*short, *difflib.get_close_matches(name, names, n=limit, cutoff=cutoff)]))[:limit]
+
+
+def _initials(name: str) -> str:
+    """First letters of the words of a name; empty for a single word."""
+    words = name.split("_")
+    return "".join(word[:1] for word in words) if len(words) > 1 else ""
