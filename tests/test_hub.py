@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -109,3 +110,46 @@ def test_a_path_or_an_id() -> None:
         local_path("some/dino")
     with pytest.raises(CheckpointError, match=r"some/where/else .*does not exist"):
         local_path("some/where/else")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("runs/dmeo", r"^runs/dmeo .*does not exist; did you mean runs/demo\?\nAs a Hub id, .*: there is no network"),
+        ("runs/xyz", r"^runs/xyz .*does not exist; runs contains demo, other\n"),
+        ("./runs/dmeo", r"^\./runs/dmeo does not exist; did you mean runs/demo\?$"),
+        ("{folder}/runs/dmeo", r"^/.*/runs/dmeo does not exist; did you mean /.*/runs/demo\?$"),
+        ("/nowhere/at/all", r"^/nowhere/at/all does not exist$"),
+        ("~/xyz", r"^~/xyz .*does not exist"),
+    ],
+)
+def test_similar_paths_are_named(path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the folder of a path exists, an absent name in it is a typing error rather than a Hub id."""
+    from huggingface_hub import constants
+
+    from vg.errors import CheckpointError
+    from vg.models.grounding_dino.checkpoints.files import local_path
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "other"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    with pytest.raises(CheckpointError) as caught:
+        local_path(path.format(folder=tmp_path))
+    assert re.search(message, str(caught.value)), caught.value
+    assert "hf download" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [(), ("--suite", "refcoco")])
+def test_an_absent_run_is_reported_before_the_data(
+    options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    from vg.cli import main
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"runs/dmeo .*does not exist; did you mean runs/demo\?"):
+        main(["eval", "runs/dmeo", *options])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vg.config import CheckpointConfig, dump_config, load_checkpoint_config
 from vg.errors import CheckpointError, ConfigError, DamagedCheckpointError, UserError, unpickling_problem
-from vg.files import read_json, replacing
+from vg.files import read_json, replacing, similar_paths
 from vg.models.base import GroundingModel
 from vg.types import TextSpec
 
@@ -83,6 +83,8 @@ def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Groun
     folder = Path(folder)
     if (folder / "best" / WEIGHTS).exists():
         folder = folder / "best"
+    if not folder.exists():
+        raise CheckpointError("; ".join(filter(None, [f"{folder} does not exist", similar_paths(folder)])))
     for name in (CONFIG, TOKENIZER):
         if not (folder / name).exists():
             raise CheckpointError(f"{folder} is not a checkpoint of vg: {name} is missing")

@@ -12,7 +12,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
+from vg.errors import closest
+
 T = TypeVar("T")
+MOST_LISTED = 8  # names of a folder in a message
+
+
+def similar_paths(path: str | Path) -> str:
+    """Return advice for a path that does not exist: similar names in its folder, or all of them; "" without any."""
+    parent = Path(path).parent
+    try:
+        names = sorted(name for name in os.listdir(parent) if not name.startswith("."))
+    except OSError:
+        return ""
+    if near := closest(Path(path).name, names, limit=3, cutoff=0.6):
+        return f"did you mean {' or '.join(str(parent / name) for name in near)}?"
+    if not names or parent == Path():
+        return ""
+    return f"{parent} contains {', '.join(names[:MOST_LISTED])}{', ...' * (len(names) > MOST_LISTED)}"
 
 
 def refuse_special(path: Path) -> Path:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from vg.errors import UserError
+from vg.files import similar_paths
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ def loading(location: str, setting: str, failure: type[UserError], kind: str = "
     is_local = Path(location).exists()
     if not is_local:
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", location):
-            raise failure(f"{location} ({setting}) does not exist; set {setting} to its folder or Hub id")
+            advice = similar_paths(location) or f"set {setting} to its folder or Hub id"
+            raise failure(f"{location} ({setting}) does not exist; {advice}")
         _check_network()
     try:
         yield
@@ -40,6 +42,12 @@ def loading(location: str, setting: str, failure: type[UserError], kind: str = "
     except Exception as error:  # the libraries raise exceptions of many types
         if is_local:
             raise failure(f"{location} ({setting}) cannot be loaded: {_reason(error)}") from error
+        if "/" in location and Path(location).parent.is_dir():  # such as runs/demo, which is also a valid Hub id
+            advice = similar_paths(location) or f"set {setting} to its folder or Hub id"
+            raise failure(
+                f"{location} ({setting}) does not exist; {advice}\n"
+                f"As a Hub id, it cannot be loaded either: {_hub_reason(error)}"
+            ) from error
         option = "" if kind == "model" else f" --repo-type {kind}"
         raise failure(
             f"{location} ({setting}) is neither a local path nor can it be loaded from the Hugging Face Hub: "

@@ -51,7 +51,7 @@ def run(options: argparse.Namespace, output: Path) -> None:
     """Evaluate a checkpoint, write benchmark.json and benchmark.html to `output`, and print the tables.
 
     Raises:
-        ConfigError, DataError, CheckpointError: see `open_splits` and `open_model`; the data is opened first.
+        ConfigError, DataError, CheckpointError: see `open_model` and `open_splits`; the model is opened first.
     """
     import yaml
 
@@ -66,8 +66,8 @@ def run(options: argparse.Namespace, output: Path) -> None:
 
     if options.detections:
         raise ConfigError("--detections is for detection datasets, and this benchmark has none; remove it")
-    splits = open_splits(options.data, options.images, options.datasets or (), options.splits or (), options.limit)
     model, config = open_model(options.checkpoint, options.overrides, options.tokenizer)
+    splits = open_splits(options.data, options.images, options.datasets or (), options.splits or (), options.limit)
     accelerator = new_accelerator(mixed_precision=options.precision or "no")
     workers = 2 if options.workers is None else options.workers
     results, evaluated = run_benchmark(

@@ -223,7 +223,7 @@ def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     options = ["--tokenizer", str(tmp_path / "bert")]
     main(["convert", str(tmp_path / "mm.pth"), str(tmp_path / "a" / "vg"), "--to", "vg", *options])
     output = capsys.readouterr().out
-    assert "mm.pth: Grounding DINO in the mmdet dialect" in output
+    assert "mm.pth: Grounding DINO in the mmdet format" in output
     assert f"{sum(tensor.numel() for tensor in source.own_state_dict().values()):,} weights" in output
     assert f"layers of width {source.config.width}, 4 levels, 20 queries, heads for each layer; logits: dot" in output
     assert "a/vg: written in the vg format" in output

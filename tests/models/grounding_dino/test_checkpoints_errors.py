@@ -87,7 +87,7 @@ def test_files_that_are_not_checkpoints(tmp_path: Path, official: Path) -> None:
             tmp_path / "other.pth"
         )
     torch.save({"backbone.conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}, tmp_path / "other.pth")
-    assert "in any known dialect: its 2 tensors are backbone.conv1.weight, fc.bias, ..." in reading(
+    assert "in any known format: its 2 tensors are backbone.conv1.weight, fc.bias, ..." in reading(
         tmp_path / "other.pth"
     )
 
@@ -206,7 +206,7 @@ def test_another_text_encoder(official: Path) -> None:
 )
 def test_unsupported_models_of_a_dialect(tmp_path: Path, settings: dict[str, Any], dialect: Any, reason: str) -> None:
     source = model(**settings)
-    with pytest.raises(CheckpointError, match=f"the {dialect} dialect does not support {reason}"):
+    with pytest.raises(CheckpointError, match=f"the {dialect} format does not support {reason}"):
         write_checkpoint(source.own_state_dict(), source.config, None, tmp_path / "out", dialect)
     assert not list(tmp_path.iterdir())
 
@@ -234,7 +234,8 @@ def test_convert_command_exits_with_a_message(official: Path, tmp_path: Path, mo
     (tmp_path / "bert").mkdir()
     write_tokenizer(tmp_path / "bert")
     options = ("--tokenizer", tmp_path / "bert")
-    assert converting(tmp_path / "no.pth", tmp_path / "out", "--to", "vg") == f"error: {tmp_path}/no.pth does not exist"
+    absent = f"error: {tmp_path}/no.pth does not exist; {tmp_path} contains bert, official.pth"
+    assert converting(tmp_path / "no.pth", tmp_path / "out", "--to", "vg") == absent
     assert "official.pth exists; choose another path" in converting(official, official, "--to", "mmdet")
     assert official.exists()
 
@@ -264,7 +265,7 @@ def test_an_unsupported_dialect_leaves_no_files(tmp_path: Path) -> None:
     message = converting(tmp_path / "mm.pth", tmp_path / "out.pth", "--to", "official", *options)
     assert (
         message
-        == "error: the official dialect does not support class logits of scale `width` with a bias (model.classes)"
+        == "error: the official format does not support class logits of scale `width` with a bias (model.classes)"
     )
     assert {path.name for path in tmp_path.iterdir()} == {"mm.pth", "bert"}
 

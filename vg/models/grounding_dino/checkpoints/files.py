@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vg.errors import CheckpointError, unpickling_problem
+from vg.files import similar_paths
 from vg.hub import loading
 
 
@@ -20,7 +21,7 @@ def local_path(path: str | Path, revision: str | None = None) -> Path:
     if local.exists():
         return local
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or local.suffix in (".pth", ".pt", ".safetensors"):
-        raise CheckpointError(f"{path} does not exist")
+        raise CheckpointError("; ".join(filter(None, [f"{path} does not exist", similar_paths(path)])))
     from huggingface_hub import snapshot_download
 
     with loading(str(path), "the checkpoint, or model.weights", CheckpointError):

@@ -46,7 +46,7 @@ class Checkpoint:
         backbone, text, classes = config.backbone, config.text.architecture or {}, config.classes
         size = f", width {backbone.width}, window {backbone.window}" if isinstance(backbone, SwinConfig) else ""
         return (
-            f"Grounding DINO in the {self.dialect} dialect, {weights:,} weights\n"
+            f"Grounding DINO in the {self.dialect} format, {weights:,} weights\n"
             f"  backbone: {backbone.name}, depths {backbone.depths}{size}; "
             f"text: BERT, {text['num_hidden_layers']} layers of width {text['hidden_size']}\n"
             f"  {config.encoder_layers} + {config.decoder_layers} layers of width {config.width}, "
@@ -139,7 +139,7 @@ def _dialect(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Fore
         if found.has("neck.level_encoding") and found.has("text.projection.weight"):
             return dialect
     names = ", ".join(list(tensors)[:3])
-    raise CheckpointError(f"not a Grounding DINO in any known dialect: its {len(tensors)} tensors are {names}, ...")
+    raise CheckpointError(f"not a Grounding DINO in any known format: its {len(tensors)} tensors are {names}, ...")
 
 
 def _name_in_file(key: str) -> str:

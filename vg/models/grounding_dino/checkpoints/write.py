@@ -44,7 +44,7 @@ def write_checkpoint(
     surplus = weights.keys() - set(chain((LABELS,), *names))
     unsupported = _unsupported(config, dialect) or ", ".join(sorted(surplus))
     if unsupported:
-        raise CheckpointError(f"the {dialect} dialect does not support {unsupported}")
+        raise CheckpointError(f"the {dialect} format does not support {unsupported}")
     if absent:
         raise CheckpointError(f"the weights lack {absent[0]}; frozen encoders are not saved with a checkpoint")
     tensors: dict[str, Tensor] = {}
