@@ -59,8 +59,9 @@ def test_check_names_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         main(["check", str(ROOT / "configs/own_small.yaml"), f"--output={tmp_path}"])
     printed = capsys.readouterr().out
-    assert "mine/train.json" in printed
-    assert "mine/val.json" in printed
+    assert "cannot read mine/train.json: No such file" in printed
+    assert "cannot read mine/val.json: No such file" in printed
+    assert "2 errors, 0 warnings" in printed  # the cause alone, for each dataset
 
 
 def test_empty_tokenizer_folder_is_named(tiny_config, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -18,7 +18,7 @@ from vg.data.images import SWAPPED, find_image, image_key, read_image
 from vg.data.source import HasChecksums, HasImageKeys, Source, Task, checked
 from vg.errors import BadSampleError, DataError
 
-UNREADABLE = "datasets that training cannot load"
+UNREADABLE, FIX = "training cannot load this dataset", "correct the path, or what the message names"
 
 
 class ImageFile(NamedTuple):
@@ -123,7 +123,7 @@ def read_dataset(name: str, config: Any, limit: int | None) -> CheckedDataset:
                 dataset.issues.add("error", "damaged or missing files", fix, source.damaged_files())
             _read_samples(source, dataset, limit)
     except (DataError, OSError) as error:
-        dataset.issues.add("error", UNREADABLE, "see the message", [str(error)])
+        dataset.issues.add("error", UNREADABLE, FIX, [str(error)])
     return dataset
 
 
@@ -136,7 +136,7 @@ def check_loading(dataset: CheckedDataset, config: Any) -> None:
         try:
             config.build()
         except (DataError, ValueError, TypeError, KeyError, OSError) as error:
-            dataset.issues.add("error", UNREADABLE, "see the message", [str(error)])
+            dataset.issues.add("error", UNREADABLE, FIX, [str(error)])
 
 
 def _read_samples(source: Source, dataset: CheckedDataset, limit: int | None) -> None:

@@ -89,18 +89,20 @@ def diagnose(
     datasets = []
     for name, config in components.items():
         dataset = read_dataset(name, config, limit)
+        datasets.append(dataset)
         annotations, issues = dataset.annotations, dataset.issues
+        if not annotations.ids and any(issue.severity == "error" for issue in issues):
+            continue  # nothing could be read, which is the reason for everything that the checks would report
         if dataset.load_image is None:
             check_images(dataset, spread(len(annotations.ids), limit))
         check_boxes(dataset)
         if not annotations.ids:
-            issues.add("error", "no images", "see the other issues", [dataset.title])
+            issues.add("error", "no images", "add images, or use the right file", [dataset.title])
         elif not len(annotations.boxes):
             issues.add("error", "no boxes", "annotate the images, or use the right file", [dataset.title])
         check_phrases(dataset, count_tokens, max_tokens)
         _check_copies(dataset)
         check_loading(dataset, config)
-        datasets.append(dataset)
     training = [dataset for dataset in datasets if dataset.is_training]
     for evaluation in (dataset for dataset in datasets if not dataset.is_training):
         for train in training:
