@@ -32,7 +32,7 @@ def test_detection_from_the_command_line(
     printed = capsys.readouterr().out
     run = tmp_path / "runs" / "shapes"
     assert "no validation split" in printed
-    assert "before and after 0 steps" in printed or "before and after 2 steps" in printed
+    assert "before and after 2 steps" in printed or "did not improve on the initial weights" in printed
     assert f"predictions on it: {Path('runs', 'shapes', 'predictions.png')}" in printed
     assert (run / "comparison.txt").read_text().splitlines()[0].split() == ["before", "after"]
     assert Image.open(run / "predictions.png").width > 400
@@ -41,13 +41,17 @@ def test_detection_from_the_command_line(
     assert words.startswith("predict runs/shapes runs/shapes/example.png ")
     main([*shlex.split(words), "--threshold", "0"])
     assert (tmp_path / "prediction.png").exists()
-    with pytest.raises(SystemExit, match="already contains a run"):
-        main(command)
+    for own in ([], ["--output", "other", "train.output=runs/shapes"]):
+        with pytest.raises(SystemExit, match="already contains a run"):
+            main([*command, *own])
+    assert capsys.readouterr().out.count("#") == 0, "before the data is checked and the plan is printed"
     main(["finetune", "shapes", "--resume", "train.max_steps=3"])
     assert "continues after step 2" in capsys.readouterr().out
 
 
-def test_expressions_in_python(tmp_path: Path, tiny_config: Callable[..., Any]) -> None:
+def test_expressions_in_python(
+    tmp_path: Path, tiny_config: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     """A rec model is fine-tuned on a table; its weights are where it starts."""
     (tmp_path / "data").mkdir()
     CsvConfig.miniature(tmp_path / "data")
@@ -61,6 +65,8 @@ def test_expressions_in_python(tmp_path: Path, tiny_config: Callable[..., Any]) 
     assert all(tensor.equal(trained[name]) for name, tensor in start.own_state_dict().items())
     result = grounder(np.zeros((40, 60, 3), np.uint8), "the red one")
     assert len(result) == 1
+    best = tmp_path / "run" / "best"
+    assert f"training did not improve on the initial weights; {best} holds them:" in capsys.readouterr().out
     assert "miou" in (tmp_path / "run" / "comparison.txt").read_text()
     (tmp_path / "start" / "model.safetensors").unlink()
     assert vg.Grounder(tmp_path / "run").model.config.weights is None, "a checkpoint has all weights itself"

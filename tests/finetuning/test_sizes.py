@@ -22,6 +22,8 @@ def test_batches_fit_and_steps_have_the_samples_of_the_recipe(
     assert (config.data.batch_size, config.train.accumulate) == (batch_size, accumulate)
     assert config.train.precision == "bf16"
     assert any("WARNING" in note for note in notes) == (memory < 8)
+    plural = "es" * (accumulate > 1)
+    assert f"{accumulate} batch{plural} per optimizer step (16 samples)" in notes[0]
 
 
 @pytest.mark.parametrize(("samples", "epochs"), [(10, 180), (144, 20), (1000, 20), (100_000, 12)])

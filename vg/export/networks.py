@@ -125,7 +125,7 @@ class Networks(NamedTuple):
 @singledispatch
 def networks(model: GroundingModel) -> Networks:
     """Return text encoder and detector; raises ConfigError for a family without an export."""
-    raise ConfigError(f"a {type(model).__name__} cannot be exported; register its modules in vg/export/networks.py")
+    raise ConfigError(f"the family {type(model).__name__} cannot be exported; register it in vg/export/networks.py")
 
 
 @networks.register

@@ -43,11 +43,12 @@ def write_onnx(model: GroundingModel, path: Path, form: Form = "gather", split: 
     Raises:
         ConfigError: the family, its tokenizer or the size of the network cannot be exported.
     """
+    networks = parts(model, split)
     settings, tokenizer = export_settings(model, split), _tokenizer_json(model)
     size = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
     if size > MAX_BYTES:
         raise ConfigError(f"the model has {size / 2**30:.1f} GiB of weights; an ONNX file holds 2 GiB: try --split")
-    for name, part in parts(model, split).items():
+    for name, part in networks.items():
         file = text_file(path) if name == "text" else path
         network = _translated(part, form, max_tokens(model))
         if name == "detector":

@@ -12,6 +12,7 @@ from vg.errors import ConfigError
 from vg.models.grounding_dino.checkpoints import read_checkpoint
 from vg.models.grounding_dino.checkpoints.files import local_path
 from vg.models.grounding_dino.config import BertConfig, ClassHeadConfig, GroundingDinoConfig, PredictConfig
+from vg.models.rec.config import RecConfig
 from vg.training.settings import TrainConfig
 
 SMALL = "small"
@@ -46,7 +47,7 @@ def choose_recipe(model: str | Path | None, task: Task, lora: bool, tokenizer: s
     """Return the recipe for a model and a task.
 
     Args:
-        model: "small", a run or checkpoint of vg, or a Grounding DINO of any dialect; None for DEFAULT.
+        model: "small", a run or checkpoint of vg, or a Grounding DINO of any format; None for DEFAULT.
         lora: train adapters, see configs/grounding_dino/finetune_lora.yaml.
         tokenizer: see `vg.inference.torch_backend.load_model`.
 
@@ -131,6 +132,10 @@ def _recipe_of_run(path: Path, pretrained: Recipe, expressions: bool) -> Recipe:
         raise ConfigError(
             f"{path} is a rec model, which finds one box for one expression; the data has boxes of classes: use a "
             "Grounding DINO, or a table of expressions"
+        )
+    if not isinstance(found.model, RecConfig | GroundingDinoConfig):
+        raise ConfigError(
+            f"{path}: the family {found.model.name} cannot be fine-tuned; use vg train on a configuration"
         )
     model = replace(found.model, weights=str(path))
     count, tokenizer = (folder / WEIGHTS).stat().st_size // 4, str(folder / TOKENIZER)

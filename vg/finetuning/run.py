@@ -12,7 +12,7 @@ from PIL import Image
 
 from vg.checkpoint import CONFIG, VALIDATION
 from vg.config import RunConfig, load_config
-from vg.distributed import ignore_stop_signals
+from vg.distributed import ignore_stop_signals, launches
 from vg.evaluation.evaluator import NUM_PRINTED
 from vg.evaluation.table import aligned, cell
 from vg.files import write_bytes
@@ -22,12 +22,14 @@ from vg.inference.draw import save_image
 from vg.inference.sample_grid import draw_samples
 from vg.inference.torch_backend import load_model
 from vg.training.report import print_above_bar
+from vg.training.run_folder import refuse_run
 from vg.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from vg.inference.grounder import Grounder
 
 PREDICTIONS, COMPARISON, EXAMPLE = "predictions.png", "comparison.txt", "example.png"
+OUTPUT = "train.output="
 NUM_PHRASES = 5  # in the command that is printed
 
 
@@ -53,7 +55,7 @@ def finetune(
         folder: images with boxes in COCO json, Pascal VOC, YOLO or ODVG, or a CSV or jsonl of image, phrase, box (see
             `vg.data.expressions.CsvConfig`); or the file with the annotations. Without a validation split a fifth of
             the images becomes one.
-        model: a Grounding DINO of any dialect (a .pth, a transformers folder, its Hub id), a run of either family, or
+        model: a Grounding DINO of any format (a .pth, a transformers folder, its Hub id), a run of either family, or
             "small", a small network with random weights. By default Grounding DINO with Swin-T, from the Hub.
         phrases: the classes to train; the boxes of others are left out. "NAME=PHRASE", or a dict, gives a class another
             phrase. By default all classes, by their names.
@@ -76,6 +78,9 @@ def finetune(
     if resume:
         config = load_config(Path(output or default_output(folder)) / CONFIG, overrides)
     else:
+        if not (overwrite or launches()):  # a program that torchrun restarts continues the run, see RunFolder
+            chosen = [text.removeprefix(OUTPUT) for text in overrides if text.startswith(OUTPUT)]
+            refuse_run(Path([output or default_output(folder), *chosen][-1]))  # before the data is checked
         plan = make_plan(
             folder,
             model,
@@ -116,8 +121,11 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     sample = trainer.evaluator.sources[0].load(0, epoch=0)
     save_image(Image.fromarray(sample.image), folder.path / EXAMPLE)
     words = [str(folder.path), str(folder.path / EXAMPLE), *sample.phrases[:NUM_PHRASES]]
+    compared = f"before and after {after['step']:,} steps:"
+    if after["step"] == 0:
+        compared = f"training did not improve on the initial weights; {folder.best} holds them:"
     print_above_bar(
-        f"{after['data']}, {after['split']}, before and after {after['step']:,} steps:\n{table}\n"
+        f"{after['data']}, {after['split']}, {compared}\n{table}\n"
         f"predictions on it: {folder.path / PREDICTIONS}\n"
         f"predict: vg predict {shlex.join(words)}"
     )

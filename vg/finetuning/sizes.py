@@ -16,10 +16,12 @@ import math
 from dataclasses import replace
 
 from vg.config import RunConfig
+from vg.errors import ConfigError
 from vg.finetuning.recipe import Recipe
 from vg.machine import available_ram
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.rec.config import RecConfig
+from vg.models.settings import ModelSettings
 
 LARGE, LARGE_EPOCHS = 2000, 12  # samples; epochs for more than that, as on COCO
 MAX_EPOCHS = 1000
@@ -36,10 +38,11 @@ def sized(recipe: Recipe, num_samples: int) -> tuple[RunConfig, list[str]]:
     fitting = [size for size in sizes if fixed + size * per_sample <= memory]
     batch_size = max(fitting, default=1)
     need = fixed + batch_size * per_sample
+    batches = per_step // batch_size
     notes = [
         f"memory: {memory / GIB:.1f} GiB usable on {device}; a batch of {batch_size} needs about {need / GIB:.1f} GiB"
         f" (16 bytes x {recipe.num_parameters / 1e6:.0f} M parameters + {per_sample / GIB:.2g} GiB per sample), "
-        f"{per_step // batch_size} of them are a step of {per_step} samples"
+        f"{batches} batch{'es' * (batches > 1)} per optimizer step ({per_step} sample{'s' * (per_step > 1)})"
     ]
     if not fitting:
         notes.append("WARNING: even a batch of one may not fit: use another machine, --model small, or --lora")
@@ -75,9 +78,13 @@ def available_memory() -> tuple[str, int]:
     return "cpu", available_ram() // 2
 
 
-def sample_bytes(model: GroundingDinoConfig | RecConfig) -> int:
-    """Return the memory that one sample needs in a step."""
+def sample_bytes(model: ModelSettings) -> int:
+    """Return the memory that one sample needs in a step; raises ConfigError for a family without an estimate."""
     if isinstance(model, RecConfig):
         return 3 * model.head.width * model.head.layers * model.image_size**2
+    if not isinstance(model, GroundingDinoConfig):
+        raise ConfigError(
+            f"the family {model.name} cannot be fine-tuned: vg/finetuning/sizes.py has no estimate for it"
+        )
     pixels, layers = model.image.shortest * model.image.longest, model.encoder_layers + model.decoder_layers
     return 3 * model.width * layers * pixels // (1 + model.gradient_checkpointing)

@@ -44,6 +44,15 @@ EVALUATIONS = "eval"  # folder for the results of `vg eval`
 RESULTS = ("metrics.json", "predictions.png", "benchmark.json", "benchmark.html")  # of `vg demo`, `--suite`
 
 
+def refuse_run(folder: Path) -> None:
+    """Raise CheckpointError if a folder contains a run."""
+    if found := [path for name in CHECKPOINTS for path in sorted(folder.glob(f"{name}/*"))]:
+        raise CheckpointError(
+            f"{folder} already contains a run ({found[-1].relative_to(folder)}): continue it with --resume, "
+            "replace it with --overwrite, or choose another train.output"
+        )
+
+
 def in_main_process(method: Callable[..., None]) -> Callable[..., None]:
     """Run a method of RunFolder in the main process only; if it fails, all processes raise."""
 
@@ -82,12 +91,8 @@ class RunFolder:
         self.resume = resume or (is_restart and bool(self.checkpoints()))
         if resume and not self.checkpoints():
             raise CheckpointError(f"nothing to resume: no checkpoint in {self.path / 'checkpoints'}")
-        found = [path for name in CHECKPOINTS for path in sorted(self.path.glob(f"{name}/*"))]
-        if found and not (resume or overwrite or is_restart):
-            raise CheckpointError(
-                f"{self.path} already contains a run ({found[-1].relative_to(self.path)}): continue it with --resume, "
-                "replace it with --overwrite, or choose another train.output"
-            )
+        if not (resume or overwrite or is_restart):
+            refuse_run(self.path)
 
     @in_main_process
     def _recover(self) -> None:

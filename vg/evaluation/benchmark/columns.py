@@ -15,17 +15,18 @@ from vg.data.subset import SplitConfig
 from vg.data.synthetic.glyphs import GlyphsConfig
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.evaluation.benchmark.suite import DATASETS
-from vg.models.grounding_dino.config import SwinConfig
+from vg.models.grounding_dino.config import GroundingDinoConfig, SwinConfig
 from vg.models.rec.config import RecConfig
 
 
 def described(config: CheckpointConfig) -> dict[str, str]:
     """Return the columns that the configuration determines."""
     model = config.model
+    vision = resolution = ""  # of other families
     if isinstance(model, RecConfig):
         vision = _encoder(model.vision.id, (model.vision.architecture or {}).get("model_type"))
         resolution = f"{model.image_size}{', aspect kept' * model.keep_aspect}"
-    else:
+    elif isinstance(model, GroundingDinoConfig):
         backbone = model.backbone
         vision = (
             f"Swin of width {backbone.width}" if isinstance(backbone, SwinConfig) else _encoder(backbone.id, "resnet")
