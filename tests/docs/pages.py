@@ -42,6 +42,12 @@ def blocks(document: str) -> list[Block]:
     ]
 
 
+def section(document: str, line: int) -> str:
+    """Return the heading of the second level above a line."""
+    lines = (ROOT / document).read_text(encoding="utf-8").splitlines()[:line]
+    return next((text.removeprefix("## ") for text in reversed(lines) if text.startswith("## ")), "")
+
+
 BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
 EXAMPLES = [block for block in BLOCKS if block.document == "CONTRIBUTING.md" and block.file]
 
@@ -80,7 +86,7 @@ def words_of(command: str) -> list[str]:
 
 COMMANDS = [(document, line, words) for document, line, text in commands() if (words := words_of(text))]
 VG_COMMANDS = [(document, line, words[1:]) for document, line, words in COMMANDS if words[0] == "vg"]
-CONTRIBUTING_COMMANDS = [words for document, _, words in VG_COMMANDS if document == "CONTRIBUTING.md"]
+CONTRIBUTING_COMMANDS = [(section(page, line), words) for page, line, words in COMMANDS if page == "CONTRIBUTING.md"]
 SCRIPTS = sorted({word for _, _, words in COMMANDS for word in words if re.fullmatch(r"scripts/\S+\.py", word)})
 
 

@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import COMMANDS, DOCUMENTS, EXAMPLES, ROOT, SCRIPTS, VG_COMMANDS, is_placeholder, location
+from tests.docs.pages import (
+    BLOCKS,
+    COMMANDS,
+    DOCUMENTS,
+    EXAMPLES,
+    ROOT,
+    SCRIPTS,
+    VG_COMMANDS,
+    Block,
+    is_placeholder,
+    location,
+)
 from vg.cli import VERBS, new_parser
 from vg.config import RunConfig, load_config
 
@@ -40,7 +51,17 @@ def test_vg_commands_parse_and_their_configurations_load(command: tuple[str, int
 
 
 def is_example(path: str) -> bool:
-    return any(block.file == path for block in EXAMPLES)
+    return any(block.file == path for block in BLOCKS)
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if block.language == "yaml" and block not in EXAMPLES], ids=location
+)
+def test_configurations_in_the_text_load(block: Block, tmp_path: Path) -> None:
+    assert block.file, "its first line is a comment with the name of the file"
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / block.file).write_text(block.text, encoding="utf-8")
+    assert isinstance(load_config(tmp_path / block.file), RunConfig)
 
 
 @pytest.mark.parametrize(

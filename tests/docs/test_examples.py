@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING.md work: they are written to a copy of the package and run there."""
+"""The examples of CONTRIBUTING.md work: they are written to copies of the package and run there."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from tests.docs.pages import CONTRIBUTING_COMMANDS, EXAMPLES, ROOT
+from tests.docs.pages import CONTRIBUTING_COMMANDS, EXAMPLES, ROOT, Block, section
 
 
 def apply_diff(path: Path, diff: str) -> None:
@@ -29,14 +30,18 @@ def apply_diff(path: Path, diff: str) -> None:
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package with all examples of CONTRIBUTING.md in it."""
-    folder = tmp_path_factory.mktemp("scratch")
+    return copy_with(EXAMPLES, tmp_path_factory.mktemp("scratch"))
+
+
+def copy_with(examples: list[Block], folder: Path) -> Path:
+    """Copy the package to a folder and write the examples there."""
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
     for name in ("vg", "configs", "csrc", "scripts"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     shutil.copytree(ROOT / "tests" / "conformance", folder / "tests" / "conformance", ignore=ignored)
     for name in ("__init__.py", "conftest.py", "test_architecture.py"):
         shutil.copy(ROOT / "tests" / name, folder / "tests" / name)
-    for block in EXAMPLES:
+    for block in examples:
         assert block.file is not None
         path, text = folder / block.file, block.text.partition("\n")[2]
         if block.language == "diff":
@@ -71,49 +76,80 @@ SMALL = ["data.train.size=64", "data.workers=0", "data.eval_batch_size=8", "trai
 
 
 def test_examples_follow_the_house_rules(scratch: Path) -> None:
-    """Imports, length and first sentences, by the same tests as the package; and they are formatted."""
+    """Imports, length and first sentences, by the same tests as the package; and they pass `make lint`."""
     added = "sidecar or toy or median or pairwise_l1 or import_each_other"
     run(scratch, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_architecture.py", "-k", added)
-    files = [block.file for block in EXAMPLES if block.language == "python"]
-    ruff = shutil.which("ruff", path=str(Path(sys.executable).parent))
-    if ruff is None:
-        pytest.skip("ruff is not installed")
-    for words in (["format", "--check", "--diff"], ["check"]):
-        result = subprocess.run(
-            [ruff, *words, "--config", str(ROOT / "pyproject.toml"), *files],
-            cwd=scratch,
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
+    files = sorted({str(block.file) for block in EXAMPLES if block.language in ("python", "diff")})
+    lint(scratch, "ruff", "format", "--check", "--diff", "--config", str(ROOT / "pyproject.toml"), *files)
+    lint(scratch, "ruff", "check", "--config", str(ROOT / "pyproject.toml"), *files)
 
 
-def test_example_dataset_and_family(scratch: Path) -> None:
-    """Check, train and predict with the example dataset and the toy family, as the commands there say."""
-    prepare = (
-        "from pathlib import Path\nfrom vg.data.sidecar import SidecarConfig\n"
-        "Path('mine').mkdir()\nprint(SidecarConfig.miniature(Path('mine')))\n"
-    )
-    shown = [words for words in CONTRIBUTING_COMMANDS if "mine" in " ".join(words)]
-    assert [words[0] for words in shown] == ["check", "train", "predict"]
-    printed = run(scratch, "-c", prepare + in_one_process(*shown))
+def test_examples_pass_the_type_check(scratch: Path) -> None:
+    lint(scratch, "mypy", "--config-file", str(ROOT / "pyproject.toml"))
+
+
+def lint(folder: Path, program: str, *words: str) -> None:
+    found = shutil.which(program, path=str(Path(sys.executable).parent))
+    if found is None:
+        pytest.skip(f"{program} is not installed")
+    result = subprocess.run([found, *words], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def commands_of(title: str) -> list[list[str]]:
+    """Return the commands of a section of CONTRIBUTING.md."""
+    return [words for found, words in CONTRIBUTING_COMMANDS if found == title]
+
+
+def test_the_section_on_datasets_can_be_followed_on_its_own(tmp_path: Path) -> None:
+    """Its files and commands, in their order, in a copy of the package without the other examples."""
+    own = [block for block in EXAMPLES if section(block.document, block.line) == "A dataset"]
+    folder = copy_with(own, tmp_path)
+    write, *shown = (words for words in commands_of("A dataset") if len(words) > 2 or words[0] == "python")
+    assert write == ["python", "write_mine.py"]
+    assert [words[:2] for words in shown] == [["vg", verb] for verb in ("check", "train", "predict")]
+    run(folder, *write[1:])
+    printed = run(folder, "-c", in_one_process(*(words[1:] for words in shown)))
     assert "4 images" in printed
     assert "0 errors" in printed
-    assert (scratch / "runs/mine/best/model.safetensors").exists()
-    assert (scratch / "prediction.png").exists()
+    assert (folder / "runs/mine/best/model.safetensors").exists()
+    assert (folder / "prediction.png").exists()
+
+
+def test_example_family(scratch: Path) -> None:
+    """Train and evaluate the toy family as the command there shows; what does not support it refuses it by name."""
+    (train,) = commands_of("A model family")
+    train = [*train[1:], *SMALL]
+    run(scratch, "-c", in_one_process(train, ["eval", "runs/toy", "--output", "evaluated"]))
+    assert (scratch / "runs/toy/best/model.safetensors").exists()
+    table = "image,phrase,left,top,right,bottom\n" + "a.png,red dog,1,1,20,20\nb.png,cat,1,1,20,20\n" * 5
+    (scratch / "table").mkdir()
+    (scratch / "table" / "table.csv").write_text(table)
+    for name, color in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (64, 48), color).save(scratch / "table" / f"{name}.png")
+    assert "the family Toy cannot be exported" in refused(scratch, "export", "runs/toy", "toy.onnx")
+    assert "the family toy cannot be fine-tuned" in refused(scratch, "finetune", "table", "--model", "runs/toy")
+
+
+def refused(folder: Path, *words: str) -> str:
+    """Run a vg command that ends with one message, and return it."""
+    result = subprocess.run(
+        [sys.executable, "-m", "vg", *words], cwd=folder, env=environment(folder), capture_output=True, text=True
+    )
+    assert result.returncode == 1, result.stdout
+    assert "Traceback" not in result.stderr
+    return result.stderr
 
 
 def test_example_loss_term_and_metric(scratch: Path) -> None:
-    """Both families log the term; the metric is in the results; the toy family trains on drawn scenes."""
-    shown = [words for words in CONTRIBUTING_COMMANDS if "configs/demo_rec.yaml" in words]
-    assert len(shown) == 2
+    """Both families log the term; the metric is in the results."""
+    (shown,) = commands_of("A loss term")
     detector = ["train", "configs/demo_grounding_dino.yaml", "model.loss.center=1", "train.max_steps=2"]
     detector += ["data.eval.size=8", "train.output=runs/detector", "data.batch_size=2"]
-    run(scratch, "-c", in_one_process(*([*words, *SMALL, "train.log_every=1"] for words in (*shown, detector))))
+    run(scratch, "-c", in_one_process(*([*words, *SMALL, "train.log_every=1"] for words in (shown[1:], detector))))
     for name in ("center", "detector"):
         assert "loss/center" in history_keys(scratch / "runs" / name), name
     assert "median_iou" in history_keys(scratch / "runs/center")
-    assert (scratch / "runs/toy/best/model.safetensors").exists()
 
 
 def history_keys(run: Path) -> set[str]:

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for run in runs:
             verb = ["demo", "--config"] if run == "demo" else ["train"]
             main([*verb, str(ROOT / f"configs/{recipe}.yaml"), f"train.output={folder / 'runs' / run}", *tiny])
-    for name in ("scene.png", "street.jpg", "image.jpg"):
+    for name in ("street.jpg", "image.jpg"):
         Image.new("RGB", (128, 128), "gray").save(folder / name)
     (folder / "photos").mkdir()
     Image.new("RGB", (128, 128), "gray").save(folder / "photos" / "1.jpg")

@@ -1,19 +1,7 @@
 """The interface of all datasets: a sequence of samples with provenance, and what some sources offer beyond it.
 
-A source implements `provenance`, `__len__` and `load`. Each of the protocols below is optional, and enables a feature:
-
-    protocol          enables                                               without it
-    HasImageSizes     data.group_by_aspect_ratio                              error
-    HasImageGroups    data.expressions_per_image above 1                    error
-    HasShards         shuffling within blocks of shards                     samples of the whole source are shuffled
-    HasImageKeys      finding images shared by training and evaluation      overlap is not detected
-    HasImageFiles     detecting replaced images under a feature cache       such a cache is used unnoticed
-    HasFingerprint    detecting edited annotations under a feature cache    such a cache is used unnoticed
-    HasPhrases        finding phrases that are too long before the start    such a sample is found when it is loaded
-    HasCategoryIds    vg eval --detections                                  error
-    HasClasses        denoising labels that are classes                     the model's default number of labels
-    HasImageBytes     vg shard: image files in their original format        images that are not files become PNG
-    HasChecksums      vg check: damaged files                               only files that cannot be decoded are found
+A source implements `provenance`, `__len__` and `load`. Each of the protocols below is optional and enables a feature; a
+table in CONTRIBUTING.md lists them.
 """
 
 from __future__ import annotations

@@ -78,6 +78,8 @@ class CollectingMetric(Metric):
         Returns:
             [U] int64 `stable_hash` of the sample ids, and name -> [U] float64, NaN where a sample does not count.
         """
+        if self._is_synced:  # called by `compute`
+            return self._per_sample()
         with self.sync_context(dist_sync_fn=self.dist_sync_fn):
             return self._per_sample()
 

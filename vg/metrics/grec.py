@@ -56,7 +56,7 @@ class GrecMetric(CollectingMetric):
         }
 
     def compute(self) -> MetricResult:
-        ids, values = self._per_sample()
+        ids, values = self.per_sample()
         absent = np.isnan(values["t_acc"])  # [U]
         metrics = {"f1": float(values["f1"].mean())}
         if not absent.all():
