@@ -32,7 +32,7 @@ THRESHOLD, PROBABLE = 0.3, 0.5  # minimum scores for many phrases, and for expre
 class Grounder:
     """Finds what phrases name in images.
 
-        grounder = vg.Grounder.from_pretrained("runs/demo")
+        grounder = vg.Grounder("runs/demo")
         result = grounder("street.jpg", ["dog", "traffic light"])
         for phrase, score, box in result: ...  # box: (left, top, right, bottom) in pixels
 
@@ -92,7 +92,7 @@ class Grounder:
         overrides: Sequence[str] = (),
         cuda_graphs: bool = False,
     ) -> Self:
-        """Load a model of either family and any dialect from a path or Hub id; arguments as in `Grounder`."""
+        """Load a model of either family and any format from a path or Hub id; arguments as in `Grounder`."""
         return cls(path, device, tokenizer, overrides, dtype=dtype, revision=revision, cuda_graphs=cuda_graphs)
 
     @property
@@ -171,7 +171,7 @@ class Grounder:
             threshold: minimum score of a box, 0..1. By default 0.3 for a model of many phrases; for a model of one
                 expression the best box of each phrase, or 0.5 if it may name no object or several.
             nms: drop a box if its IoU with a better one of the same phrase is above this, 0..1; by default none.
-            tile: also look at tiles of this side in pixels, to find what is too small in the resized image.
+            tile: also search tiles of this side in pixels, to find what is too small in the resized image.
             overlap: least fraction of a tile that its neighbors share with it, 0..0.9.
             masks: also segment every box, with the SAM or SAM 2 of a folder or Hub id; True for `masks.DEFAULT_ID`.
             batch_size: images in a pass of the network.
