@@ -50,7 +50,7 @@ def name_of(overrides: Sequence[str]) -> str:
 def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: bool = False) -> None:
     """Evaluate a checkpoint; write metrics.json, predictions.png and optionally detections.json to `output`."""
     from vg.cli.models import load_with_data
-    from vg.distributed import failing_together, new_accelerator
+    from vg.distributed import raise_on_all_processes, new_accelerator
     from vg.evaluation.evaluator import Evaluator
     from vg.evaluation.table import table
     from vg.files import write_bytes, write_json
@@ -59,7 +59,7 @@ def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: b
     model, config = load_with_data(checkpoint, overrides)
     accelerator = new_accelerator(mixed_precision=config.train.precision)
     evaluator = Evaluator(config.data, model, accelerator)
-    with failing_together():
+    with raise_on_all_processes():
         if accelerator.is_main_process:
             output.mkdir(parents=True, exist_ok=True)  # raises OSError before minutes of evaluation
     if detections:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vg.checkpoint import write_weights
+from vg.checkpoint import read_weights, write_weights
 from vg.config import CheckpointConfig
+from vg.distributed import seed_everything
 from vg.errors import CheckpointError
 from vg.evaluation.evaluator import Evaluator
 from vg.evaluation.results import EvaluationResult
 from vg.files import write_json
 from vg.models.base import GroundingModel
 from vg.types import TextSpec
+
+if TYPE_CHECKING:
+    from vg.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 class Interpolation:
@@ -78,3 +86,16 @@ class Sweep:
             cells = [f"{metrics[name]:>{max(9, len(name))}.4f}" for name in self.columns]
             lines.append([f"{weight:<6g}", *cells, *(["best"] if weight == self.best_weight else [])])
         return "\n".join("  ".join(line) for line in lines)
+
+
+def interpolate_run(trainer: Trainer, weights: Sequence[float]) -> None:
+    """Evaluate interpolations between the initial and the best weights of a finished run, and save the best one."""
+    config, folder, device = trainer.config, trainer.folder, trainer.accelerator.device
+    seed_everything(config.train.seed)
+    model = config.model.build()  # with the weights before the first step
+    mixtures = Interpolation(model.own_state_dict(), read_weights(folder.best))
+    sweep = Sweep(model.to(device), mixtures, weights, trainer.evaluator)
+    spec = trainer.unwrapped_model.text_spec
+    folder.save(folder.path / "interpolated", lambda path: sweep.write(path, config, spec))
+    if trainer.accelerator.is_main_process:
+        logger.info("interpolation between the initial weights (0) and the best ones (1):\n%s", sweep)

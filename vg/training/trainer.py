@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vg.checkpoint import VALIDATION, read_weights
+from vg.checkpoint import VALIDATION
 from vg.config import RunConfig
 from vg.distributed import (
     StopSignal,
@@ -31,7 +31,7 @@ from vg.training.batch_norm import RunningStatistics
 from vg.training.compilation import compile_layers
 from vg.training.data import training_data
 from vg.training.fsdp import check_launch, gather_full, gathered, prepare_for_training
-from vg.training.interpolation import Interpolation, Sweep
+from vg.training.interpolation import interpolate_run
 from vg.training.loss_log import REMEDY, TRAIN_IOU, LossLog, saved_rows
 from vg.training.optim import build_optimizer, build_schedule, lr_factor, restore_schedule, select_trainable
 from vg.training.report import Report
@@ -137,7 +137,7 @@ class Trainer:
                     "repeat the command with --resume to continue"
                 )
         if self.config.train.interpolate:
-            self.interpolate(self.config.train.interpolate)
+            interpolate_run(self, self.config.train.interpolate)
         best = read_json(self.folder.best / VALIDATION, dict)
         self.report.end(best)
         return best
@@ -196,17 +196,6 @@ class Trainer:
         self._log(result.flat_metrics() | result.losses())
         with raise_on_all_processes():
             self.report.evaluation(result, improved)
-
-    def interpolate(self, weights: Sequence[float]) -> None:
-        """Evaluate interpolations between the initial and the best weights, and save the best one."""
-        seed_everything(self.config.train.seed)
-        model = self.config.model.build()  # with the weights before the first step
-        mixtures = Interpolation(model.own_state_dict(), read_weights(self.folder.best))
-        sweep = Sweep(model.to(self.accelerator.device), mixtures, weights, self.evaluator)
-        output = self.folder.path / "interpolated"
-        self.folder.save(output, lambda folder: sweep.write(folder, self.config, self.unwrapped_model.text_spec))
-        if self.accelerator.is_main_process:
-            logger.info("interpolation between the initial weights (0) and the best ones (1):\n%s", sweep)
 
     def save(self) -> None:
         """Write a resumable checkpoint, which can also be loaded as a model."""
