@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.data.check.cases import check, found, valid_coco, write
 from vg.data import images
-from vg.data.images import find_image, image_size, orientation, read_image
+from vg.data.images import find_image, image_files, image_key, image_size, orientation, read_image
 from vg.errors import BadSampleError
 from vg.inference.images import to_array
 
@@ -51,6 +51,27 @@ def test_files_outside_the_image_root_are_refused(tmp_path: Path, monkeypatch: p
         find_image("../secret.png", Path())
     assert find_image("a.png", Path()) == Path("a.png")
     assert find_image(str(root / "a.png"), Path()) == root / "a.png"
+
+
+def test_an_image_of_another_folder_is_not_used(tmp_path: Path) -> None:
+    """Only the folders of COCO may differ from the annotated ones."""
+    (tmp_path / "images").mkdir()
+    for name in ("000.jpg", "images/000.jpg", "COCO_val2014_000000000716.jpg", "202401311230.jpg"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    for name in ("camera_a/000.jpg", "202401311230_39.jpg"):
+        with pytest.raises(BadSampleError, match="not found below"):
+            find_image(name, tmp_path)
+        assert image_files([name], tmp_path) == [tmp_path / name]
+    assert find_image("train2017/000.jpg", tmp_path) == tmp_path / "000.jpg"
+    for name in ("train2017/000000000716.jpg", "000000000716.jpg", "coco/COCO_train2014_000000000716_3.jpg"):
+        assert find_image(name, tmp_path).name == "COCO_val2014_000000000716.jpg"
+
+
+def test_times_are_not_ids_of_coco() -> None:
+    names = ("202401311230_00.jpg", "202401311230_39.jpg", "202401311230.jpg", "000000000716_1.jpg", "000001000000.jpg")
+    assert [image_key(name) for name in names] == list(names)
+    coco = ("000000000716.jpg", "train2014/COCO_train2014_000000000716_8.jpg", "COCO_val2014_000000000716.jpg")
+    assert {image_key(name) for name in coco} == {"coco/716"}
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes need POSIX")

@@ -24,7 +24,8 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 SWAPPED = 5  # EXIF orientations from this on swap height and width
 UNKNOWN_SIZE = 1, 1  # (height, width) of an image that cannot be read; loading its sample raises or skips it
 COCO_KEY = "coco/"  # what the keys of COCO images begin with
-_COCO = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})(?:_\d+)?")  # RefCOCO appends the id of an annotation
+# RefCOCO appends the id of an annotation. Without the prefix, ids below a million: 202401311230 is a time.
+_COCO = re.compile(r"COCO_(?:train|val|test)\d{4}_(\d{12})(?:_\d+)?|(0{6}\d{6})")
 # Within `decoded_once`: image and pixels by image (its id, if it is opened, which is not reused while it is kept).
 _decoded: ContextVar[dict[Any, tuple[Any, np.ndarray]] | None] = ContextVar("_decoded", default=None)
 
@@ -61,9 +62,13 @@ def _is_outside(name: str, root: Path) -> bool:
 def _candidates(name: str, root: Path, folders: Sequence[str] = _FOLDERS) -> Iterator[Path]:
     """Yield where the file of an image may be."""
     yield root / name
-    names = [os.path.basename(name)]
-    if coco_id := re.search(r"\d{12}", names[0]):
-        names += [f"COCO_train2014_{coco_id[0]}.jpg", f"COCO_val2014_{coco_id[0]}.jpg", f"{coco_id[0]}.jpg"]
+    path = Path(os.path.normpath(name))
+    names = [path.name]
+    if path.parent.name not in _FOLDERS and not path.name.startswith("COCO_"):
+        return  # a.jpg of another folder is another image than camera_1/a.jpg
+    if found := _COCO.fullmatch(path.stem):
+        coco_id = found[1] or found[2]
+        names += [f"COCO_train2014_{coco_id}.jpg", f"COCO_val2014_{coco_id}.jpg", f"{coco_id}.jpg"]
     yield from (root / folder / file for folder in folders for file in names)
 
 
@@ -89,7 +94,7 @@ def list_images(folder: Path) -> list[str]:
 def image_key(name: str, root: Path | None = None) -> str:
     """Return a key that is equal for all names of an image: its COCO id, or else its path below `root`."""
     if coco_id := _COCO.fullmatch(Path(name).stem):
-        return f"{COCO_KEY}{int(coco_id[1])}"
+        return f"{COCO_KEY}{int(coco_id[1] or coco_id[2])}"
     try:
         return str(find_image(name, root).resolve()) if root else name
     except BadSampleError:
