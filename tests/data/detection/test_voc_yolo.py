@@ -44,6 +44,31 @@ OBJECTS = {
 }
 
 
+def test_the_right_one_of_several_voc_images(tmp_path: Path) -> None:
+    """Masks and other cameras have images of the same name: <filename> and <folder> decide, or it is an error."""
+    for name in ("images/a.jpg", "masks/a.png", "images/b/0.png", "images/c/0.png", "masks/d.png", "photos/d.png"):
+        write_image(tmp_path / name)
+    write_image(tmp_path / "top.png")
+    write_image(tmp_path / "masks" / "top.png")
+    heads = {
+        "a": "<filename>a.jpg</filename>",
+        "0": "<folder>VOC</folder><filename>b\\0.png</filename>",
+        "d": "<folder>photos</folder><filename>d.png</filename>",
+        "top": "<filename>top.png</filename>",
+    }
+    (tmp_path / "Annotations").mkdir()
+    for name, head in heads.items():
+        text = f"<annotation>{head}{voc_object('dog', 6, 11, 25, 30)}</annotation>"
+        (tmp_path / "Annotations" / f"{name}.xml").write_text(text)
+    config = VocConfig(path=str(tmp_path))
+    files = [str(file.relative_to(tmp_path)) for file in config.build().image_files() if file]
+    assert files == ["images/b/0.png", "images/a.jpg", "photos/d.png", "top.png"]
+    file = tmp_path / "Annotations" / "d.xml"
+    file.write_text(file.read_text().replace("photos", "VOC2007"))
+    with pytest.raises(DataError, match=r"several images for d\.xml: masks/d\.png, photos/d\.png; write the path"):
+        config.build()
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_voc(tmp_path: Path, flat: bool):
     folder = write_voc(tmp_path / "pets", OBJECTS, flat)

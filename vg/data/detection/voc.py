@@ -77,11 +77,15 @@ class VocConfig(Settings):
         stems = {file.stem: None for file in sorted(xml_folder.glob("*.xml"))}
         if not stems:
             raise DataError(f"{xml_folder} contains no xml file; path is the folder with Annotations and JPEGImages")
-        image_files = {Path(file).stem: file for file in list_images(image_root)}
+        image_files: dict[str, list[str]] = {}
+        for image_file in list_images(image_root):
+            image_files.setdefault(Path(image_file).stem, []).append(image_file)
         if self.split is None:
             selected = list(stems)
             fix = "annotate them, or write an xml file without objects for images without any"
-            unused = [image_files[stem] for stem in sorted(image_files.keys() - stems.keys())]
+            unused = [
+                image_file for stem in sorted(image_files.keys() - stems.keys()) for image_file in image_files[stem]
+            ]
             issues.add("note", "images without an xml file, which are not used", fix, unused)
         else:
             listed = _split_stems(folder, self.split)
@@ -101,11 +105,15 @@ class VocConfig(Settings):
             objects += _read_objects(root, file, index, issues)
             if index >= 0:
                 # <filename> is often wrong, so an image with the name of the xml file takes precedence.
-                image_file = image_files.get(stem, root.findtext("filename") or f"{stem}.jpg")
+                found = image_files.get(stem) or [root.findtext("filename") or f"{stem}.jpg"]
+                if len(found := _named_images(root, found)) > 1:
+                    fix = "write the path of the right one as <filename>, or move the others out of the folder"
+                    example = f"several images for {file}: {', '.join(found[:5])}"
+                    issues.add("error", "xml files with several images", fix, [example], [index])
                 size = to_size(root.findtext("size/height"), root.findtext("size/width"))
                 if -1 in size:
                     issues.add("error", "sizes that are not numbers of pixels", "correct them", [file])
-                images.append(AnnotatedImage(stem, image_file, file, size, []))
+                images.append(AnnotatedImage(stem, found[0], file, size, []))
         names = self.classes or sorted({name for _, name, *_ in objects})
         labels = {name: label for label, name in enumerate(names)}
         unknown = [item for item in objects if item[0] >= 0 and item[1] not in labels]
@@ -132,6 +140,21 @@ def _read_objects(
             what = f"objects without a name or a number for each of {', '.join(_SIDES)}"
             images = [] if image_index < 0 else [image_index]
             issues.add("error", what, "correct or remove them", [f"{location}: name {name!r}, box {sides}"], images)
+
+
+def _named_images(root: ElementTree.Element, files: list[str]) -> list[str]:
+    """Return those of several images with the stem of an xml file that its <filename> and <folder> select."""
+    name = (root.findtext("filename") or "").replace("\\", "/").strip()
+    folder = Path((root.findtext("folder") or "").replace("\\", "/").strip()).name
+    for selects in (
+        lambda file: file.as_posix() == name,
+        lambda file: f"/{file.as_posix()}".endswith(f"/{name}"),
+        lambda file: file.name == Path(name).name,
+        lambda file: file.parent.name == folder,
+    ):
+        if len(files) > 1:
+            files = [file for file in files if selects(Path(file))] or files
+    return files
 
 
 def _split_stems(folder: Path, split: str) -> list[str]:
