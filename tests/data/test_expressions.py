@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.data.detection.detection_files import write_image
 from vg.data.check import detect_format, diagnose
+from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.expressions import Columns, CsvConfig
 from vg.errors import BadSampleError, DataError
 from vg.inference.formats import write_results
@@ -47,6 +48,7 @@ def write(folder: Path, *rows: dict[str, Any], name: str = "set.csv") -> CsvConf
         {"image": "a.png", "phrase": "the cat", **XYXY},
         {"file_name": "a.png", "expression": "the cat", "x1": 5, "y1": 6, "x2": 25, "y2": 36},
         {"filename": "a.png", "caption": "the cat", **XYWH},
+        {"image": "a.png", "text": "the cat", "class": "animal", "xmin": 5, "ymin": 6, "xmax": 25, "ymax": 36},
         {"image": "a.png", "text": "the cat", "bbox_xywh": [5, 6, 20, 30], "id": 7},
         {"image": "a.png", "text": "the cat", "box_xyxy": BOX, "box": "other"},
     ],
@@ -68,7 +70,10 @@ def test_columns(tmp_path: Path, row: dict[str, Any], name: str) -> None:
         (["image", "phrase", "text", *XYXY], "phrase and text could each be the phrase; rename"),
         (["image", "phrase", "bbox"], "'bbox' does not say what its four numbers are; rename it to bbox_xyxy"),
         (["image", "phrase", *XYXY, *XYWH], "left, top, right, bottom and x, y, width, height could each be the box"),
-        (["image", "phrase", "xmin", "ymin", "xmax", "ymax"], "no column for the box .* The columns are image, phrase"),
+        (
+            ["image", "phrase", "x_min", "y_min", "x_max", "y_max"],
+            "no column for the box .* The columns are image, phrase",
+        ),
     ],
 )
 def test_unclear_columns_are_errors(columns: list[str], message: str) -> None:
@@ -105,6 +110,28 @@ def test_damaged_tables(tmp_path: Path) -> None:
         CsvConfig(path=str(tmp_path / "set.jsonl")).build()
     with pytest.raises(DataError, match="cannot read"):
         CsvConfig(path=str(tmp_path / "none.csv")).build()
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_column_of_classes(tmp_path: Path, separator: str) -> None:
+    """The usual columns of detection: a sample is an image with all its boxes, the splits share their classes."""
+    for name in "ab":
+        write_image(tmp_path / f"{name}.png", 40, 60)
+    rows = ["filename,width,height,class,xmin,ymin,xmax,ymax,split", "a.png,60,40,cat,5,6,25,36,train"]
+    rows += ["a.png,60,40,cat,1,2,9,9,train", "b.png,60,40,dog,5,6,25,36,val"]
+    (tmp_path / "set.csv").write_text("\n".join(rows).replace(",", separator))
+    datasets = detect_format(tmp_path)
+    sample = CsvConfig(**datasets["train"]).build().load(0, 0)
+    assert sample.phrases == ("cat", "dog")
+    assert sample.boxes.tolist() == [[5, 6, 25, 36], [1, 2, 9, 9]]
+    val = CsvConfig(**datasets["val"], vocabulary=VocabularyConfig(phrases={"dog": "hound"})).build()
+    assert val.load(0, 0).phrases == ("cat", "hound")
+    diagnosis = diagnose({"train": CsvConfig(path=str(tmp_path / "set.csv"))}, 256)
+    assert [dataset.task for dataset in diagnosis.datasets] == ["detection"]
+    assert diagnosis.count("error") == 0
+    (tmp_path / "set.csv").write_text("\n".join(rows).replace(",split", ",name"))
+    with pytest.raises(DataError, match="class and name could each be the phrase"):
+        CsvConfig(path=str(tmp_path / "set.csv")).build()
 
 
 def test_missing_image_names_the_row(tmp_path: Path) -> None:

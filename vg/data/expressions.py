@@ -1,4 +1,4 @@
-"""Referring expressions in a table, CSV or JSON lines: a row has an image, a phrase and the box that it refers to."""
+"""Tables, CSV or JSON lines: a row has an image, a referring expression or a class, and the box of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from vg.data.detection.annotations import (
 )
 from vg.data.detection.issues import Issues, RaiseFirstError
 from vg.data.detection.odvg_lines import read_lines
-from vg.data.detection.source import check_image_root, read_annotated_image
+from vg.data.detection.source import DetectionSource, check_image_root, read_annotated_image
+from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.images import find_size, image_files, image_key
 from vg.data.source import Provenance, Task
 from vg.data.synthetic.shapes import write_scenes
@@ -35,9 +36,11 @@ from vg.types import Sample
 
 IMAGE = ("image", "file_name", "filename")
 PHRASE = ("phrase", "expression", "caption", "text")
+CLASS = ("class", "label", "name")  # where there is no phrase; a class has any number of boxes in an image
 BOX: dict[tuple[str, ...], BoxFormat] = {
     ("left", "top", "right", "bottom"): XYXY,
     ("x1", "y1", "x2", "y2"): XYXY,
+    ("xmin", "ymin", "xmax", "ymax"): XYXY,
     ("x", "y", "width", "height"): XYWH,
     ("box_xyxy",): XYXY,
     ("bbox_xyxy",): XYXY,
@@ -58,9 +61,13 @@ class Columns(NamedTuple):
     def of(cls, names: Sequence[str], where: object) -> Columns:
         """Select the columns of a table by their names; raises DataError if that is not possible without a guess."""
         image = _only([name for name in IMAGE if name in names], "image file", " or ".join(IMAGE), names, where)
-        phrase = _only([name for name in PHRASE if name in names], "phrase", " or ".join(PHRASE), names, where)
+        phrases = [name for name in PHRASE if name in names] or [name for name in CLASS if name in names]
+        phrase = _only(phrases, "phrase", f"{' or '.join(PHRASE)} (a class: {' or '.join(CLASS)})", names, where)
         unclear = [name for name in ("box", "bbox") if name in names]
-        known = "left, top, right, bottom, or x1, y1, x2, y2, or x, y, width, height, or box_xyxy, or box_xywh"
+        known = (
+            "left, top, right, bottom, or x1, y1, x2, y2, or xmin, ymin, xmax, ymax, or x, y, width, height, or "
+            "box_xyxy, or box_xywh"
+        )
         boxes = [group for group in BOX if set(group) <= set(names)]
         if unclear and not boxes:
             raise DataError(
@@ -77,10 +84,14 @@ class CsvConfig(Settings):
     The first line of a .csv file names the columns; a line of a .jsonl file is an object with these keys:
 
     - `image`, `file_name` or `filename`: the file below `image_root`;
-    - `phrase`, `expression`, `caption` or `text`;
-    - the box in pixels: `left, top, right, bottom`, or `x1, y1, x2, y2`, or `x, y, width, height`, or one list of four
-      numbers in `box_xyxy` or `box_xywh`; of the image as viewers show it, with its EXIF orientation applied;
+    - `phrase`, `expression`, `caption` or `text`; without these, `class`, `label` or `name` make it a detection
+      dataset: a sample is an image with the boxes of all classes;
+    - the box in pixels: `left, top, right, bottom`, or `x1, y1, x2, y2`, or `xmin, ymin, xmax, ymax`, or
+      `x, y, width, height`, or one list of four numbers in `box_xyxy` or `box_xywh`; of the image as viewers show it,
+      with its EXIF orientation applied;
     - optionally `split`.
+
+    Columns are separated by commas, semicolons or tabs.
 
     Other columns are ignored. This includes what `vg predict --format csv` writes.
     """
@@ -92,6 +103,8 @@ class CsvConfig(Settings):
     """Folder of the images; by default the folder of the file."""
     split: str | None = None
     """Use the rows with this value in the column `split`; null uses all rows."""
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    """For a column of classes."""
 
     task: ClassVar[Task] = "expressions"
 
@@ -104,13 +117,21 @@ class CsvConfig(Settings):
             writer.writerows([f"{i}.png", phrase, *box] for i, phrase, box in write_scenes(folder, "expression"))
         return cls(path=str(folder / "mini.csv"))
 
-    def build(self) -> CsvExpressions:
+    def build(self) -> CsvExpressions | DetectionSource:
         """Read all rows.
 
         Raises:
             DataError: the file cannot be read, or a row or the names of the columns cannot be used.
         """
-        return CsvExpressions(self)
+        strict = RaiseFirstError(self.path)
+        annotations = self.read(strict)
+        annotations.report_inverted(strict)
+        annotations.report_lost(strict)
+        if not annotations.num_classes:
+            return CsvExpressions(self, annotations)
+        vocabulary = Vocabulary(annotations.names, self.vocabulary, self.path)
+        provenance = Provenance(Path(self.path).name, self.split or "all", "detection")
+        return DetectionSource(annotations, vocabulary, provenance)
 
     @without_gc()
     def read(self, issues: Issues) -> Annotations:
@@ -124,9 +145,11 @@ class CsvConfig(Settings):
         columns = None
         for location, row in read_rows(Path(self.path)):
             columns = columns or Columns.of(list(row), self.path)
+            file, phrase = (str(row.get(name) or "").strip() for name in (columns.image, columns.phrase))
+            if columns.phrase in CLASS and phrase:
+                names.setdefault(phrase, len(names))  # the splits share their classes
             if self.split is not None and row.get(SPLIT) != self.split:
                 continue
-            file, phrase = (str(row.get(name) or "").strip() for name in (columns.image, columns.phrase))
             cells = [row.get(name) for name in columns.box]
             shown = f"{location}: {str(dict(row))[:120]}"
             if not file:
@@ -145,8 +168,9 @@ class CsvConfig(Settings):
                 image.boxes.append(AnnotatedBox(names.setdefault(phrase, len(names)), box, location))
         root = Path(self.image_root) if self.image_root is not None else Path(self.path).resolve().parent
         box_format = BOX[columns.box] if columns else XYXY
+        num_classes = len(names) if columns and columns.phrase in CLASS else 0
         return Annotations.of(
-            list(images.values()), list(names), 0, image_root=root, box_format=box_format, upright=True
+            list(images.values()), list(names), num_classes, image_root=root, box_format=box_format, upright=True
         )
 
 
@@ -154,15 +178,11 @@ class CsvExpressions:
     """The rows as a vg.data.source.Source, sorted by image: one expression and one box per sample.
 
     Raises:
-        DataError: see CsvConfig.build.
+        DataError: the image root is not a folder.
     """
 
-    def __init__(self, config: CsvConfig):
-        strict = RaiseFirstError(config.path)
-        annotations = config.read(strict)
+    def __init__(self, config: CsvConfig, annotations: Annotations):
         check_image_root(annotations.image_root)
-        annotations.report_inverted(strict)
-        annotations.report_lost(strict)
         self.provenance = Provenance(Path(config.path).name, config.split or "all", config.task)
         self._path, self._root = config.path, annotations.image_root
         self._files, self._phrases = annotations.files, annotations.names
@@ -221,7 +241,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     Raises:
         DataError: the file cannot be read, or has a line that is not a row.
     """
-    if file.suffix == ".jsonl":
+    if file.suffix.lower() == ".jsonl":
         for number, _, text in read_lines(file):
             try:
                 row = json.loads(text)
@@ -233,7 +253,9 @@ def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         return
     try:
         with file.open(newline="", encoding="utf-8-sig") as opened:
-            reader = csv.DictReader(opened)
+            first = opened.readline()
+            opened.seek(0)
+            reader = csv.DictReader(opened, delimiter=max(",;\t", key=first.count))
             if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
                 raise DataError(f"{file}: two columns have the same name; rename one of {reader.fieldnames}")
             for row in reader:

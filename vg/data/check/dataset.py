@@ -111,7 +111,8 @@ def read_dataset(name: str, config: Any, limit: int | None) -> CheckedDataset:
     try:
         if isinstance(config, ReadsAnnotations):
             dataset.annotations = config.read(dataset.issues)
-            dataset.task = getattr(config, "task", dataset.task)
+            if not dataset.annotations.num_classes:
+                dataset.task = getattr(config, "task", dataset.task)
         else:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
