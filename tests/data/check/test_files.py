@@ -197,6 +197,25 @@ def test_detected_formats(tmp_path: Path) -> None:
         "train": str(tmp_path / "two" / "train_val.json"),
         "test": str(tmp_path / "two" / "test.json"),
     }
+    mixed = tmp_path / "two"
+    (mixed / "classes.json").write_text("[]")
+    assert len(detect_format(mixed)) == 2, "no annotations"
+    (mixed / "annotations_2.json").write_text('{"annotations": []}')
+    with pytest.raises(DataError, match=r"not clear which split annotations_2\.json belongs to"):
+        detect_format(mixed)
+    (tmp_path / "upper").mkdir()
+    (tmp_path / "upper" / "ANNO.JSON").write_text("{}")
+    assert detect_format(tmp_path / "upper")["train"]["name"] == "coco"
+    for split in ("train", "valid"):
+        voc(tmp_path / "nested" / split, "")
+    nested = {split: {"name": "voc", "path": str(tmp_path / "nested" / split)} for split in ("train", "valid")}
+    assert detect_format(tmp_path / "nested") == nested
+    (tmp_path / "yolo" / "data.yaml").rename(tmp_path / "yolo" / "pets.yaml")
+    assert detect_format(tmp_path / "yolo")["train"]["path"] == str(tmp_path / "yolo" / "pets.yaml")
+    (tmp_path / "yolo" / "pets.yaml").unlink()
+    (tmp_path / "yolo" / "classes.txt").write_text("cat\nbig dog\n")
+    with pytest.raises(DataError, match=r'data\.yaml with the lines\ntrain: images\nnames: \["cat", "big dog"\]'):
+        detect_format(tmp_path / "yolo")
     for path, message in (
         (tmp_path / "none", "does not exist"),
         (tmp_path, "neither data.yaml"),

@@ -9,11 +9,11 @@ from typing import Any, Literal, TypeAlias
 
 from vg.data.detection.line_files import SETTINGS
 from vg.data.detection.yolo import read_document
-from vg.data.expressions import IMAGE, PHRASE, SPLIT, read_rows
+from vg.data.expressions import CLASS, IMAGE, PHRASE, SPLIT, read_rows
 from vg.data.shards.index import SAMPLES
 from vg.data.shards.storage import UNFINISHED
 from vg.errors import DataError
-from vg.files import read_json
+from vg.files import read_json, read_text
 
 Kind: TypeAlias = Literal["coco", "odvg", "csv"]
 _TITLES: dict[Kind, str] = {"coco": "COCO", "odvg": "ODVG", "csv": "expressions"}
@@ -37,7 +37,7 @@ def detect_format(path: Path) -> dict[str, dict[str, Any]]:
         found = _detect_folder(path)
     elif path.suffix in (".yaml", ".yml"):
         found = _yolo_splits(path)
-    elif path.suffix in _SUFFIXES:
+    elif path.suffix.lower() in _SUFFIXES:
         found = _file_splits(path)
     else:
         raise DataError(
@@ -57,16 +57,17 @@ def _detect_folder(folder: Path) -> dict[str, dict[str, Any]]:
         return {"train": {"name": "shards", "path": str(folder)}}
     if (folder / SETTINGS).is_file() and next(folder.glob("*.jsonl"), None):
         return {"train": _of_labels(folder)}
-    yolo = next((file for file in (folder / "data.yaml", folder / "data.yml") if file.is_file()), None)
-    voc = (folder / "Annotations").is_dir() or next(folder.glob("*.xml"), None) is not None
+    yolo = _data_yaml(folder)
+    voc = _is_voc(folder)
+    voc_splits = {split: folder / split for split in _SPLITS if _is_voc(folder / split)}
     roboflow = list(folder.glob("*/_annotations.coco.json"))
-    patterns = [f"{place}*{suffix}" for place in ("", "annotations/") for suffix in _SUFFIXES]
-    files = sorted({*roboflow, *(file for pattern in patterns for file in folder.glob(pattern))})
+    nearby = [*folder.glob("*"), *folder.glob("annotations/*")]
+    files = sorted({*roboflow, *(file for file in nearby if file.suffix.lower() in _SUFFIXES)})
     files = [file for file in files if not _is_label_map(file)]
-    if yolo or voc:
-        files = [file for file in files if file.suffix != ".json" or b'"annotations"' in file.read_bytes()]
+    if yolo or voc or voc_splits:
+        files = [file for file in files if file.suffix.lower() != ".json" or b'"annotations"' in file.read_bytes()]
     file_of = {_kind(file): file for file in files}
-    found = ["data.yaml (YOLO)"] * bool(yolo) + ["xml files (Pascal VOC)"] * voc
+    found = ["data.yaml (YOLO)"] * bool(yolo) + ["xml files (Pascal VOC)"] * (voc or bool(voc_splits))
     found += [f"{file.relative_to(folder)} ({_TITLES[kind]})" for kind, file in file_of.items()]
     if len(found) > 1:
         raise DataError(
@@ -82,17 +83,61 @@ def _detect_folder(folder: Path) -> dict[str, dict[str, Any]]:
         if "trainval" in lists and "train" not in lists:
             splits = {"train": settings | {"split": "trainval"}} | splits
         return splits or {"train": settings}
+    if voc_splits:
+        return {split: {"name": "voc", "path": str(path)} for split, path in voc_splits.items()}
     root = {} if roboflow else {"image_root": str(folder)}
     if len(files) == 1:
         settings = root if file_of.keys() != {"coco"} and files[0].parent != folder else {}
         return {split: values | settings for split, values in _file_splits(files[0]).items()}
     split_of = {file: next((split for split in _SPLITS if split in _words(file, folder)), None) for file in files}
     by_split = {split: [file for file in files if split_of[file] == split] for split in _SPLITS}
+    names = [str(file.relative_to(folder)) for file in files]
     if any(by_split.values()) and all(len(named) <= 1 for named in by_split.values()):
+        # Other json files, such as a list of classes, are no annotations.
+        unclear = [
+            name
+            for name, file in zip(names, files, strict=True)
+            if split_of[file] is None and (_kind(file) != "coco" or b'"annotations"' in file.read_bytes())
+        ]
+        if unclear:
+            raise DataError(
+                f"{folder}: not clear which split {', '.join(unclear[:10])} belongs to; merge it with the file of a "
+                "split, or move it to another folder"
+            )
         return {split: _settings(named[0]) | root for split, named in by_split.items() if named}
-    known = ", ".join(str(file.relative_to(folder)) for file in files[:10]) or "no .json, .jsonl or .csv file either"
+    if files:
+        raise DataError(
+            f"{folder} has {', '.join(names[:10])}: name the file to use, or one for each split (train.json, val.json)"
+        )
     raise DataError(
-        f"{folder} has neither data.yaml (YOLO) nor Annotations (Pascal VOC); it has {known}: name the file to use"
+        f"{folder} has neither data.yaml (YOLO) nor Annotations (Pascal VOC), and no .json, .jsonl or .csv file either"
+        + _yolo_advice(folder)
+    )
+
+
+def _is_voc(folder: Path) -> bool:
+    return (folder / "Annotations").is_dir() or next(folder.glob("*.xml"), None) is not None
+
+
+def _data_yaml(folder: Path) -> Path | None:
+    """Return the data.yaml of a YOLO dataset, or the only other YAML file that describes one."""
+    named = [file for file in (folder / "data.yaml", folder / "data.yml") if file.is_file()]
+    others = [file for pattern in ("*.yaml", "*.yml") for file in folder.glob(pattern) if _yolo_splits(file)]
+    return named[0] if named else others[0] if len(others) == 1 else None
+
+
+def _yolo_advice(folder: Path) -> str:
+    """Return the data.yaml that YOLO labels without one need, as a message; "" if there are none."""
+    classes = folder / "classes.txt"
+    if not (classes.is_file() or next((folder / "labels").rglob("*.txt"), None)):
+        return ""
+    names = read_text(classes).split("\n") if classes.is_file() else ["first class", "second class"]
+    listed = json.dumps([name.strip() for name in names if name.strip()], ensure_ascii=False)
+    images = "images" if (folder / "images").is_dir() else "."
+    splits = [split for split in _SPLITS if (folder / images / split).is_dir()]
+    lines = [f"{split}: {images}/{split}" for split in splits] or [f"train: {images}"]
+    return f"; for its YOLO labels, write {folder / 'data.yaml'} with the lines\n" + "\n".join(
+        [*lines, f"names: {listed}"]
     )
 
 
@@ -106,9 +151,9 @@ def _of_labels(folder: Path) -> dict[str, str]:
 
 def _kind(file: Path) -> Kind:
     """Return the name of the dataset that reads a file; raises DataError for JSON lines that none reads."""
-    if file.suffix == ".csv":
+    if file.suffix.lower() == ".csv":
         return "csv"
-    if file.suffix == ".json":
+    if file.suffix.lower() == ".json":
         return "coco"
     with file.open("rb") as lines:
         text = next((line for line in lines if line.strip()), b"")
@@ -116,7 +161,7 @@ def _kind(file: Path) -> Kind:
         keys = set(json.loads(text))
     except (ValueError, TypeError, RecursionError):
         return "odvg"  # whose reader reports the line
-    return "csv" if keys & {*PHRASE} and keys & {*IMAGE} else "odvg"
+    return "csv" if keys & {*PHRASE, *CLASS} and keys & {*IMAGE} else "odvg"
 
 
 def _settings(file: Path) -> dict[str, Any]:
