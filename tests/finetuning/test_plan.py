@@ -17,7 +17,8 @@ from vg.config import CheckpointConfig, load_config, parse_config
 from vg.data import CocoConfig, CsvConfig, OdvgConfig, VocConfig, YoloConfig
 from vg.data.subset import SplitConfig
 from vg.errors import ConfigError, DataError
-from vg.finetuning.plan import make_plan
+from vg.finetuning import sizes
+from vg.finetuning.plan import default_output, make_plan
 from vg.models.grounding_dino.checkpoints import write_checkpoint
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.rec.config import RecConfig
@@ -88,9 +89,11 @@ def test_phrases_select_and_rename_classes(tmp_path: Path) -> None:
     source = plan.config.data.train.build()
     assert set(source.load(0, 0).phrases) == {first.upper(), "the other one"}
     assert any(note == f"classes left out, with their boxes: {', '.join(rest)}" for note in plan.notes)
-    assert make_plan(tmp_path, "small", phrases={second: "the other one"}).config.data.train.build().load(
-        0, 0
-    ).phrases == ("the other one",)
+    for renamed in ({second: "the other one"}, [f"{second}=the other one"]):
+        plan = make_plan(tmp_path, "small", phrases=renamed)
+        phrases = plan.config.data.train.build().load(0, 0).phrases
+        assert phrases == (first, "the other one", *rest), "only renamed"
+        assert "all classes are used" in plan.notes
     with pytest.raises(ConfigError, match=f"--phrases: 'zebra' is not one of {first}"):
         make_plan(tmp_path, "small", phrases=["zebra"])
     (tmp_path / "csv").mkdir()
@@ -148,6 +151,11 @@ def test_errors_name_the_problem(tmp_path: Path) -> None:
         folder.mkdir()
     with pytest.raises(DataError, match=r"neither data\.yaml.*no \.json, \.jsonl or \.csv file"):
         make_plan(empty, "small")
+    odd = tmp_path / "odd name"
+    odd.mkdir()
+    (odd / "a.json").write_text("{}")
+    with pytest.raises(DataError, match=r"vg check '.*/odd name' also draws images"):
+        make_plan(odd, "small")
     CocoConfig.miniature(mixed)
     CsvConfig.miniature(mixed)
     with pytest.raises(DataError, match=r"several formats, instances_val\.json \(COCO\) and mini\.csv \(expressions\)"):
@@ -165,6 +173,33 @@ def test_errors_name_the_problem(tmp_path: Path) -> None:
         make_plan(data, "small")
     with pytest.raises(DataError, match="is the configuration of a run, not data"):
         make_plan("configs/demo_rec.yaml")
+
+
+def test_a_table_of_classes_is_a_detection_dataset(tmp_path: Path) -> None:
+    path = Path(CsvConfig.miniature(tmp_path).path)
+    path.write_text(path.read_text().replace("phrase,left,top,right,bottom", "class,xmin,ymin,xmax,ymax"))
+    plan = make_plan(tmp_path, "small", phrases=["green star"])
+    assert plan.config.data.train.build().provenance.task == "detection"
+    assert plan.config.model == make_plan(detection(tmp_path), "small").config.model
+    assert plan.config.data.train.build().load(0, 0).phrases == ("green star",)
+
+
+def detection(folder: Path) -> Path:
+    (folder / "coco").mkdir()
+    return Path(CocoConfig.miniature(folder / "coco").path)
+
+
+def test_the_run_is_named_after_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "pets.v1").mkdir()
+    assert default_output(tmp_path / "pets.v1") == Path("runs", "pets.v1")
+    assert default_output(tmp_path / "pets.v1.json") == Path("runs", "pets.v1")
+
+
+def test_a_cpu_gets_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = detection(tmp_path)
+    monkeypatch.setattr(sizes, "available_memory", lambda: ("cpu", 100 * sizes.GIB))
+    assert any("WARNING: no GPU" in note and "--model small" in note for note in make_plan(data).notes)
+    assert not any("WARNING" in note for note in make_plan(data, "small").notes)
 
 
 def test_images_in_another_folder(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from vg.checkpoint import write_model
 from vg.cli import main
 from vg.config import load_config
 from vg.data import CsvConfig, YoloConfig
+from vg.errors import ConfigError
 from vg.finetuning.run import comparison
 
 QUICK = ["train.max_steps=2", "train.trackers=[]", "data.workers=0", "data.batch_size=2", "train.eval_every=2"]
@@ -45,8 +46,20 @@ def test_detection_from_the_command_line(
         with pytest.raises(SystemExit, match="already contains a run"):
             main([*command, *own])
     assert capsys.readouterr().out.count("#") == 0, "before the data is checked and the plan is printed"
-    main(["finetune", "shapes", "--resume", "train.max_steps=3"])
+    main(["finetune", str(tmp_path / "shapes"), "--model", "small", "--resume", "train.max_steps=3"])
     assert "continues after step 2" in capsys.readouterr().out
+    (tmp_path / "others").mkdir()
+    YoloConfig.miniature(tmp_path / "others")
+    names = [
+        ["others", "--output", "runs/shapes"],
+        ["shapes", "--model", "runs/shapes"],
+        ["shapes", "--phrases", "green star"],
+    ]
+    for arguments, changed in zip(names, (r"the data: .*shapes.*others", "--model: small", "--phrases"), strict=True):
+        with pytest.raises(SystemExit, match=rf"is a run with other options \({changed}.*leave out --resume"):
+            main(["finetune", *arguments, "--resume"])
+    with pytest.raises(SystemExit, match="runs/others contains no run to continue; leave out --resume"):
+        main(["finetune", "others", "--resume"])
 
 
 def test_expressions_in_python(
@@ -68,6 +81,11 @@ def test_expressions_in_python(
     best = tmp_path / "run" / "best"
     assert f"training did not improve on the initial weights; {best} holds them:" in capsys.readouterr().out
     assert "miou" in (tmp_path / "run" / "comparison.txt").read_text()
+    more = [*overrides, "train.max_steps=3"]
+    same = {"output": tmp_path / "run", "resume": True}
+    vg.finetune(tmp_path / "data", tmp_path / "start", overrides=more, **same)
+    with pytest.raises(ConfigError, match="--images"):
+        vg.finetune(tmp_path / "data", images=tmp_path, **same)
     (tmp_path / "start" / "model.safetensors").unlink()
     assert vg.Grounder(tmp_path / "run").model.config.weights is None, "a checkpoint has all weights itself"
 

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("folder", metavar="FOLDER", help="folder of annotated images, or the file with the annotations")
     add_overrides(parser, "settings of the plan, such as train.max_steps=100 optim.lr=1e-5")
     add("--model", help='run, .pth, folder or Hub id to start from, or "small" (default: Grounding DINO Swin-T)')
-    phrases = "train only on these classes (default: all); NAME=PHRASE renames one"
+    phrases = "train only on these classes (default: all); NAME=PHRASE renames one, only such ones keep all classes"
     add("--phrases", nargs="+", action="extend", metavar="PHRASE", help=phrases)
     add("--images", metavar="DIR", help="folder of the images, if they are not where the annotations are")
     add("--output", help="folder of the run (default: runs/NAME of the folder)")

@@ -48,8 +48,8 @@ def find_image(name: str, root: Path) -> Path:
         raise BadSampleError(f"image {name[:80]} cannot be opened ({error.strerror}); correct its name") from error
     tried = ", ".join(dict.fromkeys([name, *(str(file.relative_to(root)) for file in [*_candidates(name, root)][1:])]))
     raise BadSampleError(
-        f"image {name} not found below {root} (tried {tried}); put the file there or set image_root to the "
-        "folder that contains the images"
+        f"image {name} not found below {root} (tried {tried}); put the file there or set image_root (vg "
+        "finetune: --images) to the folder that contains the images"
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from vg.data.detection.issues import Issues
 from vg.data.detection.vocabulary import normalized_name
 from vg.data.source import HasImageKeys, Source, Task
 from vg.errors import ConfigError, DataError, printable
-from vg.finetuning.recipe import Recipe, choose_recipe
+from vg.finetuning.recipe import SMALL, Recipe, choose_recipe
 from vg.finetuning.sizes import sized
 from vg.models.encoders import cached_token_counter
 from vg.settings import differences
@@ -59,11 +60,12 @@ def make_plan(
     """
     path = Path(folder)
     if not (found := detect_format(path)):
-        raise DataError(f"{path} is the configuration of a run, not data: vg train {path}")
+        raise DataError(f"{path} is the configuration of a run, not data: vg train {shlex.quote(str(path))}")
     data, notes = _data(found, phrases, images)
     of_data = [override for override in overrides if override.startswith("data.")]
     draft = parse_config({"model": {"name": "grounding_dino"}, "data": data}, str(path), of_data)
-    task: Task = "expressions" if next(iter(found.values()))["name"] == "csv" else "detection"
+    first = next(iter(found.values()))
+    task: Task = "expressions" if first["name"] == "csv" and not _classes(first) else "detection"
     recipe = choose_recipe(model, task, lora, tokenizer)
     warnings = _check(draft, recipe, path)
     train, *evaluations = (config.build() for config in (draft.data.train, *draft.data.eval_datasets().values()))
@@ -81,7 +83,47 @@ def make_plan(
 
 def default_output(folder: str | Path) -> Path:
     """Return the folder of the run on a folder of data."""
-    return Path("runs", Path(folder).resolve().stem)
+    path = Path(folder).resolve()
+    return Path("runs", path.name if path.is_dir() else path.stem)
+
+
+def refuse_other_run(
+    config: RunConfig,
+    folder: str | Path,
+    model: str | Path | None,
+    phrases: Sequence[str] | Mapping[str, str] | None,
+    images: str | Path | None,
+    lora: bool,
+) -> None:
+    """Raise ConfigError if a run was not planned with the given arguments of `finetune`; omitted ones are its own."""
+    data, _ = _data(detect_format(Path(folder)), phrases, images)
+    planned, own = data["train"], asdict(config.data.train)
+    planned, own = planned.get("dataset", planned), own.get("dataset") or own
+    values: dict[str, tuple[Any, Any]] = {"the data": (_absolute(own.get("path")), _absolute(planned["path"]))}
+    if images is not None:
+        values["--images"] = _absolute(own.get("image_root")), _absolute(str(images))
+    if phrases:
+        vocabulary = own.get("vocabulary") or {}
+        values["--phrases"] = tuple(
+            ", ".join(chosen.get("only") or ["all classes"])
+            + "".join(f", {name}={phrase}" for name, phrase in (chosen.get("phrases") or {}).items())
+            for chosen in (vocabulary, planned["vocabulary"])
+        )
+    if model is not None:
+        weights = config.model.weights
+        values["--model"] = (str(weights or SMALL), str(model))
+    if lora:
+        values["--lora"] = ("yes" if config.optim.lora else "no", "yes")
+    changed = [f"{name}: {before} in the run, {now} given" for name, (before, now) in values.items() if before != now]
+    if changed:
+        raise ConfigError(
+            f"{config.train.output} is a run with other options ({'; '.join(changed)}): leave out --resume and choose "
+            "another --output, or continue with the options of the run"
+        )
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).resolve())
 
 
 def _data(
@@ -114,7 +156,7 @@ def _data(
 
 
 def _vocabulary(settings: dict[str, Any], phrases: Sequence[str] | Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """Return the settings for a choice of classes, and which classes are left out.
+    """Return the settings for a choice of classes, and which classes are left out: none if all of it is NAME=PHRASE.
 
     Args:
         settings: of a dataset.
@@ -123,12 +165,11 @@ def _vocabulary(settings: dict[str, Any], phrases: Sequence[str] | Mapping[str, 
     Raises:
         ConfigError: the dataset has no classes, or not these.
     """
-    config = TypeAdapter(DatasetConfig).validate_python(settings)
-    annotations = config.read(Issues()) if isinstance(config, ReadsAnnotations) else Annotations()
-    names = annotations.names[: annotations.num_classes]
+    names = _classes(settings)
     if not names:
         raise ConfigError(f"--phrases selects classes, but {settings['path']} has none: its phrases are free text")
     chosen = dict(phrases) if isinstance(phrases, Mapping) else {}
+    renames_only = bool(chosen) or all("=" in phrase and phrase not in names for phrase in phrases)
     for phrase in () if isinstance(phrases, Mapping) else phrases:
         name, _, renamed = (phrase, "", "") if phrase in names else phrase.partition("=")
         chosen[name] = renamed or name
@@ -141,10 +182,17 @@ def _vocabulary(settings: dict[str, Any], phrases: Sequence[str] | Mapping[str, 
             listed = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
             raise ConfigError(f"--phrases: {name!r} is not one of {listed}; to rename one: {names[0]}=PHRASE")
         only[matches[0]] = phrase
-    left_out = [name for name in names if name not in only]
+    left_out = [] if renames_only else [name for name in names if name not in only]
     remark = "classes left out, with their boxes: " + ", ".join(left_out) if left_out else "all classes are used"
     other_words = {name: phrase for name, phrase in only.items() if name != phrase}
-    return {"only": list(only), "phrases": other_words}, remark
+    return ({} if renames_only else {"only": list(only)}) | {"phrases": other_words}, remark
+
+
+def _classes(settings: dict[str, Any]) -> list[str]:
+    """Return the names of the classes of a dataset; none if its phrases are free text."""
+    config = TypeAdapter(DatasetConfig).validate_python(settings)
+    annotations = config.read(Issues()) if isinstance(config, ReadsAnnotations) else Annotations()
+    return annotations.names[: annotations.num_classes]
 
 
 def _check(draft: RunConfig, recipe: Recipe, path: Path) -> list[str]:
@@ -155,7 +203,7 @@ def _check(draft: RunConfig, recipe: Recipe, path: Path) -> list[str]:
     count_tokens = cached_token_counter(replace(text, tokenizer=recipe.tokenizer or text.tokenizer))
     diagnosis = diagnose(datasets, recipe.config.model.max_tokens, count_tokens, NUM_CHECKED)
     if diagnosis.count("error"):
-        advice = f"correct them first (vg check {path} also draws images)"
+        advice = f"correct them first (vg check {shlex.quote(str(path))} also draws images)"
         raise DataError(f"{path} has errors; {advice}\n{to_text(diagnosis)}")
     warnings = {issue.what: issue for issue in reversed(diagnosis.issues) if issue.severity == "warning"}
     return [

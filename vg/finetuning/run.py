@@ -13,10 +13,11 @@ from PIL import Image
 from vg.checkpoint import CONFIG, VALIDATION
 from vg.config import RunConfig, load_config
 from vg.distributed import ignore_stop_signals, launches
+from vg.errors import ConfigError
 from vg.evaluation.evaluator import NUM_PRINTED
 from vg.evaluation.table import aligned, cell
 from vg.files import write_bytes
-from vg.finetuning.plan import default_output, make_plan
+from vg.finetuning.plan import default_output, make_plan, refuse_other_run
 from vg.inference.curves import curves
 from vg.inference.draw import save_image
 from vg.inference.sample_grid import draw_samples
@@ -57,18 +58,17 @@ def finetune(
             the images becomes one.
         model: a Grounding DINO of any format (a .pth, a transformers folder, its Hub id), a run of either family, or
             "small", a small network with random weights. By default Grounding DINO with Swin-T, from the Hub.
-        phrases: the classes to train; the boxes of others are left out. "NAME=PHRASE", or a dict, gives a class another
-            phrase. By default all classes, by their names.
+        phrases: the classes to train; the boxes of others are left out. "NAME=PHRASE" gives a class another phrase;
+            only such ones, or a dict, keep all classes. By default all classes, by their names.
         images: folder of the images, if they are not where the annotations are.
         output: folder of the run; by default runs/NAME of the folder.
         lora: train low-rank adapters instead of all weights, which needs less memory.
         tokenizer: see `vg.inference.torch_backend.load_model`.
         overrides: of the planned configuration, such as "train.max_steps=100" or "optim.lr=1e-5".
-        resume, overwrite: continue, or replace, the run in `output`.
+        resume, overwrite: continue the run in `output`, which must have these arguments, or replace it.
 
     Returns:
         The best checkpoint.
-
     Raises:
         DataError: there is no dataset, or several; or the data has errors, which the message lists.
         ConfigError, CheckpointError: see `make_plan`; or `output` contains a run.
@@ -76,7 +76,11 @@ def finetune(
     from vg.inference.grounder import Grounder
 
     if resume:
-        config = load_config(Path(output or default_output(folder)) / CONFIG, overrides)
+        run = Path(output or default_output(folder))
+        if not (run / CONFIG).is_file():
+            raise ConfigError(f"{run} contains no run to continue; leave out --resume")
+        refuse_other_run(load_config(run / CONFIG), folder, model, phrases, images, lora)
+        config = load_config(run / CONFIG, overrides)
     else:
         if not (overwrite or launches()):  # a program that torchrun restarts continues the run, see RunFolder
             chosen = [text.removeprefix(OUTPUT) for text in overrides if text.startswith(OUTPUT)]

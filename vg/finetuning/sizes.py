@@ -25,6 +25,7 @@ from vg.models.settings import ModelSettings
 
 LARGE, LARGE_EPOCHS = 2000, 12  # samples; epochs for more than that, as on COCO
 MAX_EPOCHS = 1000
+MANY_PARAMETERS = 50_000_000  # too many for a CPU
 GIB = 2**30
 
 
@@ -44,6 +45,11 @@ def sized(recipe: Recipe, num_samples: int) -> tuple[RunConfig, list[str]]:
         f" (16 bytes x {recipe.num_parameters / 1e6:.0f} M parameters + {per_sample / GIB:.2g} GiB per sample), "
         f"{batches} batch{'es' * (batches > 1)} per optimizer step ({per_step} sample{'s' * (per_step > 1)})"
     ]
+    if device == "cpu" and recipe.num_parameters > MANY_PARAMETERS:
+        notes.append(
+            f"WARNING: no GPU, so that a step of {per_step} samples takes a minute or more; "
+            "--model small trains a small network in minutes"
+        )
     if not fitting:
         notes.append("WARNING: even a batch of one may not fit: use another machine, --model small, or --lora")
     steps_per_epoch = max(1, num_samples // per_step)

@@ -18,7 +18,8 @@ CountTokens = Callable[[list[str]], list[int]]
 """Number of tokens of each phrase, without special tokens."""
 
 _RARE = 10  # boxes
-_RENAME = "rename or merge them, or set the phrases in vocabulary.phrases"
+_OPTION = 'vocabulary.phrases={WBC: white blood cell} (vg finetune: --phrases "WBC=white blood cell")'
+_RENAME = f"rename or merge them, or set other phrases, such as {_OPTION}"
 _UNINFORMATIVE = r"(class|cls|label|object|category|cat|id)?[\W_]*\d+"
 
 
@@ -70,11 +71,11 @@ def _check_names(dataset: CheckedDataset, names: list[str]) -> list[str]:
     add("note", "class names contained in another one", fix, contained)
     symbols = [phrase for phrase in phrases if not any(map(str.isalnum, phrase))]
     add("error", "class names without letter or digit", _RENAME, symbols)
-    fix = "the text encoder needs words: set vocabulary.phrases, such as {WBC: white blood cell}"
+    fix = f"the text encoder needs words: set phrases, such as {_OPTION}"
     acronyms = {phrase for phrase in phrases if phrase.isalpha() and phrase.isupper() and 2 <= len(phrase) <= 5}
     cryptic = [p for p in phrases if re.fullmatch(_UNINFORMATIVE, p.lower()) or p in acronyms - {"TV"}]
     add("warning", "class names that are a number or an abbreviation", fix, cryptic)
-    fix = "these separate phrases in a prompt; set a phrase without them in vocabulary.phrases"
+    fix = f"these separate phrases in a prompt; set a phrase without them, such as {_OPTION}"
     separated = [phrase for phrase in phrases if re.search(r"[.?]", phrase.rstrip("."))]
     add("warning", 'class names with "." or "?"', fix, separated)
     return phrases
