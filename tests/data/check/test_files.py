@@ -51,7 +51,14 @@ def test_odvg_lines(tmp_path: Path) -> None:
     assert found(diagnosis, "not four finite numbers").examples == ["line 5, instance 3: bbox [5, 5, 1]"]
     assert found(diagnosis, "not objects").examples == ["line 5, instance 5: 3"]
     assert found(diagnosis, "do not count from 0").severity == "warning"
-    assert found(check(odvg(tmp_path / "b", instances(good))), "without a label map").severity == "error"
+    unnamed = {"bbox": [5, 5, 30, 30], "label": 1}
+    assert found(check(odvg(tmp_path / "b", instances(unnamed))), "without a label map").severity == "error"
+    other = instances({**good, "label": 0, "category": "dog"}, unnamed)
+    diagnosis = check(odvg(tmp_path / "c", instances(good), other))
+    assert not errors(diagnosis), "the categories are the label map"
+    assert diagnosis.datasets[0].annotations.names == ["dog", "cat"]
+    diagnosis = check(odvg(tmp_path / "d", instances(good, {**good, "category": "dog"})))
+    assert found(diagnosis, "several categories").examples == ["line 1: label 1 is 'dog' here, 'cat' before"]
 
 
 def test_odvg_phrases(tmp_path: Path) -> None:

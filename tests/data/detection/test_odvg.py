@@ -98,6 +98,15 @@ def test_numbered_classes(tmp_path: Path):
     assert {len(s.phrases) for s in first} == {2, 3}
 
 
+def test_categories_are_a_label_map(tmp_path: Path) -> None:
+    sample = checked(write(tmp_path, DETECTION, DETECTION | {"detection": {"instances": []}}).load(0, 0))
+    assert sample.phrases == ("traffic light", "hot dog")
+    assert sample.phrase_ids.tolist() == [1, 0]
+    other = json.dumps(DETECTION).replace("hot dog", "dog")
+    with pytest.raises(DataError, match=r"several categories: line 3: label 2 is 'dog' here, 'hot dog' before"):
+        write(tmp_path, DETECTION, other)
+
+
 def test_phrases_of_a_caption(tmp_path: Path):
     sample = checked(write(tmp_path, GROUNDING).load(0, 0))
     assert sample.phrases == ("A man", "red hat"), "one phrase for both men, and the words at tokens_positive"
@@ -173,8 +182,8 @@ def test_errors_name_the_line(tmp_path: Path, row: Any, message: str):
 
 
 def test_errors_of_the_first_line_and_of_paths(tmp_path: Path):
-    with pytest.raises(DataError, match=r"train.jsonl: .*line 1; set label_map to the json file"):
-        write(tmp_path, DETECTION)
+    with pytest.raises(DataError, match=r"train.jsonl: .*line 1; set label_map to a json file"):
+        write(tmp_path, json.dumps(DETECTION).replace("category", "name"))
     with pytest.raises(DataError, match=r"train.jsonl: .*line 1: the keys are \['images'\]"):
         write(tmp_path, {"images": []})
     with pytest.raises(DataError, match=r"map\.json: .*; expected a json file such as {\"0\": \"person\""):

@@ -122,8 +122,8 @@ def _is_voc(folder: Path) -> bool:
 def _data_yaml(folder: Path) -> Path | None:
     """Return the data.yaml of a YOLO dataset, or the only other YAML file that describes one."""
     named = [file for file in (folder / "data.yaml", folder / "data.yml") if file.is_file()]
-    others = [file for pattern in ("*.yaml", "*.yml") for file in folder.glob(pattern) if _yolo_splits(file)]
-    return named[0] if named else others[0] if len(others) == 1 else None
+    found = [file for pattern in ("*.yaml", "*.yml") for file in folder.glob(pattern) if _yolo_splits(file)]
+    return named[0] if named else found[0] if len(found) == 1 else None
 
 
 def _yolo_advice(folder: Path) -> str:

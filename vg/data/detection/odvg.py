@@ -14,7 +14,7 @@ import numpy as np
 from vg.data.detection.annotations import Annotations, to_size, without_gc
 from vg.data.detection.issues import Issues, RaiseFirstError
 from vg.data.detection.line_files import LineFiles, label_map_of
-from vg.data.detection.odvg_lines import LineParser, read_label_map
+from vg.data.detection.odvg_lines import LabelMap, LineParser, read_categories, read_label_map
 from vg.data.detection.source import check_image_root, clip_boxes, read_annotated_image
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.images import find_size, image_files, image_key
@@ -45,7 +45,8 @@ class OdvgConfig(Settings):
     path: str = field(kw_only=True)
     """The .jsonl file, such as instances_train.jsonl, or a folder of them, such as vg label writes."""
     label_map: str | None = None
-    """Json file {"0": "person", ...}, for lines with numbered classes; in a folder by default its label_map.json."""
+    """Json file {"0": "person", ...}, for lines with numbered classes; in a folder by default its label_map.json.
+    Without one, the `category` of every instance names its class."""
     image_root: str | None = None
     """Folder of the images; by default that of the .jsonl files."""
     upright: bool | None = None
@@ -84,6 +85,12 @@ class OdvgConfig(Settings):
     def label_map_file(self) -> str | None:
         return self.label_map or label_map_of(Path(self.path))
 
+    def read_labels(self, lines: LineFiles, issues: Issues) -> LabelMap | None:
+        """Read the label map, or make one of the categories in the lines if the first line has numbered classes."""
+        if self.label_map_file is None and len(lines) and b'"detection"' in lines[0][0]:
+            return read_categories(lines, issues)
+        return read_label_map(self.label_map_file, issues)
+
     @without_gc()
     def read(self, issues: Issues) -> Annotations:
         """Parse all lines.
@@ -91,8 +98,9 @@ class OdvgConfig(Settings):
         Raises:
             DataError: the file cannot be read.
         """
-        parser = LineParser(read_label_map(self.label_map_file, issues), issues, self.captions == "whole")
-        lines = (parser.parse(text, location) for text, location in LineFiles(Path(self.path)))
+        files = LineFiles(Path(self.path))
+        parser = LineParser(self.read_labels(files, issues), issues, self.captions == "whole")
+        lines = (parser.parse(text, location) for text, location in files)
         images = [image for image in lines if image is not None]
         fields = {"image_root": self.image_folder, "upright": self.upright}
         return Annotations.of(images, parser.names, parser.num_classes, **fields)
@@ -111,14 +119,14 @@ class OdvgSource:
         self._path = Path(config.path)
         self._root = config.image_folder
         check_image_root(self._root)
-        self._label_map = read_label_map(config.label_map_file, RaiseFirstError(self._path))
+        self._lines = LineFiles(self._path)
+        self._label_map = config.read_labels(self._lines, RaiseFirstError(self._path))
         self._whole = config.captions == "whole"
         self._upright = config.upright
         self.vocabulary: Vocabulary | None = None
         if self._label_map is not None:
             names = [name for _, name in self._label_map.values()]
-            self.vocabulary = Vocabulary(names, config.vocabulary, str(config.label_map_file))
-        self._lines = LineFiles(self._path)
+            self.vocabulary = Vocabulary(names, config.vocabulary, str(config.label_map_file or self._path))
         self.provenance = Provenance(self._path.resolve().parent.name, self._path.stem, "detection")
         if self.vocabulary is None and config.vocabulary != VocabularyConfig():
             unused = "vocabulary is not used: it is for lines with numbered classes, which need a label_map"

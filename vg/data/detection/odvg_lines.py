@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,30 @@ def read_label_map(path: str | None, issues: Issues) -> LabelMap | None:
         example = f"{path}: {len(labels)} labels from {labels[0]} to {labels[-1]}"
         issues.add("warning", "labels that do not count from 0 without gaps", fix, [example])
     return {label: (index, names[label]) for index, label in enumerate(labels)}
+
+
+def read_categories(lines: Iterable[tuple[bytes, str]], issues: Issues) -> LabelMap | None:
+    """Return the label map that the instances of (content, location) contain; None if none has a category."""
+    names: dict[int, str] = {}
+    for text, location in lines:
+        if b'"category"' not in text:
+            continue
+        try:
+            instances = json.loads(text)["detection"]["instances"]
+            pairs = [(item.get("label"), item.get("category")) for item in instances]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue  # reported where the line is parsed
+        for label, category in pairs:
+            if (
+                type(label) is int
+                and category
+                and isinstance(category, str)
+                and names.setdefault(label, category) != category
+            ):
+                fix = 'give each class one label, or set label_map to a json file such as {"0": "person"}'
+                example = f"{location}: label {label} is {category!r} here, {names[label]!r} before"
+                issues.add("error", "labels with several categories", fix, [example])
+    return {label: (index, names[label]) for index, label in enumerate(sorted(names))} or None
 
 
 class LineParser:
@@ -113,7 +137,7 @@ class LineParser:
             self._invalid_line(f"{location}: {key} is {str(row[key])[:80]}; it needs a list of {_ITEMS[key]}")
             return None
         if key == "detection" and self._label_map is None:
-            fix = "set label_map to the json file that names the classes"
+            fix = 'set label_map to a json file such as {"0": "person"}, or give every instance a category'
             self._issues.add("error", "numbered classes without a label map", fix, [location])
         if key == "grounding" and not items:
             fix = "remove these lines: they have no phrase"
