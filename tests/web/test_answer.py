@@ -41,6 +41,14 @@ def test_at_most_some_boxes_are_shown() -> None:
     assert (len(shown.result), shown.num_selected) == (NUM_SHOWN, len(many))
 
 
+def test_boxes_with_equal_rows_are_kept() -> None:
+    """Their sides agree to 0.1 pixel."""
+    boxes = np.array([[10, 10, 50, 50], [10.01, 10, 50, 50]], np.float32)
+    values = np.array([0.9, 0.8], np.float32), np.zeros(2, np.int64)
+    both = Answer.of(Result("x", np.zeros((100, 100, 3), np.uint8), ("dog",), boxes, *values))
+    assert scores(both.with_table(both.shown(0, 1).table(), 0, 1), 0) == [0.9, 0.8]
+
+
 @pytest.mark.parametrize(("width", "longest"), [(100, PREVIEW[0]), (1000, 1000), (5000, PREVIEW[1])])
 def test_preview_is_bounded(width: int, longest: int) -> None:
     shown = answer(width // 2, width).shown(0.7, 0.5)
@@ -141,7 +149,7 @@ def test_columns_are_fixed() -> None:
 def test_box_between_two_clicks() -> None:
     drawn = answer().with_box("bird", [(400, 200), (80, 80)])  # the preview has 800 x 400 pixels
     assert drawn.result[0] == ("bird", BY_HAND, (10, 10, 50, 25))
-    with pytest.raises(DataError, match="left must be less"):
+    with pytest.raises(DataError, match="corners are on one line"):
         answer().with_box("bird", [(400, 200), (400, 200)])
 
 

@@ -74,11 +74,13 @@ class Answer:
         """
         indices = self.indices(threshold, iou)[:NUM_SHOWN]
         table = self.shown(threshold, iou).table()
-        unchanged = {_key(row): index for row, index in zip(table, indices.tolist(), strict=True)}
+        unchanged: dict[tuple[str, ...], list[int]] = {}  # two boxes may have equal rows
+        for row, index in zip(table, indices.tolist(), strict=True):
+            unchanged.setdefault(_key(row), []).append(index)
         kept, added = [], []
         for number, row in enumerate(rows, start=1):
-            if (index := unchanged.pop(_key(row), None)) is not None:
-                kept.append(index)
+            if same := unchanged.get(_key(row)):
+                kept.append(same.pop(0))
             elif any(str(value).strip() for value in row if value is not None):
                 added.append(self._checked(row, number))
             else:
@@ -91,8 +93,10 @@ class Answer:
         return self._with_boxes(np.sort([*hidden, *kept]).astype(np.int64), added)
 
     def with_box(self, phrase: str, corners: Sequence[tuple[float, float]]) -> Answer:
-        """Add a box by hand between two opposite corners in pixels of the preview."""
+        """Add a box by hand between two opposite corners in pixels of the preview; raises DataError if they are not."""
         sides = np.sort(np.array(corners, float), axis=0) / _scale(self.result, self.size)
+        if (sides[0] == sides[1]).any():
+            raise DataError("the corners are on one line; click on two opposite ones")
         row = [phrase, BY_HAND, *sides.flatten().tolist()]
         return self._with_boxes(np.arange(len(self.result)), [self._checked(row, len(self.result) + 1)])
 
