@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from tests.inference.test_download import reply
 from tests.inference.test_download import server as download_server
 from tests.web.serving import BOXES, OneBox, Server, as_png, scene, serving
 from tests.web.test_uploads import UNUSABLE, animation
+from vg.cli import new_parser
 from vg.errors import ConfigError, DataError
 from vg.inference.grounder import Grounder
 from vg.web.page import Callbacks, launch, new_page, reported
@@ -62,6 +65,8 @@ def test_corrections_are_drawn_and_downloaded(tmp_path: Path) -> None:
     file = call.download("jsonl", answer, 0.3, 0.7)
     assert [box["phrase"] for box in json.loads(file["content"])["boxes"]] == ["new", "a box"]
     assert json.loads(file["content"])["boxes"][0]["box"] == [10, 10, 20, 20]
+    same, clicked, *shown = call.corner(answer, (40, 40), "new", 0.3, 0.7, SimpleNamespace(index=[40, 80]))
+    assert (same, clicked, len(shown)) == (answer, None, 4), "corners on one line: the next click is a first corner"
     _, _, legend, *_ = call.undo(answer, 0.3, 0.7)
     assert "a box: <b>2</b>" in legend
     with pytest.raises(DataError, match="no boxes yet"):
@@ -126,7 +131,7 @@ def test_hostile_requests_get_a_message(path: str | None, phrases: str, message:
 
 def test_private_urls_are_not_fetched(server: Server) -> None:
     message = server.call("fetch", ["http://127.0.0.1:1/image.png"])
-    assert "private address" in message["output"]["error"]
+    assert message["output"]["error"] == "http://127.0.0.1:1/image.png has no public address"
 
 
 def test_a_url_is_loaded(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +156,40 @@ def test_a_taken_port_is_an_error(server: Server) -> None:
     port = int(server.url.rsplit(":", 1)[1])
     with pytest.raises(ConfigError, match=f"port {port}; choose another one by --port"):
         launch(new_page(Grounder(Bright(), "cpu"), "second"), "127.0.0.1", port, share=False)
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "[2001:db8::7]", "no.such.host.invalid", "a..b"])
+def test_an_address_of_another_machine_is_an_error(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"cannot listen on .*; choose an address of this machine by --host"):
+        launch(gr.Blocks(), host, None, share=False)
+
+
+@pytest.mark.parametrize("port", ["99999", "0", "-1", "http"])
+def test_impossible_ports(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        new_parser().parse_args(["web", "run", f"--port={port}"])
+    assert f"{port} is not a port from 1 to 65535" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals need POSIX")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=str)
+def test_signals_delete_the_uploads(number: int, tmp_path: Path) -> None:
+    code = (
+        "import time, vg.web.page as page\n"
+        "from types import SimpleNamespace as New\n"
+        "page.new_page = lambda *_: New(block_thread=lambda: time.sleep(60))\n"
+        "page.launch = lambda *_: ('url', None)\n"
+        "page.serve(None, 'title', '127.0.0.1', None, False)\n"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    environment.pop("GRADIO_TEMP_DIR", None)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout
+        assert process.stdout.readline().startswith(b"title: url")
+        assert list(tmp_path.glob("vg_web_*"))
+        process.send_signal(number)
+        process.wait(30)
+    assert not list(tmp_path.glob("vg_web_*"))
 
 
 def test_a_server_that_stops_keeps_the_uploads_of_others(server: Server) -> None:

@@ -81,9 +81,9 @@ def test_a_url_as_path_is_not_fetched() -> None:
     [
         ("file:///etc/passwd", "begins with http"),
         ("", "begins with http"),
-        ("http://127.0.0.1/x.png", "private address"),
-        ("http://169.254.169.254/latest/meta-data", "private address"),
-        ("http://[::1]/x.png", "private address|Address family|No address"),
+        ("http://127.0.0.1/x.png", "no public address"),
+        ("http://169.254.169.254/latest/meta-data", "no public address"),
+        ("http://[::1]/x.png", "no public address|Address family|No address"),
     ],
 )
 def test_urls_that_are_not_fetched(url: str, message: str, tmp_path: Path) -> None:

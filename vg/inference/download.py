@@ -20,6 +20,10 @@ MAX_SECONDS = 30.0  # redirects included
 MAX_BYTES = 100_000_000
 
 
+class PrivateAddressError(DataError):
+    """The host of a URL has an address that is not public."""
+
+
 def is_url(text: str) -> bool:
     """Return whether a text is an http(s) URL."""
     return text.lower().startswith(("http://", "https://"))
@@ -32,7 +36,8 @@ def download(url: str) -> bytes:
     VG_PRIVATE_URLS is set.
 
     Raises:
-        DataError: such a host, no answer, an HTTP error, an incomplete answer, more than MAX_BYTES or MAX_SECONDS.
+        PrivateAddressError: such a host.
+        DataError: no answer, an HTTP error, an incomplete answer, more than MAX_BYTES or MAX_SECONDS.
     """
     opener = urllib.request.OpenerDirector()  # unlike that of build_opener, it does not open ftp:, file: and data:
     for name in ("ProxyHandler", "HTTPRedirectHandler", "HTTPDefaultErrorHandler", "HTTPErrorProcessor"):
@@ -46,6 +51,8 @@ def download(url: str) -> bytes:
             if response.length:  # http.client counts down to 0; None if the length is unknown
                 raise URLError(f"the answer ends {response.length:,} bytes too early")
             return content
+    except PrivateAddressError as error:
+        raise PrivateAddressError(f"cannot download the image {url}: {error}") from error
     except (OSError, HTTPException, ValueError, AttributeError) as error:  # the last two: odd URLs and redirects
         reason: Any = error.reason if type(error) is URLError else error
         if isinstance(reason, TimeoutError):
@@ -116,13 +123,14 @@ class _Handler(urllib.request.HTTPSHandler):
 
 
 def _public_addresses(host: str, port: int) -> list[tuple[str, int]]:
-    """Look up a host; raises OSError if there is no such host, or if one of its addresses is not public."""
+    """Look up a host; raises OSError if it does not exist, PrivateAddressError if one of its addresses is private."""
     addresses = [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     for text in addresses:
         address = ipaddress.ip_address(text)
         address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
         if not (address.is_global or os.environ.get("VG_PRIVATE_URLS")):
-            raise URLError(f"{host} has the private address {text}; set the environment variable VG_PRIVATE_URLS=1")
+            text = f"{host} has the private address {text}; set the environment variable VG_PRIVATE_URLS=1"
+            raise PrivateAddressError(text)
     return [(text, port) for text in addresses]
 
 

@@ -1,11 +1,14 @@
-"""Limits the requests that Gradio's server accepts: their size, and URLs that it would fetch for a visitor."""
+"""Limits of Gradio's server: the address it listens on, the requests it accepts, and what stops it."""
 
 from __future__ import annotations
 
 import json
+import signal
+import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
+from vg.errors import ConfigError
 from vg.web.uploads import MAX_BYTES
 
 MAX_EVENT_BYTES = 1_000_000  # of a request that is not an upload: texts and tables
@@ -13,6 +16,29 @@ MAX_EVENT_BYTES = 1_000_000  # of a request that is not an upload: texts and tab
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Any]]
 Send: TypeAlias = Callable[[Any], Awaitable[None]]
+
+
+def check_host(host: str) -> None:
+    """Raise ConfigError if this machine does not have the address, with which Gradio would try 100 ports."""
+    name = host.removeprefix("[").removesuffix("]")
+    try:
+        socket.create_server((name, 0), family=socket.AF_INET6 if ":" in name else socket.AF_INET).close()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"cannot listen on {host} ({error}); choose an address of this machine by --host") from error
+
+
+def stop_like_ctrl_c() -> None:
+    """Let SIGTERM and SIGHUP interrupt the process, so that the uploads are deleted; further ones change nothing."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+    def stop(*_: Any) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
 
 
 class Guard:

@@ -24,7 +24,7 @@ from vg.inference.draw import COLORS
 from vg.inference.formats import Format
 from vg.inference.grounder import Grounder
 from vg.web.answer import HEADERS, NUM_SHOWN, Answer, Shown
-from vg.web.guard import Guard
+from vg.web.guard import Guard, check_host, stop_like_ctrl_c
 from vg.web.phrases import split_phrases
 from vg.web.uploads import MAX_BYTES, check_image, fetch, folder_of_server, named_upload, read_upload
 
@@ -130,7 +130,12 @@ class Callbacks:
         if corner is None:
             gr.Info("First corner set; click on the opposite corner of the new box.", duration=4)
             return answer, clicked, *[gr.skip()] * 4
-        return self.changed(answer.with_box(phrase or answer.result.phrases[0], [corner, clicked]), threshold, iou)
+        try:
+            answer = answer.with_box(phrase or answer.result.phrases[0], [corner, clicked])
+        except DataError as error:
+            gr.Warning(escape(printable(str(error))))
+            return answer, None, *[gr.skip()] * 4
+        return self.changed(answer, threshold, iou)
 
     def download(self, format: Format, answer: Answer | None, threshold: float, iou: float) -> dict[str, str]:
         name, content = existing(answer).shown(threshold, iou).text(format)
@@ -270,6 +275,7 @@ def launch(page: gr.Blocks, host: str, port: int | None, share: bool) -> tuple[s
     Raises:
         ConfigError: the port is taken, or this machine does not have the address.
     """
+    check_host(host)
     theme = gr.themes.Default(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="blue"
     )  # fonts of the system: no request to another host
@@ -301,6 +307,7 @@ def launch(page: gr.Blocks, host: str, port: int | None, share: bool) -> tuple[s
 
 def serve(grounder: Grounder, title: str, host: str, port: int | None, share: bool) -> None:
     """Serve the page of a model until the process is interrupted; raises as `launch`."""
+    stop_like_ctrl_c()
     with folder_of_server():
         page = new_page(grounder, title)
         url, public_url = launch(page, host, port, share)

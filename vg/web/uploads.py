@@ -15,7 +15,7 @@ from PIL import Image
 
 from vg.data.images import image_size, read_image
 from vg.errors import DataError
-from vg.inference.download import download, is_url
+from vg.inference.download import PrivateAddressError, download, is_url
 
 MAX_PIXELS = int(os.environ.get("VG_MAX_PIXELS", 25_000_000))  # less than for files of one's own: strangers upload
 MAX_BYTES = 30_000_000
@@ -70,7 +70,10 @@ def fetch(url: str, folder: Path) -> Path:
     url = url.strip()
     if not is_url(url):
         raise DataError("a URL of an image begins with http:// or https://")
-    content = download(url)
+    try:
+        content = download(url)
+    except PrivateAddressError as error:  # whose message has the address and is for the owner of this machine
+        raise DataError(f"{url} has no public address") from error
     check_image(content, url)
     with Image.open(BytesIO(content)) as image:
         suffix = f".{(image.format or 'png').lower()}"
