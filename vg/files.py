@@ -42,6 +42,11 @@ def refuse_special(path: Path) -> Path:
     return path
 
 
+def located(path: Path) -> str:
+    """Return a path for an error message; a relative one with the folder that it is relative to."""
+    return str(path) if path.is_absolute() else f"{path} (relative to {Path.cwd()}, where the command runs)"
+
+
 def read_text(path: Path) -> str:
     """Read UTF-8 with or without a byte order mark; raises OSError, also for other encodings and special files."""
     try:

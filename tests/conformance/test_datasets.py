@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -24,6 +26,7 @@ from vg.data.source import (
     Task,
     checked,
 )
+from vg.errors import DataError
 from vg.types import Sample
 
 MEMBERS = get_args(get_args(DatasetConfig)[0])
@@ -137,3 +140,12 @@ def test_a_mixture_of_a_dataset_with_itself(config: Any) -> None:
     for one, other in zip(mixed, samples + samples, strict=True):
         assert one.id.endswith(other.id)
         np.testing.assert_equal(asdict(one) | {"id": ""}, asdict(other) | {"id": ""})
+
+
+@pytest.mark.parametrize("name", ["coco", "odvg", "voc", "yolo", "csv"])
+def test_a_relative_path_is_explained_where_it_does_not_exist(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # not where the run was started, whose settings have the path
+    with pytest.raises(DataError, match=rf"pets/set \(relative to {re.escape(str(tmp_path))}, where the command runs"):
+        TypeAdapter(DatasetConfig).validate_python({"name": name, "path": "pets/set"}).build()

@@ -31,6 +31,7 @@ from vg.data.images import find_size, image_files, image_key
 from vg.data.source import Provenance, Task
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import BadSampleError, DataError
+from vg.files import located
 from vg.settings import Settings
 from vg.types import Sample
 
@@ -266,7 +267,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     )
                 yield f"line {reader.line_num}", row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read {file}: {error}; path is a CSV file in UTF-8") from error
+        raise DataError(f"cannot read {located(file)}: {error}; path is a CSV file in UTF-8") from error
 
 
 def _only(found: list[Any], what: str, known: str, names: Sequence[str], where: object) -> Any:

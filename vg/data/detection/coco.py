@@ -19,7 +19,7 @@ from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
-from vg.files import refuse_special
+from vg.files import located, refuse_special
 from vg.settings import Settings
 
 _Id: TypeAlias = int | float | str
@@ -155,7 +155,8 @@ def _read_json(file: Path) -> Any:
     try:
         return json.loads(refuse_special(file).read_bytes())
     except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}; path is a json file in COCO format") from error
+        known = "path is a json file in COCO format"
+        raise DataError(f"cannot read {located(file)}: {error.strerror}; {known}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON ({error}); replace it with an intact copy") from error
 

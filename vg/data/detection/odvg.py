@@ -118,8 +118,8 @@ class OdvgSource:
     def __init__(self, config: OdvgConfig) -> None:
         self._path = Path(config.path)
         self._root = config.image_folder
-        check_image_root(self._root)
         self._lines = LineFiles(self._path)
+        check_image_root(self._root)
         self._label_map = config.read_labels(self._lines, RaiseFirstError(self._path))
         self._whole = config.captions == "whole"
         self._upright = config.upright

@@ -11,7 +11,7 @@ from typing import Any
 from vg.data.detection.annotations import AnnotatedBox, AnnotatedImage, to_box, to_size
 from vg.data.detection.issues import Issues
 from vg.errors import DataError
-from vg.files import refuse_special
+from vg.files import located, refuse_special
 from vg.types import Caption
 
 Spans = tuple[tuple[int, int], ...]
@@ -31,7 +31,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
                     yield number, start, text
                 start += len(text)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; path is a .jsonl file in ODVG format") from error
+        known = "path is a .jsonl file in ODVG format"
+        raise DataError(f"cannot read {located(path)}: {error.strerror}; {known}") from error
 
 
 def read_label_map(path: str | None, issues: Issues) -> LabelMap | None:

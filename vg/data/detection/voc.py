@@ -16,7 +16,7 @@ from vg.data.images import list_images
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
-from vg.files import read_text, refuse_special
+from vg.files import located, read_text, refuse_special
 from vg.settings import Settings
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
@@ -76,7 +76,9 @@ class VocConfig(Settings):
         image_root = folder / "JPEGImages" if (folder / "JPEGImages").is_dir() else folder
         stems = {file.stem: None for file in sorted(xml_folder.glob("*.xml"))}
         if not stems:
-            raise DataError(f"{xml_folder} contains no xml file; path is the folder with Annotations and JPEGImages")
+            raise DataError(
+                f"{located(xml_folder)} contains no xml file; path is the folder with Annotations and JPEGImages"
+            )
         image_files: dict[str, list[str]] = {}
         for image_file in list_images(image_root):
             image_files.setdefault(Path(image_file).stem, []).append(image_file)

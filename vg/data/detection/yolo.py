@@ -20,7 +20,7 @@ from vg.data.images import list_images
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
-from vg.files import read_text
+from vg.files import located, read_text
 from vg.settings import Settings, read_yaml
 
 _TOLERANCE = 0.01  # how far beyond 0..1 a coordinate may be
@@ -108,7 +108,8 @@ def read_document(file: Path) -> Mapping[str, Any]:
     try:
         document = read_yaml(file)
     except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}; path is the data.yaml of a YOLO dataset") from error
+        known = "path is the data.yaml of a YOLO dataset"
+        raise DataError(f"cannot read {located(file)}: {error.strerror}; {known}") from error
     except yaml.YAMLError as error:
         raise DataError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(document, Mapping):
