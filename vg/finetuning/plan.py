@@ -99,7 +99,7 @@ def refuse_other_run(
     data, _ = _data(detect_format(Path(folder)), phrases, images)
     planned, own = data["train"], asdict(config.data.train)
     planned, own = planned.get("dataset", planned), own.get("dataset") or own
-    values: dict[str, tuple[Any, Any]] = {"the data": (_absolute(own.get("path")), _absolute(planned["path"]))}
+    values: dict[str, tuple[Any, ...]] = {"the data": (_absolute(own.get("path")), _absolute(planned["path"]))}
     if images is not None:
         values["--images"] = _absolute(own.get("image_root")), _absolute(str(images))
     if phrases:

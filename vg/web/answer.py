@@ -75,8 +75,8 @@ class Answer:
         indices = self.indices(threshold, iou)[:NUM_SHOWN]
         table = self.shown(threshold, iou).table()
         unchanged: dict[tuple[str, ...], list[int]] = {}  # two boxes may have equal rows
-        for row, index in zip(table, indices.tolist(), strict=True):
-            unchanged.setdefault(_key(row), []).append(index)
+        for shown, index in zip(table, indices.tolist(), strict=True):
+            unchanged.setdefault(_key(shown), []).append(index)
         kept, added = [], []
         for number, row in enumerate(rows, start=1):
             if same := unchanged.get(_key(row)):
