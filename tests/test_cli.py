@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from vg.checkpoint import write_model
-from vg.cli import VERBS, main
+from vg.cli import VERBS, main, new_parser
 from vg.cli.evaluate import name_of
 from vg.config import RunConfig
 from vg.errors import CheckpointError
@@ -126,3 +126,28 @@ def test_quick_demo_trains_for_ninety_seconds(monkeypatch: pytest.MonkeyPatch) -
     assert [config.train.output for config in configs] == ["runs/demo", "runs/demo_quick", "runs/demo_quick"]
     with pytest.raises(SystemExit, match="2"):
         main(["demo", "--quick", "--config", "configs/demo_rec.yaml"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "label MODEL DATA OUT -p dog a=b model.x=1",
+        "label MODEL DATA OUT model.x=1 -p dog a=b",
+        "label -p dog model.x=1 --nms 0.5 MODEL DATA OUT --phrases a=b",
+        "predict MODEL IMAGE -p dog a=b model.x=1",
+    ],
+)
+def test_overrides_after_phrases_are_not_phrases(words: str) -> None:
+    options = new_parser().parse_args(words.split())
+    assert (options.phrases, options.overrides) == (["dog", "a=b"], ["model.x=1"])
+
+
+def test_overrides_on_both_sides_of_an_option_are_kept() -> None:
+    parser = new_parser()
+    for _ in range(2):
+        options = parser.parse_args(
+            ["label", "-p", "dog", "model.x=1", "--nms", "0.5", "MODEL", "DATA", "OUT", "model.y=2"]
+        )
+        assert options.overrides == ["model.x=1", "model.y=2"]
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["label", "MODEL", "DATA", "OUT", "-p", "model.x=1"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,8 @@ def add_overrides(parser: argparse.ArgumentParser, about: str, without_effect: S
         about: what the keys are, with an example.
         without_effect: sections of the configuration that the verb does not use; `check_overrides` refuses them.
     """
-    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=about)
+    # "extend" keeps those that PhrasesAction has found.
+    parser.add_argument("overrides", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help=about)
     parser.set_defaults(without_effect=without_effect)
 
 
@@ -65,6 +67,22 @@ def check_overrides(options: argparse.Namespace) -> None:
     for override in getattr(options, "overrides", ()):
         if override.partition(".")[0] in options.without_effect:
             raise ConfigError(f"{override} has no effect on vg {options.verb}; leave it out")
+
+
+def is_override(word: str) -> bool:
+    """Whether a word among phrases or images is an override."""
+    return bool(re.match(r"(model|data|optim|train)\.[\w.]+=", word))
+
+
+class PhrasesAction(argparse.Action):
+    """Phrases; argparse also collects the overrides after them, which are moved to the overrides."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        phrases = [value for value in values if not is_override(value)]
+        if not phrases:
+            raise argparse.ArgumentError(self, f"expected a phrase, got only {' '.join(values)}")
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *phrases])
+        namespace.overrides = [*namespace.overrides, *filter(is_override, values)]
 
 
 def add_tokenizer(parser: Any) -> None:

@@ -42,7 +42,7 @@ class _Weights(argparse.Action):
         if not weights or not all(0 <= weight <= 1 for weight in weights):
             raise argparse.ArgumentError(self, f"expected values in 0..1, got {' '.join(values)}")
         setattr(namespace, self.dest, weights)
-        namespace.overrides += [value for value in values if "=" in value]
+        namespace.overrides = [*namespace.overrides, *(value for value in values if "=" in value)]
 
 
 def run(options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vg.cli.arguments import THRESHOLD_HELP, add_model_overrides, add_tokenizer
+from vg.cli.arguments import THRESHOLD_HELP, PhrasesAction, add_model_overrides, add_tokenizer
 from vg.errors import ConfigError, printable
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT", help="folder of the labels")
     add_model_overrides(parser)
     phrases = parser.add_mutually_exclusive_group(required=True)
-    phrases.add_argument("-p", "--phrases", nargs="+", action="extend", metavar="PHRASE", help="such as dog 'red car'")
+    phrases.add_argument(
+        "-p", "--phrases", nargs="+", action=PhrasesAction, metavar="PHRASE", help="such as dog 'red car'"
+    )
     phrases.add_argument(
         "--phrases-file",
         type=Path,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from vg.cli.arguments import THRESHOLD_HELP, add_model_overrides, add_tokenizer
+from vg.cli.arguments import THRESHOLD_HELP, PhrasesAction, add_model_overrides, add_tokenizer, is_override
 from vg.errors import ConfigError, printable
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="+", metavar="INPUT", help="images; without -p one image and then the phrases")
     add_model_overrides(parser)
     add = parser.add_argument
-    add("-p", "--phrases", nargs="+", action="extend", metavar="PHRASE", help='such as "the man in the red shirt"')
+    add("-p", "--phrases", nargs="+", action=PhrasesAction, metavar="PHRASE", help='such as "the man in the red shirt"')
     add("--threshold", type=float, help=THRESHOLD_HELP)
     add("--nms", type=float, metavar="IOU", help="drop boxes that overlap more with a better one of their phrase")
     add("--tile", type=int, metavar="PIXELS", help="also search tiles of this side, for small objects in large images")
@@ -61,8 +60,8 @@ def run(options: argparse.Namespace) -> None:
     from vg.inference.grounder import Grounder, check_fraction, checked_phrases
     from vg.inference.images import is_single
 
-    overrides = options.overrides = [word for word in options.words if _is_override(word)] + options.overrides
-    words = [word for word in options.words if not _is_override(word)]
+    overrides = options.overrides = [*filter(is_override, options.words), *options.overrides]
+    words = [word for word in options.words if not is_override(word)]
     inputs, phrases = (words, options.phrases) if options.phrases else (words[:1], words[1:])
     if not options.phrases:
         _check_phrases(phrases)
@@ -183,10 +182,6 @@ def _check_phrases(phrases: Sequence[str]) -> None:
                 f"{phrase} is an image file, not a phrase: without -p, vg predict takes one image and then phrases; "
                 f"for several images: vg predict MODEL IMAGE... -p PHRASE..."
             )
-
-
-def _is_override(word: str) -> bool:
-    return bool(re.match(r"model\.[\w.]+=", word))
 
 
 def _is_image(name: str) -> bool:
