@@ -158,7 +158,11 @@ def test_unreadable_images(detector: Path, photos: Path, tmp_path: Path, capsys:
     options = (*CLASSES, "--shard-size", 8)
     with pytest.raises(SystemExit, match=r"05x\.png cannot be read .*; --bad-images skip leaves out images"):
         label(detector, photos, tmp_path / "strict", *options)
+    label(detector, photos, tmp_path / "strict", *options, "--bad-images", "skip")
+    assert lines_of(tmp_path / "strict")
+    capsys.readouterr()
     label(detector, photos, tmp_path / "out", *options, "--bad-images", "skip")
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "strict")
     assert "1 images skipped" in capsys.readouterr().out.replace("image skipped", "images skipped")
     (report,) = (tmp_path / "out").glob("*.skipped.json")
     (entry,) = json.loads(report.read_text())

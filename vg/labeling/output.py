@@ -25,7 +25,8 @@ from vg.inference.formats import Record, write_results
 
 FORMATS = ("odvg", "coco", "parquet")
 COCO = "labels.coco.json"
-INFORMATIVE = ("model", "data")  # paths: model and data may move
+# Model and data may move, and no image of a finished shard was unreadable if bad_images was "error".
+INFORMATIVE = ("model", "data", "bad_images")
 Line = Mapping[str, Any]
 
 

@@ -123,6 +123,14 @@ def test_a_second_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         write_shards(SHAPES, tmp_path / "out")
 
 
+@pytest.mark.parametrize("folder", ["/proc/out", "/proc/new/out", "file/out"])
+def test_a_folder_that_cannot_be_written(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(DataError, match=rf"{folder} cannot be written \(.*\); give another folder"):
+        write_shards(SHAPES, Path(folder))
+
+
 def test_other_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: ShardJob, number: int) -> int:
         raise KeyboardInterrupt
@@ -173,12 +181,30 @@ def damaged(tmp_path: Path) -> CsvConfig:
 def test_bad_samples_are_named_or_skipped(workers: int, damaged: CsvConfig, tmp_path: Path) -> None:
     with pytest.raises(BadSampleError, match=r"table.csv, line 8: image .*2.png cannot be read"):
         write_shards(damaged, tmp_path / "error", samples_per_shard=3, workers=workers)
-    index = write_shards(damaged, tmp_path / "skip", samples_per_shard=3, workers=workers, bad_samples="skip")
+    index = write_shards(damaged, tmp_path / "error", samples_per_shard=3, workers=workers, bad_samples="skip")
+    assert index == write_shards(damaged, tmp_path / "skip", samples_per_shard=3, workers=workers, bad_samples="skip")
+    assert contents(tmp_path / "error") == contents(tmp_path / "skip")
     assert (index.skipped, [shard.samples for shard in index.shards]) == (3, [3, 3, 3])
     shards = ShardsConfig(path=str(tmp_path / "skip")).build()
     assert len(shards) == 9
     assert shards.image_groups(0).tolist() == [0, 0, 0, 1, 1, 1, 3, 3, 3]
     assert not shards.provenance.official
+    with pytest.raises(DataError, match=r"begun with other settings: bad_samples \(skip, now error\)"):
+        write_shards(damaged, tmp_path / "skip", samples_per_shard=3)
+
+
+def test_bad_samples_cannot_become_errors_later(
+    damaged: CsvConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Because finished shards may lack bad samples."""
+    with pytest.raises(BadSampleError):
+        write_shards(damaged, tmp_path / "out", samples_per_shard=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("vg.data.shards.write._finish", lambda *_: pytest.fail("interrupted"))
+        with pytest.raises(pytest.fail.Exception, match="interrupted"):
+            write_shards(damaged, tmp_path / "out", samples_per_shard=3, bad_samples="skip")
+    with pytest.raises(DataError, match=r"begun with other settings: bad_samples \(skip, now error\)"):
+        write_shards(damaged, tmp_path / "out", samples_per_shard=3)
 
 
 def test_only_bad_samples(damaged: CsvConfig, tmp_path: Path) -> None:

@@ -103,7 +103,10 @@ def with_all_classes(dataset: Any) -> Any:
 
 
 def _begin(folder: Path, settings: dict[str, Any]) -> Index | None:
-    """Record the settings in a new folder, or compare them with the recorded ones; return the index if complete."""
+    """Record the settings in a new folder, or compare them with the recorded ones; return the index if complete.
+
+    bad_samples may change from "error" to "skip", because finished shards have no bad samples then.
+    """
     begun = None
     if (folder / INDEX).exists():
         index = Index.parse((folder / INDEX).read_bytes(), str(folder / INDEX))
@@ -115,6 +118,10 @@ def _begin(folder: Path, settings: dict[str, Any]) -> Index | None:
     if begun is None:
         write_json(folder / UNFINISHED, settings)
         return None
+    if begun.get("bad_samples") == "error" and settings["bad_samples"] == "skip":
+        begun["bad_samples"] = "skip"
+        if index is None:
+            write_json(folder / UNFINISHED, begun)
     if different := [name for name in settings if begun.get(name) != settings[name]]:
         changes = ", ".join(f"{name} ({begun.get(name)}, now {settings[name]})" for name in different)
         raise DataError(f"the shards in {folder} were begun with other settings: {changes}; give a new folder")
@@ -194,7 +201,11 @@ def _locked(file: Path) -> Any:
     """Lock against other processes that write the same shards, also those whose main process was killed."""
     from filelock import FileLock, Timeout
 
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except OSError as error:  # the lock would be taken for that of another process
+        raise DataError(f"{file.with_suffix('')} cannot be written ({error.strerror}); give another folder") from error
     try:
         return FileLock(file, timeout=_WAIT).acquire()
     except Timeout as error:
