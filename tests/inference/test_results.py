@@ -179,3 +179,15 @@ def test_errors(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"image": "a", "boxes": []}\n[1]\n')
     with pytest.raises(DataError, match=r"x\.jsonl, line 2: not a result of vg predict"):
         list(read_records(tmp_path / "x.jsonl"))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_single_result_is_written_like_a_list(format: str, tmp_path: Path) -> None:
+    write_results([result()], tmp_path / "list", format)
+    for number, single in enumerate((result(), result().to_dict())):
+        write_results(single, tmp_path / str(number), format)
+        assert (tmp_path / str(number)).read_bytes() == (tmp_path / "list").read_bytes()
+    for wrong, name in ((None, "NoneType"), ("runs/demo", "str"), ([[result()]], "list"), (result()[0], "str")):
+        with pytest.raises(DataError, match=f"expected results of a Grounder, .* got one of type {name}"):
+            write_results(wrong, tmp_path / "wrong", format)
+    assert not (tmp_path / "wrong").exists()

@@ -25,22 +25,24 @@ SUFFIXES: dict[Format, str] = {  # of files that are named by their format
 COLUMNS = ("image", "phrase", "left", "top", "right", "bottom", "score", "height", "width")
 
 
-def write_results(results: Iterable[Result | Record], path: str | Path, format: Format) -> None:
+def write_results(results: Result | Iterable[Result | Record], path: str | Path, format: Format) -> None:
     """Write a file atomically.
 
     Args:
-        results: results, or records of `Result.to_dict`; read once, one at a time.
+        results: results, or records of `Result.to_dict`; read once, one at a time. A single one is written, too.
         format: "jsonl", a record per line; "coco", images, annotations (with score) and categories, one per phrase;
             "csv", a row per box, and one without a phrase for an image without boxes; "odvg", a line per image, whose
             caption are its phrases; "label-studio", tasks with pre-annotations.
 
     Raises:
-        DataError: an unknown format.
+        DataError: an unknown format, or something else than results and records.
         OSError: the file cannot be written.
     """
     if format not in FORMATS:
         raise DataError(f"unknown format {format!r}; use {', '.join(FORMATS)}")
-    records = (result.to_dict() if isinstance(result, Result) else result for result in results)
+    if isinstance(results, (Result, Mapping)) or not isinstance(results, Iterable):
+        results = [results]  # the items of a Result are boxes
+    records = map(_to_record, results)
     with replacing(Path(path), is_file=True) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         if format == "csv":
             writer = csv.DictWriter(file, COLUMNS, restval="")
@@ -53,6 +55,14 @@ def write_results(results: Iterable[Result | Record], path: str | Path, format: 
         else:
             document = _coco(records) if format == "coco" else [label_studio_task(record) for record in records]
             json.dump(document, file, ensure_ascii=False)
+
+
+def _to_record(result: Any) -> Record:
+    if isinstance(result, Result):
+        return result.to_dict()
+    if not isinstance(result, Mapping):
+        raise DataError(f"expected results of a Grounder, or their records, got one of type {type(result).__name__}")
+    return result
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
