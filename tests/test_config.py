@@ -61,6 +61,35 @@ def test_overrides(minimal: Path) -> None:
     assert config.model.head == DenseHeadConfig(layers=2, loss=DenseLossConfig(l1=1))
 
 
+def test_one_override_instead_of_a_list(minimal: Path) -> None:
+    assert load_config(minimal, "train.seed=3") == load_config(minimal, ["train.seed=3"])
+    assert parse_config(MINIMAL, overrides="train.seed=3").train.seed == 3
+
+
+def test_text_that_yaml_1_1_reads_as_another_number(minimal: Path) -> None:
+    changes = ["train.seed=010", "train.output='010'", "data.train.size=1_000", "data.cache.folder=1:30"]
+    config = load_config(minimal, changes)
+    assert (config.train.seed, config.train.output, config.data.train.size) == (10, "010", 1000)
+    assert config.data.cache.folder == "1:30"
+    for name in ("no", "on", "null", "~", "007"):
+        assert list(load_config(minimal, [f"data.eval={{{name}: {{name: shapes}}}}"]).data.eval_datasets()) == [name]
+    path = minimal.with_name("dumped.yaml")
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+def test_the_home_folder_in_paths(tmp_path: Path, minimal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = {"train": {"output": "~/run"}, "data": {"train": {"name": "coco", "path": "~/a.json"}}}
+    path = write(tmp_path / "own.yaml", {"base": "~/minimal.yaml", **values})
+    config = load_config(path, ["data.cache.folder=~/cache", "model.vision.id=~/dino", "train.trackers=[a~/b]"])
+    assert config.train.output == str(tmp_path / "run")
+    assert config.data.train.path == str(tmp_path / "a.json")
+    assert config.data.cache.folder == str(tmp_path / "cache")
+    assert config.model.vision.id == str(tmp_path / "dino")
+    assert config.train.trackers == ["a~/b"]
+
+
 def test_overrides_below_null(tmp_path: Path, minimal: Path) -> None:
     """`vg config` prints all options, null where they are off."""
     (tmp_path / "full.yaml").write_text(dump_config(load_config(minimal)))
@@ -165,6 +194,13 @@ def test_round_trip(tmp_path: Path, minimal: Path) -> None:
         (["optim.lr=1", "optim.lr.x=3"], "optim.lr.x=3: lr is 1, which has no keys"),
         (["data.train.name=[1]"], "data.train.name: [1] is unknown"),
         (["train.seed=9223372036854775808"], "train.seed: Input should be less than 9223372036854775808"),
+        (["train.max_steps=1:30"], "train.max_steps: Input should be a valid integer, unable to parse string as an"),
+        (["train.max_steps=1e3"], "integer, got '1e3'"),
+        (["train.output=no"], "train.output: Input should be a valid string, got False, as YAML reads it; write text"),
+        (["train.output=3"], "train.output: Input should be a valid string, got 3, as YAML reads it; write text"),
+        (["train.precision=yes"], "train.precision: Input should be 'no', 'bf16' or 'fp16', got True"),
+        (["train={no: 3}"], "train.no: unknown key"),
+        (["data.eval={3: {name: shapes}}"], "data.eval.3.[key]: Input should be a valid string, got 3, as YAML reads"),
         (["optim.betas=[1"], "optim.betas=[1: the value is not valid YAML"),
     ],
 )

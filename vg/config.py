@@ -28,13 +28,16 @@ from vg.errors import ConfigError
 from vg.models import ModelConfig
 from vg.settings import (
     Settings,
+    all_attributes,
     by_name,
     differences,
     is_mapping_of_settings,
     key_path,
     parse_yaml,
+    problem,
     read_yaml,
     unknown_keys,
+    with_home,
 )
 from vg.training.optim import OptimConfig
 from vg.training.settings import TrainConfig
@@ -136,6 +139,7 @@ Files = Sequence[tuple[Path, Mapping[str, Any]]]  # a YAML file and its values, 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, merge it over its `base`, and apply overrides such as "optim.lr=1e-4" or "model.head=dense".
 
+    A path among the values may begin with ~/, the home folder.
     `base: other.yaml` (relative to the file; a base may have a base) is merged key by key. Lists, null, `{}`, and
     mappings that select another `name`, such as another dataset or head, replace the value of the base.
 
@@ -162,9 +166,21 @@ def parse_config(
 ) -> RunConfig:
     """Validate nested dictionaries and overrides of them; raises ConfigError, whose message begins with `origin`."""
     changed: dict[str, Any] = deepcopy(_renamed(values))
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         _apply(changed, override)
     return _parse(_renamed(changed), origin, RunConfig, [])
+
+
+def checked_config(config: Any) -> RunConfig:
+    """Return a configuration that may have been changed in Python, or one with its values as the types of their fields.
+
+    Raises:
+        ConfigError: not a RunConfig, a wrong type, or an unknown attribute.
+    """
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"expected the configuration that vg.load_config returns, got {config!r:.80}")
+    found = _parse(all_attributes(config), "the configuration", RunConfig, [])
+    return config if found == config else found
 
 
 def dump_config(config: CheckpointConfig, defaults: bool = True) -> str:
@@ -182,13 +198,14 @@ def recipe_path(name: str) -> Path:
 
 
 def _parse(values: Mapping[str, Any], origin: str, config_type: type[Config], files: Files) -> Config:
+    values = with_home(values)
     problems, cause = unknown_keys(values, config_type), None
     if not problems:
         try:
             return TypeAdapter(config_type).validate_python(values)
         except ValidationError as error:
             cause = error
-            problems = [(key_path(item["loc"], values), item["msg"]) for item in error.errors(include_url=False)]
+            problems = [(key_path(item["loc"], values), problem(item)) for item in error.errors(include_url=False)]
     lines = [
         ": ".join(filter(None, (".".join(map(str, path)), message))) + _source(path, values, files)
         for path, message in problems
@@ -219,7 +236,7 @@ def _load_values(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, 
     for _, own in reversed(files):
         if own:  # an empty mapping would replace the base
             values = _renamed(_merge(values, own))  # a copy: overrides must not change `files`
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         _apply(values, override)
         values = _renamed(values)
     return values, files
@@ -234,7 +251,7 @@ def _read_files(path: Path, chain: tuple[Path, ...] = ()) -> Files:
         return [(path, _renamed(values))]
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base must be the path of one YAML file, got a {type(base).__name__}")
-    return [(path, _renamed(values)), *_read_files(path.parent / base, (*chain, path))]
+    return [(path, _renamed(values)), *_read_files(path.parent / Path(base).expanduser(), (*chain, path))]
 
 
 def _read_yaml(path: Path, role: str) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -14,11 +16,20 @@ import yaml
 from vg.errors import closest
 
 LARGEST_YAML, DEEPEST_YAML, MOST_VALUES = 2_000_000, 100, 200_000  # bytes or characters, levels, values
+_TEXT = "tag:yaml.org,2002:str"
 KeyPath = tuple[Any, ...]  # keys and list indices from the top of a configuration down to a value
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML whose mappings have every key once; the keys that `<<` merges may be overridden."""
+    """YAML whose mappings have every key once; the keys that `<<` merges may be overridden.
+
+    Unlike in YAML 1.1, 010 and 1:30 are text instead of 8 and 90, and the keys no, yes and null are text, too.
+    """
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
+        tag = super().resolve(kind, value, implicit)
+        is_number = kind is yaml.ScalarNode and implicit[0] and tag.endswith((":int", ":float"))
+        return _TEXT if is_number and re.search(r"^[-+]?0[\w]|:", value) else tag
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -30,6 +41,8 @@ class _UniqueKeys(yaml.SafeLoader):
             if first is not None:
                 raise yaml.YAMLError(f"the key `{key.value}` in line {line} is already in line {first}; remove one")
             lines[key.tag, key.value] = line
+            if key.tag.endswith((":bool", ":null")):
+                key.tag = _TEXT
         return node
 
 
@@ -152,6 +165,32 @@ def key_path(location: Sequence[str | int], values: Any) -> KeyPath:
         except (KeyError, IndexError, TypeError):  # this key is the missing one
             values = None
     return tuple(path)
+
+
+def problem(error: Mapping[str, Any]) -> str:
+    """Return the message of a pydantic error, with the value where YAML may have read another one than was meant."""
+    value, message = error["input"], error["msg"]
+    if error["type"] == "string_type" and not isinstance(value, (list, dict)):
+        return f"{message}, got {value!r}, as YAML reads it; write text such as 'no' or '3' in quotes"
+    return f"{message}, got {value!r:.80}" if error["type"] in ("int_parsing", "literal_error") else message
+
+
+def with_home(values: Any) -> Any:
+    """Return a copy in which paths that begin with ~/ have the home folder instead."""
+    if isinstance(values, Mapping):
+        return {key: with_home(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [with_home(value) for value in values]
+    return os.path.expanduser(values) if isinstance(values, str) and values.startswith("~/") else values
+
+
+def all_attributes(value: Any) -> Any:
+    """Return settings as nested dictionaries, with attributes that are not fields."""
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {key: all_attributes(entry) for key, entry in value.items()}
+    return [all_attributes(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def differences(value: Any) -> Any:

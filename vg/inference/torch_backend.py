@@ -211,5 +211,6 @@ def load(
         results = next((json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()), None)
         return model, config, results
     if overrides:
-        raise ConfigError(f"{path} is not a checkpoint of vg, so {', '.join(overrides)} cannot be set")
+        given = overrides if isinstance(overrides, str) else ", ".join(overrides)
+        raise ConfigError(f"{path} is not a checkpoint of vg, so {given} cannot be set")
     return open_model(folder, tokenizer), None, None
