@@ -151,3 +151,9 @@ def test_overrides_on_both_sides_of_an_option_are_kept() -> None:
         assert options.overrides == ["model.x=1", "model.y=2"]
     with pytest.raises(SystemExit, match="2"):
         parser.parse_args(["label", "MODEL", "DATA", "OUT", "-p", "model.x=1"])
+
+
+def test_resume_and_overwrite_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "configs/demo_rec.yaml", "--resume", "--overwrite"])
+    assert "--overwrite: not allowed with argument --resume" in capsys.readouterr().err

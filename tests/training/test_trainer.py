@@ -205,3 +205,19 @@ def test_foreign_files_in_the_folder_are_kept(tiny_config: MakeConfig) -> None:
     Trainer(config).fit()
     assert mine[0].exists()
     assert mine[2].exists()
+
+
+def test_configurations_changed_in_python_are_validated(tiny_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"expected the configuration that vg\.load_config returns, got 'x\.yaml'"):
+        Trainer("x.yaml")  # type: ignore[arg-type]
+    config = tiny_config()
+    assert Trainer(config).config is config
+    config.optim.lr = "1e-3"  # type: ignore[assignment]
+    assert Trainer(config).config.optim.lr == 1e-3
+    config.optim.lr = "abc"  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"optim\.lr: Input should be a valid number"):
+        Trainer(config)
+    config = tiny_config()
+    config.train.max_stesp = 2  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"train\.max_stesp: unknown key; did you mean `max_steps`\?"):
+        Trainer(config)

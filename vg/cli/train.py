@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in train.output")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing run in train.output")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in train.output")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing run in train.output")
 
 
 def run(options: argparse.Namespace) -> None:

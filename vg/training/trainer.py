@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vg.checkpoint import VALIDATION
-from vg.config import RunConfig
+from vg.config import RunConfig, checked_config
 from vg.distributed import (
     StopSignal,
     mean_over_processes,
@@ -54,10 +54,12 @@ class Trainer:
         overwrite: replace an existing run in `train.output`.
 
     Raises:
+        ConfigError: not a configuration, or one with wrong values or names that were set in Python.
         CheckpointError: `train.output` contains a run and neither argument is given, or there is nothing to resume.
     """
 
     def __init__(self, config: RunConfig, resume: bool = False, overwrite: bool = False):
+        config = checked_config(config)
         check_launch(config)
         self.config = config
         self.accelerator = new_accelerator(
