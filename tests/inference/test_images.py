@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from io import BytesIO, StringIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import vg
 from tests.inference.bright import Bright
-from vg.errors import DataError
+from vg.errors import CheckpointError, ConfigError, DataError
+from vg.inference.images import is_single
 
 TENSOR = torch.zeros(3, 8, 8)
 
@@ -29,3 +33,77 @@ def test_other_types_are_refused(images: Any, number: int, name: str) -> None:
     message = rf"image {number} is of type {name}; expected a path, a URL, a PIL image, .* NumPy array \[H, W, 3\]"
     with pytest.raises(DataError, match=message):
         list(vg.Grounder(Bright(), device="cpu")(images, "square"))
+
+
+@pytest.fixture(scope="module")
+def grounder() -> vg.Grounder:
+    return vg.Grounder(Bright(), device="cpu")
+
+
+def test_open_files_and_buffers(grounder: vg.Grounder, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 10), "white").save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    buffer = BytesIO(content)
+    with (tmp_path / "a.png").open("rb") as file:
+        for image in (content, bytearray(content), memoryview(content), buffer, buffer, file):
+            assert is_single(image)
+            assert grounder(image, "square").size == (10, 20)
+            assert [result.size for result in grounder([image, image], "square")] == [(10, 20)] * 2
+    with pytest.raises(DataError, match="image 0 is a file opened as text; open it with mode 'rb'"):
+        grounder(StringIO("x"), "square")
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (b"x", "^image 0 cannot be read"),
+        (np.zeros((4, 4, 3), np.float32), "^image 0 as an array has float32"),
+        (None, "^images is of type NoneType; expected a path"),
+        (3, "^images is of type int; expected a path"),
+        ("", "^the path of an image is empty"),
+        ([""], "^the path of an image is empty"),
+    ],
+)
+def test_unusable_images(image: Any, message: str, grounder: vg.Grounder) -> None:
+    with pytest.raises(DataError, match=message):
+        grounder(image, "square")
+
+
+def test_a_batch_is_a_list(grounder: vg.Grounder) -> None:
+    for image in ("scene.png", Path("folder"), np.zeros((8, 8, 3), np.uint8), b"x"):
+        with pytest.raises(ValueError, match="images needs a list of images"):
+            grounder.predict_batch(image, ["square"])
+
+
+@pytest.mark.parametrize("phrases", [[3], 3, None, b"square", ["square", b"x"]])
+def test_phrases_are_text(phrases: Any, grounder: vg.Grounder) -> None:
+    with pytest.raises(DataError, match="a phrase must be text, got "):
+        grounder(np.zeros((8, 8, 3), np.uint8), phrases)
+
+
+@pytest.mark.parametrize("threshold", ["0.3", [0.3], np.zeros(2)])
+def test_thresholds_are_numbers(threshold: Any, grounder: vg.Grounder) -> None:
+    with pytest.raises(ConfigError, match=r"threshold .*: expected a score or IoU from 0 to 1"):
+        grounder(np.zeros((8, 8, 3), np.uint8), "square", threshold)
+
+
+def test_a_threshold_is_not_a_tokenizer(grounder: vg.Grounder) -> None:
+    with pytest.raises(TypeError, match=r"0\.5 is not a tokenizer; give device= and threshold= by name"):
+        vg.predict_and_crop(np.zeros((8, 8, 3), np.uint8), "square", grounder, 0.5)  # type: ignore[call-overload]
+
+
+def test_models_of_other_types(grounder: vg.Grounder, tmp_path: Path) -> None:
+    for model in (None, 3, grounder, torch.nn.Linear(1, 1)):
+        with pytest.raises(ConfigError, match=f"a Grounder needs a model or its path, not a {type(model).__name__}"):
+            vg.Grounder(model)  # type: ignore[arg-type]
+    for name, message in (
+        ("config.yaml", "is a YAML file, not a model"),
+        ("model.safetensors", "has only the weights"),
+    ):
+        (tmp_path / name).touch()
+        with pytest.raises(CheckpointError, match=f"{name} {message}.*; give .* {tmp_path}"):
+            vg.Grounder(tmp_path / name)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.pth").touch()
+    with pytest.raises(ConfigError, match=r"a\.pth is not a checkpoint of vg, so model\.x=1 cannot be set"):
+        vg.Grounder(tmp_path / "other" / "a.pth", overrides="model.x=1")

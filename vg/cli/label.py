@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from vg.inference.grounder import check_fraction
+    from vg.inference.arguments import check_fraction
     from vg.labeling.phrases import read_phrases
     from vg.labeling.run import label, label_on_ray, worker_of
     from vg.labeling.worker import LabelSettings

@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from vg.inference.grounder import Grounder, check_fraction, checked_phrases
+    from vg.inference.arguments import check_fraction, checked_phrases
+    from vg.inference.grounder import Grounder
     from vg.inference.images import is_single
 
     overrides = options.overrides = [*filter(is_override, options.words), *options.overrides]

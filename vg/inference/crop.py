@@ -86,6 +86,8 @@ def predict_and_crop(
     if len(published) > len(names) or any(keywords[name] is not None for name in names[: len(published)]):
         raise TypeError("predict_and_crop takes (image, prompt, model[, tokenizer, transforms][, device, threshold])")
     tokenizer, _, device, threshold = (keywords | dict(zip(names, published, strict=False))).values()
+    if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
+        raise TypeError(f"{tokenizer!r:.80} is not a tokenizer; give device= and threshold= by name")
     if not isinstance(model, Grounder):
         model = Grounder(model, None if device is None else str(device), overrides=overrides)
     if tokenizer is not None and tokenizer.get_vocab() != model.tokenizer.get_vocab():

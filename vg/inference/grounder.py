@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from vg.errors import ConfigError, DataError
+from vg.errors import ConfigError
+from vg.inference.arguments import check_fraction, checked_phrases
 from vg.inference.images import ImageLike, NamedImage, is_single, named_images
 from vg.inference.read_ahead import Failed, read_ahead
 from vg.inference.result import Boxes, Result
@@ -45,7 +46,7 @@ class Grounder:
         cuda_graphs: on CUDA, record the network for each input size and replay it: for videos. Not run on a GPU yet.
 
     Raises:
-        ConfigError: this machine does not have the device, no such dtype, or CUDA graphs on another device.
+        ConfigError: not a model, no such device on this machine, no such dtype, or CUDA graphs on another device.
         CheckpointError: see `load_model`.
     """
 
@@ -78,6 +79,8 @@ class Grounder:
         device = best_device() if device is None else checked_device(device)
         if isinstance(model, (str, Path)):
             model, self.config, self.results = load(model, tokenizer, overrides, revision)
+        elif not hasattr(model, "text_spec"):
+            raise ConfigError(f"a Grounder needs a model or its path, not a {type(model).__name__}")
         self.backend = TorchBackend(model, device, dtype, cuda_graphs)
 
     @classmethod
@@ -165,8 +168,8 @@ class Grounder:
         """Find phrases in one or more images.
 
         Args:
-            images: a path, http(s) URL, PIL image, array [H, W, 3] uint8 (or gray, RGBA, 16 bits) or the bytes of a
-                file; or a list of them; or a folder, a pattern such as "photos/*.jpg", a video, or a generator.
+            images: a path, http(s) URL, PIL image, array [H, W, 3] uint8 (or gray, RGBA, 16 bits), bytes of a file, or
+                an open file; or a list of them; or a folder, a pattern such as "photos/*.jpg", a video, or a generator.
             phrases: one phrase or several; a model of one expression (rec) answers each by itself.
             threshold: minimum score of a box, 0..1. By default 0.3 for a model of many phrases; for a model of one
                 expression the best box of each phrase, or 0.5 if it may name no object or several.
@@ -201,11 +204,13 @@ class Grounder:
         """Find phrases in several images in one pass of the network; every image has its own phrase or phrases.
 
         Raises:
-            ValueError: the number of entries in phrases differs from the number of images.
+            ValueError: one image or phrase instead of a list, or another number of phrases than of images.
             DataError, ConfigError, PredictionError: as in a call.
         """
         if isinstance(phrases, str):
             raise ValueError("phrases needs one entry per image; use [phrases] * len(images) to repeat one")
+        if isinstance(images, (str, Path)) or is_single(images):
+            raise ValueError("images needs a list of images, such as [image]; a call takes one image, or a folder")
         check_fraction(threshold or 0.0, "threshold")
         named = list(named_images(list(images))[0])
         wanted = list(map(checked_phrases, phrases))
@@ -304,17 +309,3 @@ class Grounder:
             else:
                 found = [predict_tiled(predict, image, tile, overlap, batch_size) for image in ready.pixels]
             yield from (Result(name, x, phrases, *boxes) for (name, x), boxes in zip(ready, found, strict=True))
-
-
-def checked_phrases(phrases: str | Sequence[str]) -> tuple[str, ...]:
-    """Return one phrase or several as a tuple; raises DataError if there is none, or an empty one."""
-    wanted = (phrases,) if isinstance(phrases, str) else tuple(phrases)
-    if not wanted or not all(phrase.strip() for phrase in wanted):
-        raise DataError("no phrase or an empty phrase; give at least one with words")
-    return wanted
-
-
-def check_fraction(value: float, name: str) -> None:
-    """Raise ConfigError unless a score or IoU is in 0..1."""
-    if not 0 <= value <= 1:
-        raise ConfigError(f"{name} {value:g}: expected a score or IoU from 0 to 1, such as 0.3")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import IO, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -18,8 +19,9 @@ from vg.errors import BadSampleError, ConfigError, DataError
 from vg.hub import loading
 from vg.inference.download import download, is_url
 
-# [H, W, 3] or [H, W, 4] (RGBA) or [H, W] array of 8 or 16 bits, PIL image, content of a file, its path or http(s) URL
-ImageLike: TypeAlias = np.ndarray | Image.Image | bytes | str | Path
+# [H, W, 3] or [H, W, 4] (RGBA) or [H, W] array of 8 or 16 bits, PIL image, content of a file, its path or http(s) URL,
+# or an open file, such as a BytesIO
+ImageLike: TypeAlias = np.ndarray | Image.Image | bytes | bytearray | memoryview | str | Path | IO[bytes]
 HUB = "hf://datasets/"
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 
@@ -44,8 +46,10 @@ def to_array(image: ImageLike, name: str = "given") -> np.ndarray:
     """
     if isinstance(image, np.ndarray):
         return array_to_rgb(image, f"{name} as an array")
-    if isinstance(image, (Image.Image, bytes)):
+    if isinstance(image, Image.Image):
         return read_image(image, name, upright=True)
+    if not isinstance(image, (str, Path)):
+        return read_image(_content(image, name), name, upright=True)
     if is_url(str(image)):
         return read_image(download(str(image)), str(image), upright=True)
     path = Path(image)
@@ -57,12 +61,30 @@ def to_array(image: ImageLike, name: str = "given") -> np.ndarray:
     return read_image(path, str(image), upright=True)
 
 
+def _content(image: bytes | bytearray | memoryview | IO[bytes], name: str) -> bytes:
+    """Return the bytes of an image file; an open file is read from its beginning."""
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return bytes(image)
+    with suppress(AttributeError, OSError):  # a stream has no beginning to return to
+        image.seek(0)
+    content = image.read()
+    if not isinstance(content, bytes):
+        raise DataError(f"image {name} is a file opened as text; open it with mode 'rb'")
+    return content
+
+
+def _is_content(image: Any) -> bool:
+    """Whether an argument has the pixels or the bytes of an image."""
+    is_file = hasattr(image, "read") and not isinstance(image, NamedImage)
+    return is_file or isinstance(image, (np.ndarray, Image.Image, bytes, bytearray, memoryview))
+
+
 def is_single(images: Any) -> bool:
     """Whether an argument is one image, not several: neither a collection nor a folder, pattern or video."""
     if isinstance(images, (str, Path)):
         several = _is_video(images) or str(images).endswith(".json") or str(images).startswith(HUB)
         return is_url(str(images)) or not (several or Path(images).is_dir() or _is_pattern(str(images)))
-    return isinstance(images, (np.ndarray, Image.Image, bytes))
+    return _is_content(images)
 
 
 def named_images(
@@ -83,21 +105,20 @@ def named_images(
     """
     if every < 1:
         raise ConfigError(f"every {every}: expected at least 1")
-    if isinstance(images, (np.ndarray, Image.Image, bytes)):
-        images = [images]
-    if isinstance(images, (str, Path)):
-        return _of_path(str(images), every)
-    if isinstance(images, (list, tuple)):
+    given: Any = [images] if _is_content(images) else images
+    if isinstance(given, (str, Path)):
+        return _of_path(str(given), every)
+    if not isinstance(given, Iterable):
+        raise DataError(_wrong_type("images", given))
+    if isinstance(given, (list, tuple)):
         parts = [
-            _of_path(str(image), every)
-            if isinstance(image, (str, Path))
-            else (iter([_pixels(image, f"image {number}")]), 1)
-            for number, image in enumerate(images)
+            _of_path(str(image), every) if isinstance(image, (str, Path)) else (iter([_pixels(image, number)]), 1)
+            for number, image in enumerate(given)
         ]
         counts = [count for _, count in parts]
         total = None if None in counts else sum(filter(None, counts))
         return (image for part, _ in parts for image in part), total
-    return _of_stream(images, every), None
+    return _of_stream(given, every), None
 
 
 def _of_stream(images: Iterable[ImageLike | NamedImage], every: int) -> Iterator[NamedImage]:
@@ -107,10 +128,12 @@ def _of_stream(images: Iterable[ImageLike | NamedImage], every: int) -> Iterator
         elif isinstance(image, (str, Path)):
             yield from _of_path(str(image), every)[0]
         else:
-            yield _pixels(image, f"image {number}")
+            yield _pixels(image, number)
 
 
 def _of_path(path: str, every: int) -> tuple[Iterator[NamedImage], int | None]:
+    if not path:  # pathlib takes it for the current folder
+        raise DataError("the path of an image is empty; give that of a file, or . for the current folder")
     if is_url(path):
         return iter([NamedImage(path, partial(to_array, path))]), 1
     if path.startswith(HUB):
@@ -131,13 +154,17 @@ def _of_path(path: str, every: int) -> tuple[Iterator[NamedImage], int | None]:
     return (NamedImage(file, partial(to_array, file)) for file in files), len(files)
 
 
-def _pixels(image: np.ndarray | Image.Image | bytes, name: str) -> NamedImage:
-    if not isinstance(image, (np.ndarray, Image.Image, bytes)):  # such as a tensor, or its rows
-        raise DataError(
-            f"{name} is of type {type(image).__name__}; expected a path, a URL, a PIL image, the bytes of a file, or "
-            "a NumPy array [H, W, 3]"
-        )
-    return NamedImage(name, partial(to_array, image, name))
+def _pixels(image: Any, number: int) -> NamedImage:
+    if not _is_content(image):  # such as a tensor, or its rows
+        raise DataError(_wrong_type(f"image {number}", image))
+    return NamedImage(f"image {number}", partial(to_array, image, str(number)))
+
+
+def _wrong_type(name: str, value: Any) -> str:
+    return (
+        f"{name} is of type {type(value).__name__}; expected a path, a URL, a PIL image, the bytes of a file, an open "
+        "file, or a NumPy array [H, W, 3]"
+    )
 
 
 def _frames(path: str, every: int) -> tuple[Iterator[NamedImage], int | None]:

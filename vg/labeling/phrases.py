@@ -11,7 +11,7 @@ import numpy as np
 
 from vg.errors import ConfigError
 from vg.files import read_text
-from vg.inference.grounder import check_fraction
+from vg.inference.arguments import check_fraction
 from vg.labeling.plan import PlannedImage
 
 Thresholds: TypeAlias = dict[str, float | None]  # phrase -> minimum score of its boxes; None: that of all

@@ -6,7 +6,7 @@ import csv
 import unicodedata
 
 from vg.errors import DataError
-from vg.inference.grounder import checked_phrases
+from vg.inference.arguments import checked_phrases
 
 MAX_CHARACTERS = 2_000  # of the field
 MAX_PHRASES = 80
