@@ -157,3 +157,15 @@ def test_resume_and_overwrite_exclude_each_other(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit, match="2"):
         main(["train", "configs/demo_rec.yaml", "--resume", "--overwrite"])
     assert "--overwrite: not allowed with argument --resume" in capsys.readouterr().err
+
+
+def test_a_wrong_option_prints_the_usage_of_its_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["shard", "data", "out", "--worker", "3", "--nonsense"])
+    assert capsys.readouterr().err.startswith("usage: vg shard ")
+
+
+def test_convert_names_the_folder_of_a_yaml_file(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(SystemExit, match=r"config\.yaml is a YAML file, not a model; give the folder of the run"):
+        main(["convert", str(tmp_path / "config.yaml"), str(tmp_path / "out"), "--to", "vg"])

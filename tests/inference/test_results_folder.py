@@ -53,3 +53,17 @@ def test_images_that_were_unusable_do_not_replace_files(tmp_path: Path) -> None:
     fill(tmp_path, images, unusable=("photos/cat.jpg",))
     fill(tmp_path, images)
     assert crops(tmp_path) == {"photos_cat_0.png": 50, "photos_cat_2_0.png": 200}
+
+
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the file."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder = ResultsFolder(tmp_path, SETTINGS)
+    for owner, method, name in ((Image.Image, "save", "drawn/a.png"), (Result, "to_json", "results.jsonl")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, method, full)
+            with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/{name}'"):
+                folder.add(result("a.png", 50), draw=method == "save", crops=False)

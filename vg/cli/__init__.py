@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = new_parser()
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") or "=" not in word for word in rest) or (rest and "overrides" not in options):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse does not assign overrides that follow an option
         options.overrides += rest
     handler = logging.StreamHandler()
@@ -180,13 +180,14 @@ def _is_output_closed() -> bool:
 
 
 def new_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; `verb` is the key of VERBS."""
+    """Return the parser of the command line; `verb` is the key of VERBS, `parser` the parser of that verb."""
     parser = argparse.ArgumentParser(prog="vg", description="Train and run models that ground phrases in images.")
     parser.add_argument("--version", action="version", version=f"vg {__version__}")
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
         about = f"{verb.help[0].upper()}{verb.help[1:]}."
         subparser = subparsers.add_parser(name, help=verb.help, description=about, formatter_class=HelpFormatter)
+        subparser.set_defaults(parser=subparser)  # whose usage belongs to errors that `main` finds
         verb.add_arguments(subparser)
         example = f"example:\n  vg {name} {verb.example}".rstrip()
         subparser.epilog = "\n\n".join(filter(None, [(subparser.epilog or "").strip(), example]))

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class ResultsFolder:
             self._save("drawn", stem, result.draw(max(READABLE_SIDE, *result.size)))
         for number, pixels in enumerate(result.crop() if crops else ()):
             self._save("crops", f"{stem}_{number}", pixels)
-        with self._results.open("a", encoding="utf-8") as file:
+        with _naming(self._results), self._results.open("a", encoding="utf-8") as file:
             file.write(result.to_json() + "\n")
         self.names.add(result.name)
 
@@ -118,4 +119,16 @@ class ResultsFolder:
     def _save(self, folder: str, stem: str, pixels: np.ndarray) -> None:
         path = self.path / folder / f"{stem}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(path)
+        with _naming(path):
+            Image.fromarray(pixels).save(path)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Add a path to errors of the system that have none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
