@@ -169,3 +169,13 @@ def test_convert_names_the_folder_of_a_yaml_file(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     with pytest.raises(SystemExit, match=r"config\.yaml is a YAML file, not a model; give the folder of the run"):
         main(["convert", str(tmp_path / "config.yaml"), str(tmp_path / "out"), "--to", "vg"])
+
+
+@pytest.mark.parametrize("words", ["check configs/demo_rec.yaml --output", "interpolate a b --output", "export a"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"file/out\S* cannot be written \(.*\): choose another path"):
+        main([*words.split(), str(tmp_path / "file/out.pt2")])

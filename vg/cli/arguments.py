@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,16 @@ def check_overrides(options: argparse.Namespace) -> None:
     for override in getattr(options, "overrides", ()):
         if override.partition(".")[0] in options.without_effect:
             raise ConfigError(f"{override} has no effect on vg {options.verb}; leave it out")
+
+
+def check_writable(output: Path) -> None:
+    """Raise ConfigError, before long work, if an output cannot be created below the nearest folder that exists."""
+    from vg.errors import ConfigError
+
+    try:
+        tempfile.TemporaryFile(dir=next(folder for folder in output.absolute().parents if folder.exists())).close()
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written ({error.strerror}): choose another path") from error
 
 
 def is_override(word: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vg.cli.arguments import add_data, add_data_overrides, read_data
+from vg.cli.arguments import add_data, add_data_overrides, check_writable, read_data
 
 if TYPE_CHECKING:
     from vg.models.settings import ModelSettings
@@ -33,6 +33,8 @@ def run(options: argparse.Namespace) -> None:
 
     if options.quick is not None and options.quick < 1:
         raise ConfigError(f"--quick {options.quick}: read at least one image of each dataset")
+    output = Path(options.output)
+    check_writable(output / "report.json")
     config, is_one_dataset = read_data(options.data, options.overrides)
     datasets = {"train": config.data.train}
     if not is_one_dataset:
@@ -41,9 +43,8 @@ def run(options: argparse.Namespace) -> None:
         print(f"{name}: {datasets.pop(name)} is a stream, which is not checked")
     count_tokens = _token_counter(config.model)
     diagnosis = diagnose(datasets, config.model.max_tokens, count_tokens, options.quick)
-    output = Path(options.output)
+    print(to_text(diagnosis), flush=True)
     write_json(output / "report.json", to_json(diagnosis))
-    print(to_text(diagnosis))
     if count_tokens is None:
         print("tokenizer not cached locally; prompt lengths are lower bounds")
     if images := diagnosis.images(NUM_DRAWN):

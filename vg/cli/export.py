@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vg.cli.arguments import add_overrides, add_tokenizer
+from vg.cli.arguments import add_overrides, add_tokenizer, check_writable
 from vg.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
         from vg.export.onnx_file import check_packages
 
         check_packages()
+    check_writable(options.output)
     config: CheckpointConfig | None = None
     if is_checkpoint(options.checkpoint):
         model, config = read_model(options.checkpoint, options.overrides)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vg.cli.arguments import add_overrides
+from vg.cli.arguments import add_overrides, check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.output.exists():
         raise CheckpointError(f"{options.output} exists; choose another path, or remove it first")
+    check_writable(options.output)
     model, config = load_with_data(options.final, options.overrides)
     initial, _ = load(options.initial, [])
     mixtures = Interpolation(initial.own_state_dict(), model.own_state_dict())
