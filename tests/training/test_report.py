@@ -29,7 +29,7 @@ def test_plan_names_data_model_and_steps(tiny_config: MakeConfig, capsys: pytest
     assert "train: 20 expressions of shapes (expression, seed 0) (train), such as " in printed
     assert "eval: 5 expressions of shapes (expression, seed 0) (val), such as " in printed
     assert repr(trainer.data.dataset.source.load(0, 0).phrases[0]) in printed
-    assert "3 steps of 4 samples (0.6 epochs of 5 steps) on cpu" in printed
+    assert "3 steps of 4 samples (0.6 epochs of 5 steps) on cpu (1 process), float32" in printed
 
 
 def test_evaluations_and_the_end_have_absolute_values(

@@ -56,7 +56,7 @@ class Report:
         else:
             steps = f"{config.train.minutes:g} minutes of steps"
         count = trainer.accelerator.num_processes
-        device = f"{trainer.accelerator.device.type}{f' ({count} processes)' * (count > 1)}"
+        device = f"{trainer.accelerator.device.type} ({count} process{'es' * (count != 1)})"
         precision = {"no": "float32"}.get(config.train.precision, config.train.precision)
         per_step = min(trainer.data.samples_per_step, trainer.data.size)
         lines.append(f"{steps} of {_count(per_step, 'sample')} ({epochs}) on {device}, {precision}")
