@@ -52,7 +52,7 @@ def training_data(config: RunConfig, is_resident: bool, evaluations: Sequence[An
     assert config.data.cache
     config.data.cache.resident = is_resident
     data = TrainingData(config, config.model.build(), Accelerator(), evaluations)
-    assert isinstance(data.data, ResidentFeatures) == is_resident
+    assert isinstance(data.dataset, ResidentFeatures) == is_resident
     return data
 
 
@@ -109,7 +109,7 @@ def test_samples_that_share_an_image_with_the_evaluation_are_dropped(folder: Pat
         with pytest.warns(UserWarning, match="they are dropped from training"):
             data = training_data(config, is_resident, [evaluated])
         found.append([as_values(batch) for step in data.steps(1, 0) for batch in step])
-        assert len(data.data) == 15 - 3
+        assert len(data.dataset) == 15 - 3
     assert_same(found[0], found[1])
 
 
@@ -163,7 +163,7 @@ def test_twenty_steps_and_a_resumed_run_equal_those_of_the_loader(
     Trainer(configured("loader", False)).fit()
     stopped = configured("stopped", True)
     trainer = Trainer(stopped)
-    assert isinstance(trainer.data.data, ResidentFeatures)
+    assert isinstance(trainer.data.dataset, ResidentFeatures)
     stop_in_step(trainer, 8, interrupt)
     with pytest.raises(SystemExit):
         trainer.fit()
@@ -223,7 +223,7 @@ def test_auto_depends_on_the_free_memory(
         monkeypatch.setattr(resident, "available_ram", lambda free=free: free)
         cache.resident = resident_setting  # type: ignore[assignment]
         trainer = Trainer(config, overwrite=True)
-        assert isinstance(trainer.data.data, ResidentFeatures) == fits
+        assert isinstance(trainer.data.dataset, ResidentFeatures) == fits
         trainer.report.begin()
         printed = capsys.readouterr().out
         assert f"features: {needed / 1e6:.2f} MB" in printed

@@ -50,7 +50,7 @@ def name_of(overrides: Sequence[str]) -> str:
 def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: bool = False) -> None:
     """Evaluate a checkpoint; write metrics.json, predictions.png and optionally detections.json to `output`."""
     from vg.cli.models import load_with_data
-    from vg.distributed import raise_on_all_processes, new_accelerator
+    from vg.distributed import new_accelerator, raise_on_all_processes
     from vg.evaluation.evaluator import Evaluator
     from vg.evaluation.table import table
     from vg.files import write_bytes, write_json
