@@ -33,6 +33,13 @@ def test_sliders_select() -> None:
     assert scores(answer(), 0) == [0.9, 0.8, 0.6, 0.1]
 
 
+@pytest.mark.parametrize("value", [None, "a", [0.3]], ids=str)
+def test_values_that_no_slider_has(value: Any) -> None:
+    for selected in ((value, 0.5), (0.5, value)):
+        with pytest.raises(DataError, match="threshold and IoU must be numbers"):
+            answer().shown(*selected)
+
+
 def test_at_most_some_boxes_are_shown() -> None:
     many = np.linspace(1, 0.5, 3 * NUM_SHOWN, dtype=np.float32)
     boxes = np.tile(np.array([[0, 0, 9, 9]], np.float32), (len(many), 1))

@@ -52,7 +52,13 @@ class Answer:
         return replace(self, result=self.found)
 
     def indices(self, threshold: float, iou: float) -> np.ndarray:
-        """Return the indices of the boxes that score at least `threshold` and pass NMS, best first."""
+        """Return the indices of the boxes that score at least `threshold` and pass NMS, best first.
+
+        Raises:
+            DataError: a request that is not from the page has other values than numbers.
+        """
+        if not all(isinstance(value, (int, float)) for value in (threshold, iou)):
+            raise DataError("threshold and IoU must be numbers")
         kept = np.flatnonzero(self.result.scores >= threshold)
         part = self.result.select(kept)
         return kept[nms(part.boxes, part.scores, iou, part.phrase_ids)]
