@@ -58,7 +58,7 @@ def add_overrides(parser: argparse.ArgumentParser, about: str, without_effect: S
         about: what the keys are, with an example.
         without_effect: sections of the configuration that the verb does not use; `check_overrides` refuses them.
     """
-    # "extend" keeps those that PhrasesAction has found.
+    # "extend" keeps those that WordsAction has found.
     parser.add_argument("overrides", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help=about)
     parser.set_defaults(without_effect=without_effect)
 
@@ -80,20 +80,16 @@ def check_writable(output: Path) -> None:
         raise ConfigError(f"{output} cannot be written ({error.strerror}): choose another path") from error
 
 
-def is_override(word: str) -> bool:
-    """Whether a word among phrases or images is an override."""
-    return bool(re.match(r"(model|data|optim|train)\.[\w.]+=", word))
-
-
-class PhrasesAction(argparse.Action):
-    """Phrases; argparse also collects the overrides after them, which are moved to the overrides."""
+class WordsAction(argparse.Action):
+    """Phrases or images; argparse also collects the overrides among them, which are moved to the overrides."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
-        phrases = [value for value in values if not is_override(value)]
-        if not phrases:
-            raise argparse.ArgumentError(self, f"expected a phrase, got only {' '.join(values)}")
-        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *phrases])
-        namespace.overrides = [*namespace.overrides, *filter(is_override, values)]
+        overrides = [word for word in values if re.match(r"(model|data|optim|train)\.[\w.]+=", word)]
+        words = [word for word in values if word not in overrides]
+        if not words:
+            raise argparse.ArgumentError(self, f"expected more than {' '.join(values)}")
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *words])
+        namespace.overrides = [*namespace.overrides, *overrides]
 
 
 def add_tokenizer(parser: Any) -> None:

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vg.cli.arguments import THRESHOLD_HELP, PhrasesAction, add_model_overrides, add_tokenizer
+from vg.cli.arguments import THRESHOLD_HELP, WordsAction, add_model_overrides, add_tokenizer
 from vg.errors import ConfigError, printable
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_overrides(parser)
     phrases = parser.add_mutually_exclusive_group(required=True)
     phrases.add_argument(
-        "-p", "--phrases", nargs="+", action=PhrasesAction, metavar="PHRASE", help="such as dog 'red car'"
+        "-p", "--phrases", nargs="+", action=WordsAction, metavar="PHRASE", help="such as dog 'red car'"
     )
     phrases.add_argument(
         "--phrases-file",

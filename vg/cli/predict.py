@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from vg.cli.arguments import THRESHOLD_HELP, PhrasesAction, add_model_overrides, add_tokenizer, is_override
+from vg.cli.arguments import THRESHOLD_HELP, WordsAction, add_model_overrides, add_tokenizer
 from vg.errors import ConfigError, printable
 
 if TYPE_CHECKING:
@@ -34,10 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     models = "folder of a run or checkpoint, a published Grounding DINO, its Hub id, or an .onnx file"
     parser.add_argument("checkpoint", metavar="MODEL", help=models)
-    parser.add_argument("words", nargs="+", metavar="INPUT", help="images; without -p one image and then the phrases")
+    words = "images; without -p one image and then the phrases"
+    parser.add_argument("words", nargs="+", action=WordsAction, metavar="INPUT", help=words)
     add_model_overrides(parser)
     add = parser.add_argument
-    add("-p", "--phrases", nargs="+", action=PhrasesAction, metavar="PHRASE", help='such as "the man in the red shirt"')
+    add("-p", "--phrases", nargs="+", action=WordsAction, metavar="PHRASE", help='such as "the man in the red shirt"')
     add("--threshold", type=float, help=THRESHOLD_HELP)
     add("--nms", type=float, metavar="IOU", help="drop boxes that overlap more with a better one of their phrase")
     add("--tile", type=int, metavar="PIXELS", help="also search tiles of this side, for small objects in large images")
@@ -61,8 +62,7 @@ def run(options: argparse.Namespace) -> None:
     from vg.inference.grounder import Grounder
     from vg.inference.images import is_single
 
-    overrides = options.overrides = [*filter(is_override, options.words), *options.overrides]
-    words = [word for word in options.words if not is_override(word)]
+    words, overrides = options.words, options.overrides
     inputs, phrases = (words, options.phrases) if options.phrases else (words[:1], words[1:])
     if not options.phrases:
         _check_phrases(phrases)
