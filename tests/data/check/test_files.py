@@ -217,6 +217,9 @@ def test_detected_formats(tmp_path: Path) -> None:
         voc(tmp_path / "nested" / split, "")
     nested = {split: {"name": "voc", "path": str(tmp_path / "nested" / split)} for split in ("train", "valid")}
     assert detect_format(tmp_path / "nested") == nested
+    voc(tmp_path / "nested", "")
+    with pytest.raises(DataError, match=r"xml files \(Pascal VOC\) and xml files in train, valid"):
+        detect_format(tmp_path / "nested")
     (tmp_path / "yolo" / "data.yaml").rename(tmp_path / "yolo" / "pets.yaml")
     assert detect_format(tmp_path / "yolo")["train"]["path"] == str(tmp_path / "yolo" / "pets.yaml")
     (tmp_path / "yolo" / "pets.yaml").unlink()

@@ -67,7 +67,8 @@ def _detect_folder(folder: Path) -> dict[str, dict[str, Any]]:
     if yolo or voc or voc_splits:
         files = [file for file in files if file.suffix.lower() != ".json" or b'"annotations"' in file.read_bytes()]
     file_of = {_kind(file): file for file in files}
-    found = ["data.yaml (YOLO)"] * bool(yolo) + ["xml files (Pascal VOC)"] * (voc or bool(voc_splits))
+    found = ["data.yaml (YOLO)"] * bool(yolo) + ["xml files (Pascal VOC)"] * voc
+    found += [f"xml files in {', '.join(voc_splits)} (Pascal VOC)"] * bool(voc_splits)
     found += [f"{file.relative_to(folder)} ({_TITLES[kind]})" for kind, file in file_of.items()]
     if len(found) > 1:
         raise DataError(
