@@ -18,7 +18,7 @@ from tests.models.rec.test_model import TINY_RESNET
 from tests.training.test_batch_splits import EPS
 from tests.training.test_resume import assert_same_runs, configured, interrupt, stop_in_step
 from vg.checkpoint import read_weights
-from vg.cli import VERBS, main
+from vg.cli import main
 from vg.config import RunConfig, dump_config
 from vg.errors import CheckpointError
 from vg.models.grounding_dino.config import DenoisingConfig
@@ -138,7 +138,7 @@ def test_a_closed_connection_is_one_message(monkeypatch: pytest.MonkeyPatch) -> 
     def fail(options: Any) -> None:
         raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:2977. This is typically caused by ...")
 
-    monkeypatch.setitem(VERBS, "ops", VERBS["ops"]._replace(run=fail))
+    monkeypatch.setattr("vg.cli.ops.run", fail)
     with pytest.raises(SystemExit, match="error: another process of this run ended, which the launcher names"):
         main(["ops"])
 

@@ -167,8 +167,8 @@ def test_generalized_expressions(tiny_config: MakeConfig) -> None:
 def test_evaluations_wait_as_often_for_a_large_batch(tiny_config: MakeConfig, objects: str) -> None:
     """For the boxes, their scores, and two types of numbers of the targets; not for every expression."""
     model = TINY | {"text": {"architecture": TEXT}, "head": HEAD | {"objects": objects}}
-    kinds = ["absent", "several", "attribute"] if objects == "any" else ["attribute"]
-    scenes = {"name": "shapes", "image_size": 64, "size": 20, "kinds": kinds}
+    types = ["absent", "several", "attribute"] if objects == "any" else ["attribute"]
+    scenes = {"name": "shapes", "image_size": 64, "size": 20, "kinds": types}
     trainer = Trainer(tiny_config(model=model, data={"train": scenes, "eval": scenes}))
     dataset = trainer.evaluator.datasets[0]
     (batch, *_) = dataset.loader

@@ -10,11 +10,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 from vg import __version__
 from vg.cli import (
+    cache,
     check,
     config,
     convert,
@@ -24,91 +25,67 @@ from vg.cli import (
     finetune,
     interpolate,
     label,
+    ops,
     predict,
     shard,
     table,
     train,
     web,
 )
-from vg.cli.arguments import HelpFormatter, add_config, check_overrides
+from vg.cli.arguments import HelpFormatter, check_overrides
 from vg.errors import UserError, out_of_memory, printable
 from vg.machine import reuse_freed_memory, use_fast_products
 
 
 class Verb(NamedTuple):
     help: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
+    module: ModuleType  # with add_arguments(parser) and run(options)
     example: str  # arguments
 
 
-def cache(options: argparse.Namespace) -> None:
-    from vg.cache.build import build_cache
-    from vg.config import load_config
-
-    build_cache(load_config(options.config, options.overrides))
-
-
-def ops(options: argparse.Namespace) -> None:
-    from vg.ops import backend_info
-
-    for device, backend in backend_info().items():
-        print(f"deform_attn on {device}: {backend.name} ({backend.reason})")
-
-
 VERBS = {
-    "train": Verb(
-        "train a model", train.add_arguments, train.run, "configs/demo_rec.yaml optim.lr=3e-4 train.output=runs/mine"
-    ),
-    "finetune": Verb(
-        "train on a folder of annotated images", finetune.add_arguments, finetune.run, "raccoons --model small"
-    ),
-    "eval": Verb(
-        "evaluate a checkpoint and draw its predictions",
-        *(evaluate.add_arguments, evaluate.run, "runs/demo data.eval.split=test"),
-    ),
+    "train": Verb("train a model", train, "configs/demo_rec.yaml optim.lr=3e-4 train.output=runs/mine"),
+    "finetune": Verb("train on a folder of annotated images", finetune, "raccoons --model small"),
+    "eval": Verb("evaluate a checkpoint and draw its predictions", evaluate, "runs/demo data.eval.split=test"),
     "table": Verb(
         "tabulate benchmark results for a paper: LaTeX, markdown, CSV",
-        *(table.add_arguments, table.run, "runs/refcoco runs/refcoco_1 --output paper.tex"),
+        table,
+        "runs/refcoco runs/refcoco_1 --output paper.tex",
     ),
-    "predict": Verb(
-        "ground phrases in images",
-        *(predict.add_arguments, predict.run, 'runs/demo runs/demo/scene.png "the red cross"'),
-    ),
+    "predict": Verb("ground phrases in images", predict, 'runs/demo runs/demo/scene.png "the red cross"'),
     "label": Verb(
-        "label any number of images with a model, to train on",
-        *(label.add_arguments, label.run, 'runs/detector photos labels -p dog "red car"'),
+        "label any number of images with a model, to train on", label, 'runs/detector photos labels -p dog "red car"'
     ),
-    "web": Verb("serve a page on which a model can be tried", web.add_arguments, web.run, "runs/demo"),
-    "check": Verb(
-        "validate a dataset before training and suggest fixes", check.add_arguments, check.run, "raccoons --quick 100"
-    ),
+    "web": Verb("serve a page on which a model can be tried", web, "runs/demo"),
+    "check": Verb("validate a dataset before training and suggest fixes", check, "raccoons --quick 100"),
     "shard": Verb(
         "write a dataset as WebDataset tar or parquet",
-        *(shard.add_arguments, shard.run, "raccoons/train.json shards/raccoons image_root=raccoons/images"),
+        shard,
+        "raccoons/train.json shards/raccoons image_root=raccoons/images",
     ),
     "convert": Verb(
         "convert a Grounding DINO checkpoint to another format",
-        *(convert.add_arguments, convert.run, "groundingdino_swint_ogc.pth swin_t --to transformers"),
+        convert,
+        "groundingdino_swint_ogc.pth swin_t --to transformers",
     ),
     "export": Verb(
-        "write a model as ONNX, or for torch.export, and compare it with PyTorch",
-        *(export.add_arguments, export.run, "runs/demo demo.onnx"),
+        "write a model as ONNX, or for torch.export, and compare it with PyTorch", export, "runs/demo demo.onnx"
     ),
     "interpolate": Verb(
-        "mix weights before and after fine-tuning",
-        *(interpolate.add_arguments, interpolate.run, "runs/before runs/after --output runs/mixed"),
+        "mix weights before and after fine-tuning", interpolate, "runs/before runs/after --output runs/mixed"
     ),
     "cache": Verb(
         "run frozen encoders once and write their features to data.cache.folder",
-        *(add_config, cache, "configs/rec/refcoco_cached.yaml"),
+        cache,
+        "configs/rec/refcoco_cached.yaml",
     ),
     "config": Verb(
         "print a configuration with all defaults, or the memory it needs",
-        *(config.add_arguments, config.run, "configs/demo_rec.yaml model.head=pooled"),
+        config,
+        "configs/demo_rec.yaml model.head=pooled",
     ),
-    "demo": Verb("train, evaluate and draw on synthetic scenes, in minutes", demo.add_arguments, demo.run, "--quick"),
-    "ops": Verb("print which kernels run on this machine and why; build them if needed", lambda parser: None, ops, ""),
+    "demo": Verb("train, evaluate and draw on synthetic scenes, in minutes", demo, "--quick"),
+    "ops": Verb("print which kernels run on this machine and why; build them if needed", ops, ""),
 }
 TRAINING = ("train", "finetune", "demo")
 COMPUTING = (*TRAINING, "cache", "eval", "export", "interpolate", "label", "predict", "web")
@@ -146,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_overrides(options)
         if options.verb in COMPUTING and not str(getattr(options, "checkpoint", "")).endswith(".onnx"):  # without torch
             use_fast_products()
-        VERBS[options.verb].run(options)
+        VERBS[options.verb].module.run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit("interrupted")
@@ -188,7 +165,7 @@ def new_parser() -> argparse.ArgumentParser:
         about = f"{verb.help[0].upper()}{verb.help[1:]}."
         subparser = subparsers.add_parser(name, help=verb.help, description=about, formatter_class=HelpFormatter)
         subparser.set_defaults(parser=subparser)  # whose usage belongs to errors that `main` finds
-        verb.add_arguments(subparser)
+        verb.module.add_arguments(subparser)
         example = f"example:\n  vg {name} {verb.example}".rstrip()
         subparser.epilog = "\n\n".join(filter(None, [(subparser.epilog or "").strip(), example]))
     return parser

@@ -48,9 +48,9 @@ def save_model(
             (partial / VALIDATION).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (partial / CARD).write_text(model_card(model, config, results, name), encoding="utf-8")
         existing = {file.name for file in folder.iterdir()} if folder.exists() else set()
-        if others := existing.difference([file.name for file in partial.iterdir()], [VALIDATION, ENCODERS]):
+        if foreign := existing.difference([file.name for file in partial.iterdir()], [VALIDATION, ENCODERS]):
             raise CheckpointError(
-                f"{folder} contains {', '.join(sorted(others)[:3])}, which saving a model there would remove; choose "
+                f"{folder} contains {', '.join(sorted(foreign)[:3])}, which saving a model there would remove; choose "
                 "another folder"
             )
 
