@@ -127,7 +127,7 @@ def test_example_family(scratch: Path) -> None:
     (scratch / "table" / "table.csv").write_text(table)
     for name, color in (("a", "red"), ("b", "blue")):
         Image.new("RGB", (64, 48), color).save(scratch / "table" / f"{name}.png")
-    assert "the family Toy cannot be exported" in refused(scratch, "export", "runs/toy", "toy.onnx")
+    assert "the family Toy cannot be exported" in refused(scratch, "export", "runs/toy", "toy.pt2")
     assert "the family toy cannot be fine-tuned" in refused(scratch, "finetune", "table", "--model", "runs/toy")
 
 

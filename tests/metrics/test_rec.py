@@ -16,6 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from vg.boxes import from_pixels, iou, to_pixels
 from vg.metrics import RecMetric
+from vg.metrics.result import MetricResult
 from vg.types import Prediction, Target
 
 SIZE = (480, 640)
@@ -270,13 +271,23 @@ def test_absent_expressions() -> None:
     assert evaluate(absent).keys() == {"n_acc", "num_absent", "absent/n_acc", "absent/num_absent"}
 
 
+class MeanOfSamples(RecMetric):
+    """Calls `per_sample` in `compute`, where the rows of all processes are collected already."""
+
+    def compute(self) -> MetricResult:
+        result = super().compute()
+        _, values = self.per_sample()
+        assert float(torch.tensor(values["miou"]).nanmean()) == pytest.approx(result.metrics["miou"])
+        return result
+
+
 def evaluate_in_process(rank: int, shares: list[list[list[tuple[Prediction, Target]]]], folder: str) -> None:
     """Rank `rank` of two: evaluates its share of each division, one expression per update."""
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     results = []
     for division in shares:
-        metric = RecMetric()
+        metric = MeanOfSamples()
         for prediction, target in division[rank]:
             metric.update([prediction], [target])
         results.append(metric.compute().flat())
