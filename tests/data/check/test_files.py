@@ -217,6 +217,11 @@ def test_detected_formats(tmp_path: Path) -> None:
         voc(tmp_path / "nested" / split, "")
     nested = {split: {"name": "voc", "path": str(tmp_path / "nested" / split)} for split in ("train", "valid")}
     assert detect_format(tmp_path / "nested") == nested
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+    voc(tmp_path / "nested" / "train", f"<object><name>dog</name>{box}</object>")
+    voc(tmp_path / "nested" / "valid", f"<object><name>cat</name>{box}</object>")
+    both = {split: settings | {"classes": ["cat", "dog"]} for split, settings in nested.items()}
+    assert detect_format(tmp_path / "nested") == both, "splits have the same prompts"
     voc(tmp_path / "nested", "")
     with pytest.raises(DataError, match=r"xml files \(Pascal VOC\) and xml files in train, valid"):
         detect_format(tmp_path / "nested")

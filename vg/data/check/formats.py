@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from vg.data.detection.issues import Issues
 from vg.data.detection.line_files import SETTINGS
+from vg.data.detection.voc import VocConfig
 from vg.data.detection.yolo import read_document
 from vg.data.expressions import CLASS, IMAGE, PHRASE, SPLIT, read_rows
 from vg.data.shards.index import SAMPLES
@@ -85,7 +89,7 @@ def _detect_folder(folder: Path) -> dict[str, dict[str, Any]]:
             splits = {"train": settings | {"split": "trainval"}} | splits
         return splits or {"train": settings}
     if voc_splits:
-        return {split: {"name": "voc", "path": str(path)} for split, path in voc_splits.items()}
+        return _of_voc_splits(voc_splits)
     root = {} if roboflow else {"image_root": str(folder)}
     if len(files) == 1:
         settings = root if file_of.keys() != {"coco"} and files[0].parent != folder else {}
@@ -114,6 +118,14 @@ def _detect_folder(folder: Path) -> dict[str, dict[str, Any]]:
         f"{folder} has neither data.yaml (YOLO) nor Annotations (Pascal VOC), and no .json, .jsonl or .csv file either"
         + _yolo_advice(folder)
     )
+
+
+def _of_voc_splits(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Return the settings of Pascal VOC folders, one for each split, whose prompts have the classes of all."""
+    names = [VocConfig(path=str(folder)).read(Issues()).names for folder in folders.values()]
+    differ = any(own != names[0] for own in names)
+    classes = {"classes": sorted({*chain(*names)})} if differ else {}
+    return {split: {"name": "voc", "path": str(folder), **classes} for split, folder in folders.items()}
 
 
 def _is_voc(folder: Path) -> bool:
