@@ -235,6 +235,7 @@ LAUGHS = b"a0: &a0 [lol]\n" + b"".join(
         (b"1: 2", "1: unknown key"),
         (b"optim:\n  lr: 1\n  clip_norm: 2\n  'lr': 3\n", "the key `lr` in line 4 is already in line 2; remove one"),
         (b"model: rec\ndata: {}\nmodel: grounding_dino\n", "the key `model` in line 3 is already in line 1"),
+        (b"no: rec\n'no': grounding_dino\n", "the key `no` in line 2 is already in line 1"),
         (b"\x80\x04\xff\xfe", "is not valid YAML"),
         ("a: b".encode("utf-16"), "is not encoded in UTF-8"),
         (b"a: &a [*a]", "does an alias (*name) refer to itself"),

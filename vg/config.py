@@ -29,6 +29,7 @@ from vg.models import ModelConfig
 from vg.settings import (
     Settings,
     all_attributes,
+    as_overrides,
     by_name,
     differences,
     is_mapping_of_settings,
@@ -166,13 +167,13 @@ def parse_config(
 ) -> RunConfig:
     """Validate nested dictionaries and overrides of them; raises ConfigError, whose message begins with `origin`."""
     changed: dict[str, Any] = deepcopy(_renamed(values))
-    for override in [overrides] if isinstance(overrides, str) else overrides:
+    for override in as_overrides(overrides):
         _apply(changed, override)
     return _parse(_renamed(changed), origin, RunConfig, [])
 
 
 def checked_config(config: Any) -> RunConfig:
-    """Return a configuration that may have been changed in Python, or one with its values as the types of their fields.
+    """Return a configuration that may have been changed in Python; a new one if a value lacks the type of its field.
 
     Raises:
         ConfigError: not a RunConfig, a wrong type, or an unknown attribute.
@@ -180,7 +181,7 @@ def checked_config(config: Any) -> RunConfig:
     if not isinstance(config, RunConfig):
         raise ConfigError(f"expected the configuration that vg.load_config returns, got {config!r:.80}")
     found = _parse(all_attributes(config), "the configuration", RunConfig, [])
-    return config if found == config else found
+    return config if repr(found) == repr(config) else found  # 8.0 == 8
 
 
 def dump_config(config: CheckpointConfig, defaults: bool = True) -> str:
@@ -236,7 +237,7 @@ def _load_values(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, 
     for _, own in reversed(files):
         if own:  # an empty mapping would replace the base
             values = _renamed(_merge(values, own))  # a copy: overrides must not change `files`
-    for override in [overrides] if isinstance(overrides, str) else overrides:
+    for override in as_overrides(overrides):
         _apply(values, override)
         values = _renamed(values)
     return values, files

@@ -41,6 +41,8 @@ from tqdm.auto import tqdm
 
 from vg.errors import ConfigError, UserError
 
+LOGS = "TORCHELASTIC_ERROR_FILE"  # environment variable of torchrun: LOGS/attempt_0/0/error.json
+
 
 def new_accelerator(**options: Any) -> Accelerator:
     """Create an Accelerator; unlike Accelerate by default, later ones in a process may have other settings.
@@ -113,6 +115,11 @@ def dead_process(error: BaseException) -> str:
     return "another process of this run ended, which the launcher names; repeat the command with --resume to continue"
 
 
+def may_be_restarted() -> bool:
+    """Whether torchrun has started this process, which repeats the command after a failure; no collective."""
+    return LOGS in os.environ
+
+
 def launches() -> dict[str, int]:
     """Return what identifies the programs that started the processes of this group, and how often each restarted them.
 
@@ -120,10 +127,9 @@ def launches() -> dict[str, int]:
     keeps it when it restarts processes. The id of a job (`--rdzv-id`) would not do: many scripts always use the same.
     Empty if the processes were started in another way.
     """
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # LOGS/attempt_0/0/error.json
-    if file is None:
+    if not may_be_restarted():
         return dict(gather_object([]))
-    attempt = Path(file).parents[1]
+    attempt = Path(os.environ[LOGS]).parents[1]
     return dict(sorted(gather_object([(str(attempt.parent), int(attempt.name.removeprefix("attempt_")))])))
 
 

@@ -8,7 +8,9 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
+from types import NoneType
 from typing import Any, ClassVar
 
 import yaml
@@ -37,12 +39,12 @@ class _UniqueKeys(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
                 continue
+            if key.tag.endswith((":bool", ":null")):
+                key.tag = _TEXT
             first, line = lines.get((key.tag, key.value)), key.start_mark.line + 1
             if first is not None:
                 raise yaml.YAMLError(f"the key `{key.value}` in line {line} is already in line {first}; remove one")
             lines[key.tag, key.value] = line
-            if key.tag.endswith((":bool", ":null")):
-                key.tag = _TEXT
         return node
 
 
@@ -170,9 +172,14 @@ def key_path(location: Sequence[str | int], values: Any) -> KeyPath:
 def problem(error: Mapping[str, Any]) -> str:
     """Return the message of a pydantic error, with the value where YAML may have read another one than was meant."""
     value, message = error["input"], error["msg"]
-    if error["type"] == "string_type" and not isinstance(value, (list, dict)):
+    if error["type"] == "string_type" and isinstance(value, (bool, int, float, date, NoneType)):
         return f"{message}, got {value!r}, as YAML reads it; write text such as 'no' or '3' in quotes"
     return f"{message}, got {value!r:.80}" if error["type"] in ("int_parsing", "literal_error") else message
+
+
+def as_overrides(overrides: str | Sequence[str]) -> Sequence[str]:
+    """Return a single override as a list of one."""
+    return [overrides] if isinstance(overrides, str) else overrides
 
 
 def with_home(values: Any) -> Any:
@@ -185,7 +192,9 @@ def with_home(values: Any) -> Any:
 
 
 def all_attributes(value: Any) -> Any:
-    """Return settings as nested dictionaries, with attributes that are not fields."""
+    """Return settings as nested dictionaries, with attributes that are not fields, and paths as text."""
+    if isinstance(value, Path):
+        return str(value)
     if dataclasses.is_dataclass(value):
         value = vars(value)
     if isinstance(value, Mapping):

@@ -48,6 +48,18 @@ def test_detection_from_the_command_line(
     assert capsys.readouterr().out.count("#") == 0, "before the data is checked and the plan is printed"
     main(["finetune", str(tmp_path / "shapes"), "--model", "small", "--resume", "train.max_steps=3"])
     assert "continues after step 2" in capsys.readouterr().out
+    (tmp_path / "runs" / "shapes").rename(tmp_path / "moved")
+    main(["finetune", "shapes", "--resume", "train.output=moved", "train.max_steps=4"])
+    assert "continues after step 3" in capsys.readouterr().out
+    (tmp_path / "moved").rename(tmp_path / "runs" / "shapes")
+    with pytest.raises(SystemExit):
+        main(["finetune", "shapes", "--resume", "--overwrite"])
+    assert "not allowed with argument" in capsys.readouterr().err
+    monkeypatch.setattr("vg.distributed.gather_object", lambda _: pytest.fail("the processes are not joined yet"))
+    with pytest.raises(SystemExit, match="already contains a run"):
+        main(command)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "others").mkdir()
     YoloConfig.miniature(tmp_path / "others")
     names = [

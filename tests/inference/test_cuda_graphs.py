@@ -57,7 +57,7 @@ def assert_same(found: Output, expected: Output) -> None:
 
 
 @torch.no_grad()
-def test_a_size_is_capturing_cuda_graph_after_two_calls_and_replayed(network: GroundingDino) -> None:
+def test_a_size_is_recorded_after_two_calls_and_replayed(network: GroundingDino) -> None:
     recorder = Rerun()
     graphs = CudaGraphs(network, recorder)
     batches = [batch(network, seed, phrase=phrase) for seed, phrase in enumerate(("cat", "dog", "cat", "dog", "cat"))]

@@ -143,6 +143,9 @@ def test_an_existing_run_is_not_overwritten_without_the_flag(tiny_config: MakeCo
     config = tiny_config(train={"max_steps": 1})
     with pytest.raises(CheckpointError, match=r"nothing to resume: no checkpoint in .*checkpoints"):
         Trainer(config, resume=True)
+    folder = Path(config.train.output)
+    (folder / "eval").mkdir(parents=True)
+    (folder / "eval" / "metrics.json").write_text("{}")
     Trainer(config).fit()
     before = history(config)
     with pytest.raises(CheckpointError, match=r"\(checkpoints/step_000001\): continue it with --resume, .*--overwrite"):
@@ -153,7 +156,7 @@ def test_an_existing_run_is_not_overwritten_without_the_flag(tiny_config: MakeCo
         Trainer(config, overwrite=True)
     assert history(config) == before, "nothing is removed if the new run cannot start"
     config.optim.groups = {}
-    folder = Path(config.train.output)
+    assert (folder / "eval" / "metrics.json").exists(), "of the weights before training"
     (folder / "eval" / "split=testA").mkdir(parents=True)
     (folder / "benchmark.json").write_text("{}")
     Trainer(config, overwrite=True)
@@ -218,6 +221,10 @@ def test_configurations_changed_in_python_are_validated(tiny_config: MakeConfig)
     with pytest.raises(ConfigError, match=r"optim\.lr: Input should be a valid number"):
         Trainer(config)
     config = tiny_config()
+    config.data.batch_size = 4.0  # type: ignore[assignment]
+    config.train.output = Path(config.train.output)  # type: ignore[assignment]
+    checked = Trainer(config, overwrite=True).config
+    assert (type(checked.data.batch_size), type(checked.train.output)) == (int, str)
     config.train.max_stesp = 2  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"train\.max_stesp: unknown key; did you mean `max_steps`\?"):
         Trainer(config)

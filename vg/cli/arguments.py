@@ -72,8 +72,6 @@ def check_overrides(options: argparse.Namespace) -> None:
 
 def check_writable(output: Path) -> None:
     """Raise ConfigError, before long work, if an output cannot be created below the nearest folder that exists."""
-    from vg.errors import ConfigError
-
     try:
         tempfile.TemporaryFile(dir=next(folder for folder in output.absolute().parents if folder.exists())).close()
     except OSError as error:

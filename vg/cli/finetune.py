@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from vg.cli.arguments import add_overrides, add_tokenizer
+from vg.cli.arguments import WordsAction, add_overrides, add_tokenizer
 
 EPILOG = """
-FOLDER has images with boxes in COCO json, Pascal VOC, YOLO or ODVG, or a CSV or jsonl of expressions with the columns
-image, phrase and left, top, right, bottom. Without a validation split, a fifth of the images becomes one. The plan is
+FOLDER has images with boxes in COCO json, Pascal VOC, YOLO or ODVG, or a CSV or jsonl with the columns image, phrase
+(or class) and left, top, right, bottom. Without a validation split, a fifth of the images becomes one. The plan is
 printed before training; it is a configuration for vg train (--dry-run > plan.yaml).
 """
 
@@ -19,14 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("folder", metavar="FOLDER", help="folder of annotated images, or the file with the annotations")
     add_overrides(parser, "settings of the plan, such as train.max_steps=100 optim.lr=1e-5")
     add("--model", help='run, .pth, folder or Hub id to start from, or "small" (default: Grounding DINO Swin-T)')
-    phrases = "train only on these classes (default: all); NAME=PHRASE renames one, only such ones keep all classes"
-    add("--phrases", nargs="+", action="extend", metavar="PHRASE", help=phrases)
+    phrases = "train only on these classes (default: all); NAME=PHRASE renames one, and on its own leaves out no class"
+    add("--phrases", nargs="+", action=WordsAction, metavar="PHRASE", help=phrases)
     add("--images", metavar="DIR", help="folder of the images, if they are not where the annotations are")
     add("--output", help="folder of the run (default: runs/NAME of the folder)")
     add("--lora", action="store_true", help="train low-rank adapters, which needs less memory")
     add("--dry-run", action="store_true", help="only check the data and print the plan on standard output")
-    add("--resume", action="store_true", help="continue the run in --output")
-    add("--overwrite", action="store_true", help="replace the run in --output")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue the run in --output")
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in --output")
     add_tokenizer(parser)
 
 

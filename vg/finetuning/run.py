@@ -12,7 +12,7 @@ from PIL import Image
 
 from vg.checkpoint import CONFIG, VALIDATION
 from vg.config import RunConfig, load_config
-from vg.distributed import ignore_stop_signals, launches
+from vg.distributed import ignore_stop_signals, may_be_restarted
 from vg.errors import ConfigError
 from vg.evaluation.evaluator import NUM_PRINTED
 from vg.evaluation.table import aligned, cell
@@ -22,6 +22,7 @@ from vg.inference.curves import curves
 from vg.inference.draw import save_image
 from vg.inference.sample_grid import draw_samples
 from vg.inference.torch_backend import load_model
+from vg.settings import as_overrides
 from vg.training.report import print_above_bar
 from vg.training.run_folder import refuse_run
 from vg.training.trainer import Trainer
@@ -69,22 +70,24 @@ def finetune(
 
     Returns:
         The best checkpoint.
+
     Raises:
         DataError: there is no dataset, or several; or the data has errors, which the message lists.
         ConfigError, CheckpointError: see `make_plan`; or `output` contains a run.
     """
     from vg.inference.grounder import Grounder
 
+    overrides = as_overrides(overrides)
+    chosen = [text.removeprefix(OUTPUT) for text in overrides if text.startswith(OUTPUT)]
+    run = Path([str(output or default_output(folder)), *chosen][-1]).expanduser()
     if resume:
-        run = Path(output or default_output(folder))
         if not (run / CONFIG).is_file():
             raise ConfigError(f"{run} contains no run to continue; leave out --resume")
         refuse_other_run(load_config(run / CONFIG), folder, model, phrases, images, lora)
         config = load_config(run / CONFIG, overrides)
     else:
-        if not (overwrite or launches()):  # a program that torchrun restarts continues the run, see RunFolder
-            chosen = [text.removeprefix(OUTPUT) for text in overrides if text.startswith(OUTPUT)]
-            refuse_run(Path([output or default_output(folder), *chosen][-1]))  # before the data is checked
+        if not (overwrite or may_be_restarted()):  # then it continues the run, see RunFolder
+            refuse_run(run)  # before the data is checked
         plan = make_plan(
             folder,
             model,

@@ -47,7 +47,7 @@ def sized(recipe: Recipe, num_samples: int) -> tuple[RunConfig, list[str]]:
     ]
     if device == "cpu" and recipe.num_parameters > MANY_PARAMETERS:
         notes.append(
-            f"WARNING: no GPU, so that a step of {per_step} samples takes a minute or more; "
+            f"WARNING: no GPU, so a step of {per_step} samples takes a minute or more; "
             "--model small trains a small network in minutes"
         )
     if not fitting:

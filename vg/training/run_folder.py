@@ -44,9 +44,14 @@ EVALUATIONS = "eval"  # folder for the results of `vg eval`
 RESULTS = ("metrics.json", "predictions.png", "benchmark.json", "benchmark.html")  # of `vg demo`, `--suite`
 
 
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Return all checkpoints of the run in a folder; none if there is no run."""
+    return [path for name in CHECKPOINTS for path in sorted(folder.glob(f"{name}/*"))]
+
+
 def refuse_run(folder: Path) -> None:
     """Raise CheckpointError if a folder contains a run."""
-    if found := [path for name in CHECKPOINTS for path in sorted(folder.glob(f"{name}/*"))]:
+    if found := checkpoints_of(folder):
         raise CheckpointError(
             f"{folder} already contains a run ({found[-1].relative_to(folder)}): continue it with --resume, "
             "replace it with --overwrite, or choose another train.output"
@@ -110,9 +115,10 @@ class RunFolder:
     def begin(self) -> None:
         """Create the folder and write the configuration; remove an earlier run unless it is resumed."""
         if not self.resume:
-            for name in (*CHECKPOINTS, EVALUATIONS, "logs/vg"):  # trackers log under the project name vg
+            replaced = bool(checkpoints_of(self.path))  # then its evaluations are of weights that are removed
+            for name in (*CHECKPOINTS, *[EVALUATIONS] * replaced, "logs/vg"):  # trackers log under the project name vg
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            for name in (self.history.name, EPOCHS, LAUNCH, *RESULTS):
+            for name in (self.history.name, EPOCHS, LAUNCH, *RESULTS * replaced):
                 (self.path / name).unlink(missing_ok=True)
         for leftover in [*self.path.glob("checkpoints/*.partial"), *self.path.glob("checkpoints/*.old")]:  # of a crash
             remove(leftover)

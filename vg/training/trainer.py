@@ -176,7 +176,7 @@ class Trainer:
         if taken:
             statistics.update()
             self.optimizer.step()
-            self.schedule.step()  # it also counts a step of fp16 whose gradients overflow, which the scaler leaves out
+            self.schedule.step()  # steps of fp16 that the scaler skips are counted too
             if self.state.ema:
                 self.state.ema.update()
         elif self.accelerator.scaler:

@@ -19,7 +19,7 @@ Send: TypeAlias = Callable[[Any], Awaitable[None]]
 
 
 def check_host(host: str) -> None:
-    """Raise ConfigError if this machine does not have the address, with which Gradio would try 100 ports."""
+    """Raise ConfigError if this machine does not have the address. Gradio would try it with 100 ports."""
     name = host.removeprefix("[").removesuffix("]")
     try:
         socket.create_server((name, 0), family=socket.AF_INET6 if ":" in name else socket.AF_INET).close()

@@ -18,7 +18,7 @@ from vg.data.images import SWAPPED, find_image, image_key, read_image
 from vg.data.source import HasChecksums, HasImageKeys, Source, Task, checked
 from vg.errors import BadSampleError, DataError
 
-UNREADABLE, FIX = "training cannot load this dataset", "correct the path, or what the message names"
+UNREADABLE, FIX = "training cannot load this dataset", "fix the problem that the message names"
 
 
 class ImageFile(NamedTuple):

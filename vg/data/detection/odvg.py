@@ -50,7 +50,7 @@ class OdvgConfig(Settings):
     image_root: str | None = None
     """Folder of the images; by default that of the .jsonl files."""
     upright: bool | None = None
-    """See the setting of coco; `true` for files of vg predict."""
+    """See the setting of coco."""
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     """For lines with numbered classes; captions have no sampled negatives."""
     captions: Literal["phrases", "whole"] = "phrases"
