@@ -30,10 +30,10 @@ def loading(location: str, setting: str, failure: type[UserError], kind: str = "
         kind: of Hub repository: "model" or "dataset".
     """
     is_local = Path(location).exists()
+    advice, near = f"set {setting} to its folder or Hub id", similar_paths(location)
     if not is_local:
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", location):
-            advice = similar_paths(location) or f"set {setting} to its folder or Hub id"
-            raise failure(f"{location} ({setting}) does not exist; {advice}")
+            raise failure("; ".join(filter(None, [f"{location} ({setting}) does not exist", advice, near])))
         _check_network()
     try:
         yield
@@ -43,9 +43,8 @@ def loading(location: str, setting: str, failure: type[UserError], kind: str = "
         if is_local:
             raise failure(f"{location} ({setting}) cannot be loaded: {_reason(error)}") from error
         if "/" in location and Path(location).parent.is_dir():  # such as runs/demo, which is also a valid Hub id
-            advice = similar_paths(location) or f"set {setting} to its folder or Hub id"
             raise failure(
-                f"{location} ({setting}) does not exist; {advice}\n"
+                f"{location} ({setting}) does not exist; {near or advice}\n"
                 f"As a Hub id, it cannot be loaded either: {_hub_reason(error)}"
             ) from error
         option = "" if kind == "model" else f" --repo-type {kind}"

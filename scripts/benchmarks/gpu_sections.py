@@ -206,7 +206,7 @@ def grounding_dino_parity(folder: Path) -> Results:
 @torch.no_grad()
 def cuda_graphs(folder: Path) -> Results:
     """Compare the full-size model replayed as a CUDA graph with an eager one, and measure calls of both in bfloat16."""
-    from vg.inference.cuda_graphs import CALLS_BEFORE, CudaGraphs
+    from vg.inference.cuda_graphs import CALLS_BEFORE, CudaGraphs, Recorder
     from vg.models.grounding_dino.config import BertConfig, GroundingDinoConfig
     from vg.types import Batch, PromptTargets, Text
 
@@ -221,7 +221,7 @@ def cuda_graphs(folder: Path) -> Results:
         images = torch.randn(1, 3, *GRAPH_SIZE, device=DEVICE)
         return Batch(images, (GRAPH_SIZE,), text, [], PromptTargets.without_boxes(text), torch.arange(len(images)))
 
-    graphs, half_graphs = CudaGraphs(model), CudaGraphs(model)
+    graphs, half_graphs = (CudaGraphs(model, Recorder(model.device)) for _ in range(2))
     for word in range(200, 202 + CALLS_BEFORE):
         x = batch(word)
         found, expected = graphs(x), model(x)

@@ -123,7 +123,7 @@ def test_bad_samples_are_skipped_as_by_the_loader(folder: Path, caplog: pytest.L
         caplog.clear()
         loaded = training_data(config, is_resident)
         found.append([as_values(batch) for epoch in range(3) for step in loaded.steps(epoch, 0) for batch in step])
-        warned.append((loaded.data.bad.tolist(), len(caplog.records)))
+        warned.append((loaded.dataset.bad.tolist(), len(caplog.records)))
     assert_same(found[0], found[1])
     assert warned[0] == warned[1]
     assert any(warned[0][0])
@@ -211,7 +211,7 @@ def test_auto_depends_on_the_free_memory(
     assert cache
     assert cache.resident == "auto"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    source = training_data(config, False).data.source
+    source = training_data(config, False).dataset.source
     needed = source.num_bytes  # type: ignore[union-attr]
     assert needed == sum(file.stat().st_size - 128 for file in source.folder.path.rglob("*.npy"))  # type: ignore[union-attr]
     for free, resident_setting, fits in (
@@ -238,7 +238,7 @@ def test_auto_depends_on_the_free_memory(
 def test_a_gpu_is_filled_by_half(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = cached_config(folder, {})
     build_cache(config)
-    data = training_data(config, False).data
+    data = training_data(config, False).dataset
     cache, needed = config.data.cache, data.source.num_bytes  # type: ignore[union-attr]
     assert cache
     cache.resident = "auto"
@@ -252,7 +252,7 @@ def test_a_gpu_is_filled_by_half(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def batch_without_values(config: RunConfig) -> EncodedBatch:
     """Return a batch of six samples on a device without values, which cannot be waited for."""
-    data = training_data(config, True).data
+    data = training_data(config, True).dataset
     assert isinstance(data, ResidentFeatures)
     for owner, name in ((data, "image"), (data, "boxes"), (data, "phrase_ids"), *((x, "values") for x in data.texts)):
         setattr(owner, name, getattr(owner, name).to("meta"))

@@ -146,7 +146,7 @@ def test_in_a_configuration(tmp_path: Path):
     values["data"]["train"]["datasets"][0] = {"name": "coco", "pth": "x"}
     with pytest.raises(ConfigError, match=r"data\.train\.datasets\.0.*pth"):
         parse_config(values)
-    values["data"]["train"]["datasets"] = [values["data"]["train"]]
+    values["data"]["train"] |= {"datasets": [dict(values["data"]["train"])]}
     with pytest.raises(ConfigError, match=r"data\.train\.datasets\.0.*'mixture'"):
         parse_config(values)
 

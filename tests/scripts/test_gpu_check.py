@@ -170,12 +170,12 @@ def test_a_cuda_graph_is_compared_with_the_eager_network(monkeypatch: pytest.Mon
     monkeypatch.setattr(gpu_sections, "GRAPH_SIZE", (64, 96))
     monkeypatch.setattr("vg.models.grounding_dino.config.GroundingDinoConfig", lambda **_: tiny_config())
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
-    monkeypatch.setattr("vg.inference.cuda_graphs.Recorder", Rerun)
+    monkeypatch.setattr("vg.inference.cuda_graphs.Recorder", lambda device: Rerun())
     assert gpu_sections.cuda_graphs(tmp_path) == {"error of boxes": 0.0, "error of queries": 0.0}
     results = json.loads((tmp_path / "measured.json").read_text())["results"]
     assert [row["contender"] for row in results] == ["eager", "CUDA graph"]
     broken: Any = lambda function: (lambda: None, function())  # noqa: E731  # never reads its input again
-    monkeypatch.setattr("vg.inference.cuda_graphs.Recorder", lambda: broken)
+    monkeypatch.setattr("vg.inference.cuda_graphs.Recorder", lambda device: broken)
     with pytest.raises(AssertionError, match=r"a replayed CUDA graph differs from the eager network: boxes"):
         gpu_sections.cuda_graphs(tmp_path)
 
