@@ -99,7 +99,9 @@ def test_all_faulty_rows_are_reported(tmp_path: Path) -> None:
 def test_damaged_tables(tmp_path: Path) -> None:
     file = tmp_path / "set.csv"
     for text, message in (
-        ("image,phrase,x1,y1,x2,y2\na.png,the cat, on top,1,2,3,4\n", "line 2: not as many cells"),
+        ("image,phrase,x1,y1,x2,y2\na.png,the cat, on top,1,2,3,4\n", "line 2: not as many cells.* with commas, and"),
+        ("image;phrase;x1;y1;x2;y2\na.png;the cat; on top;1;2;3;4\n", "line 2: not as many cells.* with semicolons"),
+        ("image\tphrase\tx1\ty1\tx2\ty2\na.png\tthe cat\n", "line 2: not as many cells.* with tabs"),
         ("image,image\na,b\n", "two columns have the same name"),
     ):
         file.write_text(text)
@@ -132,6 +134,15 @@ def test_a_column_of_classes(tmp_path: Path, separator: str) -> None:
     (tmp_path / "set.csv").write_text("\n".join(rows).replace(",split", ",name"))
     with pytest.raises(DataError, match="class and name could each be the phrase"):
         CsvConfig(path=str(tmp_path / "set.csv")).build()
+
+
+def test_class_zero_of_json_lines(tmp_path: Path) -> None:
+    rows = [{"image": "a.png", "label": label, "box_xyxy": BOX} for label in (0, 1)]
+    source = write(tmp_path, *rows, name="set.jsonl").build()
+    assert source.load(0, 0).phrases == ("0", "1")
+    assert len(source.load(0, 0).boxes) == 2
+    empty = write(tmp_path, rows[0] | {"label": None}, name="set.jsonl")
+    assert [issue.what for issue in diagnose({"train": empty}, 64).issues][:1] == ["rows without a phrase"]
 
 
 def test_missing_image_names_the_row(tmp_path: Path) -> None:

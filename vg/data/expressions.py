@@ -49,6 +49,7 @@ BOX: dict[tuple[str, ...], BoxFormat] = {
     ("bbox_xywh",): XYWH,
 }
 SPLIT = "split"
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 class Columns(NamedTuple):
@@ -146,7 +147,8 @@ class CsvConfig(Settings):
         columns = None
         for location, row in read_rows(Path(self.path)):
             columns = columns or Columns.of(list(row), self.path)
-            file, phrase = (str(row.get(name) or "").strip() for name in (columns.image, columns.phrase))
+            named = (row.get(name) for name in (columns.image, columns.phrase))
+            file, phrase = ("" if cell is None else str(cell).strip() for cell in named)  # a class may be 0
             if columns.phrase in CLASS and phrase:
                 names.setdefault(phrase, len(names))  # the splits share their classes
             if self.split is not None and row.get(SPLIT) != self.split:
@@ -256,14 +258,16 @@ def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         with file.open(newline="", encoding="utf-8-sig") as opened:
             first = opened.readline()
             opened.seek(0)
-            reader = csv.DictReader(opened, delimiter=max(",;\t", key=first.count))
+            separator = max(_SEPARATORS, key=first.count)
+            reader = csv.DictReader(opened, delimiter=separator)
             if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
                 raise DataError(f"{file}: two columns have the same name; rename one of {reader.fieldnames}")
             for row in reader:
                 if None in row or None in row.values():
                     raise DataError(
                         f"{file}, line {reader.line_num}: not as many cells as the first line, which names "
-                        f"{len(reader.fieldnames or ())} columns; separate them with commas, and quote phrases with one"
+                        f"{len(reader.fieldnames or ())} columns; separate them with "
+                        f"{_SEPARATORS[separator]}, and quote phrases with one"
                     )
                 yield f"line {reader.line_num}", row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
