@@ -240,6 +240,26 @@ def test_detected_formats(tmp_path: Path) -> None:
             detect_format(path)
 
 
+def test_unrelated_files_beside_annotations(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.json").write_text('{"images": [], "annotations": []}')
+    (tmp_path / "test.json").write_text('{"images": []}')
+    (tmp_path / "dataset_info.yaml").write_text("{names: [cat], title: Pets}")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "meta.xml").write_text("<project/>")
+    found = detect_format(tmp_path)
+    assert {split: settings["name"] for split, settings in found.items()} == dict.fromkeys(found, "coco")
+    assert list(found) == ["train", "val", "test"]
+    (tmp_path / "data.yml").write_text("{names: [cat]}")
+    with pytest.raises(DataError, match=r"several formats, data\.yml \(YOLO\) and \w+\.json \(COCO\)"):
+        detect_format(tmp_path)
+    for file in tmp_path.glob("*.json"):
+        file.unlink()
+    (tmp_path / "data.yml").unlink()
+    with pytest.raises(DataError, match=r"dataset_info\.yaml \(YOLO\) and xml files in test \(Pascal VOC\)"):
+        detect_format(tmp_path)
+
+
 JUNK: list[Any] = [
     None,
     True,

@@ -61,17 +61,23 @@ def _detect_folder(folder: Path) -> dict[str, dict[str, Any]]:
         return {"train": {"name": "shards", "path": str(folder)}}
     if (folder / SETTINGS).is_file() and next(folder.glob("*.jsonl"), None):
         return {"train": _of_labels(folder)}
-    yolo = _data_yaml(folder)
+    yolo = next((folder / name for name in ("data.yaml", "data.yml") if (folder / name).is_file()), None)
     voc = _is_voc(folder)
+    yolo_guess = None if yolo else _other_yaml(folder)
     voc_splits = {split: folder / split for split in _SPLITS if _is_voc(folder / split)}
     roboflow = list(folder.glob("*/_annotations.coco.json"))
     nearby = [*folder.glob("*"), *folder.glob("annotations/*")]
     files = sorted({*roboflow, *(file for file in nearby if file.suffix.lower() in _SUFFIXES)})
     files = [file for file in files if not _is_label_map(file)]
-    if yolo or voc or voc_splits:
-        files = [file for file in files if file.suffix.lower() != ".json" or b'"annotations"' in file.read_bytes()]
+    if yolo or voc or yolo_guess or voc_splits:
+        annotated = [file for file in files if file.suffix.lower() != ".json" or b'"annotations"' in file.read_bytes()]
+        if annotated:  # other YAML files, and xml files in folders, may have nothing to do with the data
+            yolo_guess, voc_splits = None, {}
+        yolo = yolo or yolo_guess
+        files = annotated if yolo or voc or voc_splits else files
     file_of = {_kind(file): file for file in files}
-    found = ["data.yaml (YOLO)"] * bool(yolo) + ["xml files (Pascal VOC)"] * voc
+    found = [f"{yolo.name} (YOLO)"] if yolo else []
+    found += ["xml files (Pascal VOC)"] * voc
     found += [f"xml files in {', '.join(voc_splits)} (Pascal VOC)"] * bool(voc_splits)
     found += [f"{file.relative_to(folder)} ({_TITLES[kind]})" for kind, file in file_of.items()]
     if len(found) > 1:
@@ -132,11 +138,10 @@ def _is_voc(folder: Path) -> bool:
     return (folder / "Annotations").is_dir() or next(folder.glob("*.xml"), None) is not None
 
 
-def _data_yaml(folder: Path) -> Path | None:
-    """Return the data.yaml of a YOLO dataset, or the only other YAML file that describes one."""
-    named = [file for file in (folder / "data.yaml", folder / "data.yml") if file.is_file()]
+def _other_yaml(folder: Path) -> Path | None:
+    """Return the only YAML file that describes a YOLO dataset."""
     found = [file for pattern in ("*.yaml", "*.yml") for file in folder.glob(pattern) if _yolo_splits(file)]
-    return named[0] if named else found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 else None
 
 
 def _yolo_advice(folder: Path) -> str:
