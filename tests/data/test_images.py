@@ -58,11 +58,13 @@ def test_an_image_of_another_folder_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for name in ("000.jpg", "images/000.jpg", "COCO_val2014_000000000716.jpg", "202401311230.jpg"):
         Image.new("RGB", (2, 2)).save(tmp_path / name)
-    for name in ("camera_a/000.jpg", "202401311230_39.jpg"):
+    names = "camera_a/000.jpg", "camera_a/images/000.jpg", "b/val2017/000.jpg", "b/000000000716.jpg"
+    for name in (*names, "202401311230_39.jpg"):
         with pytest.raises(BadSampleError, match="not found below"):
             find_image(name, tmp_path)
         assert image_files([name], tmp_path) == [tmp_path / name]
-    assert find_image("train2017/000.jpg", tmp_path) == tmp_path / "000.jpg"
+    for name in ("train2017/000.jpg", "images/train2017/000.jpg", str(tmp_path / "val2014" / "000.jpg")):
+        assert find_image(name, tmp_path) == tmp_path / "000.jpg"
     for name in ("train2017/000000000716.jpg", "000000000716.jpg", "coco/COCO_train2014_000000000716_3.jpg"):
         assert find_image(name, tmp_path).name == "COCO_val2014_000000000716.jpg"
 
@@ -72,6 +74,28 @@ def test_times_are_not_ids_of_coco() -> None:
     assert [image_key(name) for name in names] == list(names)
     coco = ("000000000716.jpg", "train2014/COCO_train2014_000000000716_8.jpg", "COCO_val2014_000000000716.jpg")
     assert {image_key(name) for name in coco} == {"coco/716"}
+
+
+def test_numbers_are_ids_in_folders_of_coco_only(tmp_path: Path) -> None:
+    for camera in ("cam1", "cam2"):
+        (tmp_path / camera).mkdir()
+        Image.new("RGB", (2, 2)).save(tmp_path / camera / "000000000009.jpg")
+    names = ("cam1/000000000009.jpg", "cam2/000000000009.jpg", "cam1/train2017/000000000009.jpg")
+    assert [image_key(name) for name in names] == list(names)
+    paths = [str(tmp_path / name) for name in names[:2]]
+    assert [image_key(name, tmp_path) for name in (*names[:2], *paths)] == [*paths, *paths]
+    folders = (
+        "",
+        "images/",
+        "val2017/",
+        "images/train2017/",
+        "coco/images/test2017/",
+        "../data/coco2017/",
+        "../train2017/",
+    )
+    absolute = str(tmp_path / "train2017" / "000000000009.jpg")
+    assert {image_key(f"{folder}000000000009.jpg") for folder in folders} == {"coco/9"}
+    assert image_key(absolute, tmp_path) == image_key("cam1/COCO_val2014_000000000009.jpg", tmp_path) == "coco/9"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes need POSIX")

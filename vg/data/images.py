@@ -26,6 +26,10 @@ UNKNOWN_SIZE = 1, 1  # (height, width) of an image that cannot be read; loading 
 COCO_KEY = "coco/"  # what the keys of COCO images begin with
 # RefCOCO appends the id of an annotation. Without the prefix, ids below a million: 202401311230 is a time.
 _COCO = re.compile(r"COCO_(?:train|val|test)\d{4}_(\d{12})(?:_\d+)?|(0{6}\d{6})")
+# Folders of ids without the prefix: images/train2017, ../data/coco/val2017. Those of cameras may have equal numbers.
+_COCO_FOLDERS = re.compile(
+    r"((.*/)?[^/]*coco[^/]*/)?((\.\.|images|(train|val|test|unlabeled)(2014|2015|2017))/)*", re.IGNORECASE
+)
 # Within `decoded_once`: image and pixels by image (its id, if it is opened, which is not reused while it is kept).
 _decoded: ContextVar[dict[Any, tuple[Any, np.ndarray]] | None] = ContextVar("_decoded", default=None)
 
@@ -62,14 +66,25 @@ def _is_outside(name: str, root: Path) -> bool:
 def _candidates(name: str, root: Path, folders: Sequence[str] = _FOLDERS) -> Iterator[Path]:
     """Yield where the file of an image may be."""
     yield root / name
-    path = Path(os.path.normpath(name))
+    path = _below(name, root)
     names = [path.name]
-    if path.parent.name not in _FOLDERS and not path.name.startswith("COCO_"):
-        return  # a.jpg of another folder is another image than camera_1/a.jpg
-    if found := _COCO.fullmatch(path.stem):
-        coco_id = found[1] or found[2]
+    if coco_id := _coco_id(path):
         names += [f"COCO_train2014_{coco_id}.jpg", f"COCO_val2014_{coco_id}.jpg", f"{coco_id}.jpg"]
+    elif not set(path.parts[:-1]) <= set(_FOLDERS):
+        return  # a.jpg of another folder is another image than camera_1/a.jpg
     yield from (root / folder / file for folder in folders for file in names)
+
+
+def _below(name: str, root: Path | None) -> Path:
+    """Return the path of an image relative to `root`."""
+    return Path(os.path.relpath(name, root) if root and os.path.isabs(name) else os.path.normpath(name))
+
+
+def _coco_id(path: Path) -> str | None:
+    """Return the 12 digits of the id in the name of a COCO image."""
+    if not (found := _COCO.fullmatch(path.stem)):
+        return None
+    return found[1] or (found[2] if _COCO_FOLDERS.fullmatch("".join(f"{part}/" for part in path.parts[:-1])) else None)
 
 
 def image_files(names: Sequence[str], root: Path) -> list[Path | None]:
@@ -93,8 +108,8 @@ def list_images(folder: Path) -> list[str]:
 
 def image_key(name: str, root: Path | None = None) -> str:
     """Return a key that is equal for all names of an image: its COCO id, or else its path below `root`."""
-    if coco_id := _COCO.fullmatch(Path(name).stem):
-        return f"{COCO_KEY}{int(coco_id[1] or coco_id[2])}"
+    if _COCO.fullmatch(Path(name).stem) and (coco_id := _coco_id(_below(name, root))):
+        return f"{COCO_KEY}{int(coco_id)}"
     try:
         return str(find_image(name, root).resolve()) if root else name
     except BadSampleError:
