@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from vg.data import CocoConfig, CsvConfig, OdvgConfig, VocConfig, YoloConfig
 from vg.data.subset import SplitConfig
 from vg.errors import ConfigError, DataError
 from vg.finetuning import sizes
-from vg.finetuning.plan import default_output, make_plan
+from vg.finetuning.plan import default_output, make_plan, refuse_other_run
 from vg.models.grounding_dino.checkpoints import write_checkpoint
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.rec.config import RecConfig
@@ -216,3 +217,35 @@ def test_images_in_another_folder(tmp_path: Path) -> None:
     VocConfig.miniature(tmp_path / "voc")
     with pytest.raises(ConfigError, match="names its images"):
         make_plan(tmp_path / "voc", "small", images=tmp_path)
+
+
+HUB_FOLDER = "/cache/hub/models--someone--pets/snapshots/0a1b"
+
+
+@pytest.mark.parametrize(
+    ("weights", "same", "other"),
+    [
+        ("runs/demo", ["runs/demo", "runs/demo/", "./runs/demo", "{here}/runs/demo", "link"], ["runs/demo2", "small"]),
+        ("{here}/runs/demo", ["runs/demo"], ["runs"]),
+        ("someone/pets", ["someone/pets", HUB_FOLDER], ["someone/cars", HUB_FOLDER.replace("pets", "cars")]),
+        (HUB_FOLDER, ["someone/pets", HUB_FOLDER], ["someone/cars", "runs/demo"]),
+        (None, ["small"], ["./small", "someone/pets"]),
+    ],
+)
+def test_a_run_continues_with_its_model_in_other_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str | None, same: list[str], other: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "small").mkdir()
+    (tmp_path / "link").symlink_to("runs/demo")
+    (tmp_path / "data").mkdir()
+    CocoConfig.miniature(tmp_path / "data")
+    config = make_plan("data", "small").config
+    model = replace(config.model, weights=weights and weights.format(here=tmp_path))
+    config = replace(config, model=model)
+    for name in same:
+        refuse_other_run(config, "data", name.format(here=tmp_path), None, None, lora=False)
+    for name in other:
+        with pytest.raises(ConfigError, match=f"--model: .* in the run, {name} given"):
+            refuse_other_run(config, "data", name, None, None, lora=False)

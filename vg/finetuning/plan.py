@@ -110,8 +110,8 @@ def refuse_other_run(
             for chosen in (vocabulary, planned["vocabulary"])
         )
     if model is not None:
-        weights = config.model.weights
-        values["--model"] = (str(weights or SMALL), str(model))
+        weights = str(config.model.weights or SMALL)
+        values["--model"] = weights, weights if _same_model(weights, str(model)) else str(model)
     if lora:
         values["--lora"] = ("yes" if config.optim.lora else "no", "yes")
     changed = [f"{name}: {before} in the run, {now} given" for name, (before, now) in values.items() if before != now]
@@ -124,6 +124,16 @@ def refuse_other_run(
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).resolve())
+
+
+def _same_model(first: str, second: str) -> bool:
+    """Return whether two models are equal; one may be a Hub id and the other the folder it was downloaded to."""
+    if SMALL in (first, second):
+        return first == second
+    in_cache = (
+        f"models--{one.replace('/', '--')}" in Path(other).parts for one, other in ((first, second), (second, first))
+    )
+    return Path(first).resolve() == Path(second).resolve() or any(in_cache)
 
 
 def _data(
