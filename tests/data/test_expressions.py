@@ -136,6 +136,24 @@ def test_a_column_of_classes(tmp_path: Path, separator: str) -> None:
         CsvConfig(path=str(tmp_path / "set.csv")).build()
 
 
+def test_files_of_splits_share_their_classes(tmp_path: Path) -> None:
+    """A class that val lacks is in its prompts."""
+    row = {"image": "a.png", **XYXY}
+    write(tmp_path, *(row | {"class": name} for name in ("dog", "cat", "ant")), name="train.csv")
+    write(tmp_path, row | {"class": "cat"}, name="val.csv")
+    found = detect_format(tmp_path)
+    assert [settings["classes"] for settings in found.values()] == [["dog", "cat", "ant"]] * 2
+    val = CsvConfig(**found["val"]).build().load(0, 0)
+    assert (val.phrases, val.phrase_ids.tolist()) == (("dog", "cat", "ant"), [1])
+    with pytest.raises(DataError, match=r"rows of an unknown class: line 2.*add it to classes \(dog, ant\)"):
+        CsvConfig(path=found["val"]["path"], classes=["dog", "ant"]).build()
+    write(tmp_path, *(row | {"class": name} for name in ("dog", "cat", "ant")), name="val.csv")
+    assert not any("classes" in settings for settings in detect_format(tmp_path).values()), "they are equal"
+    for name in ("train.csv", "val.csv"):
+        write(tmp_path, row | {"phrase": f"a cat of {name}"}, name=name)
+    assert not any("classes" in settings for settings in detect_format(tmp_path).values()), "they are free text"
+
+
 def test_class_zero_of_json_lines(tmp_path: Path) -> None:
     rows = [{"image": "a.png", "label": label, "box_xyxy": BOX} for label in (0, 1)]
     source = write(tmp_path, *rows, name="set.jsonl").build()

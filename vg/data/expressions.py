@@ -105,6 +105,8 @@ class CsvConfig(Settings):
     """Folder of the images; by default the folder of the file."""
     split: str | None = None
     """Use the rows with this value in the column `split`; null uses all rows."""
+    classes: list[str] | None = None
+    """For a column of classes; by default those of all rows, in the order of their first rows."""
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     """For a column of classes."""
 
@@ -144,12 +146,15 @@ class CsvConfig(Settings):
         """
         names: dict[str, int] = {}
         images: dict[str, AnnotatedImage] = {}
-        columns = None
+        columns, fixed = None, False
         for location, row in read_rows(Path(self.path)):
-            columns = columns or Columns.of(list(row), self.path)
+            if columns is None:
+                columns = Columns.of(list(row), self.path)
+                fixed = bool(self.classes) and columns.phrase in CLASS
+                names = {name: label for label, name in enumerate(dict.fromkeys(self.classes or []))} if fixed else {}
             named = (row.get(name) for name in (columns.image, columns.phrase))
             file, phrase = ("" if cell is None else str(cell).strip() for cell in named)  # a class may be 0
-            if columns.phrase in CLASS and phrase:
+            if columns.phrase in CLASS and phrase and not fixed:
                 names.setdefault(phrase, len(names))  # the splits share their classes
             if self.split is not None and row.get(SPLIT) != self.split:
                 continue
@@ -167,6 +172,9 @@ class CsvConfig(Settings):
             elif (box := _to_box(cells)) is None:
                 fix = f"write four numbers in pixels: {BOX[columns.box].description}"
                 issues.add("error", "boxes that are not four finite numbers", fix, [shown])
+            elif fixed and phrase not in names:
+                fix = f"add it to classes ({', '.join([*names][:10])}), or correct the name"
+                issues.add("error", "rows of an unknown class", fix, [shown])
             else:
                 image.boxes.append(AnnotatedBox(names.setdefault(phrase, len(names)), box, location))
         root = Path(self.image_root) if self.image_root is not None else Path(self.path).resolve().parent

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.data.detection.detection_files import write_image
+from vg.data.check import detect_format
 from vg.data.detection.issues import Issues
 from vg.data.detection.odvg import OdvgConfig, OdvgSource
 from vg.data.detection.vocabulary import VocabularyConfig
@@ -96,6 +97,28 @@ def test_numbered_classes(tmp_path: Path):
     first = [sampled.load(0, epoch) for epoch in range(10)]
     assert all([s.phrases[id] for id in s.phrase_ids] == ["hot dog", "traffic light"] for s in first)
     assert {len(s.phrases) for s in first} == {2, 3}
+
+
+def test_files_of_splits_share_their_categories(tmp_path: Path) -> None:
+    """A class that val lacks is in its prompts, and the labels of val may be others."""
+    names = {"train": ["hot dog", "cat", "traffic_light"], "val": ["traffic_light"], "test": []}
+    for split, categories in names.items():
+        instances = [{"bbox": [5, 10, 25, 30], "label": i, "category": name} for i, name in enumerate(categories)]
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(DETECTION | {"detection": {"instances": instances}}))
+    write_image(tmp_path / "a.png")
+    found = detect_format(tmp_path)
+    assert {split: settings["classes"] for split, settings in found.items()} == dict.fromkeys(names, names["train"])
+    configs = {split: OdvgConfig(**settings) for split, settings in found.items()}
+    samples = {split: config.build().load(0, 0) for split, config in configs.items()}
+    assert {sample.phrases for sample in samples.values()} == {("hot dog", "cat", "traffic light")}
+    assert [sample.phrase_ids.tolist() for sample in samples.values()] == [[0, 1, 2], [2], []]
+    issues = Issues()
+    assert configs["val"].read(issues).names == names["train"]
+    assert [*issues] == []
+    with pytest.raises(DataError, match=r"of an unknown class: line 1: 'hot dog'; add it to classes \(cat\)"):
+        OdvgConfig(path=configs["train"].path, classes=["cat"]).build()
+    with pytest.raises(ValueError, match="classes is for lines without a label_map"):
+        OdvgConfig(path=configs["train"].path, classes=["cat"], label_map="map.json")
 
 
 def test_categories_are_a_label_map(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from vg.data.detection.issues import Issues
-from vg.data.detection.line_files import SETTINGS
+from vg.data.detection.line_files import SETTINGS, LineFiles
+from vg.data.detection.odvg import OdvgConfig
 from vg.data.detection.voc import VocConfig
 from vg.data.detection.yolo import read_document
-from vg.data.expressions import CLASS, IMAGE, PHRASE, SPLIT, read_rows
+from vg.data.expressions import CLASS, IMAGE, PHRASE, SPLIT, CsvConfig, read_rows
 from vg.data.shards.index import SAMPLES
 from vg.data.shards.storage import UNFINISHED
 from vg.errors import DataError
@@ -95,7 +96,7 @@ def _detect_folder(folder: Path) -> dict[str, dict[str, Any]]:
             splits = {"train": settings | {"split": "trainval"}} | splits
         return splits or {"train": settings}
     if voc_splits:
-        return _of_voc_splits(voc_splits)
+        return _with_same_classes({split: {"name": "voc", "path": str(path)} for split, path in voc_splits.items()})
     root = {} if roboflow else {"image_root": str(folder)}
     if len(files) == 1:
         settings = root if file_of.keys() != {"coco"} and files[0].parent != folder else {}
@@ -115,7 +116,7 @@ def _detect_folder(folder: Path) -> dict[str, dict[str, Any]]:
                 f"{folder}: not clear which split {', '.join(unclear[:10])} belongs to; merge it with the file of a "
                 "split, or move it to another folder"
             )
-        return {split: _settings(named[0]) | root for split, named in by_split.items() if named}
+        return _with_same_classes({split: _settings(named[0]) | root for split, named in by_split.items() if named})
     if files:
         raise DataError(
             f"{folder} has {', '.join(names[:10])}: name the file to use, or one for each split (train.json, val.json)"
@@ -126,12 +127,32 @@ def _detect_folder(folder: Path) -> dict[str, dict[str, Any]]:
     )
 
 
-def _of_voc_splits(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """Return the settings of Pascal VOC folders, one for each split, whose prompts have the classes of all."""
-    names = [VocConfig(path=str(folder)).read(Issues()).names for folder in folders.values()]
-    differ = any(own != names[0] for own in names)
-    classes = {"classes": sorted({*chain(*names)})} if differ else {}
-    return {split: {"name": "voc", "path": str(folder), **classes} for split, folder in folders.items()}
+def _with_same_classes(splits: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the settings of the splits of a folder, whose prompts have the classes of all."""
+    names = [_classes(settings) for settings in splits.values()]
+    if all(own == names[0] for own in names):
+        return splits
+    classes = [*dict.fromkeys(chain(*names))]  # in the order of the training data
+    return {
+        split: settings | {"classes": sorted(classes) if settings["name"] == "voc" else classes}
+        for split, settings in splits.items()
+    }
+
+
+def _classes(settings: Mapping[str, Any]) -> list[str]:
+    """Return the classes that only the annotations name, not a table of them; none if they cannot be read."""
+    path, issues = Path(settings["path"]), Issues()
+    try:
+        if settings["name"] == "voc":
+            return VocConfig(path=str(path)).read(issues).names
+        if settings["name"] == "csv" and not next(read_rows(path), ("", {}))[1].keys() & {*PHRASE}:
+            return CsvConfig(path=str(path)).read(issues).names
+        if settings["name"] == "odvg" and "label_map" not in settings:
+            label_map = OdvgConfig(path=str(path)).read_labels(LineFiles(path), issues)
+            return [name for _, name in (label_map or {}).values()]
+    except DataError:  # reading the dataset raises it
+        pass
+    return []
 
 
 def _is_voc(folder: Path) -> bool:

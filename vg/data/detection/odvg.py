@@ -47,6 +47,8 @@ class OdvgConfig(Settings):
     label_map: str | None = None
     """Json file {"0": "person", ...}, for lines with numbered classes; in a folder by default its label_map.json.
     Without one, the `category` of every instance names its class."""
+    classes: list[str] | None = None
+    """Names of the classes without a label_map; by default the categories of all lines, in the order of the labels."""
     image_root: str | None = None
     """Folder of the images; by default that of the .jsonl files."""
     upright: bool | None = None
@@ -58,6 +60,10 @@ class OdvgConfig(Settings):
     one with all their boxes, and the words at `tokens_positive` are used where `phrase` is missing. "whole": the
     caption as it stands, as MM-Grounding-DINO is trained on GoldG, Flickr and GRIT; every region needs
     `tokens_positive`, whose words are its phrase; equal spans are one phrase, equal words elsewhere another one."""
+
+    def __post_init__(self) -> None:
+        if self.label_map is not None and self.classes:
+            raise ValueError("classes is for lines without a label_map, which has the classes: leave one of them out")
 
     @classmethod
     def miniature(cls, folder: Path) -> OdvgConfig:
@@ -88,7 +94,7 @@ class OdvgConfig(Settings):
     def read_labels(self, lines: LineFiles, issues: Issues) -> LabelMap | None:
         """Read the label map, or make one of the categories in the lines if the first line has numbered classes."""
         if self.label_map_file is None and len(lines) and b'"detection"' in lines[0][0]:
-            return read_categories(lines, issues)
+            return read_categories(lines, issues, self.classes)
         return read_label_map(self.label_map_file, issues)
 
     @without_gc()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from vg.files import located, refuse_special
 from vg.types import Caption
 
 Spans = tuple[tuple[int, int], ...]
-LabelMap = Mapping[int, tuple[int, str]]  # label in a line -> index and name of its class, in the order of the indices
+# Label in a line, or name of a class that no line has -> index and name of the class, in the order of the indices.
+LabelMap = Mapping[int | str, tuple[int, str]]
 
 _ITEMS = {"detection": "instances", "grounding": "regions"}
 _LABEL_MAP_FIX = "use the label_map that belongs to the file (labels count from 0, ids of COCO from 1)"
@@ -52,9 +53,16 @@ def read_label_map(path: str | None, issues: Issues) -> LabelMap | None:
     return {label: (index, names[label]) for index, label in enumerate(labels)}
 
 
-def read_categories(lines: Iterable[tuple[bytes, str]], issues: Issues) -> LabelMap | None:
-    """Return the label map that the instances of (content, location) contain; None if none has a category."""
+def read_categories(
+    lines: Iterable[tuple[bytes, str]], issues: Issues, classes: Sequence[str] | None = None
+) -> LabelMap | None:
+    """Return the label map that the instances of (content, location) contain; None if there is no class.
+
+    Args:
+        classes: the categories to expect, in the order of the classes.
+    """
     names: dict[int, str] = {}
+    known = dict.fromkeys(classes or [])
     for text, location in lines:
         if b'"category"' not in text:
             continue
@@ -64,15 +72,18 @@ def read_categories(lines: Iterable[tuple[bytes, str]], issues: Issues) -> Label
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue  # reported where the line is parsed
         for label, category in pairs:
-            if (
-                type(label) is int
-                and category
-                and isinstance(category, str)
-                and names.setdefault(label, category) != category
-            ):
+            if type(label) is not int or not category or not isinstance(category, str):
+                continue
+            if names.setdefault(label, category) != category:
                 fix = 'give each class one label, or set label_map to a json file such as {"0": "person"}'
                 example = f"{location}: label {label} is {category!r} here, {names[label]!r} before"
                 issues.add("error", "labels with several categories", fix, [example])
+            if known and category not in known:
+                fix = f"add it to classes ({', '.join([*known][:10])}), or correct the name"
+                issues.add("error", "instances of an unknown class", fix, [f"{location}: {category!r}"])
+    if known:
+        label_of = {name: label for label, name in names.items()}
+        return {label_of.get(name, name): (index, name) for index, name in enumerate(known)}
     return {label: (index, names[label]) for index, label in enumerate(sorted(names))} or None
 
 
@@ -160,7 +171,8 @@ class LineParser:
         try:
             index, name = self._label_map[label]  # type: ignore[index]
         except (KeyError, TypeError):  # TypeError: a list cannot be hashed
-            known = f"{min(self._label_map, default=0)} to {max(self._label_map, default=0)}"
+            labels = [label for label in self._label_map if isinstance(label, int)]
+            known = f"{min(labels, default=0)} to {max(labels, default=0)}"
             example = f"{location}: label {label!r}, category {category!r}; label_map has {known}"
             self._issues.add("error", "labels that are not in the label map", _LABEL_MAP_FIX, [example])
             return None
