@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,26 @@ from tests.cache.feature_data import cached_config, write_encoders, write_expres
 from vg.cache.build import build_cache
 from vg.cache.datasets import RunDataset, training_dataset
 from vg.config import RunConfig
+from vg.data.detection.coco import CocoConfig
+from vg.data.detection.odvg import OdvgConfig
+from vg.data.detection.voc import VocConfig
+from vg.data.expressions import CsvConfig
 from vg.errors import CacheError
 from vg.models.rec.model import RecModel
 from vg.training.trainer import Trainer
+
+SETTINGS = [  # that keys of all caches have
+    (CsvConfig(path="x"), {"name", "path"}),
+    (CocoConfig(path="x"), {"name", "path", "min_side", "vocabulary"}),
+    (OdvgConfig(path="x"), {"name", "path", "captions", "vocabulary"}),
+    (VocConfig(path="x"), {"name", "path", "vocabulary"}),
+]
+
+
+@pytest.mark.parametrize(("config", "names"), SETTINGS, ids=lambda value: getattr(value, "name", ""))
+def test_new_settings_of_datasets_are_null_by_default(config: Any, names: set[str]) -> None:
+    """A cache that was written without a setting is found, because a missing one equals null."""
+    assert {name for name, value in asdict(config).items() if value is not None} == names
 
 
 @pytest.fixture

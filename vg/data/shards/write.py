@@ -97,7 +97,7 @@ def with_all_classes(dataset: Any) -> Any:
     """Return settings of a dataset whose samples have all its classes, which the reader of the shards may select."""
     if hasattr(dataset, "dataset"):  # one part of a dataset
         return replace(dataset, dataset=with_all_classes(dataset.dataset))
-    if not hasattr(dataset, "vocabulary"):
+    if getattr(dataset, "vocabulary", None) is None:
         return dataset
     return replace(dataset, vocabulary=replace(dataset.vocabulary, negatives=None, only=None))
 
