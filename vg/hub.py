@@ -30,10 +30,11 @@ def loading(location: str, setting: str, failure: type[UserError], kind: str = "
         kind: of Hub repository: "model" or "dataset".
     """
     is_local = Path(location).exists()
-    advice, near = f"set {setting} to its folder or Hub id", similar_paths(location)
+    advice = f"set {setting} to its folder or Hub id"
     if not is_local:
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", location):
-            raise failure("; ".join(filter(None, [f"{location} ({setting}) does not exist", advice, near])))
+            problem = f"{location} ({setting}) does not exist"
+            raise failure("; ".join(filter(None, [problem, advice, similar_paths(location)])))
         _check_network()
     try:
         yield
@@ -44,7 +45,7 @@ def loading(location: str, setting: str, failure: type[UserError], kind: str = "
             raise failure(f"{location} ({setting}) cannot be loaded: {_reason(error)}") from error
         if "/" in location and Path(location).parent.is_dir():  # such as runs/demo, which is also a valid Hub id
             raise failure(
-                f"{location} ({setting}) does not exist; {near or advice}\n"
+                f"{location} ({setting}) does not exist; {similar_paths(location) or advice}\n"
                 f"As a Hub id, it cannot be loaded either: {_hub_reason(error)}"
             ) from error
         option = "" if kind == "model" else f" --repo-type {kind}"

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, output: Path) -> None:
     import yaml
 
     from vg.config import dump_config
-    from vg.distributed import new_accelerator
+    from vg.distributed import new_accelerator, raise_on_all_processes
     from vg.evaluation.benchmark.report import report
     from vg.evaluation.benchmark.run import open_model
     from vg.evaluation.benchmark.run import run as run_benchmark
@@ -69,6 +69,9 @@ def run(options: argparse.Namespace, output: Path) -> None:
     model, config = open_model(options.checkpoint, options.overrides, options.tokenizer)
     splits = open_splits(options.data, options.images, options.datasets or (), options.splits or (), options.limit)
     accelerator = new_accelerator(mixed_precision=options.precision or "no")
+    with raise_on_all_processes():
+        if accelerator.is_main_process:
+            output.mkdir(parents=True, exist_ok=True)  # raises OSError before hours of evaluation
     workers = 2 if options.workers is None else options.workers
     results, evaluated = run_benchmark(
         model, splits, accelerator, options.batch_size or 32, workers, options.bad_samples or "error"
@@ -84,10 +87,9 @@ def run(options: argparse.Namespace, output: Path) -> None:
     }
     results = about | results
     if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
+        print(text(results))  # first: they are there if the files cannot be written
         write_json(output / "benchmark.json", results)
         write_bytes(output / "benchmark.html", report(results, evaluated, model).encode())
-        print(text(results))
         print(f"\nwritten to {output}: benchmark.json, benchmark.html")
 
 
