@@ -123,7 +123,7 @@ def test_a_refused_command_does_not_touch_the_results(expression_model: Path, im
     main([*command, str(old), "--crops"])
     files = {file: file.read_bytes() for file in old.rglob("*.*")}
     assert len(files) == 4, "settings, results, a drawing and a crop"
-    for wrong, message in ((["--tile", "800"], "tile: the model"), (["--masks", "nowhere"], "nowhere")):
+    for wrong, message in ((["--tile", "800"], "tile: the model"), (["--mask-model", "nowhere"], "nowhere")):
         with pytest.raises(SystemExit, match=message):
             main([*command, str(old), "--overwrite", *wrong])
         assert {file: file.read_bytes() for file in old.rglob("*.*")} == files

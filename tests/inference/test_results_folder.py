@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from vg.errors import ConfigError
+from vg.inference.formats import Format
 from vg.inference.result import Result
 from vg.inference.results_folder import ResultsFolder
 
@@ -21,12 +22,18 @@ def result(name: str, gray: int) -> Result:
     return Result(name, np.full((40, 60, 3), gray, np.uint8), ("dog",), box, one, np.zeros(1, np.int64))
 
 
-def fill(path: Path, images: dict[str, int], unusable: tuple[str, ...] = ()) -> None:
+def fill(
+    path: Path,
+    images: dict[str, int],
+    unusable: tuple[str, ...] = (),
+    formats: tuple[Format, ...] = (),
+    **options: bool,
+) -> None:
     """Add the results of images (name -> gray) that have none, as a command does."""
-    folder = ResultsFolder(path, SETTINGS)
+    folder = ResultsFolder(path, SETTINGS, **options)
     for name in [name for name in images if folder.lacks(name) and name not in unusable]:
         folder.add(result(name, images[name]), draw=True, crops=True)
-    folder.finish([])
+    folder.finish(formats)
 
 
 def crops(path: Path) -> dict[str, int]:
@@ -53,6 +60,14 @@ def test_images_that_were_unusable_do_not_replace_files(tmp_path: Path) -> None:
     fill(tmp_path, images, unusable=("photos/cat.jpg",))
     fill(tmp_path, images)
     assert crops(tmp_path) == {"photos_cat_0.png": 50, "photos_cat_2_0.png": 200}
+
+
+def test_other_formats_have_the_same_results(tmp_path: Path) -> None:
+    fill(tmp_path, {"a.png": 50}, formats=("csv",))
+    fill(tmp_path, {"a.png": 50, "b.png": 50})
+    assert [row.split(",")[0] for row in (tmp_path / "results.csv").read_text().splitlines()[1:]] == ["a.png", "b.png"]
+    fill(tmp_path, {"c.png": 50}, overwrite=True)
+    assert not (tmp_path / "results.csv").exists()
 
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 import vg
 from tests.inference.bright import Bright
@@ -287,6 +289,22 @@ def test_other_settings_need_another_folder(detector: Path, folder: Path, tmp_pa
         predict(detector, folder, "-p", "cat", *out)
     predict(detector, folder, "-p", "cat", *out, "--overwrite")
     assert {phrase for record in records(tmp_path / "out") for phrase in record["phrases"]} == {"cat"}
+    with pytest.raises(SystemExit, match=r"has results with other settings \(crops\)"):
+        predict(detector, folder, "-p", "cat", *out, "--crops")
+
+
+def test_results_of_other_weights_are_not_continued(detector: Path, folder: Path, tmp_path: Path) -> None:
+    """As after more training."""
+    model = tmp_path / "model"
+    shutil.copytree(detector, model)
+    command = (model, folder, "-p", "dog", "--output", tmp_path / "out", "--no-draw")
+    predict(*command)
+    predict(*command)
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if weights[name].dtype == np.float32)
+    save_file({**weights, name: weights[name] + 1}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match=r"has results with other settings \(weights\)"):
+        predict(*command)
 
 
 def test_an_interrupted_command_is_completed(detector: Path, tmp_path: Path) -> None:

@@ -19,7 +19,19 @@ if TYPE_CHECKING:
     from vg.inference.result import Result
 
 SOME_FAILED = 3  # exit status: images were left out, the results of the others are written
-SETTINGS = ("overrides", "tokenizer", "threshold", "nms", "tile", "overlap", "masks", "dtype", "every")
+SETTINGS = (
+    "overrides",
+    "tokenizer",
+    "threshold",
+    "nms",
+    "tile",
+    "overlap",
+    "masks",
+    "dtype",
+    "every",
+    "crops",
+    "no_draw",
+)
 EPILOG = """
 INPUT is an image, a folder, a pattern such as 'photos/*.jpg', a video, a URL, a COCO json file, a dataset of the Hub
 (hf://datasets/ORG/NAME:SPLIT), or - for a list of them on standard input. One image is drawn in prediction.png; the
@@ -43,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--nms", type=float, metavar="IOU", help="drop boxes that overlap more with a better one of their phrase")
     add("--tile", type=int, metavar="PIXELS", help="also search tiles of this side, for small objects in large images")
     add("--overlap", type=float, default=0.2, help="minimum fraction that neighboring tiles share (default: 0.2)")
-    add("--masks", nargs="?", const=True, default=False, metavar="ID", help="also segment every box with SAM or SAM 2")
+    add("--masks", action="store_true", help="also segment every box with SAM")
+    add("--mask-model", metavar="ID", help="segment with this SAM or SAM 2")
     add("--output", help="image file for one image (default: prediction.png), else folder (default: predictions)")
     add("--format", choices=FORMATS, action="append", help="also write the results in this format; may be repeated")
     add("--crops", action="store_true", help="also write every box as an image")
@@ -63,6 +76,7 @@ def run(options: argparse.Namespace) -> None:
     from vg.inference.images import is_single
 
     words, overrides = options.words, options.overrides
+    options.masks = options.mask_model or options.masks
     inputs, phrases = (words, options.phrases) if options.phrases else (words[:1], words[1:])
     if not options.phrases:
         _check_phrases(phrases)
@@ -134,7 +148,7 @@ def _fill_folder(
     from vg.inference.images import named_images
     from vg.inference.results_folder import ResultsFolder
 
-    settings = {"checkpoint": options.checkpoint, "phrases": list(phrases)}
+    settings = {"checkpoint": options.checkpoint, "weights": grounder.backend.digest(), "phrases": list(phrases)}
     settings |= {name: getattr(options, name) for name in SETTINGS}
     folder = ResultsFolder(Path(options.output or "predictions"), settings, options.overwrite)
     images, total = named_images(list(inputs), options.every)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -83,13 +84,14 @@ class OnnxBackend:
     """
 
     def __init__(self, path: str | Path, device: str | None = None, threads: int = 0):
+        self.path = Path(path)
         self.device = device or "cpu"
-        self.session = _open(Path(path), self.device, threads)
+        self.session = _open(self.path, self.device, threads)
         metadata = self.session.get_modelmeta().custom_metadata_map
         if SETTINGS not in metadata:
             raise CheckpointError(f"{path} was not written by vg export: it has no preprocessing; run vg export again")
         self.settings = ExportSettings.load(metadata[SETTINGS])
-        self.text_session = _open(text_file(Path(path)), self.device, threads) if self.settings.split else None
+        self.text_session = _open(text_file(self.path), self.device, threads) if self.settings.split else None
         self.image_spec = self.settings.image_spec
         special = {name: token for name, token in self.settings.special_tokens.items() if name in SPECIAL_TOKENS}
         self.tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
@@ -112,6 +114,11 @@ class OnnxBackend:
 
     def compile(self) -> None:
         raise ConfigError("an ONNX model cannot be compiled; use the model that it was exported from")
+
+    def digest(self) -> str:
+        """Return a digest of the files of the model."""
+        files = [self.path, text_file(self.path)] if self.settings.split else [self.path]
+        return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
 
     def prepare(self, images: Sequence[np.ndarray], phrases: Sequence[tuple[str, ...]]) -> Prepared:
         """Make the batch of images [H, W, 3] uint8 and the phrases of each; may run in a thread.

@@ -1,7 +1,7 @@
 """The folder of the results of `vg predict`, which a repeated command completes.
 
 predictions/
-    settings.json    the checkpoint, the phrases and the thresholds: a folder has results of one command
+    settings.json    the checkpoint, its weights, the phrases and the thresholds: a folder has results of one command
     results.jsonl    a record per image, written as soon as it is done, see `Result.to_dict`
     drawn/           the images with boxes, small ones enlarged for readable labels
     crops/           an image per box
@@ -10,7 +10,6 @@ predictions/
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from vg.errors import ConfigError
-from vg.files import remove, write_json
+from vg.files import read_json, remove, write_json
 from vg.inference.formats import SUFFIXES, Format, read_records, write_results
 from vg.inference.result import READABLE_SIDE, Result
 
@@ -42,7 +41,7 @@ class ResultsFolder:
 
     def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool = False):
         self.path = path
-        self._results = path / "results.jsonl"
+        self._results = self._file("jsonl")
         self._settings = settings
         self._overwrite = overwrite
         self._started = False
@@ -53,7 +52,7 @@ class ResultsFolder:
             self.names.add(name)
             self._new_stem(name)
         file = path / "settings.json"
-        if self.names and file.exists() and (found := json.loads(file.read_text(encoding="utf-8"))) != settings:
+        if self.names and file.exists() and (found := read_json(file, dict)) != settings:
             changed = [key for key in settings if found.get(key) != settings[key]]
             raise ConfigError(
                 f"{path} has results with other settings ({', '.join(changed)}): use another --output, or --overwrite"
@@ -90,12 +89,12 @@ class ResultsFolder:
         self.names.add(result.name)
 
     def finish(self, formats: Sequence[Format]) -> list[Path]:
-        """Write the other formats; return all files and folders."""
+        """Write the other formats, and again those of earlier commands; return all files and folders."""
         self._start()
         self._results.touch()
-        for format in formats:
-            path = self.path / f"results{SUFFIXES[format]}"
-            if format != "jsonl":
+        for format in SUFFIXES:
+            path = self._file(format)
+            if format != "jsonl" and (format in formats or path.exists()):
                 write_results(read_records(self._results), path, format)
         return sorted(path for path in self.path.iterdir() if path.name != "settings.json")
 
@@ -104,10 +103,15 @@ class ResultsFolder:
         if self._started:
             return
         self._started = True
-        for name in ("settings.json", "results.jsonl", "drawn", "crops") if self._overwrite else ():
-            remove(self.path / name)
+        if self._overwrite:
+            earlier = [self.path / name for name in ("settings.json", "drawn", "crops")]
+            for path in [*earlier, *map(self._file, SUFFIXES)]:
+                remove(path)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "settings.json", self._settings)
+
+    def _file(self, format: Format) -> Path:
+        return self.path / f"results{SUFFIXES[format]}"
 
     def _new_stem(self, name: str) -> str:
         """Return a name for the files of an image that no other image has."""

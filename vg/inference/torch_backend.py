@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from itertools import islice
@@ -109,6 +110,14 @@ class TorchBackend:
         """Forget what was compiled or recorded for another device or precision."""
         network: Any = torch.compile(self.model, dynamic=True) if self.compiled else self.model
         self.network = CudaGraphs(network, Recorder(self.model.device)) if self.cuda_graphs else network
+
+    def digest(self) -> str:
+        """Return a digest of the weights, and of how images are resized."""
+        found = hashlib.sha256(repr(self.model.image_spec).encode())
+        for name, weights in self.model.state_dict().items():
+            found.update(name.encode())
+            found.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def prepare(self, images: Sequence[np.ndarray], phrases: Sequence[tuple[str, ...]]) -> Prepared:
         """Make the batch of images [H, W, 3] uint8 and the phrases of each; may run in a thread.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections import Counter, deque
@@ -17,7 +16,6 @@ import numpy as np
 from vg.data.detection.annotations import MIN_SIDE
 from vg.errors import BadSampleError
 from vg.inference.grounder import Grounder
-from vg.inference.onnx_backend import text_file
 from vg.inference.read_ahead import NUM_THREADS, Ready, read_batches
 from vg.inference.result import Boxes, Result
 from vg.labeling.captions import PIPELINE, Captions
@@ -190,7 +188,7 @@ class Labeler:
         )
         return {
             "model": settings.checkpoint,
-            "weights": digest(self.grounder, settings.checkpoint),
+            "weights": self.grounder.backend.digest(),
             "overrides": list(settings.overrides),
             "data": settings.data,
             "images": plan.num_images,
@@ -221,21 +219,3 @@ def read_threads(device: str) -> int:
         return NUM_THREADS
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(max(NUM_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), MAX_THREADS)
-
-
-def digest(grounder: Grounder, checkpoint: str) -> str:
-    """Return a digest of the weights of a model and of how it resizes images."""
-    found = hashlib.sha256()
-    if checkpoint.endswith(".onnx"):
-        for file in (Path(checkpoint), text_file(Path(checkpoint))):
-            if file.exists():
-                found.update(file.read_bytes())
-        return found.hexdigest()
-    import torch
-
-    model = grounder.model
-    found.update(repr(model.image_spec).encode())
-    for name, weights in model.state_dict().items():
-        found.update(name.encode())
-        found.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
