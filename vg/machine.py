@@ -133,6 +133,8 @@ def _is_short(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
 def _short_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Return attention [B, heads, Q, D] of queries [B, heads, Q, D], keys and values [B, heads, S, D].
 
+    As `vg.export.tracing` has it for a graph, but faster: the mask is part of the first product.
+
     mask: [B, heads, Q, S] bool or broadcast to it, False = no attention.
     """
     import torch

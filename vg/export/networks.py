@@ -16,13 +16,13 @@ from vg import boxes as box_ops
 from vg.errors import ConfigError
 from vg.models.base import GroundingModel
 from vg.models.grounding_dino.model import GroundingDino
-from vg.models.grounding_dino.postprocess import phrase_scores
+from vg.models.grounding_dino.postprocess import best_pairs, phrase_scores
 from vg.models.grounding_dino.text_encoder import TextFeatures
 from vg.models.rec.model import RecModel
 from vg.types import Text
 
 
-class Found(NamedTuple):
+class Detections(NamedTuple):
     """The output of a detector: the K best boxes of every image, best first."""
 
     boxes: Tensor  # [B, K, 4] xyxy in 0..1 of the image
@@ -51,7 +51,7 @@ class GroundingDinoDetector(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, mask: Tensor, phrase_tokens: Tensor, *features: Tensor) -> Found:
+    def forward(self, images: Tensor, mask: Tensor, phrase_tokens: Tensor, *features: Tensor) -> Detections:
         """images [B, 3, H, W], mask [1, T] bool, phrase_tokens [1, P, T] bool (see vg.types.Text), features."""
         model, count = self.model, images.shape[0]
         levels = model.neck(model.backbone(images))
@@ -65,10 +65,8 @@ class GroundingDinoDetector(nn.Module):
         num_phrases = torch.ones_like(phrase_tokens[0, :, 0], dtype=torch.int64).sum()
         extra = rest[-2] & (num_phrases == 1)
         scores = phrase_scores(output.logits[-1], rest[-1], extra, model.config.predict.score)  # [B, Q, P]
-        top = scores.flatten(1).topk(torch.sym_min(model.config.predict.top_k, scores.shape[1] * scores.shape[2]))
-        query = top.indices // scores.shape[2]
-        boxes = output.boxes[-1].take_along_dim(query.unsqueeze(-1), 1)
-        return Found(_corners(boxes), top.values, top.indices - query * scores.shape[2])
+        boxes, scores, phrase_ids = best_pairs(output.boxes[-1], scores, model.config.predict.top_k)
+        return Detections(_corners(boxes), scores, phrase_ids)
 
 
 class RecText(nn.Module):
@@ -90,7 +88,7 @@ class RecDetector(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, mask: Tensor, features: Tensor) -> Found:
+    def forward(self, images: Tensor, mask: Tensor, features: Tensor) -> Detections:
         """images [B, 3, H, W], mask [N, T] bool, features [N, T, D]."""
         model, count = self.model, (images.shape[0], mask.shape[0])
         image, grid = model.encode_images(images)
@@ -100,17 +98,17 @@ class RecDetector(nn.Module):
         phrase_ids = torch.arange(count[1], device=images.device).view(1, -1, 1).expand_as(scores)
         scores, order = scores.flatten(1).topk(scores.shape[1] * scores.shape[2])
         boxes = boxes.flatten(1, 2).take_along_dim(order.unsqueeze(-1), 1)
-        return Found(_corners(boxes), scores, phrase_ids.flatten(1).take_along_dim(order, 1))
+        return Detections(_corners(boxes), scores, phrase_ids.flatten(1).take_along_dim(order, 1))
 
 
-class Together(nn.Module):
+class EndToEnd(nn.Module):
     """A text encoder and a detector; the inputs are those of the detector, with tokens in place of features."""
 
     def __init__(self, text: nn.Module, detector: nn.Module):
         super().__init__()
         self.text, self.detector = text, detector
 
-    def forward(self, images: Tensor, token_ids: Tensor, mask: Tensor, *phrase_tokens: Tensor) -> Found:
+    def forward(self, images: Tensor, token_ids: Tensor, mask: Tensor, *phrase_tokens: Tensor) -> Detections:
         return self.detector(images, mask, *phrase_tokens, *self.text(token_ids, mask))
 
 

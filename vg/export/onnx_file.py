@@ -15,7 +15,7 @@ import torch
 
 from vg.errors import ConfigError
 from vg.export.deform_attn import Form
-from vg.export.program import Part, max_tokens, parts, trace
+from vg.export.program import ExportedNetwork, max_tokens, parts, trace
 from vg.inference.onnx_backend import SETTINGS, SPECIAL_TOKENS, TOKENIZER, ExportSettings, text_file
 from vg.models.base import GroundingModel
 from vg.models.grounding_dino.config import GroundingDinoConfig
@@ -84,7 +84,7 @@ def _tokenizer_json(model: GroundingModel) -> str:
     return tokenizer.backend_tokenizer.to_str()
 
 
-def _translated(part: Part, form: Form, limit: int) -> Any:
+def _translated(part: ExportedNetwork, form: Form, limit: int) -> Any:
     program = trace(part, form, limit)
     print("translate the program to ONNX, which takes as long again", flush=True)
     with _quiet(), torch.no_grad():

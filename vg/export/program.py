@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from vg.errors import PredictionError
 from vg.export.deform_attn import Form
-from vg.export.networks import Found, Networks, Together, networks
+from vg.export.networks import Detections, EndToEnd, Networks, networks
 from vg.export.parity import largest_difference
 from vg.export.tracing import traceable
 from vg.files import replacing
@@ -35,7 +35,7 @@ OTHER_SIZES = {"images": 1, "height": 97, "width": 64, "prompts": 1, "tokens": 5
 TOLERANCE = 1e-3  # of scores and of boxes in 0..1
 
 
-class Part(NamedTuple):
+class ExportedNetwork(NamedTuple):
     """A network to export."""
 
     network: nn.Module
@@ -59,22 +59,25 @@ class Part(NamedTuple):
         return values
 
 
-def parts(model: GroundingModel, split: bool) -> dict[str, Part]:
+def parts(model: GroundingModel, split: bool) -> dict[str, ExportedNetwork]:
     """Return the networks of a model: "detector", and with `split` also "text"."""
     found: Networks = networks(model.eval())
     tokens, phrases = ({name: AXES[name] for name in names} for names in (("token_ids", "mask"), found.phrase_tokens))
     if not split:
-        network = Together(found.text, found.detector)
-        return {"detector": Part(network, {"images": AXES["images"], **tokens, **phrases}, Found._fields, found.fixed)}
-    text = Part(found.text, tokens, tuple(found.features), {})
+        network = EndToEnd(found.text, found.detector)
+        whole = ExportedNetwork(
+            network, {"images": AXES["images"], **tokens, **phrases}, Detections._fields, found.fixed
+        )
+        return {"detector": whole}
+    text = ExportedNetwork(found.text, tokens, tuple(found.features), {})
     with torch.no_grad():
         width = found.text(*text.example({}).values())[0].shape[-1]
     features = {name: axes if len(axes) > 2 else (*axes, width) for name, axes in found.features.items()}
     inputs: dict[str, tuple[str | int, ...]] = {"images": AXES["images"], "mask": AXES["mask"], **phrases, **features}
-    return {"detector": Part(found.detector, inputs, Found._fields, found.fixed), "text": text}
+    return {"detector": ExportedNetwork(found.detector, inputs, Detections._fields, found.fixed), "text": text}
 
 
-def trace(part: Part, form: Form, max_tokens: int) -> ExportedProgram:
+def trace(part: ExportedNetwork, form: Form, max_tokens: int) -> ExportedProgram:
     """Trace a network; its program takes any number of images, prompts, phrases and tokens, and any image size."""
     limits = {"tokens": {"max": max_tokens}}
     names = {axis for axes in part.inputs.values() for axis in axes if isinstance(axis, str)}

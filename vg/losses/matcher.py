@@ -1,4 +1,4 @@
-"""Hungarian matching (DETR): the assignment of boxes to queries with the lowest cost, for all layers and prompts."""
+"""Hungarian matching (Carion et al. 2020): the assignment of boxes to queries with the lowest cost, in every layer."""
 
 from __future__ import annotations
 

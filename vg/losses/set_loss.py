@@ -1,4 +1,4 @@
-"""The set prediction loss of DETR-like grounding: match queries with boxes, then classify tokens and regress boxes."""
+"""The set prediction loss (section 3.5; Carion et al. 2020): match queries, then classify tokens and regress boxes."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def focal(logits: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tenso
 
 
 def alignment(queries: Tensor, text: Tensor, positive: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """Contrastive alignment (InfoNCE) of queries with tokens, and of tokens with queries, as in MDETR.
+    """Contrastive alignment (InfoNCE) of queries with tokens, and of tokens with queries (MDETR, Kamath et al. 2021).
 
     Args:
         queries: [R, Q, D], normalized here.

@@ -14,7 +14,7 @@ from vg.models import grounding_dino as package
 from vg.models.grounding_dino.attention import drop_path, inverse_sigmoid
 from vg.models.grounding_dino.config import BertConfig, ClassHeadConfig, GroundingDinoConfig
 from vg.models.grounding_dino.feature_enhancer import FusionLayer, GatedFusionLayer
-from vg.models.grounding_dino.query_selection import ClassHead
+from vg.models.grounding_dino.heads import ClassHead
 from vg.models.grounding_dino.text_encoder import TextEncoder, TextFeatures
 from vg.models.settings import TINY_BERT
 
@@ -144,6 +144,13 @@ def test_drop_path_keeps_the_mean_and_drops_whole_samples() -> None:
     assert x.unique().tolist() == pytest.approx([0, 1 / 0.75])
     assert float(x.mean()) == pytest.approx(1, abs=0.03)
     assert drop_path(x, 0.25, training=False) is x
+
+
+@pytest.mark.parametrize("layer_type", [FusionLayer, GatedFusionLayer])
+def test_drop_path_of_fusion_keeps_the_own_stream(layer_type: type[FusionLayer]) -> None:
+    layer = randomized(layer_type(tiny_config(fusion_drop_path=0.999))).train()
+    image, text, image_mask, text_mask = streams()
+    torch.testing.assert_close(layer(image, text, image_mask, text_mask)[0], layer.image_norm(image))
 
 
 def test_inverse_sigmoid_at_the_border() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from tests.models.grounding_dino.tiny import batch_of, sample, tiny_config, tiny_model
 from vg.config import parse_config
 from vg.data.collate import Collator
-from vg.errors import ConfigError
+from vg.errors import ConfigError, PredictionError
+from vg.models.base import check_finite
 from vg.models.grounding_dino.config import (
     ClassHeadConfig,
     DenoisingConfig,
@@ -166,6 +167,9 @@ def test_recent_prompts_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
         model.text.projection.weight.data = model.text.projection.weight.data / 2
     same(predict(model, sample(["dog"]))[0], first[0])
     assert encoded == [2, 1, 1]
+    tokens = torch.tensor([[2, 5, 6, 7, 3]]), torch.ones(1, 5, dtype=torch.bool)
+    masks = [model.text.cached(*tokens, delimiters).sub_sentences for delimiters in ((2, 3), (2, 3, 6))]
+    assert not torch.equal(*masks), "tokens of other delimiters see each other"
 
 
 def test_training_clears_the_prompt_cache() -> None:
@@ -353,3 +357,14 @@ def test_settings_without_a_meaning_are_refused_by_name(settings: dict[str, Any]
         settings = {"backbone": {"name": "swin"} | settings["backbone"]}
     with pytest.raises(ConfigError, match=message):
         parse_config({"model": {"name": "grounding_dino"} | settings, "data": data})
+
+
+@pytest.mark.parametrize("name", ["neck.projections.0.0", "encoder.layers.0.fusion.image_norm", "queries.memory_norm"])
+def test_nan_is_not_padding(name: str) -> None:
+    """In a batch with padding, whose tokens are left out by their scores."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_parameter(f"{name}.weight")[0] = torch.nan
+    predictions = predict(model, sample(("dog",), size=(100, 100)), sample(("dog",), size=(60, 110)))
+    with pytest.raises(PredictionError, match="not finite"):
+        check_finite(predictions, model)

@@ -17,10 +17,10 @@ from vg.cache.build import build_cache
 from vg.data.collate import Collator
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import ConfigError
-from vg.models.layers import token_centers
 from vg.models.rec.any_objects import MAX_POSITIVES, AnyObjectsHead
 from vg.models.rec.config import DenseHeadConfig, DenseLossConfig, PooledHeadConfig, RecConfig
 from vg.models.rec.heads import DenseHead, DenseOutput
+from vg.models.rec.layers import token_centers
 from vg.models.rec.model import RecModel
 from vg.training.trainer import Trainer
 from vg.types import Batch

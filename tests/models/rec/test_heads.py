@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from vg import boxes as box_ops
-from vg.models.layers import rotary_encoding, token_centers
 from vg.models.rec.config import DenseHeadConfig, DenseLossConfig, HeadConfig, PooledHeadConfig, PooledLossConfig
 from vg.models.rec.heads import DenseHead, DenseOutput, PooledHead, PooledOutput
+from vg.models.rec.layers import rotary_encoding, token_centers
 
 GRID = (3, 4)
 VISION_WIDTH, TEXT_WIDTH, PREFIX = 24, 16, 5
@@ -181,7 +181,9 @@ def test_mixed_precision(config: HeadConfig) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = head(*tokens())
     exact = head(*tokens())
-    torch.testing.assert_close(output.boxes.float(), exact.boxes, atol=0.03, rtol=0.1)
+    torch.testing.assert_close(output.boxes, exact.boxes, atol=0.03, rtol=0.1)
+    assert not torch.equal(output.boxes, output.boxes.bfloat16().float()), "boxes of 8 bits are too coarse"
+    assert all(values.dtype == torch.float32 for values in output)
 
 
 def test_width_must_be_divisible_by_heads() -> None:

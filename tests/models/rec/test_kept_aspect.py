@@ -19,7 +19,6 @@ from vg.errors import ConfigError
 from vg.export.networks import networks
 from vg.inference.torch_backend import TorchBackend
 from vg.models.encoder_types import SIGLIP_VISION, VISION_TYPES
-from vg.models.layers import padded_centers, token_centers
 from vg.models.rec import heads
 from vg.models.rec.config import (
     BgeConfig,
@@ -30,6 +29,7 @@ from vg.models.rec.config import (
     VisionEncoderConfig,
 )
 from vg.models.rec.kept_aspect import KeptAspectImage
+from vg.models.rec.layers import padded_centers, token_centers
 from vg.models.rec.model import RecModel
 from vg.models.rec.vision import VisionEncoder
 from vg.types import Batch, Features, Sample

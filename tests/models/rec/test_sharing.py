@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vg.models import encoders
-from vg.models.layers import index_in_group
 from vg.models.rec.config import DenseHeadConfig, HeadConfig, PooledHeadConfig
+from vg.models.rec.layers import index_in_group
 from vg.models.settings import EncoderConfig, TextEncoderConfig
 
 GRID = (3, 4)

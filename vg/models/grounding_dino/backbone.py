@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from vg.models.grounding_dino.attention import Shapes
-from vg.models.layers import is_capturing_cuda_graph, sine_encoding
+from vg.models.layers import sine_encoding
 
 # transformers renames submodules of a loaded Swin between versions; our checkpoints use the names in its files.
 NAMES_IN_FILES = (
@@ -195,3 +195,8 @@ def extract_image_features(
         for level, (rows, columns) in zip(zip(*maps, strict=True), shapes, strict=True)
     ]
     return neck.flatten(levels, valid)
+
+
+def is_capturing_cuda_graph(device: torch.device) -> bool:
+    """Return whether a CUDA graph is being captured: replays repeat its kernels, but no Python code."""
+    return not torch.compiler.is_compiling() and device.type == "cuda" and torch.cuda.is_current_stream_capturing()

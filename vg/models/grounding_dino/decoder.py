@@ -16,7 +16,7 @@ from vg.models.grounding_dino.attention import (
 )
 from vg.models.grounding_dino.backbone import ImageFeatures
 from vg.models.grounding_dino.config import GroundingDinoConfig
-from vg.models.grounding_dino.query_selection import BoxHead, ClassHead
+from vg.models.grounding_dino.heads import BoxHead, ClassHead
 from vg.models.grounding_dino.text_encoder import TextFeatures
 from vg.models.layers import MLP, sine_encoding
 

@@ -11,6 +11,7 @@ from vg.models.grounding_dino.attention import Attention, DeformableAttention, F
 from vg.models.grounding_dino.backbone import ImageFeatures
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.grounding_dino.text_encoder import TextFeatures
+from vg.models.layers import full_precision
 
 CHUNK_TOKENS = 1024  # of all prompts together
 LONG_PROMPT = 64  # tokens
@@ -33,7 +34,7 @@ class ImageNorm(nn.LayerNorm):
         weight, bias = self.weight, self.bias
         if x.device.type != "cpu":  # only the kernel of the CPU takes tokens and weights of different dtypes
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)  # type: ignore[assignment]
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
@@ -41,9 +42,19 @@ class FoldedLinear(nn.Linear):
     """Linear whose weight is folded into another matmul; it is never called, so forward hooks and LoRA do not apply."""
 
 
+def _lowest(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).min / 2
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bias of attention scores [R, 1, 1, K] for keys [R, K]; finite, so that a row without any key is a mean."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, _lowest(dtype))[:, None, None]
+
+
 class FusionLayer(nn.Module):
     """Bi-directional cross-attention: one similarity matrix, softmax over rows for the image, columns for the text.
 
+    It is that of GLIP (Li et al. 2022, section 3.2), which Grounding DINO takes over.
     Both have `feedforward / 2` inner channels. `attend_unfolded` is the published computation, `attend_folded` a
     cheaper one with the same weights.
     """
@@ -109,16 +120,13 @@ class FusionLayer(nn.Module):
         def by_head(x: Tensor) -> Tensor:  # [R, S or T, inner] -> [R, heads, S or T, d]
             return self._split_heads(x).transpose(1, 2)
 
-        def bias(mask: Tensor) -> Tensor:  # finite, so that a row without any token is a mean, as in attend_folded
-            zeros = torch.zeros_like(mask, dtype=key.dtype)
-            return zeros.masked_fill(~mask, torch.finfo(key.dtype).min / 2)[:, None, None]
-
         dropout = self.dropout if self.training else 0.0
         key, text_value = by_head(self.text_key(text)), by_head(self.text_value(text))
         query = by_head(F.linear(image, self.image_query.weight, self.image_query.bias))
         image_value = by_head(F.linear(image, self.image_value.weight))  # its bias is added after dropout
-        over_image = None if image_mask is None else bias(image_mask)
-        to_image = F.scaled_dot_product_attention(query, key, text_value, bias(text_mask), dropout)
+        over_text = _bias(text_mask, key.dtype)
+        over_image = None if image_mask is None else _bias(image_mask, key.dtype)
+        to_image = F.scaled_dot_product_attention(query, key, text_value, over_text, dropout)
         to_text = F.scaled_dot_product_attention(key, query, image_value, over_image, dropout)
         to_image, to_text = (x.transpose(1, 2).flatten(2) for x in (to_image, to_text))  # [R, S or T, inner]
         to_image = F.linear(to_image, self.image_output.weight, self.image_output.bias)
@@ -140,8 +148,7 @@ class FusionLayer(nn.Module):
         folded_query = torch.einsum("rthd,hdc->rhtc", key, split(self.image_query.weight, 0)).flatten(1, 2)
         offset = torch.einsum("rthd,hd->rht", key, split(self.image_query.bias, 0)).flatten(1).unsqueeze(1)
         folded_output = torch.einsum("rthd,chd->rhtc", value, split(self.image_output.weight)).flatten(1, 2)
-        lowest = torch.finfo(offset.dtype).min / 2
-        text_bias = torch.zeros_like(text_mask, dtype=offset.dtype).masked_fill(~text_mask, lowest)[:, None, None]
+        text_bias = _bias(text_mask, offset.dtype)
 
         # The softmax over image tokens is accumulated chunk by chunk relative to the running maximum (flash attention).
         highest = offset.new_full(offset.shape, -torch.inf, dtype=torch.float32)  # [R, 1, heads * T]
@@ -157,7 +164,7 @@ class FusionLayer(nn.Module):
             to_image.append(torch.baddbmm(self.image_output.bias, over_text, folded_output))  # [R, chunk of S, D]
 
             for mask in masks:
-                scores = scores.masked_fill(~mask.unsqueeze(-1), lowest)
+                scores = scores.masked_fill(~mask.unsqueeze(-1), _lowest(scores.dtype))
             before, highest = highest, torch.maximum(highest, scores.detach().amax(dim=1, keepdim=True))
             rescale, weights = (before - highest).exp(), (scores - highest).exp()
             total = total * rescale + weights.sum(dim=1, keepdim=True)
@@ -180,12 +187,14 @@ class GatedFusionLayer(FusionLayer):
         self.text_alpha = nn.Linear(2 * config.width, config.width)
 
     def update_image(self, image: Tensor, attended: Tensor) -> Tensor:
-        alpha = self.image_alpha(torch.cat((image, attended), dim=-1)).sigmoid()
-        return alpha * image + (1 - alpha) * attended
+        return self._mix(self.image_alpha, image, attended)
 
     def update_text(self, text: Tensor, attended: Tensor) -> Tensor:
-        alpha = self.text_alpha(torch.cat((text, attended), dim=-1)).sigmoid()
-        return alpha * text + (1 - alpha) * attended
+        return self._mix(self.text_alpha, text, attended)
+
+    def _mix(self, gate: nn.Linear, own: Tensor, attended: Tensor) -> Tensor:
+        alpha = gate(torch.cat((own, attended), dim=-1)).sigmoid()
+        return own + drop_path((1 - alpha) * (attended - own), self.drop_path, self.training)
 
 
 class TextEnhancerLayer(nn.Module):

@@ -28,17 +28,17 @@ from vg.losses.set_loss import SetLoss
 from vg.models.base import GroundingModel
 from vg.models.encoders import enable_checkpointing, layers_of, load_tokenizer, read_tokenizer
 from vg.models.grounding_dino.attention import Attention, DeformableAttention
-from vg.models.grounding_dino.backbone import ImageFeatures, Neck, extract_image_features
+from vg.models.grounding_dino.backbone import ImageFeatures, Neck, extract_image_features, is_capturing_cuda_graph
 from vg.models.grounding_dino.checkpoints.load import load_into
 from vg.models.grounding_dino.checkpoints.variant import LABELS
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.grounding_dino.decoder import CrossModalityDecoder
 from vg.models.grounding_dino.denoising import Denoising
 from vg.models.grounding_dino.feature_enhancer import FeatureEnhancer, FusionLayer
+from vg.models.grounding_dino.heads import BoxHead
 from vg.models.grounding_dino.postprocess import postprocess
-from vg.models.grounding_dino.query_selection import BoxHead, QuerySelection
+from vg.models.grounding_dino.query_selection import QuerySelection
 from vg.models.grounding_dino.text_encoder import TextEncoder, TextFeatures
-from vg.models.layers import is_capturing_cuda_graph
 from vg.types import Batch, FittedImage, ImageSpec, LossName, Prediction, PromptTargets, Text, TextSpec
 
 

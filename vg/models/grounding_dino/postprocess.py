@@ -39,6 +39,22 @@ def phrase_scores(logits: Tensor, phrase_tokens: Tensor, extra_tokens: Tensor, s
     return scores.masked_fill(~present, -1.0)
 
 
+def best_pairs(boxes: Tensor, scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Select the pairs of query and phrase with the highest scores, best first; a query may be in several.
+
+    Args:
+        boxes: [B, Q, 4]
+        scores: [B, Q, P]
+
+    Returns:
+        Boxes [B, K, 4], scores [B, K] and phrase ids [B, K]; K is `top_k`, or Q P if that is less.
+    """
+    num_phrases = scores.shape[2]
+    top = scores.flatten(1).topk(torch.sym_min(top_k, scores.shape[1] * num_phrases))
+    query = top.indices // num_phrases
+    return boxes.take_along_dim(query.unsqueeze(-1), 1), top.values, top.indices - query * num_phrases
+
+
 def postprocess(logits: Tensor, boxes: Tensor, batch: Batch, config: PredictConfig) -> list[Prediction]:
     """Select the top-k pairs of query and phrase of every image, over all its prompts.
 
@@ -59,13 +75,12 @@ def postprocess(logits: Tensor, boxes: Tensor, batch: Batch, config: PredictConf
     predictions = []
     for sample_id, target in enumerate(batch.targets):
         rows = [row for row, other in enumerate(sample_ids) if other == sample_id]
-        candidates = scores[rows].flatten()  # [rows * Q * P]
-        top = candidates.topk(min(config.top_k, len(candidates)))
+        candidates = boxes[rows].flatten(0, 1)[None], scores[rows].flatten(0, 1)[None]  # of all prompts of the image
+        best, values, phrase_ids = (x[0] for x in best_pairs(*candidates, config.top_k))
         # Drops absent phrases (-1) and padded queries (0); NaN passes, so that check_finite raises.
-        kept = ~((top.values < config.threshold) | (top.values <= 0))
-        values, indices = top.values[kept], top.indices[kept]
-        phrase_ids = indices % scores.shape[2]
-        pixels = box_ops.to_pixels(boxes[rows].flatten(0, 1)[indices // scores.shape[2]], target.size)
+        kept = ~((values < config.threshold) | (values <= 0))
+        values, phrase_ids = values[kept], phrase_ids[kept]
+        pixels = box_ops.to_pixels(best[kept], target.size)
         if config.nms is not None:
             arrays = [x.detach().cpu().numpy() for x in (pixels, values.float(), phrase_ids)]
             kept = torch.from_numpy(nms(arrays[0], arrays[1], config.nms, arrays[2])).to(pixels.device)

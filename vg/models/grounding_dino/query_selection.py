@@ -2,56 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vg.models.grounding_dino.backbone import ImageFeatures
-from vg.models.grounding_dino.config import ClassHeadConfig, GroundingDinoConfig
+from vg.models.grounding_dino.config import GroundingDinoConfig
+from vg.models.grounding_dino.heads import BoxHead, ClassHead
 from vg.models.grounding_dino.text_encoder import TextFeatures
-from vg.models.layers import MLP
-
-
-class ClassHead(nn.Module):
-    """Token logits of queries: the similarity of a query and a text token, scaled and shifted."""
-
-    def __init__(self, config: ClassHeadConfig, width: int):
-        super().__init__()
-        self.cosine = config.similarity == "cosine"
-        self.factor = width**-0.5 if config.scale == "width" else 1.0
-        log_scale = math.log(1 / 0.07) if self.cosine else 0.0  # at first; 0.07 is the temperature of CLIP
-        self.log_scale = nn.Parameter(torch.tensor([log_scale])) if config.scale == "learned" else None
-        self.bias = nn.Parameter(torch.tensor([-math.log(99)])) if config.bias else None  # a probability of 0.01
-
-    def forward(self, queries: Tensor, text: TextFeatures) -> Tensor:
-        """[R, Q, D] -> [R, Q, T], -inf for padded tokens; in full precision, because these logits are ranked."""
-        with torch.autocast(queries.device.type, enabled=False):
-            queries, tokens = queries.float(), text.tokens.float()
-            if self.cosine:
-                queries, tokens = F.normalize(queries, dim=-1), F.normalize(tokens, dim=-1)
-            factor = self.factor if self.log_scale is None else self.log_scale.exp()
-            logits = queries @ (tokens * factor).mT
-            if self.bias is not None:
-                logits = logits + self.bias
-            return logits.masked_fill(~text.mask.unsqueeze(1), -torch.inf)
-
-
-class BoxHead(MLP):
-    """[..., D] -> [..., 4] offsets to the logits of a box cxcywh, in full precision; zero after initialization."""
-
-    def __init__(self, width: int):
-        super().__init__(width, width, width, 4)
-
-    def reset_parameters(self) -> None:
-        for weights in self[-1].parameters():
-            nn.init.zeros_(weights)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
 
 
 class Queries(NamedTuple):
@@ -94,7 +53,7 @@ class QuerySelection(nn.Module):
             reference_logits=boxes.detach(),
             logits=logits.take_along_dim(selected, 1),
             boxes=boxes.sigmoid(),
-            mask=None if image.mask is None else best.isfinite(),
+            mask=None if image.mask is None else ~best.isneginf(),  # NaN is not padding: it must reach the boxes
         )
 
     def token_logits(self, image: ImageFeatures, text: TextFeatures) -> Tensor:

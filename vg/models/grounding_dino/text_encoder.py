@@ -92,7 +92,7 @@ class TextEncoder(Encoder):
         """Like forward, without gradients; features of recent prompts are reused until the weights change."""
         device = token_ids.device.type
         versions = ((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
-        key = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), *versions)
+        key = (delimiters, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), *versions)
         if self._cache_key != key:
             self._cache, self._cache_key = {}, key
         prompts = [tuple(row) for row in token_ids.tolist()]

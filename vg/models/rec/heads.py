@@ -11,17 +11,16 @@ from torch.nn import functional as F
 
 from vg import boxes as box_ops
 from vg.losses import terms
-from vg.models.layers import (
-    MLP,
+from vg.models.layers import MLP, full_precision, sine_encoding
+from vg.models.rec.config import DenseHeadConfig, PooledHeadConfig
+from vg.models.rec.layers import (
     RotaryTransformerLayer,
     SharedMemoryDecoderLayer,
     index_in_group,
     padded_centers,
     rotary_encoding,
-    sine_encoding,
     token_centers,
 )
-from vg.models.rec.config import DenseHeadConfig, PooledHeadConfig
 
 MAX_CANDIDATES = 64  # tokens; the remaining softmax weights are negligible
 
@@ -91,8 +90,9 @@ class PooledHead(nn.Module):
         for layer in self.decoder.layers:
             x = layer(x, memory, ~text_mask, rows, padding)  # [R, T, D]
         weights = text_mask / text_mask.sum(dim=1, keepdim=True)  # [R, T]
-        x = self.norm((x * weights.unsqueeze(-1)).sum(dim=1))  # [R, D]
-        return PooledOutput(box_ops.xyxy_to_cxcywh(self.box(x).sigmoid()))
+        x = self.norm((x * weights.unsqueeze(-1)).sum(dim=1)).to(self.norm.weight.dtype)  # [R, D]
+        with full_precision(x):
+            return PooledOutput(box_ops.xyxy_to_cxcywh(self.box(x).sigmoid()))
 
     def loss(self, output: PooledOutput, target: Tensor) -> dict[str, Tensor]:
         """target: [R, 4] cxcywh 0..1."""
@@ -152,13 +152,15 @@ class DenseHead(nn.Module):
         rotation = rotary_encoding(centers, self.config.width // self.config.heads)
         unrotated = F.pad(rotation.new_ones(text.shape[1], rotation.shape[-2], 1), (0, 1))  # (1, 0)
         unrotated = unrotated.expand(*rotation.shape[:-3], -1, -1, -1)
-        rotation = torch.cat((rotation, unrotated), dim=-3)  # [S + T, D / heads / 2, 2]: words have no position
+        rotation = torch.cat((rotation, unrotated), dim=-3)  # [(R,) S + T, D / heads / 2, 2]: words have no position
         for layer in self.layers:
             x = layer(x, rotation, mask)
-        x = self.norm(x[:, :num_cells])  # [R, S, D]
-        center_offset, size = self.box(x).float().chunk(2, dim=-1)
-        center = (torch.logit(centers) + center_offset).sigmoid()  # relative to the center of the token
-        logits, boxes = self.score(x).squeeze(-1), torch.cat((center, size.sigmoid()), dim=-1)
+        x = self.norm(x[:, :num_cells]).to(self.norm.weight.dtype)  # [R, S, D]
+        with full_precision(x):
+            logits = self.score(x).squeeze(-1)  # [R, S]
+            center_offset, size = self.box(x).chunk(2, dim=-1)
+            center = (torch.logit(centers) + center_offset).sigmoid()  # relative to the center of the token
+            boxes = torch.cat((center, size.sigmoid()), dim=-1)  # [R, S, 4]
         if valid is not None:
             logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
             boxes = boxes.masked_fill(~valid.unsqueeze(-1), 0.0)  # whose IoU with any other is 0
