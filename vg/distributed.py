@@ -48,8 +48,12 @@ def new_accelerator(**options: Any) -> Accelerator:
     """Create an Accelerator; unlike Accelerate by default, later ones in a process may have other settings.
 
     Raises:
-        ConfigError: the machine does not support the precision, or a tracker is unknown or not installed.
+        ConfigError: the machine does not support the precision, a tracker is unknown or not installed, or Accelerate
+            does not join the processes that torchrun started.
     """
+    num_processes = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if num_processes > 1 and not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # otherwise, each process would be a run of its own
     # The state of the processes remembers FSDP, but not its settings.
     sharded = PartialState._shared_state.get("distributed_type") == DistributedType.FSDP
     AcceleratorState._reset_state(reset_partial_state=sharded)
@@ -61,9 +65,15 @@ def new_accelerator(**options: Any) -> Accelerator:
         # Batches in page-locked memory (vg.training.data) are copied while the device computes. MPS, here and in other
         # copies, would read memory that may be freed by then.
         loading = DataLoaderConfiguration(non_blocking=not torch.backends.mps.is_available())
-        return Accelerator(dataloader_config=loading, kwargs_handlers=_joining(), **options)
+        accelerator = Accelerator(dataloader_config=loading, kwargs_handlers=_joining(), **options)
     except ValueError as error:
         raise ConfigError(f"train.precision or train.trackers: {error}") from error
+    if accelerator.num_processes != num_processes:
+        raise ConfigError(
+            f"{num_processes} processes were started, but Accelerate does not join them: each would be a run of its "
+            "own; start one process, or set ACCELERATE_USE_CPU=true to use the CPU"
+        )
+    return accelerator
 
 
 def _joining() -> list[KwargsHandler]:

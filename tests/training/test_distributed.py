@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ import torch
 
 from tests.conftest import NO_DROPOUT, history
 from vg.config import RunConfig, dump_config
-from vg.distributed import StopSignal, seed_batch
+from vg.distributed import StopSignal, new_accelerator, seed_batch
+from vg.errors import ConfigError
 from vg.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
@@ -48,10 +50,13 @@ shut_down()
 
 def launch(folder: Path, *arguments: str, stream: str = "stdout", status: int = 0) -> str:
     """Run the script in two processes and return their output."""
+    environment = dict(os.environ)
+    if not torch.accelerator.is_available():
+        del environment["ACCELERATE_USE_CPU"]  # two processes use the CPU by themselves
     result = subprocess.run(  # not `accelerate launch --cpu --num_processes 2`, which starts only one process
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *arguments],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true"},
+        env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=200,
@@ -94,6 +99,16 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny_config: MakeConfig, t
     for expected, row in zip(*(found["results"] for found in swept), strict=True):
         assert row["num_expressions"] == 7
         assert row["miou"] == pytest.approx(expected["miou"], rel=1e-5)
+
+
+def test_processes_that_are_not_joined_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with torchrun on a machine whose only device is that of a laptop."""
+    monkeypatch.setattr("vg.distributed.Accelerator", lambda **options: SimpleNamespace(num_processes=1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    new_accelerator()  # of a container, whose processes are not started by torchrun
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ConfigError, match="2 processes were started, but Accelerate does not join them"):
+        new_accelerator()
 
 
 def test_processes_stop_within_the_interval(tiny_config: MakeConfig, tmp_path: Path) -> None:
