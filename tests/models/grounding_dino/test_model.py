@@ -294,9 +294,9 @@ def test_threshold_top_k_and_nms() -> None:
 
 @pytest.mark.parametrize("train", [False, True])
 def test_compiles_without_graph_breaks(train: bool) -> None:
-    model = tiny_model().train(train)
+    model = tiny_model(encoder_layers=1, decoder_layers=2).train(train)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for phrases in (["dog"], ["a cat", "red thing"], ["dog", "cat", "box"]):  # prompts of different lengths
+    for phrases in (["dog"], ["a cat", "red thing"]):  # prompts of different lengths
         batch = batch_of(model, sample(phrases))
         with torch.set_grad_enabled(train):
             close(compiled(batch).logits, model(batch).logits)
