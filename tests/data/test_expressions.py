@@ -15,7 +15,7 @@ from tests.data.detection.detection_files import write_image
 from vg.data.check import detect_format, diagnose
 from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.expressions import Columns, CsvConfig
-from vg.errors import BadSampleError, DataError
+from vg.errors import BadSampleError, DataError, NoSuchSplitError
 from vg.inference.formats import write_results
 from vg.inference.images import to_array
 from vg.inference.result import Result
@@ -178,6 +178,11 @@ def test_rows_of_a_split(tmp_path: Path) -> None:
         split: {"name": "csv", "path": config.path, "split": split} for split in ("train", "val", "testA")
     }
     assert [len(CsvConfig(path=config.path, split=split).build()) for split in (None, "train", "val")] == [4, 2, 1]
+    with pytest.raises(NoSuchSplitError, match="no split 'test'; its column 'split' has testA, train, val"):
+        CsvConfig(path=config.path, split="test").build()
+    write(tmp_path, *({"image": "0.png", **row, "split": split} for split in ("train", " train ")))
+    (settings,) = detect_format(tmp_path).values()
+    assert len(CsvConfig(**settings).build()) == 2
     write(tmp_path, {"image": "0.png", **row, "split": "val"})
     with pytest.raises(DataError, match="has val, but no train: name the part to train on train"):
         detect_format(tmp_path)

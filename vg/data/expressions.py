@@ -30,7 +30,7 @@ from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.images import find_size, image_files, image_key
 from vg.data.source import Provenance, Task
 from vg.data.synthetic.shapes import write_scenes
-from vg.errors import BadSampleError, DataError
+from vg.errors import BadSampleError, DataError, NoSuchSplitError
 from vg.files import located
 from vg.settings import Settings
 from vg.types import Sample
@@ -142,11 +142,11 @@ class CsvConfig(Settings):
         """Parse all rows; images are in the order of their first row.
 
         Raises:
-            DataError: the file cannot be read, or the names of its columns cannot be used.
+            DataError: the file cannot be read, has no such split, or the names of its columns cannot be used.
         """
         names: dict[str, int] = {}
         images: dict[str, AnnotatedImage] = {}
-        columns, fixed = None, False
+        columns, fixed, splits = None, False, set()
         for location, row in read_rows(Path(self.path)):
             if columns is None:
                 columns = Columns.of(list(row), self.path)
@@ -156,7 +156,8 @@ class CsvConfig(Settings):
             file, phrase = ("" if cell is None else str(cell).strip() for cell in named)  # a class may be 0
             if columns.phrase in CLASS and phrase and not fixed:
                 names.setdefault(phrase, len(names))  # the splits share their classes
-            if self.split is not None and row.get(SPLIT) != self.split:
+            splits.add(split := split_of(row))
+            if self.split is not None and split != self.split:
                 continue
             cells = [row.get(name) for name in columns.box]
             shown = f"{location}: {str(dict(row))[:120]}"
@@ -177,6 +178,9 @@ class CsvConfig(Settings):
                 issues.add("error", "rows of an unknown class", fix, [shown])
             else:
                 image.boxes.append(AnnotatedBox(names.setdefault(phrase, len(names)), box, location))
+        if self.split is not None and self.split not in splits:
+            known = ", ".join(sorted(filter(None, splits))) or "none"
+            raise NoSuchSplitError(f"{self.path} has no split {self.split!r}; its column {SPLIT!r} has {known}")
         root = Path(self.image_root) if self.image_root is not None else Path(self.path).resolve().parent
         box_format = BOX[columns.box] if columns else XYXY
         num_classes = len(names) if columns and columns.phrase in CLASS else 0
@@ -280,6 +284,11 @@ def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 yield f"line {reader.line_num}", row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {located(file)}: {error}; path is a CSV file in UTF-8") from error
+
+
+def split_of(row: Mapping[str, Any]) -> str:
+    """Return the cell of the column `split`, "" if it is empty or missing."""
+    return str(row.get(SPLIT) or "").strip()
 
 
 def _only(found: list[Any], what: str, known: str, names: Sequence[str], where: object) -> Any:

@@ -13,7 +13,7 @@ from vg.data.detection.issues import Issues
 from vg.data.detection.line_files import LineFiles
 from vg.data.detection.odvg import OdvgConfig
 from vg.data.detection.voc import VocConfig
-from vg.data.expressions import CLASS, IMAGE, PHRASE, SPLIT, CsvConfig, read_rows
+from vg.data.expressions import CLASS, IMAGE, PHRASE, SPLIT, CsvConfig, read_rows, split_of
 from vg.errors import DataError
 
 Splits: TypeAlias = dict[str, dict[str, Any]]  # settings of datasets by split
@@ -89,7 +89,7 @@ def splits_of_file(file: Path) -> Splits:
     rows = [row for _, row in read_rows(file)] if settings["name"] == "csv" else []
     if not any(SPLIT in row for row in rows):
         return {"train": settings}
-    cells = {str(row.get(SPLIT) or "").strip() for row in rows}
+    cells = set(map(split_of, rows))
     if "" in cells:
         raise DataError(f"{file}: the column {SPLIT!r} is empty in some rows; fill it in, or rename it to use all rows")
     names = [split for split in SPLITS if split in cells] + sorted(cells - set(SPLITS))
