@@ -65,7 +65,8 @@ def build(path: Path | str, split: str = "val", **options) -> Refcoco:
         ({"raw_anns": json.dumps({"bbox": [10, 20, 33, 15]})}, "contradicts raw_anns"),
         ({"raw_anns": "{"}, "raw_anns is not a JSON object"),
         ({"raw_anns": "[]"}, "raw_anns is not a JSON object"),
-        ({"kinds": ["a", "b"]}, "2 kinds for 1 expressions"),
+        ({"kinds": ["a", "b"]}, r"5: kinds is \['a', 'b'\], expected a list with one per expression \(1\)"),
+        ({"kinds": True}, "5: kinds is True, expected a list"),
         ({"file_name": "b.jpg"}, r"image b.jpg not found below .*train2014/b.jpg.*image_root"),
         ({"file_name": None}, "no image"),
         ({"image": b"GIF89a"}, "cannot be read"),
@@ -99,6 +100,15 @@ def test_an_empty_expression_fails_only_its_own_sample(folder):
     for index in (1, 3):
         with pytest.raises(BadSampleError, match="empty phrase"):
             source.load(index, epoch=0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"boxes": None}, {"boxes": 3}])
+def test_a_row_of_grefcoco_without_boxes(changes, folder):
+    row = {name: value for name, value in LINE.items() if name != "bbox"}
+    source = build(write_lines(folder / "val.jsonl", row | {"boxes": []}, row | changes))
+    assert source.load(0, epoch=0).boxes.shape == (0, 4)
+    with pytest.raises(BadSampleError, match=r"row 2 \(.*\): 5: boxes is (None|3), expected a list of boxes"):
+        source.load(1, epoch=0)
 
 
 def test_error_of_a_truncated_image_names_the_file(folder):

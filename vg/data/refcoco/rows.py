@@ -84,16 +84,18 @@ def expressions_of(cell: object) -> list[str]:
 
 
 def referent_of(row: Mapping[str, Any], schema: Schema) -> Referent:
-    """Read the annotation of a row, but not its image; raises BadSampleError if its key or a box is unusable."""
+    """Read the annotation of a row, but not its image; raises BadSampleError if a cell is unusable."""
     key = row.get(schema.key)
     if key is None:
         raise BadSampleError(f"{schema.key} is missing; every row needs one, because it identifies the object")
     expressions = expressions_of(row.get(schema.expressions))
     types = row.get("kinds") or [""] * len(expressions)
-    if len(types) != len(expressions):
-        raise BadSampleError(f"{key}: {len(types)} kinds for {len(expressions)} expressions; give one per expression")
+    if not isinstance(types, list) or len(types) != len(expressions):
+        raise BadSampleError(f"{key}: kinds is {types!r}, expected a list with one per expression ({len(expressions)})")
     if schema.boxes == "boxes":
-        boxes = [_to_xyxy(box, schema.box_format, f"{key}: a box") for box in row["boxes"]]
+        if not isinstance(values := row.get("boxes"), list):
+            raise BadSampleError(f"{key}: boxes is {values!r}, expected a list of boxes ([] if nothing is referred to)")
+        boxes = [_to_xyxy(box, schema.box_format, f"{key}: a box") for box in values]
     else:
         boxes = [_to_xyxy(row.get("bbox"), schema.box_format, f"{key}: bbox")]
         if row.get("raw_anns") is not None:
