@@ -15,6 +15,7 @@ from vg.data.check import detect_format
 from vg.data.detection.issues import Issues
 from vg.data.detection.odvg import OdvgConfig, OdvgSource
 from vg.data.detection.vocabulary import VocabularyConfig
+from vg.data.overlap import without_overlap
 from vg.data.source import checked
 from vg.errors import BadSampleError, DataError
 
@@ -202,6 +203,19 @@ def test_errors_name_the_line(tmp_path: Path, row: Any, message: str):
     source = write(tmp_path, GROUNDING, row, label_map=MAP)
     with pytest.raises(BadSampleError, match=rf"train\.jsonl.* line 3.*{message}"):
         source.load(1, 0)
+
+
+def test_invalid_lines_have_keys_and_sizes_of_their_own(tmp_path: Path) -> None:
+    """So that bad_samples=skip can skip them; they are no image that training and evaluation share."""
+    rows = [GROUNDING, "{", {"grounding": {}}, GROUNDING | {"height": "x", "width": 60}]
+    source = write(tmp_path, *rows)
+    keys = source.image_keys()
+    assert keys[0] == keys[3] == str(tmp_path / "a.png")
+    assert keys[1:3] == [f"{tmp_path}/train.jsonl, line {line}" for line in (3, 5)]
+    assert source.image_sizes(0).tolist() == [[40, 60], [1, 1], [1, 1], [40, 60]]
+    evaluation = write(tmp_path / "val", GROUNDING, "{", image_root=str(tmp_path))
+    with pytest.warns(UserWarning, match="2 of 4 training samples"):
+        assert len(without_overlap(source, [evaluation], drop=True)) == 2
 
 
 def test_errors_of_the_first_line_and_of_paths(tmp_path: Path):

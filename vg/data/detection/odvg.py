@@ -179,13 +179,14 @@ class OdvgSource:
 
     @cached_property
     def _files_and_sizes(self) -> tuple[list[str], np.ndarray]:
-        """The image file of every line, and [lines, 2] its height and width."""
+        """The image file of every line, or its location where it names none, and [lines, 2] height and width."""
         files, sizes = [], []
-        for index in range(len(self)):
-            row = self._parser().row(*self._lines[index]) or {}
-            files.append(str(row.get("filename")))
+        parser = LineParser(None, Issues())  # invalid lines are errors when they are loaded
+        for text, location in self._lines:
+            row = parser.row(text, location) or {}
+            files.append(str(row.get("filename", f"{self._path}, {location}")))
             size = to_size(row.get("height"), row.get("width"))
-            sizes.append(size if all(size) else find_size(files[-1], self._root, self._upright))
+            sizes.append(size if min(size) > 0 else find_size(files[-1], self._root, self._upright))
         return files, np.array(sizes, np.int64).reshape(-1, 2)
 
     def _check_boxes(self) -> None:
