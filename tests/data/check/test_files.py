@@ -160,6 +160,11 @@ def test_yolo_folders(tmp_path: Path) -> None:
     assert found(diagnosis, "beyond 0..1").examples == ["labels/a.txt, line 5: 0 30 20 10 10"]
     assert found(diagnosis, "without a label file").severity == "note"
     np.testing.assert_allclose(diagnosis.datasets[0].xyxy, [[24, 16, 36, 24], [6, 4, 30, 20]])
+    write_image(tmp_path / "images" / "a.jpg")
+    (tmp_path / "data.yaml").write_text("{names: [cat, dog], train: [images, images]}")
+    diagnosis = check(YoloConfig(path=str(tmp_path)))
+    assert found(diagnosis, "label files with several images").examples == ["labels/a.txt: images/a.jpg, images/a.png"]
+    assert found(diagnosis, "train lists several times").count == 3
     corners = "\n".join(f"0 {0.02 * number} .02 .6 .6" for number in range(12))
     assert "xywh (left, top, width, height)" in found(check(yolo(tmp_path / "b", corners)), "not cxcywh").fix
 

@@ -178,6 +178,23 @@ def test_yolo_in_its_variants(tmp_path: Path, changes: dict[str, Any]):
     assert [len(source.load(index, 0).boxes) for index in range(3)] == [2, 1, 0]
 
 
+def test_yolo_images_that_are_listed_several_times(tmp_path: Path):
+    write_yolo(tmp_path, val=["images/val", "images", "val.txt"])
+    (tmp_path / "val.txt").write_text("./images/val/../val/a.png\n")
+    source = YoloConfig(path=str(tmp_path), split="val").build()
+    assert [source.load(index, 0).id for index in range(len(source))] == [f"images/val/{name}" for name in "abc"]
+
+
+def test_yolo_images_with_one_label_file(tmp_path: Path):
+    """Their samples would have the same id, of which metrics keep one."""
+    write_yolo(tmp_path)
+    write_image(tmp_path / "images" / "val" / "a.jpg")
+    with pytest.raises(
+        DataError, match=r"several images: labels/val/a\.txt: images/val/a\.jpg, images/val/a\.png; move all but one"
+    ):
+        YoloConfig(path=str(tmp_path), split="val").build()
+
+
 @pytest.mark.parametrize("kind", ["parent", "absolute folder", "absolute list"])
 def test_yolo_images_beside_the_folder_of_the_yaml(tmp_path: Path, kind: str):
     write_yolo(tmp_path)

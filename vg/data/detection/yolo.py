@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,14 +76,19 @@ class YoloConfig(Settings):
         names = _class_names(document, file)
         root = (file.resolve().parent / str(document.get("path") or ".")).resolve()
         root = root if root.is_dir() else file.resolve().parent
-        files = _split_images(document, self.split, root, file)
+        counts = Counter(_split_images(document, self.split, root, file))
+        repeated = [str(image) for image, count in counts.items() if count > 1]
+        issues.add("note", f"images that {self.split} lists several times", "none needed: they are used once", repeated)
+        files = [*counts]
         root = Path(os.path.commonpath([root, *files]))  # images may be beside the folder of data.yaml
         num_keypoints = _num_keypoint_values(document, file)
         images, unlabeled = [], {}
+        images_of: dict[Path, list[str]] = {}  # by label file
         for index, image in enumerate(files):
             # The last images/ in the path becomes labels/; without one, the labels are beside the image.
             label_file = Path(re.sub("(.*/)images/", r"\1labels/", image.as_posix())).with_suffix(".txt")
             name, label_name = (p.relative_to(root) if p.is_relative_to(root) else p for p in (image, label_file))
+            images_of.setdefault(label_name, []).append(str(name))
             boxes = []
             if label_file.is_file():
                 text = label_file.read_text(encoding="utf-8-sig", errors="replace")
@@ -95,6 +101,9 @@ class YoloConfig(Settings):
             else:
                 unlabeled[index] = f"{name}: {label_file} does not exist"
             images.append(AnnotatedImage(str(name.with_suffix("")), str(name), label_file.name, (0, 0), boxes))
+        shared = [f"{label_file}: {', '.join(own)}" for label_file, own in images_of.items() if len(own) > 1]
+        fix = "move all but one out of the split, or rename them and give them labels of their own"
+        issues.add("error", "label files with several images", fix, shared)
         severity: Severity = "error" if unlabeled and len(unlabeled) == len(images) else "note"
         fix = "nothing if they contain no objects; otherwise move the labels to the path above"
         issues.add(severity, f"images of {self.split} without a label file", fix, unlabeled.values(), [*unlabeled])
