@@ -104,6 +104,18 @@ def test_voc_splits_share_their_classes(tmp_path: Path):
         VocConfig(path=str(folder), classes=["dog"]).build()
 
 
+def test_names_with_spaces_in_voc_lists(tmp_path: Path):
+    names = ["a dog", "a dog 1", "b"]
+    folder = write_voc(tmp_path, dict.fromkeys(names, OBJECTS["a"]))
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    (folder / "ImageSets" / "Main" / "val.txt").write_text("a dog 1\na dog  -1\nb  0\n")
+    source = VocConfig(path=str(folder), split="val").build()
+    assert [source.load(index, 0).id for index in range(3)] == ["a dog 1", "a dog", "b"]
+    (folder / "ImageSets" / "Main" / "val.txt").write_text("a cat\n")
+    with pytest.raises(DataError, match=r"missing xml files: a cat\.xml, listed in val\.txt"):
+        VocConfig(path=str(folder), split="val").build()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -90,7 +91,7 @@ class VocConfig(Settings):
             ]
             issues.add("note", "images without an xml file, which are not used", fix, unused)
         else:
-            listed = _split_stems(folder, self.split)
+            listed = _split_stems(folder, self.split, stems)
             selected = [stem for stem in listed if stem in stems]
             missing = [f"{stem}.xml, listed in {self.split}.txt" for stem in listed if stem not in stems]
             issues.add("error", "missing xml files", "add the file, or remove the name from the list", missing)
@@ -159,13 +160,18 @@ def _named_images(root: ElementTree.Element, files: list[str]) -> list[str]:
     return files
 
 
-def _split_stems(folder: Path, split: str) -> list[str]:
-    """Return the names in a list of ImageSets, which has a second column if it is about one class."""
+def _split_stems(folder: Path, split: str, known: Collection[str]) -> list[str]:
+    """Return the names in a list of ImageSets, without the second column of a list that is about one class.
+
+    Args:
+        known: names of xml files; they may contain spaces.
+    """
     file = folder / "ImageSets" / "Main" / f"{split}.txt"
     try:
-        return [line.split()[0] for line in read_text(file).splitlines() if line.strip()]
+        lines = [line for text in read_text(file).splitlines() if (line := text.strip())]
     except OSError as error:
-        known = ", ".join(sorted(path.stem for path in file.parent.glob("*.txt"))) or "none"
+        existing = ", ".join(sorted(path.stem for path in file.parent.glob("*.txt"))) or "none"
         raise DataError(
-            f"{file} cannot be read ({error.strerror}); existing splits: {known}; split: null selects all images"
+            f"{file} cannot be read ({error.strerror}); existing splits: {existing}; split: null selects all images"
         ) from error
+    return [line if line in known else re.sub(r"\s+(-1|0|1)$", "", line) for line in lines]
