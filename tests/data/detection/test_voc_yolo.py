@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from tests.data.detection.detection_files import write_image
+from vg.data.detection.issues import Issues
 from vg.data.detection.voc import VocConfig
 from vg.data.detection.yolo import YoloConfig
 from vg.data.source import checked
@@ -102,6 +103,28 @@ def test_voc_splits_share_their_classes(tmp_path: Path):
         VocConfig(path=str(folder), split="test").build()
     with pytest.raises(DataError, match=r"a\.xml, object 2: 'cat'; add it to classes \(dog\)"):
         VocConfig(path=str(folder), classes=["dog"]).build()
+
+
+def test_subfolders_of_voc_annotations(tmp_path: Path):
+    folder = write_voc(tmp_path, {"b/x": OBJECTS["a"], "a/x": [], "a/y": [], "z": OBJECTS["b"]})
+    for name in ("c/x.png", "c/z.png"):  # not the images of a/x.xml, b/x.xml and z.xml
+        write_image(folder / "JPEGImages" / name)
+    (folder / "Annotations" / "z.xml").write_text("<annotation><filename>z.png</filename></annotation>")
+    config, issues = VocConfig(path=str(folder)), Issues()
+    assert list(config.read(issues).ids) == ["a/x", "a/y", "b/x", "z"]
+    assert [(issue.what, issue.examples) for issue in issues] == [
+        ("images without an xml file, which are not used", ["c/x.png"])
+    ]
+    source = config.build()
+    assert [len(source.load(index, 0).boxes) for index in range(4)] == [0, 0, 2, 0]
+    files = [f"{folder}/JPEGImages/{name}.png" for name in ("a/x", "a/y", "b/x", "z")]
+    assert list(map(str, source.image_files())) == files
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    (folder / "ImageSets" / "Main" / "val.txt").write_text("b/x\na/y\n")
+    assert list(VocConfig(path=str(folder), split="val").read(issues).ids) == ["b/x", "a/y"]
+    (folder / "Annotations" / "b" / "x.xml").write_text("<annotation>")
+    with pytest.raises(DataError, match=r"b/x\.xml: no element found"):
+        config.build()
 
 
 def test_names_with_spaces_in_voc_lists(tmp_path: Path):

@@ -29,7 +29,7 @@ class VocConfig(Settings):
 
     name: Literal["voc"] = "voc"
     path: str = field(kw_only=True)
-    """Folder with Annotations and JPEGImages, or with xml files and images side by side."""
+    """Folder with Annotations and JPEGImages, which may have equal subfolders, or with xml files beside images."""
     split: str | None = None
     """Name of a file in ImageSets/Main; null selects all images that have an annotation."""
     classes: list[str] | None = None
@@ -75,20 +75,21 @@ class VocConfig(Settings):
         folder = Path(self.path)
         xml_folder = folder / "Annotations" if (folder / "Annotations").is_dir() else folder
         image_root = folder / "JPEGImages" if (folder / "JPEGImages").is_dir() else folder
-        stems = {file.stem: None for file in sorted(xml_folder.glob("*.xml"))}
+        pattern = "*.xml" if xml_folder == folder else "**/*.xml"  # folders beside images may be other datasets
+        files = sorted(file.relative_to(xml_folder) for file in xml_folder.glob(pattern))
+        stems = dict.fromkeys(file.with_suffix("").as_posix() for file in files)  # "a", "camera_1/a"
         if not stems:
             raise DataError(
                 f"{located(xml_folder)} contains no xml file; path is the folder with Annotations and JPEGImages"
             )
-        image_files: dict[str, list[str]] = {}
-        for image_file in list_images(image_root):
-            image_files.setdefault(Path(image_file).stem, []).append(image_file)
+        image_files: dict[str, list[str]] = {}  # by "a" and "camera_1/a"
+        for image_file in (all_images := list_images(image_root)):
+            for stem in _path_ends(image_file):
+                image_files.setdefault(stem, []).append(image_file)
         if self.split is None:
             selected = list(stems)
             fix = "annotate them, or write an xml file without objects for images without any"
-            unused = [
-                image_file for stem in sorted(image_files.keys() - stems.keys()) for image_file in image_files[stem]
-            ]
+            unused = [image_file for image_file in all_images if stems.keys().isdisjoint(_path_ends(image_file))]
             issues.add("note", "images without an xml file, which are not used", fix, unused)
         else:
             listed = _split_stems(folder, self.split, stems)
@@ -143,6 +144,12 @@ def _read_objects(
             what = f"objects without a name or a number for each of {', '.join(_SIDES)}"
             images = [] if image_index < 0 else [image_index]
             issues.add("error", what, "correct or remove them", [f"{location}: name {name!r}, box {sides}"], images)
+
+
+def _path_ends(image_file: str) -> list[str]:
+    """Return the names that an xml file of an image may have: "a" and "camera_1/a" for camera_1/a.jpg."""
+    *folders, name = Path(image_file).with_suffix("").parts
+    return ["/".join([*folders[start:], name]) for start in range(len(folders) + 1)]
 
 
 def _named_images(root: ElementTree.Element, files: list[str]) -> list[str]:
