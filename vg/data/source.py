@@ -139,6 +139,11 @@ class HasChecksums(Protocol):
         """Read all files and yield a message for each one that is missing or differs from its checksum."""
 
 
+def row_key(provenance: Provenance, row: int | str) -> str:
+    """Return the key of an image without a name, which is found in no other row."""
+    return f"{provenance.data}/{provenance.split}/row {row}"
+
+
 def phrases_of(source: Source) -> list[tuple[str, tuple[str, ...]]]:
     """Return the id and the phrases of each sample, or an empty list if the source does not implement HasPhrases."""
     return source.sample_phrases() if isinstance(source, HasPhrases) else []

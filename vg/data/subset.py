@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal
@@ -20,6 +21,7 @@ from vg.data.source import (
     Loaded,
     Source,
     phrases_of,
+    row_key,
     shard_ends,
     with_image_groups,
     with_image_sizes,
@@ -97,6 +99,12 @@ class Part(Subset[Sample]):
         images = sorted(set(self._keys))
         if len(images) < 2:
             raise DataError(f"{source.provenance} has {len(images)} image; a training and a validation part need two")
+        if unnamed := sum(key.startswith(row_key(source.provenance, "")) for key in images):
+            warnings.warn(
+                f"{source.provenance}: {unnamed} of {len(images)} images have no name, so both parts may have copies "
+                "of one image; add their names as a column file_name",
+                stacklevel=3,
+            )
         count = min(max(1, round(config.fraction * len(images))), len(images) - 1)
         drawn = np.random.default_rng(config.seed).permutation(len(images))[:count].tolist()
         val = {images[index] for index in drawn}

@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from vg.data.overlap import without_overlap
 from vg.data.refcoco.rows import samples_of
 from vg.data.refcoco.source import Refcoco, RefcocoConfig
+from vg.data.subset import SplitConfig
 from vg.errors import DataError
 
 datasets = pytest.importorskip("datasets")
@@ -274,3 +276,54 @@ def test_images_without_names_are_told_apart(tmp_path):
     assert source.image_keys() == ["plain/val/row 0", "plain/val/row 0", "plain/val/row 1"]
     assert source.image_groups(0).tolist() == [0, 0, 1]
     assert source.load(2, 0).image.shape == (60, 80, 3)
+
+
+ROWS = {"ann_id": [1, 2, 3], "sent": ["a dog", "the dog", "a cat"], "bbox": [XYWH] * 3}
+
+
+def write_parquet(folder: Path, image: list, feature=None) -> Path:
+    folder.mkdir(exist_ok=True)
+    table = datasets.Dataset.from_dict(ROWS | {"image": image})
+    table = table if feature is None else table.cast_column("image", feature)
+    table.to_parquet(folder / "val.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("feature", ["string", "large_string"])
+def test_a_column_of_image_names_is_that_of_json_lines(feature, tmp_path):
+    names = ["0.png", "0.png", NAME]
+    for name in names:
+        (tmp_path / name).write_bytes(jpeg())
+    columns = zip(*(ROWS | {"image": names}).values(), strict=True)
+    (tmp_path / "lines").mkdir()
+    write_lines(
+        tmp_path / "lines" / "val.jsonl", [dict(zip([*ROWS, "image"], cells, strict=True)) for cells in columns]
+    )
+    write_parquet(tmp_path / "parquet", names, datasets.Value(feature))
+    lines, parquet = (build(tmp_path / kind, image_root=str(tmp_path)) for kind in ("lines", "parquet"))
+    assert parquet.image_keys() == lines.image_keys() == [str(tmp_path / "0.png")] * 2 + ["coco/716"]
+    assert parquet.image_files() == lines.image_files() == [tmp_path / name for name in names]
+    assert parquet.load(2, 0).image.shape == (60, 80, 3)
+    with pytest.warns(UserWarning, match="3 of 3 training samples"):
+        without_overlap(parquet, [parquet], drop=False)
+
+
+def test_images_are_identified_by_coco_names_beside_their_pixels(tmp_path):
+    names = [NAME, "0.jpg", NAME.replace("train2014", "val2014")]
+    folder = write_parquet(tmp_path / "set", [{"bytes": jpeg(), "path": name} for name in names], datasets.Image())
+    source = build(folder)
+    assert source.image_keys() == ["coco/716", "set/val/row 1", "coco/716"]
+    assert source.image_files() == [None] * 3
+    assert source.load(1, 0).image.shape == (60, 80, 3)
+    parts = [SplitConfig(dataset=RefcocoConfig(path=str(folder), split="val"), part=part) for part in ("train", "val")]
+    with pytest.warns(UserWarning, match=r"set \(val\): 1 of 2 images have no name"):
+        train, val = (part.build() for part in parts)
+    assert len(train) + len(val) == 3
+    assert not set(train.image_keys()) & set(val.image_keys())
+
+
+def test_a_column_of_image_names_needs_an_image_root(monkeypatch):
+    table = datasets.Dataset.from_dict(ROWS | {"image": [NAME] * 3})
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, revision: datasets.DatasetDict(val=table))
+    with pytest.raises(DataError, match=r"a/b has no pixels; set image_root"):
+        build("a/b")

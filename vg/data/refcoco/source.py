@@ -27,7 +27,7 @@ from vg.data.refcoco.rows import (
     sample_id,
 )
 from vg.data.refcoco.tables import open_table
-from vg.data.source import Provenance, Task
+from vg.data.source import Provenance, Task, row_key
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import BadSampleError, DataError
 from vg.settings import Settings
@@ -98,7 +98,7 @@ class Refcoco:
                 stacklevel=3,
             )
         self._image_root = Path(config.image_root) if config.image_root is not None else table.folder
-        if self._image_root is None and table.images is None and "image" not in table.columns:
+        if self._image_root is None and not table.has_pixels:
             raise DataError(f"{config.path} has no pixels; set image_root to the folder of COCO's train2014 images")
         if self._image_root is not None and not self._image_root.is_dir():
             raise DataError(f"image_root {self._image_root} is not a folder; set it to the folder of the images")
@@ -152,16 +152,15 @@ class Refcoco:
     def image_keys(self) -> list[str]:
         names = self._image_names()
         keys = {name: image_key(name, self._image_root) for name in dict.fromkeys(names) if name}
-        where = f"{self.provenance.data}/{self.provenance.split}"
-        return [keys.get(names[row], f"{where}/row {row}") for row in self._indices[:, 0].tolist()]
+        return [keys.get(names[row], row_key(self.provenance, row)) for row in self._indices[:, 0].tolist()]
 
     def image_groups(self, epoch: int) -> np.ndarray:
         return np.unique(self.image_keys(), return_inverse=True)[1]
 
     def image_files(self) -> list[Path | None]:
-        table, root = self._table, self._image_root
-        if root is None or table.images is not None or ("image" in table.columns and not isinstance(table.rows, list)):
-            return [None] * len(self)  # in the rows
+        root = self._image_root
+        if root is None or self._table.has_pixels:
+            return [None] * len(self)
         files = image_files(self._image_names(), root)  # [rows]
         return [files[row] for row in self._indices[:, 0].tolist()]
 
@@ -171,9 +170,10 @@ class Refcoco:
 
     def _image_names(self) -> list[str]:
         """Return the image file that each row names, "" if none, without reading pixels."""
-        columns = ("image_path", "file_name")
-        table = self._table.select(columns)
-        return [image_name(row) for row in table.rows] if table.columns else [""] * len(self._table.rows)
+        table = self._table
+        columns = {"image": table.image_names()}
+        columns |= {name: table.column(name) for name in ("image_path", "file_name") if name in table.columns}
+        return [image_name(dict(zip(columns, cells, strict=True))) for cells in zip(*columns.values(), strict=True)]
 
     def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
         """Return the id and the expression of each sample."""

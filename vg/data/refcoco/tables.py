@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from vg.data.images import COCO_KEY, image_key
 from vg.data.refcoco.formats import NESTED, flat_rows, reviewed_rows
 from vg.data.refcoco.pickles import partition_of, read_refs, refs_files
 from vg.errors import DataError, NoSuchSplitError
@@ -42,6 +43,24 @@ class Table:
         if self.images is None:
             return row
         return row | {"image": self.images[row["image_row"]]["image"]}
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether images are in the rows, not in files that they name."""
+        if self.images is not None or isinstance(self.rows, list):
+            return self.images is not None
+        return "image" in self.columns and not _is_text(self.rows, "image")
+
+    def image_names(self) -> list[Any]:
+        """Return the cells of the column `image` without pixels: names, None where there is none.
+
+        The name inside an image with pixels counts if it is of COCO; other names, such as 0.jpg, may not be unique.
+        """
+        if isinstance(self.rows, list) or _is_text(self.rows, "image"):
+            return self.column("image")
+        flat = self.rows.flatten()  # has image.bytes and image.path
+        paths = replace(self, rows=flat).column("image.path") if _is_text(flat, "image.path") else [None] * len(flat)
+        return [path if path and image_key(path).startswith(COCO_KEY) else None for path in paths]
 
     def column(self, name: str) -> list[Any]:
         """Read all values of one column, and no other column."""
@@ -216,6 +235,10 @@ def _pick(tables: Mapping[str, Rows], split: str, name: str, folder: Path | None
         return replace(table, split=_choose_split(split, [split], name)[1])
     published, ours = _choose_split(split, dict.fromkeys(map(str, table.column("split"))), table.dataset)
     return replace(table.where("split", lambda cell: cell == published), split=ours)
+
+
+def _is_text(rows: Dataset, column: str) -> bool:
+    return column in rows.column_names and getattr(rows.features[column], "dtype", "") in ("string", "large_string")
 
 
 def _columns(rows: Rows) -> frozenset[str]:
