@@ -78,7 +78,8 @@ class YoloConfig(Settings):
         root = root if root.is_dir() else file.resolve().parent
         counts = Counter(_split_images(document, self.split, root, file))
         repeated = [str(image) for image, count in counts.items() if count > 1]
-        issues.add("note", f"images that {self.split} lists several times", "none needed: they are used once", repeated)
+        fix = "they are used once; to use some more often, make a mixture with weights"
+        issues.add("warning", f"images that {self.split} lists several times", fix, repeated)
         files = [*counts]
         root = Path(os.path.commonpath([root, *files]))  # images may be beside the folder of data.yaml
         num_keypoints = _num_keypoint_values(document, file)
