@@ -51,6 +51,7 @@ def run(options: argparse.Namespace, output: Path) -> None:
     """Evaluate a checkpoint, write benchmark.json and benchmark.html to `output`, and print the tables.
 
     Raises:
+        ConfigError: an option is out of range, or only for detection datasets.
         ConfigError, DataError, CheckpointError: see `open_model` and `open_splits`; the model is opened first.
     """
     import yaml
@@ -63,19 +64,21 @@ def run(options: argparse.Namespace, output: Path) -> None:
     from vg.evaluation.benchmark.suite import open_splits
     from vg.evaluation.benchmark.table import text
     from vg.files import write_bytes, write_json
+    from vg.inference.arguments import check_count
 
     if options.detections:
         raise ConfigError("--detections is for detection datasets, and this benchmark has none; remove it")
+    batch_size = 32 if options.batch_size is None else options.batch_size
+    workers = 2 if options.workers is None else options.workers
+    check_count(batch_size, "--batch-size")
+    check_count(workers, "--workers", 0)
     model, config = open_model(options.checkpoint, options.overrides, options.tokenizer)
     splits = open_splits(options.data, options.images, options.datasets or (), options.splits or (), options.limit)
     accelerator = new_accelerator(mixed_precision=options.precision or "no")
     with raise_on_all_processes():
         if accelerator.is_main_process:
             output.mkdir(parents=True, exist_ok=True)  # raises OSError before hours of evaluation
-    workers = 2 if options.workers is None else options.workers
-    results, evaluated = run_benchmark(
-        model, splits, accelerator, options.batch_size or 32, workers, options.bad_samples or "error"
-    )
+    results, evaluated = run_benchmark(model, splits, accelerator, batch_size, workers, options.bad_samples or "error")
     software = {"vg": __version__} | {name: version(name) for name in ("torch", "transformers")}
     about = {
         "checkpoint": options.checkpoint,

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from vg.inference.arguments import check_fraction
+    from vg.inference.arguments import check_count, check_fraction
     from vg.labeling.phrases import read_phrases
     from vg.labeling.run import label, label_on_ray, worker_of
     from vg.labeling.worker import LabelSettings
@@ -77,8 +77,8 @@ def run(options: argparse.Namespace) -> None:
     if options.exclusive and options.nms is None:
         raise ConfigError("--exclusive is about --nms: give the largest overlap of two objects too, such as --nms 0.7")
     for name in ("batch_size", "workers"):
-        if (number := getattr(options, name)) is not None and number < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {number}: expected at least 1")
+        if (number := getattr(options, name)) is not None:
+            check_count(number, f"--{name.replace('_', '-')}")
     if options.workers and options.engine != "ray":
         raise ConfigError("--workers is for --engine ray; other workers are processes of torchrun or of an array job")
     if options.engine == "ray" and options.shard:

@@ -20,6 +20,12 @@ def checked_phrases(phrases: Any) -> tuple[str, ...]:
     return wanted
 
 
+def check_count(value: int, name: str, minimum: int = 1) -> None:
+    """Raise ConfigError unless a number, such as that of the images in a batch, is at least `minimum`."""
+    if value < minimum:
+        raise ConfigError(f"{name} {value}: expected at least {minimum}")
+
+
 def check_fraction(value: Any, name: str) -> None:
     """Raise ConfigError unless a score or IoU is in 0..1."""
     try:

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vg.errors import ConfigError
-from vg.inference.arguments import check_fraction, checked_phrases
+from vg.inference.arguments import check_count, check_fraction, checked_phrases
 from vg.inference.images import ImageLike, NamedImage, is_single, named_images
 from vg.inference.read_ahead import Failed, read_ahead
 from vg.inference.result import Boxes, Result
@@ -251,8 +251,7 @@ class Grounder:
             if value is not None:
                 check_fraction(value, name)
         for name, number in (("batch_size", batch_size), ("tile", 1 if tile is None else tile)):
-            if number < 1:
-                raise ConfigError(f"{name} {number}: expected at least 1")
+            check_count(number, name)
         if not 0 <= overlap <= 0.9:
             raise ConfigError(f"overlap {overlap:g}: expected a fraction of a tile from 0 to 0.9")
         if tile is not None and not self.takes_many:

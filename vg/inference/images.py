@@ -15,8 +15,9 @@ from PIL import Image
 
 from vg.data.detection.annotations import to_size
 from vg.data.images import array_to_rgb, find_image, list_images, read_image
-from vg.errors import BadSampleError, ConfigError, DataError
+from vg.errors import BadSampleError, DataError
 from vg.hub import loading
+from vg.inference.arguments import check_count
 from vg.inference.download import download, is_url
 
 # [H, W, 3] or [H, W, 4] (RGBA) or [H, W] array of 8 or 16 bits, PIL image, content of a file, its path or http(s) URL,
@@ -103,8 +104,7 @@ def named_images(
         ConfigError: `every` is less than 1.
         DataError: a dataset that cannot be loaded, or without images; an item of another type.
     """
-    if every < 1:
-        raise ConfigError(f"every {every}: expected at least 1")
+    check_count(every, "every")
     given: Any = [images] if _is_content(images) else images
     if isinstance(given, (str, Path)):
         return _of_path(str(given), every)

@@ -20,6 +20,7 @@ from vg.data.shards.index import INDEX
 from vg.data.shards.labels import digest_of
 from vg.data.shards.source import Shards, ShardsConfig
 from vg.errors import ConfigError, DataError
+from vg.inference.arguments import check_count
 from vg.labeling.tables import SUFFIXES, read_table, text_at
 
 _NUM_TOGETHER = 100_000  # rows that are converted to a block of columns at a time
@@ -153,8 +154,7 @@ def open_plan(data: str, captions: str | None, image_root: str | None, shard_siz
         DataError: there are no images, or a table cannot be read.
         ConfigError: an option that this data does not have.
     """
-    if shard_size < 1:
-        raise ConfigError(f"--shard-size {shard_size}: expected at least 1")
+    check_count(shard_size, "--shard-size")
     path = Path(data)
     if path.suffix in SUFFIXES and path.is_file():
         root = Path(image_root) if image_root is not None else path.resolve().parent

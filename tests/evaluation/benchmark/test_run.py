@@ -282,6 +282,8 @@ def test_expressions_that_are_too_long_are_found_first_and_skipped_on_request(
         (["--suite", "refcoco", "--splits", "dev"], "'dev' is not one of val, testA, testB, test"),
         (["--suite", "refcoco", "--data", "away"], "--data: away is not a folder"),
         (["--suite", "refcoco", "--limit", "0"], "--limit: expected at least 1 expression, got 0"),
+        (["--suite", "refcoco", "--batch-size", "0"], "--batch-size 0: expected at least 1"),
+        (["--suite", "refcoco", "--workers", "-1"], "--workers -1: expected at least 0"),
         (["--suite", "refcoco", "--data", "."], r"(?s)refcoco val is not in .*hf download jxu124/refcoco-benchmark"),
         (["--suite", "refcoco", "--data", ".", "--datasets", "grefcoco"], r"(?s)not all .*grefs\(unc\).json"),
         (
