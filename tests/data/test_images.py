@@ -14,7 +14,7 @@ from PIL import Image
 from tests.data.check.cases import check, found, valid_coco, write
 from vg.data import images
 from vg.data.images import find_image, image_files, image_key, image_size, orientation, read_image
-from vg.errors import BadSampleError
+from vg.errors import BadSampleError, ConfigError
 from vg.inference.images import to_array
 
 RAMP = np.linspace(0, 65535, 40 * 60).astype(np.uint16).reshape(40, 60)
@@ -129,6 +129,18 @@ def test_a_limit_above_that_of_pil(tmp_path: Path) -> None:
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert (result.stdout, result.stderr) == ("(15000, 15000)\n", "")
+
+
+def test_the_limit_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, limit in (("25e6", 25_000_000), ("300000000", 300_000_000), ("", 7)):
+        monkeypatch.setenv("VG_MAX_PIXELS", text)
+        assert images.max_pixels(7) == limit
+    for text in ("25M", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("VG_MAX_PIXELS", text)
+        with pytest.raises(ConfigError, match=f"VG_MAX_PIXELS={text}: expected a number of pixels, such as 25e6"):
+            images.max_pixels(7)
+    command = subprocess.run([sys.executable, "-m", "vg", "check", "x"], capture_output=True, text=True)
+    assert command.stderr == "error: VG_MAX_PIXELS=inf: expected a number of pixels, such as 25e6\n"
 
 
 def test_orientation(tmp_path: Path) -> None:

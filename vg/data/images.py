@@ -14,10 +14,22 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from vg.errors import BadSampleError
+from vg.errors import BadSampleError, ConfigError
 from vg.types import ImageSpec
 
-MAX_PIXELS = int(os.environ.get("VG_MAX_PIXELS", 100_000_000))  # larger images are refused: a bomb, or a mistake
+
+def max_pixels(default: int) -> int:
+    """Return the environment variable VG_MAX_PIXELS, such as 25000000 or 25e6; raises ConfigError."""
+    text = os.environ.get("VG_MAX_PIXELS") or str(default)
+    try:
+        if (limit := int(float(text))) < 1:
+            raise ValueError
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"VG_MAX_PIXELS={text}: expected a number of pixels, such as 25e6") from error
+    return limit
+
+
+MAX_PIXELS = max_pixels(100_000_000)  # larger images are refused: a bomb, or a mistake
 Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, MAX_PIXELS)  # of PIL, which must not be lower
 _FOLDERS = ("", "train2014", "train2017", "val2014", "val2017", "images")  # 2017 has the images of 2014
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vg.data.images import image_size, read_image
+from vg.data.images import image_size, max_pixels, read_image
 from vg.errors import DataError
 from vg.inference.download import PrivateAddressError, download, is_url
 
-MAX_PIXELS = int(os.environ.get("VG_MAX_PIXELS", 25_000_000))  # less than for files of one's own: strangers upload
+MAX_PIXELS = max_pixels(25_000_000)  # less than for files of one's own: strangers upload
 MAX_BYTES = 30_000_000
 
 
