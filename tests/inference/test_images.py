@@ -70,9 +70,12 @@ def test_unusable_images(image: Any, message: str, grounder: vg.Grounder) -> Non
 
 
 def test_a_batch_is_a_list(grounder: vg.Grounder) -> None:
-    for image in ("scene.png", Path("folder"), np.zeros((8, 8, 3), np.uint8), b"x"):
+    for image in ("scene.png", Path("folder"), np.zeros((8, 8, 3), np.uint8), b"x", None, 3):
         with pytest.raises(ValueError, match="images needs a list of images"):
-            grounder.predict_batch(image, ["square"])
+            grounder.predict_batch(image, ["square"])  # type: ignore[arg-type]
+    for phrases in ("square", None, 3):
+        with pytest.raises(ValueError, match="phrases needs one entry per image"):
+            grounder.predict_batch([np.zeros((8, 8, 3), np.uint8)], phrases)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("phrases", [[3], 3, None, b"square", ["square", b"x"]])

@@ -133,6 +133,18 @@ def test_images_of_a_dataset(folder: Path, grounder: vg.Grounder, monkeypatch: p
     assert left_sides(results) == [5, 8]
 
 
+def test_a_row_of_a_dataset_without_an_image(
+    folder: Path, grounder: vg.Grounder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = datasets.Dataset.from_dict({"photo": [None, str(min(folder.glob("*.png")))]})
+    rows.cast_column("photo", datasets.Image()).to_parquet(folder / "train.parquet")
+    monkeypatch.chdir(folder.parent)
+    failed: list[str] = []
+    results = grounder.stream("hf://datasets/photos", "square", failed=lambda _, error: failed.append(str(error)))
+    assert [result.name for result in results] == ["hf://datasets/photos#1"]
+    assert failed == ["image hf://datasets/photos#0 is missing: its row has no image; remove the row from the dataset"]
+
+
 def test_unusable_images_are_reported_or_raise(folder: Path, grounder: vg.Grounder) -> None:
     (folder / "05x.jpg").write_text("broken")
     failed: list[str] = []

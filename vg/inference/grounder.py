@@ -204,12 +204,12 @@ class Grounder:
         """Find phrases in several images in one pass of the network; every image has its own phrase or phrases.
 
         Raises:
-            ValueError: one image or phrase instead of a list, or another number of phrases than of images.
+            ValueError: images or phrases that are not a list, or another number of phrases than of images.
             DataError, ConfigError, PredictionError: as in a call.
         """
-        if isinstance(phrases, str):
+        if isinstance(phrases, str) or not isinstance(phrases, Iterable):
             raise ValueError("phrases needs one entry per image; use [phrases] * len(images) to repeat one")
-        if isinstance(images, (str, Path)) or is_single(images):
+        if isinstance(images, (str, Path)) or is_single(images) or not isinstance(images, Iterable):
             raise ValueError("images needs a list of images, such as [image]; a call takes one image, or a folder")
         check_fraction(threshold or 0.0, "threshold")
         named = list(named_images(list(images))[0])

@@ -221,10 +221,16 @@ def _of_dataset(name: str) -> tuple[Iterator[NamedImage], int | None]:
 
     def images() -> Iterator[NamedImage]:
         for number, row in enumerate(rows):
-            content = row[column]["bytes"] or row[column]["path"]
-            yield NamedImage(f"{HUB}{name}#{number}", partial(to_array, content, f"{HUB}{name}#{number}"))
+            image = f"{HUB}{name}#{number}"
+            yield NamedImage(image, partial(_read_cell, row[column], image))
 
     return images(), rows.info.splits[split or "train"].num_examples if rows.info.splits else None
+
+
+def _read_cell(cell: dict[str, Any] | None, name: str) -> np.ndarray:
+    if not (content := cell and (cell["bytes"] or cell["path"])):
+        raise BadSampleError(f"image {name} is missing: its row has no image; remove the row from the dataset")
+    return to_array(content, name)
 
 
 def _is_video(path: str | Path) -> bool:
