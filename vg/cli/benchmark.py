@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OPTIONS = (
-    *("data", "images", "datasets", "splits", "limit", "batch_size", "workers", "bad_samples", "precision"),
-    "tokenizer",
-)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "evaluate a checkpoint of any format (.pth, folder, Hub id) on a benchmark instead of the data of its run"
@@ -117,6 +112,8 @@ def trained_parameters(config: CheckpointConfig) -> int | None:
 
 def refuse_options(options: argparse.Namespace) -> None:
     """Raise ConfigError for an option that only benchmarks have."""
-    for name in OPTIONS:
-        if getattr(options, name) is not None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for name, default in vars(parser.parse_args([])).items():
+        if getattr(options, name) != default:
             raise ConfigError(f"--{name.replace('_', '-')} belongs to a benchmark: add --suite refcoco")

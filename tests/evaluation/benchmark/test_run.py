@@ -303,6 +303,12 @@ def test_errors_of_options_and_data(
     assert re.search(message, str(stopped.value))
 
 
+def test_every_option_of_a_benchmark_needs_a_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vg.cli.benchmark.add_tokenizer", lambda suite: suite.add_argument("--new"))
+    with pytest.raises(SystemExit, match="--new belongs to a benchmark: add --suite refcoco"):
+        main(["eval", "nowhere", "--new", "3"])
+
+
 @needs_images
 def test_errors_of_checkpoints(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     data = ["--suite", "refcoco", "--data", str(REAL), "--datasets", "refcoco", "--splits", "val"]
