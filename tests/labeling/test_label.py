@@ -255,7 +255,8 @@ def test_data_that_cannot_be_labeled(photos: Path, tmp_path: Path, monkeypatch: 
     (tmp_path / "odd.jsonl").write_text('{"image": 3}\n')
     cases: list[tuple[tuple[Any, ...], type[Exception], str]] = [
         (("none", None, None, 10), DataError, "none contains no images"),
-        (("nowhere", None, None, 10), DataError, "nowhere does not exist; it is a folder of images, a pattern"),
+        (("nowhere", None, None, 10), DataError, "nowhere does not exist; expected a folder of images, a pattern"),
+        (("photos/00.png", None, None, 10), DataError, r"00\.png is a single file; expected a folder of images"),
         (("photos/*.jpg", None, None, 10), DataError, r"photos/\*\.jpg contains no images"),
         (("empty.jsonl", None, None, 10), DataError, "no images to label"),
         (("odd.jsonl", None, None, 10), DataError, r"odd\.jsonl, line 1: image is '3', expected the name of an image"),

@@ -174,8 +174,9 @@ def open_plan(data: str, captions: str | None, image_root: str | None, shard_siz
         root = Path(os.path.dirname(re.split(r"[*?[]", data)[0]))
         names = sorted(os.path.relpath(file, root) for file in glob.iglob(data, recursive=True) if os.path.isfile(file))
     else:
+        problem = "is a single file" if path.exists() else "does not exist"
         raise DataError(
-            f"{data} does not exist; it is a folder of images, a pattern such as 'photos/*.jpg', a table of images "
+            f"{data} {problem}; expected a folder of images, a pattern such as 'photos/*.jpg', a table of images "
             f"({', '.join(SUFFIXES)}), or a dataset that vg shard has written"
         )
     if not names:
