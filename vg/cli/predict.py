@@ -90,7 +90,8 @@ def run(options: argparse.Namespace) -> None:
     elif len(inputs) == 1 and is_single(inputs[0]) and not (to_folder or options.json):
         return _draw_one(inputs[0], wanted, options, overrides)
     if options.output and Path(options.output).suffix:
-        raise ConfigError(f"--output {options.output}: several images need a folder, such as predictions")
+        needing = "several images, --json, --crops and --format need a folder"
+        raise ConfigError(f"--output {options.output}: {needing}, such as predictions")
     grounder = Grounder(options.checkpoint, options.device, options.tokenizer, overrides, dtype=options.dtype)
     num_failed = (_print_records if options.json and not to_folder else _fill_folder)(grounder, inputs, wanted, options)
     if num_failed:
