@@ -14,7 +14,10 @@ from vg.errors import ConfigError
 if TYPE_CHECKING:
     from vg.config import RunConfig
 
-THRESHOLD_HELP = "minimum score, 0..1 (default: 0.3; rec: only the best box; with objects: any, 0.5)"
+THRESHOLD_HELP = (
+    "minimum score, 0..1 (default: 0.3 for grounding_dino; for rec the best box of each phrase, or 0.5 if the model "
+    "was trained with `objects: any`)"
+)
 
 
 class HelpFormatter(argparse.HelpFormatter):
