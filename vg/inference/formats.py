@@ -53,7 +53,7 @@ def write_results(results: Result | Iterable[Result | Record], path: str | Path,
                 line = record if format == "jsonl" else _odvg_line(record)
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         else:
-            document = _coco(records) if format == "coco" else [label_studio_task(record) for record in records]
+            document = _coco(records) if format == "coco" else [_label_studio_task(record) for record in records]
             json.dump(document, file, ensure_ascii=False)
 
 
@@ -91,8 +91,11 @@ def coco_results(record: Record, image_id: int) -> list[dict[str, Any]]:
     ]
 
 
-def label_studio_task(record: Record) -> dict[str, Any]:
-    """Return a task of Label Studio; boxes are left, top, width and height in percent of the image."""
+def _label_studio_task(record: Record) -> dict[str, Any]:
+    """Return a task of Label Studio, for a `RectangleLabels` control named "label".
+
+    Boxes are left, top, width and height in percent of the image.
+    """
     height, width = record["height"], record["width"]
     regions = []
     for index, entry in enumerate(record["boxes"]):

@@ -159,12 +159,6 @@ class Result:
 
         return coco_results(self.to_dict(), image_id)
 
-    def to_label_studio(self) -> dict[str, Any]:
-        """Return a task of Label Studio with pre-annotations, for a `RectangleLabels` control named "label"."""
-        from vg.inference.formats import label_studio_task
-
-        return label_studio_task(self.to_dict())
-
     def to_supervision(self) -> Any:
         """Return `Detections` of the package supervision, with the phrases in `data["class_name"]`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -38,16 +38,6 @@ class Labels(NamedTuple):
     def line(self, key: str, value: dict[str, Any]) -> dict[str, Any]:
         """Return an ODVG line, see vg.data.detection.odvg."""
         return {"filename": self.name, "height": self.height, "width": self.width, key: value}
-
-
-class Prompter(Protocol):
-    """Finds the phrases of images, and writes down what was found."""
-
-    def prompts(self, images: Sequence[PlannedImage]) -> list[Prompt]:
-        """Return the prompt of every image; may run in several threads."""
-
-    def line(self, labels: Labels, prompt: Prompt) -> dict[str, Any]:
-        """Return the ODVG line of an image."""
 
 
 class Classes:
