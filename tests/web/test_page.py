@@ -23,7 +23,8 @@ from tests.web.test_uploads import UNUSABLE, animation
 from vg.cli import new_parser
 from vg.errors import ConfigError, DataError
 from vg.inference.grounder import Grounder
-from vg.web.page import Callbacks, launch, new_page, reported
+from vg.web.callbacks import Callbacks, reported
+from vg.web.page import launch, new_page
 
 gr = pytest.importorskip("gradio")
 

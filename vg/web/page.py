@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-
 import gradio as gr
-import numpy as np
 from gradio.utils import get_upload_folder
 from PIL import Image
 from starlette.middleware import Middleware
 
 from vg.data.synthetic.shapes import ShapesConfig
-from vg.errors import ConfigError, DataError, UserError, printable
-from vg.inference.draw import COLORS
+from vg.errors import ConfigError
 from vg.inference.formats import Format
 from vg.inference.grounder import Grounder
-from vg.web.answer import HEADERS, NUM_SHOWN, Answer, Shown
+from vg.web.answer import HEADERS
+from vg.web.callbacks import Callbacks, reported
 from vg.web.guard import Guard, check_host, stop_like_ctrl_c
-from vg.web.phrases import split_phrases
-from vg.web.uploads import MAX_BYTES, check_image, fetch, folder_of_server, named_upload, read_upload
+from vg.web.uploads import MAX_BYTES, folder_of_server
 
 QUEUE_SIZE = 40  # waiting requests; further ones are refused with a message
 NUM_SESSIONS = 100  # pages whose answer is kept, at most 8 MB each
@@ -50,118 +43,6 @@ CSS = """
 #crops .grid-wrap { min-height: 0; max-height: 420px; }
 .legend .none { opacity: 0.6; }
 """
-
-
-def reported(callback: Callable) -> Callable:
-    """Turn user errors of a callback into messages on the page; their text may contain what strangers chose."""
-
-    @wraps(callback)
-    def call(*arguments: Any) -> Any:
-        try:
-            return callback(*arguments)
-        except UserError as error:
-            text = "<br>".join(escape(printable(line)) for line in str(error).splitlines())
-            raise gr.Error(text, print_exception=False) from error
-
-    return call
-
-
-class Callbacks:
-    """What the page calls; none needs a browser."""
-
-    def __init__(self, grounder: Grounder, folder: Path):
-        self.grounder = grounder
-        self.folder = folder  # of downloaded images
-
-    def check(self, upload: Any) -> Any:
-        """Empty the image field, with a warning, if the file is not a usable image."""
-        if upload is None:
-            return gr.skip()
-        try:
-            check_image(*named_upload(upload))
-        except UserError as error:
-            gr.Warning(escape(printable(str(error))))
-            return None
-        return gr.skip()
-
-    def fetch(self, url: str) -> str:
-        return str(fetch(url, self.folder))
-
-    def find(self, upload: Any, text: Any, threshold: float, iou: float) -> tuple:
-        """Run the model."""
-        phrases = split_phrases(str(text or ""))
-        image, name = read_upload(upload)
-        result = self.grounder.predict(image, phrases)
-        if not self.grounder.threshold(None):
-            result = result.best()
-        return self.changed(Answer.of(replace(result, name=name)), threshold, iou)
-
-    def changed(self, answer: Answer, threshold: float, iou: float) -> tuple:
-        """Return a new answer, no corner, and what is shown."""
-        return answer, None, *self.redraw(answer, threshold, iou)
-
-    def redraw(self, answer: Answer | None, threshold: float, iou: float) -> tuple:
-        """Return the legend, the drawn image, the crops and the table."""
-        if answer is None:
-            return "", None, None, None
-        shown = answer.shown(threshold, iou)
-        boxes = shown.on_preview()
-        captions = [f"{score:.2f} {phrase}" for phrase, score, _ in boxes]
-        crops = list(zip(boxes.crop(), captions, strict=True))
-        return legend(shown, answer), boxes.draw(), crops, shown.table()
-
-    def edit(self, answer: Answer | None, table: list[list[Any]], threshold: float, iou: float) -> tuple:
-        return self.changed(existing(answer).with_table(table, threshold, iou), threshold, iou)
-
-    def undo(self, answer: Answer | None, threshold: float, iou: float) -> tuple:
-        return self.changed(existing(answer).original(), threshold, iou)
-
-    def corner(
-        self,
-        answer: Answer | None,
-        corner: tuple | None,
-        phrase: str,
-        threshold: float,
-        iou: float,
-        event: gr.SelectData,
-    ) -> tuple:
-        """Add a box at the second click on the drawn image."""
-        answer, clicked = existing(answer), tuple(event.index)
-        if corner is None:
-            gr.Info("First corner set; click on the opposite corner of the new box.", duration=4)
-            return answer, clicked, *[gr.skip()] * 4
-        try:
-            answer = answer.with_box(phrase or answer.result.phrases[0], [corner, clicked])
-        except DataError as error:
-            gr.Warning(escape(printable(str(error))))
-            return answer, None, *[gr.skip()] * 4
-        return self.changed(answer, threshold, iou)
-
-    def download(self, format: Format, answer: Answer | None, threshold: float, iou: float) -> dict[str, str]:
-        name, content = existing(answer).shown(threshold, iou).text(format)
-        return {"name": name, "content": content}
-
-
-def existing(answer: Answer | None) -> Answer:
-    if answer is None:
-        raise DataError("no boxes yet; choose an image and enter phrases first")
-    return answer
-
-
-def legend(shown: Shown, answer: Answer) -> str:
-    """Return HTML: each phrase with its color and number of boxes, and what is not shown."""
-    phrases, counts = shown.result.phrases, np.bincount(shown.result.phrase_ids, minlength=len(shown.result.phrases))
-    entries = [
-        f'<span class="{"some" if count else "none"}"><i style="background:{COLORS[index % len(COLORS)]}"></i>'
-        f"{escape(phrase)}: <b>{count}</b></span>"
-        for index, (phrase, count) in enumerate(zip(phrases, counts, strict=True))
-    ]
-    if shown.num_selected > NUM_SHOWN:
-        entries.append(f"<span>the best {NUM_SHOWN} of {shown.num_selected} boxes; raise the threshold</span>")
-    elif not len(shown.result):
-        best = f"the best box scores {answer.result.scores[0]:.2f}" if len(answer.result) else "no box was predicted"
-        entries.append(f"<span>no box reaches the threshold ({best})</span>")
-    return f'<div class="legend">{"".join(entries)}</div>'
 
 
 def examples(grounder: Grounder) -> list[list[Any]]:
