@@ -37,14 +37,15 @@ def upload(folder: Path) -> dict[str, str]:
 def test_find_then_redraw_without_the_model(tmp_path: Path) -> None:
     model = Bright()
     call = Callbacks(Grounder(model, "cpu"), tmp_path)
-    answer, corner, legend, drawn, crops, table = call.find(upload(tmp_path), "a box, <b>", 0.3, 0.7)
+    answer, corner, legend, drawn, crops, table, *_ = call.find(upload(tmp_path), "a box, <b>", 0.3, 0.7)
     assert corner is None
     assert "a box: <b>2</b>" in legend
     assert "&lt;b&gt;: <b>2</b>" in legend
     assert drawn.shape == (400, 800, 3)
     assert len(crops) == len(table) == 4
     assert table[0][2:] == pytest.approx(list(BOXES[0]), abs=1.5)
-    legend, _, crops, table = call.redraw(answer, 0.9, 0.7)
+    legend, _, crops, table, *selection = call.redraw(answer, 0.9, 0.7)
+    assert selection == [0.9, 0.7]
     assert len(crops) == len(table) == 2
     assert "no box reaches the threshold (the best box scores 1.00)" in call.redraw(answer, 1.1, 0.7)[0]
     assert model.num_images == 1
@@ -52,14 +53,14 @@ def test_find_then_redraw_without_the_model(tmp_path: Path) -> None:
 
 def test_one_expression_has_its_best_box(tmp_path: Path) -> None:
     call = Callbacks(Grounder(OneBox(), "cpu"), tmp_path)
-    *_, table = call.find(upload(tmp_path), "a box, another box", 0, 1)
+    *_, table, _, _ = call.find(upload(tmp_path), "a box, another box", 0, 1)
     assert [row[0] for row in table] == ["a box", "another box"]
 
 
 def test_corrections_are_drawn_and_downloaded(tmp_path: Path) -> None:
     call = Callbacks(Grounder(Bright(), "cpu"), tmp_path)
-    answer, *_, table = call.find(upload(tmp_path), "a box", 0.3, 0.7)
-    answer, *_, table = call.edit(answer, table[:1], 0.3, 0.7)
+    answer, *_, table, _, _ = call.find(upload(tmp_path), "a box", 0.3, 0.7)
+    answer, *_ = call.edit(answer, table[:1], 0.3, 0.7, 0.3, 0.7)
     answer, clicked, *_ = call.corner(answer, None, "", 0.3, 0.7, SimpleNamespace(index=[40, 40]))
     answer, _, legend, *_ = call.corner(answer, clicked, "new", 0.3, 0.7, SimpleNamespace(index=[80, 80]))
     assert "a box: <b>1</b>" in legend
@@ -67,11 +68,20 @@ def test_corrections_are_drawn_and_downloaded(tmp_path: Path) -> None:
     assert [box["phrase"] for box in json.loads(file["content"])["boxes"]] == ["new", "a box"]
     assert json.loads(file["content"])["boxes"][0]["box"] == [10, 10, 20, 20]
     same, clicked, *shown = call.corner(answer, (40, 40), "new", 0.3, 0.7, SimpleNamespace(index=[40, 80]))
-    assert (same, clicked, len(shown)) == (answer, None, 4), "corners on one line: the next click is a first corner"
+    assert (same, clicked, len(shown)) == (answer, None, 6), "corners on one line: the next click is a first corner"
     _, _, legend, *_ = call.undo(answer, 0.3, 0.7)
     assert "a box: <b>2</b>" in legend
     with pytest.raises(DataError, match="no boxes yet"):
         call.download("coco", None, 0.3, 0.7)
+
+
+def test_an_edit_before_the_table_of_a_moved_slider(tmp_path: Path) -> None:
+    call = Callbacks(Grounder(Bright(), "cpu"), tmp_path)
+    answer, *_, table, threshold, iou = call.find(upload(tmp_path), "a box", 0.9, 0.7)
+    table[0][0] = "white box"
+    legend = call.edit(answer, table, threshold, iou, 0.3, 0.7)[2]
+    assert "a box: <b>1</b>" in legend, "the box that the table did not have was not deleted"
+    assert "white box: <b>1</b>" in legend
 
 
 def test_user_errors_become_messages_without_markup() -> None:
@@ -128,6 +138,11 @@ def test_hostile_requests_get_a_message(path: str | None, phrases: str, message:
     assert message in (answer["output"]["error"] or "")
     assert "root:" not in str(answer)
     assert found(server)
+
+
+def test_an_edit_of_a_page_without_boxes_gets_a_message(server: Server) -> None:
+    message = server.call("edit", [None, {"headers": [], "data": []}, 0.3, 0.7, 0.3, 0.7])
+    assert "no boxes yet" in message["output"]["error"]
 
 
 def test_private_urls_are_not_fetched(server: Server) -> None:

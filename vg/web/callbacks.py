@@ -70,17 +70,26 @@ class Callbacks:
         return answer, None, *self.redraw(answer, threshold, iou)
 
     def redraw(self, answer: Answer | None, threshold: float, iou: float) -> tuple:
-        """Return the legend, the drawn image, the crops and the table."""
+        """Return the legend, the drawn image, the crops and the table, with its threshold and IoU."""
         if answer is None:
-            return "", None, None, None
+            return "", None, None, None, threshold, iou
         shown = answer.shown(threshold, iou)
         boxes = shown.on_preview()
         captions = [f"{score:.2f} {phrase}" for phrase, score, _ in boxes]
         crops = list(zip(boxes.crop(), captions, strict=True))
-        return legend(shown, answer), boxes.draw(), crops, shown.table()
+        return legend(shown, answer), boxes.draw(), crops, shown.table(), threshold, iou
 
-    def edit(self, answer: Answer | None, table: list[list[Any]], threshold: float, iou: float) -> tuple:
-        return self.changed(existing(answer).with_table(table, threshold, iou), threshold, iou)
+    def edit(
+        self,
+        answer: Answer | None,
+        table: list[list[Any]],
+        table_threshold: float,
+        table_iou: float,
+        threshold: float,
+        iou: float,
+    ) -> tuple:
+        """Apply a table; its rows are boxes of the threshold and IoU it was made with: the sliders may have moved."""
+        return self.changed(existing(answer).with_table(table, table_threshold, table_iou), threshold, iou)
 
     def undo(self, answer: Answer | None, threshold: float, iou: float) -> tuple:
         return self.changed(existing(answer).original(), threshold, iou)
@@ -98,12 +107,12 @@ class Callbacks:
         answer, clicked = existing(answer), tuple(event.index)
         if corner is None:
             gr.Info("First corner set; click on the opposite corner of the new box.", duration=4)
-            return answer, clicked, *[gr.skip()] * 4
+            return answer, clicked, *[gr.skip()] * 6
         try:
             answer = answer.with_box(phrase or answer.result.phrases[0], [corner, clicked])
         except DataError as error:
             gr.Warning(escape(printable(str(error))))
-            return answer, None, *[gr.skip()] * 4
+            return answer, None, *[gr.skip()] * 6
         return self.changed(answer, threshold, iou)
 
     def download(self, format: Format, answer: Answer | None, threshold: float, iou: float) -> dict[str, str]:

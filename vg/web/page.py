@@ -64,6 +64,7 @@ def new_page(grounder: Grounder, title: str) -> gr.Blocks:
         answer = gr.State(time_to_live=SECONDS_KEPT)
         corner = gr.State()
         file = gr.JSON(visible="hidden")
+        selection = [gr.Number(visible="hidden"), gr.Number(visible="hidden")]  # threshold and IoU of the table
         answers = f"every phrase with {'any number of boxes' if threshold_value else 'its best box'}"
         gr.HTML(f"<h2>Find in an image what phrases describe</h2>{escape(title)} answers {answers}.")
         with gr.Row():
@@ -126,7 +127,7 @@ def new_page(grounder: Grounder, title: str) -> gr.Blocks:
                 with gr.Row():
                     buttons = {format: gr.Button(name, size="md", min_width=90) for name, format in DOWNLOADS.items()}
 
-        shown = [summary, drawn, crops, table]
+        shown = [summary, drawn, crops, table, *selection]
         sliders = [threshold, iou]
         private: dict[str, Any] = {"api_visibility": "private"}
         model: dict[str, Any] = private | {"concurrency_limit": 1, "concurrency_id": "model", "preprocess": False}
@@ -140,7 +141,7 @@ def new_page(grounder: Grounder, title: str) -> gr.Blocks:
             slider.input(reported(call.redraw), [answer, *sliders], shown, **light, trigger_mode="always_last")
         hand = light | {"concurrency_limit": 1, "concurrency_id": "hand", "trigger_mode": "multiple"}  # none is lost
         corrected = [answer, corner, *shown]
-        table.input(reported(call.edit), [answer, table, *sliders], corrected, **hand)
+        table.input(reported(call.edit), [answer, table, *selection, *sliders], corrected, **hand)
         undo.click(reported(call.undo), [answer, *sliders], corrected, **hand)
         drawn.select(reported(call.corner), [answer, corner, phrase, *sliders], corrected, **hand)
         for format, button in buttons.items():
