@@ -20,7 +20,7 @@ from tests.inference.test_download import reply
 from tests.inference.test_download import server as download_server
 from tests.web.serving import BOXES, OneBox, Server, as_png, scene, serving
 from tests.web.test_uploads import UNUSABLE, animation
-from vg.cli import new_parser
+from vg.cli import main, new_parser
 from vg.errors import ConfigError, DataError
 from vg.inference.grounder import Grounder
 from vg.web.callbacks import Callbacks, reported
@@ -175,9 +175,15 @@ def test_a_taken_port_is_an_error(server: Server) -> None:
 
 
 @pytest.mark.parametrize("host", ["203.0.113.7", "[2001:db8::7]", "no.such.host.invalid", "a..b"])
-def test_an_address_of_another_machine_is_an_error(host: str) -> None:
-    with pytest.raises(ConfigError, match=r"cannot listen on .*; choose an address of this machine by --host"):
-        launch(gr.Blocks(), host, None, share=False)
+def test_an_address_of_another_machine_is_reported_before_the_model_is_loaded(host: str) -> None:
+    with pytest.raises(SystemExit, match=r"cannot listen on .*; choose an address of this machine by --host"):
+        main(["web", "nowhere", "--host", host])
+
+
+def test_a_taken_port_is_reported_before_the_model_is_loaded(server: Server) -> None:
+    port = server.url.rsplit(":", 1)[1]
+    with pytest.raises(SystemExit, match=f"cannot listen on 127.0.0.1, port {port} .* a free port by --port"):
+        main(["web", "nowhere", "--port", port])
 
 
 @pytest.mark.parametrize("port", ["99999", "0", "-1", "http"])

@@ -36,11 +36,13 @@ def run(options: argparse.Namespace) -> None:
     from vg.inference.grounder import Grounder
 
     try:
+        from vg.web.guard import check_address
         from vg.web.page import serve
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         raise ConfigError("vg web needs gradio: pip install gradio") from error
+    check_address(options.host, options.port)  # before minutes of loading a model
     grounder = Grounder(options.checkpoint, options.device, options.tokenizer, options.overrides, dtype=options.dtype)
     is_local = Path(options.checkpoint).exists()
     title = Path(options.checkpoint).resolve().name if is_local else options.checkpoint  # not the path of this machine

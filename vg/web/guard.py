@@ -18,13 +18,15 @@ Receive: TypeAlias = Callable[[], Awaitable[Any]]
 Send: TypeAlias = Callable[[Any], Awaitable[None]]
 
 
-def check_host(host: str) -> None:
-    """Raise ConfigError if this machine does not have the address. Gradio would try it with 100 ports."""
+def check_address(host: str, port: int | None) -> None:
+    """Raise ConfigError if nothing can listen there. Gradio would try an address of another machine with 100 ports."""
     name = host.removeprefix("[").removesuffix("]")
     try:
-        socket.create_server((name, 0), family=socket.AF_INET6 if ":" in name else socket.AF_INET).close()
+        socket.create_server((name, port or 0), family=socket.AF_INET6 if ":" in name else socket.AF_INET).close()
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"cannot listen on {host} ({error}); choose an address of this machine by --host") from error
+        where = f"{host}, port {port}" if port else host
+        advice = "choose an address of this machine by --host and a free port by --port"
+        raise ConfigError(f"cannot listen on {where} ({error}); {advice}") from error
 
 
 def stop_like_ctrl_c() -> None:

@@ -18,7 +18,7 @@ from vg.inference.formats import Format
 from vg.inference.grounder import Grounder
 from vg.web.answer import HEADERS
 from vg.web.callbacks import Callbacks, reported
-from vg.web.guard import Guard, check_host, stop_like_ctrl_c
+from vg.web.guard import Guard, stop_like_ctrl_c
 from vg.web.uploads import MAX_BYTES, folder_of_server
 
 QUEUE_SIZE = 40  # waiting requests; further ones are refused with a message
@@ -155,9 +155,8 @@ def launch(page: gr.Blocks, host: str, port: int | None, share: bool) -> tuple[s
     """Start to serve a page in a thread; return its URL and its public URL, if any.
 
     Raises:
-        ConfigError: the port is taken, or this machine does not have the address.
+        ConfigError: the port is taken, or all that Gradio tries. Other addresses are refused by `check_address`.
     """
-    check_host(host)
     theme = gr.themes.Default(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="blue"
     )  # fonts of the system: no request to another host
