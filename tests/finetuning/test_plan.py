@@ -110,7 +110,7 @@ def saved(folder: Path, config: CheckpointConfig) -> Path:
 
 
 def test_models(tmp_path: Path, tiny_config: Callable[..., Any]) -> None:
-    """Published weights, other dialects, runs of both families: settings come from the recipes or from the run."""
+    """Published weights, other formats, runs of both families: settings come from the recipes or from the run."""
     expressions, detection = tmp_path / "expressions", tmp_path / "detection"
     for folder, member in ((expressions, CsvConfig), (detection, CocoConfig)):
         folder.mkdir()

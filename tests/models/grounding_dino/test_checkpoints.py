@@ -1,4 +1,4 @@
-"""Checkpoints in the official and mmdetection dialects, conversion between dialects, and `vg convert`."""
+"""Checkpoints in the official and mmdetection formats, conversion between formats, and `vg convert`."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def model(**settings: Any) -> GroundingDino:
     return tiny_model(**{"points": 4, "text": TEXT} | settings)
 
 
-def written(path: Path, dialect: Any, source: GroundingDino | Checkpoint) -> Checkpoint:
-    """Write a model or checkpoint in this dialect and read it."""
+def written(path: Path, format: Any, source: GroundingDino | Checkpoint) -> Checkpoint:
+    """Write a model or checkpoint in this format and read it."""
     weights = source.weights if isinstance(source, Checkpoint) else source.own_state_dict()
     tokenizer = None
-    if dialect == "transformers":
+    if format == "transformers":
         path.mkdir()
         write_tokenizer(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-    write_checkpoint(weights, source.config, tokenizer, path, dialect)
+    write_checkpoint(weights, source.config, tokenizer, path, format)
     return read_checkpoint(path, BERT)
 
 
@@ -67,7 +67,7 @@ def test_three_files_with_equal_weights() -> None:
         read_checkpoint(FOLDER / f"{name}.pth", bert)
         for name in ("official_tiny", "official_tiny_module_prefix", "mmdet_tiny")
     )
-    assert [checkpoint.dialect for checkpoint in (official, prefixed, mmdet)] == ["official", "official", "mmdet"]
+    assert [checkpoint.format for checkpoint in (official, prefixed, mmdet)] == ["official", "official", "mmdet"]
     assert equal(official.weights, prefixed.weights)
     assert equal(official.weights, mmdet.weights)
     assert official.config == prefixed.config
@@ -98,10 +98,10 @@ def test_written_files_equal_the_recorded_ones(tmp_path: Path) -> None:
     """All names and values of the recorded files, except for buffers and the unused pooler."""
     bert = json.loads((FOLDER / "config.json").read_text())["bert"]
     checkpoint = read_checkpoint(FOLDER / "official_tiny.pth", bert)
-    for dialect, key in (("official", "model"), ("mmdet", "state_dict")):
-        write_checkpoint(checkpoint.weights, checkpoint.config, None, tmp_path / dialect, dialect)  # type: ignore[arg-type]
-        ours = torch.load(tmp_path / dialect, weights_only=True)[key]
-        recorded = torch.load(FOLDER / f"{dialect}_tiny.pth", weights_only=True)
+    for format, key in (("official", "model"), ("mmdet", "state_dict")):
+        write_checkpoint(checkpoint.weights, checkpoint.config, None, tmp_path / format, format)  # type: ignore[arg-type]
+        ours = torch.load(tmp_path / format, weights_only=True)[key]
+        recorded = torch.load(FOLDER / f"{format}_tiny.pth", weights_only=True)
         recorded = recorded.get("model", recorded)
         assert {name for name in recorded if "pooler" not in name and "relative_position_index" not in name} == set(
             ours
@@ -127,15 +127,15 @@ CHAINS: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("settings", "dialects"), CHAINS.values(), ids=CHAINS)
-def test_conversion_between_dialects(tmp_path: Path, settings: dict[str, Any], dialects: list[Any]) -> None:
+@pytest.mark.parametrize(("settings", "formats"), CHAINS.values(), ids=CHAINS)
+def test_conversion_between_formats(tmp_path: Path, settings: dict[str, Any], formats: list[Any]) -> None:
     source: GroundingDino | Checkpoint = model(**settings)
     weights = source.own_state_dict()  # type: ignore[union-attr]
-    for number, dialect in enumerate(dialects):
-        checkpoint = written(tmp_path / f"{number}", dialect, source)
+    for number, format in enumerate(formats):
+        checkpoint = written(tmp_path / f"{number}", format, source)
         assert equal(checkpoint.weights, weights)
         config, expected = checkpoint.config, source.config
-        assert checkpoint.dialect == dialect
+        assert checkpoint.format == format
         for name in ("shared_heads", "classes", "levels", "heads", "points", "feedforward", "num_queries", "width"):
             assert getattr(config, name) == getattr(expected, name), name
         assert replace(config.backbone, id=None, **drop_path(expected)) == expected.backbone
@@ -233,8 +233,8 @@ def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert equal(loaded.own_state_dict(), source.own_state_dict())
     assert config.model.text.id is None  # no download needed
     assert loaded.text_spec.tokenizer.convert_tokens_to_ids(".") == 1012
-    for name, dialect in (("hf", "transformers"), ("again.pth", "mmdet"), ("vg", "vg")):
-        main(["convert", str(tmp_path / "a" / "vg"), str(tmp_path / name), "--to", dialect])
+    for name, format in (("hf", "transformers"), ("again.pth", "mmdet"), ("vg", "vg")):
+        main(["convert", str(tmp_path / "a" / "vg"), str(tmp_path / name), "--to", format])
         assert equal(read_checkpoint(tmp_path / name, BERT).weights, source.own_state_dict())
     assert (tmp_path / "vg" / "config.yaml").read_text() == (tmp_path / "a" / "vg" / "config.yaml").read_text()
 
@@ -249,15 +249,15 @@ def test_convert_prints_settings_that_the_format_does_not_store(
         source = model(image=image, max_tokens=64 if name == "small" else 256)
         (tmp_path / name).mkdir()
         write_checkpoint(source.own_state_dict(), source.config, tokenizer, tmp_path / name, "transformers")
-        for dialect in ("vg", "official", "mmdet"):
-            main(["convert", str(tmp_path / name), str(tmp_path / f"{name}_{dialect}"), "--to", dialect])
+        for format in ("vg", "official", "mmdet"):
+            main(["convert", str(tmp_path / name), str(tmp_path / f"{name}_{format}"), "--to", format])
             lost = (
-                f"the {dialect} format does not store model.image.shortest=128 (readers assume 800), "
+                f"the {format} format does not store model.image.shortest=128 (readers assume 800), "
                 "model.max_tokens=64 (readers assume 256): set these where the file is used\n"
             )
             printed = capsys.readouterr().out
-            lost = lost if name == "small" and dialect != "vg" else ""
-            assert printed.endswith(f"written in the {dialect} format\n{lost}")
+            lost = lost if name == "small" and format != "vg" else ""
+            assert printed.endswith(f"written in the {format} format\n{lost}")
 
 
 def test_the_checkpoint_of_a_run(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_the_checkpoint_of_a_run(tmp_path: Path) -> None:
     spec = TextSpec(AutoTokenizer.from_pretrained(tmp_path / "bert"), max_tokens=256)
     write_weights(tmp_path / "best", source.own_state_dict(), CheckpointConfig(config), spec)
     checkpoint = read_checkpoint(tmp_path, BERT)
-    assert (checkpoint.dialect, checkpoint.tokenizer) == ("vg", str(tmp_path / "best" / "tokenizer"))
+    assert (checkpoint.format, checkpoint.tokenizer) == ("vg", str(tmp_path / "best" / "tokenizer"))
     assert checkpoint.config == replace(source.config, text=replace(TEXT, frozen=True))
     assert equal(checkpoint.weights, source.own_state_dict())
     other = model(seed=1)

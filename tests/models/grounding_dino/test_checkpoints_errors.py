@@ -186,7 +186,7 @@ def test_another_text_encoder(official: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "dialect", "reason"),
+    ("settings", "format", "reason"),
     [
         ({"fusion": "gated"}, "mmdet", r"gated fusion \(model.fusion\)"),
         ({"classes": ClassHeadConfig("cosine", "learned")}, "mmdet", "cosine similarity"),
@@ -204,10 +204,10 @@ def test_another_text_encoder(official: Path) -> None:
         ({"position_temperature": 0.5}, "transformers", "position temperature 0.5"),
     ],
 )
-def test_unsupported_models_of_a_dialect(tmp_path: Path, settings: dict[str, Any], dialect: Any, reason: str) -> None:
+def test_unsupported_models_of_a_format(tmp_path: Path, settings: dict[str, Any], format: Any, reason: str) -> None:
     source = model(**settings)
-    with pytest.raises(CheckpointError, match=f"the {dialect} format does not support {reason}"):
-        write_checkpoint(source.own_state_dict(), source.config, None, tmp_path / "out", dialect)
+    with pytest.raises(CheckpointError, match=f"the {format} format does not support {reason}"):
+        write_checkpoint(source.own_state_dict(), source.config, None, tmp_path / "out", format)
     assert not list(tmp_path.iterdir())
 
 
@@ -256,7 +256,7 @@ def test_convert_command_exits_with_a_message(official: Path, tmp_path: Path, mo
     assert not list(tmp_path.rglob("*.partial")) + list(tmp_path.rglob("mm.pth"))
 
 
-def test_an_unsupported_dialect_leaves_no_files(tmp_path: Path) -> None:
+def test_an_unsupported_format_leaves_no_files(tmp_path: Path) -> None:
     source = model(**MM)
     write_checkpoint(source.own_state_dict(), source.config, None, tmp_path / "mm.pth", "mmdet")
     (tmp_path / "bert").mkdir()

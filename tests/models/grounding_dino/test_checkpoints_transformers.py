@@ -119,7 +119,7 @@ def used(tensors: dict[str, Any]) -> dict[str, Any]:
 def test_outputs_equal_transformers_in_both_directions(published: tuple[Any, Path], tmp_path: Path) -> None:
     model, folder = published
     checkpoint = read_checkpoint(folder)
-    assert (checkpoint.dialect, checkpoint.tokenizer) == ("transformers", str(folder))
+    assert (checkpoint.format, checkpoint.tokenizer) == ("transformers", str(folder))
     assert checkpoint.config.shared_heads == getattr(model.config, "decoder_bbox_embed_share", True)
     ours = checkpoint.config.build(pretrained=False).eval()
     ours.load_own_state_dict(checkpoint.weights)

@@ -96,15 +96,15 @@ def test_number_of_parameters_equals_transformers(name: str, count: int | None) 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_is_detected_from_names_and_shapes(name: str) -> None:
-    dialect = VARIANTS[name][0]
+    format = VARIANTS[name][0]
     config = config_of(name)
     weights = {  # only heads have values: equal heads would count as shared
         key: torch.rand(tensor.shape) if "_heads." in key else tensor
         for key, tensor in on_meta(config).own_state_dict().items()
     }
     tensors = {
-        name: to_file(own, [weights[part] for part in own], dialect)
-        for own, names in tensor_names(on_meta(config), dialect).items()
+        name: to_file(own, [weights[part] for part in own], format)
+        for own, names in tensor_names(on_meta(config), format).items()
         for name in names
     }
-    assert detect_variant(tensors, dialect, {}, {}) == config
+    assert detect_variant(tensors, format, {}, {}) == config

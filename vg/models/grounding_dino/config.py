@@ -188,7 +188,7 @@ class GroundingDinoConfig(ModelSettings):
 
     name: Literal["grounding_dino"] = "grounding_dino"
     weights: str | None = None
-    """Checkpoint to start from, in any dialect: an official or mmdetection .pth, a transformers folder or Hub id, or
+    """Checkpoint to start from, in any format: an official or mmdetection .pth, a transformers folder or Hub id, or
     a checkpoint of vg."""
     backbone: Annotated[
         Union[SwinConfig, ResNetConfig],  # noqa: UP007 - pydantic on Python 3.10

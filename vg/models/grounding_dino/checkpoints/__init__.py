@@ -1,17 +1,17 @@
-"""Checkpoints of Grounding DINO in four dialects (formats): official, transformers, mmdetection and vg.
+"""Checkpoints of Grounding DINO in four formats: official, transformers, mmdetection and vg.
 
-names.py lists the name of every weight in all dialects. Reading detects dialect and variant from the tensors, and
+names.py lists the name of every weight in all formats. Reading detects format and variant from the tensors, and
 raises if a tensor is missing or unknown.
 """
 
 from vg.models.grounding_dino.checkpoints.load import bert_settings, load_into, open_model, open_tokenizer
-from vg.models.grounding_dino.checkpoints.names import Dialect
+from vg.models.grounding_dino.checkpoints.names import CheckpointFormat
 from vg.models.grounding_dino.checkpoints.read import Checkpoint, read_checkpoint
 from vg.models.grounding_dino.checkpoints.write import not_stored, write_checkpoint
 
 __all__ = [
     "Checkpoint",
-    "Dialect",
+    "CheckpointFormat",
     "bert_settings",
     "load_into",
     "not_stored",

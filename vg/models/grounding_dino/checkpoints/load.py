@@ -1,4 +1,4 @@
-"""Load a checkpoint of any dialect into a new model or an existing one, and its tokenizer."""
+"""Load a checkpoint of any format into a new model or an existing one, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def open_model(path: str | Path, tokenizer: str | None = None) -> GroundingDino:
-    """Build the model of a checkpoint of any dialect, in evaluation mode on the CPU.
+    """Build the model of a checkpoint of any format, in evaluation mode on the CPU.
 
     Args:
         tokenizer: folder, vocab.txt, tokenizer.json or Hub id, for a .pth, which contains none; default: BERT's.
@@ -41,7 +41,7 @@ def open_model(path: str | Path, tokenizer: str | None = None) -> GroundingDino:
 
 
 def load_into(model: GroundingDino, path: str | Path) -> str | None:
-    """Load a checkpoint of any dialect into a model of the same configuration.
+    """Load a checkpoint of any format into a model of the same configuration.
 
     Two differences are allowed, as mmdetection allows them to fine-tune official weights: heads that are shared in the
     checkpoint are copied to every decoder layer, and a learned scale of the logits starts at 1. The embedding of

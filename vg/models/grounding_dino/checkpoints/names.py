@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from vg.models.grounding_dino.model import GroundingDino
 
 Foreign = Literal["official", "transformers", "mmdet"]
-Dialect = Literal["vg", Foreign]
+CheckpointFormat = Literal["vg", Foreign]
 
 # Columns: vg, official, transformers, mmdetection. A single column is valid for all four, the second of two columns for
 # all but vg. A line that ends with a dot is a prefix of the indented lines below it.
-# `=` repeats the column of vg, `-` means that the dialect has no such weight, `*` stands for weight and bias, `+` also
+# `=` repeats the column of vg, `-` means that the format has no such weight, `*` stands for weight and bias, `+` also
 # for the statistics of a batch norm. `a|b|c` are several names, paired with those of the other side; if the other side
 # has a single name, they are the row blocks of that tensor.
 # A head shared by all decoder layers has one name in vg, but at least one name per layer elsewhere.
@@ -145,16 +145,16 @@ def on_meta(config: GroundingDinoConfig) -> GroundingDino:
         return config.build(pretrained=False)
 
 
-def tensor_names(model: GroundingDino, dialect: Foreign) -> dict[tuple[str, ...], list[str]]:
-    """Map the names of all weights of a model to their names in a dialect.
+def tensor_names(model: GroundingDino, format: Foreign) -> dict[tuple[str, ...], list[str]]:
+    """Map the names of all weights of a model to their names in a format.
 
     Returns:
-        names in vg -> all names of the same tensor in the dialect, the most common first; empty if the dialect has no
-        such weight. Several names in vg are row blocks of one tensor of the dialect, from top to bottom.
+        names in vg -> all names of the same tensor in the format, the most common first; empty if the format has no
+        such weight. Several names in vg are row blocks of one tensor of the format, from top to bottom.
     """
     weights = model.own_state_dict()
     found: dict[tuple[str, ...], list[str]] = {}
-    for own, theirs in rows(dialect):
+    for own, theirs in rows(format):
         pattern = re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(own[0])))
         for match in filter(None, map(pattern.fullmatch, weights)):
             numbers = {name: int(number) for name, number in match.groupdict().items()}
@@ -165,7 +165,7 @@ def tensor_names(model: GroundingDino, dialect: Foreign) -> dict[tuple[str, ...]
 
 
 def _placeholders(numbers: Mapping[str, int], config: GroundingDinoConfig) -> list[dict[str, object]]:
-    """Add the placeholders that only other dialects have; one result per name of the tensor."""
+    """Add the placeholders that only other formats have; one result per name of the tensor."""
     level = numbers.get("level", 0)
     extra = level - len(config.backbone.stages)  # mmdetection counts the levels beyond the stages from 0
     convs = f"convs.{level}" if extra < 0 else f"extra_convs.{extra}"
@@ -176,12 +176,12 @@ def _placeholders(numbers: Mapping[str, int], config: GroundingDinoConfig) -> li
     return [{**values, "layer": layer} for layer in layers]
 
 
-def rows(dialect: Dialect) -> Iterator[tuple[tuple[str, ...], str | None]]:
-    """Yield (names in vg, name in the dialect or None), with placeholders such as {stage}."""
-    prefixes: list[tuple[str, str | None]] = [("", "")]  # in vg and the dialect, by indentation
+def rows(format: CheckpointFormat) -> Iterator[tuple[tuple[str, ...], str | None]]:
+    """Yield (names in vg, name in the format or None), with placeholders such as {stage}."""
+    prefixes: list[tuple[str, str | None]] = [("", "")]  # in vg and the format, by indentation
     for line in TABLE.strip().splitlines():
         vg, *foreign = line.split()
-        word = [vg, *(foreign or ["="]) * 3][get_args(Dialect).index(dialect)]
+        word = [vg, *(foreign or ["="]) * 3][get_args(CheckpointFormat).index(format)]
         del prefixes[(len(line) - len(line.lstrip())) // 4 + 1 :]
         own, prefix = prefixes[-1][0] + vg, prefixes[-1][1]
         theirs = None if prefix is None or word == "-" else prefix + (vg if word == "=" else word)
@@ -203,9 +203,9 @@ def _alternatives(name: str) -> list[str]:
     return [name.replace(found[0], choice) for choice in found[0].split("|")] if found else [name]
 
 
-def from_file(names: Sequence[str], tensor: Tensor, dialect: Foreign) -> dict[str, Tensor]:
+def from_file(names: Sequence[str], tensor: Tensor, format: Foreign) -> dict[str, Tensor]:
     """Convert one tensor of a file into the weights of vg with these names."""
-    if dialect == "mmdet" and ".downsample." in names[0]:
+    if format == "mmdet" and ".downsample." in names[0]:
         tensor = tensor.unflatten(-1, (-1, 4)).mT[..., MERGE_ORDER, :].flatten(-2)  # [..., C, 4] -> [..., 4, C]
     if _is_class_scalar(names[0]):
         tensor = tensor.reshape(1)  # a scalar in transformers
@@ -214,12 +214,12 @@ def from_file(names: Sequence[str], tensor: Tensor, dialect: Foreign) -> dict[st
     return {name: block.clone() for name, block in zip(names, tensor.chunk(len(names)), strict=True)}
 
 
-def to_file(names: Sequence[str], weights: Sequence[Tensor], dialect: Foreign) -> Tensor:
+def to_file(names: Sequence[str], weights: Sequence[Tensor], format: Foreign) -> Tensor:
     """Convert weights of vg into one tensor of a file; the inverse of from_file."""
     tensor = weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
-    if dialect == "mmdet" and ".downsample." in names[0]:
+    if format == "mmdet" and ".downsample." in names[0]:
         tensor = tensor.unflatten(-1, (4, -1))[..., MERGE_ORDER, :].mT.flatten(-2)
-    if dialect == "transformers" and _is_class_scalar(names[0]):
+    if format == "transformers" and _is_class_scalar(names[0]):
         tensor = tensor.reshape(())
     return tensor.contiguous()
 

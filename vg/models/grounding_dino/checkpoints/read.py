@@ -1,4 +1,4 @@
-"""Read a checkpoint of any dialect and translate its names into those of vg."""
+"""Read a checkpoint of any format and translate its names into those of vg."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from vg.files import read_json
 from vg.models.base import check_finite_weights
 from vg.models.grounding_dino.backbone import name_in_file
 from vg.models.grounding_dino.checkpoints.files import load_tensors, local_path
-from vg.models.grounding_dino.checkpoints.names import IGNORABLE, Dialect, Foreign, from_file, on_meta, tensor_names
+from vg.models.grounding_dino.checkpoints.names import (
+    IGNORABLE,
+    CheckpointFormat,
+    Foreign,
+    from_file,
+    on_meta,
+    tensor_names,
+)
 from vg.models.grounding_dino.checkpoints.settings import check_settings, read_image_settings
 from vg.models.grounding_dino.checkpoints.variant import NamedAsInVg, detect_text, detect_variant
 from vg.models.grounding_dino.config import GroundingDinoConfig, SwinConfig
@@ -34,9 +41,9 @@ NETWORK = "model.backbone.conv_encoder.model."  # of the backbone, in transforme
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The contents of a checkpoint of any dialect."""
+    """The contents of a checkpoint of any format."""
 
-    dialect: Dialect
+    format: CheckpointFormat
     config: GroundingDinoConfig  # with `weights` unset; build the model with `config.build(pretrained=False)`
     weights: dict[str, Tensor]  # by their names in vg
     tokenizer: str | None  # its folder, if there is one
@@ -46,7 +53,7 @@ class Checkpoint:
         backbone, text, classes = config.backbone, config.text.architecture or {}, config.classes
         size = f", width {backbone.width}, window {backbone.window}" if isinstance(backbone, SwinConfig) else ""
         return (
-            f"Grounding DINO in the {self.dialect} format, {weights:,} weights\n"
+            f"Grounding DINO in the {self.format} format, {weights:,} weights\n"
             f"  backbone: {backbone.name}, depths {backbone.depths}{size}; "
             f"text: BERT, {text['num_hidden_layers']} layers of width {text['hidden_size']}\n"
             f"  {config.encoder_layers} + {config.decoder_layers} layers of width {config.width}, "
@@ -57,7 +64,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path, bert: Mapping[str, Any] | None = None) -> Checkpoint:
-    """Read a checkpoint; its dialect and variant are detected from its tensors.
+    """Read a checkpoint; its format and variant are detected from its tensors.
 
     Args:
         path: an official or mmdetection .pth, a transformers folder or Hub id, or a checkpoint or run of vg.
@@ -104,16 +111,16 @@ def _read_foreign(path: Path, bert: Mapping[str, Any]) -> Checkpoint:
     check_finite_weights({key: tensor for key, tensor in tensors.items() if not re.fullmatch(IGNORABLE, key)})
     if any(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-    dialect = _dialect(tensors, settings)
-    if dialect == "transformers":
+    format = _detect_format(tensors, settings)
+    if format == "transformers":
         tensors = {_name_in_file(key): tensor for key, tensor in tensors.items()}
     check_settings(settings)
-    config = detect_variant(tensors, dialect, settings, bert)
+    config = detect_variant(tensors, format, settings, bert)
     config.image = read_image_settings(path)
     model = on_meta(config)
     weights, unknown = {}, {key for key in tensors if not re.fullmatch(IGNORABLE, key)}
     problems = []
-    for own, names in tensor_names(model, dialect).items():
+    for own, names in tensor_names(model, format).items():
         unknown.difference_update(names)
         stored = [name for name in names if name in tensors]
         if not stored:
@@ -121,23 +128,23 @@ def _read_foreign(path: Path, bert: Mapping[str, Any]) -> Checkpoint:
             continue
         if not all(tensors[name].equal(tensors[stored[0]]) for name in stored):
             problems.append(f"should be equal: {' and '.join(stored)}")
-        weights.update(from_file(own, tensors[stored[0]], dialect))
+        weights.update(from_file(own, tensors[stored[0]], format))
     problems = sorted(problems) + [f"unknown: {key}" for key in sorted(unknown)]
     if problems:
         rest = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         lines = "\n  ".join(problems[:SHOWN] + rest)
-        raise CheckpointError(f"the {dialect} checkpoint is incomplete or of another architecture:\n  {lines}")
+        raise CheckpointError(f"the {format} checkpoint is incomplete or of another architecture:\n  {lines}")
     _check(model, weights)
-    return Checkpoint(dialect, config, weights, str(path) if path.is_dir() else None)
+    return Checkpoint(format, config, weights, str(path) if path.is_dir() else None)
 
 
-def _dialect(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Foreign:
+def _detect_format(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Foreign:
     if settings and settings.get("model_type") not in ("grounding-dino", "mm-grounding-dino"):
         raise CheckpointError(f"config.json is of another architecture: {settings.get('model_type')}")
-    for dialect in ("official", "transformers", "mmdet"):
-        found = NamedAsInVg(tensors, dialect)
+    for format in ("official", "transformers", "mmdet"):
+        found = NamedAsInVg(tensors, format)
         if found.has("neck.level_encoding") and found.has("text.projection.weight"):
-            return dialect
+            return format
     names = ", ".join(list(tensors)[:3])
     raise CheckpointError(f"not a Grounding DINO in any known format: its {len(tensors)} tensors are {names}, ...")
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vg.errors import CheckpointError
-from vg.models.grounding_dino.checkpoints.names import Dialect, Foreign, rows
+from vg.models.grounding_dino.checkpoints.names import CheckpointFormat, Foreign, rows
 from vg.models.grounding_dino.checkpoints.settings import check_bert
 from vg.models.grounding_dino.config import (
     BertConfig,
@@ -35,9 +35,9 @@ LABELS = "denoising.labels.weight"
 class NamedAsInVg:
     """The tensors of a file by their names in vg; merged tensors by the name of their first row block."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], dialect: Dialect):
+    def __init__(self, tensors: Mapping[str, Tensor], format: CheckpointFormat):
         self.tensors = tensors
-        self.patterns = {own[0]: theirs for own, theirs in reversed([*rows(dialect)]) if theirs is not None}
+        self.patterns = {own[0]: theirs for own, theirs in reversed([*rows(format)]) if theirs is not None}
 
     def name_in_file(self, name: str, **numbers: Any) -> str:
         values = {"number": numbers.get("stage", 0) + 1, "convs": f"convs.{numbers.get('level')}", **numbers}
@@ -59,7 +59,7 @@ class NamedAsInVg:
 
 
 def detect_variant(
-    tensors: Mapping[str, Tensor], dialect: Foreign, settings: Mapping[str, Any], bert: Mapping[str, Any]
+    tensors: Mapping[str, Tensor], format: Foreign, settings: Mapping[str, Any], bert: Mapping[str, Any]
 ) -> GroundingDinoConfig:
     """Detect the configuration of a published checkpoint, with the dropout rates it was trained with.
 
@@ -70,7 +70,7 @@ def detect_variant(
     Raises:
         CheckpointError: a tensor needed to detect the variant is missing.
     """
-    found = NamedAsInVg(tensors, dialect)
+    found = NamedAsInVg(tensors, format)
     levels, width = found.shape("neck.level_encoding")
     layers = found.count("decoder.layers.{layer}.feedforward.0.weight", "layer")
     points = settings.get("encoder_n_points", 4)
@@ -78,7 +78,7 @@ def detect_variant(
         raise CheckpointError("config.json: encoder_n_points and decoder_n_points differ, which vg does not support")
     offsets = found.shape("encoder.layers.{layer}.image.attention.offsets.weight", layer=0)[0]
     bias, learned = (found.has(f"queries.class_head.{name}", decoder_layers=layers) for name in ("bias", "log_scale"))
-    from_mmdetection = dialect == "mmdet" or bias
+    from_mmdetection = format == "mmdet" or bias
     return GroundingDinoConfig(
         backbone=_backbone(found, levels, from_mmdetection),
         text=detect_text(found, settings.get("text_config", bert)),
@@ -92,8 +92,8 @@ def detect_variant(
         feedforward=found.shape("encoder.layers.{layer}.image.feedforward.0.weight", layer=0)[0],
         num_queries=found.shape("queries.content")[0],
         position_temperature=float(settings.get("positional_embedding_temperature", 20)),
-        logit_eps=LOGIT_EPS[dialect],
-        shared_heads=_heads_are_equal(tensors, dialect, layers),
+        logit_eps=LOGIT_EPS[format],
+        shared_heads=_heads_are_equal(tensors, format, layers),
         classes=ClassHeadConfig(scale="learned" if learned else "width" if bias else "one", bias=bias),
         fusion_dropout=0.1 if from_mmdetection else 0.0,
         fusion_drop_path=0.0 if from_mmdetection else 0.1,
@@ -101,10 +101,10 @@ def detect_variant(
     )
 
 
-def _heads_are_equal(tensors: Mapping[str, Tensor], dialect: Foreign, decoder_layers: int) -> bool:
+def _heads_are_equal(tensors: Mapping[str, Tensor], format: Foreign, decoder_layers: int) -> bool:
     """Whether all decoder layers have the same heads; those of later layers may be missing."""
     heads: dict[str, list[Tensor]] = {}
-    for own, theirs in rows(dialect):
+    for own, theirs in rows(format):
         if "{head}" in own[0] and theirs is not None:
             names = [theirs.format(layer=layer) for layer in range(decoder_layers)]
             heads.setdefault(own[0], []).extend(tensors[name] for name in names if name in tensors)

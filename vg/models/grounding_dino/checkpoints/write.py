@@ -1,4 +1,4 @@
-"""Write weights of vg in the dialects of other implementations."""
+"""Write weights of vg in the formats of other implementations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vg.errors import CheckpointError
-from vg.models.grounding_dino.checkpoints.names import Dialect, Foreign, on_meta, tensor_names, to_file
+from vg.models.grounding_dino.checkpoints.names import CheckpointFormat, Foreign, on_meta, tensor_names, to_file
 from vg.models.grounding_dino.checkpoints.variant import LABELS
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.types import ImageSpec
@@ -24,37 +24,37 @@ def write_checkpoint(
     config: GroundingDinoConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     out: Path,
-    dialect: Foreign,
+    format: Foreign,
 ) -> None:
     """Write a checkpoint that the other implementation, and `read_checkpoint`, can load.
 
     Args:
         weights: by their names in vg.
         config: as from `read_checkpoint`, with the sizes of the text encoder.
-        tokenizer: for the transformers dialect; the other dialects contain none.
+        tokenizer: for the transformers format; the other formats contain none.
         out: an existing empty folder for transformers, else the .pth to write (see `vg.checkpoint.replacing`).
 
     Raises:
-        CheckpointError: the dialect does not support this model, or the weights do not fit `config`.
+        CheckpointError: the format does not support this model, or the weights do not fit `config`.
     """
-    names = tensor_names(on_meta(config), dialect)
+    names = tensor_names(on_meta(config), format)
     if LABELS not in weights:  # needed in training only, and optional everywhere
         names.pop((LABELS,), None)
     absent = [name for own in names for name in own if name not in weights]
     surplus = weights.keys() - set(chain((LABELS,), *names))
-    unsupported = _unsupported(config, dialect) or ", ".join(sorted(surplus))
+    unsupported = _unsupported(config, format) or ", ".join(sorted(surplus))
     if unsupported:
-        raise CheckpointError(f"the {dialect} format does not support {unsupported}")
+        raise CheckpointError(f"the {format} format does not support {unsupported}")
     if absent:
         raise CheckpointError(f"the weights lack {absent[0]}; frozen encoders are not saved with a checkpoint")
     tensors: dict[str, Tensor] = {}
     for own, foreign in names.items():
-        tensor = to_file(own, [weights[name].detach().cpu() for name in own], dialect)
-        # transformers ties shared heads when it loads them; files of the other dialects contain every name.
-        tensors |= dict.fromkeys(foreign[:1] if dialect == "transformers" else foreign, tensor)
-    if dialect == "official":
+        tensor = to_file(own, [weights[name].detach().cpu() for name in own], format)
+        # transformers ties shared heads when it loads them; files of the other formats contain every name.
+        tensors |= dict.fromkeys(foreign[:1] if format == "transformers" else foreign, tensor)
+    if format == "official":
         torch.save({"model": tensors}, out)
-    elif dialect == "mmdet":
+    elif format == "mmdet":
         torch.save({"state_dict": tensors, "meta": {}}, out)
     else:
         if tokenizer is None:
@@ -64,8 +64,8 @@ def write_checkpoint(
         shutil.copymode(out / "config.json", out / "model.safetensors")  # safetensors ignores the umask
 
 
-def _unsupported(config: GroundingDinoConfig, dialect: Foreign) -> str | None:
-    """Return the first feature of a model that the dialect does not support, or None."""
+def _unsupported(config: GroundingDinoConfig, format: Foreign) -> str | None:
+    """Return the first feature of a model that the format does not support, or None."""
     classes = config.classes
     if config.fusion != "bidirectional":
         return f"{config.fusion} fusion (model.fusion)"
@@ -73,22 +73,22 @@ def _unsupported(config: GroundingDinoConfig, dialect: Foreign) -> str | None:
         return f"{classes.similarity} similarity (model.classes.similarity)"
     known = {"official": [("one", False)], "transformers": [("one", False), ("width", True)]}
     known["mmdet"] = [*known["transformers"], ("learned", False), ("learned", True)]
-    if (classes.scale, classes.bias) not in known[dialect]:
+    if (classes.scale, classes.bias) not in known[format]:
         bias = "with a bias" if classes.bias else "without a bias"
         return f"class logits of scale `{classes.scale}` {bias} (model.classes)"
-    if dialect == "transformers" and config.position_temperature != int(config.position_temperature):
+    if format == "transformers" and config.position_temperature != int(config.position_temperature):
         return f"position temperature {config.position_temperature} (model.position_temperature): it must be an integer"
     image = config.image
-    if dialect != "transformers" and (image.mean, image.std) != (ImageSpec.mean, ImageSpec.std):
+    if format != "transformers" and (image.mean, image.std) != (ImageSpec.mean, ImageSpec.std):
         return "model.image.mean or std other than those of ImageNet"
-    if dialect != "transformers" and (config.points, config.position_temperature) != (4, 20):
+    if format != "transformers" and (config.points, config.position_temperature) != (4, 20):
         return "model.points other than 4 or model.position_temperature other than 20"
     return None
 
 
-def not_stored(config: GroundingDinoConfig, dialect: Dialect) -> list[str]:
-    """List the settings that the dialect cannot store and that differ from the defaults, which readers assume."""
-    if dialect in ("vg", "transformers"):
+def not_stored(config: GroundingDinoConfig, format: CheckpointFormat) -> list[str]:
+    """List the settings that the format cannot store and that differ from the defaults, which readers assume."""
+    if format in ("vg", "transformers"):
         return []
     default = GroundingDinoConfig()
     settings = {
