@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -65,6 +67,25 @@ def tiny_config(tmp_path: Path) -> Callable[..., RunConfig]:
         return parse_config({name: values[name] | sections.get(name, {}) for name in values})
 
     return make
+
+
+def run_script(
+    folder: Path, *command: str, processes: int = 2, timeout: float = 200
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python script in a folder, in several processes on the CPU; options of torchrun come before the script."""
+    # Not `accelerate launch --cpu --num_processes 2`, which starts only one process.
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    if not torch.accelerator.is_available():
+        environment.pop("ACCELERATE_USE_CPU")  # several processes use the CPU without it
+    return subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else []), *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def history(config: RunConfig) -> list[dict[str, Any]]:

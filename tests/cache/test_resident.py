@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from tests.cache.feature_data import cached_config
-from tests.conftest import HEAD
+from tests.conftest import HEAD, run_script
 from tests.training.synchronizations import synchronizations
 from tests.training.test_resume import assert_same, assert_same_runs, interrupt, stop_in_step
 from vg.cache import format as cache_format
@@ -187,15 +184,7 @@ def test_two_processes_equal_the_loader(folder: Path) -> None:
     (folder / "train.py").write_text(
         f"from vg.cache import format\nformat.FORMAT.update({cache_format.FORMAT})\n{SCRIPT}"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    result = subprocess.run(
-        [*command, "False.yaml", "True.yaml"],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    result = run_script(folder, "train.py", "False.yaml", "True.yaml")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("read from files (data.cache.resident=false)") == 1
     assert result.stdout.count("that are free in the memory of the CPU") == 1

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 
 from tests.cache.feature_data import cached_config
+from tests.conftest import run_script
 from vg.cache import format as cache_format
 from vg.cache.build import build_cache
 from vg.cache.datasets import RunDataset, training_dataset
@@ -251,14 +249,7 @@ def test_two_processes_write_what_one_writes(folder: Path) -> None:
     (folder / "build.py").write_text(
         f"from vg.cache import format\nformat.FORMAT.update({cache_format.FORMAT})\n{BUILD}"
     )
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "build.py"],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    result = run_script(folder, "build.py")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("to be written") == 1
     files = sorted((folder / "cache").rglob("*.npy"))

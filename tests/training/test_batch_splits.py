@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import NO_DROPOUT, history, scripted
+from tests.conftest import NO_DROPOUT, history, run_script, scripted
 from tests.models.grounding_dino.tiny import sample
 from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
 from vg.config import RunConfig, dump_config
@@ -78,15 +75,7 @@ def run(config: RunConfig, folder: Path, processes: int) -> tuple[list[dict[str,
     """Gradients by parameter and logged losses of every step."""
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "train.py").write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    result = subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), "train.py", "config.yaml", "gradients.pt", str(EPS)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    result = run_script(folder, "train.py", "config.yaml", "gradients.pt", str(EPS), processes=processes)
     assert result.returncode == 0, result.stderr
     return torch.load(folder / "gradients.pt", weights_only=True), [r for r in history(config) if "loss" in r]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import NO_DROPOUT, history
+from tests.conftest import NO_DROPOUT, history, run_script
 from vg.config import RunConfig, dump_config
 from vg.distributed import StopSignal, new_accelerator, seed_batch
 from vg.errors import ConfigError
@@ -50,17 +48,7 @@ shut_down()
 
 def launch(folder: Path, *arguments: str, stream: str = "stdout", status: int = 0) -> str:
     """Run the script in two processes and return their output."""
-    environment = dict(os.environ)
-    if not torch.accelerator.is_available():
-        del environment["ACCELERATE_USE_CPU"]  # two processes use the CPU by themselves
-    result = subprocess.run(  # not `accelerate launch --cpu --num_processes 2`, which starts only one process
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *arguments],
-        cwd=folder,
-        env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    result = run_script(folder, "train.py", *arguments)
     assert result.returncode == status, result.stderr
     return str(getattr(result, stream))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import run_script
 from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
 from tests.models.rec.test_model import TINY_RESNET
 from tests.training.test_batch_splits import EPS
@@ -56,15 +56,7 @@ def launch(
     """Train in two processes, of which some are killed."""
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "train.py").write_text(SCRIPT.replace("KILLS", repr(kills or [])))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
-    return subprocess.run(
-        [sys.executable, *torchrun, "train.py", "config.yaml", *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_script(folder, f"--max-restarts={restarts}", "train.py", "config.yaml", *arguments, timeout=300)
 
 
 def make_config(make: MakeConfig, output: Path, family: str, accumulate: int, **train: Any) -> RunConfig:
