@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -90,20 +91,28 @@ def test_new_prompts_are_encoded_and_equal_prompts_are_cached(benchmark: ModuleT
     assert counts == {"transformers": 0, "vg, new prompt": 3, "vg, same prompt": 1}
 
 
-def test_table_and_json_have_a_row_per_case_and_contender(
-    benchmark: ModuleType,
+@pytest.fixture
+def run_main(
     config: transformers.GroundingDinoConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:
-    path = tmp_path / "results.json"
-    command = "benchmark --device cpu --threads 1 --rounds 2 --images 1 2 --phrases 2 --size 96 128 --no-memory --json"
-    monkeypatch.setattr(sys, "argv", [*command.split(), str(path)])
-    benchmark.main(config)
-    table = capsys.readouterr().out
+) -> Callable[[ModuleType, str], tuple[dict[str, Any], str]]:
+    """Run a benchmark on small images -> its JSON and what it printed."""
+
+    def run(module: ModuleType, options: str) -> tuple[dict[str, Any], str]:
+        path = tmp_path / "results.json"
+        command = f"benchmark --device cpu --threads 1 --size 96 128 --no-memory {options} --json {path}"
+        monkeypatch.setattr(sys, "argv", command.split())
+        module.main(config)
+        return json.loads(path.read_text()), capsys.readouterr().out
+
+    return run
+
+
+def test_table_and_json_have_a_row_per_case_and_contender(benchmark: ModuleType, run_main: Any) -> None:
+    found, table = run_main(benchmark, "--rounds 2 --images 1 2 --phrases 2")
     assert table.count("vg, same prompt") == 4
-    found = json.loads(path.read_text())
     assert [(row["images"], row["dtype"], row["contender"]) for row in found["results"]] == [
         (images, dtype, contender)
         for images in (1, 2)
@@ -138,24 +147,14 @@ def test_memory_is_measured_in_a_separate_process(
     assert peak > 2**20
 
 
-def test_training_step_benchmark_reports_all_contenders(
-    benchmark: ModuleType,
-    config: transformers.GroundingDinoConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_training_step_benchmark_reports_all_contenders(run_main: Any) -> None:
     from scripts.benchmarks import training_step as training
 
-    path = tmp_path / "results.json"
-    command = "benchmark --device cpu --threads 1 --rounds 1 --size 96 128 --no-memory --dtype bfloat16 --json"
-    monkeypatch.setattr(sys, "argv", [*command.split(), str(path)])
-    training.main(config)
-    found = json.loads(path.read_text())
+    found, table = run_main(training, "--rounds 1 --dtype bfloat16")
     assert [row["contender"] for row in found["results"]] == ["transformers", "vg", "vg, checkpointing"]
     assert all(row["samples_per_second"] == 2 / row["seconds"] for row in found["results"])
     assert found["results"][0]["times_as_fast"] == 1
-    assert capsys.readouterr().out.count("samples/s") == 3
+    assert table.count("samples/s") == 3
 
 
 def test_training_steps_have_equal_losses_and_update_weights(

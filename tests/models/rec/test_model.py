@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, BertTokenizer
 
+from tests.cache.feature_data import VISION as TINY_VISION
 from tests.conftest import TEXT
 from tests.models.rec.published import PUBLISHED
 from vg.checkpoint import write_model
@@ -24,15 +25,6 @@ from vg.types import Text
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
 
-TINY_VISION = {
-    "model_type": "dinov3_vit",
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "patch_size": 16,
-    "num_register_tokens": 4,
-}
 TINY_CONVNEXT = {"model_type": "dinov3_convnext", "hidden_sizes": [16, 32], "depths": [1, 1]}
 TINY_RESNET = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
 HEADS = {
