@@ -77,7 +77,7 @@ def run_script(
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     if not torch.accelerator.is_available():
-        environment.pop("ACCELERATE_USE_CPU")  # several processes use the CPU without it
+        environment.pop("ACCELERATE_USE_CPU", None)  # several processes use the CPU without it
     return subprocess.run(
         [sys.executable, *(launcher if processes > 1 else []), *command],
         cwd=folder,
