@@ -19,14 +19,14 @@ FILES = PACKAGE + sorted((ROOT / "scripts").rglob("*.py"))
 BASE = {"errors", "files", "hub", "settings", "types", "boxes", "nms", "machine"}
 ARROWS = """
 finetuning -> checkpoint config data distributed evaluation inference models training
-training   -> evaluation cache checkpoint config data distributed losses models.base workers
+training   -> evaluation cache checkpoint config data distributed losses models.base models.saved workers
 evaluation -> cache checkpoint config data distributed inference metrics models workers
 cache      -> config data distributed models.base workers
 export     -> cache.datasets config evaluation inference models ops
-inference  -> checkpoint config data metrics.result models.base models.grounding_dino.checkpoints
+inference  -> checkpoint config data metrics.result models.base models.saved models.grounding_dino.checkpoints
 web        -> data inference
 labeling   -> data inference
-checkpoint -> config models.base
+checkpoint -> config models.base models.saved
 config     -> data models training.optim training.settings
 data       ->
 models     -> losses ops

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,17 +12,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vg.config import CheckpointConfig, dump_config, load_checkpoint_config
 from vg.errors import CheckpointError, ConfigError, DamagedCheckpointError, UserError, unpickling_problem
-from vg.files import read_json, replacing, similar_paths
+from vg.files import replacing, similar_paths
 from vg.models.base import GroundingModel
+from vg.models.saved import ENCODERS, WEIGHTS, best_of, check_encoders, read_weights
 from vg.types import TextSpec
 
-ENCODERS = "frozen_encoders.json"  # only with encoders whose weights are not in WEIGHTS
-WEIGHTS, CONFIG, TOKENIZER, TRAINING = "model.safetensors", "config.yaml", "tokenizer", "training.pt"
+CONFIG, TOKENIZER, TRAINING = "config.yaml", "tokenizer", "training.pt"
 VALIDATION = "validation.json"  # results of the evaluation of a checkpoint, if there was one
 SHARDS = "shards"  # beside TRAINING, the tensors of each process of FSDP2
 STATE = {"weights", "optimizer", "schedule", "progress"}  # keys of TRAINING, at least
@@ -80,9 +79,7 @@ def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Groun
     Raises:
         CheckpointError: not a checkpoint, a damaged file, or weights that do not match the configuration.
     """
-    folder = Path(folder)
-    if (folder / "best" / WEIGHTS).exists():
-        folder = folder / "best"
+    folder = best_of(Path(folder))
     if not folder.exists():
         raise CheckpointError("; ".join(filter(None, [f"{folder} does not exist", similar_paths(folder)])))
     for name in (CONFIG, TOKENIZER):
@@ -107,41 +104,14 @@ def is_checkpoint(path: str | Path) -> bool:
 def load_weights(model: GroundingModel, folder: Path, config: CheckpointConfig) -> None:
     """Load model.safetensors of a checkpoint; raises CheckpointError that lists every weight that does not match.
 
-    Warns if a frozen encoder of `config` is not the one that the checkpoint was trained with.
+    Warns if a frozen encoder of `config` is not the one that the checkpoint was trained with, see `check_encoders`.
     """
     weights = read_weights(folder)
     try:
         model.load_own_state_dict(weights)
     except ValueError as error:
         raise CheckpointError(f"{folder / WEIGHTS}: {error}") from error
-    file = folder / ENCODERS  # older checkpoints do not have it
-    trained = read_json(file, dict) if file.exists() else {}
-    for name, now in config.model.frozen_weights().items():
-        before = trained.get(name, now)
-        if not isinstance(before, dict) or not {"id", "weights"} <= before.keys():
-            raise DamagedCheckpointError(f"{file} is damaged: {name} has no id and weights; use an older checkpoint")
-        if before["weights"] != now["weights"]:
-            shown = [f"{x['id']} ({str(x['weights'])[:12]})" for x in (now, before)]
-            warnings.warn(
-                f"{folder}: model.{name} is {shown[0]}, but the checkpoint was trained with {shown[1]}; unless their "
-                f"weights are equal, predictions are wrong. Set model.{name}.id to the encoder of the training",
-                stacklevel=2,
-            )
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint by name; raises DamagedCheckpointError if the file is missing or damaged."""
-    path = folder / WEIGHTS
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise DamagedCheckpointError(f"{path} does not exist") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    except SafetensorError as error:
-        raise DamagedCheckpointError(
-            f"{path} is damaged or was cut short ({error}); use an older checkpoint"
-        ) from error
+    check_encoders(folder, config.model)
 
 
 def write_training_state(folder: Path, state: dict[str, Any]) -> None:

@@ -17,11 +17,11 @@ from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
 from tests.models.rec.test_model import TINY_RESNET
 from tests.training.test_batch_splits import EPS
 from tests.training.test_resume import assert_same_runs, configured, interrupt, stop_in_step
-from vg.checkpoint import read_weights
 from vg.cli import main
 from vg.config import RunConfig, dump_config
 from vg.errors import CheckpointError
 from vg.models.grounding_dino.config import DenoisingConfig
+from vg.models.saved import read_weights
 from vg.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]

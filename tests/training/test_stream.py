@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from tests.conftest import history
 from tests.training.test_elastic import launch
 from tests.training.test_resume import assert_same, configured, interrupt, stop_in_step
-from vg.checkpoint import read_weights
 from vg.config import RunConfig, parse_config
 from vg.data.shards.write import write_shards
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import CheckpointError, ConfigError
+from vg.models.saved import read_weights
 from vg.training.stream import StreamedData
 from vg.training.trainer import Trainer
 

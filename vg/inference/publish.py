@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vg.checkpoint import ENCODERS, VALIDATION, write_model
+from vg.checkpoint import VALIDATION, write_model
 from vg.config import CheckpointConfig
 from vg.errors import CheckpointError
 from vg.files import replacing
 from vg.models.base import GroundingModel
+from vg.models.saved import ENCODERS
 
 CARD = "README.md"
 _USAGE = """## Usage

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vg.checkpoint import read_weights, write_weights
+from vg.checkpoint import write_weights
 from vg.config import CheckpointConfig
 from vg.distributed import seed_everything
 from vg.errors import CheckpointError
@@ -17,6 +17,7 @@ from vg.evaluation.evaluator import Evaluator
 from vg.evaluation.results import EvaluationResult
 from vg.files import write_json
 from vg.models.base import GroundingModel
+from vg.models.saved import read_weights
 from vg.types import TextSpec
 
 if TYPE_CHECKING:

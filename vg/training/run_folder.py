@@ -27,11 +27,12 @@ from typing import Any, TypeVar, cast
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from vg.checkpoint import CONFIG, SHARDS, TRAINING, VALIDATION, WEIGHTS, new_checkpoint
+from vg.checkpoint import CONFIG, SHARDS, TRAINING, VALIDATION, new_checkpoint
 from vg.config import RunConfig, dump_config
 from vg.distributed import launches, raise_on_all_processes
 from vg.errors import CheckpointError, DamagedCheckpointError, TrainingError
 from vg.files import read_json, read_text, remove, sync, write_bytes, write_json
+from vg.models.saved import WEIGHTS
 
 T = TypeVar("T")
 

@@ -129,7 +129,7 @@ def test_variants_that_cannot_be_detected(official: Path, tmp_path: Path) -> Non
     changed(official, lambda tensors: tensors.pop("backbone.0.patch_embed.proj.weight"))
     assert "the backbone is neither a Swin transformer nor a ResNet" in reading(official)
     random_model(encoder_n_points=2).save_pretrained(tmp_path / "hf")
-    assert "encoder_n_points and decoder_n_points differ" in reading(tmp_path / "hf")
+    assert "encoder_n_points and decoder_n_points must be the same" in reading(tmp_path / "hf")
 
 
 def test_tensors_with_unexpected_shapes(official: Path) -> None:
@@ -278,3 +278,14 @@ def test_a_converted_checkpoint_has_no_data_config(official: Path, tmp_path: Pat
         main(["eval", str(tmp_path / "vg")])
     with pytest.raises(SystemExit, match=r"data\.train: Field required"):
         main(["eval", str(tmp_path / "vg"), "data.eval.name=shapes"])
+
+
+def test_tensors_without_names(tmp_path: Path) -> None:
+    torch.save({1: torch.zeros(1)}, tmp_path / "list.pth")
+    assert "neither a dictionary of tensors" in reading(tmp_path / "list.pth")
+
+
+def test_other_borders_of_logits_are_reported(official: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = model()
+    load_into(replace(source.config, logit_eps=(1e-3, 1e-5)).build(pretrained=False), official)
+    assert "model.logit_eps is (0.001, 1e-05), the checkpoint has (0.001, 0.001)" in caplog.text

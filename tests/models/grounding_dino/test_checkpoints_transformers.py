@@ -61,6 +61,10 @@ def published(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path
         ("text_config", {"layer_norm_eps": 1e-5}, r"text_config\.layer_norm_eps is 1e-05, vg implements 1e-12"),
         ("backbone_config", {"hidden_act": "relu"}, r"backbone_config\.hidden_act is 'relu', vg implements 'gelu'"),
         ("backbone_config", {"layer_norm_eps": 1e-3}, r"backbone_config\.layer_norm_eps is 0\.001"),
+        (None, {"text_config": [1]}, r"text_config is \[1\], expected settings by their names"),
+        (None, {"encoder_n_points": "4"}, "encoder_n_points and decoder_n_points must be the same positive number"),
+        (None, {"max_text_len": -1}, "max_tokens: Input should be greater than .*, got -1"),
+        (None, {"positional_embedding_temperature": "warm"}, "position_temperature: Input should be .*, got 'warm'"),
     ],
 )
 def test_settings_that_no_tensor_shows_are_refused(
@@ -73,6 +77,16 @@ def test_settings_that_no_tensor_shows_are_refused(
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(tmp_path)
+
+
+def test_settings_that_are_null_have_their_defaults(tmp_path: Path) -> None:
+    random_model().save_pretrained(tmp_path)
+    expected = read_checkpoint(tmp_path).config
+    settings = json.loads((tmp_path / "config.json").read_text())
+    changed = settings | {"positional_embedding_temperature": None, "max_text_len": None, "layer_norm_eps": None}
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": None, "size": None}))
+    assert read_checkpoint(tmp_path).config == expected
 
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
@@ -101,6 +115,15 @@ def test_the_image_processor_is_applied_or_refused(file: str, tmp_path: Path, ca
     ):
         write(**changes)
         with pytest.raises(CheckpointError, match=f"{file}: {message}"):
+            read_checkpoint(tmp_path)
+    for changes, message in (
+        ({"image_std": [0, 0, 0]}, r"image\.std\.0: Input should be greater than 0, got 0"),
+        ({"image_mean": [0.5]}, r"image\.mean"),
+        ({"image_mean": 0.5}, r"image\.mean"),
+        ({"size": {"shortest_edge": "small", "longest_edge": 1333}}, r"image\.shortest: .*, got 'small'"),
+    ):
+        write(**changes)
+        with pytest.raises(CheckpointError, match=f"its settings cannot be used: {message}"):
             read_checkpoint(tmp_path)
     write()
     own = replace(checkpoint.config, image=ImageConfig(shortest=64, longest=128))

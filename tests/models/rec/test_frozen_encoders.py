@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,13 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel, BertTokenizer
 
 import vg
-from vg.checkpoint import ENCODERS, read_model, write_model
+from vg.checkpoint import read_model, write_model
 from vg.cli import main
 from vg.config import CheckpointConfig
 from vg.errors import ConfigError
 from vg.models.encoders import SMALL_VOCABULARY
 from vg.models.rec.config import BgeConfig, DenseHeadConfig, RecConfig, VisionEncoderConfig
+from vg.models.saved import ENCODERS
 from vg.models.settings import TINY_BERT
 
 DINO = {"model_type": "dinov3_convnext", "hidden_sizes": [16, 32], "depths": [1, 1], "layer_scale_init_value": 1.0}
@@ -60,6 +62,14 @@ def test_other_weights_at_the_same_id_are_reported(checkpoint: Path, name: str) 
     save_encoder(folder, DINO if name == "vision" else TINY_BERT, seed=1)
     with pytest.warns(UserWarning, match=rf"model\.{name} is {folder} .*but the checkpoint was trained with {folder}"):
         read_model(checkpoint)
+
+
+def test_weights_that_were_trained_with_another_encoder_are_reported(checkpoint: Path) -> None:
+    config = CheckpointConfig(read_model(checkpoint)[1].model).model
+    save_encoder(checkpoint.parent / "other", DINO, seed=1)
+    config = replace(config, weights=str(checkpoint), vision=VisionEncoderConfig(id=str(checkpoint.parent / "other")))
+    with pytest.warns(UserWarning, match=r"model\.vision is .*other .*but the checkpoint was trained with .*vision "):
+        config.build()
 
 
 def test_checkpoints_without_the_weights_of_their_encoders_load(checkpoint: Path) -> None:

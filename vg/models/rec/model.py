@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +24,7 @@ from vg.models.rec.config import RecConfig
 from vg.models.rec.heads import DenseOutput, PooledOutput
 from vg.models.rec.kept_aspect import KeptAspectImage
 from vg.models.rec.vision import VisionEncoder
+from vg.models.saved import best_of, check_encoders, read_weights
 from vg.models.settings import TextEncoderConfig
 from vg.settings import read_yaml
 from vg.types import Batch, EncodedBatch, Features, ImageSpec, LossName, Prediction, StretchedImage, Text, TextSpec
@@ -73,10 +72,11 @@ class RecModel(EncodableModel):
 
     def _load(self, folder: Path) -> None:
         """Load the weights and the tokenizer of a run or checkpoint."""
-        folder = folder / "best" if (folder / "best").is_dir() else folder
+        folder = best_of(folder)
         try:
-            self.load_own_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, SafetensorError, ValueError) as error:
+            self.load_own_state_dict(read_weights(folder))
+            check_encoders(folder, self.config)
+        except (CheckpointError, ValueError) as error:
             raise CheckpointError(f"model.weights: {folder}: {error}") from error
         if (folder / "config.yaml").exists():
             self._check_settings(folder / "config.yaml")

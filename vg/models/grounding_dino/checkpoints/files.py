@@ -42,7 +42,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     for key in ("model", "state_dict"):
         if isinstance(stored, dict) and isinstance(stored.get(key), dict):
             stored = stored[key]
-    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()) or not stored:
+    tensors = isinstance(stored, dict) and all(isinstance(x, str) and isinstance(y, Tensor) for x, y in stored.items())
+    if not stored or not tensors:
         raise CheckpointError("not a checkpoint: neither a dictionary of tensors, nor one as `model` or `state_dict`")
     return stored
 

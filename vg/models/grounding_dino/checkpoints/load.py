@@ -63,6 +63,11 @@ def load_into(model: GroundingDino, path: str | Path) -> str | None:
             "%s: images are resized to %d and at most %d pixels (model.image), the checkpoint has %d and %d",
             *(path, image.shortest, image.longest, stored.shortest, stored.longest),
         )
+    if wanted.logit_eps != found.logit_eps:
+        logger.warning(
+            "%s: model.logit_eps is %s, the checkpoint has %s: boxes at the border of an image will differ",
+            *(path, wanted.logit_eps, found.logit_eps),
+        )
     if differences:
         raise CheckpointError(f"{path} is another variant of the model:\n  " + "\n  ".join(differences))
     if found.shared_heads and not wanted.shared_heads:
@@ -85,7 +90,7 @@ def load_into(model: GroundingDino, path: str | Path) -> str | None:
 
 
 def _differences(wanted: GroundingDinoConfig, found: GroundingDinoConfig) -> list[str]:
-    """List different settings that determine names, shapes or the meaning of weights."""
+    """List different settings with which weights do not fit, or all predictions are wrong."""
     names = ["width", "levels", "encoder_layers", "decoder_layers", "heads", "points", "feedforward", "num_queries"]
     names += ["fusion", "classes", "shared_heads", "position_temperature"]
     pairs = {name: (getattr(wanted, name), getattr(found, name)) for name in names}

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vg.errors import CheckpointError
@@ -27,9 +26,10 @@ from vg.models.grounding_dino.checkpoints.names import (
     on_meta,
     tensor_names,
 )
-from vg.models.grounding_dino.checkpoints.settings import check_settings, read_image_settings
+from vg.models.grounding_dino.checkpoints.settings import check_settings, given_settings, read_image_settings, validated
 from vg.models.grounding_dino.checkpoints.variant import NamedAsInVg, detect_text, detect_variant
 from vg.models.grounding_dino.config import GroundingDinoConfig, SwinConfig
+from vg.models.saved import best_of, read_weights
 from vg.settings import read_yaml
 
 if TYPE_CHECKING:
@@ -83,8 +83,7 @@ def read_checkpoint(path: str | Path, bert: Mapping[str, Any] | None = None) -> 
 
 
 def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
-    if (folder / "best" / "config.yaml").exists():
-        folder = folder / "best"  # of a run, read the best checkpoint
+    folder = best_of(folder)
     if not (folder / "config.yaml").exists():
         raise CheckpointError(
             "not a checkpoint: the folder contains neither config.json (transformers) nor config.yaml (vg)"
@@ -96,7 +95,7 @@ def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
         config = TypeAdapter(GroundingDinoConfig).validate_python(values["model"] | {"weights": None})
     except (yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"config.yaml is not that of a Grounding DINO: {error}") from error
-    weights = load_file(folder / "model.safetensors")
+    weights = read_weights(folder)
     check_finite_weights(weights)
     if config.text.architecture is None:
         sizes = detect_text(NamedAsInVg(weights, "vg"), bert)
@@ -106,7 +105,7 @@ def _read_vg(folder: Path, bert: Mapping[str, Any]) -> Checkpoint:
 
 
 def _read_foreign(path: Path, bert: Mapping[str, Any]) -> Checkpoint:
-    settings = read_json(path / "config.json", dict) if path.is_dir() else {}
+    settings = given_settings(read_json(path / "config.json", dict)) if path.is_dir() else {}
     tensors = load_tensors(path)
     check_finite_weights({key: tensor for key, tensor in tensors.items() if not re.fullmatch(IGNORABLE, key)})
     if any(key.startswith("module.") for key in tensors):
@@ -116,7 +115,7 @@ def _read_foreign(path: Path, bert: Mapping[str, Any]) -> Checkpoint:
         tensors = {_name_in_file(key): tensor for key, tensor in tensors.items()}
     check_settings(settings)
     config = detect_variant(tensors, format, settings, bert)
-    config.image = read_image_settings(path)
+    config = validated(replace(config, image=read_image_settings(path)))
     model = on_meta(config)
     weights, unknown = {}, {key for key in tensors if not re.fullmatch(IGNORABLE, key)}
     problems = []

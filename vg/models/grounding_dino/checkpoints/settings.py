@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from vg.errors import CheckpointError
-from vg.models.grounding_dino.config import ImageConfig
+from vg.files import read_json
+from vg.models.grounding_dino.config import GroundingDinoConfig, ImageConfig
 
 IMPLEMENTED: dict[str, dict[str, Any]] = {  # values that vg implements
     "grounding_dino": {
@@ -38,11 +41,30 @@ IMPLEMENTED: dict[str, dict[str, Any]] = {  # values that vg implements
 }
 
 
+def given_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out values that are null, for which transformers has a default, also in the settings of encoders."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    return {key: given_settings(value) if isinstance(value, dict) else value for key, value in given.items()}
+
+
+def validated(config: GroundingDinoConfig) -> GroundingDinoConfig:
+    """Check the types and ranges of settings that were read from a file; raises CheckpointError that lists them."""
+    try:
+        return TypeAdapter(GroundingDinoConfig).validate_python(asdict(config))
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg']}, got {x['input']!r}" for x in error.errors())
+        raise CheckpointError(f"its settings cannot be used: {wrong}") from error
+
+
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise CheckpointError if config.json has other settings than vg implements; missing ones have their defaults."""
-    file, backbone = "config.json", settings.get("backbone_config") or {}
+    file = "config.json"
+    text, backbone = (settings.get(f"{name}_config", {}) for name in ("text", "backbone"))
+    for name, values in (("text", text), ("backbone", backbone)):
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{file}: {name}_config is {values!r}, expected settings by their names")
     _check(file, "", settings, IMPLEMENTED["grounding_dino"])
-    _check(file, "text_config.", settings.get("text_config") or {}, IMPLEMENTED["bert"])
+    _check(file, "text_config.", text, IMPLEMENTED["bert"])
     _check(file, "backbone_config.", backbone, IMPLEMENTED.get(str(backbone.get("model_type")), {}))
     heads = [settings[key] for key in ("encoder_attention_heads", "decoder_attention_heads") if key in settings]
     if len({*heads}) > 1:
@@ -62,8 +84,9 @@ def read_image_settings(folder: Path) -> ImageConfig:
     """
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).exists():
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
-            values = values.get("image_processor", {}) if name == "processor_config.json" else values
+            values = given_settings(read_json(folder / name, dict))
+            if name == "processor_config.json" and not isinstance(values := values.get("image_processor", {}), dict):
+                raise CheckpointError(f"{name}: image_processor is {values!r}, expected settings by their names")
             break
     else:
         return ImageConfig()
@@ -73,7 +96,7 @@ def read_image_settings(folder: Path) -> ImageConfig:
     if not isinstance(size, dict) or size.keys() != {"shortest_edge", "longest_edge"}:
         raise CheckpointError(f"{name}: size is {size}; vg implements shortest_edge and longest_edge")
     mean, std = (values.get(f"image_{key}", getattr(default, key)) for key in ("mean", "std"))
-    return ImageConfig(size["shortest_edge"], size["longest_edge"], mean=tuple(mean), std=tuple(std))
+    return ImageConfig(size["shortest_edge"], size["longest_edge"], mean=mean, std=std)
 
 
 def _check(file: str, path: str, values: Mapping[str, Any], implemented: Mapping[str, Any]) -> None:

@@ -74,8 +74,8 @@ def detect_variant(
     levels, width = found.shape("neck.level_encoding")
     layers = found.count("decoder.layers.{layer}.feedforward.0.weight", "layer")
     points = settings.get("encoder_n_points", 4)
-    if settings.get("decoder_n_points", points) != points:
-        raise CheckpointError("config.json: encoder_n_points and decoder_n_points differ, which vg does not support")
+    if not isinstance(points, int) or points < 1 or settings.get("decoder_n_points", points) != points:
+        raise CheckpointError("config.json: encoder_n_points and decoder_n_points must be the same positive number")
     offsets = found.shape("encoder.layers.{layer}.image.attention.offsets.weight", layer=0)[0]
     bias, learned = (found.has(f"queries.class_head.{name}", decoder_layers=layers) for name in ("bias", "log_scale"))
     from_mmdetection = format == "mmdet" or bias
@@ -91,7 +91,7 @@ def detect_variant(
         points=points,
         feedforward=found.shape("encoder.layers.{layer}.image.feedforward.0.weight", layer=0)[0],
         num_queries=found.shape("queries.content")[0],
-        position_temperature=float(settings.get("positional_embedding_temperature", 20)),
+        position_temperature=settings.get("positional_embedding_temperature", 20.0),
         logit_eps=LOGIT_EPS[format],
         shared_heads=_heads_are_equal(tensors, format, layers),
         classes=ClassHeadConfig(scale="learned" if learned else "width" if bias else "one", bias=bias),

@@ -1,0 +1,63 @@
+"""Files of a saved model that models read, too: its weights, and the frozen encoders that it was trained with."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vg.errors import CheckpointError, DamagedCheckpointError
+from vg.files import read_json
+from vg.models.settings import ModelSettings
+
+WEIGHTS = "model.safetensors"
+ENCODERS = "frozen_encoders.json"  # only with encoders whose weights are not in WEIGHTS
+
+
+def best_of(folder: Path) -> Path:
+    """Return the best checkpoint of a run, or the folder itself if it is a checkpoint."""
+    return folder / "best" if (folder / "best" / WEIGHTS).exists() else folder
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint by name.
+
+    Raises:
+        DamagedCheckpointError: the file is missing or damaged.
+        CheckpointError: it cannot be read.
+    """
+    path = folder / WEIGHTS
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(f"{path} does not exist") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    except SafetensorError as error:
+        raise DamagedCheckpointError(
+            f"{path} is damaged or was cut short ({error}); use an older checkpoint"
+        ) from error
+
+
+def check_encoders(folder: Path, config: ModelSettings) -> None:
+    """Warn if a frozen encoder of `config` is not the one that a checkpoint was trained with.
+
+    Raises:
+        DamagedCheckpointError: the file that identifies them is damaged.
+    """
+    file = folder / ENCODERS  # older checkpoints do not have it
+    trained = read_json(file, dict) if file.exists() else {}
+    for name, now in config.frozen_weights().items():
+        before = trained.get(name, now)
+        if not isinstance(before, dict) or not {"id", "weights"} <= before.keys():
+            raise DamagedCheckpointError(f"{file} is damaged: {name} has no id and weights; use an older checkpoint")
+        if before["weights"] != now["weights"]:
+            shown = [f"{x['id']} ({str(x['weights'])[:12]})" for x in (now, before)]
+            warnings.warn(
+                f"{folder}: model.{name} is {shown[0]}, but the checkpoint was trained with {shown[1]}; unless their "
+                f"weights are equal, predictions are wrong. Set model.{name}.id to the encoder of the training",
+                stacklevel=3,
+            )
