@@ -116,6 +116,7 @@ def test_optional_abilities_agree_with_the_samples(config: Any, source: Source) 
             assert all(np.array_equal(image, images[0]) for image in images)
     if isinstance(source, HasImageFiles):
         assert [file is not None and file.is_file() for file in source.image_files()] == [True] * len(samples)
+        assert isinstance(source, HasFingerprint), "vg shard and feature caches cannot notice changed annotations"
     if isinstance(source, HasFingerprint):
         assert source.fingerprint() == config.build().fingerprint()
     if isinstance(source, HasCategoryIds):

@@ -140,6 +140,8 @@ def _without_ids(value: Any) -> Any:
 
 def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any], trust: bool = False) -> list[str]:
     """Return one line for each value in which the content of two keys differs; their text only if both have some."""
+    if found["annotations"] is None:  # by an earlier version, which had no digest of this dataset
+        wanted = {**wanted, "annotations": None}
     if not ("text" in wanted and "text" in found):
         wanted, found = _without(wanted, ["text"]), _without(found, ["text"])
     if "images" not in found:  # by an earlier version, which did not record the files of its images

@@ -66,6 +66,9 @@ class CachedSource:
             lengths[folder.text_features(n)] = int(self.ends[shard.stop] - self.ends[shard.start])
         self._arrays = {path: read_shard(path, length) for path, length in lengths.items()}
         self.num_prefix = self.image_shape[0] - math.prod(self.grid)  # tokens before those of the grid
+        if folder.stored["annotations"] != folder.key["annotations"]:
+            text = "was written by an earlier version: changed annotations are not noticed; remove it to encode again"
+            logger.warning("%s %s", folder.path, text)
         if not folder.trust:
             self._compare_images()
 

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ from PIL import Image
 from vg.cli import main
 from vg.data.detection.coco import CocoConfig
 from vg.data.detection.odvg import OdvgConfig
+from vg.data.detection.voc import VocConfig
+from vg.data.detection.yolo import YoloConfig
 from vg.data.expressions import CsvConfig
 from vg.data.shards import job
 from vg.data.shards.index import INDEX
@@ -148,6 +152,47 @@ def test_other_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(DataError, match=r"begun with other settings: dataset .*, samples \(11, now 12\)"):
             write_shards(replace(SHAPES, size=12), tmp_path, samples_per_shard=3)
         write_shards(SHAPES, tmp_path, samples_per_shard=3)
+
+
+COCO, ODVG, VOC, YOLO = (member.miniature for member in (CocoConfig, OdvgConfig, VocConfig, YoloConfig))
+
+
+@pytest.mark.parametrize(
+    ("miniature", "file", "old", "new"),
+    [
+        (COCO, "instances_val.json", '"bbox": [36.0, ', '"bbox": [37.0, '),
+        (COCO, "instances_val.json", '"name": "', '"name": "big '),
+        (ODVG, "val.jsonl", '"bbox": [36.0, ', '"bbox": [37.0, '),
+        (VOC, "0.xml", "<xmin>37<", "<xmin>36<"),
+        (YOLO, "labels/0.txt", " 0.", " 0.0"),
+    ],
+)
+def test_changed_annotations_are_refused(
+    miniature: Any, file: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = miniature(tmp_path)
+    for run in ("complete", "interrupted"):
+        text = (tmp_path / file).read_text()
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            if run == "interrupted":
+                patch.setattr(ShardJob, "write", lambda job, number: signal.raise_signal(signal.SIGINT))
+            write_shards(config, tmp_path / run)
+        assert old in text
+        (tmp_path / file).write_text(text.replace(old, new, 1))
+        with pytest.raises(DataError, match=f"annotations have changed since the shards in .*{run} were begun; give a"):
+            write_shards(config, tmp_path / run)
+        (tmp_path / file).write_text(text)
+        write_shards(config, tmp_path / run)
+
+
+def test_complete_shards_of_an_earlier_version_are_kept(tmp_path: Path) -> None:
+    """Their index has no fingerprint of most datasets."""
+    config = CocoConfig.miniature(tmp_path)
+    written = write_shards(config, tmp_path / "out")
+    values = json.loads((tmp_path / "out" / INDEX).read_text())
+    values["settings"]["fingerprint"] = None
+    (tmp_path / "out" / INDEX).write_text(json.dumps(values))
+    assert write_shards(config, tmp_path / "out").shards == written.shards
 
 
 def test_foreign_folders_are_refused(tmp_path: Path) -> None:

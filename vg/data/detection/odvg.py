@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from dataclasses import dataclass, field
@@ -176,6 +177,12 @@ class OdvgSource:
 
     def image_files(self) -> list[Path | None]:
         return image_files(self._files_and_sizes[0], self._root)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(json.dumps([*(self._label_map or {}).items()]).encode())
+        for text, _ in self._lines:
+            digest.update(text)
+        return digest.hexdigest()
 
     @cached_property
     def _files_and_sizes(self) -> tuple[list[str], np.ndarray]:

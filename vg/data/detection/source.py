@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -101,6 +103,14 @@ class DetectionSource:
 
     def image_files(self) -> list[Path | None]:
         return image_files(self._files, self._root)
+
+    def fingerprint(self) -> str:
+        names = (self._ids, self._files, self.vocabulary.names, self.category_ids.values())
+        digest = hashlib.sha256(json.dumps([*map(list, names)]).encode())
+        columns = (self._annotated_sizes, self._starts, self._boxes, self._labels, self._crowd, self._areas)
+        for column in columns:
+            digest.update(b"" if column is None else column.tobytes())
+        return digest.hexdigest()
 
     def _warn_of_overhang(self) -> None:
         """Warn if many boxes extend beyond the image: their format is wrong, which clipping would hide."""

@@ -53,7 +53,7 @@ def write_shards(
 
     Raises:
         BadSampleError: a sample that cannot be used.
-        DataError: the dataset cannot be read, or the folder has other files or shards of other settings.
+        DataError: the dataset cannot be read, or the folder has other files or shards of other settings or annotations.
     """
     if samples_per_shard < 1:
         raise DataError(f"{samples_per_shard} samples per shard: write at least 1")
@@ -122,7 +122,12 @@ def _begin(folder: Path, settings: dict[str, Any]) -> Index | None:
         begun["bad_samples"] = "skip"
         if index is None:
             write_json(folder / UNFINISHED, begun)
-    if different := [name for name in settings if begun.get(name) != settings[name]]:
+    if index is not None and begun.get("fingerprint") is None:  # complete, perhaps by a version without fingerprints
+        begun["fingerprint"] = settings["fingerprint"]
+    different = [name for name in settings if begun.get(name) != settings[name]]
+    if different == ["fingerprint"]:
+        raise DataError(f"the annotations have changed since the shards in {folder} were begun; give a new folder")
+    if different:
         changes = ", ".join(f"{name} ({begun.get(name)}, now {settings[name]})" for name in different)
         raise DataError(f"the shards in {folder} were begun with other settings: {changes}; give a new folder")
     if index is not None:

@@ -1,0 +1,78 @@
+"""A feature cache of any dataset notices changed annotations, and is still found where nothing changed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cache.feature_data import NUM_IMAGES, cached_config, write_encoders, write_expressions
+from vg.cache.build import build_cache
+from vg.cache.datasets import training_dataset
+from vg.config import RunConfig
+from vg.errors import CacheError
+
+
+@pytest.fixture(params=["odvg", "coco", "split"])
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> RunConfig:
+    """A run on one phrase and box per image, with the annotations in data/train.json."""
+    write_expressions(tmp_path)
+    write_encoders(tmp_path)
+    write_annotations(tmp_path, request.param)
+    dataset: dict[str, Any] = {"name": request.param, "path": str(tmp_path / "data" / "train.json")}
+    if request.param == "split":
+        dataset = {"name": "split", "dataset": dataset | {"name": "odvg"}, "part": "train"}
+    return cached_config(tmp_path, {}, data={"train": dataset, "eval": dataset})
+
+
+def write_annotations(folder: Path, name: str, box: tuple[int, int, int, int] = (10, 12, 20, 30)) -> None:
+    files = [f"train{image}.png" for image in range(NUM_IMAGES["train"])]
+    sizes = [{"height": 60 + 8 * image, "width": 80} for image in range(len(files))]
+    content: Any = {
+        "images": [
+            {"id": i, "file_name": file} | size for i, (file, size) in enumerate(zip(files, sizes, strict=True))
+        ],
+        "categories": [{"id": 1, "name": "circle"}],
+        "annotations": [{"id": i, "image_id": i, "category_id": 1, "bbox": box} for i in range(len(files))],
+    }
+    if name != "coco":
+        region = {"caption": "", "regions": [{"phrase": "circle", "bbox": box}]}
+        lines = [{"filename": file, "grounding": region} | size for file, size in zip(files, sizes, strict=True)]
+        (folder / "data" / "train.json").write_text("\n".join(map(json.dumps, lines)))
+        return
+    (folder / "data" / "train.json").write_text(json.dumps(content))
+
+
+def load(config: RunConfig) -> Any:
+    return training_dataset(config, config.model.build(), evaluations=[])[0]
+
+
+def test_changed_annotations_need_a_new_cache(config: RunConfig, tmp_path: Path) -> None:
+    build_cache(config)
+    before = load(config).box.tolist()
+    settings = config.data.train
+    write_annotations(tmp_path, settings.name, (11, 12, 21, 31))
+    with pytest.raises(CacheError, match=r"annotations is \w+, the cache has \w+"):
+        load(config)
+    build_cache(config)
+    assert load(config).box.tolist() != before
+
+
+@pytest.mark.parametrize("config", ["odvg", "coco"], indirect=True)
+def test_a_cache_without_a_digest_is_used_with_a_warning(
+    config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Earlier versions had a digest of tables of expressions only."""
+    build_cache(config)
+    load(config)
+    assert "earlier version" not in caplog.text
+    for path in (tmp_path / "cache").iterdir():
+        key = json.loads((path / "key.json").read_text())
+        (path / "key.json").write_text(json.dumps(key | {"annotations": None}))
+        path.rename(path.with_name(path.name.rpartition("-")[0] + "-0"))
+    with caplog.at_level(logging.WARNING):
+        load(config)
+    assert "was written by an earlier version: changed annotations are not noticed" in caplog.text
