@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from vg.data import CocoConfig, CsvConfig, RefcocoConfig, ShapesConfig, VocConfi
 from vg.data.check import diagnose
 from vg.data.images import UNKNOWN_SIZE
 from vg.data.mixture import SourceConfig
-from vg.data.source import HasCategoryIds
+from vg.data.source import HasCategoryIds, HasFingerprint, Provenance
 from vg.data.subset import Part, SplitConfig
 from vg.errors import DataError
 
@@ -67,6 +68,36 @@ def test_datasets_that_cannot_be_split(tmp_path: Path) -> None:
     Path(config.path).write_text("\n".join(lines[:2]))
     with pytest.raises(DataError, match="has 1 image; a training and a validation part need two"):
         parts(config)
+
+
+class Named:
+    """A dataset without a fingerprint, and its settings."""
+
+    provenance = Provenance("named", "all")
+
+    def build(self) -> Named:
+        return self
+
+    def __len__(self) -> int:
+        return 2
+
+    def load(self, index: int, epoch: int) -> Any:
+        raise NotImplementedError
+
+    def image_keys(self) -> list[str]:
+        return ["a", "b"]
+
+
+def test_a_part_has_a_fingerprint_if_its_dataset_has_one(tmp_path: Path) -> None:
+    dataset = CocoConfig.miniature(tmp_path)
+    train, val = (pickle.loads(pickle.dumps(part)) for part in parts(dataset))
+    assert train.fingerprint() != val.fingerprint()
+    assert train.fingerprint() == parts(dataset)[0].fingerprint()
+    file = Path(dataset.path)
+    file.write_text(file.read_text().replace('"bbox": [36.0, ', '"bbox": [37.0, ', 1))
+    assert train.fingerprint() != parts(dataset)[0].fingerprint()
+    without = Part(SplitConfig(dataset=Named(), part="train"))  # type: ignore[arg-type]
+    assert not isinstance(without, HasFingerprint), "a feature cache would take its annotations as known"
 
 
 def test_both_parts_are_checked_as_one(tmp_path: Path) -> None:

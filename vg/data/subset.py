@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal
 
@@ -115,10 +116,12 @@ class Part(Subset[Sample]):
         self.provenance = replace(source.provenance, split=name, official=None)
         if isinstance(source, HasCategoryIds):
             self.category_ids: Any = source.category_ids  # an attribute, because not all datasets have it
+        if isinstance(source, HasFingerprint):
+            self.fingerprint: Any = partial(_fingerprint, source, self.indices)  # likewise
 
     def image_keys(self) -> list[str]:
         return [self._keys[index] for index in self.indices]
 
-    def fingerprint(self) -> str:
-        of_source = self.source.fingerprint() if isinstance(self.source, HasFingerprint) else ""
-        return hashlib.sha256(of_source.encode() + self.indices.tobytes()).hexdigest()
+
+def _fingerprint(source: HasFingerprint, indices: np.ndarray) -> str:
+    return hashlib.sha256(source.fingerprint().encode() + indices.tobytes()).hexdigest()
