@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -80,6 +81,14 @@ def test_bad_samples_are_skipped_counted_and_warned_about_once(caplog: pytest.Lo
     assert len(messages) == 3
     assert "skipped a bad sample: sample indices/2: box [0.0, 0.0, 0.0, 8.0]" in messages[0]
     assert len(source.epochs) == 3 + 3 * 5, "a bad sample is not read again"
+
+
+def test_the_next_good_sample_is_found_without_a_list_of_all() -> None:
+    data = GroundingDataset(Indices(100_000, frozenset({7})), bad_samples="skip")
+    tracemalloc.start()
+    assert ids([data[7]]) == [8]
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
 
 
 def test_workers_share_bad_samples_with_the_main_process() -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Literal
 
 import numpy as np
@@ -62,7 +62,7 @@ class SourceDataset(Dataset[Loaded]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Loaded:
-        for candidate in (*range(index, len(self)), *range(index)) if self.skip else (index,):
+        for candidate in chain(range(index, len(self)), range(index)) if self.skip else (index,):
             if self.skip and self._unreadable[candidate]:
                 continue
             sample = None
