@@ -123,6 +123,8 @@ def test_errors():
         Mixture([])
     with pytest.raises(DataError, match="a mixture of 1 datasets has 2 weights"):
         Mixture([Indices("a", 2)], [1, 2])
+    with pytest.raises(DataError, match=r"b \(train\) has no samples"):
+        Mixture([Indices("a", 2), Indices("b", 0)])
     with pytest.raises(BadSampleError, match=r"a \(train\): sample 99 is bad"):
         Mixture([Indices("a", 100)]).load(99, 0)
     with pytest.raises(IndexError, match="no item 2"):

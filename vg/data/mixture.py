@@ -57,7 +57,7 @@ class Mixture(Generic[Loaded]):
     The id of a sample begins with the dataset that it is from. For `weights`, see MixtureConfig.
 
     Raises:
-        DataError: there are no sources, or not one weight for each.
+        DataError: there are no sources, a source has no samples, or there is not one weight for each.
     """
 
     def __init__(self, sources: Sequence[Source[Loaded]], weights: Sequence[float] | None = None, seed: int = 0):
@@ -65,12 +65,14 @@ class Mixture(Generic[Loaded]):
             raise DataError("a mixture without datasets; list them in `datasets`")
         if weights is not None and len(weights) != len(sources):
             raise DataError(f"a mixture of {len(sources)} datasets has {len(weights)} weights; give one for each")
+        for source in sources:
+            if not len(source):
+                raise DataError(f"{source.provenance} has no samples")
         self.sources: list[Source[Loaded]] = list(sources)
         self.weights = [1.0] * len(sources) if weights is None else list(weights)
         self.seed = seed
         self._counts = [
-            max(1, round(weight * len(source))) if weight and len(source) else 0
-            for weight, source in zip(self.weights, sources, strict=True)
+            max(1, round(weight * len(source))) for weight, source in zip(self.weights, sources, strict=True)
         ]
         names = [f"{source.provenance.data}/{source.provenance.split}/" for source in sources]
         self._prefixes = [f"{name}{i}/" if names.count(name) > 1 else name for i, name in enumerate(names)]
