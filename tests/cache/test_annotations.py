@@ -13,6 +13,8 @@ from tests.cache.feature_data import NUM_IMAGES, cached_config, write_encoders, 
 from vg.cache.build import build_cache
 from vg.cache.datasets import training_dataset
 from vg.config import RunConfig
+from vg.data.shards.source import ShardsConfig
+from vg.data.shards.write import write_shards
 from vg.errors import CacheError
 
 
@@ -59,6 +61,24 @@ def test_changed_annotations_need_a_new_cache(config: RunConfig, tmp_path: Path)
         load(config)
     build_cache(config)
     assert load(config).box.tolist() != before
+
+
+@pytest.mark.parametrize("config", ["split"], indirect=True)
+def test_a_part_of_a_moved_dataset_keeps_its_cache(config: RunConfig, tmp_path: Path) -> None:
+    build_cache(config)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    for settings in (config.data.train, config.data.eval):
+        settings.dataset.path = str(tmp_path / "moved" / "train.json")  # type: ignore[union-attr]
+    load(config)
+
+
+@pytest.mark.parametrize("config", ["odvg"], indirect=True)
+def test_the_cache_of_downloads_is_no_part_of_the_key(config: RunConfig, tmp_path: Path) -> None:
+    write_shards(config.data.train, tmp_path / "shards")
+    config.data.train = ShardsConfig(path=str(tmp_path / "shards"))
+    build_cache(config)
+    config.data.train = ShardsConfig(path=str(tmp_path / "shards"), cache=str(tmp_path / "downloads"), cache_gb=5)
+    load(config)
 
 
 @pytest.mark.parametrize("config", ["odvg", "coco"], indirect=True)

@@ -25,7 +25,8 @@ from vg.models.base import EncodableModel
 
 logger = logging.getLogger(__name__)
 
-PATHS = ("path", "image_root")  # settings of a dataset
+# Settings of a dataset that determine where its files are, not what is in them.
+LOCATIONS = ("path", "image_root", "label_map", "labels", "cache", "cache_gb")
 
 
 def cache_folder(
@@ -124,11 +125,14 @@ def _num_changed(path: Path, files: Sequence[Path | None]) -> int:
 
 
 def _content(key: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a key without the paths of what its other entries determine."""
+    """Return a key without the locations of what its other entries determine."""
     content: dict[str, Any] = _without_ids(key)
     if key["annotations"] is None:
         return content
-    return _without(content, ["data", "pictures"]) | {"settings": _without(key["settings"], PATHS)}
+    settings = _without(key["settings"], LOCATIONS)
+    if settings.get("name") == "split":
+        settings["dataset"] = _without(settings["dataset"], LOCATIONS)
+    return _without(content, ["data", "pictures"]) | {"settings": settings}
 
 
 def _without_ids(value: Any) -> Any:
