@@ -81,6 +81,18 @@ def test_the_cache_of_downloads_is_no_part_of_the_key(config: RunConfig, tmp_pat
     load(config)
 
 
+@pytest.mark.parametrize("config", ["odvg"], indirect=True)
+@pytest.mark.parametrize("content", ["[1]", '{"id": "public"}', "{", '{"split": "train", "settings": {}}'])
+def test_other_files_of_the_name_of_a_key_are_ignored(config: RunConfig, content: str, tmp_path: Path) -> None:
+    for name in ("before", "zoo"):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+        (tmp_path / "cache" / name / "key.json").write_text(content)
+    with pytest.raises(CacheError, match="contains no features of"):
+        load(config)
+    build_cache(config)
+    load(config)
+
+
 @pytest.mark.parametrize("config", ["odvg", "coco"], indirect=True)
 def test_a_cache_without_a_digest_is_used_with_a_warning(
     config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -21,6 +21,7 @@ from vg.data.cache import CacheConfig
 from vg.data.mixture import OneDatasetConfig
 from vg.data.source import HasFingerprint, HasImageKeys, Source
 from vg.errors import CacheError
+from vg.files import read_json
 from vg.models.base import EncodableModel
 
 logger = logging.getLogger(__name__)
@@ -108,13 +109,17 @@ def _locate(root: Path, key: Mapping[str, Any], files: Sequence[Path | None], tr
 
 
 def _keys(root: Path) -> dict[Path, dict[str, Any]]:
-    """Return the keys of all caches in a folder."""
+    """Return the keys of all caches in a folder, which may also have files of other programs."""
     keys = {}
     for file in sorted(root.glob(f"*/{KEY}")):
         try:
-            keys[file.parent] = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            logger.warning("%s cannot be read (%s), so its features are not used; remove the folder", file, error)
+            key = read_json(file, dict)
+        except OSError as error:
+            reason = error.strerror
+            logger.warning("%s cannot be read (%s), so its features are not used; remove the folder", file, reason)
+            continue
+        if {"data", "split", "settings", "annotations"} <= key.keys():
+            keys[file.parent] = key
     return keys
 
 
