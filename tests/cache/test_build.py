@@ -256,6 +256,10 @@ def test_a_damaged_cache_is_rejected(folder: Path, name: str, damage: Any, messa
             {"data": {"augment": {"flip": 0.5}}},
             "augment changes pixels, but a cache holds features; use cache.views instead",
         ),
+        (
+            {"data": {"group_by_aspect_ratio": True, "one_size": True}},
+            "one_size resizes images, but a cache holds their features; set one of the two only",
+        ),
     ],
 )
 def test_what_cannot_be_cached_is_an_error(
