@@ -1,4 +1,4 @@
-"""Atomic writes never replace a folder by a file, nor the reverse."""
+"""Atomic writes keep what they cannot replace, and never replace a folder by a file, nor the reverse."""
 
 from __future__ import annotations
 
@@ -7,6 +7,37 @@ from pathlib import Path
 import pytest
 
 from vg.files import replacing, write_bytes
+
+
+@pytest.mark.parametrize("error", [OSError("busy"), KeyboardInterrupt()])
+def test_a_folder_stays_if_the_new_one_cannot_take_its_name(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("old")
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise error
+        return rename(path, target)
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "rename", fail)
+        with pytest.raises(type(error)), replacing(tmp_path / "model") as partial:
+            (partial / "weights").write_text("new")
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_crash_left_is_kept_until_the_new_folder_is_complete(tmp_path: Path) -> None:
+    (tmp_path / "model.old").mkdir()
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "model"):
+        raise KeyboardInterrupt
+    assert [file.name for file in tmp_path.iterdir()] == ["model.old"]
+    with replacing(tmp_path / "model") as partial:
+        (partial / "weights").write_text("new")
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:

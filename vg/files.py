@@ -1,4 +1,8 @@
-"""Atomic writes: a file or folder has its old or its new content, never half of either, also after a power loss."""
+"""Atomic writes: a file or folder has its old or its new content, never half of either, also after a power loss.
+
+A power loss or kill between the two renames that replace a folder leaves its old content in a folder of the same name
+with the suffix .old.
+"""
 
 from __future__ import annotations
 
@@ -70,6 +74,8 @@ def read_json(path: Path, kind: type[T]) -> T:
 def replacing(target: Path, is_file: bool = False) -> Iterator[Path]:
     """Yield a temporary path to write to; it replaces `target` if the block succeeds, else `target` stays unchanged.
 
+    A folder is replaced in two renames: see above for what a power loss between them leaves.
+
     Args:
         target: the file or folder to write; missing parent folders are created.
         is_file: yield the path of a file to create instead of an empty folder.
@@ -92,10 +98,15 @@ def replacing(target: Path, is_file: bool = False) -> Iterator[Path]:
         if is_file:
             partial.replace(target)
         else:
-            remove(old)
-            if target.exists():
-                target.rename(old)
-            partial.rename(target)
+            try:
+                if target.exists():
+                    remove(old)
+                    target.rename(old)
+                partial.rename(target)
+            except BaseException:
+                if old.exists() and not target.exists():
+                    old.rename(target)
+                raise
         for folder in folders:
             _sync_one(folder)
         remove(old)
