@@ -260,18 +260,22 @@ def test_detection_view_has_a_box_for_every_matching_shape():
 
 def test_errors_of_invalid_settings_say_how_to_fix_them():
     for settings, message in (
-        ({"split": "testA"}, "train, val, test"),
         ({"image_size": 20}, "at least"),
         ({"image_size": 64, "scenes": "crowded"}, "at least 80"),
-        ({"seed": -1}, "seed"),
-        ({"size": 0}, "size"),
-        ({"kinds": ("color",)}, "attribute, superlative, relation, closest, ordinal, chain"),
         ({"view": "detection", "expressions_per_scene": 2}, "a scene is one sample; set it to 1"),
     ):
         with pytest.raises(DataError, match=message):
             ShapesConfig(**settings).build()
-    with pytest.raises(ValidationError, match="image_sise"):
-        TypeAdapter(ShapesConfig).validate_python({"image_sise": 64})
+    for settings, message in (
+        ({"image_sise": 64}, "image_sise"),
+        ({"split": "testA"}, "'train', 'val' or 'test'"),
+        ({"seed": -1}, "seed\n.*greater than or equal to 0"),
+        ({"size": 0}, "size\n.*greater than 0"),
+        ({"kinds": ["color"]}, "'attribute', 'superlative', 'relation', 'closest', 'ordinal', 'chain'"),
+        ({"kinds": []}, "kinds\n.*at least 1 item"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            TypeAdapter(ShapesConfig).validate_python(settings)
     with pytest.raises(IndexError, match="has 300 samples"):
         ShapesConfig(split="val").build().load(300, 0)
 

@@ -9,12 +9,11 @@ from typing import Annotated, Any, Generic, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from vg.data.refcoco.rows import samples_of
 from vg.data.source import Provenance, Task
 from vg.data.synthetic.expressions import (
-    DESCRIBE,
     GENERALIZED,
     Expression,
     ExpressionType,
@@ -35,9 +34,9 @@ class WorldConfig(Settings):
 
     name: str = ""
     split: Literal["train", "val", "test"] = "train"
-    size: int | None = None  # number of expressions; by default 16,000 / 300 / 1,200 for train / val / test
+    size: PositiveInt | None = None  # number of expressions; by default 16,000 / 300 / 1,200 for train / val / test
     image_size: int = 128  # pixels per side
-    seed: int = 0
+    seed: NonNegativeInt = 0
     scenes: Literal["plain", "crowded"] = "plain"
     """3 to 6 objects, or 8 to 14 smaller ones."""
     expressions_per_scene: PositiveInt = 1
@@ -45,7 +44,7 @@ class WorldConfig(Settings):
     margin: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Of comparisons, which are harder with less than 1. With 0.5, the runner-up of a leftmost star is at half of the
     distance or more, and that of the star closest to something at least 1.32, not 1.75 times as far away."""
-    kinds: tuple[ExpressionType, ...] = ("attribute", "superlative", "relation")
+    kinds: Annotated[tuple[ExpressionType, ...], Field(min_length=1)] = ("attribute", "superlative", "relation")
     """Expression types, which alternate; also available: "ordinal" (second leftmost star), "chain" (circle above the
     leftmost star) and "closest" (relations that need the second object: circle next to the star, where something else
     is closest to another circle); for generalized expressions "absent" (no object fits) and "several" (both stars)."""
@@ -59,22 +58,16 @@ class World(ABC, Generic[Object, Background]):
         view: what the samples are, for the provenance.
 
     Raises:
-        DataError: a setting is out of range.
+        DataError: images are too small for the objects of a scene.
     """
 
     def __init__(self, config: WorldConfig, styles: Mapping[str, Style], view: str = "", task: Task = "expressions"):
         name = config.name
-        if config.split not in SPLITS:
-            raise DataError(f"{name} has no split {config.split!r}; choose one of {', '.join(SPLITS)}")
         self.style = styles[config.scenes]
         if config.image_size < self.style.min_side:
             raise DataError(
                 f"{name}: image_size {config.image_size} is too small; use at least {self.style.min_side} pixels"
             )
-        if config.seed < 0 or (config.size is not None and config.size < 1):
-            raise DataError(f"{name}: seed ({config.seed}) must be at least 0 and size ({config.size}) at least 1")
-        if not config.kinds or not set(config.kinds) <= set(DESCRIBE):
-            raise DataError(f"{name}: kinds {config.kinds} must be chosen from {', '.join(DESCRIBE)}")
         self.settings = config
         self._last: tuple[tuple[int, int], Image.Image, list[Expression[Object]]] | None = None  # epoch, scene
         crowded = "crowded" if config.scenes == "crowded" else ""
