@@ -60,7 +60,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, kind: type[T]) -> T:
-    """Read a JSON file whose content is a dict or a list; raises OSError for anything else, see `read_text`."""
+    """Read a JSON file whose content is a `kind`, such as a dict; raises OSError for anything else, see `read_text`."""
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:

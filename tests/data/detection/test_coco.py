@@ -181,7 +181,7 @@ def test_missing_file_and_invalid_json(tmp_path: Path):
     with pytest.raises(DataError, match=r"cannot read .*nothing\.json: No such file"):
         CocoConfig(path=str(tmp_path / "nothing.json")).build()
     (tmp_path / "half.json").write_text('{"images": [')
-    with pytest.raises(DataError, match=r"half.json: not JSON \(.*intact copy"):
+    with pytest.raises(DataError, match=r"cannot read .*half.json: Not JSON \(.*; path is an intact json file"):
         CocoConfig(path=str(tmp_path / "half.json")).build()
 
 

@@ -19,7 +19,7 @@ from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
-from vg.files import located, refuse_special
+from vg.files import located, read_json
 from vg.settings import Settings
 
 _Id: TypeAlias = int | float | str
@@ -85,7 +85,12 @@ class CocoConfig(Settings):
         Raises:
             DataError: the file cannot be read or is not JSON.
         """
-        document = _read_json(Path(self.path))
+        file = Path(self.path)
+        try:
+            document: Any = read_json(file, object)
+        except OSError as error:
+            known = "path is an intact json file in COCO format"
+            raise DataError(f"cannot read {located(file)}: {error.strerror}; {known}") from error
         categories, images, rows = (_objects(document, key, issues) for key in ("categories", "images", "annotations"))
         category_of_id = _by_id(categories, "categories", ("name",), issues)
         names = {id: str(row["name"]) for id, row in category_of_id.items()}
@@ -149,16 +154,6 @@ class CocoConfig(Settings):
             box_format=XYWH,
             upright=self.upright,
         )
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(refuse_special(file).read_bytes())
-    except OSError as error:
-        known = "path is a json file in COCO format"
-        raise DataError(f"cannot read {located(file)}: {error.strerror}; {known}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not JSON ({error}); replace it with an intact copy") from error
 
 
 def _objects(document: Any, key: str, issues: Issues) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 from vg.data.detection.annotations import AnnotatedBox, AnnotatedImage, to_box, to_size
 from vg.data.detection.issues import Issues
 from vg.errors import DataError
-from vg.files import located, refuse_special
+from vg.files import located, read_json, refuse_special
 from vg.types import Caption
 
 Spans = tuple[tuple[int, int], ...]
@@ -40,10 +40,10 @@ def read_label_map(path: str | None, issues: Issues) -> LabelMap | None:
     if path is None:
         return None
     try:
-        names = {int(label): str(name) for label, name in json.loads(refuse_special(Path(path)).read_bytes()).items()}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        names = {int(label): str(name) for label, name in read_json(Path(path), dict).items()}
+    except (OSError, ValueError) as error:
         fix = 'expected a json file such as {"0": "person", "1": "bicycle"}'
-        issues.add("error", "label_map cannot be read", fix, [f"{path}: {error}"])
+        issues.add("error", "label_map cannot be read", fix, [f"{path}: {getattr(error, 'strerror', error)}"])
         return None
     labels = sorted(names)
     if labels != list(range(len(labels))):
