@@ -11,8 +11,9 @@ import pytest
 from PIL import ImageFont
 
 from tests.data.synthetic.reader import Reader
+from tests.data.synthetic.words import VOCABULARY
 from vg.data.synthetic import glyphs
-from vg.data.synthetic.expressions import VOCABULARY, described_scene
+from vg.data.synthetic.expressions import described_scene
 from vg.data.synthetic.glyphs import (
     DIGITS,
     FONTS,

@@ -42,13 +42,6 @@ QUANTIFIERS = {2: ("both", "the two"), 3: ("the three",)}  # by number of object
 ANY_NUMBER = ("all", "all the", "the")
 PLURALS = {"knife": "knives", "mouse": "mice", "person": "people"} | {x: x for x in ("scissors", "sheep", "skis")}
 
-_WORDINGS = [
-    *(("the",), GENERIC_NOUN, ORDINALS),
-    *(*SIZES.values(), *SUPERLATIVES.values(), *RELATIONS.values()),
-]
-VOCABULARY = tuple(sorted({word for lines in _WORDINGS for line in lines for word in line.replace("{}", "").split()}))
-"""Words of all expressions, without colors and nouns."""
-
 
 class Phrase(NamedTuple):
     """A noun phrase such as "small red circle"; empty attributes are left out."""
