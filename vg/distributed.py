@@ -1,4 +1,4 @@
-"""State shared by the processes of a run: seeds of random numbers, means, and the stop signal."""
+"""The processes of a run: their accelerator, seeds, means, errors, restarts, progress bar and stop signals."""
 
 from __future__ import annotations
 
@@ -149,6 +149,7 @@ def processes_per_machine(accelerator: Accelerator) -> int:
 
 
 def mean_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """Return the element-wise mean of a tensor that all processes have in the same shape; all must call this."""
     return accelerator.reduce(values, reduction="mean") if accelerator.num_processes > 1 else values
 
 

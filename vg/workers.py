@@ -28,6 +28,10 @@ def new_loader(
 ) -> DataLoader[Any]:
     """Return a DataLoader, or one of the subclass `kind`, whose workers end and fail as described above.
 
+    Args:
+        workers: processes that load batches; 0 loads in this one.
+        options: further arguments of the DataLoader.
+
     Raises:
         ConfigError: the limit of open files is too low for that many workers, which would wait for ever.
     """

@@ -152,6 +152,7 @@ def _scale(image: np.ndarray) -> np.ndarray:
 
 
 def check_image_root(folder: Path) -> None:
+    """Raise DataError if the image root is not a folder."""
     if not folder.is_dir():
         raise DataError(f"image_root {folder} is not a folder; set it to the one that contains the images")
 

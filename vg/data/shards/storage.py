@@ -34,6 +34,12 @@ class Storage(Protocol):
 
 
 def open_storage(path: str, cache: str | None, cache_gb: float) -> Storage:
+    """Return the storage of shards in a folder or at a URL; it reads nothing yet.
+
+    Args:
+        cache: folder for shards of a URL; None for the default one.
+        cache_gb: gigabytes (10^9 bytes) of shards that the cache may have.
+    """
     return CachedUrl(path, Path(cache or default_cache()), int(cache_gb * 1e9)) if "://" in path else Folder(Path(path))
 
 
