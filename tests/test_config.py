@@ -36,6 +36,7 @@ def test_defaults_come_from_the_dataclasses(minimal: Path) -> None:
     config = load_config(minimal)
     data = DataConfig(train=ShapesConfig(), eval=ShapesConfig(split="val"))
     assert config == RunConfig(model=RecConfig(), data=data, optim=OptimConfig(), train=TrainConfig())
+    assert data.datasets() == {"train": data.train, "eval": data.eval}
 
 
 def test_overrides(minimal: Path) -> None:
@@ -270,7 +271,11 @@ def test_merged_keys_may_be_overridden(tmp_path: Path) -> None:
         "test: {<<: *val, size: 7}}\nmodel: {name: rec}\n"
     )
     data = load_config(tmp_path / "a.yaml").data
-    assert [data.train.size, *(dataset.size for dataset in data.eval_datasets().values())] == [3, 5, 7]
+    assert {key: dataset.size for key, dataset in data.datasets().items()} == {
+        "train": 3,
+        "eval.val": 5,
+        "eval.test": 7,
+    }
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 import yaml
-from pydantic import (
-    Discriminator,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    Tag,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag, TypeAdapter, ValidationError
 
 from vg.data.augment import AugmentConfig
 from vg.data.cache import CacheConfig
@@ -110,6 +102,15 @@ class DataConfig(Settings):
     def eval_datasets(self) -> dict[str, SourceConfig]:
         """Evaluation datasets by name; a single one has the empty name."""
         return self.eval if isinstance(self.eval, dict) else {"": self.eval}
+
+    def datasets(self) -> dict[str, SourceConfig]:
+        """Return all datasets by key: "train", then those of `eval_key`."""
+        return {"train": self.train} | {eval_key(name): dataset for name, dataset in self.eval_datasets().items()}
+
+
+def eval_key(name: str) -> str:
+    """Return the key of an evaluation dataset below `data`: "eval", or "eval.NAME" of several."""
+    return f"eval.{name}" if name else "eval"
 
 
 @dataclass

@@ -36,9 +36,7 @@ def run(options: argparse.Namespace) -> None:
     output = Path(options.output)
     check_writable(output / "report.json")
     config, is_one_dataset = read_data(options.data, options.overrides)
-    datasets = {"train": config.data.train}
-    if not is_one_dataset:
-        datasets |= {f"eval.{name}" if name else "eval": data for name, data in config.data.eval_datasets().items()}
+    datasets = {"train": config.data.train} if is_one_dataset else config.data.datasets()
     for name in [name for name, dataset in datasets.items() if isinstance(dataset, StreamConfig)]:
         print(f"{name}: {datasets.pop(name)} is a stream, which is not checked")
     count_tokens = _token_counter(config.model)

@@ -59,9 +59,7 @@ def _dataset(options: argparse.Namespace) -> Any:
     from vg.data.mixture import MixtureConfig
     from vg.errors import ConfigError
 
-    data = read_data(options.data, options.overrides)[0].data
-    datasets = {"train": data.train}
-    datasets |= {f"eval.{name}" if name else "eval": dataset for name, dataset in data.eval_datasets().items()}
+    datasets = read_data(options.data, options.overrides)[0].data.datasets()
     if options.split not in datasets:
         raise ConfigError(f"--split {options.split}: choose one of {', '.join(datasets)}")
     dataset = datasets[options.split]

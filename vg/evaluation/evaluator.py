@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from vg.cache.datasets import RunDataset, evaluation_dataset
-from vg.config import DataConfig
+from vg.config import DataConfig, eval_key
 from vg.data.mixture import sources_of
 from vg.data.source import HasCategoryIds, Source, Task
 from vg.distributed import mean_over_processes, progress_bar
@@ -65,7 +65,7 @@ class DatasetEvaluator:
         tasks = {source.provenance.task for source in sources_of(data.source)}
         if len(tasks) > 1:
             raise ConfigError(
-                f"data.eval{'.' * bool(name)}{name}: a mixture of {' and '.join(sorted(tasks))} has no common metric; "
+                f"data.{eval_key(name)}: a mixture of {' and '.join(sorted(tasks))} has no common metric; "
                 "list its datasets separately: {first: {...}, second: {...}}"
             )
         self.metric = METRICS[data.source.provenance.task]().to(accelerator.device)

@@ -68,7 +68,7 @@ def make_plan(
     task: Task = "expressions" if first["name"] == "csv" and not _classes(first) else "detection"
     recipe = choose_recipe(model, task, lora, tokenizer)
     warnings = _check(draft, recipe, path)
-    train, *evaluations = (config.build() for config in (draft.data.train, *draft.data.eval_datasets().values()))
+    train, *evaluations = (config.build() for config in draft.data.datasets().values())
     counts = " and ".join(map(_count, evaluations))
     notes = [f"data: {_count(train)} to train on, {counts} to evaluate on", *notes, *warnings]
     notes.append(f"model: {recipe.config.model.weights or 'random weights'}; settings of {recipe.title}")
@@ -207,11 +207,9 @@ def _classes(settings: dict[str, Any]) -> list[str]:
 
 def _check(draft: RunConfig, recipe: Recipe, path: Path) -> list[str]:
     """Check the datasets; return the warnings in short, or raise DataError with the report if there are errors."""
-    datasets = {"train": draft.data.train}
-    datasets |= {f"eval.{name}" if name else "eval": config for name, config in draft.data.eval_datasets().items()}
     text = recipe.config.model.text
     count_tokens = cached_token_counter(replace(text, tokenizer=recipe.tokenizer or text.tokenizer))
-    diagnosis = diagnose(datasets, recipe.config.model.max_tokens, count_tokens, NUM_CHECKED)
+    diagnosis = diagnose(draft.data.datasets(), recipe.config.model.max_tokens, count_tokens, NUM_CHECKED)
     if diagnosis.count("error"):
         advice = f"correct them first (vg check {shlex.quote(str(path))} also draws images)"
         raise DataError(f"{path} has errors; {advice}\n{to_text(diagnosis)}")

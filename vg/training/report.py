@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from vg.config import eval_key
 from vg.errors import printable
 from vg.files import write_bytes
 from vg.training.data import NUM_EXAMPLES, describe_source, example_phrases
@@ -47,9 +48,9 @@ class Report:
             f"{config.model.name}, {model.num_parameters(trainable_only=True):,} trainable parameters",
             _dataset("train", trainer.data.description, self.phrases),
         ]
-        names = [f"eval.{dataset.name}" if dataset.name else "eval" for dataset in trainer.evaluator.datasets]
-        for name, source in zip(names, trainer.evaluator.sources, strict=True):
-            lines.append(_dataset(name, describe_source(source), example_phrases(source)))
+        for dataset in trainer.evaluator.datasets:
+            source = dataset.data.source
+            lines.append(_dataset(eval_key(dataset.name), describe_source(source), example_phrases(source)))
         epochs = f"epochs of {_count(trainer.steps_per_epoch, 'step')}"
         if total:
             steps, epochs = _count(total, "step"), f"{total / trainer.steps_per_epoch:.3g} {epochs}"
