@@ -16,7 +16,7 @@ from vg.checkpoint import write_model
 from vg.cli import main, new_parser
 from vg.cli.evaluate import name_of
 from vg.config import RunConfig
-from vg.errors import CheckpointError
+from vg.errors import CheckpointError, ConfigError
 from vg.evaluation.evaluator import DatasetEvaluator
 from vg.inference.torch_backend import load_model
 from vg.training.trainer import Trainer
@@ -115,11 +115,11 @@ def test_quick_demo_trains_for_ninety_seconds(monkeypatch: pytest.MonkeyPatch) -
 
     def record(config: RunConfig, overwrite: bool) -> None:
         configs.append(config)
-        raise SystemExit
+        raise ConfigError("recorded")
 
-    monkeypatch.setattr("vg.cli.train.train", record)
+    monkeypatch.setattr("vg.training.trainer.Trainer", record)
     for arguments in (["demo"], ["demo", "--quick"], ["demo", "--quick", "train.minutes=0.5"]):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match="recorded"):
             main(arguments)
     assert [config.train.minutes for config in configs] == [None, 1.5, 0.5]
     assert [config.train.epochs for config in configs] == [4, 4, 4]  # train.minutes takes precedence

@@ -18,6 +18,7 @@ from vg.config import load_config
 from vg.data import CsvConfig, YoloConfig
 from vg.errors import ConfigError
 from vg.finetuning.run import comparison
+from vg.inference import torch_backend
 
 QUICK = ["train.max_steps=2", "train.trackers=[]", "data.workers=0", "data.batch_size=2", "train.eval_every=2"]
 
@@ -38,7 +39,8 @@ def test_detection_from_the_command_line(
     assert (run / "comparison.txt").read_text().splitlines()[0].split() == ["before", "after"]
     assert Image.open(run / "predictions.png").width > 400
     assert load_config(run / "config.yaml").train.max_steps == 2
-    words = printed.splitlines()[-1].removeprefix("predict: vg ")
+    words = printed.splitlines()[-1].removeprefix("next: vg ")
+    assert printed.count("vg predict") == 1
     assert words.startswith("predict runs/shapes runs/shapes/example.png ")
     main([*shlex.split(words), "--threshold", "0"])
     assert (tmp_path / "prediction.png").exists()
@@ -75,7 +77,10 @@ def test_detection_from_the_command_line(
 
 
 def test_expressions_in_python(
-    tmp_path: Path, tiny_config: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_config: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A rec model is fine-tuned on a table; its weights are where it starts."""
     (tmp_path / "data").mkdir()
@@ -85,7 +90,12 @@ def test_expressions_in_python(
     (tmp_path / "start").mkdir()
     write_model(tmp_path / "start", start, config)
     overrides = [*QUICK, "optim.lr=0", "data.augment={}"]
+    loaded: list[Any] = []
+    load = torch_backend.load
+    monkeypatch.setattr(torch_backend, "load", lambda path, *rest: loaded.append(path) or load(path, *rest))
     grounder = vg.finetune(tmp_path / "data", tmp_path / "start", output=tmp_path / "run", overrides=overrides)
+    assert loaded == [tmp_path / "run"], "once, for the report and for the caller"
+    assert (tmp_path / "run" / "curves.png").exists()
     trained = grounder.model.own_state_dict()
     assert all(tensor.equal(trained[name]) for name, tensor in start.own_state_dict().items())
     result = grounder(np.zeros((40, 60, 3), np.uint8), "the red one")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from vg.inference.curves import LINE_COLORS
+from vg.evaluation.curves import LINE_COLORS
 from vg.inference.draw import COLORS, HALO, PREDICTED, draw_boxes, font_size, save_image
 from vg.inference.grids import HIT, MISS, UNKNOWN
 from vg.inference.result import Result

@@ -36,7 +36,9 @@ def test_evaluations_and_the_end_have_absolute_values(
     tiny_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config()
-    scripted(Trainer(config), [0.25, 0.125]).fit()
+    trainer = scripted(Trainer(config), [0.25, 0.125])
+    trainer.fit()
+    trainer.report.print_next_command()
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("step ")] == [
         "step 5 (epoch 1): miou 0.2500 (best so far)",
@@ -44,7 +46,7 @@ def test_evaluations_and_the_end_have_absolute_values(
     ]
     assert "best: step 5, miou 0.2500" in lines
     folder = Path(config.train.output)
-    assert f"results in {folder}: best, checkpoints, config.yaml, history.jsonl" in "\n".join(lines)
+    assert f"results in {folder}: best, checkpoints, config.yaml, curves.png, history.jsonl" in "\n".join(lines)
     assert re.fullmatch(rf"next: vg predict {folder} IMAGE '.+'", lines[-1])
 
 

@@ -130,6 +130,7 @@ def test_stopped_at_any_step(tiny_config: MakeConfig, tmp_path: Path, workers: i
         with pytest.raises(SystemExit, match=f"stopped at step {number}, saved in .*with --resume to continue"):
             trainer.fit()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert (Path(config.train.output) / "curves.png").exists() == (number > 3), "if a row is logged"
         resumed = Trainer(config, resume=True)
         assert resumed.progress.step == number
         resumed.fit()

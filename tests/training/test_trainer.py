@@ -65,7 +65,7 @@ def test_files_and_history_of_a_run(tiny_config: MakeConfig) -> None:
     config = tiny_config(train={"trackers": ["tensorboard"]})
     results = Trainer(config).fit()
     folder = Path(config.train.output)
-    files = {"config.yaml", "history.jsonl", "epochs.md", "logs", "best", "checkpoints"}
+    files = {"config.yaml", "history.jsonl", "epochs.md", "curves.png", "logs", "best", "checkpoints"}
     assert {path.name for path in folder.iterdir()} == files
     assert list(folder.rglob("events.out.tfevents*"))
     assert not list(folder.rglob("*.partial")) + list(folder.rglob("*.old"))

@@ -125,6 +125,12 @@ def main(arguments: list[str] | None = None) -> None:
             use_fast_products()
         VERBS[options.verb].module.run(options)
         sys.stdout.flush()
+    except SystemExit:
+        if options.verb in TRAINING:  # stopped and saved; a further signal would only replace the message
+            from vg.distributed import ignore_stop_signals
+
+            ignore_stop_signals()
+        raise
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except (UserError, OSError) as error:

@@ -34,13 +34,13 @@ def run(options: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from vg.cli.evaluate import evaluate
-    from vg.cli.train import train
     from vg.config import load_config, recipe_path
     from vg.data.synthetic.world import WorldConfig
+    from vg.training.trainer import Trainer
 
     overrides = [*(QUICK if options.quick else []), *options.overrides]
     config = load_config(options.config or recipe_path("demo_rec.yaml"), overrides)
-    train(config, overwrite=True)
+    Trainer(config, overwrite=True).fit()
     overrides = ["data.eval.split=test"] if isinstance(config.data.eval, WorldConfig) else []
     evaluate(Path(config.train.output), overrides, Path(config.train.output))
     if PartialState().is_main_process:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from vg.cli.arguments import add_config
-
-if TYPE_CHECKING:
-    from vg.config import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,23 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from vg.config import load_config
-
-    train(load_config(options.config, options.overrides), options.resume, options.overwrite)
-
-
-def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> None:
-    """Train to the end, and plot the curves even if training is interrupted."""
-    from vg.distributed import ignore_stop_signals
-    from vg.inference.curves import curves
     from vg.training.trainer import Trainer
 
-    trainer = Trainer(config, resume, overwrite)
-    try:
-        trainer.fit()
-    except SystemExit:  # stopped and saved; a further signal would only replace the message
-        ignore_stop_signals()
-        raise
-    finally:
-        rows = trainer.folder.rows()
-        if trainer.accelerator.is_main_process and rows:
-            curves(rows, trainer.folder.path / "curves.png")
+    trainer = Trainer(load_config(options.config, options.overrides), options.resume, options.overwrite)
+    trainer.fit()
+    trainer.report.print_next_command()

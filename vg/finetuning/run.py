@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,18 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vg.checkpoint import CONFIG, VALIDATION
-from vg.config import RunConfig, load_config
-from vg.distributed import ignore_stop_signals, may_be_restarted
+from vg.checkpoint import CONFIG
+from vg.config import load_config
+from vg.distributed import may_be_restarted
 from vg.errors import ConfigError
 from vg.evaluation.evaluator import NUM_PRINTED
 from vg.evaluation.table import aligned, cell
 from vg.files import write_bytes
 from vg.finetuning.plan import default_output, make_plan, refuse_other_run
-from vg.inference.curves import curves
 from vg.inference.draw import save_image
 from vg.inference.sample_grid import draw_samples
-from vg.inference.torch_backend import load_model
+from vg.models.base import GroundingModel
 from vg.settings import as_overrides
 from vg.training.report import print_above_bar
 from vg.training.run_folder import refuse_run
@@ -100,31 +98,26 @@ def finetune(
         )
         print(plan.to_yaml())
         config = plan.config
-    train(config, resume, overwrite)
-    return Grounder(config.train.output)
-
-
-def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> None:
-    """Train, and write and print the report; after an interruption only the curves are written."""
     trainer = Trainer(config, resume, overwrite)
-    is_main = trainer.accelerator.is_main_process
+    after = trainer.fit()
+    grounder = Grounder(trainer.folder.path)
+    if trainer.accelerator.is_main_process:
+        report(trainer, after, grounder.model)
+    return grounder
+
+
+def report(trainer: Trainer, after: Mapping[str, Any], model: GroundingModel) -> None:
+    """Compare the model before and after training, draw its predictions, and print the next command.
+
+    Args:
+        after: results of the best evaluation.
+        model: the best checkpoint.
+    """
     folder = trainer.folder
-    try:
-        trainer.fit()
-    except SystemExit:  # stopped and saved; a further signal would only replace the message
-        ignore_stop_signals()
-        raise
-    finally:
-        if is_main and folder.rows():
-            curves(folder.rows(), folder.path / "curves.png")
-    if not is_main:
-        return
-    after = json.loads((folder.best / VALIDATION).read_text(encoding="utf-8"))
     before = next((row for row in folder.rows() if row["step"] == 0 and "loss" not in row), {})
     table = comparison(before, after)
     write_bytes(folder.path / COMPARISON, f"{table}\n".encode())
-    model = load_model(folder.path).to(trainer.accelerator.device)
-    draw_samples(model, config.data, folder.path / PREDICTIONS)
+    draw_samples(model, trainer.config.data, folder.path / PREDICTIONS)
     sample = trainer.evaluator.sources[0].load(0, epoch=0)
     save_image(Image.fromarray(sample.image), folder.path / EXAMPLE)
     words = [str(folder.path), str(folder.path / EXAMPLE), *sample.phrases[:NUM_PHRASES]]
@@ -134,7 +127,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> N
     print_above_bar(
         f"{after['data']}, {after['split']}, {compared}\n{table}\n"
         f"predictions on it: {folder.path / PREDICTIONS}\n"
-        f"predict: vg predict {shlex.join(words)}"
+        f"next: vg predict {shlex.join(words)}"
     )
 
 

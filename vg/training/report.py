@@ -1,21 +1,27 @@
-"""What a run prints: its plan, the remaining time, one line per evaluation, and where the results are."""
+"""What a run prints: its plan, the remaining time, one line per evaluation, and where the results are.
+
+Also writes the two files for people: epochs.md and curves.png.
+"""
 
 from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
 from vg.config import eval_key
+from vg.distributed import raise_on_all_processes
 from vg.errors import printable
+from vg.evaluation.curves import curves
 from vg.files import write_bytes
 from vg.training.data import NUM_EXAMPLES, describe_source, example_phrases
 from vg.training.fsdp import describe
-from vg.training.run_folder import EPOCHS
+from vg.training.run_folder import CURVES, EPOCHS
 
 if TYPE_CHECKING:
     from vg.evaluation.results import EvaluationResult
@@ -95,8 +101,25 @@ class Report:
         if table := epoch_table(rows, trainer.steps_per_epoch):
             write_bytes(trainer.folder.path / EPOCHS, table.encode())
 
+    @contextmanager
+    def plotting(self) -> Iterator[None]:
+        """Plot the history after the block, even if it raises."""
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):  # it would hide the first error
+                self._plot()  # without waiting for other processes, which may not have failed
+            raise
+        with raise_on_all_processes():
+            self._plot()
+
+    def _plot(self) -> None:
+        folder = self.trainer.folder
+        if self.trainer.accelerator.is_main_process and (rows := folder.rows()):
+            curves(rows, folder.path / CURVES)
+
     def end(self, best: Mapping[str, Any]) -> None:
-        """Print the best evaluation, the files of the run and the next command.
+        """Print the best evaluation and the files of the run.
 
         Args:
             best: results of the best evaluation, as in validation.json.
@@ -106,7 +129,6 @@ class Report:
             return
         folder = trainer.folder.path
         table = epoch_table(trainer.folder.rows(), trainer.steps_per_epoch)
-        phrase = shlex.quote(self.phrases[0]) if self.phrases else "PHRASE"
         metric = trainer.evaluator.best_metric
         gain = last_gain([row[metric] for row in trainer.folder.rows() if metric in row])
         lines = [
@@ -114,9 +136,14 @@ class Report:
             f"best: step {best['step']:,}, {trainer.evaluator.in_one_line(best)}",
             *([f"the last evaluation still gained {100 * gain:.1f} points of {metric}: {LONGER}"] if gain else []),
             f"results in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}",
-            f"next: vg predict {shlex.quote(str(folder))} IMAGE {phrase}",
         ]
         print_above_bar("\n".join(lines))
+
+    def print_next_command(self) -> None:
+        """Print the command that uses the model."""
+        if self.trainer.accelerator.is_main_process:
+            phrase = shlex.quote(self.phrases[0]) if self.phrases else "PHRASE"
+            print_above_bar(f"next: vg predict {shlex.quote(str(self.trainer.folder.path))} IMAGE {phrase}")
 
     def _now(self) -> float:
         return synchronized_time(self.trainer.accelerator.device)

@@ -3,6 +3,7 @@
 runs/demo/
     config.yaml               the resolved configuration
     history.jsonl             losses and evaluations, one row each
+    curves.png                losses and metrics over the steps
     epochs.md                 loss and IoU in training and validation per epoch, for models that predict one box
     logs/                     output of trackers (TensorBoard)
     best/                     the checkpoint with the best evaluation so far, and its results in validation.json
@@ -38,7 +39,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-EPOCHS = "epochs.md"
+EPOCHS, CURVES = "epochs.md", "curves.png"
 LAUNCH = "launch.json"
 CHECKPOINTS = ("best", "checkpoints", "interpolated")
 EVALUATIONS = "eval"  # folder for the results of `vg eval`
@@ -119,7 +120,7 @@ class RunFolder:
             replaced = bool(checkpoints_of(self.path))  # then its evaluations are of weights that are removed
             for name in (*CHECKPOINTS, *[EVALUATIONS] * replaced, "logs/vg"):  # trackers log under the project name vg
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            for name in (self.history.name, EPOCHS, LAUNCH, *RESULTS * replaced):
+            for name in (self.history.name, EPOCHS, CURVES, LAUNCH, *RESULTS * replaced):
                 (self.path / name).unlink(missing_ok=True)
         for leftover in [*self.path.glob("checkpoints/*.partial"), *self.path.glob("checkpoints/*.old")]:  # of a crash
             remove(leftover)

@@ -100,7 +100,7 @@ class Trainer:
         self.report = Report(self)
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end and return the results of the best evaluation.
+        """Train to the end and return the results of the best evaluation; an interrupted run gets its curves, too.
 
         Raises:
             TrainingError: a loss or a weight is not finite.
@@ -113,6 +113,7 @@ class Trainer:
         with (
             self.stop.listening(),
             progress_bar(self.accelerator, total=self.budget.total, initial=self.progress.step, desc="train") as bar,
+            self.report.plotting(),
         ):
             self.budget.begin(bar)
             if self.config.train.eval_first and not self.progress.step:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vg.inference.curves import LINE_COLORS, curves, losses_of, metrics_of
+from vg.evaluation.curves import LINE_COLORS, curves, losses_of, metrics_of
 from vg.metrics.coco import CocoMetric
 from vg.metrics.rec import RecMetric
 
