@@ -48,3 +48,8 @@ def test_every_plotted_metric_has_its_own_color(metric: type, plotted: list[str]
     row = {"step": 5, "num_images": 3} | dict.fromkeys(metric.metric_names, 0.5)
     assert list(metrics_of([row])) == plotted
     assert len(plotted) == len(LINE_COLORS)
+
+
+def test_undefined_metrics_are_not_plotted() -> None:
+    rows = [{"step": step, "ap": 0.5, "ap_small": -1.0, "ap_large": large} for step, large in ((1, -1.0), (2, 0.25))]
+    assert metrics_of(rows) == {"ap": [(1, 0.5), (2, 0.5)], "ap_large": [(2, 0.25)]}

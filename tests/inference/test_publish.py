@@ -24,6 +24,7 @@ RESULTS = {
     "split": "val",
     "protocol": "highest-scored box",
     "miou": 0.51234,
+    "ap_small": -1.0,  # undefined
     "n": 5,
 }
 
@@ -52,6 +53,7 @@ def test_a_run_is_saved_with_its_card(run: Path, tmp_path: Path) -> None:
         "- split: val",
         "- protocol: highest-scored box",
         "| miou | 0.5123 |",
+        "| ap_small | - |",
         "| n | 5 |",
     ):
         assert line in text

@@ -12,7 +12,7 @@ import numpy as np
 
 from vg.files import write_bytes
 from vg.inference.draw import FAINT_INK, INK
-from vg.metrics.result import split_flat_key
+from vg.metrics.result import UNDEFINED, split_flat_key
 
 # Distinguishable like draw.COLORS, but on a white background.
 LINE_COLORS = (INK, "#e08a00", "#0f86c9", "#ff4466", "#663300", "#8800ff")
@@ -76,7 +76,7 @@ def losses_of(history: Sequence[Mapping[str, float]]) -> dict[str, Line]:
 
 
 def metrics_of(history: Sequence[Mapping[str, float]]) -> dict[str, Line]:
-    """Return the first metrics over all samples of the first dataset, one per color."""
+    """Return the first metrics over all samples of the first dataset, one per color; undefined values are left out."""
     lines: dict[str, Line] = {}
     for row in history:
         if "loss" in row:
@@ -84,7 +84,8 @@ def metrics_of(history: Sequence[Mapping[str, float]]) -> dict[str, Line]:
         for name, value in row.items():
             prefix, metric = split_flat_key(name)
             is_other = metric in ("step", "epoch", "eval_loss") or metric.startswith("num_")
-            if not (prefix or is_other or metric.startswith(SECONDARY) or metric.endswith("@1000")):
+            is_secondary = metric.startswith(SECONDARY) or metric.endswith("@1000")
+            if not (prefix or is_other or is_secondary or value == UNDEFINED):
                 lines.setdefault(name, []).append((row["step"], value))
     return dict(list(lines.items())[: len(LINE_COLORS)])
 

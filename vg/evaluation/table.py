@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vg.errors import printable
 from vg.evaluation.results import DatasetResult, EvaluationResult
-from vg.metrics.average_precision import UNDEFINED
+from vg.metrics.result import UNDEFINED
 
 
 def table(result: EvaluationResult) -> str:

@@ -12,6 +12,7 @@ from vg.checkpoint import VALIDATION, write_model
 from vg.config import CheckpointConfig
 from vg.errors import CheckpointError
 from vg.files import replacing
+from vg.metrics.result import UNDEFINED
 from vg.models.base import GroundingModel
 from vg.models.saved import ENCODERS
 
@@ -118,10 +119,6 @@ def _evaluation(results: Mapping[str, Any] | None) -> list[str]:
         return ["Not evaluated.", ""]
     about = {key: results[key] for key in ("data", "split", "protocol") if key in results}
     values = {key: value for key, value in results.items() if isinstance(value, (int, float)) and key != "step"}
-    rows = [
-        f"| {key} | {value:.4f} |" if isinstance(value, float) else f"| {key} | {value:,} |"
-        for key, value in values.items()
-    ]
     return [
         "## Evaluation",
         "",
@@ -129,9 +126,15 @@ def _evaluation(results: Mapping[str, Any] | None) -> list[str]:
         "",
         "| metric | value |",
         "| --- | ---: |",
-        *rows,
+        *(f"| {key} | {_cell(value)} |" for key, value in values.items()),
         "",
     ]
+
+
+def _cell(value: float) -> str:
+    if value == UNDEFINED:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
 
 def _training(config: CheckpointConfig) -> list[str]:

@@ -11,10 +11,11 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from vg.metrics.result import UNDEFINED
+
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_LEVELS = np.linspace(0, 1, 101)
 ANY_AREA = (0.0, 1e10)  # square pixels
-UNDEFINED = -1.0  # value of pycocotools for metrics without a ground-truth box
 
 
 class Boxes(NamedTuple):

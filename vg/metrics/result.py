@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+UNDEFINED = -1.0  # value of pycocotools for metrics without a ground-truth box
+
 
 class MetricResult(NamedTuple):
     """The result of `compute`. A NamedTuple: torchmetrics rebuilds results, and its code rejects frozen dataclasses."""

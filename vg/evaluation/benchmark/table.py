@@ -11,7 +11,7 @@ import yaml
 
 from vg.errors import printable
 from vg.evaluation.table import aligned
-from vg.metrics.average_precision import UNDEFINED
+from vg.metrics.result import UNDEFINED
 
 COLUMNS = {  # metric -> its heading
     "acc@0.5": "Acc@0.5",
