@@ -71,5 +71,5 @@ def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: b
         write_json(output / "metrics.json", {"checkpoint": str(checkpoint), **result.flat()})
         for name, rows in rows_of.items():
             write_bytes(output / f"detections{name and '_'}{name}.json", json.dumps(rows).encode())
-        draw_samples(model, config.data, output / "predictions.png")
+        draw_samples(model, config.data, output / "predictions.png", evaluator.datasets[0].data)
         print(f"written to {output}: metrics.json, predictions.png")

@@ -117,7 +117,7 @@ def report(trainer: Trainer, after: Mapping[str, Any], model: GroundingModel) ->
     before = next((row for row in folder.rows() if row["step"] == 0 and "loss" not in row), {})
     table = comparison(before, after)
     write_bytes(folder.path / COMPARISON, f"{table}\n".encode())
-    draw_samples(model, trainer.config.data, folder.path / PREDICTIONS)
+    draw_samples(model, trainer.config.data, folder.path / PREDICTIONS, trainer.evaluator.datasets[0].data)
     sample = trainer.evaluator.sources[0].load(0, epoch=0)
     save_image(Image.fromarray(sample.image), folder.path / EXAMPLE)
     words = [str(folder.path), str(folder.path / EXAMPLE), *sample.phrases[:NUM_PHRASES]]
