@@ -12,11 +12,13 @@ import pytest
 from PIL import Image
 
 import vg
+from tests.training.test_distributed import launch
 from vg.checkpoint import write_model
 from vg.cli import main
 from vg.config import load_config
 from vg.data import CsvConfig, YoloConfig
 from vg.errors import ConfigError
+from vg.finetuning.recipe import NUM_SMALL
 from vg.finetuning.run import comparison
 from vg.inference import torch_backend
 
@@ -110,6 +112,35 @@ def test_expressions_in_python(
         vg.finetune(tmp_path / "data", images=tmp_path, **same)
     (tmp_path / "start" / "model.safetensors").unlink()
     assert vg.Grounder(tmp_path / "run").model.config.weights is None, "a checkpoint has all weights itself"
+
+
+TWO_PROCESSES = """
+import os
+from vg.cli import main
+from vg.finetuning import sizes
+
+first = os.environ["RANK"] == "0"
+sizes.available_memory = lambda: ("cpu", (2 if first else 1) * {memory})
+try:
+    main(["finetune", "data", "--model", "small", "--output", "run", "train.max_steps=1", "data.workers=0"])
+except SystemExit as stop:
+    print(stop)
+    raise
+"""
+
+
+def test_two_processes_share_a_plan(tmp_path: Path) -> None:
+    """The batch size is that of the process with the least memory, which the machine's processes share."""
+    (tmp_path / "train.py").write_text(TWO_PROCESSES.format(memory=2 * (16 * NUM_SMALL + 100_000_000)))
+    assert launch(tmp_path, status=1).count("error: data does not exist") == 2
+    (tmp_path / "data").mkdir()
+    YoloConfig.miniature(tmp_path / "data")
+    printed = launch(tmp_path)
+    assert printed.count("# memory: ") == printed.count("next: vg predict") == 1
+    assert "by each of 2 processes; a batch of 2 needs" in printed
+    assert "2 batches per optimizer step (8 samples in all)" in printed
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert (config.data.batch_size, config.train.accumulate) == (2, 2)
 
 
 def test_comparison() -> None:

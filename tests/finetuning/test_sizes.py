@@ -6,7 +6,7 @@ import pytest
 
 from vg.finetuning import sizes
 from vg.finetuning.recipe import choose_recipe
-from vg.finetuning.sizes import GIB, sized
+from vg.finetuning.sizes import GIB, Resources, sized
 
 OWN = choose_recipe(None, "detection", lora=False, tokenizer=None)
 
@@ -14,11 +14,8 @@ OWN = choose_recipe(None, "detection", lora=False, tokenizer=None)
 @pytest.mark.parametrize(
     ("memory", "batch_size", "accumulate"), [(80, 16, 1), (24, 4, 4), (10, 1, 16), (1, 1, 16)], ids=str
 )
-def test_batches_fit_and_steps_have_the_samples_of_the_recipe(
-    monkeypatch: pytest.MonkeyPatch, memory: int, batch_size: int, accumulate: int
-) -> None:
-    monkeypatch.setattr(sizes, "available_memory", lambda: ("cuda", memory * GIB))
-    config, notes = sized(OWN, 144)
+def test_batches_fit_and_steps_have_the_samples_of_the_recipe(memory: int, batch_size: int, accumulate: int) -> None:
+    config, notes = sized(OWN, 144, Resources("cuda", memory * GIB))
     assert (config.data.batch_size, config.train.accumulate) == (batch_size, accumulate)
     assert config.train.precision == "bf16"
     assert any("WARNING" in note for note in notes) == (memory < 8)
@@ -26,10 +23,22 @@ def test_batches_fit_and_steps_have_the_samples_of_the_recipe(
     assert f"{accumulate} batch{plural} per optimizer step (16 samples)" in notes[0]
 
 
+@pytest.mark.parametrize(
+    ("processes", "batch_size", "accumulate", "samples"), [(2, 4, 2, 16), (3, 5, 1, 15), (20, 1, 1, 20)]
+)
+def test_processes_share_the_samples_of_a_step(processes: int, batch_size: int, accumulate: int, samples: int) -> None:
+    config, notes = sized(OWN, 144, Resources("cuda", 30 * GIB, processes))
+    assert (config.data.batch_size, config.train.accumulate) == (batch_size, accumulate)
+    assert f"by each of {processes} processes" in notes[0]
+    assert f"per optimizer step ({samples} samples in all)" in notes[0]
+    steps = config.train.epochs * (144 // samples)
+    assert steps >= OWN.steps
+    assert any(f" {steps} steps" in note for note in notes)
+
+
 @pytest.mark.parametrize(("samples", "epochs"), [(10, 180), (144, 20), (1000, 20), (100_000, 12)])
-def test_epochs_follow_the_size_of_the_data(monkeypatch: pytest.MonkeyPatch, samples: int, epochs: int) -> None:
-    monkeypatch.setattr(sizes, "available_memory", lambda: ("cuda", 100 * GIB))
-    config, _ = sized(OWN, samples)
+def test_epochs_follow_the_size_of_the_data(samples: int, epochs: int) -> None:
+    config, _ = sized(OWN, samples, Resources("cuda", 100 * GIB))
     assert config.train.epochs == epochs
     assert config.optim.milestones == [round(0.75 * epochs)]
 

@@ -32,12 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from vg.finetuning.plan import make_plan
-    from vg.finetuning.run import finetune
+    from vg.finetuning.run import finetune, shared_plan
 
     names = ("folder", "model", "phrases", "images", "output", "lora", "tokenizer", "overrides")
     chosen = {name: getattr(options, name) for name in names}
     if options.dry_run:
-        print(make_plan(**chosen).to_yaml(), end="")
+        shared_plan(**chosen)
     else:
         finetune(**chosen, resume=options.resume, overwrite=options.overwrite)

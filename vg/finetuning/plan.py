@@ -19,7 +19,7 @@ from vg.data.detection.vocabulary import normalized_name
 from vg.data.source import HasImageKeys, Source, Task
 from vg.errors import ConfigError, DataError, printable
 from vg.finetuning.recipe import SMALL, Recipe, choose_recipe
-from vg.finetuning.sizes import sized
+from vg.finetuning.sizes import Resources, available_resources, sized
 from vg.models.encoders import cached_token_counter
 from vg.settings import differences
 
@@ -50,8 +50,14 @@ def make_plan(
     lora: bool = False,
     tokenizer: str | None = None,
     overrides: Sequence[str] = (),
+    resources: Resources | None = None,
 ) -> Plan:
-    """Find the data in a folder, check it, and choose how to train on it; for the arguments see `finetune`.
+    """Find the data in a folder, check it, and choose how to train on it.
+
+    Args:
+        resources: of all processes of the run; by default those of this process alone.
+
+    For the other arguments see `vg.finetuning.run.finetune`.
 
     Raises:
         DataError: there is no dataset, or several; or the data has errors, which the message lists.
@@ -72,7 +78,7 @@ def make_plan(
     counts = " and ".join(map(_count, evaluations))
     notes = [f"data: {_count(train)} to train on, {counts} to evaluate on", *notes, *warnings]
     notes.append(f"model: {recipe.config.model.weights or 'random weights'}; settings of {recipe.title}")
-    config, decisions = sized(recipe, len(train))
+    config, decisions = sized(recipe, len(train), resources or available_resources())
     config = replace(
         config,
         data=replace(config.data, train=draft.data.train, eval=draft.data.eval, drop_overlap=True),

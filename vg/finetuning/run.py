@@ -5,22 +5,25 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from vg.checkpoint import CONFIG
 from vg.config import load_config
-from vg.distributed import may_be_restarted
+from vg.distributed import may_be_restarted, new_accelerator, raise_on_all_processes
 from vg.errors import ConfigError
 from vg.evaluation.evaluator import NUM_PRINTED
 from vg.evaluation.table import aligned, cell
 from vg.files import write_bytes
-from vg.finetuning.plan import default_output, make_plan, refuse_other_run
+from vg.finetuning.plan import Plan, default_output, make_plan, refuse_other_run
+from vg.finetuning.sizes import available_resources
 from vg.inference.draw import save_image
 from vg.inference.sample_grid import draw_samples
 from vg.models.base import GroundingModel
 from vg.settings import as_overrides
+from vg.training.fsdp import check_launcher
 from vg.training.report import print_above_bar
 from vg.training.run_folder import refuse_run
 from vg.training.trainer import Trainer
@@ -86,7 +89,7 @@ def finetune(
     else:
         if not (overwrite or may_be_restarted()):  # then it continues the run, see RunFolder
             refuse_run(run)  # before the data is checked
-        plan = make_plan(
+        config = shared_plan(
             folder,
             model,
             phrases=phrases,
@@ -95,15 +98,30 @@ def finetune(
             lora=lora,
             tokenizer=tokenizer,
             overrides=overrides,
-        )
-        print(plan.to_yaml())
-        config = plan.config
+        ).config
     trainer = Trainer(config, resume, overwrite)
     after = trainer.fit()
     grounder = Grounder(trainer.folder.path)
     if trainer.accelerator.is_main_process:
         report(trainer, after, grounder.model)
     return grounder
+
+
+def shared_plan(folder: str | Path, model: str | Path | None = None, **options: Any) -> Plan:
+    """Make the plan in the main process, print it, and return it in all processes; arguments as in `make_plan`.
+
+    Its checks take minutes, and the processes of a machine measure different amounts of free memory.
+    """
+    check_launcher()
+    accelerator = new_accelerator()
+    resources = available_resources(accelerator)
+    plans: list[Any] = [None]
+    with raise_on_all_processes():
+        if accelerator.is_main_process:
+            plans = [make_plan(folder, model, resources=resources, **options)]
+            print(plans[0].to_yaml())
+    broadcast_object_list(plans)
+    return cast("Plan", plans[0])
 
 
 def report(trainer: Trainer, after: Mapping[str, Any], model: GroundingModel) -> None:

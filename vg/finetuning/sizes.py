@@ -13,9 +13,13 @@ per pixel, in float32 and without gradient checkpointing: measured as 6,416 for 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from vg.config import RunConfig
+from vg.distributed import processes_per_machine
 from vg.errors import ConfigError
 from vg.finetuning.recipe import Recipe
 from vg.machine import available_ram
@@ -29,21 +33,33 @@ MANY_PARAMETERS = 50_000_000  # too many for a CPU
 GIB = 2**30
 
 
-def sized(recipe: Recipe, num_samples: int) -> tuple[RunConfig, list[str]]:
+@dataclass(frozen=True)
+class Resources:
+    """What a run can use."""
+
+    device: str
+    memory: int  # bytes for each process
+    num_processes: int = 1
+
+
+def sized(recipe: Recipe, num_samples: int, resources: Resources) -> tuple[RunConfig, list[str]]:
     """Set batch size, accumulation, precision, epochs and evaluations; also return why, a sentence each."""
-    device, memory = available_memory()
+    device, memory, num_processes = resources.device, resources.memory, resources.num_processes
     config = recipe.config
-    per_step = config.data.batch_size * config.train.accumulate
+    per_process = max(1, config.data.batch_size * config.train.accumulate // num_processes)
+    per_step = per_process * num_processes
     fixed, per_sample = 16 * recipe.num_parameters, sample_bytes(config.model)
-    sizes = [size for size in range(1, per_step + 1) if per_step % size == 0]
+    sizes = [size for size in range(1, per_process + 1) if per_process % size == 0]
     fitting = [size for size in sizes if fixed + size * per_sample <= memory]
     batch_size = max(fitting, default=1)
     need = fixed + batch_size * per_sample
-    batches = per_step // batch_size
+    batches = per_process // batch_size
+    sharing, in_all = (f" by each of {num_processes} processes", " in all") if num_processes > 1 else ("", "")
     notes = [
-        f"memory: {memory / GIB:.1f} GiB usable on {device}; a batch of {batch_size} needs about {need / GIB:.1f} GiB"
-        f" (16 bytes x {recipe.num_parameters / 1e6:.0f} M parameters + {per_sample / GIB:.2g} GiB per sample), "
-        f"{batches} batch{'es' * (batches > 1)} per optimizer step ({per_step} sample{'s' * (per_step > 1)})"
+        f"memory: {memory / GIB:.1f} GiB usable on {device}{sharing}; a batch of {batch_size} needs about "
+        f"{need / GIB:.1f} GiB (16 bytes x {recipe.num_parameters / 1e6:.0f} M parameters + {per_sample / GIB:.2g} GiB "
+        f"per sample), {batches} batch{'es' * (batches > 1)} per optimizer step "
+        f"({per_step} sample{'s' * (per_step > 1)}{in_all})"
     ]
     if device == "cpu" and recipe.num_parameters > MANY_PARAMETERS:
         notes.append(
@@ -67,12 +83,22 @@ def sized(recipe: Recipe, num_samples: int) -> tuple[RunConfig, list[str]]:
     train = replace(
         config.train,
         epochs=epochs,
-        accumulate=per_step // batch_size,
+        accumulate=batches,
         precision=config.train.precision if device != "cpu" else "no",
         eval_first=True,
         eval_every=max(steps_per_epoch, math.ceil(steps / recipe.evaluations)),
     )
     return replace(config, optim=optim, train=train, data=replace(config.data, batch_size=batch_size)), notes
+
+
+def available_resources(accelerator: Accelerator | None = None) -> Resources:
+    """Return what each process can use, at least; the processes of an accelerator must all call it."""
+    device, memory = available_memory()
+    if accelerator is None:
+        return Resources(device, memory)
+    if device == "cpu":
+        memory //= processes_per_machine(accelerator)
+    return Resources(device, min(gather_object([memory])), accelerator.num_processes)
 
 
 def available_memory() -> tuple[str, int]:

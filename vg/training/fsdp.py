@@ -28,14 +28,19 @@ def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
-def check_launch(config: RunConfig) -> None:
-    """Raise ConfigError if the options of `accelerate launch` or the configuration cannot be combined with FSDP2."""
+def check_launcher() -> None:
+    """Raise ConfigError if the processes were started for a library that is not supported."""
     for name, variable in (("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"), ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM")):
         if _is_set(variable):
             raise ConfigError(
                 f"{name} is not supported: choose FSDP version 2 in `accelerate config`, or launch with "
                 "--use_fsdp --fsdp_version 2"
             )
+
+
+def check_launch(config: RunConfig) -> None:
+    """Raise ConfigError if the options of `accelerate launch` or the configuration cannot be combined with FSDP2."""
+    check_launcher()
     if not _is_set("ACCELERATE_USE_FSDP"):
         return
     version = os.environ.get("FSDP_VERSION", "1")
