@@ -10,6 +10,9 @@ runs/demo/
     checkpoints/step_000500/  the newest checkpoints, with the state that training needs to continue
     checkpoints/*.damaged     checkpoints that could not be read on resume, see `RunFolder.newest`
     eval/                     results of `vg eval`, those of other settings in folders such as eval/split=testA
+    metrics.json, scene.png   results of `vg demo`, with predictions.png and scene.txt
+    comparison.txt            results of `vg finetune`, with predictions.png and example.png
+    benchmark.json            results of `vg eval --suite`, with benchmark.html
     interpolated/             the best interpolation between the initial weights and `best` (`train.interpolate`)
     launch.json               the programs, such as torchrun, that started the processes and may restart them
 """
@@ -43,7 +46,10 @@ EPOCHS, CURVES = "epochs.md", "curves.png"
 LAUNCH = "launch.json"
 CHECKPOINTS = ("best", "checkpoints", "interpolated")
 EVALUATIONS = "eval"  # folder for the results of `vg eval`
-RESULTS = ("metrics.json", "predictions.png", "benchmark.json", "benchmark.html")  # of `vg demo`, `--suite`
+RESULTS = (  # patterns of files beside the checkpoints, which are about their weights
+    *("metrics.json", "predictions.png", "detections.json", "detections_*.json", "benchmark.json", "benchmark.html"),
+    *("scene.png", "scene.txt", "comparison.txt", "example.png"),
+)
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
@@ -120,8 +126,9 @@ class RunFolder:
             replaced = bool(checkpoints_of(self.path))  # then its evaluations are of weights that are removed
             for name in (*CHECKPOINTS, *[EVALUATIONS] * replaced, "logs/vg"):  # trackers log under the project name vg
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            for name in (self.history.name, EPOCHS, CURVES, LAUNCH, *RESULTS * replaced):
-                (self.path / name).unlink(missing_ok=True)
+            for pattern in (self.history.name, EPOCHS, CURVES, LAUNCH, *RESULTS * replaced):
+                for file in self.path.glob(pattern):
+                    file.unlink()
         for leftover in [*self.path.glob("checkpoints/*.partial"), *self.path.glob("checkpoints/*.old")]:  # of a crash
             remove(leftover)
         for folder in {*self.path.glob("checkpoints/step_*[0-9]")}.difference(self.checkpoints()):
