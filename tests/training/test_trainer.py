@@ -166,6 +166,22 @@ def test_an_existing_run_is_not_overwritten_without_the_flag(tiny_config: MakeCo
     assert {file.name for file in folder.iterdir()} == {"config.yaml", "mine.png"}, "results are of other weights"
 
 
+@pytest.mark.parametrize("save_every", [None, 1])
+def test_resume_is_offered_only_if_it_is_possible(tiny_config: MakeConfig, save_every: int | None) -> None:
+    """A run out of memory at step 1 has only evaluated the initial weights."""
+    config = tiny_config(train={"eval_first": True, "save_every": save_every})
+    trainer = Trainer(config)
+    poison(trainer, 2, "l1")
+    with pytest.raises(TrainingError):
+        trainer.fit()
+    advice = "continue it with --resume, replace it" if save_every else "replace it"
+    with pytest.raises(CheckpointError, match=rf"already contains a run \([\w/.]+\): {advice} with --overwrite"):
+        Trainer(config)
+    if not save_every:
+        with pytest.raises(CheckpointError, match=r"nothing to resume: .*; start again with --overwrite"):
+            Trainer(config, resume=True)
+
+
 def test_a_non_finite_loss_raises_and_is_never_saved(tiny_config: MakeConfig) -> None:
     config = tiny_config(data={"batch_size": 2}, train={"accumulate": 2, "save_every": 2, "log_every": 3})
     trainer = Trainer(config)

@@ -57,12 +57,20 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return [path for name in CHECKPOINTS for path in sorted(folder.glob(f"{name}/*"))]
 
 
+def resumable_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints of a run that have the state of training, oldest first."""
+    found = [path.parent for path in folder.glob(f"checkpoints/step_*[0-9]/{TRAINING}")]
+    found = [x for x in found if (x / WEIGHTS).exists() and x.name.removeprefix("step_").isdecimal()]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
 def refuse_run(folder: Path) -> None:
     """Raise CheckpointError if a folder contains a run."""
     if found := checkpoints_of(folder):
+        resume = "continue it with --resume, " if resumable_checkpoints(folder) else ""  # not after a failure at step 1
         raise CheckpointError(
-            f"{folder} already contains a run ({found[-1].relative_to(folder)}): continue it with --resume, "
-            "replace it with --overwrite, or choose another train.output"
+            f"{folder} already contains a run ({found[-1].relative_to(folder)}): {resume}replace it with --overwrite, "
+            "or choose another train.output"
         )
 
 
@@ -103,7 +111,9 @@ class RunFolder:
         is_restart = any(attempt > before.get(launch, attempt) for launch, attempt in self.launches.items())
         self.resume = resume or (is_restart and bool(self.checkpoints()))
         if resume and not self.checkpoints():
-            raise CheckpointError(f"nothing to resume: no checkpoint in {self.path / 'checkpoints'}")
+            raise CheckpointError(
+                f"nothing to resume: no checkpoint in {self.path / 'checkpoints'}; start again with --overwrite"
+            )
         if not (resume or overwrite or is_restart):
             refuse_run(self.path)
 
@@ -138,10 +148,7 @@ class RunFolder:
             write_json(self.path / LAUNCH, self.launches)  # last: from here on, a restart may not remove anything
 
     def checkpoints(self) -> list[Path]:
-        """Complete, resumable checkpoints, oldest first."""
-        found = [path.parent for path in self.path.glob(f"checkpoints/step_*[0-9]/{TRAINING}")]
-        found = [x for x in found if (x / WEIGHTS).exists() and x.name.removeprefix("step_").isdecimal()]
-        return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
+        return resumable_checkpoints(self.path)
 
     def newest(self, load: Callable[[Path], T]) -> tuple[Path, T]:
         """Load the newest checkpoint; one that is damaged is renamed to *.damaged, with a warning, if there are others.
