@@ -15,7 +15,7 @@ from PIL import Image
 from vg.checkpoint import write_model
 from vg.cli import main, new_parser
 from vg.cli.evaluate import name_of
-from vg.config import RunConfig
+from vg.config import RunConfig, recipe_path
 from vg.errors import CheckpointError, ConfigError
 from vg.evaluation.evaluator import DatasetEvaluator
 from vg.inference.torch_backend import load_model
@@ -113,7 +113,7 @@ def test_evaluations_with_other_settings_have_folders_of_their_own(overrides: li
 def test_quick_demo_trains_for_ninety_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     configs: list[RunConfig] = []
 
-    def record(config: RunConfig, overwrite: bool) -> None:
+    def record(config: RunConfig, *_: bool) -> None:
         configs.append(config)
         raise ConfigError("recorded")
 
@@ -126,6 +126,27 @@ def test_quick_demo_trains_for_ninety_seconds(monkeypatch: pytest.MonkeyPatch) -
     assert [config.train.output for config in configs] == ["runs/demo", "runs/demo_quick", "runs/demo_quick"]
     with pytest.raises(SystemExit, match="2"):
         main(["demo", "--quick", "--config", "configs/demo_rec.yaml"])
+
+
+def test_the_demo_replaces_only_its_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "fit", lambda self: sys.exit("begins"))
+    monkeypatch.setattr("vg.distributed.ignore_stop_signals", lambda: None)
+    own, mine = ["demo"], ["demo", "train.output=mine"]
+    (tmp_path / "base.yaml").write_text(f"base: {recipe_path('demo_rec.yaml')}\ntrain: {{output: mine}}\n")
+    for folder in ("runs/demo", "mine"):
+        (tmp_path / folder / "best").mkdir(parents=True)
+        (tmp_path / folder / "best" / "model.safetensors").touch()
+    for command in (mine, ["demo", "--quick", *mine[1:]], ["demo", "--config", "base.yaml"]):
+        with pytest.raises(SystemExit, match=r"mine already contains a run .*--overwrite"):
+            main(command)
+    assert (tmp_path / "mine" / "best" / "model.safetensors").exists()
+    for command, folder in ((own, "runs/demo"), ([*mine, "--overwrite"], "mine")):
+        with pytest.raises(SystemExit, match="begins"):
+            main(command)
+        assert not (tmp_path / folder / "best").exists()
+    with pytest.raises(SystemExit, match="nothing to resume"):
+        main([*mine, "--resume"])
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,13 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser, "settings of the run, such as optim.lr=1e-4 model.head=dense")
 
 
+def add_existing(parser: argparse.ArgumentParser, folder: str = "train.output") -> None:
+    """Add the ways to train in a folder that already contains a run."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help=f"continue from the newest checkpoint in {folder}")
+    group.add_argument("--overwrite", action="store_true", help=f"replace an existing run in {folder}")
+
+
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Add the datasets that `read_data` reads."""
     known = "COCO, ODVG, Pascal VOC, YOLO, CSV or shards"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vg.cli.arguments import WordsAction, add_overrides, add_tokenizer
+from vg.cli.arguments import WordsAction, add_existing, add_overrides, add_tokenizer
 
 EPILOG = """
 FOLDER has images with boxes in COCO json, Pascal VOC, YOLO or ODVG, or a CSV or jsonl with the columns image, phrase
@@ -25,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", help="folder of the run (default: runs/NAME of the folder)")
     add("--lora", action="store_true", help="train low-rank adapters, which needs less memory")
     add("--dry-run", action="store_true", help="only check the data and print the plan on standard output")
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="continue the run in --output")
-    existing.add_argument("--overwrite", action="store_true", help="replace the run in --output")
+    add_existing(parser, "--output")
     add_tokenizer(parser)
 
 

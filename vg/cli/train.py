@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from vg.cli.arguments import add_config
+from vg.cli.arguments import add_config, add_existing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in train.output")
-    group.add_argument("--overwrite", action="store_true", help="replace an existing run in train.output")
+    add_existing(parser)
 
 
 def run(options: argparse.Namespace) -> None:
