@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from vg.checkpoint import read_training_state
-from vg.cli import PrintableFormatter, main
+from vg.cli import main
+from vg.cli.messages import PrintableFormatter
 from vg.config import load_config
 from vg.data.check import diagnose, to_text
 from vg.data.check.formats import detect_format

@@ -6,10 +6,8 @@ The functions that run a verb import what they need, so that `vg --help` starts 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-import warnings
 from types import ModuleType
 from typing import NamedTuple
 
@@ -33,7 +31,7 @@ from vg.cli import (
     web,
 )
 from vg.cli.arguments import HelpFormatter, check_overrides
-from vg.errors import UserError, out_of_memory, printable
+from vg.cli.messages import set_up_messages, short_errors
 from vg.machine import reuse_freed_memory, use_fast_products
 
 
@@ -91,75 +89,31 @@ TRAINING = ("train", "finetune", "demo")
 COMPUTING = (*TRAINING, "cache", "eval", "export", "interpolate", "label", "predict", "web")
 
 
-class PrintableFormatter(logging.Formatter):
-    """Escapes control characters of names from data, see `printable`."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        return "\n".join(map(printable, super().formatMessage(record).split("\n")))
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb. User errors print one message and exit with status 1, without a traceback."""
-    parser = new_parser()
-    options, rest = parser.parse_known_args(arguments)
-    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and "overrides" not in options):
-        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # argparse does not assign overrides that follow an option
-        options.overrides += rest
-    handler = logging.StreamHandler()
-    handler.setFormatter(PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    # Without path and line of code.
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
-    for noisy in ("httpx", "datasets", "accelerate", "albumentations"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-
+    options = parse(arguments)
+    set_up_messages()
     # On a CPU, torch's threads wait for each other by spinning. With the default count, one other busy program makes
     # training ten times slower; with this one, two times. Torch reads it at import.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     if options.verb in TRAINING:
         reuse_freed_memory()
-    try:
+    with short_errors(trains=options.verb in TRAINING):
         check_overrides(options)
         if options.verb in COMPUTING and not str(getattr(options, "checkpoint", "")).endswith(".onnx"):  # without torch
             use_fast_products()
         VERBS[options.verb].module.run(options)
         sys.stdout.flush()
-    except SystemExit:
-        if options.verb in TRAINING:  # stopped and saved; a further signal would only replace the message
-            from vg.distributed import ignore_stop_signals
-
-            ignore_stop_signals()
-        raise
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-    except (UserError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _is_output_closed():
-            sys.exit(0)
-        text = str(error)
-        if "Original Traceback" in text:  # a DataLoader adds that of its worker
-            text = text.split(f"{type(error).__name__}: ")[-1].strip()
-        sys.exit("error: " + "\n".join(map(printable, text.split("\n"))))
-    except (RuntimeError, MemoryError) as error:
-        from vg.distributed import dead_process
-        from vg.workers import dead_worker
-
-        if not (message := dead_worker(error) or dead_process(error) or out_of_memory(error)):
-            raise
-        sys.exit(f"error: {message}")
-    finally:
-        if distributed := sys.modules.get("vg.distributed"):  # no process group was made without it
-            distributed.shut_down()
 
 
-def _is_output_closed() -> bool:
-    """Whether the reader of standard output has ended, as in `vg config x.yaml | head -1`; the rest is discarded."""
-    try:
-        print(flush=True)
-        return False
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it again at exit
-        return True
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line; exits with status 2 if it is wrong."""
+    options, rest = new_parser().parse_known_args(arguments)
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and "overrides" not in options):
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse does not assign overrides that follow an option
+        options.overrides += rest
+    return options
 
 
 def new_parser() -> argparse.ArgumentParser:

@@ -19,17 +19,8 @@ if TYPE_CHECKING:
     from vg.inference.result import Result
 
 SOME_FAILED = 3  # exit status: images were left out, the results of the others are written
-SETTINGS = (
-    "overrides",
-    "tokenizer",
-    "threshold",
-    "nms",
-    "tile",
-    "overlap",
-    "masks",
-    "dtype",
-    "every",
-    "crops",
+SETTINGS = (  # that determine the results, beside model and phrases
+    *("overrides", "tokenizer", "threshold", "nms", "tile", "overlap", "masks", "dtype", "every", "crops"),
     "no_draw",
 )
 EPILOG = """
