@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vg.files import replacing, write_bytes
+from vg.files import read_json, replacing, write_bytes
 
 
 @pytest.mark.parametrize("error", [OSError("busy"), KeyboardInterrupt()])
@@ -57,3 +57,9 @@ def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
     ):
         pytest.fail("the block must not run")
     assert (tmp_path / "model").read_text() == "mine"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_json_in_unicode(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.json").write_text('{"name": "caf\u00e9"}', encoding=encoding)
+    assert read_json(tmp_path / "a.json", dict) == {"name": "caf\u00e9"}

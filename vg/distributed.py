@@ -68,7 +68,7 @@ def new_accelerator(**options: Any) -> Accelerator:
         accelerator = Accelerator(dataloader_config=loading, kwargs_handlers=_joining(), **options)
     except ValueError as error:
         raise ConfigError(f"train.precision or train.trackers: {error}") from error
-    if accelerator.num_processes != num_processes:
+    if accelerator.num_processes < num_processes:
         raise ConfigError(
             f"{num_processes} processes were started, but Accelerate does not join them: each would be a run of its "
             "own; start one process, or set ACCELERATE_USE_CPU=true to use the CPU"

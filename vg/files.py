@@ -62,7 +62,7 @@ def read_text(path: Path) -> str:
 def read_json(path: Path, kind: type[T]) -> T:
     """Read a JSON file whose content is a `kind`, such as a dict; raises OSError for anything else, see `read_text`."""
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(refuse_special(path).read_bytes())  # in UTF-8, UTF-16 or UTF-32
     except (ValueError, RecursionError) as error:
         raise OSError(errno.EILSEQ, f"Not JSON ({error})", str(path)) from error
     if not isinstance(value, kind):

@@ -125,6 +125,7 @@ def test_errors():
         Mixture([Indices("a", 2)], [1, 2])
     with pytest.raises(DataError, match=r"b \(train\) has no samples"):
         Mixture([Indices("a", 2), Indices("b", 0)])
+    assert len(ids(Mixture([Indices("a", 2), Indices("b", 0)], [1, 0]), 0)) == 2
     with pytest.raises(BadSampleError, match=r"a \(train\): sample 99 is bad"):
         Mixture([Indices("a", 100)]).load(99, 0)
     with pytest.raises(IndexError, match="no item 2"):

@@ -13,7 +13,7 @@ from vg.inference.formats import Format
 from vg.inference.result import Result
 from vg.inference.results_folder import ResultsFolder
 
-SETTINGS = {"checkpoint": "model", "phrases": ["dog"]}
+SETTINGS = {"checkpoint": "model", "phrases": ["dog"], "tile": None}
 
 
 def result(name: str, gray: int) -> Result:
@@ -45,6 +45,15 @@ def test_settings_of_a_folder_without_results_do_not_matter(tmp_path: Path) -> N
     fill(tmp_path, {"cat.png": 50})
     with pytest.raises(ConfigError, match=r"has results with other settings \(tile\)"):
         ResultsFolder(tmp_path, {**SETTINGS, "tile": 800})
+
+
+def test_settings_that_earlier_versions_did_not_record(tmp_path: Path) -> None:
+    fill(tmp_path, {"cat.png": 50})
+    folder = ResultsFolder(tmp_path, {**SETTINGS, "weights": "1a2b"})
+    assert folder.names == {"cat.png"}
+    folder.finish([])
+    with pytest.raises(ConfigError, match=r"has results with other settings \(weights\)"):
+        ResultsFolder(tmp_path, {**SETTINGS, "weights": "3c4d"})
 
 
 def test_images_that_are_added_later_do_not_replace_files(tmp_path: Path) -> None:

@@ -94,6 +94,9 @@ def test_processes_that_are_not_joined_raise(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("vg.distributed.Accelerator", lambda **options: SimpleNamespace(num_processes=1))
     monkeypatch.setenv("WORLD_SIZE", "2")
     new_accelerator()  # of a container, whose processes are not started by torchrun
+    with monkeypatch.context() as patch:  # mpirun
+        patch.setattr("vg.distributed.Accelerator", lambda **options: SimpleNamespace(num_processes=2))
+        new_accelerator()
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ConfigError, match="2 processes were started, but Accelerate does not join them"):
         new_accelerator()

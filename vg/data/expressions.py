@@ -288,7 +288,8 @@ def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def split_of(row: Mapping[str, Any]) -> str:
     """Return the cell of the column `split`, "" if it is empty or missing."""
-    return str(row.get(SPLIT) or "").strip()
+    cell = row.get(SPLIT)
+    return "" if cell is None else str(cell).strip()
 
 
 def _only(found: list[Any], what: str, known: str, names: Sequence[str], where: object) -> Any:

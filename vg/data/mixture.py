@@ -65,14 +65,15 @@ class Mixture(Generic[Loaded]):
             raise DataError("a mixture without datasets; list them in `datasets`")
         if weights is not None and len(weights) != len(sources):
             raise DataError(f"a mixture of {len(sources)} datasets has {len(weights)} weights; give one for each")
-        for source in sources:
-            if not len(source):
-                raise DataError(f"{source.provenance} has no samples")
         self.sources: list[Source[Loaded]] = list(sources)
         self.weights = [1.0] * len(sources) if weights is None else list(weights)
+        for source, weight in zip(sources, self.weights, strict=True):
+            if weight and not len(source):
+                raise DataError(f"{source.provenance} has no samples: check its split, or leave it out of `datasets`")
         self.seed = seed
         self._counts = [
-            max(1, round(weight * len(source))) for weight, source in zip(self.weights, sources, strict=True)
+            max(1, round(weight * len(source))) if weight else 0
+            for weight, source in zip(self.weights, sources, strict=True)
         ]
         names = [f"{source.provenance.data}/{source.provenance.split}/" for source in sources]
         self._prefixes = [f"{name}{i}/" if names.count(name) > 1 else name for i, name in enumerate(names)]
@@ -122,6 +123,8 @@ class Mixture(Generic[Loaded]):
     def _passes(self, epoch: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yield what `locate` returns for all samples: a source, its epoch, and the indices there, [samples] int."""
         for number, (count, source) in enumerate(zip(self._counts, self.sources, strict=True)):
+            if not count:
+                continue
             length = len(source)
             whole, rest = divmod(count, length)
             first = epoch * (whole + bool(rest))

@@ -117,8 +117,10 @@ class OnnxBackend:
 
     def digest(self) -> str:
         """Return a digest of the files of the model."""
-        files = [self.path, text_file(self.path)] if self.settings.split else [self.path]
-        return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+        found = hashlib.sha256()
+        for file in [self.path, text_file(self.path)] if self.settings.split else [self.path]:
+            found.update(file.read_bytes())
+        return found.hexdigest()
 
     def prepare(self, images: Sequence[np.ndarray], phrases: Sequence[tuple[str, ...]]) -> Prepared:
         """Make the batch of images [H, W, 3] uint8 and the phrases of each; may run in a thread.

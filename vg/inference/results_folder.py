@@ -52,8 +52,8 @@ class ResultsFolder:
             self.names.add(name)
             self._new_stem(name)
         file = path / "settings.json"
-        if self.names and file.exists() and (found := read_json(file, dict)) != settings:
-            changed = [key for key in settings if found.get(key) != settings[key]]
+        found = read_json(file, dict) if self.names and file.exists() else {}
+        if changed := [key for key in settings if key in found and found[key] != settings[key]]:
             raise ConfigError(
                 f"{path} has results with other settings ({', '.join(changed)}): use another --output, or --overwrite"
             )

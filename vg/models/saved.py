@@ -49,7 +49,10 @@ def check_encoders(folder: Path, config: ModelSettings) -> None:
         DamagedCheckpointError: the file that identifies them is damaged.
     """
     file = folder / ENCODERS  # older checkpoints do not have it
-    trained = read_json(file, dict) if file.exists() else {}
+    try:
+        trained = read_json(file, dict) if file.exists() else {}
+    except OSError as error:
+        raise DamagedCheckpointError(f"{file} is damaged ({error.strerror}); use an older checkpoint") from error
     for name, now in config.frozen_weights().items():
         before = trained.get(name, now)
         if not isinstance(before, dict) or not {"id", "weights"} <= before.keys():

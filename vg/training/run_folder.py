@@ -111,9 +111,8 @@ class RunFolder:
         is_restart = any(attempt > before.get(launch, attempt) for launch, attempt in self.launches.items())
         self.resume = resume or (is_restart and bool(self.checkpoints()))
         if resume and not self.checkpoints():
-            raise CheckpointError(
-                f"nothing to resume: no checkpoint in {self.path / 'checkpoints'}; start again with --overwrite"
-            )
+            again = "start again with --overwrite" if self.path.exists() else "start without --resume"
+            raise CheckpointError(f"nothing to resume: no checkpoint in {self.path / 'checkpoints'}; {again}")
         if not (resume or overwrite or is_restart):
             refuse_run(self.path)
 

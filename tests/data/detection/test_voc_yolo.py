@@ -122,6 +122,16 @@ def test_subfolders_of_voc_annotations(tmp_path: Path):
     (folder / "ImageSets" / "Main").mkdir(parents=True)
     (folder / "ImageSets" / "Main" / "val.txt").write_text("b/x\na/y\n")
     assert list(VocConfig(path=str(folder), split="val").read(issues).ids) == ["b/x", "a/y"]
+    for stale, message in ((".checkpoints", None), ("backup", r"backup/z\.xml, z\.xml annotate z\.png; keep one")):
+        (folder / "Annotations" / stale).mkdir()
+        copy = (folder / "Annotations" / "z.xml").read_text()
+        (folder / "Annotations" / stale / "z.xml").write_text(copy)
+        if message is None:
+            assert len(config.build()) == 4
+            continue
+        with pytest.raises(DataError, match=f"images with several xml files: {message}"):
+            config.build()
+        (folder / "Annotations" / stale / "z.xml").unlink()
     (folder / "Annotations" / "b" / "x.xml").write_text("<annotation>")
     with pytest.raises(DataError, match=r"b/x\.xml: no element found"):
         config.build()
@@ -131,7 +141,7 @@ def test_names_with_spaces_in_voc_lists(tmp_path: Path):
     names = ["a dog", "a dog 1", "b"]
     folder = write_voc(tmp_path, dict.fromkeys(names, OBJECTS["a"]))
     (folder / "ImageSets" / "Main").mkdir(parents=True)
-    (folder / "ImageSets" / "Main" / "val.txt").write_text("a dog 1\na dog  -1\nb  0\n")
+    (folder / "ImageSets" / "Main" / "val.txt").write_text("a dog 1\na dog  -1\nb  7\n")
     source = VocConfig(path=str(folder), split="val").build()
     assert [source.load(index, 0).id for index in range(3)] == ["a dog 1", "a dog", "b"]
     (folder / "ImageSets" / "Main" / "val.txt").write_text("a cat\n")

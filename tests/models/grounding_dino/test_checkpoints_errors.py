@@ -16,7 +16,9 @@ from torch import Tensor
 
 from tests.models.grounding_dino.published import BERT, random_model, write_tokenizer
 from tests.models.grounding_dino.test_checkpoints import LEARNED, MM, model
+from vg.checkpoint import write_model
 from vg.cli import main
+from vg.config import CheckpointConfig
 from vg.errors import CheckpointError
 from vg.models.grounding_dino.checkpoints import load_into, read_checkpoint, write_checkpoint
 from vg.models.grounding_dino.config import BertConfig, ClassHeadConfig
@@ -281,11 +283,17 @@ def test_a_converted_checkpoint_has_no_data_config(official: Path, tmp_path: Pat
 
 
 def test_tensors_without_names(tmp_path: Path) -> None:
-    torch.save({1: torch.zeros(1)}, tmp_path / "list.pth")
-    assert "neither a dictionary of tensors" in reading(tmp_path / "list.pth")
+    for stored in ({1: torch.zeros(1)}, torch.zeros(2), {}):
+        torch.save(stored, tmp_path / "no.pth")
+        assert "neither a dictionary of tensors" in reading(tmp_path / "no.pth")
 
 
-def test_other_borders_of_logits_are_reported(official: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_clamp_of_logits_is_reported(official: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = model()
-    load_into(replace(source.config, logit_eps=(1e-3, 1e-5)).build(pretrained=False), official)
+    other = replace(source.config, logit_eps=(1e-3, 1e-5)).build(pretrained=False)
+    load_into(other, official)
+    assert "logit_eps" not in caplog.text, "files of other libraries do not contain it"
+    (tmp_path / "vg").mkdir()
+    write_model(tmp_path / "vg", source, CheckpointConfig(source.config))
+    load_into(other, tmp_path / "vg")
     assert "model.logit_eps is (0.001, 1e-05), the checkpoint has (0.001, 0.001)" in caplog.text

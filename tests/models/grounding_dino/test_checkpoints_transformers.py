@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,9 @@ def published(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path
         ("backbone_config", {"layer_norm_eps": 1e-3}, r"backbone_config\.layer_norm_eps is 0\.001"),
         (None, {"text_config": [1]}, r"text_config is \[1\], expected settings by their names"),
         (None, {"encoder_n_points": "4"}, "encoder_n_points and decoder_n_points must be the same positive number"),
+        (None, {"encoder_n_points": 10**6, "decoder_n_points": 10**6}, "1000000 points and 4 levels do not fit"),
+        (None, {"encoder_attention_heads": [4]}, "encoder_attention_heads and decoder_attention_heads differ"),
+        ("text_config", {"num_attention_heads": -1}, "num_attention_heads of the text encoder is -1"),
         (None, {"max_text_len": -1}, "max_tokens: Input should be greater than .*, got -1"),
         (None, {"positional_embedding_temperature": "warm"}, "position_temperature: Input should be .*, got 'warm'"),
     ],
@@ -119,6 +123,7 @@ def test_the_image_processor_is_applied_or_refused(file: str, tmp_path: Path, ca
     for changes, message in (
         ({"image_std": [0, 0, 0]}, r"image\.std\.0: Input should be greater than 0, got 0"),
         ({"image_mean": [0.5]}, r"image\.mean"),
+        ({"image_mean": [math.nan] * 3}, r"image\.mean\.0: Input should be a finite number"),
         ({"image_mean": 0.5}, r"image\.mean"),
         ({"size": {"shortest_edge": "small", "longest_edge": 1333}}, r"image\.shortest: .*, got 'small'"),
     ):

@@ -17,7 +17,7 @@ import vg
 from vg.checkpoint import read_model, write_model
 from vg.cli import main
 from vg.config import CheckpointConfig
-from vg.errors import ConfigError
+from vg.errors import CheckpointError, ConfigError
 from vg.models.encoders import SMALL_VOCABULARY
 from vg.models.rec.config import BgeConfig, DenseHeadConfig, RecConfig, VisionEncoderConfig
 from vg.models.saved import ENCODERS
@@ -70,6 +70,15 @@ def test_weights_that_were_trained_with_another_encoder_are_reported(checkpoint:
     config = replace(config, weights=str(checkpoint), vision=VisionEncoderConfig(id=str(checkpoint.parent / "other")))
     with pytest.warns(UserWarning, match=r"model\.vision is .*other .*but the checkpoint was trained with .*vision "):
         config.build()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"vision": 3}'])
+def test_a_damaged_list_of_encoders(checkpoint: Path, content: str) -> None:
+    config = CheckpointConfig(read_model(checkpoint)[1].model).model
+    (checkpoint / ENCODERS).write_text(content)
+    for read in (lambda: read_model(checkpoint), replace(config, weights=str(checkpoint)).build):
+        with pytest.raises(CheckpointError, match=rf"{ENCODERS} is damaged"):
+            read()
 
 
 def test_checkpoints_without_the_weights_of_their_encoders_load(checkpoint: Path) -> None:

@@ -148,7 +148,7 @@ def _is_label_map(file: Path) -> bool:
 
 def _words(file: Path, folder: Path) -> set[str]:
     """Words that may name the split in annotations/instances_val2017.json or valid/_annotations.coco.json."""
-    name = str(file.relative_to(folder).with_suffix("")).lower().replace("trainval", "train")
+    name = file.relative_to(folder).with_suffix("").as_posix().lower().replace("trainval", "train")
     return {word.rstrip("0123456789") for word in re.split(r"[/\-._]", name)}
 
 

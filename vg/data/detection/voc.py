@@ -77,7 +77,8 @@ class VocConfig(Settings):
         image_root = folder / "JPEGImages" if (folder / "JPEGImages").is_dir() else folder
         pattern = "*.xml" if xml_folder == folder else "**/*.xml"  # folders beside images may be other datasets
         files = sorted(file.relative_to(xml_folder) for file in xml_folder.glob(pattern))
-        stems = dict.fromkeys(file.with_suffix("").as_posix() for file in files)  # "a", "camera_1/a"
+        visible = [file for file in files if not any(part.startswith(".") for part in file.parts[:-1])]
+        stems = dict.fromkeys(file.with_suffix("").as_posix() for file in visible)  # "a", "camera_1/a"
         if not stems:
             raise DataError(
                 f"{located(xml_folder)} contains no xml file; path is the folder with Annotations and JPEGImages"
@@ -118,6 +119,11 @@ class VocConfig(Settings):
                 if -1 in size:
                     issues.add("error", "sizes that are not numbers of pixels", "correct them", [file])
                 images.append(AnnotatedImage(stem, found[0], file, size, []))
+        files_of: dict[str, list[str]] = {}  # of each image
+        for image in images:
+            files_of.setdefault(image.file, []).append(image.location)
+        several = [f"{', '.join(own)} annotate {image_file}" for image_file, own in files_of.items() if len(own) > 1]
+        issues.add("error", "images with several xml files", "keep one, or correct <filename>", several)
         names = self.classes or sorted({name for _, name, *_ in objects})
         labels = {name: label for label, name in enumerate(names)}
         unknown = [item for item in objects if item[0] >= 0 and item[1] not in labels]
@@ -181,4 +187,5 @@ def _split_stems(folder: Path, split: str, known: Collection[str]) -> list[str]:
         raise DataError(
             f"{file} cannot be read ({error.strerror}); existing splits: {existing}; split: null selects all images"
         ) from error
-    return [line if line in known else re.sub(r"\s+(-1|0|1)$", "", line) for line in lines]
+    names = [(line, re.sub(r"\s+(-1|0|1)$", "", line), line.split()[0]) for line in lines]
+    return [next((name for name in candidates if name in known), candidates[1]) for candidates in names]

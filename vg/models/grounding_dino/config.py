@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, FiniteFloat, PositiveFloat, PositiveInt
 
 from vg.errors import ConfigError
 from vg.hub import loading
@@ -132,7 +132,7 @@ class ImageConfig(Settings):
     """Shorter side of the resized image in pixels."""
     longest: PositiveInt = 1333
     """Upper limit of the longer side in pixels."""
-    mean: tuple[float, float, float] = ImageSpec.mean
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = ImageSpec.mean
     """Of the three channels in 0..1, with which images are normalized; those of ImageNet by default."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = ImageSpec.std
     mix_sizes: bool = False
@@ -228,6 +228,7 @@ class GroundingDinoConfig(ModelSettings):
     fusion_dropout: Probability = 0.0
     """Dropout of the attention between image and text; mmdetection trains with 0.1, and with drop path 0."""
     fusion_drop_path: Probability = 0.1
+    """Stochastic depth of both types of fusion: a sample keeps its own stream with this probability."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: half the memory, but slower."""
     denoising: DenoisingConfig | None = None

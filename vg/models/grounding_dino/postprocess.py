@@ -78,7 +78,7 @@ def postprocess(logits: Tensor, boxes: Tensor, batch: Batch, config: PredictConf
         candidates = boxes[rows].flatten(0, 1)[None], scores[rows].flatten(0, 1)[None]  # of all prompts of the image
         best, values, phrase_ids = (x[0] for x in best_pairs(*candidates, config.top_k))
         # Drops absent phrases (-1) and padded queries (0); NaN passes, so that check_finite raises.
-        kept = ~((values < config.threshold) | (values <= 0))
+        kept = (~((values < config.threshold) | (values <= 0))).nonzero().squeeze(1)  # waits for the device once
         values, phrase_ids = values[kept], phrase_ids[kept]
         pixels = box_ops.to_pixels(best[kept], target.size)
         if config.nms is not None:

@@ -76,7 +76,9 @@ class RecModel(EncodableModel):
         try:
             self.load_own_state_dict(read_weights(folder))
             check_encoders(folder, self.config)
-        except (CheckpointError, ValueError) as error:
+        except CheckpointError as error:
+            raise CheckpointError(f"model.weights: {error}") from error
+        except ValueError as error:
             raise CheckpointError(f"model.weights: {folder}: {error}") from error
         if (folder / "config.yaml").exists():
             self._check_settings(folder / "config.yaml")

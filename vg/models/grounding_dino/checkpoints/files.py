@@ -43,7 +43,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         if isinstance(stored, dict) and isinstance(stored.get(key), dict):
             stored = stored[key]
     tensors = isinstance(stored, dict) and all(isinstance(x, str) and isinstance(y, Tensor) for x, y in stored.items())
-    if not stored or not tensors:
+    if not tensors or not stored:
         raise CheckpointError("not a checkpoint: neither a dictionary of tensors, nor one as `model` or `state_dict`")
     return stored
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,8 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from vg.errors import CheckpointError
+from vg.files import read_json
 from vg.models.encoders import load_tokenizer
 from vg.models.grounding_dino.checkpoints.read import Checkpoint, read_checkpoint
+from vg.models.grounding_dino.checkpoints.settings import given_settings
 from vg.models.grounding_dino.checkpoints.variant import LABELS
 from vg.models.grounding_dino.config import BertConfig, GroundingDinoConfig
 
@@ -63,7 +64,7 @@ def load_into(model: GroundingDino, path: str | Path) -> str | None:
             "%s: images are resized to %d and at most %d pixels (model.image), the checkpoint has %d and %d",
             *(path, image.shortest, image.longest, stored.shortest, stored.longest),
         )
-    if wanted.logit_eps != found.logit_eps:
+    if checkpoint.format == "vg" and wanted.logit_eps != found.logit_eps:  # other formats do not contain it
         logger.warning(
             "%s: model.logit_eps is %s, the checkpoint has %s: boxes at the border of an image will differ",
             *(path, wanted.logit_eps, found.logit_eps),
@@ -132,6 +133,6 @@ def bert_settings(path: str | None) -> dict[str, Any]:
     """Read BERT's config.json in the folder of its tokenizer; empty without such a file; raises CheckpointError."""
     file = Path(path or "") / "config.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if path and file.exists() else {}
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON ({error})") from error
+        return given_settings(read_json(file, dict)) if path and file.exists() else {}
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error

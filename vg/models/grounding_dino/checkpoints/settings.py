@@ -67,7 +67,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     _check(file, "text_config.", text, IMPLEMENTED["bert"])
     _check(file, "backbone_config.", backbone, IMPLEMENTED.get(str(backbone.get("model_type")), {}))
     heads = [settings[key] for key in ("encoder_attention_heads", "decoder_attention_heads") if key in settings]
-    if len({*heads}) > 1:
+    if any(number != heads[0] for number in heads):
         raise CheckpointError(f"{file}: encoder_attention_heads and decoder_attention_heads differ ({heads})")
 
 
@@ -78,6 +78,8 @@ def check_bert(settings: Mapping[str, Any]) -> None:
 
 def read_image_settings(folder: Path) -> ImageConfig:
     """Read sizes, mean and std of the image processor in a folder of transformers; the defaults if there is none.
+
+    Their types are not checked, see `validated`.
 
     Raises:
         CheckpointError: it does something else with images than vg.
@@ -92,7 +94,7 @@ def read_image_settings(folder: Path) -> ImageConfig:
         return ImageConfig()
     _check(name, "", values, IMPLEMENTED["image_processor"])
     default = ImageConfig()
-    size = values.get("size") or {"shortest_edge": default.shortest, "longest_edge": default.longest}
+    size = values.get("size", {"shortest_edge": default.shortest, "longest_edge": default.longest})
     if not isinstance(size, dict) or size.keys() != {"shortest_edge", "longest_edge"}:
         raise CheckpointError(f"{name}: size is {size}; vg implements shortest_edge and longest_edge")
     mean, std = (values.get(f"image_{key}", getattr(default, key)) for key in ("mean", "std"))

@@ -77,6 +77,8 @@ def detect_variant(
     if not isinstance(points, int) or points < 1 or settings.get("decoder_n_points", points) != points:
         raise CheckpointError("config.json: encoder_n_points and decoder_n_points must be the same positive number")
     offsets = found.shape("encoder.layers.{layer}.image.attention.offsets.weight", layer=0)[0]
+    if offsets < 2 * levels * points or offsets % (2 * levels * points):
+        raise CheckpointError(f"config.json: {points} points and {levels} levels do not fit {offsets} sampling offsets")
     bias, learned = (found.has(f"queries.class_head.{name}", decoder_layers=layers) for name in ("bias", "log_scale"))
     from_mmdetection = format == "mmdet" or bias
     return GroundingDinoConfig(
@@ -153,12 +155,15 @@ def detect_text(found: NamedAsInVg, bert: Mapping[str, Any]) -> BertConfig:
             f"the text encoder has width {width}, but its number of attention heads cannot be detected. "
             "Pass the folder of its tokenizer with BERT's config.json (`vg convert`: --tokenizer)"
         )
+    heads = bert.get("num_attention_heads", width // HEAD_WIDTH)
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise CheckpointError(f"num_attention_heads of the text encoder is {heads!r}, its width {width}")
     layer = "text.network.encoder.layer.{layer}.intermediate.dense.weight"
     sizes = {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "num_hidden_layers": found.count(layer, "layer"),
-        "num_attention_heads": bert.get("num_attention_heads", width // HEAD_WIDTH),
+        "num_attention_heads": heads,
         "intermediate_size": found.shape(layer, layer=0)[0],
         "max_position_embeddings": found.shape("text.network.embeddings.position_embeddings.weight")[0],
         "type_vocab_size": found.shape("text.network.embeddings.token_type_embeddings.weight")[0],
