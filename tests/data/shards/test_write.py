@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -175,7 +176,7 @@ def test_changed_annotations_are_refused(
         text = (tmp_path / file).read_text()
         with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
             if run == "interrupted":
-                patch.setattr(ShardJob, "write", lambda job, number: signal.raise_signal(signal.SIGINT))
+                patch.setattr(ShardJob, "write", Mock(side_effect=KeyboardInterrupt))
             write_shards(config, tmp_path / run)
         assert old in text
         (tmp_path / file).write_text(text.replace(old, new, 1))

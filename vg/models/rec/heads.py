@@ -155,12 +155,10 @@ class DenseHead(nn.Module):
         rotation = torch.cat((rotation, unrotated), dim=-3)  # [(R,) S + T, D / heads / 2, 2]: words have no position
         for layer in self.layers:
             x = layer(x, rotation, mask)
-        x = self.norm(x[:, :num_cells]).to(self.norm.weight.dtype)  # [R, S, D]
-        with full_precision(x):
-            logits = self.score(x).squeeze(-1)  # [R, S]
-            center_offset, size = self.box(x).chunk(2, dim=-1)
-            center = (torch.logit(centers) + center_offset).sigmoid()  # relative to the center of the token
-            boxes = torch.cat((center, size.sigmoid()), dim=-1)  # [R, S, 4]
+        x = self.norm(x[:, :num_cells])  # [R, S, D]
+        center_offset, size = self.box(x).float().chunk(2, dim=-1)
+        center = (torch.logit(centers) + center_offset).sigmoid()  # relative to the center of the token
+        logits, boxes = self.score(x).squeeze(-1), torch.cat((center, size.sigmoid()), dim=-1)
         if valid is not None:
             logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
             boxes = boxes.masked_fill(~valid.unsqueeze(-1), 0.0)  # whose IoU with any other is 0
