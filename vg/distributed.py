@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
@@ -41,6 +42,8 @@ from tqdm.auto import tqdm
 
 from vg.errors import ConfigError, UserError
 
+# Of processes for the one that downloads, checks data or draws; without it, NCCL ends the run after ten minutes.
+LONGEST_WAIT = timedelta(hours=2)
 LOGS = "TORCHELASTIC_ERROR_FILE"  # environment variable of torchrun: LOGS/attempt_0/0/error.json
 
 
@@ -65,7 +68,7 @@ def new_accelerator(**options: Any) -> Accelerator:
         # Batches in page-locked memory (vg.training.data) are copied while the device computes. MPS, here and in other
         # copies, would read memory that may be freed by then.
         loading = DataLoaderConfiguration(non_blocking=not torch.backends.mps.is_available())
-        accelerator = Accelerator(dataloader_config=loading, kwargs_handlers=_joining(), **options)
+        accelerator = Accelerator(dataloader_config=loading, kwargs_handlers=[_joining()], **options)
     except ValueError as error:
         raise ConfigError(f"train.precision or train.trackers: {error}") from error
     if accelerator.num_processes < num_processes:
@@ -76,8 +79,8 @@ def new_accelerator(**options: Any) -> Accelerator:
     return accelerator
 
 
-def _joining() -> list[KwargsHandler]:
-    """Let processes that torchrun has restarted find each other.
+def _joining() -> KwargsHandler:
+    """Return how processes find each other, also after torchrun has restarted them, and how long they wait.
 
     The addresses of the processes before them are still in the store of torchrun, and who reads these fails or waits
     for ever (pytorch issue 135712). The number of restarts becomes a prefix of the keys if all processes are on one
@@ -85,7 +88,7 @@ def _joining() -> list[KwargsHandler]:
     """
     restarts, machines = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("GROUP_WORLD_SIZE", "1")
     if restarts == "0" or machines != "1":
-        return []
+        return InitProcessGroupKwargs(timeout=LONGEST_WAIT)
 
     def join(url: str, **options: Any) -> Iterator[tuple[Store, int, int]]:
         for store, rank, world_size in rendezvous("env://", **options):
@@ -93,7 +96,7 @@ def _joining() -> list[KwargsHandler]:
 
     with suppress(RuntimeError):  # registered by an earlier call
         register_rendezvous_handler("restart", join)
-    return [InitProcessGroupKwargs(init_method="restart://")]
+    return InitProcessGroupKwargs(timeout=LONGEST_WAIT, init_method="restart://")
 
 
 def shut_down() -> None:

@@ -90,9 +90,9 @@ def parse_yaml(text: str) -> Any:
 
 
 class Settings:
-    """Base of all settings (dataclasses): an unknown key is an error, where pydantic would drop it silently."""
+    """Base of all settings (dataclasses): unknown keys, which pydantic would drop, are errors, as are Inf and NaN."""
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
 
 def by_name(value: Any) -> Any:

@@ -23,13 +23,15 @@ from vg.training.trainer import Trainer
 MakeConfig = Callable[..., RunConfig]
 
 SCRIPT = """
-import os, signal, sys
+import os, signal, sys, torch
 from vg.config import load_config
-from vg.distributed import shut_down
+from vg.distributed import LONGEST_WAIT, shut_down
 from vg.training.trainer import Trainer
 
 class Interrupted(Trainer):
     def step(self, batches):
+        backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        assert backend.options._timeout == LONGEST_WAIT  # of NCCL, it would be ten minutes
         if self.progress.step == 3 and self.accelerator.process_index == 1:
             signal.raise_signal(signal.SIGTERM)  # only to one process
         return super().step(batches)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from vg.settings import Settings
 
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Weight = NonNegativeFloat
 
 
 @dataclass
@@ -52,13 +52,13 @@ class LossConfig(BoxLossConfig):
     """Focusing exponent: higher values reduce the loss of well-classified tokens."""
     auxiliary: Weight = 1.0
     """Factor of all terms of the decoder layers before the last one."""
-    encoder: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    encoder: PositiveFloat = 1.0
     """Factor of all terms of the selected image tokens; query selection has no other training signal."""
     denoising: Weight = 1.0
     """Factor of all terms of the denoising queries, if there are any."""
     alignment: Weight = 0.0
     """Weight of a contrastive loss between matched queries and the tokens of their phrases (MDETR)."""
-    alignment_temperature: Annotated[float, Field(gt=0)] = 0.07
+    alignment_temperature: PositiveFloat = 0.07
     matching: MatchingConfig = field(default_factory=MatchingConfig)
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
-from pydantic import BeforeValidator, Field, FiniteFloat, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from vg.errors import ConfigError
 from vg.hub import loading
@@ -132,7 +132,7 @@ class ImageConfig(Settings):
     """Shorter side of the resized image in pixels."""
     longest: PositiveInt = 1333
     """Upper limit of the longer side in pixels."""
-    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = ImageSpec.mean
+    mean: tuple[float, float, float] = ImageSpec.mean
     """Of the three channels in 0..1, with which images are normalized; those of ImageNet by default."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = ImageSpec.std
     mix_sizes: bool = False
