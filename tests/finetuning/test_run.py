@@ -18,7 +18,6 @@ from vg.cli import main
 from vg.config import load_config
 from vg.data import CsvConfig, YoloConfig
 from vg.errors import ConfigError
-from vg.finetuning.recipe import NUM_SMALL
 from vg.finetuning.run import comparison
 from vg.inference import torch_backend
 
@@ -131,7 +130,7 @@ except SystemExit as stop:
 
 def test_two_processes_share_a_plan(tmp_path: Path) -> None:
     """The batch size is that of the process with the least memory, which the machine's processes share."""
-    (tmp_path / "train.py").write_text(TWO_PROCESSES.format(memory=2 * (16 * NUM_SMALL + 100_000_000)))
+    (tmp_path / "train.py").write_text(TWO_PROCESSES.format(memory=2 * (16 * 2_546_760 + 100_000_000)))
     assert launch(tmp_path, status=1).count("error: data does not exist") == 2
     (tmp_path / "data").mkdir()
     YoloConfig.miniature(tmp_path / "data")

@@ -44,6 +44,7 @@ def test_settings_change_the_estimate() -> None:
     assert peak("train.precision=bf16") < plain
     assert peak("train.ema=0.999") > plain
     assert peak("optim.freeze=[backbone]") < plain
+    assert peak("optim.lora={targets: [backbone, encoder]}") < plain
 
 
 def test_every_vision_encoder_can_be_estimated() -> None:

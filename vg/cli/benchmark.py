@@ -93,21 +93,16 @@ def run(options: argparse.Namespace, output: Path) -> None:
 
 def trained_parameters(config: CheckpointConfig) -> int | None:
     """Count the parameters that a run trained, adapters of LoRA before they were merged; None if that is unknown."""
-    import torch
-
     from vg.config import RunConfig
-    from vg.training.optim import select_trainable
+    from vg.training.optim import count_parameters
 
     if not isinstance(config, RunConfig):
         return None
-    with torch.device("meta"):
-        model = config.model.build(pretrained=False)
-        try:
-            select_trainable(model, config.optim)
-        except ConfigError as error:
-            logger.warning("the number of trained parameters stays unknown: %s", error)
-            return None
-    return model.num_parameters(trainable_only=True)
+    try:
+        return count_parameters(config)[1]
+    except ConfigError as error:
+        logger.warning("the number of trained parameters stays unknown: %s", error)
+        return None
 
 
 def refuse_options(options: argparse.Namespace) -> None:

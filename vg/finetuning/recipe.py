@@ -13,13 +13,10 @@ from vg.models.grounding_dino.checkpoints import read_checkpoint
 from vg.models.grounding_dino.checkpoints.files import local_path
 from vg.models.grounding_dino.config import BertConfig, ClassHeadConfig, GroundingDinoConfig, PredictConfig
 from vg.models.rec.config import RecConfig
-from vg.models.saved import WEIGHTS
 from vg.training.settings import TrainConfig
 
 SMALL = "small"
 DEFAULT = "IDEA-Research/grounding-dino-tiny"
-NUM_PARAMETERS = 172_249_090  # of DEFAULT
-NUM_SMALL = 2_500_000
 OWN, LORA, EXPRESSIONS, REC = (
     f"{name}.yaml"
     for name in (
@@ -37,7 +34,6 @@ class Recipe:
 
     config: RunConfig
     title: str  # what the settings are from
-    num_parameters: int  # about
     epochs: int  # unless the dataset is small or large
     steps: int  # fewer are not enough, however small the data
     evaluations: int  # the upper limit of their number
@@ -86,9 +82,7 @@ def choose_recipe(model: str | Path | None, task: Task, lora: bool, tokenizer: s
         denoising=settings.denoising,
         predict=settings.predict,
     )
-    count = sum(tensor.numel() for tensor in found.weights.values())
-    config = replace(pretrained.config, model=network)
-    return replace(pretrained, config=config, num_parameters=count, tokenizer=found.tokenizer)
+    return replace(pretrained, config=replace(pretrained.config, model=network), tokenizer=found.tokenizer)
 
 
 def _pretrained_recipe(expressions: bool, lora: bool) -> Recipe:
@@ -96,7 +90,7 @@ def _pretrained_recipe(expressions: bool, lora: bool) -> Recipe:
     name = LORA if lora else OWN
     config = load_config(recipe_path(name), [f"model.weights={DEFAULT}"])
     if not expressions:
-        return Recipe(config, f"configs/{name}", NUM_PARAMETERS, config.train.epochs, 180, 20)
+        return Recipe(config, f"configs/{name}", config.train.epochs, 180, 20)
     found = load_config(recipe_path(EXPRESSIONS))
     assert isinstance(found.model, GroundingDinoConfig)
     assert isinstance(config.model, GroundingDinoConfig)
@@ -107,11 +101,11 @@ def _pretrained_recipe(expressions: bool, lora: bool) -> Recipe:
         train=replace(config.train, best_metric=found.train.best_metric),
     )
     if lora:
-        return Recipe(config, f"configs/{name}", NUM_PARAMETERS, config.train.epochs, 180, 20)
+        return Recipe(config, f"configs/{name}", config.train.epochs, 180, 20)
     accumulate = (found.optim.batch_size or 1) // config.data.batch_size  # for one process
     train = replace(config.train, epochs=found.train.epochs, accumulate=accumulate)
     config = replace(config, optim=found.optim, train=train)
-    return Recipe(config, f"configs/{EXPRESSIONS}", NUM_PARAMETERS, found.train.epochs, 180, 20)
+    return Recipe(config, f"configs/{EXPRESSIONS}", found.train.epochs, 180, 20)
 
 
 def _small_recipe(expressions: bool) -> Recipe:
@@ -122,7 +116,7 @@ def _small_recipe(expressions: bool) -> Recipe:
     assert isinstance(config.model, GroundingDinoConfig)
     if expressions:
         config = replace(config, model=replace(config.model, predict=PredictConfig(score="max")))
-    return Recipe(config, "configs/own_small.yaml", NUM_SMALL, 20, steps, 4)
+    return Recipe(config, "configs/own_small.yaml", 20, steps, 4)
 
 
 def _recipe_of_run(path: Path, pretrained: Recipe, expressions: bool) -> Recipe:
@@ -139,10 +133,10 @@ def _recipe_of_run(path: Path, pretrained: Recipe, expressions: bool) -> Recipe:
             f"{path}: the family {found.model.name} cannot be fine-tuned; use vg train on a configuration"
         )
     model = replace(found.model, weights=str(path))
-    count, tokenizer = (folder / WEIGHTS).stat().st_size // 4, str(folder / TOKENIZER)
+    tokenizer = str(folder / TOKENIZER)
     if not isinstance(found, RunConfig):
         base = load_config(recipe_path(REC)) if found.model.name == "rec" else pretrained.config
-        return replace(pretrained, config=replace(base, model=model), num_parameters=count, tokenizer=tokenizer)
+        return replace(pretrained, config=replace(base, model=model), tokenizer=tokenizer)
     train = TrainConfig(
         epochs=found.train.epochs,
         accumulate=found.train.accumulate,
@@ -151,7 +145,7 @@ def _recipe_of_run(path: Path, pretrained: Recipe, expressions: bool) -> Recipe:
         seed=found.train.seed,
     )
     config = replace(found, model=model, train=train, data=replace(found.data, cache=None))
-    return Recipe(config, f"the run {path}", count, 10, 180, 20, tokenizer)
+    return Recipe(config, f"the run {path}", 10, 180, 20, tokenizer)
 
 
 def _without_lora(lora: bool, recipe: Recipe) -> Recipe:

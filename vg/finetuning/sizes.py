@@ -2,12 +2,13 @@
 
 The memory of a step, in bytes:
 
-    16 x parameters + batch_size x pixels x 3 x width x layers, half of the latter with gradient checkpointing
+    4 x parameters + 12 x trained parameters + batch_size x pixels x 3 x width x layers
 
-16 bytes are a weight, its gradient and the two moments of AdamW in float32. `pixels` are those of the largest resized
-image. The tensors that the backward pass of a Grounding DINO needs are 2.1 x width x (encoder + decoder layers) bytes
-per pixel, in float32 and without gradient checkpointing: measured as 6,416 for Swin-T (width 256, 12 layers) at 480 x
-480 pixels, and 782 for configs/own_small.yaml (width 96, 4 layers); the 3 leaves room for temporary ones.
+in float32: a weight, and its gradient and the two moments of AdamW if it is trained. `pixels` are those of the largest
+resized image. The tensors that the backward pass of a Grounding DINO needs are 2.1 x width x (encoder + decoder layers)
+bytes per pixel: measured as 6,416 for Swin-T (width 256, 12 layers) at 480 x 480 pixels, and 782 for
+configs/own_small.yaml (width 96, 4 layers); the 3 leaves room for temporary ones. By `vg config --memory`, they are at
+most 1.3 in mixed precision, counted as 2; 0.52 with gradient checkpointing, counted as 1; and 0.35 with both.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vg.machine import available_ram
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.rec.config import RecConfig
 from vg.models.settings import ModelSettings
+from vg.training.optim import count_parameters
 
 LARGE, LARGE_EPOCHS = 2000, 12  # samples; epochs for more than that, as on COCO
 MAX_EPOCHS = 1000
@@ -48,7 +50,9 @@ def sized(recipe: Recipe, num_samples: int, resources: Resources) -> tuple[RunCo
     config = recipe.config
     per_process = max(1, config.data.batch_size * config.train.accumulate // num_processes)
     per_step = per_process * num_processes
-    fixed, per_sample = 16 * recipe.num_parameters, sample_bytes(config.model)
+    precision = config.train.precision if device != "cpu" else "no"
+    total, trained = count_parameters(config)
+    fixed, per_sample = 4 * total + 12 * trained, sample_bytes(config.model, precision)
     sizes = [size for size in range(1, per_process + 1) if per_process % size == 0]
     fitting = [size for size in sizes if fixed + size * per_sample <= memory]
     batch_size = max(fitting, default=1)
@@ -57,17 +61,18 @@ def sized(recipe: Recipe, num_samples: int, resources: Resources) -> tuple[RunCo
     sharing, in_all = (f" by each of {num_processes} processes", " in all") if num_processes > 1 else ("", "")
     notes = [
         f"memory: {memory / GIB:.1f} GiB usable on {device}{sharing}; a batch of {batch_size} needs about "
-        f"{need / GIB:.1f} GiB (16 bytes x {recipe.num_parameters / 1e6:.0f} M parameters + {per_sample / GIB:.2g} GiB "
-        f"per sample), {batches} batch{'es' * (batches > 1)} per optimizer step "
+        f"{need / GIB:.1f} GiB (4 bytes x {total / 1e6:.0f} M parameters + 12 bytes x {trained / 1e6:.0f} M trained + "
+        f"{per_sample / GIB:.2g} GiB per sample), {batches} batch{'es' * (batches > 1)} per optimizer step "
         f"({per_step} sample{'s' * (per_step > 1)}{in_all})"
     ]
-    if device == "cpu" and recipe.num_parameters > MANY_PARAMETERS:
+    if device == "cpu" and total > MANY_PARAMETERS:
         notes.append(
             f"WARNING: no GPU, so a step of {per_step} samples takes a minute or more; "
             "--model small trains a small network in minutes"
         )
     if not fitting:
-        notes.append("WARNING: even a batch of one may not fit: use another machine, --model small, or --lora")
+        advice = ["another machine", "--model small"] if config.optim.lora else ["another machine", "--lora"]
+        notes.append(f"WARNING: even a batch of one may not fit: use {' or '.join(advice)}")
     steps_per_epoch = max(1, num_samples // per_step)
     epochs = min(recipe.epochs, LARGE_EPOCHS) if num_samples > LARGE else recipe.epochs
     epochs = min(max(epochs, math.ceil(recipe.steps / steps_per_epoch)), MAX_EPOCHS)
@@ -84,7 +89,7 @@ def sized(recipe: Recipe, num_samples: int, resources: Resources) -> tuple[RunCo
         config.train,
         epochs=epochs,
         accumulate=batches,
-        precision=config.train.precision if device != "cpu" else "no",
+        precision=precision,
         eval_first=True,
         eval_every=max(steps_per_epoch, math.ceil(steps / recipe.evaluations)),
     )
@@ -110,8 +115,12 @@ def available_memory() -> tuple[str, int]:
     return "cpu", available_ram() // 2
 
 
-def sample_bytes(model: ModelSettings) -> int:
-    """Return the memory that one sample needs in a step; raises ConfigError for a family without an estimate."""
+def sample_bytes(model: ModelSettings, precision: str) -> int:
+    """Return the memory that one sample needs in a step; raises ConfigError for a family without an estimate.
+
+    Args:
+        precision: "no", "bf16" or "fp16", as in `train.precision`.
+    """
     if isinstance(model, RecConfig):
         return 3 * model.head.width * model.head.layers * model.image_size**2
     if not isinstance(model, GroundingDinoConfig):
@@ -119,4 +128,5 @@ def sample_bytes(model: ModelSettings) -> int:
             f"the family {model.name} cannot be fine-tuned: vg/finetuning/sizes.py has no estimate for it"
         )
     pixels, layers = model.image.shortest * model.image.longest, model.encoder_layers + model.decoder_layers
-    return 3 * model.width * layers * pixels // (1 + model.gradient_checkpointing)
+    whole = 3 * model.width * layers * pixels
+    return int(whole * (1 if precision == "no" else 2 / 3) * (1 / 3 if model.gradient_checkpointing else 1))

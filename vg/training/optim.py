@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from vg.config import RunConfig
     from vg.models.base import GroundingModel
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,20 @@ def select_trainable(model: GroundingModel, config: OptimConfig) -> None:
                 parameter.requires_grad_(False)
     if config.lora:
         add_adapters(model, config.lora)
+
+
+def count_parameters(config: RunConfig) -> tuple[int, int]:
+    """Return the number of all parameters of a run's model, and of those that it trains; both include adapters.
+
+    Raises:
+        ConfigError: an encoder cannot be loaded, or as `select_trainable`.
+    """
+    import torch
+
+    with torch.device("meta"):
+        model = config.model.build(pretrained=False)
+        select_trainable(model, config.optim)
+    return model.num_parameters(), model.num_parameters(trainable_only=True)
 
 
 def lr_factor(config: OptimConfig, batch_size: int) -> float:
