@@ -175,6 +175,9 @@ def test_wrong_arguments(grounder: vg.Grounder) -> None:
         ({"threshold": 2}, "threshold 2: expected"),
         ({"nms": -0.1}, "nms -0.1: expected"),
         ({"batch_size": 0}, "batch_size 0: expected at least 1"),
+        ({"batch_size": "8"}, "batch_size '8': expected at least 1, an integer"),
+        ({"tile": 64.5}, "tile 64.5: expected at least 1, an integer"),
+        ({"overlap": "0.2"}, "overlap '0.2': expected a fraction of a tile from 0 to 0.9"),
     ):
         with pytest.raises(ConfigError, match=message):
             grounder(image, "square", **arguments)

@@ -71,8 +71,8 @@ def sized(recipe: Recipe, num_samples: int, resources: Resources) -> tuple[RunCo
             "--model small trains a small network in minutes"
         )
     if not fitting:
-        advice = ["another machine", "--model small"] if config.optim.lora else ["another machine", "--lora"]
-        notes.append(f"WARNING: even a batch of one may not fit: use {' or '.join(advice)}")
+        smaller = "--model small" if config.optim.lora else "--lora or --model small"
+        notes.append(f"WARNING: even a batch of one may not fit: use {smaller}, or another machine")
     steps_per_epoch = max(1, num_samples // per_step)
     epochs = min(recipe.epochs, LARGE_EPOCHS) if num_samples > LARGE else recipe.epochs
     epochs = min(max(epochs, math.ceil(recipe.steps / steps_per_epoch)), MAX_EPOCHS)

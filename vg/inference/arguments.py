@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 from vg.errors import ConfigError, DataError
@@ -20,18 +21,18 @@ def checked_phrases(phrases: Any) -> tuple[str, ...]:
     return wanted
 
 
-def check_count(value: int, name: str, minimum: int = 1) -> None:
-    """Raise ConfigError unless a number, such as that of the images in a batch, is at least `minimum`."""
-    if value < minimum:
-        raise ConfigError(f"{name} {value}: expected at least {minimum}")
+def check_count(value: Any, name: str, minimum: int = 1) -> None:
+    """Raise ConfigError unless a number, such as that of the images in a batch, is an integer from `minimum`."""
+    if not isinstance(value, Integral) or value < minimum:
+        raise ConfigError(f"{name} {value!r:.80}: expected at least {minimum}, an integer")
 
 
-def check_fraction(value: Any, name: str) -> None:
-    """Raise ConfigError unless a score or IoU is in 0..1."""
+def check_fraction(value: Any, name: str, maximum: float = 1.0, meaning: str = "a score or IoU") -> None:
+    """Raise ConfigError unless a number, such as a score, is in 0..maximum."""
     try:
-        valid = 0 <= value <= 1
+        valid = 0 <= value <= maximum
     except (TypeError, ValueError):  # such as text, or several values
         valid = False
     if not valid:
         shown = f"{value:g}" if isinstance(value, (int, float)) else f"{value!r:.80}"
-        raise ConfigError(f"{name} {shown}: expected a score or IoU from 0 to 1, such as 0.3")
+        raise ConfigError(f"{name} {shown}: expected {meaning} from 0 to {maximum:g}, such as 0.3")

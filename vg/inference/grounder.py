@@ -252,8 +252,7 @@ class Grounder:
                 check_fraction(value, name)
         for name, number in (("batch_size", batch_size), ("tile", 1 if tile is None else tile)):
             check_count(number, name)
-        if not 0 <= overlap <= 0.9:
-            raise ConfigError(f"overlap {overlap:g}: expected a fraction of a tile from 0 to 0.9")
+        check_fraction(overlap, "overlap", 0.9, "a fraction of a tile")
         if tile is not None and not self.takes_many:
             raise ConfigError("tile: the model answers one expression of an image, and cannot compare boxes of tiles")
         named, count = named_images(images, every)

@@ -182,11 +182,13 @@ class ReadsAnnotations(Protocol):
 @contextmanager
 def without_gc() -> Iterator[None]:
     """Pause the garbage collector, which scans millions of new objects again and again: up to half of the time."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if enabled:
+            gc.enable()
 
 
 def to_float(value: Any) -> float:
