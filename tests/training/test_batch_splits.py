@@ -24,6 +24,7 @@ MakeConfig = Callable[..., RunConfig]
 # error move by up to lr in an arbitrary direction, which can flip a discrete choice of Grounding DINO (top-k queries,
 # matching) in the second step. At 1e-4, with gradients clipped to norm 1, the step is smooth in the gradient.
 EPS = 1e-4
+FAMILIES = ("rec", "grounding_dino")
 
 SCRIPT = """
 import sys, torch
@@ -31,10 +32,10 @@ from vg.config import load_config
 from vg.distributed import shut_down
 from vg.training.trainer import Trainer
 
-def main():
-    trainer = Trainer(load_config(sys.argv[1]), overwrite=True)
+def main(family):
+    trainer = Trainer(load_config(f"{family}.yaml"), overwrite=True)
     for group in trainer.optimizer.param_groups:
-        group["eps"] = float(sys.argv[3])
+        group["eps"] = float(sys.argv[1])
     clip, gradients = trainer.accelerator.clip_grad_norm_, []
 
     def record(parameters, norm):
@@ -45,9 +46,10 @@ def main():
     trainer.accelerator.clip_grad_norm_ = record
     trainer.fit()
     if trainer.accelerator.is_main_process:
-        torch.save(gradients, sys.argv[2])
+        torch.save(gradients, f"{family}.pt")
 
-main()
+for family in sys.argv[2:]:
+    main(family)
 shut_down()
 """
 
@@ -71,31 +73,46 @@ def configured(make: MakeConfig, family: str, batch_size: int, accumulate: int, 
     return config
 
 
-def run(config: RunConfig, folder: Path, processes: int) -> tuple[list[dict[str, Tensor]], list[dict[str, Any]]]:
-    """Gradients by parameter and logged losses of every step."""
-    (folder / "config.yaml").write_text(dump_config(config))
+def run(
+    make: MakeConfig, folder: Path, processes: int, batch_size: int, accumulate: int
+) -> dict[str, tuple[list[dict[str, Tensor]], list[dict[str, Any]]]]:
+    """Gradients by parameter and logged losses of every step, by family; both are trained by the same processes."""
+    folder.mkdir()
+    configs = {family: configured(make, family, batch_size, accumulate, folder / family) for family in FAMILIES}
+    for family, config in configs.items():
+        (folder / f"{family}.yaml").write_text(dump_config(config))
     (folder / "train.py").write_text(SCRIPT)
-    result = run_script(folder, "train.py", "config.yaml", "gradients.pt", str(EPS), processes=processes)
+    result = run_script(folder, "train.py", str(EPS), *FAMILIES, processes=processes)
     assert result.returncode == 0, result.stderr
-    return torch.load(folder / "gradients.pt", weights_only=True), [r for r in history(config) if "loss" in r]
+    return {
+        family: (
+            torch.load(folder / f"{family}.pt", weights_only=True),
+            [row for row in history(config) if "loss" in row],
+        )
+        for family, config in configs.items()
+    }
 
 
-@pytest.mark.parametrize("family", ["rec", "grounding_dino"])
 def test_splitting_a_batch_over_processes_and_accumulation_does_not_change_a_step(
-    tiny_config: MakeConfig, tmp_path: Path, family: str
+    tiny_config: MakeConfig, tmp_path: Path
 ) -> None:
-    whole, losses = run(configured(tiny_config, family, 8, 1, tmp_path / "whole"), tmp_path, 1)
-    assert len(losses) == len(whole) == 2
-    for processes, batch_size, accumulate in ((2, 2, 2), (4, 2, 1)):
-        config = configured(tiny_config, family, batch_size, accumulate, tmp_path / f"split_{processes}")
-        split, split_losses = run(config, tmp_path, processes)
-        for expected, found in zip(losses, split_losses, strict=True):
-            assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
-        for expected_step, found_step in zip(whole, split, strict=True):
-            assert expected_step.keys() == found_step.keys()
-            largest = max(gradient.abs().max() for gradient in expected_step.values()).item()
-            for name, gradient in expected_step.items():
-                torch.testing.assert_close(found_step[name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=name)
+    whole = run(tiny_config, tmp_path / "whole", 1, batch_size=8, accumulate=1)
+    for processes, accumulate in ((2, 2), (4, 1)):
+        split = run(tiny_config, tmp_path / f"split_{processes}", processes, batch_size=2, accumulate=accumulate)
+        for family in FAMILIES:
+            assert_equal(whole[family], split[family])
+
+
+def assert_equal(whole: tuple[Any, Any], split: tuple[Any, Any]) -> None:
+    (gradients, losses), (split_gradients, split_losses) = whole, split
+    assert len(losses) == len(gradients) == 2
+    for expected, found in zip(losses, split_losses, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    for expected_step, found_step in zip(gradients, split_gradients, strict=True):
+        assert expected_step.keys() == found_step.keys()
+        largest = max(gradient.abs().max() for gradient in expected_step.values()).item()
+        for name, gradient in expected_step.items():
+            torch.testing.assert_close(found_step[name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=name)
 
 
 @pytest.mark.parametrize("boxes", [(3, 0, 1, 2), (0, 0, 5, 1), (0, 0, 0, 0)], ids=str)
