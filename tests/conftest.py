@@ -70,11 +70,16 @@ def tiny_config(tmp_path: Path) -> Callable[..., RunConfig]:
 
 
 def run_script(
-    folder: Path, *command: str, processes: int = 2, timeout: float = 200
+    folder: Path, *command: str, processes: int = 2, forked: bool = True, timeout: float = 200
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Python script in a folder, in several processes on the CPU; options of torchrun come before the script."""
+    """Run a Python script in a folder, in several processes on the CPU; options of torchrun come before the script.
+
+    Args:
+        forked: several processes start with vg imported, in half of the time, but exit without Python's exit handlers.
+    """
     # Not `accelerate launch --cpu --num_processes 2`, which starts only one process.
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    torchrun = "tests.forking_torchrun" if forked else "torch.distributed.run"
+    launcher = ["-m", torchrun, "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     if not torch.accelerator.is_available():
         environment.pop("ACCELERATE_USE_CPU", None)  # several processes use the CPU without it

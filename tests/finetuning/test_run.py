@@ -131,7 +131,7 @@ except SystemExit as stop:
 def test_two_processes_share_a_plan(tmp_path: Path) -> None:
     """The batch size is that of the process with the least memory, which the machine's processes share."""
     (tmp_path / "train.py").write_text(TWO_PROCESSES.format(memory=2 * (16 * 2_546_760 + 100_000_000)))
-    assert launch(tmp_path, status=1).count("error: data does not exist") == 2
+    assert launch(tmp_path, status=1, forked=False).count("error: data does not exist") == 2
     (tmp_path / "data").mkdir()
     YoloConfig.miniature(tmp_path / "data")
     printed = launch(tmp_path)

@@ -48,9 +48,9 @@ shut_down()
 """
 
 
-def launch(folder: Path, *arguments: str, stream: str = "stdout", status: int = 0) -> str:
+def launch(folder: Path, *arguments: str, stream: str = "stdout", status: int = 0, forked: bool = True) -> str:
     """Run the script in two processes and return their output."""
-    result = run_script(folder, "train.py", *arguments)
+    result = run_script(folder, "train.py", *arguments, forked=forked)
     assert result.returncode == status, result.stderr
     return str(getattr(result, stream))
 
@@ -145,7 +145,7 @@ def test_all_processes_end_if_the_main_process_cannot_write(
     config = configured(tiny_config, tmp_path / "two", batch_size=4)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     (tmp_path / "train.py").write_text(UNWRITABLE.format(failing=failing))
-    assert launch(tmp_path, status=1).count("No space left on device") == 2
+    assert launch(tmp_path, status=1, forked=False).count("No space left on device") == 2
 
 
 LEFTOVERS = """
@@ -169,7 +169,7 @@ def test_no_thread_of_gloo_is_left_at_exit(tiny_config: MakeConfig, tmp_path: Pa
     config.train.max_steps = 1
     (tmp_path / "config.yaml").write_text(dump_config(config))
     (tmp_path / "train.py").write_text(LEFTOVERS)
-    errors = launch(tmp_path, stream="stderr")
+    errors = launch(tmp_path, stream="stderr", forked=False)
     for rank in range(2):
         assert "gloo" not in (tmp_path / f"threads_{rank}").read_text()
     assert "28 training samples are less than one batch (data.batch_size=32) for each of 2 processes" in errors
