@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from vg.data.refcoco.pickles import load_plain
-from vg.data.refcoco.rows import samples_of
+from vg.data.refcoco.rows import detect_format, referent_of
 from vg.data.refcoco.source import Refcoco, RefcocoConfig
 from vg.errors import BadSampleError, DataError
 
@@ -86,11 +86,11 @@ def test_a_bad_row_fails_only_its_own_sample(changes, message, folder, monkeypat
 
 
 @pytest.mark.parametrize("bbox", [[10.0, 20.0, 30.0, 15.0], [10.0, 20.0, 41.5, 35.0]])
-def test_xyxy_boxes_are_checked_against_the_coco_box(bbox, folder):
-    raw = {"raw_anns": json.dumps({"bbox": [10.0, 20.0, 30.0, 15.0]})}
-    assert samples_of(JXU124 | raw, image_root=folder)[0].boxes.tolist() == [[10, 20, 40, 35]]
+def test_xyxy_boxes_are_checked_against_the_coco_box(bbox):
+    row, schema = JXU124 | {"raw_anns": json.dumps({"bbox": [10.0, 20.0, 30.0, 15.0]})}, detect_format(JXU124, "")
+    assert referent_of(row, schema).boxes.tolist() == [[10, 20, 40, 35]]
     with pytest.raises(BadSampleError, match=r"5: bbox .* read as xyxy, contradicts raw_anns"):
-        samples_of(JXU124 | raw | {"bbox": bbox}, image_root=folder)
+        referent_of(row | {"bbox": bbox}, schema)
 
 
 def test_an_empty_expression_fails_only_its_own_sample(folder):

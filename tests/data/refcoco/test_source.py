@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vg.data.overlap import without_overlap
-from vg.data.refcoco.rows import samples_of
+from vg.data.refcoco.rows import image_source
 from vg.data.refcoco.source import Refcoco, RefcocoConfig
 from vg.data.subset import SplitConfig
 from vg.errors import DataError
@@ -147,15 +147,15 @@ def test_phrases_are_known_without_images(tmp_path, images):
     assert source.sample_phrases()[2][1] == (LINES[1]["sent"],), "a bad box is reported when its sample is loaded"
 
 
-def test_samples_of_equals_load(tmp_path):
-    row = {**LMMS, "image": Image.open(io.BytesIO(jpeg())), "kinds": ["attribute", "relation"], "segmentation": []}
-    samples = samples_of(row, dataset="shapes", split="test")
-    assert [sample.id for sample in samples] == ["shapes/test/5/0", "shapes/test/5/1"]
+def test_expression_types_are_those_of_the_column_kinds(tmp_path):
+    image_dataset([{**with_pixels(LMMS), "kinds": ["attribute", "relation"]}]).save_to_disk(tmp_path / "saved")
+    source = build(tmp_path / "saved")
+    samples = [source.load(index, epoch=3) for index in range(2)]
+    assert [sample.id for sample in samples] == ["saved/val/5/0", "saved/val/5/1"]
     assert [sample.expression_type for sample in samples] == ["attribute", "relation"]
-    image_dataset([{**with_pixels(LMMS), "kinds": row["kinds"]}]).save_to_disk(tmp_path / "saved")
-    loaded = build(tmp_path / "saved").load(1, epoch=3)
-    assert (loaded.expression_type, loaded.phrases) == ("relation", samples[1].phrases)
-    np.testing.assert_array_equal(loaded.image, samples[1].image)
+    assert [sample.phrases for sample in samples] == [("red man",), ("man on left",)]
+    for sample in samples:
+        np.testing.assert_array_equal(sample.image, np.asarray(Image.open(io.BytesIO(jpeg()))))
 
 
 def test_exif_orientation_is_ignored(tmp_path):
@@ -203,7 +203,7 @@ def test_worker_processes_load_the_same_samples(tmp_path):
 def test_an_image_is_found_under_its_other_coco_names(stored, named, tmp_path):
     (tmp_path / stored).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / stored).write_bytes(jpeg())
-    assert len(samples_of({**LINES[0], "file_name": named}, image_root=tmp_path)) == 1
+    assert image_source({**LINES[0], "file_name": named}, tmp_path)[0] == tmp_path / stored
 
 
 @pytest.mark.parametrize("split", ["validation", "testA", "test", "testB"])

@@ -11,7 +11,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from tests.data.synthetic.reader import Reader, side
 from tests.data.synthetic.words import VOCABULARY
-from vg.data.refcoco.rows import samples_of
 from vg.data.synthetic.expressions import described_scene
 from vg.data.synthetic.scenes import COLORS, FORMS, STYLES, Scene, Shape, draw, random_scene
 from vg.data.synthetic.shapes import ShapesConfig
@@ -209,31 +208,6 @@ def test_splits_and_expression_types():
     assert source.provenance.split == "test"
     only = ShapesConfig(size=10, kinds=("relation",)).build()
     assert {only.load(index, 0).expression_type for index in range(10)} == {"relation"}
-
-
-def test_rows_have_the_schema_of_lmms_lab():
-    source = ShapesConfig(split="val", image_size=96).build()
-    row = source.row(5)
-    left, top, width, height = row["bbox"]
-    assert {name: type(value) for name, value in row.items() if name != "image"} == {
-        "question_id": str,
-        "question": str,
-        "answer": list,
-        "bbox": list,
-        "segmentation": list,
-        "iscrowd": int,
-        "file_name": str,
-        "kinds": list,
-    }
-    assert row["image"].size == (96, 96)
-    assert row["image"].mode == "RGB"
-    assert len(row["answer"]) == len(row["kinds"]) == 1
-    assert all(isinstance(value, float) for value in row["bbox"])
-    xs, ys = row["segmentation"][::2], row["segmentation"][1::2]
-    assert (min(xs), min(ys), max(xs), max(ys)) == (left, top, left + width, top + height)
-    (sample,) = samples_of(row, "shapes", "val")
-    assert same(sample, source.load(5, 0))
-    assert sample.boxes.tolist() == [[left, top, left + width, top + height]]
 
 
 def test_detection_view_has_a_box_for_every_matching_shape():

@@ -10,6 +10,7 @@ import pytest
 
 from tests.data.synthetic.test_shapes import read
 from vg.config import load_config
+from vg.data.images import decoded_once
 from vg.data.source import checked
 from vg.data.synthetic.comparisons import POSITION_LEAD
 from vg.data.synthetic.expressions import RELATIONS, Expression, ExpressionType, described_scene, further_expressions
@@ -58,6 +59,9 @@ def test_samples_of_a_scene_share_its_image(settings: type[WorldConfig]) -> None
     for sample, again in zip(samples, reversed(in_another_order), strict=True):
         assert sample.phrases == again.phrases
         np.testing.assert_array_equal(sample.image, again.image)
+    with decoded_once():
+        assert source.load(0, 3).image is source.load(3, 3).image
+    assert source.load(0, 3).image is not source.load(3, 3).image
     with pytest.raises(IndexError, match="there is no sample 42"):
         source.load(42, 3)
 

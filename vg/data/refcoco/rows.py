@@ -1,4 +1,4 @@
-"""Converts one row of a published RefCOCO table to one sample per expression."""
+"""Reads the annotation and the image of one row of a published RefCOCO table."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from vg.data.images import find_image, read_image
+from vg.data.images import find_image
 from vg.data.source import checked
 from vg.errors import BadSampleError, DataError
 from vg.types import Sample
@@ -31,8 +30,7 @@ class Schema(NamedTuple):
         return self.expressions, self.key, self.boxes
 
 
-# lmms-lab/RefCOCO*, with pixels; the rows of vg.data.synthetic.shapes have this schema, too
-LMMS = Schema("answer", "xywh", "question_id")
+LMMS = Schema("answer", "xywh", "question_id")  # lmms-lab/RefCOCO*, with pixels
 SCHEMAS = (
     LMMS,
     Schema("captions", "xyxy", "ann_id"),  # jxu124/refcoco*, without pixels
@@ -138,7 +136,7 @@ def image_name(row: Mapping[str, Any]) -> str:
     return str(row.get("image_path") or inside or row.get("file_name") or "")
 
 
-def image_source(row: Mapping[str, Any], image_root: Path | None) -> tuple[Path | bytes | Image.Image, str]:
+def image_source(row: Mapping[str, Any], image_root: Path | None) -> tuple[Path | bytes, str]:
     """Return the image, its bytes or its file below `image_root`, and a name for messages, as read_image takes them.
 
     Raises:
@@ -146,7 +144,7 @@ def image_source(row: Mapping[str, Any], image_root: Path | None) -> tuple[Path 
     """
     image, name = row.get("image"), image_name(row)
     pixels = image.get("bytes") if isinstance(image, Mapping) else image
-    if isinstance(pixels, bytes | Image.Image):
+    if isinstance(pixels, bytes):
         return pixels, name or "in the row"
     if not name:
         raise BadSampleError("no image: image, image_path and file_name are all empty; fill one of them")
@@ -154,25 +152,6 @@ def image_source(row: Mapping[str, Any], image_root: Path | None) -> tuple[Path 
         raise BadSampleError(f"image {name} is not in the row; set image_root to the folder of the images")
     file = find_image(name, image_root)
     return file, str(file)
-
-
-def samples_of(
-    row: Mapping[str, Any], dataset: str = "refcoco", split: str = "train", image_root: Path | None = None
-) -> list[Sample]:
-    """Return one sample per expression of a row of any schema in `SCHEMAS`; they share one image.
-
-    Their ids are `<dataset>/<split>/<key of the object>/<index of the expression in the row>`.
-
-    Raises:
-        DataError: the columns are not a known schema.
-        BadSampleError: the row cannot be used; the message gives the reason.
-    """
-    referent = referent_of(row, detect_format(row.keys(), f"{dataset} ({split})"))
-    image = read_image(*image_source(row, image_root))
-    return [
-        referent.sample(image, index, sample_id(dataset, split, referent.key, index))
-        for index in range(len(referent.expressions))
-    ]
 
 
 def sample_id(dataset: str, split: str, key: str, index: int) -> str:

@@ -166,7 +166,7 @@ class Refcoco:
 
     def image_bytes(self, index: int) -> bytes | None:
         source, _ = image_source(self._table.row(int(self._indices[index, 0])), self._image_root)
-        return source.read_bytes() if isinstance(source, Path) else source if isinstance(source, bytes) else None
+        return source.read_bytes() if isinstance(source, Path) else source
 
     def _image_names(self) -> list[str]:
         """Return the image file that each row names, "" if none, without reading pixels."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Generic, Literal
+from typing import Annotated, Generic, Literal
 
 import numpy as np
 from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from vg.data.refcoco.rows import samples_of
+from vg.data.images import read_image
 from vg.data.source import Provenance, Task
 from vg.data.synthetic.expressions import (
     GENERALIZED,
@@ -88,37 +88,19 @@ class World(ABC, Generic[Object, Background]):
         return SPLITS[self.settings.split] if self.settings.size is None else self.settings.size
 
     def load(self, index: int, epoch: int) -> Sample:
-        return samples_of(self.row(index, epoch), self.settings.name, self.settings.split)[0]
-
-    def row(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        """Draw one scene with an expression for one of its objects, in the columns of `lmms-lab/RefCOCO*` on the Hub.
-
-        `bbox` is xywh in pixels; the additional column `kinds` has the type of each expression in `answer`. If objects
-        may be absent or several, the columns are those of gRefCOCO, with `boxes` in place of `bbox`.
-        """
-        split, seed = self.settings.split, self.settings.seed
-        epoch = self.seed_epoch(epoch)
         self._check(index)
         scene, index_in_scene = divmod(index, self.settings.expressions_per_scene)
-        image, expressions = self._described(scene, epoch)
+        image, expressions = self._described(scene, self.seed_epoch(epoch))
         expression = expressions[index_in_scene]
-        file_name = f"{split}_seed{seed}_epoch{epoch}_{scene:06d}.png"
-        if self.provenance.task == "generalized":
-            boxes = [[x, y, right - x, bottom - y] for x, y, right, bottom in (item.box for item in expression.targets)]
-            columns = {"ann_id": f"{index:06d}", "sent": expression.text, "boxes": boxes, "kinds": [expression.type]}
-            return {**columns, "image": image, "file_name": file_name}
-        left, top, right, bottom = map(float, expression.target.box)
-        return {
-            "question_id": f"{index:06d}",
-            "image": image,
-            "question": "Which object does the expression name?",
-            "answer": [expression.text],
-            "bbox": [left, top, right - left, bottom - top],
-            "segmentation": [left, top, right, top, right, bottom, left, bottom],
-            "iscrowd": 0,
-            "file_name": file_name,
-            "kinds": [expression.type],
-        }
+        id = f"{self.settings.name}/{self.settings.split}/{index:06d}/0"
+        return Sample(
+            id=id,
+            image=read_image(image, id),  # a copy, except within decoded_once
+            phrases=(expression.text,),
+            boxes=np.array([item.box for item in expression.targets], np.float32).reshape(-1, 4),  # [N, 4]
+            phrase_ids=np.zeros(len(expression.targets), np.int64),
+            expression_type=expression.type,
+        )
 
     def _described(self, index: int, epoch: int) -> tuple[Image.Image, list[Expression[Object]]]:
         """Return a drawn scene and its expressions; the last one is kept, because samples of a scene are neighbors."""
