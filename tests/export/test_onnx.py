@@ -237,6 +237,15 @@ def test_int8_reports_its_loss(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert len(vg.Grounder(tmp_path / "int8.onnx")(image(64, 64), "dog")) == 1
 
 
+def test_int8_of_a_checkpoint_on_the_hub_reports_its_loss(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(run))
+    monkeypatch.setattr("vg.hub._check_network", lambda: None)
+    main(["export", "somebody/found", str(tmp_path / "int8.onnx"), "--int8"])
+    assert "after int8" in capsys.readouterr().out
+
+
 def test_int8_of_a_run_with_cached_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_expressions(tmp_path)
     write_encoders(tmp_path)

@@ -44,8 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from vg.checkpoint import is_checkpoint, read_model
-    from vg.inference.torch_backend import load_model
+    from vg.inference.torch_backend import load
 
     suffix = options.output.suffix
     if suffix not in (".onnx", ".pt2"):
@@ -57,11 +56,7 @@ def run(options: argparse.Namespace) -> None:
 
         check_packages()
     check_writable(options.output)
-    config: CheckpointConfig | None = None
-    if is_checkpoint(options.checkpoint):
-        model, config = read_model(options.checkpoint, options.overrides)
-    else:
-        model = load_model(options.checkpoint, options.tokenizer, options.overrides)
+    model, config, _ = load(options.checkpoint, options.tokenizer, options.overrides, None)
     if suffix == ".pt2":
         from vg.export.program import save_program
 
