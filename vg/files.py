@@ -7,6 +7,7 @@ with the suffix .old.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -68,6 +69,14 @@ def read_json(path: Path, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise OSError(errno.EILSEQ, f"Not a JSON {kind.__name__}", str(path))
     return value
+
+
+def sha256_of(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What this machine offers: free memory, how the C library hands it out, and the fastest matrix products of its CPU."""
+"""What this machine offers: cores, free memory, how the C library hands it out, and the fastest matrix products."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, from malloc.h
 SHORT = 100  # tokens up to which attention by two products is faster, see scripts/benchmarks/short_attention.py
+
+
+def num_cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_ram(root: Path = Path("/")) -> int:

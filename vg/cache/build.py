@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from vg.data.prompt import Expressions
 from vg.data.source import Source
 from vg.distributed import new_accelerator, processes_per_machine, progress_bar
 from vg.errors import BadSampleError, CacheError, ConfigError, printable
+from vg.machine import num_cores
 from vg.models.base import EncodableModel
 from vg.types import Sample, StretchedImage, Text, map_tensors
 from vg.workers import new_loader
@@ -236,8 +236,7 @@ class Build:
         workers = self.data.workers
         if workers == 0 or self.accelerator.device.type != "cuda":
             return workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(workers, min(MOST_WORKERS, cores // processes_per_machine(self.accelerator)))
+        return max(workers, min(MOST_WORKERS, num_cores() // processes_per_machine(self.accelerator)))
 
     def _autocast(self) -> torch.autocast:
         enabled = self.folder.key.get("precision") == "bf16"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vg.data.source import HasImageFiles, HasImageKeys, Source
+from vg.files import sha256_of
 
 NO_FILE = [-1, -1, -1]  # identity of an image that is not a file, or was encoded by an earlier version
 
@@ -84,8 +84,4 @@ def changed_images(files: Sequence[Path | None], stored: Sequence[Sequence[int]]
 
 def _digest(file: Path) -> int:
     """Return 56 bits of a digest of the whole file: equal heads do not make equal images, as in BMP."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return int.from_bytes(digest.digest()[:7], "big")
+    return int(sha256_of(file)[:14], 16)

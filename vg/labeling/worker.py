@@ -22,6 +22,7 @@ from vg.labeling.captions import PIPELINE, Captions
 from vg.labeling.output import LabelFolder, Line
 from vg.labeling.phrases import Classes, Labels, Prompt, Thresholds
 from vg.labeling.plan import PlannedImage, open_plan
+from vg.machine import num_cores
 
 MAX_THREADS = 8  # that read images for one GPU
 
@@ -217,5 +218,4 @@ def read_threads(device: str) -> int:
     """Return how many threads read images: for a GPU, the share of this process in the cores of the machine."""
     if device.startswith("cpu"):
         return NUM_THREADS
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(NUM_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), MAX_THREADS)
+    return min(max(NUM_THREADS, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), MAX_THREADS)

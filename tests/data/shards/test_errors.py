@@ -16,13 +16,14 @@ import pytest
 from vg.data.detection.odvg import OdvgConfig
 from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.shards.containers import Entry, write_shard
-from vg.data.shards.index import INDEX, SAMPLES, ShardFile, sha256_of, write_index
+from vg.data.shards.index import INDEX, SAMPLES, ShardFile, write_index
 from vg.data.shards.lines import line_of
 from vg.data.shards.source import Shards, ShardsConfig
 from vg.data.shards.write import write_shards
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import BadSampleError, DataError
+from vg.files import sha256_of
 from vg.types import Sample
 
 SHAPES = ShapesConfig(split="val", size=7, image_size=64)

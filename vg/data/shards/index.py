@@ -9,7 +9,6 @@ A folder of shards contains
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 from vg.data.detection.odvg_lines import LabelMap
 from vg.data.source import Provenance
 from vg.errors import DataError
-from vg.files import replacing, write_json
+from vg.files import replacing, sha256_of, write_json
 
 ShardFormat: TypeAlias = Literal["tar", "parquet"]
 
@@ -171,11 +170,3 @@ def write_index(
 def file_entry(file: Path, samples: int) -> ShardFile:
     """Return name, size and SHA-256 of a file."""
     return ShardFile(file.name, samples, file.stat().st_size, sha256_of(file))
-
-
-def sha256_of(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -18,10 +18,11 @@ from vg.data.detection.odvg import OdvgConfig
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.images import COCO_KEY
 from vg.data.shards.containers import check_columns
-from vg.data.shards.index import INDEX, Index, map_rows, sha256_of
+from vg.data.shards.index import INDEX, Index, map_rows
 from vg.data.shards.lines import LineReader
 from vg.data.shards.storage import open_storage
 from vg.errors import DataError
+from vg.files import sha256_of
 from vg.settings import Settings
 from vg.types import Sample
 

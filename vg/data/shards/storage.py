@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Protocol
 
 from vg.data.shards.download import download
-from vg.data.shards.index import INDEX, ShardFile, sha256_of
+from vg.data.shards.index import INDEX, ShardFile
 from vg.errors import DataError
-from vg.files import remove, replacing
+from vg.files import remove, replacing, sha256_of
 
 _FIX = "copy it again, or write the dataset with vg shard"
 UNFINISHED = "unfinished.json"  # settings of shards that are being written

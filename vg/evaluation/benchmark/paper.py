@@ -13,7 +13,7 @@ from vg.config import CheckpointConfig, RunConfig, checkpoint_config, dump_confi
 from vg.errors import ConfigError
 from vg.evaluation.benchmark.columns import described, may_have_seen
 from vg.evaluation.benchmark.suite import DATASETS
-from vg.evaluation.benchmark.table import published
+from vg.evaluation.benchmark.table import NOT_COMPARABLE, published
 from vg.files import read_json
 
 RESULTS = "benchmark.json"
@@ -21,7 +21,7 @@ METRIC = "acc@0.5"
 MILLION = 1_000_000
 INCOMPLETE, SEEN = "*", "†"
 MARKS = {
-    INCOMPLETE: "not the complete official split: not comparable with published results",
+    INCOMPLETE: NOT_COMPARABLE,
     SEEN: "trained on another dataset or split of the same images, which may contain images of this split",
 }
 Column = tuple[str, str]  # key of DATASETS and split

@@ -29,6 +29,7 @@ COLUMNS = {  # metric -> its heading
 }
 MAIN = ("acc@0.5", "miou", "f1")
 OURS = "this checkpoint"
+NOT_COMPARABLE = "not the complete official split: not comparable with published results"
 
 Rows = list[list[str]]  # of cells, the header first
 Entry = Mapping[str, Any]  # of `parts` or `pooled` in benchmark.json
@@ -94,7 +95,7 @@ def slices(entry: Entry) -> Rows:
 def remark(results: Mapping[str, Any]) -> str:
     """Explain the star if an entry has one."""
     starred = any(_star(entry) for entry in [*results["parts"], *results["pooled"]])
-    return "* not the complete official split: not comparable with published results" if starred else ""
+    return f"* {NOT_COMPARABLE}" if starred else ""
 
 
 def text(results: Mapping[str, Any]) -> str:
