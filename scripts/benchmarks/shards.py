@@ -28,7 +28,7 @@ from PIL import Image
 from scripts.benchmarks.machine import machine
 from vg.data.detection.coco import CocoConfig
 from vg.data.shards.containers import Entry, write_shard
-from vg.data.shards.index import write_index
+from vg.data.shards.index import Index, write_rows
 from vg.data.shards.source import ShardsConfig
 from vg.data.shards.write import write_shards
 from vg.data.source import Provenance, Source
@@ -47,7 +47,10 @@ def open_index(folder: Path, samples: int) -> tuple[float, float, float]:
     """Write an index of shards of 1,000 samples; return seconds to open it, MB added by that, and MB in all."""
     shard, rows = write_shard(folder / "0.tar", "tar", [Entry("0", "0", b"x", ".jpg", b"{}\n", (480, 640), 0)])
     shards = [shard._replace(samples=1000)] * (samples // 1000)
-    write_index(folder, "tar", shards, (np.repeat(rows, 1000) for _ in shards), Provenance("many", "train"))
+    table = write_rows(folder, (np.repeat(rows, 1000) for _ in shards), 1000 * len(shards))
+    provenance = Provenance("many", "train")
+    index = Index("tar", shards, table, provenance, None, None, all_detections=False, skipped=0, settings={})
+    index.write(folder)
     command = [sys.executable, "-c", _OPEN, str(folder)]
     runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(5)]
     seconds, added, resident = (statistics.median(float(run[i]) for run in runs) for i in (1, 2, 3))

@@ -16,7 +16,7 @@ import pytest
 from vg.data.detection.odvg import OdvgConfig
 from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.shards.containers import Entry, write_shard
-from vg.data.shards.index import INDEX, SAMPLES, ShardFile, write_index
+from vg.data.shards.index import INDEX, SAMPLES, Index, ShardFile, write_rows
 from vg.data.shards.lines import line_of
 from vg.data.shards.source import Shards, ShardsConfig
 from vg.data.shards.write import write_shards
@@ -187,7 +187,10 @@ def test_an_index_of_many_samples_opens_without_reading_it(tmp_path: Path) -> No
     entry = Entry("0", "0", b"x", ".jpg", b"{}\n", (48, 64), 0)
     shard, rows = write_shard(tmp_path / "0.tar", "tar", [entry])
     entries = [shard._replace(samples=1000)] * 1000
-    write_index(tmp_path, "tar", entries, (np.repeat(rows, 1000) for _ in entries), Provenance("many", "train"))
+    table = write_rows(tmp_path, (np.repeat(rows, 1000) for _ in entries), 1_000_000)
+    provenance = Provenance("many", "train")
+    index = Index("tar", entries, table, provenance, None, None, all_detections=False, skipped=0, settings={})
+    index.write(tmp_path)
     memory = psutil.Process().memory_info
     before = memory().rss
     shards = ShardsConfig(path=str(tmp_path)).build()

@@ -77,6 +77,10 @@ class Index:
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.shards) else 0
 
+    def write(self, folder: Path) -> None:
+        """Write index.json atomically; from then on the shards are complete."""
+        write_json(folder / INDEX, self.to_json())
+
     def to_json(self) -> dict[str, Any]:
         own = {"table": self.table._asdict(), "shards": [shard._asdict() for shard in self.shards]}
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
@@ -126,45 +130,19 @@ def map_rows(file: Path, index: Index) -> np.ndarray:
     return rows
 
 
-def write_index(
-    folder: Path,
-    format: ShardFormat,
-    shards: Sequence[ShardFile],
-    rows: Iterable[np.ndarray],
-    provenance: Provenance,
-    classes: Sequence[str] | None = None,
-    category_ids: Sequence[Any] | None = None,
-    all_detections: bool = False,
-    skipped: int = 0,
-    settings: Mapping[str, Any] | None = None,
-) -> Index:
-    """Write samples.npy and then index.json, atomically.
+def write_rows(folder: Path, rows: Iterable[np.ndarray], length: int) -> ShardFile:
+    """Write samples.npy atomically and return its entry.
 
     Args:
-        shards: the files in the folder; those without samples are left out.
-        rows: the rows of their samples, in this order: any number of [samples] of ROW.
+        rows: the rows of the samples in the order of the shards: any number of [samples] of ROW.
+        length: number of all rows.
     """
-    shards = [shard for shard in shards if shard.samples]
     with replacing(folder / SAMPLES, is_file=True) as partial, partial.open("wb") as file:
-        length = sum(shard.samples for shard in shards)
         header = {"descr": np.lib.format.dtype_to_descr(ROW), "fortran_order": False, "shape": (length,)}
         np.lib.format.write_array_header_1_0(file, header)
         for some in rows:
             file.write(some.astype(ROW, copy=False).tobytes())
-    table = file_entry(folder / SAMPLES, length)
-    index = Index(
-        format=format,
-        shards=shards,
-        table=table,
-        provenance=provenance,
-        classes=classes,
-        category_ids=category_ids,
-        all_detections=all_detections,
-        skipped=skipped,
-        settings=settings or {},
-    )
-    write_json(folder / INDEX, index.to_json())
-    return index
+    return file_entry(folder / SAMPLES, length)
 
 
 def file_entry(file: Path, samples: int) -> ShardFile:

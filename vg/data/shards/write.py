@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from vg.data.shards.index import INDEX, ROW, Index, ShardFile, ShardFormat, write_index
+from vg.data.shards.index import INDEX, ROW, Index, ShardFile, ShardFormat, write_rows
 from vg.data.shards.job import Record, ShardJob, read_record
 from vg.data.shards.storage import UNFINISHED
 from vg.data.source import HasCategoryIds, HasFingerprint, Source
@@ -234,18 +234,19 @@ def _finish(job: ShardJob, settings: dict[str, Any]) -> Index:
     if not length:
         raise DataError(f"{job.provenance}: every sample is bad; the warnings above name the reasons")
     ids = list(job.source.category_ids.values()) if isinstance(job.source, HasCategoryIds) else None
-    index = write_index(
-        job.folder,
-        job.format,
-        [record.shard for record in known],
-        (np.array([tuple(row) for row in record.rows], ROW) for record in records()),
-        replace(job.provenance, official=False) if skipped else job.provenance,
-        job.vocabulary.names if job.vocabulary else None,
-        ids,
-        sum(record.detections for record in known) == length,
-        skipped,
-        settings,
+    rows = (np.array([tuple(row) for row in record.rows], ROW) for record in records())
+    index = Index(
+        format=job.format,
+        shards=[record.shard for record in known if record.shard.samples],
+        table=write_rows(job.folder, rows, length),
+        provenance=replace(job.provenance, official=False) if skipped else job.provenance,
+        classes=job.vocabulary.names if job.vocabulary else None,
+        category_ids=ids,
+        all_detections=sum(record.detections for record in known) == length,
+        skipped=skipped,
+        settings=settings,
     )
+    index.write(job.folder)
     _clean(job.folder)
     return index
 
