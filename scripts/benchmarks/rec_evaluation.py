@@ -52,7 +52,8 @@ def main() -> None:
         rates: dict[str, list[float]] = {title: [] for title in datasets}
         for _ in range(options.rounds):
             for title, dataset in datasets.items():
-                evaluator = DatasetEvaluator("", dataset, config.data, accelerator)
+                data = config.data
+                evaluator = DatasetEvaluator("", dataset, data.eval_batch_size, data.workers, accelerator)
                 start = time.perf_counter()
                 with torch.no_grad():
                     evaluator.predict(model)

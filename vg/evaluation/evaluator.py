@@ -39,6 +39,7 @@ class DatasetEvaluator:
     Args:
         name: key in data.eval, "" for a single dataset without a name.
         data: its samples, and how they become batches.
+        workers: data workers of each process.
         with_loss: also compute the loss of models of expressions, as far as they can be trained on these samples.
 
     Raises:
@@ -46,7 +47,13 @@ class DatasetEvaluator:
     """
 
     def __init__(
-        self, name: str, data: RunDataset, config: DataConfig, accelerator: Accelerator, with_loss: bool = False
+        self,
+        name: str,
+        data: RunDataset,
+        batch_size: int,
+        workers: int,
+        accelerator: Accelerator,
+        with_loss: bool = False,
     ):
         self.name = name
         self.with_loss = with_loss
@@ -54,8 +61,8 @@ class DatasetEvaluator:
         self.data = data
         loader = new_loader(
             self.data,
-            config.workers,
-            batch_size=config.eval_batch_size,
+            workers,
+            batch_size=batch_size,
             collate_fn=data.collate,
             pin_memory=accelerator.device.type == "cuda",
         )
@@ -119,7 +126,14 @@ class Evaluator:
         with_loss: bool = False,
     ):
         self.datasets = [
-            DatasetEvaluator(name, evaluation_dataset(settings, config, model), config, accelerator, with_loss)
+            DatasetEvaluator(
+                name,
+                evaluation_dataset(settings, config, model),
+                config.eval_batch_size,
+                config.workers,
+                accelerator,
+                with_loss,
+            )
             for name, settings in config.eval_datasets().items()
         ]
         metrics = [dataset.metric for dataset in self.datasets]

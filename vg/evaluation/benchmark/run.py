@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from vg.config import CheckpointConfig, DataConfig
+from vg.config import CheckpointConfig
 from vg.data.collate import Collator
 from vg.data.dataset import BadSamples, GroundingDataset
-from vg.data.refcoco.source import RefcocoConfig
 from vg.evaluation.benchmark.slices import slices
 from vg.evaluation.benchmark.suite import BenchmarkSplit
 from vg.evaluation.benchmark.table import MAIN
@@ -134,10 +133,8 @@ def run(
     ]
     with accelerator.autocast():  # compiles kernels and allocates memory before anything is timed
         TorchBackend(model, str(accelerator.device)).predict_samples([data[0][0]])
-    unused = RefcocoConfig()  # each split has its own source
-    config = DataConfig(train=unused, eval=unused, eval_batch_size=batch_size, workers=workers)
     evaluated = [
-        _evaluate(model, split, DatasetEvaluator(split.id, samples, config, accelerator))
+        _evaluate(model, split, DatasetEvaluator(split.id, samples, batch_size, workers, accelerator))
         for split, samples in zip(splits, data, strict=True)
     ]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
