@@ -66,10 +66,7 @@ class Columns(NamedTuple):
         phrases = [name for name in PHRASE if name in names] or [name for name in CLASS if name in names]
         phrase = _only(phrases, "phrase", f"{' or '.join(PHRASE)} (a class: {' or '.join(CLASS)})", names, where)
         unclear = [name for name in ("box", "bbox") if name in names]
-        known = (
-            "left, top, right, bottom, or x1, y1, x2, y2, or xmin, ymin, xmax, ymax, or x, y, width, height, or "
-            "box_xyxy, or box_xywh"
-        )
+        known = ", or ".join(", ".join(group) for group in BOX)
         boxes = [group for group in BOX if set(group) <= set(names)]
         if unclear and not boxes:
             raise DataError(
