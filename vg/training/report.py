@@ -37,7 +37,6 @@ class Report:
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self.first_step = trainer.progress.step
         self.clock: tuple[int, float] | None = None  # step and time at which the timed steps began
         self.estimated = False
         self.phrases: list[str] = []  # examples from the training data
@@ -45,10 +44,10 @@ class Report:
     def begin(self) -> None:
         """Print the plan: model, data with example phrases, steps and device."""
         trainer = self.trainer
+        self.first_step = trainer.progress.step
         if not trainer.accelerator.is_main_process:
             return
         config, model, total = trainer.config, trainer.unwrapped_model, trainer.budget.total
-        self.first_step = trainer.progress.step
         self.phrases = trainer.data.phrases
         lines = [
             f"{config.model.name}, {model.num_parameters(trainable_only=True):,} trainable parameters",
