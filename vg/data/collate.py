@@ -75,11 +75,11 @@ class Collator:
         text = self.texts(samples)
         targets = [_target(sample, self._kept_boxes(sample, text, i)) for i, sample in enumerate(samples)]
         boxes = prompt_targets(text, targets)
-        numbers: dict[int, int] = {}
+        ids: dict[int, int] = {}  # of images, by that of the array
         indices = list(range(len(samples)))
         if not self.own_images:  # samples of one array share its image
-            indices = [numbers.setdefault(id(sample.image), len(numbers)) for sample in samples]
-            samples = [samples[indices.index(number)] for number in range(len(numbers))]
+            indices = [ids.setdefault(id(sample.image), len(ids)) for sample in samples]
+            samples = [samples[indices.index(image_id)] for image_id in range(len(ids))]
         image_ids, max_per_image = torch.tensor(indices), max(map(indices.count, indices))
         if self.normalize:
             images, sizes = self.images(samples)

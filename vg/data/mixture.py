@@ -92,51 +92,51 @@ class Mixture(Generic[Loaded]):
         return sum(self._counts)
 
     def load(self, index: int, epoch: int) -> Loaded:
-        number, source_index, source_epoch = self.locate(index, epoch)
-        source = self.sources[number]
+        source_index, index_in_source, source_epoch = self.locate(index, epoch)
+        source = self.sources[source_index]
         try:
-            sample = source.load(source_index, source_epoch)
+            sample = source.load(index_in_source, source_epoch)
         except DataError as error:
             raise type(error)(f"{source.provenance}: {error}") from error
-        return replace(sample, id=self.prefix(number) + sample.id)
+        return replace(sample, id=self.prefix(source_index) + sample.id)
 
-    def prefix(self, number: int) -> str:
+    def prefix(self, source_index: int) -> str:
         """Return what the ids of the samples of a source begin with."""
-        return self._prefixes[number]
+        return self._prefixes[source_index]
 
     def locate(self, index: int, epoch: int) -> tuple[int, int, int]:
-        """Return the number of the source of a sample, its index there, and the epoch of that source.
+        """Return the index of the source of a sample, its index there, and the epoch of that source.
 
         A source with weight 2 has two epochs of its own in every epoch of the mixture.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"a mixture of {len(self)} samples has no item {index}")
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        count, length = self._counts[number], len(self.sources[number])
-        offset = index - int(self._ends[number] - count)
+        source_index = int(np.searchsorted(self._ends, index, side="right"))
+        count, length = self._counts[source_index], len(self.sources[source_index])
+        offset = index - int(self._ends[source_index] - count)
         whole, rest = divmod(count, length)  # an epoch has this many full passes, and a pass over `rest` samples
         if offset < whole * length:
-            return number, offset % length, epoch * (whole + bool(rest)) + offset // length
+            return source_index, offset % length, epoch * (whole + bool(rest)) + offset // length
         turn, offset = divmod(epoch * rest + offset - whole * length, length)
-        return number, int(self._order(number, turn)[offset : offset + 1][0]), epoch * (whole + 1) + whole
+        return source_index, int(self._order(source_index, turn)[offset : offset + 1][0]), epoch * (whole + 1) + whole
 
     def _passes(self, epoch: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Yield what `locate` returns for all samples: a source, its epoch, and the indices there, [samples] int."""
-        for number, (count, source) in enumerate(zip(self._counts, self.sources, strict=True)):
+        """Yield what `locate` returns for all samples: index and epoch of a source, indices there, [samples] int."""
+        for source_index, (count, source) in enumerate(zip(self._counts, self.sources, strict=True)):
             if not count:
                 continue
             length = len(source)
             whole, rest = divmod(count, length)
             first = epoch * (whole + bool(rest))
             for repetition in range(whole):
-                yield number, first + repetition, np.arange(length)
+                yield source_index, first + repetition, np.arange(length)
             if rest:
                 turn, offset = divmod(epoch * rest, length)
                 end = min(offset + rest, length)
-                parts = [self._order(number, turn)[offset:end]]
+                parts = [self._order(source_index, turn)[offset:end]]
                 if end - offset < rest:
-                    parts.append(self._order(number, turn + 1)[0 : rest - (end - offset)])
-                yield number, first + whole, np.concatenate(parts)
+                    parts.append(self._order(source_index, turn + 1)[0 : rest - (end - offset)])
+                yield source_index, first + whole, np.concatenate(parts)
 
     @property
     def num_classes(self) -> int | None:
@@ -146,16 +146,16 @@ class Mixture(Generic[Loaded]):
 
     def image_sizes(self, epoch: int) -> np.ndarray:
         sizes = [
-            with_image_sizes(self.sources[number]).image_sizes(time)[indices]
-            for number, time, indices in self._passes(epoch)
+            with_image_sizes(self.sources[source_index]).image_sizes(time)[indices]
+            for source_index, time, indices in self._passes(epoch)
         ]
         return np.concatenate(sizes)
 
     def image_groups(self, epoch: int) -> np.ndarray:
         """Return [samples] ids, see vg.data.source.HasImageGroups; repeated samples are in different groups."""
         ids, count = [], 0
-        for number, time, indices in self._passes(epoch):
-            groups = with_image_groups(self.sources[number]).image_groups(time)[indices]
+        for source_index, time, indices in self._passes(epoch):
+            groups = with_image_groups(self.sources[source_index]).image_groups(time)[indices]
             _, first, unique_ids = np.unique(groups, return_index=True, return_inverse=True)
             by_appearance = np.argsort(np.argsort(first))
             ids.append(by_appearance[unique_ids] + count)
@@ -182,13 +182,14 @@ class Mixture(Generic[Loaded]):
                 first += int(part[-1])
         return np.concatenate(found)
 
-    def _order(self, number: int, turn: int) -> BlockOrder:
+    def _order(self, source_index: int, turn: int) -> BlockOrder:
         """Return the order of one pass over a source: each sample occurs once, those of a shard follow each other."""
-        orders = self._orders[number]
+        orders = self._orders[source_index]
         if turn not in orders:
             near = {other: kept for other, kept in orders.items() if abs(other - turn) == 1}
-            order = BlockOrder(shard_ends(self.sources[number]), partial(_permutation, (self.seed, number, turn)))
-            self._orders[number] = orders = near | {turn: order}  # an epoch may end one pass and begin the next
+            permutation = partial(_permutation, (self.seed, source_index, turn))
+            order = BlockOrder(shard_ends(self.sources[source_index]), permutation)
+            self._orders[source_index] = orders = near | {turn: order}  # an epoch may end one pass and begin the next
         return orders[turn]
 
 

@@ -125,18 +125,18 @@ class StreamDataset(IterableDataset[Sample]):
             order = np.random.default_rng((self.seed, number_of_pass, position.window, reader)).permutation(len(window))
             for used in range(position.used, len(window)):
                 following += self._read(rows, 1)
-                number = int(order[used])
-                numbers = number_of_pass, position.window * size + number + (reader << 40)
-                yield replace(position, used=used + 1), self._usable(window[number], numbers)
+                row = int(order[used])
+                index = position.window * size + row + (reader << 40)
+                yield replace(position, used=used + 1), self._usable(window[row], number_of_pass, index)
             window = following
             position = Position(number_of_pass, position.window + 1, rows=after)
 
-    def _of_pass(self, number: int, state: dict[str, Any] | None) -> Any:
+    def _of_pass(self, number_of_pass: int, state: dict[str, Any] | None) -> Any:
         """Return the rows that this process and data worker reads in a pass, from a saved state on."""
         from datasets.distributed import split_dataset_by_node
 
         rows = split_dataset_by_node(self._rows, self.process, self.processes)
-        rows.set_epoch(1 + number + self.seed % 2**40 * 1_000_003)  # 0 would not shuffle the files
+        rows.set_epoch(1 + number_of_pass + self.seed % 2**40 * 1_000_003)  # 0 would not shuffle the files
         if state is not None:
             rows.load_state_dict(state)
         return rows
@@ -178,12 +178,12 @@ class StreamDataset(IterableDataset[Sample]):
         found: dict[str, None] = {}
         for row in rows:
             with suppress(BadSampleError):  # reported, or skipped, where the sample is used
-                found |= dict.fromkeys(self._sample(row, (0, 0)).phrases)
+                found |= dict.fromkeys(self._sample(row, 0, 0).phrases)
         return list(found)
 
-    def _usable(self, row: Any, numbers: tuple[int, int]) -> Sample | None:
+    def _usable(self, row: Any, number_of_pass: int, index: int) -> Sample | None:
         try:
-            return self._sample(row, numbers)
+            return self._sample(row, number_of_pass, index)
         except BadSampleError as error:
             if not self.skip:
                 raise
@@ -192,11 +192,11 @@ class StreamDataset(IterableDataset[Sample]):
                 logger.warning("skipped a bad sample: %s", error)
             return None
 
-    def _sample(self, row: Any, numbers: tuple[int, int]) -> Sample:
-        """Return the augmented sample of a row; randomness depends on the seed and these numbers only."""
+    def _sample(self, row: Any, number_of_pass: int, index: int) -> Sample:
+        """Return the augmented sample of a row; randomness depends on the seed, the pass and the index only."""
         image, line = row[self.config.image], row[self.config.annotation]
         names = [*(row.get(key) for key in reversed(KEYS)), isinstance(image, dict) and image.get("path")]
-        where = ", ".join([self._name, *filter(None, names), f"row {numbers[1] % 2**40} of pass {numbers[0]}"])
+        where = ", ".join([self._name, *filter(None, names), f"row {index % 2**40} of pass {number_of_pass}"])
         if isinstance(line, str):
             line = line.encode()
         if isinstance(line, bytes):
@@ -205,13 +205,13 @@ class StreamDataset(IterableDataset[Sample]):
             raise BadSampleError(f"{where}: column {self.config.annotation} is {line!r:.80}, expected JSON text")
         if not (content := _image_file(image)):
             raise BadSampleError(f"{where}: column {self.config.image} has no image file in it")
-        sample = self._lines.sample(line, content, where, *numbers)
+        sample = self._lines.sample(line, content, where, number_of_pass, index)
         try:
-            sample = replace(checked(sample), seed=(self.seed, *numbers))
+            sample = replace(checked(sample), seed=(self.seed, number_of_pass, index))
         except BadSampleError as error:
             raise BadSampleError(f"{where}: {error}") from error
         if self.augment:
-            sample = self.augment(sample, (self.seed, *numbers))
+            sample = self.augment(sample, (self.seed, number_of_pass, index))
         if self.skip and self.collate:  # which would raise for the whole batch
             self.collate.texts([sample])
         return sample
