@@ -71,6 +71,16 @@ def read_json(path: Path, kind: type[T]) -> T:
     return value
 
 
+def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Yield number (from 1), first byte and content of each line that is not blank; raises OSError."""
+    start = 0
+    with refuse_special(path).open("rb") as file:
+        for number, text in enumerate(file, start=1):
+            if text.strip():
+                yield number, start, text
+            start += len(text)
+
+
 def sha256_of(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as opened:

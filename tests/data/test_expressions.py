@@ -110,8 +110,9 @@ def test_damaged_tables(tmp_path: Path) -> None:
     (tmp_path / "set.jsonl").write_text("[1]")
     with pytest.raises(DataError, match="line 1: not an object"):
         CsvConfig(path=str(tmp_path / "set.jsonl")).build()
-    with pytest.raises(DataError, match="cannot read"):
-        CsvConfig(path=str(tmp_path / "none.csv")).build()
+    for name in ("none.csv", "none.jsonl"):
+        with pytest.raises(DataError, match=rf"cannot read .*{name}.*; path is a \.csv or \.jsonl file in UTF-8$"):
+            CsvConfig(path=str(tmp_path / name)).build()
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])

@@ -24,14 +24,13 @@ from vg.data.detection.annotations import (
     without_gc,
 )
 from vg.data.detection.issues import Issues, RaiseFirstError
-from vg.data.detection.odvg_lines import read_lines
 from vg.data.detection.source import DetectionSource, check_image_root, read_annotated_image
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.images import find_size, image_files, image_key
 from vg.data.source import Provenance, Task
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import BadSampleError, DataError, NoSuchSplitError
-from vg.files import located
+from vg.files import located, read_lines
 from vg.settings import Settings
 from vg.types import Sample
 
@@ -253,17 +252,17 @@ def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     Raises:
         DataError: the file cannot be read, or has a line that is not a row.
     """
-    if file.suffix.lower() == ".jsonl":
-        for number, _, text in read_lines(file):
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{file}, line {number}: not JSON ({error}); correct or remove it") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{file}, line {number}: not an object with keys such as image, but {str(row)[:80]}")
-            yield f"line {number}", row
-        return
     try:
+        if file.suffix.lower() == ".jsonl":
+            for number, _, text in read_lines(file):
+                try:
+                    row = json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{file}, line {number}: not JSON ({error}); correct or remove it") from error
+                if not isinstance(row, dict):
+                    raise DataError(f"{file}, line {number}: not an object with keys such as image: {str(row)[:80]}")
+                yield f"line {number}", row
+            return
         with file.open(newline="", encoding="utf-8-sig") as opened:
             first = opened.readline()
             opened.seek(0)
@@ -280,7 +279,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     )
                 yield f"line {reader.line_num}", row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read {located(file)}: {error}; path is a CSV file in UTF-8") from error
+        raise DataError(f"cannot read {located(file)}: {error}; path is a .csv or .jsonl file in UTF-8") from error
 
 
 def split_of(row: Mapping[str, Any]) -> str:

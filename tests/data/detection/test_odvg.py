@@ -229,5 +229,5 @@ def test_errors_of_the_first_line_and_of_paths(tmp_path: Path):
         OdvgConfig(path=str(tmp_path / "train.jsonl"), label_map=str(tmp_path / "nowhere.json")).build()
     with pytest.raises(DataError, match="image_root nowhere is not a folder"):
         write(tmp_path, GROUNDING, image_root="nowhere")
-    with pytest.raises(DataError, match=r"cannot read .*x\.jsonl: No such file"):
+    with pytest.raises(DataError, match=r"cannot read .*x\.jsonl: No such file.*in ODVG format"):
         OdvgConfig(path=str(tmp_path / "x.jsonl")).build()

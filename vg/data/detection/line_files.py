@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vg.data.detection.odvg_lines import read_lines
 from vg.errors import DataError
-from vg.files import read_json
+from vg.files import located, read_json, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +37,15 @@ class LineFiles:
         blocks, num_empty = [], 0
         for number, file in enumerate(self._files):
             lines = []
-            for line, start, text in read_lines(file):
-                if is_labels and _NOTHING in text:
-                    num_empty += 1
-                else:
-                    lines.append((line, start))
+            try:
+                for line, start, text in read_lines(file):
+                    if is_labels and _NOTHING in text:
+                        num_empty += 1
+                    else:
+                        lines.append((line, start))
+            except OSError as error:
+                known = "path is a .jsonl file in ODVG format"
+                raise DataError(f"cannot read {located(file)}: {error.strerror}; {known}") from error
             blocks.append(np.insert(np.array(lines, np.int64).reshape(-1, 2), 0, number, axis=1))
         self._rows = np.concatenate(blocks)  # [lines, 3] file, number of the line from 1 on, and first byte
         if num_empty:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from vg.data.detection.annotations import AnnotatedBox, AnnotatedImage, to_box, to_size
 from vg.data.detection.issues import Issues
-from vg.errors import DataError
-from vg.files import located, read_json, refuse_special
+from vg.files import read_json
 from vg.types import Caption
 
 Spans = tuple[tuple[int, int], ...]
@@ -20,20 +19,6 @@ LabelMap = Mapping[int | str, tuple[int, str]]
 
 _ITEMS = {"detection": "instances", "grounding": "regions"}
 _LABEL_MAP_FIX = "use the label_map that belongs to the file (labels count from 0, ids of COCO from 1)"
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Yield line number (from 1), first byte and content of each line that is not blank."""
-    start = 0
-    try:
-        with refuse_special(path).open("rb") as file:
-            for number, text in enumerate(file, start=1):
-                if text.strip():
-                    yield number, start, text
-                start += len(text)
-    except OSError as error:
-        known = "path is a .jsonl file in ODVG format"
-        raise DataError(f"cannot read {located(path)}: {error.strerror}; {known}") from error
 
 
 def read_label_map(path: str | None, issues: Issues) -> LabelMap | None:
