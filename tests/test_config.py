@@ -1,4 +1,4 @@
-"""Configurations: defaults, bases, overrides, renamed keys, the round trip to YAML, and messages for mistakes."""
+"""Configurations: defaults, bases, overrides, the round trip to YAML, and messages for mistakes."""
 
 from __future__ import annotations
 
@@ -397,33 +397,6 @@ def test_overrides_change_one_dataset_of_a_yaml_anchor(tmp_path: Path) -> None:
     config = load_config(path, ["data.eval.size=7"])
     assert config.data.eval == ShapesConfig(size=7)
     assert config.data.train == ShapesConfig()
-
-
-def test_former_names_of_keys_are_accepted(tmp_path: Path, minimal: Path) -> None:
-    """In files, bases and overrides, and in mappings given to parse_config."""
-    old = MINIMAL | {"data": MINIMAL["data"] | {"similar_shapes": True}}
-    assert parse_config(old).data.group_by_aspect_ratio
-    assert "similar_shapes" in old["data"], "the caller's mapping is unchanged"
-    path = write(tmp_path / "old.yaml", old)
-    assert load_config(path) == parse_config(old)
-    assert "group_by_aspect_ratio: true" in dump_config(load_config(path))
-    assert load_config(minimal, ["data.similar_shapes=true"]).data.group_by_aspect_ratio
-    assert not load_config(path, ["data.similar_shapes=false"]).data.group_by_aspect_ratio
-    assert not load_config(path, ["data.group_by_aspect_ratio=false"]).data.group_by_aspect_ratio
-    own = write(tmp_path / "own.yaml", {"base": "old.yaml", "data": {"group_by_aspect_ratio": False}})
-    assert not load_config(own).data.group_by_aspect_ratio
-
-
-def test_former_names_within_mixtures_and_caches() -> None:
-    mixture = {"name": "mixture", "parts": [{"name": "shapes", "size": 3}, {"name": "shapes"}]}
-    cache = {"folder": "features", "together": 4}
-    for evaluation in (mixture, {"first": mixture}):
-        old = MINIMAL | {"data": {"train": mixture, "eval": evaluation, "cache": cache}}
-        config = parse_config(old)
-        datasets = [ShapesConfig(size=3), ShapesConfig()]
-        assert config.data.train.datasets == datasets
-        assert [dataset.datasets for dataset in config.data.eval_datasets().values()] == [datasets]
-        assert config.data.expressions_per_image == 4
 
 
 @pytest.mark.parametrize("module", ["vg", "vg.config", "vg.data", "vg.models"])

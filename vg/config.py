@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
@@ -34,13 +32,6 @@ from vg.settings import (
 )
 from vg.training.optim import OptimConfig
 from vg.training.settings import TrainConfig
-
-RENAMED = {  # former path of a key (* matches any names) -> its name now: old run folders and YAML files still load
-    "data.similar_shapes": "group_by_aspect_ratio",
-    "data.cache.together": "expressions_per_image",
-    "data.*.parts": "datasets",  # of a mixture
-}
-MOVED = ("data.cache.expressions_per_image",)  # keys that belong to the parent now
 
 MOST_PROBLEMS = 50  # in one message
 
@@ -160,17 +151,17 @@ def load_checkpoint_config(path: str | Path, overrides: Sequence[str] = ()) -> C
 
 def checkpoint_config(values: Mapping[str, Any], origin: str, files: Files = ()) -> CheckpointConfig:
     """Validate the nested dictionaries of `load_checkpoint_config`; raises ConfigError that begins with `origin`."""
-    return _parse(_renamed(values), origin, CheckpointConfig if values.keys() == {"model"} else RunConfig, files)
+    return _parse(values, origin, CheckpointConfig if values.keys() == {"model"} else RunConfig, files)
 
 
 def parse_config(
     values: Mapping[str, Any], origin: str = "the configuration", overrides: Sequence[str] = ()
 ) -> RunConfig:
     """Validate nested dictionaries and overrides of them; raises ConfigError, whose message begins with `origin`."""
-    changed: dict[str, Any] = deepcopy(_renamed(values))
+    changed = dict(values)
     for override in as_overrides(overrides):
         _apply(changed, override)
-    return _parse(_renamed(changed), origin, RunConfig, [])
+    return _parse(changed, origin, RunConfig, [])
 
 
 def checked_config(config: Any) -> RunConfig:
@@ -237,10 +228,9 @@ def _load_values(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, 
     values: dict[str, Any] = {}
     for _, own in reversed(files):
         if own:  # an empty mapping would replace the base
-            values = _renamed(_merge(values, own))  # a copy: overrides must not change `files`
+            values = dict(_merge(values, own))  # a copy: overrides must not change `files`
     for override in as_overrides(overrides):
         _apply(values, override)
-        values = _renamed(values)
     return values, files
 
 
@@ -250,10 +240,10 @@ def _read_files(path: Path, chain: tuple[Path, ...] = ()) -> Files:
     values = _read_yaml(path, f", the base of {chain[-1]}" if chain else "")
     base = values.pop("base", None)
     if base is None:
-        return [(path, _renamed(values))]
+        return [(path, values)]
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base must be the path of one YAML file, got a {type(base).__name__}")
-    return [(path, _renamed(values)), *_read_files(path.parent / Path(base).expanduser(), (*chain, path))]
+    return [(path, values), *_read_files(path.parent / Path(base).expanduser(), (*chain, path))]
 
 
 def _read_yaml(path: Path, role: str) -> dict[str, Any]:
@@ -282,36 +272,19 @@ def _merge(base: Any, values: Any, path: str = "") -> Any:
     return {**base, **values, **merged}
 
 
-def _renamed(values: Any, path: str = "") -> Any:
-    """Replace former names and places of keys; a mapping keeps its key, because it may be a dataset of that name."""
-    if not isinstance(values, Mapping):
-        return values
-    renamed: dict[str, Any] = {}
-    moved: dict[str, Any] = {}
-    for key, value in values.items():
-        names = [name for old, name in RENAMED.items() if fnmatchcase(f"{path}{key}", old)]
-        new = _renamed(value, f"{path}{key}.")
-        renamed[names[0] if names and not isinstance(value, Mapping) else key] = new
-        if isinstance(new, dict):
-            moved |= {name: new.pop(name) for name in list(new) if f"{path}{key}.{name}" in MOVED}
-    return renamed | moved
-
-
 def _apply(values: dict[str, Any], override: str) -> None:
-    """Set the value of one override, such as "optim.lr=1e-4", in nested dictionaries."""
+    """Set the value of one override, such as "optim.lr=1e-4"; mappings below `values` are replaced by copies."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"an override must read key.subkey=value, for example optim.lr=1e-4; got {override!r}")
     *parents, last = key.split(".")
     for parent in parents:
         child = values.get(parent)
-        if child is None:
-            child = values[parent] = {}
-        elif isinstance(child, str):  # `head: dense` is short for `head: {name: dense}`
-            child = values[parent] = {"name": child}
-        if not isinstance(child, dict):
+        child = {} if child is None else by_name(child)
+        if not isinstance(child, Mapping):
             raise ConfigError(f"{override}: {parent} is {child!r}, which has no keys")
-        values = child
+        values[parent] = dict(child)  # a YAML anchor may refer to the same mapping
+        values = values[parent]
     try:
         values[last] = parse_yaml(text)
     except yaml.YAMLError as error:
