@@ -77,6 +77,8 @@ class DataConfig(Settings):
     def __post_init__(self) -> None:
         if self.cache and self.augment != AugmentConfig():
             raise ValueError("augment changes pixels, but a cache holds features; use cache.views instead")
+        if self.cache and self.one_size:
+            raise ValueError("one_size resizes images, but a cache holds their features; set one of the two only")
         if self.expressions_per_image > 1 and self.group_by_aspect_ratio:
             raise ValueError("a batch is grouped by image (expressions_per_image) or by aspect ratio, not by both")
         if isinstance(self.train, StreamConfig):

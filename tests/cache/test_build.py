@@ -256,6 +256,10 @@ def test_a_damaged_cache_is_rejected(folder: Path, name: str, damage: Any, messa
             {"data": {"augment": {"flip": 0.5}}},
             "augment changes pixels, but a cache holds features; use cache.views instead",
         ),
+        (
+            {"data": {"group_by_aspect_ratio": True, "one_size": True}},
+            "one_size resizes images, but a cache holds their features; set one of the two only",
+        ),
     ],
 )
 def test_what_cannot_be_cached_is_an_error(
@@ -271,14 +275,6 @@ def test_what_cannot_be_cached_is_an_error(
 
     with pytest.raises(ConfigError, match=message):
         run()
-
-
-def test_one_size_has_no_effect_on_cached_features(folder: Path) -> None:
-    config = cached_config(folder, {})
-    build_cache(config)
-    config.data.group_by_aspect_ratio = config.data.one_size = True
-    with pytest.raises(ConfigError, match="one_size resizes images, but a cache holds their features: set one of"):
-        cached_data(config)
 
 
 @pytest.mark.parametrize(

@@ -30,14 +30,12 @@ def training_dataset(config: RunConfig, model: GroundingModel, evaluations: Sequ
     any phrase of the training data causes a warning.
 
     Raises:
-        ConfigError: features of this model cannot be cached, or `one_size` is set with a cache.
+        ConfigError: features of this model cannot be cached.
         CacheError: a cache is missing, stale, incomplete or damaged.
         DataError: no training sample is left.
     """
     data, seed = config.data, config.train.seed
     if data.cache:
-        if data.one_size:
-            raise ConfigError("data.one_size resizes images, but a cache holds their features: set one of the two")
         cached = cached_source(data.train, data.cache, data.cache.views, model, seed)
         source = without_overlap(cached, evaluations, data.drop_overlap)
         return SourceDataset(source, _collate(model), data.bad_samples)
