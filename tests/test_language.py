@@ -62,8 +62,6 @@ NAMES = {  # of variables, arguments, functions and classes
 }
 # (path, text that may stay there, reason)
 ALLOWED = [
-    ("vg/cache/", r"^pictures$|pictures/\d+", "a folder and a key of feature caches on disk"),
-    ("tests/cache/", r"^pictures$|\"pictures\"|pictures/(?:\d+|\*)", "a folder and a key of feature caches on disk"),
     ("vg/data/synthetic/world.py", r"^kinds$", "a configuration key"),
     ("vg/evaluation/benchmark/slices.py", r"center centre|gray grey", "words of people's expressions"),
 ]

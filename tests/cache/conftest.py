@@ -15,6 +15,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Data and encoders; shards of two images and of four expressions."""
     write_expressions(tmp_path)
     write_encoders(tmp_path)
-    monkeypatch.setitem(cache_format.FORMAT, "pictures", 2)
+    monkeypatch.setitem(cache_format.FORMAT, "images", 2)
     monkeypatch.setitem(cache_format.FORMAT, "expressions", 4)
     return tmp_path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -91,20 +90,3 @@ def test_other_files_of_the_name_of_a_key_are_ignored(config: RunConfig, content
         load(config)
     build_cache(config)
     load(config)
-
-
-@pytest.mark.parametrize("config", ["odvg", "coco"], indirect=True)
-def test_a_cache_without_a_digest_is_used_with_a_warning(
-    config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Earlier versions had a digest of tables of expressions only."""
-    build_cache(config)
-    load(config)
-    assert "earlier version" not in caplog.text
-    for path in (tmp_path / "cache").iterdir():
-        key = json.loads((path / "key.json").read_text())
-        (path / "key.json").write_text(json.dumps(key | {"annotations": None}))
-        path.rename(path.with_name(path.name.rpartition("-")[0] + "-0"))
-    with caplog.at_level(logging.WARNING):
-        load(config)
-    assert "was written by an earlier version: changed annotations are not noticed" in caplog.text

@@ -40,7 +40,7 @@ from vg.config import load_config
 from vg.cache import format as cache_format
 from vg.models.rec.model import RecModel
 
-cache_format.FORMAT |= {"pictures": 2, "expressions": 4}
+cache_format.FORMAT |= {"images": 2, "expressions": 4}
 encode, calls = RecModel.encode_images, []
 
 def killed(self, images):
@@ -231,10 +231,10 @@ def shorten(path: Path) -> None:
     [
         ("index.npz", remove, "is incomplete: 3 of 3 image shards"),
         ("index.npz", cut, "index.npz cannot be read"),
-        ("pictures/00001.npy", remove, "00001.npy cannot be read"),
-        ("pictures/00001.npy", cut, "00001.npy cannot be read"),
-        ("pictures/00002.npy", shorten, "00002.npy has 0 rows, expected 1;"),
-        ("words/00000.npy", shorten, "00000.npy has .* rows, expected .*;"),
+        ("images/00001.npy", remove, "00001.npy cannot be read"),
+        ("images/00001.npy", cut, "00001.npy cannot be read"),
+        ("images/00002.npy", shorten, "00002.npy has 0 rows, expected 1;"),
+        ("texts/00000.npy", shorten, "00000.npy has .* rows, expected .*;"),
     ],
 )
 def test_a_damaged_cache_is_rejected(folder: Path, name: str, damage: Any, message: str) -> None:
@@ -287,7 +287,7 @@ def test_a_full_disk_names_the_file(folder: Path, monkeypatch: pytest.MonkeyPatc
     config = cached_config(folder, {})
     with monkeypatch.context() as context:
         context.setattr(np, "save", fail)
-        message = rf"could not write the cache: .*{error.strerror or error}.*pictures/00000\.npy.*continues where"
+        message = rf"could not write the cache: .*{error.strerror or error}.*images/00000\.npy.*continues where"
         with pytest.raises(CacheError, match=message):
             build_cache(config)
     build_cache(config)
@@ -306,5 +306,5 @@ def test_the_required_space_is_printed_before_anything_is_written(
     main(["cache", str(folder / "config.yaml"), "data.workers=0"])
     lines = capsys.readouterr().out.splitlines()
     assert "5 images (plain), 15 expressions" in lines[0]
-    written = sum(file.stat().st_size for file in (folder / "cache").glob("*train*/pictures/*.npy"))
+    written = sum(file.stat().st_size for file in (folder / "cache").glob("*train*/images/*.npy"))
     assert 5 * 9 * 32 * 2 <= written <= 5 * 9 * 32 * 2 + 3 * 128  # with the headers of three files

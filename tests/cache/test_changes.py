@@ -128,7 +128,7 @@ def test_an_image_of_the_same_size_in_bytes_is_compared_by_content(folder: Path,
     encoded.clear()
     build_cache(config)  # stores the new time
     assert not encoded
-    file_times = [json.loads(file.read_text().partition("\n")[0]) for file in cache_of(folder).glob("pictures/*.json")]
+    file_times = [json.loads(file.read_text().partition("\n")[0]) for file in cache_of(folder).glob("images/*.json")]
     assert file.stat().st_mtime_ns in {record["file"][1] for records in file_times for record in records}
 
 
@@ -257,17 +257,22 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def replace_index(path: Path) -> None:
+    np.savez(path, images=np.zeros(15), ends=np.zeros(15))
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("pictures/00001.npy", flip_bit),
-        ("words/00001.npy", flip_bit),
-        ("pictures/00001.npy", cut),
-        ("words/00001.npy", cut),
-        ("pictures/00001.npy", Path.unlink),
-        ("words/00001.npy", Path.unlink),
+        ("images/00001.npy", flip_bit),
+        ("texts/00001.npy", flip_bit),
+        ("images/00001.npy", cut),
+        ("texts/00001.npy", cut),
+        ("images/00001.npy", Path.unlink),
+        ("texts/00001.npy", Path.unlink),
         ("index.npz", cut),
         ("index.npz", flip_bit),
+        ("index.npz", replace_index),
     ],
 )
 def test_a_damaged_file_is_named_and_written_again(folder: Path, encoded: list[int], name: str, damage: Any) -> None:
@@ -281,20 +286,20 @@ def test_a_damaged_file_is_named_and_written_again(folder: Path, encoded: list[i
         load_all(config)
     encoded.clear()
     build_cache(config)
-    assert sum(encoded) == (2 if name.startswith("pictures") else 0)
+    assert sum(encoded) == (2 if name.startswith("images") else 0)
     load_all(config)
     for file, time in times(folder / "cache").items():
         written = file.with_suffix("") == (cache_of(folder) / name).with_suffix("") or file.name == "index.npz"
         assert written or modified[file] == time, file
         assert before[file] == hashlib.sha256(file.read_bytes()).hexdigest() or file.suffix == ".npz"
     build_cache(config)
-    assert sum(encoded) == (2 if name.startswith("pictures") else 0)
+    assert sum(encoded) == (2 if name.startswith("images") else 0)
 
 
 def test_a_damaged_record_is_written_again(folder: Path, encoded: list[int]) -> None:
     config = cached_config(folder, {})
     build_cache(config)
-    flip_bit(cache_of(folder) / "pictures" / "00002.json")
+    flip_bit(cache_of(folder) / "images" / "00002.json")
     encoded.clear()
     build_cache(config)
     assert sum(encoded) == 1
@@ -314,63 +319,3 @@ def test_a_fixed_image_brings_back_its_expressions(folder: Path) -> None:
     build_cache(config)
     assert len({sample.id for sample in load_all(config)}) == 15
     assert_equals_a_new_cache(config, folder)
-
-
-def as_before(folder: Path) -> None:
-    """Turn caches into those of earlier versions: no files, no checksums, and a name that depends on paths."""
-    for path in list((folder / "cache").iterdir()):
-        with np.load(path / "index.npz") as index:
-            kept = {name: index[name] for name in index if name not in ("files", "picture_checksums", "word_checksums")}
-        np.savez(path / "index.npz", **kept)  # type: ignore[arg-type]
-        for file in path.glob("words/*.json"):
-            file.unlink()
-        for file in path.glob("pictures/*.json"):
-            records = json.loads(file.read_text().partition("\n")[0])
-            for record in records:
-                del record["file"], record["checksums"]
-            file.write_text(json.dumps(records))
-        key = json.loads((path / "key.json").read_text())
-        del key["images"]
-        (path / "key.json").write_text(json.dumps(key, indent=1))
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        path.rename(path.with_name(path.name.rpartition("-")[0] + "-" + digest))
-
-
-def test_a_cache_of_an_earlier_version_is_used_unchanged(
-    folder: Path, encoded: list[int], caplog: pytest.LogCaptureFixture
-) -> None:
-    config = cached_config(folder, {})
-    build_cache(config)
-    as_before(folder)
-    encoded.clear()
-    before = times(folder / "cache")
-    with caplog.at_level(logging.INFO):
-        build_cache(config)
-        load_all(config)
-    assert "was written by an earlier version" in caplog.text
-    assert not encoded
-    assert times(folder / "cache") == before
-    cut(cache_of(folder) / "pictures" / "00001.npy")
-    with pytest.raises(CacheError, match=r"00001\.npy cannot be read.*`vg cache CONFIG`"):
-        load_all(config)
-    build_cache(config)
-    assert sum(encoded) == 2
-    assert len(load_all(config)) == 15
-    replace_image(folder)  # in the shard that was written again
-    with pytest.raises(CacheError, match=r"1 of 5 images .*train3\.png"):
-        load_all(config)
-
-
-def test_a_cache_of_an_earlier_version_is_used_for_a_moved_folder_if_there_is_no_other(folder: Path) -> None:
-    """Such a cache has no record of its images, so it is not used for a second copy of them."""
-    build_cache(cached_config(folder, {}))
-    as_before(folder)
-    shutil.copytree(folder / "data", folder / "copy")
-    sources = {name: {"path": str(folder / "copy"), "split": split} for name, split in SPLITS.items()}
-    config = moved_config(folder, {"data": sources})
-    with pytest.raises(CacheError, match=r"(?s)settings\.path is .*copy, the cache has .*data\.cache\.trust=true"):
-        load_all(config)
-    trusting = moved_config(folder, {"data": sources | {"cache": {"folder": str(folder / "cache"), "trust": True}}})
-    assert len(load_all(trusting)) == 15
-    shutil.rmtree(folder / "data")
-    assert len(load_all(config)) == 15

@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 def test_bf16_is_a_cache_of_its_own(folder: Path) -> None:
     exact, rounded = cached_config(folder, {}), cached_config(folder, {"precision": "bf16"})
     build_cache(exact)
-    with pytest.raises(CacheError, match="precision is bf16, the cache has None"):
+    with pytest.raises(CacheError, match="precision is bf16, the cache has no"):
         training_dataset(rounded, rounded.model.build(), [])
     build_cache(rounded)
     assert len(list((folder / "cache").iterdir())) == 2 * 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ def test_the_announced_size_is_that_of_the_files(
     config = configured(folder, settings, {"views": ["plain", "crop"]})
     build_cache(config)
     (cache,) = (folder / "cache").glob("*train*")
-    size = sum(np.load(file).nbytes for file in (cache / "pictures").glob("*.npy"))
+    size = sum(np.load(file).nbytes for file in (cache / "images").glob("*.npy"))
     width = 24 if "mixed_width" in settings else 32 * len(settings.get("layers", [2]))
     assert size == 5 * 2 * (5 + 4 * 4) * width * 2  # images, views, tokens of a square of 64 px, bytes
     announced = re.search(r"5 images \(plain, crop\), .*to write: images ([\d.]+) MB", capsys.readouterr().out)
@@ -122,20 +121,12 @@ def test_every_setting_is_in_the_key(folder: Path) -> None:
             training_dataset(config, config.model.build(), [])
 
 
-def test_default_settings_have_the_files_of_earlier_versions(folder: Path) -> None:
-    build_cache(configured(folder, {}, {}))
-    (cache,) = (folder / "cache").glob("*train*")
-    assert "grids" not in np.load(cache / "index.npz").files
-    assert json.loads((cache / "key.json").read_text())["vision"].keys() == {"id", "revision", "weights"}
-    assert "grid" not in (cache / "pictures" / "00000.json").read_text()
-
-
 def test_an_interrupted_build_with_several_grids_continues(folder: Path) -> None:
     config = configured(folder, SETTINGS["kept aspect"], {})
     build_cache(config)
     (cache,) = (folder / "cache").glob("*train*")
     before = {file: file.read_bytes() for file in sorted(cache.rglob("*.np?"))}
-    for name in ("index.npz", "pictures/00001.json", "pictures/00001.npy"):
+    for name in ("index.npz", "images/00001.json", "images/00001.npy"):
         (cache / name).unlink()
     build_cache(config)
     assert {file: file.read_bytes() for file in sorted(cache.rglob("*.np?"))} == before

@@ -264,7 +264,7 @@ def test_damaged_features_are_found_when_they_are_loaded(folder: Path) -> None:
     config = cached_config(folder, {})
     build_cache(config)
     cache = next((folder / "cache").glob("*train*"))
-    for name in ("pictures/00001.npy", "words/00001.npy"):
+    for name in ("images/00001.npy", "texts/00001.npy"):
         file = cache / name
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

@@ -107,7 +107,7 @@ def test_the_cache_has_images_only(folder: Path, capsys: pytest.CaptureFixture[s
     build_cache(config)
     assert "text at most" not in capsys.readouterr().out
     cache = trained_cache(folder)
-    assert not (cache / "words").exists()
+    assert not (cache / "texts").exists()
     assert "text" not in json.loads((cache / "key.json").read_text())
     before = files(folder)
     build_cache(config)
@@ -123,11 +123,11 @@ def test_a_cache_of_both_serves_without_reading_its_text(folder: Path, head: str
     config = configured(folder, {}, train=train(folder, "run"))
     build_cache(config)
     assert files(folder) == before
-    for file in trained_cache(folder).glob("words/*"):
+    for file in trained_cache(folder).glob("texts/*"):
         file.write_bytes(b"never read")
     Trainer(config).fit()
     frozen = configured(folder, {}, frozen=True)
-    with pytest.raises(CacheError, match=r"words/00000\.npy cannot be read"):
+    with pytest.raises(CacheError, match=r"texts/00000\.npy cannot be read"):
         training_dataset(frozen, frozen.model.build(), [])
 
 
@@ -142,7 +142,7 @@ def test_text_is_added_to_a_cache_of_images(folder: Path) -> None:
     assert {file for file in before if before[file] != after[file]} == {
         cache / name for cache in (folder / "cache").iterdir() for name in ("key.json", "index.npz")
     }
-    assert {file.parent.name for file in after.keys() - before.keys()} == {"words"}
+    assert {file.parent.name for file in after.keys() - before.keys()} == {"texts"}
     separate = configured(folder, {"folder": str(folder / "separate")}, frozen=True)
     build_cache(separate)
     one, other = (training_dataset(config, config.model.build(), []) for config in (frozen, separate))
@@ -171,7 +171,7 @@ def test_repaired_images_keep_the_text(folder: Path) -> None:
     build_cache(frozen)
     cache = trained_cache(folder)
     before = files(folder)
-    (cache / "pictures" / "00001.npy").write_bytes(b"damaged")
+    (cache / "images" / "00001.npy").write_bytes(b"damaged")
     build_cache(trained)
     assert {file for file, content in files(folder).items() if before[file] != content} == {cache / "index.npz"}
     build_cache(frozen)

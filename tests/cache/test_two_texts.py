@@ -112,7 +112,7 @@ def test_the_key_has_both_encoders(folder: Path, capsys: pytest.CaptureFixture[s
     text = json.loads((cache / "key.json").read_text())["text"]
     assert text.keys() == {"id", "revision", "weights", "tokenizer", "extra"}
     assert text["extra"].keys() == {"id", "revision", "weights", "tokenizer"}
-    size = sum(np.load(file).nbytes for file in (cache / "words").glob("*.npy"))
+    size = sum(np.load(file).nbytes for file in (cache / "texts").glob("*.npy"))
     announced = re.search(r"text at most about ([\d.]+) MB", capsys.readouterr().out)
     assert announced
     assert size / 1e6 <= float(announced[1]) + 0.005

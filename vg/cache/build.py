@@ -20,7 +20,6 @@ from vg.cache.datasets import encodable
 from vg.cache.format import (
     INDEX,
     KEY,
-    UNKNOWN,
     CacheFolder,
     checksum_of,
     gigabytes,
@@ -28,7 +27,6 @@ from vg.cache.format import (
     write_file,
     write_records,
 )
-from vg.cache.images import NO_FILE
 from vg.cache.key import cache_folder
 from vg.cache.repair import discard_invalid
 from vg.cache.source import CachedSource
@@ -42,7 +40,7 @@ from vg.distributed import new_accelerator, processes_per_machine, progress_bar
 from vg.errors import BadSampleError, CacheError, ConfigError, printable
 from vg.machine import num_cores
 from vg.models.base import EncodableModel
-from vg.types import Sample, StretchedImage, Text, map_tensors
+from vg.types import Sample, Text, map_tensors
 from vg.workers import new_loader
 
 logger = logging.getLogger(__name__)
@@ -114,7 +112,6 @@ class Build:
     def __post_init__(self) -> None:
         collate = Collator(self.model.image_spec, self.model.text_spec)
         self.images = ImageViews(self.source, self.folder.key["views"], collate, self.data.bad_samples == "skip")
-        self.one_shape = isinstance(self.model.image_spec, StretchedImage)
         self.done = (self.folder.path / INDEX).exists()
         if not self.done:
             self._measure()
@@ -195,11 +192,10 @@ class Build:
                     batch = next(loaded).to(device, non_blocking=device.type != "mps")
                     with self._autocast():
                         tokens, grids = self.model.encode_sizes(batch.normalized(), batch.sizes)  # [batch x V, S, D]
-                    if not self.one_shape:
-                        tokens = F.pad(tokens, (0, 0, 0, self.num_tokens - tokens.shape[1]))
-                        views = [view for record in batch.records for view in record["views"]]
-                        for view, grid in zip(views, grids, strict=True):
-                            view["grid"] = grid
+                    tokens = F.pad(tokens, (0, 0, 0, self.num_tokens - tokens.shape[1]))
+                    views = [view for record in batch.records for view in record["views"]]
+                    for view, grid in zip(views, grids, strict=True):
+                        view["grid"] = grid
                     features.append(self._to_half(tokens))
                     records += batch.records
                     bar.update(len(batch.records))
@@ -239,7 +235,7 @@ class Build:
         return max(workers, min(MOST_WORKERS, num_cores() // processes_per_machine(self.accelerator)))
 
     def _autocast(self) -> torch.autocast:
-        enabled = self.folder.key.get("precision") == "bf16"
+        enabled = self.folder.key["precision"] == "bf16"
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
 
     def _text(self, expressions: Sequence[str]) -> Text:
@@ -261,7 +257,7 @@ class Build:
         num_samples, num_views = len(self.source), self.folder.num_views
         expression_ids = {expression: index for index, expression in enumerate(expressions)}
         images = np.zeros(num_samples, np.int64)
-        sizes = np.zeros((len(records), num_views, 2), np.int64)
+        sizes, grids = np.zeros((2, len(records), num_views, 2), np.int64)
         boxes = np.zeros((num_samples, num_views, 4), np.float32)
         texts = np.zeros((num_samples, num_views), np.int64)
         bad = np.zeros(num_samples, bool)
@@ -270,31 +266,30 @@ class Build:
             images[[*record["samples"], *record["bad"]]] = image
             bad[record["bad"]] = True
             sizes[image] = [view["size"] for view in record["views"]]
+            grids[image] = [view["grid"] for view in record["views"]]
             for n, sample in enumerate(record["samples"]):
                 boxes[sample] = [view["boxes"][n] for view in record["views"]]
                 texts[sample] = [expression_ids[view["phrases"][n]] for view in record["views"]]
-                ids[sample], types[sample] = record["ids"][n], record["kinds"][n]
-        views = [record["views"] for record in records]
-        grids = {} if self.one_shape else {"grids": np.array([[view["grid"] for view in image] for image in views])}
-        strings = {"ids": ids, "kinds": types, "expressions": list(expressions)}
+                ids[sample], types[sample] = record["ids"][n], record["types"][n]
+        strings = {"ids": ids, "types": types, "expressions": list(expressions)}
         return {
-            "pictures": images,  # [samples]
+            "images": images,  # [samples]
             "sizes": sizes,  # [images, V, 2]
             "boxes": boxes,  # [samples, V, 4] xyxy in pixels
-            "words": texts,  # [samples, V]
+            "texts": texts,  # [samples, V]
             "bad": bad,  # [samples]
-            **({"ends": np.cumsum(self._num_tokens(expressions))} if self.folder.has_text else {}),  # [E]
-            "grid": np.array(self.grid),
-            **grids,  # [images, V, 2]
-            "files": np.array([record.get("file", NO_FILE) for record in records], np.int64),  # [images, 3]
-            "picture_checksums": np.array([record.get("checksums", [UNKNOWN] * num_views) for record in records]),
-            **({"word_checksums": self._text_checksums(len(expressions))} if self.folder.has_text else {}),  # [E]
+            "grid": np.array(self.grid),  # that of a square, which has the most cells
+            "grids": grids,  # [images, V, 2]
+            "files": np.array([record["file"] for record in records], np.int64),  # [images, 3]
+            "image_checksums": np.array([record["checksums"] for record in records]),  # [images, V]
+            **(self._text_entries(expressions) if self.folder.has_text else {}),
             **{name: np.frombuffer(json.dumps(values).encode(), np.uint8) for name, values in strings.items()},
         }
 
-    def _text_checksums(self, num_texts: int) -> np.ndarray:
-        files = [self.folder.text_records(shard) for shard in range(len(self.folder.text_shards(num_texts)))]
-        return np.array([value for file in files for value in read_records(file)["checksums"]], np.int64)
+    def _text_entries(self, expressions: Sequence[str]) -> dict[str, np.ndarray]:
+        files = [self.folder.text_records(shard) for shard in range(len(self.folder.text_shards(len(expressions))))]
+        checksums = np.array([value for file in files for value in read_records(file)["checksums"]], np.int64)
+        return {"ends": np.cumsum(self._num_tokens(expressions)), "text_checksums": checksums}  # [E] each
 
     def _num_tokens(self, expressions: Sequence[str]) -> np.ndarray:
         """Return the tokens of each expression, those of both text encoders if there are two."""

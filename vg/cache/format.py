@@ -3,13 +3,13 @@
 A cache is a folder of shards, each of which is written atomically:
 
     key.json                    all that the features depend on, see vg.cache.key
-    pictures/00000.npy, .json   [256 images x V views, S, D] float16, and the annotations of these images; zeros follow
+    images/00000.npy, .json     [256 images x V views, S, D] float16, and the annotations of these images; zeros follow
                                 the tokens of an image that has fewer than S
-    words/00000.npy, .json      [tokens of 4,096 expressions, D] float16, and the expressions
+    texts/00000.npy, .json      [tokens of 4,096 expressions, D] float16, and the expressions
     index.npz                   written last: sample -> image, expression, box; files of images; checksums
 
-If the text encoder is trained, there are no words and no entry `text` in key.json; such a run also uses the images of a
-cache that has both, and a run with a frozen text encoder adds the words to a cache without them.
+If the text encoder is trained, there are no texts and no entry `text` in key.json; such a run also uses the images of a
+cache that has both, and a run with a frozen text encoder adds the texts to a cache without them.
 
 The checksum of a row of features is compared when the row is first read, that of a .json file whenever it is read; zip
 has its own.
@@ -30,11 +30,15 @@ from vg.errors import CacheError
 from vg.files import replacing
 
 # Images and expressions per shard: more is more work lost on interruption, less is more open files.
-FORMAT = {"version": 1, "pictures": 256, "expressions": 4096}
+FORMAT = {"version": 1, "images": 256, "expressions": 4096}
 KEY, INDEX = "key.json", "index.npz"
+INDEX_ENTRIES = (
+    *("images", "sizes", "boxes", "texts", "bad", "grid", "grids", "files", "image_checksums"),
+    *("ids", "types", "expressions"),
+)
+TEXT_ENTRIES = ("ends", "text_checksums")  # only with features of text
 
-
-UNKNOWN = -1  # checksum of features that an earlier version wrote, and of those that have been verified
+VERIFIED = -1  # instead of the checksum of features that have been compared with it
 REPAIR = "`vg cache CONFIG` writes it again"
 
 
@@ -65,7 +69,7 @@ class CacheFolder:
 
     @property
     def images_per_shard(self) -> int:
-        return int(self.key["format"]["pictures"])
+        return int(self.key["format"]["images"])
 
     @property
     def texts_per_shard(self) -> int:
@@ -81,14 +85,14 @@ class CacheFolder:
         return _chunks(num_texts, self.texts_per_shard)
 
     def image_features(self, shard: int) -> Path:
-        return self.path / "pictures" / f"{shard:05d}.npy"
+        return self.path / "images" / f"{shard:05d}.npy"
 
     def image_records(self, shard: int) -> Path:
         """Annotations of the images of a shard, see vg.cache.views.Record; written after their features."""
         return self.image_features(shard).with_suffix(".json")
 
     def text_features(self, shard: int) -> Path:
-        return self.path / "words" / f"{shard:05d}.npy"
+        return self.path / "texts" / f"{shard:05d}.npy"
 
     def text_records(self, shard: int) -> Path:
         """Expressions of a shard and the checksums of their features; written after the features."""
@@ -116,7 +120,7 @@ def checksum_of(features: np.ndarray) -> int:
 
 def verify(features: np.ndarray, checksum: int, path: Path) -> None:
     """Raise CacheError if features of a shard do not have their checksum."""
-    if checksum != UNKNOWN and checksum_of(features) != checksum:
+    if checksum != VERIFIED and checksum_of(features) != checksum:
         raise CacheError(f"{path}: the checksum of these features is wrong, the file is damaged; {REPAIR}")
 
 
@@ -127,6 +131,16 @@ def read_file(path: Path) -> Any:
         return content if isinstance(content, np.ndarray) else dict(content)
     except Exception as error:  # zipfile, zlib and numpy each have their own exceptions for damaged files
         raise CacheError(f"{path} cannot be read ({error}); {REPAIR}") from error
+
+
+def read_index(folder: Path) -> dict[str, np.ndarray]:
+    """Read the index of a cache, see vg.cache.build; raises CacheError if it is damaged or of another program."""
+    path, index = folder / INDEX, read_file(folder / INDEX)
+    entries: dict[str, np.ndarray] = index if isinstance(index, dict) else {}
+    expected = (*INDEX_ENTRIES, *(TEXT_ENTRIES if "ends" in entries else ()))
+    if lacking := [name for name in expected if name not in entries]:
+        raise CacheError(f"{path} lacks {', '.join(lacking)}; {REPAIR}")
+    return entries
 
 
 def read_shard(path: Path, length: int) -> np.ndarray:
@@ -142,7 +156,7 @@ def read_records(path: Path) -> Any:
     """Read a .json file that write_records wrote; raises CacheError."""
     try:
         values, _, written = path.read_text(encoding="utf-8").partition("\n")
-        if written and int(written, 16) != zlib.crc32(values.encode()):  # earlier versions wrote none
+        if written != _checksum_line(values):
             raise ValueError("its checksum is wrong")
         return json.loads(values)
     except (OSError, ValueError) as error:
@@ -152,7 +166,7 @@ def read_records(path: Path) -> Any:
 def write_records(path: Path, values: Any) -> None:
     """Write JSON in one line and its checksum in another."""
     line = json.dumps(values)
-    write_file(path, f"{line}\n{zlib.crc32(line.encode()):08x}\n".encode())
+    write_file(path, f"{line}\n{_checksum_line(line)}".encode())
 
 
 def write_file(path: Path, content: np.ndarray | Mapping[str, np.ndarray] | bytes) -> None:
@@ -174,6 +188,10 @@ def write_file(path: Path, content: np.ndarray | Mapping[str, np.ndarray] | byte
 def gigabytes(num_bytes: int) -> str:
     """Return a size for a message, such as "5.30 GB"."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:.2f} MB"
+
+
+def _checksum_line(line: str) -> str:
+    return f"{zlib.crc32(line.encode()):08x}\n"
 
 
 def _chunks(total: int, size: int) -> list[range]:

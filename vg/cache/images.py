@@ -13,7 +13,7 @@ import numpy as np
 from vg.data.source import HasImageFiles, HasImageKeys, Source
 from vg.files import sha256_of
 
-NO_FILE = [-1, -1, -1]  # identity of an image that is not a file, or was encoded by an earlier version
+NO_FILE = [-1, -1, -1]  # identity of an image that is not a file
 
 
 class Changes(NamedTuple):

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vg.cache.format import FORMAT, INDEX, KEY, CacheFolder, read_file
+from vg.cache.format import FORMAT, INDEX, KEY, CacheFolder, read_index
 from vg.cache.images import changed_images, files_of, image_indices
 from vg.data.cache import CacheConfig
 from vg.data.mixture import OneDatasetConfig
@@ -45,15 +45,14 @@ def cache_folder(
         "settings": asdict(settings),
         "samples": len(source),
         "annotations": source.fingerprint() if isinstance(source, HasFingerprint) else None,
-        "pictures": None if image_keys is None else _digest(image_keys),  # paths, as far as they are not COCO ids
-        "images": hashlib.sha256(images.astype("<i8").tobytes()).hexdigest(),  # which samples share one
+        "image_keys": None if image_keys is None else _digest(image_keys),  # paths, as far as they are not COCO ids
+        "image_groups": hashlib.sha256(images.astype("<i8").tobytes()).hexdigest(),  # which samples share one
         "views": list(views),
         "transform": {"name": type(model.image_spec).__name__, **asdict(model.image_spec)},
         **model.feature_key(),
+        "precision": cache.precision,
         "format": dict(FORMAT),
     }
-    if cache.precision != "no":  # keys of earlier versions have no such entry
-        key["precision"] = cache.precision
     key = json.loads(json.dumps(key))  # tuples are lists, as in a file
     files = files_of(source, images)
     path = _locate(Path(cache.folder), key, files, cache.trust)
@@ -81,24 +80,22 @@ def check_complete(folder: CacheFolder) -> None:
     }
     if not keys:
         raise CacheError(f"{root} contains no features of {folder.name}; {advice}")
-    differences = sorted((_differences(key, found, folder.trust) for found in keys.values()), key=len)
+    differences = sorted((_differences(key, found) for found in keys.values()), key=len)
     if not differences[0]:
         counts = [_num_changed(path, folder.files) for path, found in keys.items() if not _differences(key, found)]
         differences = [[f"{min(counts)} of its {folder.num_images} images differ"]]
-    if any("images" not in found for found in keys.values()):
-        advice += "; data.cache.trust=true accepts moved images in a cache of an earlier version"
     listed = "\n  ".join("; ".join(lines) for lines in differences[:3])
     raise CacheError(f"{root} contains features of {folder.name} with another key:\n  {listed}\n{advice}")
 
 
 def _locate(root: Path, key: Mapping[str, Any], files: Sequence[Path | None], trust: bool) -> Path:
     name = re.sub(r"[^A-Za-z0-9]+", "_", f"{key['data']} {key['split']}").strip("_")
-    exact = root / f"{name}-{_digest(_without(key, ['images']))[:16]}"  # with all paths, as in earlier versions
+    exact = root / f"{name}-{_digest(key)[:16]}"  # with all paths
     if exact.exists():
         return exact
     counts = {}  # of images that differ
     for path, found in _keys(root).items():
-        if not _differences(key, found, trust):
+        if not _differences(key, found):
             is_here = trust or found["settings"] == key["settings"]
             counts[path] = 0 if is_here else _num_changed(path, files)
     best = min(counts, key=lambda path: counts[path], default=None)
@@ -125,8 +122,9 @@ def _keys(root: Path) -> dict[Path, dict[str, Any]]:
 
 def _num_changed(path: Path, files: Sequence[Path | None]) -> int:
     """Count the images that are not those of a cache, as far as it is complete and both are known."""
-    stored = read_file(path / INDEX).get("files") if (path / INDEX).exists() else None
-    return 0 if stored is None else len(changed_images(files, stored).changed)
+    if not (path / INDEX).exists():
+        return 0
+    return len(changed_images(files, read_index(path)["files"]).changed)
 
 
 def _content(key: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +135,7 @@ def _content(key: Mapping[str, Any]) -> dict[str, Any]:
     settings = _without(key["settings"], LOCATIONS)
     if settings.get("name") == "split":
         settings["dataset"] = _without(settings["dataset"], LOCATIONS)
-    return _without(content, ["data", "pictures"]) | {"settings": settings}
+    return _without(content, ["data", "image_keys"]) | {"settings": settings}
 
 
 def _without_ids(value: Any) -> Any:
@@ -147,18 +145,10 @@ def _without_ids(value: Any) -> Any:
     return {name: _without_ids(entry) for name, entry in value.items() if name != "id" or "weights" not in value}
 
 
-def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any], trust: bool = False) -> list[str]:
+def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Return one line for each value in which the content of two keys differs; their text only if both have some."""
-    if found["annotations"] is None:  # by an earlier version, which had no digest of this dataset
-        wanted = {**wanted, "annotations": None}
     if not ("text" in wanted and "text" in found):
         wanted, found = _without(wanted, ["text"]), _without(found, ["text"])
-    if "images" not in found:  # by an earlier version, which did not record the files of its images
-        wanted = _without(wanted, ["images"])
-        location = found["settings"].get("image_root") or found["settings"].get("path")
-        if not trust and location is not None and Path(location).exists():  # not moved: these may be other images
-            paths = [{name: key[name] for name in ("settings", "pictures")} for key in (wanted, found)]
-            return _lines(_content(wanted) | paths[0], _content(found) | paths[1])
     return _lines(_content(wanted), _content(found))
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vg.cache.format import INDEX, UNKNOWN, CacheFolder, read_file, read_records, read_shard, verify, write_records
-from vg.cache.images import NO_FILE, changed_images, identity
+from vg.cache.format import INDEX, CacheFolder, read_index, read_records, read_shard, verify, write_records
+from vg.cache.images import changed_images, identity
 from vg.errors import CacheError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def discard_invalid(folder: CacheFolder) -> None:
     problems: list[CacheError] = []
     if (folder.path / INDEX).exists():
         try:
-            index = read_file(folder.path / INDEX)
+            index = read_index(folder.path)
         except CacheError as error:
             problems.append(error)
     image_shards = [n for n in range(len(folder.shards)) if index is not None or folder.image_records(n).exists()]
@@ -50,10 +50,10 @@ def _check_images(folder: CacheFolder, shard: int) -> CacheError | str | None:
     try:
         records: list[dict[str, Any]] = read_records(path)
         array = read_shard(features, len(images) * folder.num_views)  # [images x V, S, D]
-        checksums = [value for record in records for value in record.get("checksums", [UNKNOWN] * folder.num_views)]
+        checksums = [value for record in records for value in record["checksums"]]
         for row, checksum in zip(array, checksums, strict=True):
             verify(row, checksum, features)
-        stored = [record.get("file", NO_FILE) for record in records]
+        stored = [record["file"] for record in records]
         changes = changed_images([None] * len(files) if folder.trust else files, stored)
         if changes.changed:
             names = ", ".join(str(files[image]) for image in changes.changed)
@@ -75,7 +75,7 @@ def _check_texts(folder: CacheFolder, shard: int, index: dict[str, np.ndarray]) 
     ends = np.concatenate([[0], index["ends"]])[texts.start : texts.stop + 1]  # first token of each, and the end
     try:
         array = read_shard(path, int(ends[-1] - ends[0]))  # [tokens, D]
-        checksums = index.get("word_checksums", np.full(texts.stop, UNKNOWN))[texts.start : texts.stop]
+        checksums = index["text_checksums"][texts.start : texts.stop]
         for row, checksum in zip(np.split(array, ends[1:-1] - ends[0]), checksums.tolist(), strict=True):
             verify(row, checksum, path)
         return None

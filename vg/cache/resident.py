@@ -90,9 +90,9 @@ class ResidentFeatures(SourceDataset[EncodedSample]):
         leaves = list(_leaves(data.source))
         folders = {source.folder.path: source for source, _ in leaves}  # one that is used twice is loaded once
         self.num_views = leaves[0][0].folder.num_views
-        self.grid, self.num_prefix = leaves[0][0].grid, leaves[0][0].num_prefix
-        grids = [source.grids.reshape(-1, 2) for source in folders.values() if source.grids is not None]
-        self.grids = [(rows, columns) for rows, columns in np.concatenate(grids).tolist()] if grids else None  # of rows
+        self.num_prefix = leaves[0][0].num_prefix
+        grids = np.concatenate([source.grids.reshape(-1, 2) for source in folders.values()])
+        self.grid, self.grids = largest_grid([(rows, columns) for rows, columns in grids.tolist()])  # of rows
 
         first_rows, num_rows = _offsets({path: source.index["sizes"].size // 2 for path, source in folders.items()})
         self.image_shape = leaves[0][0].image_shape  # S, D
@@ -100,9 +100,9 @@ class ResidentFeatures(SourceDataset[EncodedSample]):
         self.image = torch.empty((num_rows, math.prod(self.image_shape)), dtype=torch.float16, device=device)
         for path, source in folders.items():
             self._read(source, first_rows[path])
-        words = [(source.folder.path, source.index["words"].ravel()) for source, _ in leaves]  # of entries
+        chosen = [(source.folder.path, source.index["texts"].ravel()) for source, _ in leaves]  # of entries
         self.is_encoded = texts is None
-        self.texts = id_tables(folders, words, device, texts) if texts else [feature_table(folders, words, device)]
+        self.texts = id_tables(folders, chosen, device, texts) if texts else [feature_table(folders, chosen, device)]
 
         # Entry (first sample of the source + sample) * V + view
         self.first, _ = _offsets({source: len(source) for source, _ in leaves})
@@ -112,10 +112,10 @@ class ResidentFeatures(SourceDataset[EncodedSample]):
         self.sizes: list[tuple[int, int]] = []
         rows, boxes = [], []
         for source, prefix in leaves:
-            images, phrases = source.index["pictures"], source.index["words"]  # [samples], [samples, V]
+            images, phrases = source.index["images"], source.index["texts"]  # [samples], [samples, V]
             sizes, views = source.index["sizes"][images], np.arange(self.num_views)  # [samples, V, 2]
             self.ids += [prefix + id for id in source.texts["ids"]]
-            self.types += source.texts["kinds"]
+            self.types += source.texts["types"]
             self.phrases += [source.texts["expressions"][text] for text in phrases.ravel().tolist()]
             self.sizes += [(height, width) for height, width in sizes.reshape(-1, 2).tolist()]
             rows.append(first_rows[source.folder.path] + images[:, None] * self.num_views + views)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vg import boxes as box_ops
-from vg.cache.format import INDEX, UNKNOWN, CacheFolder, read_file, read_shard, verify
+from vg.cache.format import TEXT_ENTRIES, VERIFIED, CacheFolder, read_file, read_index, read_shard, verify
 from vg.cache.images import changed_images
 from vg.cache.key import check_complete
 from vg.data.prompt import Expressions
@@ -44,39 +44,30 @@ class CachedSource:
         self.folder = folder
         self.seed = seed
         self.provenance = source.provenance
-        self.index: dict[str, np.ndarray] = read_file(folder.path / INDEX)
-        self.texts = {name: json.loads(self.index[name].tobytes()) for name in ("ids", "kinds", "expressions")}
+        self.index = read_index(folder.path)
+        self.texts = {name: json.loads(self.index[name].tobytes()) for name in ("ids", "types", "expressions")}
         old, new = (f"{name}/{folder.key['split']}/" for name in (folder.stored["data"], folder.key["data"]))
         if old != new:  # a sample id begins with the name of the dataset, which changes with that of its folder
             self.texts["ids"] = [new + id[len(old) :] if id.startswith(old) else id for id in self.texts["ids"]]
         if folder.has_text and "ends" not in self.index:
             raise CacheError(f"{folder.path} has no features of text, only of images; `vg cache CONFIG` adds them")
-        ends = self.index["ends"] if folder.has_text else np.zeros(0, np.int64)
+        ends, checksums = (self.index[name] if folder.has_text else np.zeros(0, np.int64) for name in TEXT_ENTRIES)
         self.ends = np.concatenate([[0], ends])  # [E + 1] first token of each expression; [1] if they are not needed
-        self.grid = (int(self.index["grid"][0]), int(self.index["grid"][1]))  # the one with the most cells
-        self.grids: np.ndarray | None = self.index.get("grids")  # [images, V, 2]; None if all are equal
-        images, texts = self.index["sizes"].shape[:2], self.ends[1:].shape  # [images, V] and [E]
-        self._unverified = [  # checksums of features that have not been loaded yet
-            self.index.get("picture_checksums", np.full(images, UNKNOWN)),
-            self.index.get("word_checksums", np.full(texts, UNKNOWN)),
-        ]
+        self.grids = self.index["grids"]  # [images, V, 2]
+        # Checksums of features that have not been loaded yet: [images, V] and [E].
+        self._unverified = [self.index["image_checksums"], checksums]
         # All files are opened once, so a missing or shortened one is found before training.
         lengths = {folder.image_features(n): len(shard) * folder.num_views for n, shard in enumerate(folder.shards)}
         for n, shard in enumerate(folder.text_shards(len(self.ends) - 1)):
             lengths[folder.text_features(n)] = int(self.ends[shard.stop] - self.ends[shard.start])
         self._arrays = {path: read_shard(path, length) for path, length in lengths.items()}
-        self.num_prefix = self.image_shape[0] - math.prod(self.grid)  # tokens before those of the grid
-        if folder.stored["annotations"] != folder.key["annotations"]:
-            text = "was written by an earlier version: changed annotations are not noticed; remove it to encode again"
-            logger.warning("%s %s", folder.path, text)
+        num_cells = math.prod(self.index["grid"].tolist())
+        self.num_prefix = self.image_shape[0] - num_cells  # tokens before those of the grid
         if not folder.trust:
             self._compare_images()
 
     def _compare_images(self) -> None:
         folder, files = self.folder, self.folder.files
-        if "files" not in self.index:
-            logger.info("%s was written by an earlier version: changed images are not noticed", folder.path)
-            return
         changes = changed_images(files, self.index["files"])
         if changes.changed:
             names = ", ".join(str(files[image]) for image in changes.changed[:3])
@@ -90,7 +81,7 @@ class CachedSource:
             logger.info(text, f"{len(changes.missing):,}", f"{len(files):,}", folder.name)
 
     def __len__(self) -> int:
-        return len(self.index["pictures"])
+        return len(self.index["images"])
 
     def __getstate__(self) -> dict[str, Any]:  # a spawned worker opens the files itself
         return self.__dict__ | {"_arrays": {}}
@@ -100,23 +91,20 @@ class CachedSource:
         arrays = self.index
         image, view = self.locate(index, epoch)
         image_shard, image_row = divmod(image, self.folder.images_per_shard)
-        text = int(arrays["words"][index, view])
+        text = int(arrays["texts"][index, view])
         row = image_row * self.folder.num_views + view
         features = self._features(self.folder.image_features(image_shard), row, self._unverified[0], (image, view))
-        grid = self.grid
-        if self.grids is not None:
-            grid = int(self.grids[image, view, 0]), int(self.grids[image, view, 1])
-            features = features[: self.num_prefix + math.prod(grid)]
+        grid = int(self.grids[image, view, 0]), int(self.grids[image, view, 1])
         return EncodedSample(
             id=self.texts["ids"][index],
             image_key=(str(self.folder.path), image * self.folder.num_views + view),
-            image=features,
+            image=features[: self.num_prefix + math.prod(grid)],
             grid=grid,
             text=self._text(text) if self.folder.has_text else None,
             size=(int(arrays["sizes"][image, view, 0]), int(arrays["sizes"][image, view, 1])),
             phrase=self.texts["expressions"][text],
             box=arrays["boxes"][index, view],
-            expression_type=self.texts["kinds"][index],
+            expression_type=self.texts["types"][index],
         )
 
     def _text(self, text: int) -> np.ndarray:
@@ -133,7 +121,7 @@ class CachedSource:
                 f"{self.folder.name}, sample {index}: was unusable when the cache was written; fix it and remove "
                 f"{self.folder.path}, or set data.bad_samples=skip"
             )
-        image = int(self.index["pictures"][index])
+        image = int(self.index["images"][index])
         return image, self._view(image, epoch)
 
     @property
@@ -170,10 +158,10 @@ class CachedSource:
         return array
 
     def image_groups(self, epoch: int) -> np.ndarray:
-        return self.index["pictures"]
+        return self.index["images"]
 
     def image_sizes(self, epoch: int) -> np.ndarray:
-        images = self.index["pictures"]
+        images = self.index["images"]
         views = np.array([self._view(image, epoch) for image in range(self.folder.num_images)])
         return self.index["sizes"][images, views[images]]
 
@@ -193,9 +181,9 @@ class CachedSource:
         if path not in self._arrays:
             self._arrays[path] = read_file(path)
         features: np.ndarray = self._arrays[path][rows]
-        if unverified[index] != UNKNOWN:
+        if unverified[index] != VERIFIED:
             verify(features, unverified[index], path)
-            unverified[index] = UNKNOWN
+            unverified[index] = VERIFIED
         return features
 
 

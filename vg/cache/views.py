@@ -23,7 +23,7 @@ from vg.types import Movable, Sample
 
 _BLACK_PIXEL = Sample("", np.zeros((1, 1, 3), np.uint8), (), np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
 
-Record = dict[str, Any]  # annotations of an image as JSON values: samples, bad, ids, kinds, views; identity of its file
+Record = dict[str, Any]  # annotations of an image as JSON values: samples, bad, ids, types, views; identity of its file
 
 
 class ImageViews(Dataset[tuple[Record, Tensor]]):
@@ -69,7 +69,7 @@ class ImageViews(Dataset[tuple[Record, Tensor]]):
             "samples": indices,
             "bad": bad,
             "ids": [sample.id for sample in samples],
-            "kinds": [sample.expression_type for sample in samples],
+            "types": [sample.expression_type for sample in samples],
             "views": [
                 {"size": view.image.shape[:2], "boxes": view.boxes.tolist(), "phrases": view.phrases} for view in views
             ],

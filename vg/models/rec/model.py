@@ -139,11 +139,11 @@ class RecModel(EncodableModel):
         return all(encoder.frozen for encoder in self.text_encoders)
 
     def feature_key(self) -> dict[str, Any]:
-        vision: dict[str, Any] = weights_key("model.vision", self.config.vision)
-        if self.vision.layers is not None:  # keys of earlier versions have neither
-            vision["layers"] = self.vision.layers
-        if self.mix is not None:
-            vision["mix"] = {"seed": MIX_SEED, "shape": list(self.mix.shape)}
+        vision = {
+            **weights_key("model.vision", self.config.vision),
+            "layers": self.vision.layers,
+            "mix": None if self.mix is None else {"seed": MIX_SEED, "shape": list(self.mix.shape)},
+        }
         if not self.caches_text:
             return {"vision": vision}
         text = _text_key(self.config.text)
