@@ -29,7 +29,7 @@ from vg.models.rec.model import RecModel
 from vg.training.trainer import Trainer
 
 SETTINGS = [  # that keys of all caches have
-    (CsvConfig(path="x"), {"name", "path"}),
+    (CsvConfig(path="x"), {"name", "path", "vocabulary"}),
     (CocoConfig(path="x"), {"name", "path", "min_side", "vocabulary"}),
     (OdvgConfig(path="x"), {"name", "path", "captions", "vocabulary"}),
     (VocConfig(path="x"), {"name", "path", "vocabulary"}),

@@ -59,8 +59,8 @@ def every_sampler(source: Plain) -> list[EpochSampler]:
     return [EpochSampler(source, 1), ImageGroupedSampler(source, 1, 2), AspectRatioGroupedSampler(source, 1, 4)]
 
 
-def test_orders_without_shards_are_those_of_earlier_versions() -> None:
-    """Recorded before there were shards."""
+def test_orders_without_shards_do_not_change_with_the_code() -> None:
+    """A resumed run continues in the order in which it began."""
     plain = Plain(22)
     mixture = Mixture([Plain(9), Plain(5, 3), Plain(4, 2)], [0.7, 1.6, 2], seed=4)
     images = [

@@ -47,15 +47,6 @@ def test_settings_of_a_folder_without_results_do_not_matter(tmp_path: Path) -> N
         ResultsFolder(tmp_path, {**SETTINGS, "tile": 800})
 
 
-def test_settings_that_earlier_versions_did_not_record(tmp_path: Path) -> None:
-    fill(tmp_path, {"cat.png": 50})
-    folder = ResultsFolder(tmp_path, {**SETTINGS, "weights": "1a2b"})
-    assert folder.names == {"cat.png"}
-    folder.finish([])
-    with pytest.raises(ConfigError, match=r"has results with other settings \(weights\)"):
-        ResultsFolder(tmp_path, {**SETTINGS, "weights": "3c4d"})
-
-
 def test_images_that_are_added_later_do_not_replace_files(tmp_path: Path) -> None:
     fill(tmp_path, {"photos/cat.png": 50})
     drawn = (tmp_path / "drawn/photos_cat.png").read_bytes()

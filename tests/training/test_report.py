@@ -162,10 +162,10 @@ def test_table_of_rows_from_a_resumed_run() -> None:
         {"step": 8, "loss": 1.0, "train_iou": 0.5},
     ]
     assert epoch_table(rows, 8).splitlines()[2:] == ["| 0.5 | 2.5000 | 0.3000 | 2.0000 | 0.5000 |"]
-    assert epoch_table([{"step": 1, "loss": 1.0}, {"step": 1, "miou": 0.1}], 8) == "", "a run of an earlier version"
+    assert epoch_table([{"step": 1, "loss": 1.0}, {"step": 1, "miou": 0.1}], 8) == "", "a model with several boxes"
 
 
-def test_best_results_are_readable_as_before(tiny_config: MakeConfig) -> None:
+def test_best_results_are_stored(tiny_config: MakeConfig) -> None:
     config = tiny_config(train={"max_steps": 1})
     results = Trainer(config).fit()
     stored = json.loads((Path(config.train.output) / "best" / "validation.json").read_text())

@@ -103,7 +103,7 @@ class CsvConfig(Settings):
     """Use the rows with this value in the column `split`; null uses all rows."""
     classes: list[str] | None = None
     """For a column of classes; by default those of all rows, in the order of their first rows."""
-    vocabulary: VocabularyConfig | None = None  # not its defaults, because earlier feature caches have no such setting
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     """For a column of classes."""
 
     task: ClassVar[Task] = "expressions"
@@ -129,7 +129,7 @@ class CsvConfig(Settings):
         annotations.report_lost(strict)
         if not annotations.num_classes:
             return CsvExpressions(self, annotations)
-        vocabulary = Vocabulary(annotations.names, self.vocabulary or VocabularyConfig(), self.path)
+        vocabulary = Vocabulary(annotations.names, self.vocabulary, self.path)
         provenance = Provenance(Path(self.path).name, self.split or "all", "detection")
         return DetectionSource(annotations, vocabulary, provenance)
 

@@ -53,7 +53,7 @@ class ResultsFolder:
             self._new_stem(name)
         file = path / "settings.json"
         found = read_json(file, dict) if self.names and file.exists() else {}
-        if changed := [key for key in settings if key in found and found[key] != settings[key]]:
+        if self.names and (changed := [key for key in settings if key not in found or found[key] != settings[key]]):
             raise ConfigError(
                 f"{path} has results with other settings ({', '.join(changed)}): use another --output, or --overwrite"
             )

@@ -46,15 +46,20 @@ def check_encoders(folder: Path, config: ModelSettings) -> None:
     """Warn if a frozen encoder of `config` is not the one that a checkpoint was trained with.
 
     Raises:
-        DamagedCheckpointError: the file that identifies them is damaged.
+        DamagedCheckpointError: the file that identifies them is missing or damaged.
     """
-    file = folder / ENCODERS  # older checkpoints do not have it
+    weights = config.frozen_weights()
+    if not weights:
+        return
+    file = folder / ENCODERS
     try:
-        trained = read_json(file, dict) if file.exists() else {}
+        trained = read_json(file, dict)
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(f"{file} does not exist") from error
     except OSError as error:
         raise DamagedCheckpointError(f"{file} is damaged ({error.strerror}); use an older checkpoint") from error
-    for name, now in config.frozen_weights().items():
-        before = trained.get(name, now)
+    for name, now in weights.items():
+        before = trained.get(name)
         if not isinstance(before, dict) or not {"id", "weights"} <= before.keys():
             raise DamagedCheckpointError(f"{file} is damaged: {name} has no id and weights; use an older checkpoint")
         if before["weights"] != now["weights"]:

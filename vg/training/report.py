@@ -179,7 +179,7 @@ def epoch_table(rows: Sequence[Mapping[str, Any]], steps_per_epoch: int) -> str:
     """Return a Markdown table with a row per evaluation: mean loss and IoU of training since the last one, and its own.
 
     Args:
-        rows: of history.jsonl; without "train_iou" (models with several boxes, earlier versions) the table is empty.
+        rows: of history.jsonl; without "train_iou" (models with several boxes) the table is empty.
     """
     lines = []
     step, window = 0, []  # of the last row, (steps, loss, IoU) of each row since the last evaluation

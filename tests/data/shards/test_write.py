@@ -186,16 +186,6 @@ def test_changed_annotations_are_refused(
         write_shards(config, tmp_path / run)
 
 
-def test_complete_shards_of_an_earlier_version_are_kept(tmp_path: Path) -> None:
-    """Their index has no fingerprint of most datasets."""
-    config = CocoConfig.miniature(tmp_path)
-    written = write_shards(config, tmp_path / "out")
-    values = json.loads((tmp_path / "out" / INDEX).read_text())
-    values["settings"]["fingerprint"] = None
-    (tmp_path / "out" / INDEX).write_text(json.dumps(values))
-    assert write_shards(config, tmp_path / "out").shards == written.shards
-
-
 def test_foreign_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("important")
     with pytest.raises(DataError, match="is not empty, and has no shards; give a new folder"):

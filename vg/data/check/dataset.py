@@ -106,7 +106,7 @@ def read_dataset(name: str, config: Any, limit: int | None) -> CheckedDataset:
         limit: number of samples to read of a dataset without annotation files; None for all.
     """
     title = f"{config.name} {getattr(config, 'path', '')}".strip()
-    vocabulary = getattr(config, "vocabulary", None) or VocabularyConfig()
+    vocabulary = getattr(config, "vocabulary", VocabularyConfig())
     dataset = CheckedDataset(name, title, vocabulary, Issues(name))
     try:
         if isinstance(config, ReadsAnnotations):

@@ -122,8 +122,6 @@ def _begin(folder: Path, settings: dict[str, Any]) -> Index | None:
         begun["bad_samples"] = "skip"
         if index is None:
             write_json(folder / UNFINISHED, begun)
-    if begun.get("fingerprint") is None:  # perhaps by a version without fingerprints of all formats
-        begun["fingerprint"] = settings["fingerprint"]
     different = [name for name in settings if begun.get(name) != settings[name]]
     if different == ["fingerprint"]:
         raise DataError(f"the annotations have changed since the shards in {folder} were begun; give a new folder")

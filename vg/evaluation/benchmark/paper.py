@@ -130,7 +130,7 @@ def read_result(folder: Path) -> Result:
     content = read_json(path, dict)
     if lacking := {"checkpoint", "overrides", "config", "trained_parameters", "model", "parts"} - content.keys():
         raise ConfigError(
-            f"{path} lacks {', '.join(sorted(lacking))}: it is of an earlier version or another program; evaluate "
+            f"{path} lacks {', '.join(sorted(lacking))}: it was not written by vg eval, or is damaged; evaluate "
             "again with `vg eval CHECKPOINT --suite refcoco`"
         )
     parts = {(part["key"], part["split"]): part for part in content["parts"] if METRIC in part}

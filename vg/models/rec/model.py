@@ -89,7 +89,7 @@ class RecModel(EncodableModel):
         """Raise CheckpointError if weights of this configuration fit, but have another meaning here."""
         try:
             values = read_yaml(file)["model"]
-            heads, layers = values["head"]["heads"], values["vision"].get("layers")
+            heads, layers = values["head"]["heads"], values["vision"]["layers"]
         except (OSError, yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"model.weights: {file} is not the configuration of a rec: {error!r}") from error
         own = self.config.vision.layers
