@@ -25,7 +25,9 @@ from vg.types import TextSpec
 CONFIG, TOKENIZER, TRAINING = "config.yaml", "tokenizer", "training.pt"
 VALIDATION = "validation.json"  # results of the evaluation of a checkpoint, if there was one
 SHARDS = "shards"  # beside TRAINING, the tensors of each process of FSDP2
-STATE = {"weights", "optimizer", "schedule", "progress"}  # keys of TRAINING, at least
+STATE = {  # keys of TRAINING
+    *("weights", "optimizer", "scaler", "ema", "shards", "schedule", "progress", "unlogged", "data"),
+}
 TORCH_WRITER = "inline_container"  # the source file that torch names in errors of writing
 
 
@@ -132,8 +134,7 @@ def read_training_state(folder: Path) -> dict[str, Any]:
         raise (CheckpointError if intact else DamagedCheckpointError)(
             f"cannot resume from {folder / TRAINING}: {unpickling_problem(error)}"
         ) from error
-    if not isinstance(state, dict) or not state.keys() >= STATE:
-        raise DamagedCheckpointError(
-            f"cannot resume from {folder / TRAINING}: it lacks some of {', '.join(sorted(STATE))}"
-        )
-    return state
+    entries = state if isinstance(state, dict) else {}
+    if lacking := sorted(STATE - entries.keys()):
+        raise DamagedCheckpointError(f"cannot resume from {folder / TRAINING}: it lacks {', '.join(lacking)}")
+    return entries

@@ -27,16 +27,11 @@ def test_flat_names() -> None:
     assert f"loss/{LossName('giou', 'denoising', 3)}" == "loss/giou_denoising_layer3"
 
 
-@pytest.mark.parametrize("saved_as", ["fields", "flat names"])
-def test_buffered_steps_survive_a_checkpoint(tmp_path: Path, saved_as: str) -> None:
-    """Checkpoints used to store flat names; both formats load without running pickled code."""
+def test_buffered_steps_survive_a_checkpoint(tmp_path: Path) -> None:
     log, other = LossLog(Accelerator(cpu=True)), LossLog(Accelerator(cpu=True))
     log.rows.append((1, {name: torch.tensor(float(i)) for i, name in enumerate(NAMES)}))
     log.rows.append((2, {name: torch.tensor(float(i + 1)) for i, name in enumerate(NAMES)}))
-    state = log.state()
-    if saved_as == "flat names":
-        state = [(step, {str(LossName(*name)): value for name, value in terms.items()}) for step, terms in state]
-    torch.save(state, tmp_path / "state.pt")
+    torch.save(log.state(), tmp_path / "state.pt")
     other.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
     other.rows.append((3, {name: torch.tensor(float(i + 2)) for i, name in enumerate(NAMES)}))
     assert other.means() == {name: pytest.approx(i + 1) for i, name in enumerate(NAMES)}

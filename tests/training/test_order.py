@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from accelerate import Accelerator
 
-from tests.conftest import history
-from tests.training.test_resume import assert_same, configured, interrupt, stop_in_step
+from tests.training.test_resume import configured, interrupt, stop_in_step
 from vg.config import RunConfig
 from vg.data import samplers
 from vg.data.mixture import Mixture
@@ -173,23 +171,3 @@ def test_a_changed_step_continues_at_the_sample(
     left = [target.id for step in resumed.data.steps(0, 8) for batch in step for target in batch.targets]
     assert left[:16] == seen[8:]
     assert len(left) == 16
-
-
-def test_checkpoints_of_earlier_versions_continue(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    """They have batches instead of samples, and random states and unlogged losses of each process."""
-    uninterrupted = configured(tiny_config, tmp_path / "uninterrupted")
-    Trainer(uninterrupted).fit()
-    config = configured(tiny_config, tmp_path / "stopped")
-    trainer = Trainer(config)
-    stop_in_step(trainer, 2, interrupt)
-    with pytest.raises(SystemExit):
-        trainer.fit()
-    file = tmp_path / "stopped" / "checkpoints" / "step_000002" / "training.pt"
-    state = torch.load(file, weights_only=True)
-    assert (state["progress"].pop("samples"), state["progress"].pop("samples_per_step")) == (16, 8)
-    state["progress"]["batch"] = 4
-    state["processes"] = [{"random": {}, "unlogged": state.pop("unlogged")}]
-    assert len(state["processes"][0]["unlogged"]) == 2
-    torch.save(state, file)
-    Trainer(config, resume=True).fit()
-    assert_same(history(config), history(uninterrupted))

@@ -14,7 +14,6 @@ from tests.conftest import scripted_result
 from vg.config import RunConfig, load_config
 from vg.errors import ConfigError
 from vg.training import report
-from vg.training.state import Progress
 from vg.training.time_budget import last_step
 from vg.training.trainer import Trainer
 
@@ -156,11 +155,6 @@ def test_other_minutes_of_a_resumed_run_are_announced(
         f"train.minutes=6 has no effect: the interrupted run was fitted to 3 minutes, {interrupted.num_steps} steps"
         in caplog.text
     )
-
-
-def test_progress_of_older_checkpoints_has_no_number_of_steps() -> None:
-    assert Progress(step=3, epoch=1, samples=8).fitted_steps == 0
-    assert Progress(fitted_steps=7).state()["num_steps"] == 7, "the key in the checkpoints of all versions"
 
 
 def test_last_step_against_a_simulation() -> None:

@@ -76,23 +76,4 @@ class LossLog:
         return [(step, {tuple(name): term.clone() for name, term in terms.items()}) for step, terms in self.averaged]
 
     def load_state(self, rows: list[Any]) -> None:
-        self.averaged = [(step, {_name(key): term for key, term in terms.items()}) for step, terms in rows]
-
-
-def saved_rows(state: dict[str, Any]) -> list[Any]:
-    """Return the `LossLog.state` in a checkpoint; in those of earlier versions, each process has its own."""
-    if "processes" not in state:
-        return list(state["unlogged"])
-    return [
-        (steps[0][0], {key: torch.stack([terms[key] for _, terms in steps]).mean(dim=0) for key in steps[0][1]})
-        for steps in zip(*(process["unlogged"] for process in state["processes"]), strict=True)
-    ]
-
-
-def _name(key: tuple[Any, ...] | str) -> LossName:
-    """The key of a saved term: the fields of its name, or in older checkpoints "term", "term_component_layer0", ..."""
-    if not isinstance(key, str):
-        return LossName(*key)
-    name, _, layer = key.partition("_layer")
-    term, _, component = name.partition("_")
-    return LossName(term, component, int(layer) if layer else None)
+        self.averaged = [(step, {LossName(*key): term for key, term in terms.items()}) for step, terms in rows]

@@ -64,7 +64,7 @@ def read_shards(folder: Path, state: dict[str, Any], layouts: Mapping[str, Tenso
 
     Args:
         folder: a checkpoint, perhaps one without shards.
-        state: from TRAINING, with the entry "shards" if there are any: `files_of` when it was written.
+        state: from TRAINING, with the entry "shards": `files_of` when it was written.
         layouts: beginning of a name -> the weight that a tensor is distributed like; others remain None.
 
     Raises:
@@ -72,7 +72,7 @@ def read_shards(folder: Path, state: dict[str, Any], layouts: Mapping[str, Tenso
         CheckpointError: a tensor does not have the shape of its weight.
     """
     shards: dict[str, Tensor] = {}
-    if written := state.get("shards"):
+    if written := state["shards"]:
         if files_of(folder) != written:
             raise DamagedCheckpointError(
                 f"cannot resume from {folder / SHARDS}: it must have {len(written)} files, and all complete"

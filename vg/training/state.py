@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vg import checkpoint
 from vg.config import RunConfig
-from vg.errors import CheckpointError
+from vg.errors import CheckpointError, DamagedCheckpointError
 from vg.models.base import GroundingModel
 from vg.training.fsdp import gather_full
 from vg.training.lora import merged_weights
@@ -31,38 +31,26 @@ logger = logging.getLogger(__name__)
 class Progress:
     """Position and counters of a run; saved with every checkpoint."""
 
+    samples_per_step: int
+    best_metric: str  # flat key
     step: int = 0  # completed optimizer steps
     epoch: int = 0
     fitted_steps: int = 0  # of the whole run without `train.max_steps`; 0 until `train.minutes` has determined it
     minutes: float | None = None  # the `train.minutes` that did
     samples: int = 0  # of this epoch that all processes together have used
-    samples_per_step: int = 0
     evaluated_step: int = 0
-    best_metric: str | None = None  # flat key; checkpoints of earlier versions lack it
     best: float = -math.inf
     evaluations_since_best: int = 0
     skipped: int = 0  # steps skipped because of a non-finite loss or gradient
     skipped_in_a_row: int = 0
     restored: int = 0  # how often non-finite weights were restored from a checkpoint
 
-    def state(self) -> dict[str, Any]:
-        """Return the entries of a checkpoint, in which `fitted_steps` is `num_steps`."""
-        entries = asdict(self)
-        entries["num_steps"] = entries.pop("fitted_steps")
-        return entries
+    def continued(self, config: RunConfig, samples_per_step: int, best_metric: str) -> Progress:
+        """Return the progress at which a resumed run begins.
 
-    @classmethod
-    def read(cls, state: dict[str, Any], config: RunConfig, samples_per_step: int, best_metric: str) -> Progress:
-        """Return the progress in the state of a checkpoint.
-
-        Warns if its steps had another number of samples, or if its best score is that of another metric and is reset.
+        Warns if the steps had another number of samples, or if the best score is that of another metric and is reset.
         """
-        saved = dict(state["progress"])
-        saved["fitted_steps"] = saved.pop("num_steps", 0)
-        if "batch" in saved:  # of earlier versions: batches of this epoch, per process
-            samples = config.data.batch_size * len(state["processes"])
-            saved |= {"samples": saved.pop("batch") * samples, "samples_per_step": samples * config.train.accumulate}
-        before = saved.pop("samples_per_step")
+        before = self.samples_per_step
         if before != samples_per_step and PartialState().is_main_process:
             position = "at the same sample"
             if config.data.group_by_aspect_ratio:
@@ -71,18 +59,18 @@ class Progress:
                 "the checkpoint of step %d is from a run with %d samples per step, now there are %d (data.batch_size x "
                 "processes x train.accumulate): it continues %s, but with other steps and another schedule than "
                 "without an interruption",
-                *(saved["step"], before, samples_per_step, position),
+                *(self.step, before, samples_per_step, position),
             )
-        metric = saved.pop("best_metric", None)
-        if metric not in (None, best_metric):
-            saved |= {"best": -math.inf, "evaluations_since_best": 0}
-            if PartialState().is_main_process:
-                logger.warning(
-                    "the best score of the checkpoint of step %d is of %s, but train.best_metric is %s now: the next "
-                    "evaluation replaces the best checkpoint",
-                    *(saved["step"], metric, best_metric),
-                )
-        return cls(**saved, samples_per_step=samples_per_step, best_metric=best_metric)
+        continued = replace(self, samples_per_step=samples_per_step, best_metric=best_metric)
+        if self.best_metric == best_metric:
+            return continued
+        if PartialState().is_main_process:
+            logger.warning(
+                "the best score of the checkpoint of step %d is of %s, but train.best_metric is %s now: the next "
+                "evaluation replaces the best checkpoint",
+                *(self.step, self.best_metric, best_metric),
+            )
+        return replace(continued, best=-math.inf, evaluations_since_best=0)
 
 
 class TrainingState:
@@ -148,6 +136,11 @@ class TrainingState:
             CheckpointError: it does not match the configuration.
         """
         state = checkpoint.read_training_state(folder)
+        names = {field.name for field in fields(Progress)}
+        if not isinstance(state["progress"], dict) or state["progress"].keys() != names:
+            raise DamagedCheckpointError(
+                f"cannot resume from {folder / checkpoint.TRAINING}: its progress must have {', '.join(sorted(names))}"
+            )
         state = read_shards(folder, state, self._layouts())
         if state["weights"] is None or self.config.optim.lora is None:
             checkpoint.load_weights(self.model, folder, self.config)

@@ -48,7 +48,7 @@ class TimeBudget:
         if self.seconds and trainer.progress.fitted_steps:  # resumed
             self._use(trainer.progress.fitted_steps)
             before, now = trainer.progress.minutes, trainer.config.train.minutes
-            if before not in (None, now) and trainer.accelerator.is_main_process:
+            if before != now and trainer.accelerator.is_main_process:
                 logger.warning(
                     "train.minutes=%g has no effect: the interrupted run was fitted to %g minutes, %d steps; "
                     "train.max_steps makes it shorter",

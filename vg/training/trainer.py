@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from vg.training.compilation import compile_layers
 from vg.training.data import training_data
 from vg.training.fsdp import check_launch, gather_full, gathered, prepare_for_training
 from vg.training.interpolation import interpolate_run
-from vg.training.loss_log import REMEDY, TRAIN_IOU, LossLog, saved_rows
+from vg.training.loss_log import REMEDY, TRAIN_IOU, LossLog
 from vg.training.optim import build_optimizer, build_schedule, lr_factor, restore_schedule, select_trainable
 from vg.training.report import Report
 from vg.training.run_folder import RunFolder
@@ -202,7 +203,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a resumable checkpoint, which can also be loaded as a model."""
-        schedule, progress = self.schedule.state_dict(), self.progress.state()
+        schedule, progress = self.schedule.state_dict(), asdict(self.progress)
         extra = {"schedule": schedule, "progress": progress, "unlogged": self.losses.state(), "data": self.data.state()}
         path = self.folder.path / "checkpoints" / f"step_{self.progress.step:06d}"
         self.folder.save(path, **self.state.snapshot(extra))
@@ -211,9 +212,10 @@ class Trainer:
         """Load the newest checkpoint; training continues bit for bit, or with other processes up to rounding."""
         _, state = self.folder.newest(self.state.load)
         restore_schedule(self.schedule, state["schedule"])
-        self.progress = Progress.read(state, self.config, self.data.samples_per_step, self.evaluator.best_metric)
-        self.losses.load_state(saved_rows(state))
-        self.data.restore(state.get("data"))
+        saved = Progress(**state["progress"])
+        self.progress = saved.continued(self.config, self.data.samples_per_step, self.evaluator.best_metric)
+        self.losses.load_state(state["unlogged"])
+        self.data.restore(state["data"])
         self.folder.cut_history(self.progress.step, self.progress.evaluated_step == self.progress.step)
 
     def _steps(self) -> Iterator[list[Batch]]:
