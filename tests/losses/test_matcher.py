@@ -83,6 +83,21 @@ def test_a_batch_equals_single_prompts(config: LossConfig) -> None:
     assert torch.equal(match(logits, *case[1:], config), batched)
 
 
+@BOTH_COSTS
+@pytest.mark.parametrize("count", [2, 6])
+def test_padded_queries_are_not_matched(config: LossConfig, count: int) -> None:
+    """Although their boxes are perfect, and if there are more boxes than other queries."""
+    case = random_case(counts=(count,), lengths=(9,), queries=8)
+    real, padding = [0, 2, 5, 6], [1, 3, 4, 7]
+    expected = match(case.logits[:, :, real], case.boxes[:, :, real], *case[2:], config)
+    case.logits[:, :, padding] = -torch.inf
+    case.boxes[:, :, padding] = case.targets.boxes[None, :, :1]
+    found = match(*case, config)
+    assert torch.equal(found[:, :, real], expected)
+    assert (found[:, :, padding] == -1).all()
+    assert ((found >= 0).sum(dim=-1) == min(count, 4)).all()
+
+
 def test_no_boxes_at_all() -> None:
     found = match(*random_case(counts=(0, 0), lengths=(4, 5)), SUM)
     assert (found == -1).all()

@@ -165,6 +165,27 @@ def test_padding_is_ignored() -> None:
     assert_same(SetLoss(EVERYTHING)(*case.cut(), **cut), everything)
 
 
+def test_padded_queries_have_no_effect() -> None:
+    """A small image in a batch with a larger one has rows that are no queries; row 0 has more boxes than queries."""
+    case = random_case(counts=(6, 2, 0), lengths=(9, 11, 5), queries=4)
+    extra = extras(case)
+    del extra["denoising"]
+    expected = SetLoss(EVERYTHING)(*case, **extra)
+    padding = random_case(counts=(6, 2, 0), lengths=(9, 11, 5), queries=3)
+    minus_infinity = torch.full_like(padding.logits, -torch.inf)
+    order = [4, 0, 1, 5, 2, 3, 6]  # among the queries, which the matcher must not depend on
+    logits = torch.cat((case.logits, minus_infinity), dim=2)[:, :, order]
+    perfect = case.targets.boxes[None, :, :3].expand(3, -1, -1, -1)
+    boxes = torch.cat((case.boxes, perfect), dim=2)[:, :, order]
+    vectors = torch.cat((extra["vectors"][0], extra["vectors"][1][:, :3]), dim=1)[:, order], extra["vectors"][1]
+    encoder = (
+        torch.cat((extra["encoder"][0], minus_infinity[0]), dim=1)[:, order],
+        torch.cat((extra["encoder"][1], perfect[0]), dim=1)[:, order],
+    )
+    padded = SetLoss(EVERYTHING)(logits, boxes, *case[2:], encoder=encoder, vectors=vectors)
+    assert_same(padded, expected)
+
+
 def test_order_is_irrelevant() -> None:
     case, order = random_case(), [2, 0, 3, 1]
     expected = SetLoss(EVERYTHING)(*case, **extras(case))

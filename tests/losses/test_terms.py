@@ -116,18 +116,18 @@ def aligned(cosine: float) -> tuple[torch.Tensor, torch.Tensor]:
 def test_alignment_equals_values_computed_by_hand() -> None:
     queries, text = aligned(0.6)
     positive = torch.tensor([[[True, False, False], [False, False, False]]])
-    mask = torch.tensor([[True, True, False]])  # the third token would compete with the first
+    valid = torch.tensor([[[True, True, False]]])  # the third token would compete with the first
     high = math.exp(0.6 / 0.5)
     expected = (math.log((high + 1) / high) + math.log((high + 1) / high)) / 2  # one other token, one other query
-    value = terms.alignment(queries, text, positive, mask, 0.5)
+    value = terms.alignment(queries, text, positive, valid, 0.5)
     torch.testing.assert_close(value, torch.tensor([expected]))
-    closer = terms.alignment(*aligned(0.9), positive, mask, 0.5)
+    closer = terms.alignment(*aligned(0.9), positive, valid, 0.5)
     assert closer.item() < value.item()
 
 
 def test_alignment_without_matches_is_zero() -> None:
     queries, text = (x.requires_grad_() for x in aligned(0.6))
-    value = terms.alignment(queries, text, torch.zeros(1, 2, 3, dtype=torch.bool), torch.ones(1, 3).bool(), 0.07)
+    value = terms.alignment(queries, text, torch.zeros(1, 2, 3, dtype=torch.bool), torch.ones(1, 1, 3).bool(), 0.07)
     value.sum().backward()
     assert value.item() == 0
     assert queries.grad is not None

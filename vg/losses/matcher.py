@@ -11,7 +11,8 @@ from vg.losses import terms
 from vg.losses.config import LossConfig
 from vg.types import PromptTargets
 
-# Keep the logarithm of a probability finite. Published values: they determine the cost of logits beyond 18.
+# Keep the logarithm of a probability finite. Published values: they determine the cost of logits beyond 18 (mean) and
+# 27 (sum).
 _EPS = {"mean": 1e-8, "sum": 1e-12}
 
 
@@ -20,23 +21,28 @@ def match(logits: Tensor, boxes: Tensor, targets: PromptTargets, mask: Tensor, c
     """Match the queries of every layer and prompt with the boxes of the prompt.
 
     Args:
-        logits: [L, R, Q, T]; values at padded tokens are ignored.
+        logits: [L, R, Q, T]; values at padded tokens are ignored. Padded queries are -inf everywhere, in all layers.
         boxes: [L, R, Q, 4] cxcywh 0..1.
         mask: [R, T] bool, True = a real token.
 
     Returns:
-        [L, R, Q] int64, the index of the matched box, -1 for background. If there are more boxes than queries, the
-        subset with the lowest cost is matched. Non-finite costs rank below all finite ones.
+        [L, R, Q] int64, the index of the matched box, -1 for background and padded queries. If there are more boxes
+        than queries without padding, the subset with the lowest cost is matched. Non-finite costs rank below all finite
+        ones.
     """
     costs = match_costs(logits, boxes, targets, mask, config)
-    values = _to_host(costs).numpy()  # [L, R, Q, N]
+    is_padding = (logits[0].isneginf() | ~mask.unsqueeze(1)).all(dim=-1)  # [R, Q]; NaN is not padding
+    column = is_padding.expand(costs.shape[:-1]).unsqueeze(-1)  # of the costs, so that one copy to the host is enough
+    values = _to_host(torch.cat((costs, column.to(costs.dtype)), dim=-1)).numpy()  # [L, R, Q, N + 1]
     # Page-locked, so that the copy back does not wait for the device.
     assignment = torch.full(costs.shape[:3], -1, pin_memory=costs.is_cuda)
     found = assignment.numpy()  # the same memory
     for row, count in enumerate(targets.counts):
+        real = np.flatnonzero(values[0, row, :, -1] == 0)  # indices of the queries without padding
         for layer in range(len(values)):
-            queries, matched = linear_sum_assignment(_finite(values[layer, row, :, :count]))
-            found[layer, row, queries] = matched
+            cost = values[layer, row, :, :count]
+            queries, matched = linear_sum_assignment(_finite(cost if len(real) == len(cost) else cost[real]))
+            found[layer, row, real[queries]] = matched
     return assignment.to(costs.device, non_blocking=costs.device.type != "mps")
 
 

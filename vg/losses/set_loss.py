@@ -46,7 +46,8 @@ class SetLoss:
         """Compute the weighted loss terms of one batch.
 
         Args:
-            logits: [L, R, Q, T] of all decoder layers, the last layer last; values at padded tokens are ignored.
+            logits: [L, R, Q, T] of all decoder layers, the last layer last; values at padded tokens are ignored, padded
+                queries are -inf.
             boxes: [L, R, Q, 4] cxcywh 0..1.
             mask: [R, T] bool, True = a real token.
             encoder: logits [R, Q, T] and boxes [R, Q, 4] of the image tokens selected as queries.
@@ -68,7 +69,8 @@ class SetLoss:
             if vectors and self.config.alignment:
                 last = len(decoder.factors) - 1
                 positive = _gather_boxes(targets.positive_map, assignment[last])  # [R, Q, T]
-                alignment = terms.alignment(*vectors, positive, mask, self.config.alignment_temperature)  # [R]
+                valid = _valid(logits[-1], mask)
+                alignment = terms.alignment(*vectors, positive, valid, self.config.alignment_temperature)  # [R]
                 losses[LossName("alignment")] = self.config.alignment * alignment.sum() / num_boxes
             if denoising and self.config.denoising:
                 noisy_logits, noisy_boxes, noisy_assignment = denoising
@@ -106,7 +108,7 @@ class SetLoss:
         matched = assignment >= 0  # [L, R, Q]
         positive = _gather_boxes(targets.positive_map, assignment)  # [L, R, Q, T], all False for unmatched queries
         target = _gather_boxes(targets.boxes, assignment)  # [L, R, Q, 4]
-        valid = mask.unsqueeze(1) & ~logits.isneginf()  # [L, R, Q, T]; padded queries are -inf everywhere
+        valid = _valid(logits, mask)  # [L, R, Q, T]
         logits = logits.float().masked_fill(~valid, 0.0)  # before the loss: infinite logits have no gradient
         values = {
             "class": (terms.focal(logits, positive, config.focal_alpha, config.focal_gamma) * valid).sum(dim=-1),
@@ -124,6 +126,11 @@ class SetLoss:
         losses = scale * torch.stack([values[term].sum(dim=(1, 2)) for term in used]) / count  # [terms, L]
         names = [LossName(term, *layer) for term in used for layer in factors]
         return dict(zip(names, losses.flatten().unbind(), strict=True))
+
+
+def _valid(logits: Tensor, mask: Tensor) -> Tensor:
+    """[..., R, Q, T], [R, T] bool -> [..., R, Q, T] bool, False where the token or the query is padding."""
+    return mask.unsqueeze(1) & ~logits.isneginf()  # padded queries are -inf everywhere
 
 
 def _gather_boxes(values: Tensor, assignment: Tensor) -> Tensor:

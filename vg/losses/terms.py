@@ -55,21 +55,21 @@ def focal(logits: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tenso
     return -torch.where(positive, alpha, 1 - alpha) * discount * F.logsigmoid(margin)
 
 
-def alignment(queries: Tensor, text: Tensor, positive: Tensor, mask: Tensor, temperature: float) -> Tensor:
+def alignment(queries: Tensor, text: Tensor, positive: Tensor, valid: Tensor, temperature: float) -> Tensor:
     """Contrastive alignment (InfoNCE) of queries with tokens, and of tokens with queries (MDETR, Kamath et al. 2021).
 
     Args:
         queries: [R, Q, D], normalized here.
         text: [R, T, D], normalized here.
         positive: [R, Q, T] bool, the tokens of the phrase that a query is matched with.
-        mask: [R, T] bool, True = a real token.
+        valid: broadcasts to [R, Q, T] bool, True = neither the query nor the token is padding.
         temperature: cosines are divided by it.
 
     Returns:
         [R], half the sum over matched queries and positive tokens.
     """
     similarity = F.normalize(queries.float(), dim=-1) @ F.normalize(text.float(), dim=-1).mT / temperature  # [R, Q, T]
-    similarity = similarity.masked_fill(~mask.unsqueeze(1), torch.finfo(similarity.dtype).min)
+    similarity = similarity.masked_fill(~valid, torch.finfo(similarity.dtype).min)
     from_queries = token_cross_entropy(similarity, positive)  # [R, Q]
     from_tokens = token_cross_entropy(similarity.mT, positive.mT)  # [R, T]
     return (from_queries.sum(dim=1) + from_tokens.sum(dim=1)) / 2

@@ -201,6 +201,18 @@ def test_a_small_image_in_a_batch_with_a_large_one() -> None:
         same(one, alone)
 
 
+@torch.no_grad()
+def test_box_losses_of_a_small_image_in_a_batch_with_a_large_one() -> None:
+    """Its 100 boxes are matched with its 85 queries, never with the padding; the large image has no boxes."""
+    model = tiny_model(num_queries=120).train()
+    small, large = sample(["dog"], (64, 64), boxes=100), sample(["dog"], (64, 112), seed=1)
+    batches = batch_of(model, small), batch_of(model, small, large)
+    alone, beside = (model.loss(model(batch), batch) for batch in batches)
+    for name in alone:
+        if name.term != "class":  # the large image has a class loss
+            torch.testing.assert_close(beside[name], alone[name], msg=str(name))
+
+
 def test_gradients_of_a_small_image_in_a_batch_with_a_large_one_are_finite() -> None:
     model = tiny_model(num_queries=120, denoising=DenoisingConfig(num_queries=4)).train()
     batch = batch_of(model, sample(["dog"], (64, 64), boxes=2), sample(["dog", "cat"], (64, 112), seed=1, boxes=3))
