@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.models.grounding_dino.published import TEXT, bert_tokenizer
 from vg.checkpoint import write_model
 from vg.cli import main
 from vg.config import CheckpointConfig, load_config, parse_config
@@ -126,9 +127,9 @@ def test_models(tmp_path: Path, tiny_config: Callable[..., Any]) -> None:
     assert config.data.batch_size * config.train.accumulate == 32
     config = make_plan(detection, lora=True).config
     assert config.optim.lora
-    tiny = GroundingDinoConfig.tiny()
+    tiny = replace(GroundingDinoConfig.tiny(), text=TEXT)
     network = tiny.build()
-    tokenizer = network.text_spec.tokenizer
+    tokenizer = bert_tokenizer(tmp_path / "bert")
     (tmp_path / "transformers").mkdir()
     write_checkpoint(network.own_state_dict(), tiny, tokenizer, tmp_path / "transformers", "transformers")
     for model in (tmp_path / "transformers", saved(tmp_path / "vg", CheckpointConfig(tiny))):

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import vg
+from tests.models.grounding_dino.published import TEXT, bert_tokenizer
 from tests.models.grounding_dino.tiny import tiny_model
 from vg.checkpoint import write_model
 from vg.config import RunConfig
@@ -75,10 +76,11 @@ def test_only_a_model_is_replaced(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_of_another_library_is_saved(tmp_path: Path) -> None:
-    model = tiny_model(points=4, logit_eps=(1e-5, 1e-5))
+    model = tiny_model(points=4, logit_eps=(1e-5, 1e-5), text=TEXT)
     folder = tmp_path / "transformers"
     folder.mkdir()
-    write_checkpoint(model.own_state_dict(), model.config, model.text_spec.tokenizer, folder, "transformers")
+    tokenizer = bert_tokenizer(tmp_path / "bert")
+    write_checkpoint(model.own_state_dict(), model.config, tokenizer, folder, "transformers")
     grounder = vg.Grounder.from_pretrained(folder, device="cpu")
     grounder.save_pretrained(tmp_path / "saved")
     again = vg.Grounder.from_pretrained(tmp_path / "saved", device="cpu")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.models.grounding_dino.published import TEXT, bert_tokenizer
 from tests.models.grounding_dino.tiny import tiny_model
 from vg import Grounder, load_model, predict_and_crop
 from vg.errors import CheckpointError
@@ -17,16 +18,15 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
 
 @pytest.mark.parametrize("format", ["official", "mmdet", "transformers"])
 def test_every_checkpoint_format_gives_equal_predictions(tmp_path: Path, format: str) -> None:
-    model = tiny_model(points=4, logit_eps=(1e-5, 1e-5) if format == "transformers" else (1e-3, 1e-3))
+    eps = (1e-5, 1e-5) if format == "transformers" else (1e-3, 1e-3)
+    model = tiny_model(points=4, logit_eps=eps, text=TEXT)
+    model.use_tokenizer(bert_tokenizer(tmp_path / "bert"))
     path = tmp_path / "published"
     if format == "transformers":
         path.mkdir()
     write_checkpoint(model.own_state_dict(), model.config, model.text_spec.tokenizer, path, format)
     expected = Grounder(model, "cpu").predict(IMAGE, ["a dog", "cat"], threshold=0.2)
-    tokenizer = tmp_path / "bert"
-    model.text_spec.tokenizer.save_pretrained(str(tokenizer))
-    model.text.network.config.save_pretrained(str(tokenizer))
-    opened = load_model(path, None if format == "transformers" else str(tokenizer))
+    opened = load_model(path, None if format == "transformers" else str(tmp_path / "bert"))
     opened.config.image = model.config.image  # checkpoint files do not contain the image size
     found = Grounder(opened, "cpu").predict(IMAGE, ["a dog", "cat"], threshold=0.2)
     assert found.phrases == ("a dog", "cat")

@@ -17,13 +17,15 @@ from pycocotools import mask as masks
 from pydantic import TypeAdapter
 
 from tests.conftest import HEAD, TEXT, VISION, history
+from tests.models.grounding_dino.published import TEXT as BERT
+from tests.models.grounding_dino.published import bert_tokenizer
 from tests.models.grounding_dino.tiny import tiny_config, tiny_model
 from vg.checkpoint import write_model
 from vg.cli import main
 from vg.config import CheckpointConfig, DataConfig, RunConfig
 from vg.data.refcoco.source import RefcocoConfig
 from vg.inference.torch_backend import TorchBackend, load_model
-from vg.models.grounding_dino.checkpoints import open_tokenizer, read_checkpoint, write_checkpoint
+from vg.models.grounding_dino.checkpoints import write_checkpoint
 from vg.models.rec.config import RecConfig
 from vg.training.settings import TrainConfig
 from vg.training.trainer import Trainer
@@ -51,10 +53,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         path.mkdir()
     write_model(paths["rec"], rec.build(), CheckpointConfig(rec))
     write_model(paths["grounding_dino"], grounding_dino, CheckpointConfig(grounding_dino.config))
-    checkpoint = read_checkpoint(paths["grounding_dino"])
-    write_checkpoint(
-        checkpoint.weights, checkpoint.config, open_tokenizer(checkpoint), paths["transformers"], "transformers"
-    )
+    published, tokenizer = tiny_model(text=BERT), bert_tokenizer(folder / "bert")
+    write_checkpoint(published.own_state_dict(), published.config, tokenizer, paths["transformers"], "transformers")
     return paths
 
 

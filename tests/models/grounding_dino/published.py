@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from vg.models.grounding_dino.config import BertConfig
 from vg.models.grounding_dino.model import GroundingDino
 from vg.types import Batch, PromptTargets, Text
 
@@ -23,6 +24,7 @@ BERT = {
     "vocab_size": 1040,
     "max_position_embeddings": 64,
 }
+TEXT = BertConfig(architecture={"model_type": "bert", "type_vocab_size": 2} | BERT)
 SIZE = (128, 192)  # pixels
 IDS = torch.tensor([[101, 1030, 1012, 1031, 1032, 1012, 102]])  # two phrases
 
@@ -33,6 +35,13 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "vocab.txt").write_text("\n".join(words))
     transformers.BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     transformers.BertConfig(**BERT).save_pretrained(folder)
+
+
+def bert_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Write the tokenizer into a new folder and load it."""
+    folder.mkdir()
+    write_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def random_model(mm: bool = False, backbone: str = "swin", stages: tuple[int, ...] = (2, 3, 4), **settings: Any) -> Any:

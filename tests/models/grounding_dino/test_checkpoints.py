@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from tests.models.grounding_dino.golden import FOLDER, needs_golden
-from tests.models.grounding_dino.published import BERT, write_tokenizer
+from tests.models.grounding_dino.published import BERT, TEXT, bert_tokenizer, write_tokenizer
 from tests.models.grounding_dino.tiny import tiny_model
 from vg.checkpoint import read_model, write_weights
 from vg.cli import main
@@ -33,7 +32,6 @@ from vg.models.grounding_dino.config import (
 from vg.models.grounding_dino.model import GroundingDino
 from vg.types import TextSpec
 
-TEXT = BertConfig(architecture={"model_type": "bert", "type_vocab_size": 2} | BERT)
 MM = {"classes": ClassHeadConfig(scale="width", bias=True), "shared_heads": False}
 LEARNED = {"classes": ClassHeadConfig(scale="learned"), "shared_heads": False}
 SWIN = SwinConfig(stages=[1, 2, 3, 4], width=16, depths=[1, 1, 2, 1], heads=[1, 2, 4, 8], window=3)
@@ -51,11 +49,7 @@ def model(**settings: Any) -> GroundingDino:
 def written(path: Path, format: Any, source: GroundingDino | Checkpoint) -> Checkpoint:
     """Write a model or checkpoint in this format and read it."""
     weights = source.weights if isinstance(source, Checkpoint) else source.own_state_dict()
-    tokenizer = None
-    if format == "transformers":
-        path.mkdir()
-        write_tokenizer(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = bert_tokenizer(path) if format == "transformers" else None
     write_checkpoint(weights, source.config, tokenizer, path, format)
     return read_checkpoint(path, BERT)
 
@@ -242,9 +236,7 @@ def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_convert_prints_settings_that_the_format_does_not_store(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "hf").mkdir()
-    write_tokenizer(tmp_path / "hf")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    tokenizer = bert_tokenizer(tmp_path / "hf")
     for name, image in (("small", ImageConfig(shortest=128)), ("default", ImageConfig())):
         source = model(image=image, max_tokens=64 if name == "small" else 256)
         (tmp_path / name).mkdir()
@@ -265,9 +257,7 @@ def test_the_checkpoint_of_a_run(tmp_path: Path) -> None:
     source = model(denoising=DenoisingConfig(num_labels=5))
     config = replace(source.config, text=BertConfig(frozen=True), weights="elsewhere.pth")
     (tmp_path / "best").mkdir()
-    (tmp_path / "bert").mkdir()
-    write_tokenizer(tmp_path / "bert")
-    spec = TextSpec(AutoTokenizer.from_pretrained(tmp_path / "bert"), max_tokens=256)
+    spec = TextSpec(bert_tokenizer(tmp_path / "bert"), max_tokens=256)
     write_weights(tmp_path / "best", source.own_state_dict(), CheckpointConfig(config), spec)
     checkpoint = read_checkpoint(tmp_path, BERT)
     assert (checkpoint.format, checkpoint.tokenizer) == ("vg", str(tmp_path / "best" / "tokenizer"))

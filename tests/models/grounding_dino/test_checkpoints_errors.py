@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from tests.models.grounding_dino.published import BERT, random_model, write_tokenizer
 from tests.models.grounding_dino.test_checkpoints import LEARNED, MM, model
+from tests.models.grounding_dino.tiny import tiny_model
 from vg.checkpoint import write_model
 from vg.cli import main
 from vg.config import CheckpointConfig
 from vg.errors import CheckpointError
 from vg.models.grounding_dino.checkpoints import load_into, read_checkpoint, write_checkpoint
+from vg.models.grounding_dino.checkpoints.write import DELIMITER_IDS
 from vg.models.grounding_dino.config import BertConfig, ClassHeadConfig
 
 
@@ -223,6 +226,28 @@ def test_weights_that_do_not_fit_the_configuration(tmp_path: Path) -> None:
         write_checkpoint(rest, source.config, None, tmp_path / "x", "mmdet")
     with pytest.raises(CheckpointError, match="needs a tokenizer"):
         write_checkpoint(weights, source.config, None, tmp_path, "transformers")
+
+
+@pytest.mark.parametrize("family", ["grounding_dino", "mm_grounding_dino"])
+def test_transformers_has_constant_delimiters(family: str) -> None:
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    assert modeling.SPECIAL_TOKENS == DELIMITER_IDS
+
+
+def test_another_vocabulary_than_that_of_bert(tmp_path: Path) -> None:
+    """transformers would not split its prompts, so all predictions would be wrong."""
+    source = tiny_model(points=4)
+    run, spec = tmp_path / "run", source.text_spec
+    run.mkdir()
+    write_model(run, source, CheckpointConfig(source.config))
+    message = converting(run, tmp_path / "hf", "--to", "transformers")
+    assert "splits prompts at the token ids [101, 102, 1012, 1029] of bert-base-uncased" in message
+    assert "of the tokenizer are [2, 3, 41, 46]" in message
+    assert "Write another format: official and mmdetection" in message
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+    with pytest.raises(CheckpointError, match="does not support this vocabulary"):
+        write_checkpoint(source.own_state_dict(), source.config, spec.tokenizer, tmp_path, "transformers")
+    main(["convert", str(run), str(tmp_path / "official.pth"), "--to", "official"])
 
 
 def converting(*arguments: object) -> str:

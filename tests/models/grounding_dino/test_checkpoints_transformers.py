@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, AutoTokenizer
 
 from tests.models.grounding_dino.published import (
+    bert_tokenizer,
     output_of_transformers,
     output_of_vg,
     random_model,
@@ -176,10 +177,8 @@ def test_the_processor_loads(tmp_path: Path) -> None:
     model = random_model()
     model.save_pretrained(tmp_path / "published")
     checkpoint = read_checkpoint(tmp_path / "published")
-    for name in ("bert", "ours"):
-        (tmp_path / name).mkdir()
-    write_tokenizer(tmp_path / "bert")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bert")
+    (tmp_path / "ours").mkdir()
+    tokenizer = bert_tokenizer(tmp_path / "bert")
     write_checkpoint(checkpoint.weights, checkpoint.config, tokenizer, tmp_path / "ours", "transformers")
     processor = AutoProcessor.from_pretrained(tmp_path / "ours", backend="pil")
     encoded = processor(images=torch.zeros(3, 480, 640, dtype=torch.uint8).numpy(), text="cat.", return_tensors="pt")

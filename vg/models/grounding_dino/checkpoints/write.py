@@ -18,6 +18,9 @@ from vg.models.grounding_dino.checkpoints.variant import LABELS
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.types import ImageSpec
 
+# Ids of [CLS], [SEP], "." and "?" in bert-base-uncased: constants of transformers, which splits prompts at them.
+DELIMITER_IDS = [101, 102, 1012, 1029]
+
 
 def write_checkpoint(
     weights: Mapping[str, Tensor],
@@ -35,7 +38,7 @@ def write_checkpoint(
         out: an existing empty folder for transformers, else the .pth to write (see `vg.checkpoint.replacing`).
 
     Raises:
-        CheckpointError: the format does not support this model, or the weights do not fit `config`.
+        CheckpointError: the format does not support this model or tokenizer, or the weights do not fit `config`.
     """
     names = tensor_names(on_meta(config), format)
     if LABELS not in weights:  # needed in training only, and optional everywhere
@@ -47,6 +50,8 @@ def write_checkpoint(
         raise CheckpointError(f"the {format} format does not support {unsupported}")
     if absent:
         raise CheckpointError(f"the weights lack {absent[0]}; frozen encoders are not saved with a checkpoint")
+    if format == "transformers":
+        _check_tokenizer(tokenizer)
     tensors: dict[str, Tensor] = {}
     for own, foreign in names.items():
         tensor = to_file(own, [weights[name].detach().cpu() for name in own], format)
@@ -57,8 +62,7 @@ def write_checkpoint(
     elif format == "mmdet":
         torch.save({"state_dict": tensors, "meta": {}}, out)
     else:
-        if tokenizer is None:
-            raise CheckpointError("a transformers folder needs a tokenizer")
+        assert tokenizer is not None
         save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
         _write_settings(config, next(iter(tensors.values())).dtype, tokenizer, out)
         shutil.copymode(out / "config.json", out / "model.safetensors")  # safetensors ignores the umask
@@ -84,6 +88,20 @@ def _unsupported(config: GroundingDinoConfig, format: Foreign) -> str | None:
     if format != "transformers" and (config.points, config.position_temperature) != (4, 20):
         return "model.points other than 4 or model.position_temperature other than 20"
     return None
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raise CheckpointError unless transformers would split the prompts of this tokenizer where vg does."""
+    if tokenizer is None:
+        raise CheckpointError("a transformers folder needs a tokenizer")
+    ids = tokenizer.convert_tokens_to_ids(["[CLS]", "[SEP]", ".", "?"])
+    if ids != DELIMITER_IDS:
+        raise CheckpointError(
+            f"the transformers format does not support this vocabulary: transformers splits prompts at the token ids "
+            f"{DELIMITER_IDS} of bert-base-uncased, but [CLS], [SEP], '.' and '?' of the tokenizer are {ids}, so its "
+            "predictions would be wrong. Write another format: official and mmdetection read the ids from the "
+            "tokenizer of their text encoder"
+        )
 
 
 def not_stored(config: GroundingDinoConfig, format: CheckpointFormat) -> list[str]:
