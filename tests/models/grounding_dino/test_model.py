@@ -356,6 +356,11 @@ def test_invalid_settings() -> None:
         ),
         ({"position_temperature": 0}, r"model\.position_temperature: .* greater than 0"),
         ({"image": {"std": [0.2, 0, 0.2]}}, r"model\.image\.std\.1: .* greater than 0"),
+        ({"classes": {"similarity": "cosine"}}, r"model\.classes: .*cosine needs scale=learned, not one: .* too small"),
+        (
+            {"classes": {"similarity": "cosine", "scale": "width", "bias": True}},
+            r"model\.classes: .*needs scale=learned, not width",
+        ),
         ({"loss": {"encoder": 0}}, r"model\.loss\.encoder: .* greater than 0"),
         (
             {"loss": {"class_weight": 0, "l1": 0, "giou": 0}},

@@ -11,7 +11,7 @@ Where each equation is implemented, and the setting that belongs to it:
 | gated fusion, alpha * own + (1 - alpha) * attended | feature_enhancer.GatedFusionLayer | model.fusion=gated |
 | query selection, top-N of max_t sim(image token, text token) | query_selection.QuerySelection | model.num_queries |
 | class logits: dot product q't | heads.ClassHead | model.classes.similarity=dot |
-| class logits: cosine q't / (|q| |t|) / temperature | heads.ClassHead | model.classes.similarity=cosine |
+| class logits: cosine q't / (|q| |t| temperature) | heads.ClassHead | model.classes.similarity=cosine, .scale=learned |
 | box refinement, sigmoid(logit(box) + MLP(query)) | decoder.CrossModalityDecoder | model.logit_eps |
 | score of a phrase, mean or max over its tokens | postprocess.phrase_scores | model.predict.score |
 | non-maximum suppression | vg.nms.nms | model.predict.nms |

@@ -146,11 +146,19 @@ class ClassHeadConfig(Settings):
     """Similarity between a query and a text token, which gives the logit of that token for that query."""
 
     similarity: Literal["dot", "cosine"] = "dot"
+    """cosine needs `scale: learned`."""
     scale: Literal["one", "width", "learned"] = "one"
     """Factor of the similarity: 1 (official), 1/sqrt(width) (MM-Grounding-DINO), or exp of a learned parameter. The
     latter is the inverse temperature of a cosine; mmdetection also adds it when it fine-tunes official weights."""
     bias: bool = False
     """Add a learned bias (MM-Grounding-DINO)."""
+
+    def __post_init__(self) -> None:
+        if self.similarity == "cosine" and self.scale != "learned":
+            raise ValueError(
+                f"similarity=cosine needs scale=learned, not {self.scale}: a cosine is in -1..1, a range too small for "
+                "logits"
+            )
 
 
 @dataclass
