@@ -58,11 +58,17 @@ def test_a_new_box_term_may_be_the_only_one(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(BoxLossConfig, "center", 2.0, raising=False)
     monkeypatch.setitem(terms.BOX_TERMS, "center", terms.l1)
     case = random_case()
-    losses = SetLoss(LossConfig(class_weight=0, l1=0, giou=0))(*case)
-    assert {name.term for name in losses} == {"center"}
+    losses = SetLoss(LossConfig(l1=0, giou=0))(*case)
+    assert {name.term for name in losses} == {"class", "center"}
     monkeypatch.setattr(BoxLossConfig, "center", 0.0)
-    with pytest.raises(ValueError, match="give one of class_weight, diou, l1, giou, center, alignment a positive"):
-        LossConfig(class_weight=0, l1=0, giou=0)
+    with pytest.raises(ValueError, match=r"give one of diou, l1, giou, center a positive weight: .*no gradient"):
+        LossConfig(l1=0, giou=0)
+
+
+def test_the_class_term_has_a_weight() -> None:
+    """Nothing else trains the bias of the class head, and DDP needs a gradient for every parameter."""
+    with pytest.raises(ValueError, match="class_weight must be positive"):
+        LossConfig(class_weight=0)
 
 
 def test_one_term_per_loss_layer_and_component() -> None:
@@ -115,7 +121,6 @@ def test_weights_and_factors() -> None:
         ({"auxiliary": 0.0}, "layer"),
         ({"denoising": 0.0}, "denoising"),
         ({"alignment": 0.0}, "alignment"),
-        ({"class_weight": 0.0}, "class"),
         ({"l1": 0.0}, "l1"),
         ({"giou": 0.0}, "giou"),
         ({"diou": 0.0}, "diou"),

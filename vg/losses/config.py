@@ -14,11 +14,21 @@ Weight = NonNegativeFloat
 
 @dataclass
 class BoxLossConfig(Settings):
-    """Weights of the box terms of both families (`BOX_TERMS` of vg.losses.terms); zero switches a term off."""
+    """Weights of the box terms of both families (`BOX_TERMS` of vg.losses.terms); zero switches a term off.
+
+    One of them must be positive.
+    """
 
     diou: Weight = 0.0
     l1: Weight = 5.0
     giou: Weight = 2.0
+
+    def __post_init__(self) -> None:
+        if not any(self.box_weights().values()):
+            raise ValueError(
+                f"give one of {', '.join(self.box_weights())} a positive weight: otherwise the box head has no "
+                "gradient, and training with several processes needs one for every parameter"
+            )
 
     def box_weights(self) -> dict[str, float]:
         """Return the weights of the box terms by name, without those of other terms that a subclass adds."""
@@ -39,13 +49,13 @@ class MatchingConfig(Settings):
 
 @dataclass
 class LossConfig(BoxLossConfig):
-    """Weights of the loss terms; zero switches a term off.
+    """Weights of the loss terms; zero switches a term off, except for the class term and the last box term.
 
     Open-GroundingDino: class_weight 2 and matching {class_cost: mean, class_weight: 1}.
     """
 
     class_weight: Weight = 1.0
-    """Weight of the focal loss between queries and text tokens."""
+    """Weight of the focal loss between queries and text tokens; the class logits have no other training signal."""
     focal_alpha: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Weight of positive tokens in the focal loss and in the class cost."""
     focal_gamma: Weight = 2.0
@@ -62,6 +72,9 @@ class LossConfig(BoxLossConfig):
     matching: MatchingConfig = field(default_factory=MatchingConfig)
 
     def __post_init__(self) -> None:
-        terms = {"class_weight": self.class_weight, **self.box_weights(), "alignment": self.alignment}
-        if not any(terms.values()):
-            raise ValueError(f"every loss weight is zero; give one of {', '.join(terms)} a positive weight")
+        super().__post_init__()
+        if not self.class_weight:
+            raise ValueError(
+                "class_weight must be positive: otherwise the class logits are not trained and their bias has no "
+                "gradient, and training with several processes needs one for every parameter"
+            )

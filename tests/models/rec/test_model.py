@@ -293,11 +293,9 @@ def test_impossible_settings_are_refused_by_name(tmp_path: Path, head: str, over
     [
         ({"name": "dense", "num_boxes": 0}, r"model\.head\.num_boxes: .*greater than 0"),
         ({"name": "dense", "loss": {"token": -1}}, r"model\.head\.loss\.token: .*greater than or equal to 0"),
-        (
-            {"name": "dense", "loss": {"token": 0, "l1": 0, "giou": 0}},
-            r"model\.head\.loss: .*every loss weight is zero",
-        ),
-        ({"name": "pooled", "loss": {"diou": 0}}, r"model\.head\.loss: .*every loss weight is zero; give one of diou"),
+        ({"name": "dense", "loss": {"token": 0}}, r"model\.head\.loss: .*token must be positive: .*no gradient"),
+        ({"name": "dense", "loss": {"l1": 0, "giou": 0}}, r"model\.head\.loss: .*give one of diou, l1, giou a"),
+        ({"name": "pooled", "loss": {"diou": 0}}, r"model\.head\.loss: .*give one of diou, l1, giou a positive"),
         ({"name": "pooled", "width": 36, "heads": 8}, r"model\.head.*: .*width \(36\) must be a multiple of heads"),
     ],
 )

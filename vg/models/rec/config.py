@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
@@ -41,17 +41,8 @@ class BgeConfig(TextEncoderConfig):
 
 
 @dataclass
-class RecLossConfig(BoxLossConfig):
-    """Base class: at least one term of the loss must have a weight."""
-
-    def __post_init__(self) -> None:
-        if not any(asdict(self).values()):
-            raise ValueError(f"every loss weight is zero; give one of {', '.join(asdict(self))} a positive weight")
-
-
-@dataclass
-class PooledLossConfig(RecLossConfig):
-    """Weights of the loss terms; zero disables a term. The published model was trained with DIoU alone."""
+class PooledLossConfig(BoxLossConfig):
+    """Weights of the loss terms; zero switches a term off. The published model was trained with DIoU alone."""
 
     diou: Weight = 1.0
     l1: Weight = 0.0
@@ -59,12 +50,20 @@ class PooledLossConfig(RecLossConfig):
 
 
 @dataclass
-class DenseLossConfig(RecLossConfig):
-    """Weights of the loss terms; zero disables a term."""
+class DenseLossConfig(BoxLossConfig):
+    """Weights of the loss terms; zero switches a box term off, except for the last one."""
 
     token: Weight = 1.0
     """Cross-entropy between the scores of the image tokens and the tokens inside the ground-truth box; if objects are
-    any, the sum of the cross-entropies of all tokens."""
+    any, the sum of the cross-entropies of all tokens. The scores have no other training signal."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.token:
+            raise ValueError(
+                "token must be positive: otherwise the score head has no gradient, and training with several processes "
+                "needs one for every parameter"
+            )
 
 
 @dataclass
