@@ -8,21 +8,16 @@ full stop, so the result equals the tokens of the joined text. The prompt of a s
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from multiprocessing import Value
-from multiprocessing.context import get_spawning_popen
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from vg.data.unknown_words import UnknownWords
 from vg.errors import BadSampleError, ConfigError, DataError
 from vg.types import Caption, Sample, Text, TextArrays, TextSpec
 
-logger = logging.getLogger(__name__)
-
 _CACHE_SIZE = 100_000  # phrases: more than any list of classes; some ten megabytes
-_MOST_UNKNOWN = 10  # phrases of unknown words that are reported
 _STREAM = 2  # separates these random numbers from others of the same seed, epoch and index
 
 
@@ -33,7 +28,7 @@ class Expressions:
         self.spec = spec
         self.extra: Expressions | None = Expressions(spec.extra) if spec.extra else None
         self._special = set(spec.tokenizer.all_special_ids)
-        self._unknown = _UnknownWords()
+        self._unknown = UnknownWords()
 
     def __call__(self, samples: Sequence[Sample]) -> Text:
         """Raise DataError if a sample has not exactly one phrase, BadSampleError if that exceeds max_tokens."""
@@ -140,7 +135,7 @@ class Prompts:
         self.tokenizer = spec.tokenizer
         self.one_prompt = one_prompt
         self.max_tokens, self.positions = spec.max_tokens, spec.positions
-        self._unknown = _UnknownWords()
+        self._unknown = UnknownWords()
         special = (spec.tokenizer.cls_token, spec.tokenizer.sep_token, spec.tokenizer.pad_token, spec.delimiters[0])
         self.begin, self.end, self.padding, self.phrase_end = map(self._token_id, special)
         self.delimiters = set(spec.delimiter_ids)  # models split prompts at these, also inside a phrase
@@ -188,7 +183,7 @@ class Prompts:
 
         Raises:
             BadSampleError: no phrases, or a phrase without letters and digits or too long for a prompt; a caption that
-                is too long, or spans without a token.
+                is too long or has a sentence that is, or spans without a token.
             ConfigError: a caption, and a tokenizer that does not give the characters of its tokens.
         """
         if sample.caption is not None:
@@ -230,6 +225,12 @@ class Prompts:
             raise BadSampleError(
                 f"{name}: the prompt of the caption has {len(prompt.token_ids)} tokens, the model takes "
                 f"{self.max_tokens} (raise model.max_tokens): {caption.text[:80]!r}"
+            )
+        ends = np.flatnonzero(np.isin(prompt.token_ids, [*self.delimiters]))  # of sentences, where positions restart
+        if self.positions is not None and (longest := np.diff(ends).max()) > self.positions:
+            raise BadSampleError(
+                f"{name}: a sentence of the caption has {longest - 1} tokens, the text encoder takes "
+                f"{self.positions - 1}: {caption.text[:80]!r}"
             )
         first, last = np.array(offsets, np.int64).reshape(-1, 2).T  # characters of each token
         is_word = ~np.isin(tokens, [*self.delimiters])
@@ -291,30 +292,3 @@ class Prompts:
                     )
                 known[phrase] = token_ids
         return [known[phrase] for phrase in phrases]
-
-
-class _UnknownWords:
-    """Reports phrases without a known word, each once and only the first ones."""
-
-    def __init__(self) -> None:
-        self.phrases: set[str] = set()
-        self.count = Value("i", 0)  # of all data workers together
-
-    def __reduce__(self) -> Any:
-        """Share the count with a data worker that is being started; other copies count from 0."""
-        return object.__reduce_ex__(self, 2) if get_spawning_popen() else (_UnknownWords, ())
-
-    def report(self, name: str, phrase: str) -> None:
-        if phrase in self.phrases or self.count.value > _MOST_UNKNOWN:
-            return
-        self.phrases.add(phrase)
-        with self.count:
-            self.count.value += 1
-        if self.count.value > _MOST_UNKNOWN:
-            logger.warning("%s: and more phrases of unknown words, which are not reported", name)
-            return
-        logger.warning(
-            "%s: all tokens of the phrase %r are unknown to the tokenizer, so the model confuses it with other unknown "
-            "phrases; use other words, or set model.text.tokenizer or data.*.vocabulary.phrases",
-            *(name, phrase),
-        )

@@ -78,6 +78,17 @@ def captioned(text: str, *spans: tuple[tuple[int, int], ...]) -> Sample:
     return Sample("val/3", np.zeros((8, 8, 3), np.uint8), phrases, boxes, np.arange(len(spans)), caption=caption)
 
 
+def test_a_sentence_longer_than_the_text_encoder_takes(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Positions restart in every sentence, so a caption may be longer."""
+    build = Prompts(TextSpec(tokenizer, 100, (".", "?"), positions=4), one_prompt=False)
+    fitting = captioned("red circle left. blue circle left? red", ((0, 3),))
+    assert build([fitting]).token_ids.shape == (1, 12)
+    with pytest.raises(
+        BadSampleError, match=r"val/3: a sentence of the caption has 4 tokens, .* takes 3: 'red\. red ci"
+    ):
+        build([captioned("red. red circle left circle", ((0, 3),))])
+
+
 def test_golden_values_by_hand(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Two spans of one phrase, a repeated word, equal spans, punctuation, an accent, word pieces, several boxes."""
     assert [CAPTION[begin:end] for begin, end in ((0, 5), (13, 20), (30, 35), (44, 48))] == [
