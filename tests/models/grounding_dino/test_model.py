@@ -172,6 +172,16 @@ def test_recent_prompts_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(*masks), "tokens of other delimiters see each other"
 
 
+def test_weights_without_versions_are_not_cached() -> None:
+    """Tensors that are made in inference mode do not count their changes."""
+    with torch.inference_mode():
+        model, other = tiny_model(), tiny_model(seed=1)
+        before = predict(model, sample(["dog"]))[0]
+        model.load_own_state_dict(other.own_state_dict())
+        same(predict(model, sample(["dog"]))[0], predict(other, sample(["dog"]))[0], 0)
+        assert not torch.equal(predict(model, sample(["dog"]))[0].scores, before.scores)
+
+
 def test_training_clears_the_prompt_cache() -> None:
     """A fused AdamW changes weights without increasing their version; training and evaluation alternate."""
     model = tiny_model()

@@ -90,8 +90,10 @@ class TextEncoder(Encoder):
 
     def cached(self, token_ids: Tensor, mask: Tensor, delimiters: tuple[int, ...]) -> TextFeatures:
         """Like forward, without gradients; features of recent prompts are reused until the weights change."""
+        if any(p.is_inference() for p in self.parameters()):  # they have no version, so changes would go unnoticed
+            return self(token_ids, mask, delimiters)
         device = token_ids.device.type
-        versions = ((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
+        versions = ((p.data_ptr(), p._version) for p in self.parameters())
         key = (delimiters, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), *versions)
         if self._cache_key != key:
             self._cache, self._cache_key = {}, key
