@@ -37,6 +37,13 @@ def test_rounding_may_exceed_the_limit() -> None:
     assert FittedImage(800, 1333).resized(640, 59) == (1334, 123)
 
 
+@pytest.mark.parametrize("length", [1334, 2000, 5000, 9000])
+def test_a_line_of_pixels_does_not_exceed_the_limit(length: int) -> None:
+    """Its shorter side would be rounded to 0 or 1 pixel, which allows no aspect ratio."""
+    assert FittedImage(800, 1333).resized(1, length) == (1, 1333)
+    assert FittedImage(800, 1333).resized(2 * length, 2) == (1333, 1)
+
+
 def test_stretched_images_do_not_keep_their_aspect_ratio() -> None:
     assert StretchedImage(224, 192).resized(480, 640) == (224, 192)
 

@@ -296,7 +296,7 @@ class FittedImage(ImageSpec):
         short, long, side = min(height, width), max(height, width), shortest or self.shortest
         if long / short * side > self.longest:
             side = max(1, round(self.longest * short / long))
-        other = int(side * long / short)
+        other = int(side * long / short) if side > 1 else min(int(long / short), self.longest)  # of a line of pixels
         return (side, other) if height <= width else (other, side)
 
 
