@@ -50,4 +50,4 @@ def run(options: argparse.Namespace) -> None:
             write_checkpoint(checkpoint.weights, checkpoint.config, tokenizer, partial, options.to)
     print(f"{options.output}: written in the {options.to} format")
     if lost := not_stored(checkpoint.config, options.to):
-        print(f"the {options.to} format does not store {', '.join(lost)}: set these where the file is used")
+        print(f"lost in the {options.to} format: {', '.join(lost)}: set these where the file is used")

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections import OrderedDict
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.models.grounding_dino.tiny import tiny_model
 from vg.checkpoint import read_model, write_weights
 from vg.cli import main
 from vg.config import CheckpointConfig
-from vg.models.grounding_dino.checkpoints import Checkpoint, load_into, read_checkpoint, write_checkpoint
+from vg.models.grounding_dino.checkpoints import Checkpoint, load_into, not_stored, read_checkpoint, write_checkpoint
 from vg.models.grounding_dino.config import (
     BertConfig,
     ClassHeadConfig,
@@ -237,19 +238,38 @@ def test_convert_prints_settings_that_the_format_does_not_store(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = bert_tokenizer(tmp_path / "hf")
+    eps = "model.logit_eps=(1e-05, 1e-05) (vg assumes (0.001, {}))"
     for name, image in (("small", ImageConfig(shortest=128)), ("default", ImageConfig())):
         source = model(image=image, max_tokens=64 if name == "small" else 256)
         (tmp_path / name).mkdir()
         write_checkpoint(source.own_state_dict(), source.config, tokenizer, tmp_path / name, "transformers")
         for format in ("vg", "official", "mmdet"):
             main(["convert", str(tmp_path / name), str(tmp_path / f"{name}_{format}"), "--to", format])
-            lost = (
-                f"the {format} format does not store model.image.shortest=128 (readers assume 800), "
-                "model.max_tokens=64 (readers assume 256): set these where the file is used\n"
-            )
-            printed = capsys.readouterr().out
-            lost = lost if name == "small" and format != "vg" else ""
-            assert printed.endswith(f"written in the {format} format\n{lost}")
+            lost = [eps.format({"official": "0.001", "mmdet": "1e-05"}[format])] if format != "vg" else []
+            if format == "mmdet":  # those of the official weights
+                lost += ["model.fusion_dropout=0.0 (vg assumes 0.1)", "model.fusion_drop_path=0.1 (vg assumes 0.0)"]
+            if format != "vg" and name == "small":
+                lost += ["model.image.shortest=128 (vg assumes 800)", "model.max_tokens=64 (vg assumes 256)"]
+            line = f"lost in the {format} format: {', '.join(lost)}: set these where the file is used\n" if lost else ""
+            assert capsys.readouterr().out.endswith(f"written in the {format} format\n{line}")
+
+
+@pytest.mark.parametrize("settings", [{}, MM], ids=["official", "mm"])
+@pytest.mark.parametrize("format", ["official", "mmdet", "transformers"])
+def test_settings_that_are_lost_are_listed(tmp_path: Path, format: Any, settings: dict[str, Any]) -> None:
+    """Exactly those that differ after the file is read."""
+    if format == "official" and settings:
+        pytest.skip("the official format has no biases")
+    rates = {"dropout": 0.1, "fusion_dropout": 0.2, "fusion_drop_path": 0.3}
+    image = ImageConfig(shortest=64, longest=120, mix_sizes=True)
+    source = model(**settings, **rates, logit_eps=(1e-4, 1e-4), image=image, max_tokens=64)
+    read = written(tmp_path / "file", format, source).config
+    names = ["logit_eps", *rates, "image.mix_sizes", "image.shortest", "image.longest", "max_tokens"]
+    pairs = {name: (attrgetter(name)(source.config), attrgetter(name)(read)) for name in names}
+    expected = [f"model.{name}={own} (vg assumes {other})" for name, (own, other) in pairs.items() if own != other]
+    assert not_stored(source.config, format) == expected
+    assert len(expected) == (5 if format == "transformers" else 8)
+    assert not_stored(read, format) == []
 
 
 def test_the_checkpoint_of_a_run(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vg.errors import CheckpointError
 from vg.models.grounding_dino.checkpoints.names import CheckpointFormat, Foreign, on_meta, tensor_names, to_file
-from vg.models.grounding_dino.checkpoints.variant import LABELS
+from vg.models.grounding_dino.checkpoints.variant import LABELS, assumed_settings
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.types import ImageSpec
 
@@ -105,16 +105,21 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> None:
 
 
 def not_stored(config: GroundingDinoConfig, format: CheckpointFormat) -> list[str]:
-    """List the settings that the format cannot store and that differ from the defaults, which readers assume."""
-    if format in ("vg", "transformers"):
+    """List the settings that are lost in this format, because they differ from those that readers assume."""
+    if format == "vg":
         return []
     default = GroundingDinoConfig()
-    settings = {
-        "image.shortest": (config.image.shortest, default.image.shortest),
-        "image.longest": (config.image.longest, default.image.longest),
-        "max_tokens": (config.max_tokens, default.max_tokens),
-    }
-    return [f"model.{key}={own} (readers assume {other})" for key, (own, other) in settings.items() if own != other]
+    assumed = assumed_settings(format, config.classes.bias)
+    settings = {name: (getattr(config, name), value) for name, value in assumed.items()}
+    # Only vg has this setting: all other implementations mix sizes.
+    settings["image.mix_sizes"] = config.image.mix_sizes, default.image.mix_sizes
+    if format != "transformers":
+        settings |= {
+            "image.shortest": (config.image.shortest, default.image.shortest),
+            "image.longest": (config.image.longest, default.image.longest),
+            "max_tokens": (config.max_tokens, default.max_tokens),
+        }
+    return [f"model.{key}={own} (vg assumes {other})" for key, (own, other) in settings.items() if own != other]
 
 
 def _write_settings(
