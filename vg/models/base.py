@@ -63,7 +63,8 @@ class GroundingModel(nn.Module, ABC):
     def loss(self, output: Any, batch: Batch) -> dict[LossName, Tensor]:
         """Return the weighted loss terms; the loss is their sum.
 
-        Each term is a scalar: the sum over the batch / max(1, batch_weight(batch)).
+        Each term is a scalar: the sum over the batch / max(1, batch_weight(batch)), except denoising, whose queries are
+        padded to the batch and which is divided by the denoised boxes.
         """
 
     @abstractmethod

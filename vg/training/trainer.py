@@ -149,8 +149,9 @@ class Trainer:
     def step(self, batches: Sequence[Batch]) -> dict[LossName, Tensor] | None:
         """Run one optimizer step; its result does not depend on how the samples are split over batches and processes.
 
-        For the same batches, only the order of sums of gradients depends on the number of processes: two batches give
-        the same bits in one or two processes, more batches differ by rounding.
+        Denoising is an exception: its queries are padded to the batch, and it is divided by the denoised boxes. For the
+        same batches, only the order of sums of gradients depends on the number of processes: two batches give the same
+        bits in one or two processes, more batches differ by rounding.
 
         Returns:
             The loss terms of this process, without graph; None if the step was skipped (`train.on_nan: skip`).

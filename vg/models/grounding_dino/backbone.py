@@ -120,6 +120,9 @@ class Neck(nn.Module):
         Args:
             levels: [B, D, h, w] each.
             valid: (rows, columns) without padding, for each image and level.
+
+        Returns:
+            Features with S, the sum of h w over the levels; their mask is None if no image has padding.
         """
         shapes = tuple((x.shape[-2], x.shape[-1]) for x in levels)
         device = levels[0].device

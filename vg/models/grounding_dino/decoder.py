@@ -68,6 +68,8 @@ class DecoderLayer(nn.Module):
 
 
 class CrossModalityDecoder(nn.Module):
+    """All layers of the decoder: every layer refines the boxes of the one before it and gives token logits."""
+
     def __init__(self, config: GroundingDinoConfig):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))

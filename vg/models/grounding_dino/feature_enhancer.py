@@ -239,6 +239,8 @@ class ImageEnhancerLayer(nn.Module):
 
 
 class FeatureEnhancerLayer(nn.Module):
+    """Cross-attention between image and text (fusion), then self-attention in both."""
+
     def __init__(self, config: GroundingDinoConfig):
         super().__init__()
         self.fusion = (FusionLayer if config.fusion == "bidirectional" else GatedFusionLayer)(config)
@@ -248,11 +250,22 @@ class FeatureEnhancerLayer(nn.Module):
     def forward(
         self, image_tokens: Tensor, text_tokens: Tensor, image: ImageFeatures, text: TextFeatures, references: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Return the updated tokens of the image [R, S, D] and the text [R, T, D].
+
+        Args:
+            image_tokens: [R, S, D]
+            text_tokens: [R, T, D]
+            image: positions, masks and shapes; its tokens are those before the first layer.
+            text: as `image`.
+            references: [R, S, levels or 1, 2] token centers in 0..1 of each padded level.
+        """
         image_tokens, text_tokens = self.fusion(image_tokens, text_tokens, image.mask, text.mask)
         return self.image(image_tokens, image, references), self.text(text_tokens, text)
 
 
 class FeatureEnhancer(nn.Module):
+    """All layers of the feature enhancer."""
+
     def __init__(self, config: GroundingDinoConfig):
         super().__init__()
         self.layers = nn.ModuleList(FeatureEnhancerLayer(config) for _ in range(config.encoder_layers))

@@ -66,6 +66,9 @@ def postprocess(logits: Tensor, boxes: Tensor, batch: Batch, config: PredictConf
     Args:
         logits: [R, Q, T]
         boxes: [R, Q, 4] cxcywh, 0..1 of the image without padding.
+
+    Returns:
+        One prediction per image: K <= top_k boxes [K, 4] xyxy in pixels of the original image, best first.
     """
     text = batch.text
     sample_ids = text.sample_ids.tolist()

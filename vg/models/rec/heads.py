@@ -156,8 +156,9 @@ class DenseHead(nn.Module):
         for layer in self.layers:
             x = layer(x, rotation, mask)
         x = self.norm(x[:, :num_cells])  # [R, S, D]
+        # Relative to their token: bfloat16 costs a box of a tenth of the image less than 0.01 IoU, see full_precision
         center_offset, size = self.box(x).float().chunk(2, dim=-1)
-        center = (torch.logit(centers) + center_offset).sigmoid()  # relative to the center of the token
+        center = (torch.logit(centers) + center_offset).sigmoid()
         logits, boxes = self.score(x).squeeze(-1), torch.cat((center, size.sigmoid()), dim=-1)
         if valid is not None:
             logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
