@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.losses.cases import Case, random_boxes, random_case
 from vg.losses import terms
 from vg.losses.config import BoxLossConfig, LossConfig, MatchingConfig
-from vg.losses.set_loss import SetLoss
+from vg.losses.set_loss import DenoisingOutput, SetLoss
 from vg.types import LossName
 
 EVERYTHING = LossConfig(diou=1.5, alignment=0.5)
@@ -30,7 +30,7 @@ def extras(case: Case) -> Extras:
     )
     return {
         "encoder": (case.logits[0].flip(1), case.boxes[0].flip(1)),
-        "denoising": (torch.randn(layers, rows, 4, num_tokens), random_boxes(layers, rows, 4), restores),
+        "denoising": DenoisingOutput(torch.randn(layers, rows, 4, num_tokens), random_boxes(layers, rows, 4), restores),
         "vectors": (torch.randn(rows, queries, 8), torch.randn(rows, num_tokens, 8)),
     }
 
@@ -39,7 +39,7 @@ def of_rows(extra: Extras, rows: list[int]) -> Extras:
     logits, boxes, restores = extra["denoising"]
     return {
         "encoder": tuple(x[rows] for x in extra["encoder"]),
-        "denoising": (logits[:, rows], boxes[:, rows], restores[rows]),
+        "denoising": DenoisingOutput(logits[:, rows], boxes[:, rows], restores[rows]),
         "vectors": tuple(x[rows] for x in extra["vectors"]),
     }
 
@@ -157,14 +157,15 @@ def test_padding_is_ignored() -> None:
     everything = SetLoss(EVERYTHING)(*case, **extras(case))
     extra = extras(case)
     logits, boxes, restores = extra["denoising"]
-    extra["denoising"] = logits.masked_fill(~case.mask.unsqueeze(1), garbage), boxes, restores
+    garbage_logits = logits.masked_fill(~case.mask.unsqueeze(1), garbage)
+    extra["denoising"] = DenoisingOutput(garbage_logits, boxes, restores)
     extra["encoder"] = extra["encoder"][0].masked_fill(~case.mask.unsqueeze(1), garbage), extra["encoder"][1]
     filled = case.logits.masked_fill(~case.mask.unsqueeze(1), garbage)
     assert_same(SetLoss(EVERYTHING)(filled, *case[1:], **extra), everything)
 
     cut = {
         "encoder": (extra["encoder"][0][..., :9], extra["encoder"][1]),
-        "denoising": (logits[..., :9], boxes, restores),
+        "denoising": DenoisingOutput(logits[..., :9], boxes, restores),
         "vectors": (extra["vectors"][0], extra["vectors"][1][:, :9]),
     }
     assert_same(SetLoss(EVERYTHING)(*case.cut(), **cut), everything)
@@ -222,7 +223,7 @@ def test_denoising_terms_equal_the_loss_functions() -> None:
     case = random_case(counts=(3, 1), lengths=(9, 9), layers=1)
     logits, boxes = torch.randn(1, 2, 4, 11), random_boxes(1, 2, 4)
     restores = torch.tensor([[2, -1, 0, -1], [-1, 0, -1, -1]])
-    losses = SetLoss(LossConfig())(*case, denoising=(logits, boxes, restores))
+    losses = SetLoss(LossConfig())(*case, denoising=DenoisingOutput(logits, boxes, restores))
     l1 = giou = focal = torch.tensor(0.0)
     for row in range(2):
         for query, box in enumerate(restores[row].tolist()):
@@ -240,7 +241,7 @@ def test_without_boxes_all_terms_exist_and_have_gradients() -> None:
     case = random_case(counts=(0, 0), lengths=(5, 7)).cut()
     logits = case.logits.requires_grad_()
     queries = torch.zeros(3, 2, 0, 7, requires_grad=True)
-    denoising = queries, torch.zeros(3, 2, 0, 4), torch.zeros(2, 0, dtype=torch.long)
+    denoising = DenoisingOutput(queries, torch.zeros(3, 2, 0, 4), torch.zeros(2, 0, dtype=torch.long))
     vectors = torch.randn(2, 8, 4), torch.randn(2, 7, 4)
     losses = SetLoss(EVERYTHING)(*case, denoising=denoising, vectors=vectors)
     assert len(losses) == 4 * (3 + 3) + 1

@@ -13,7 +13,13 @@ from vg.losses.config import LossConfig
 from vg.losses.matcher import match
 from vg.types import LossName, PromptTargets
 
-Denoising = tuple[Tensor, Tensor, Tensor]
+
+class DenoisingOutput(NamedTuple):
+    """Predictions of M denoising queries per prompt."""
+
+    logits: Tensor  # [L, R, M, T]
+    boxes: Tensor  # [L, R, M, 4] cxcywh 0..1
+    assignment: Tensor  # [R, M] int64, index of the box that a query reconstructs, -1 for background
 
 
 class Supervised(NamedTuple):
@@ -40,7 +46,7 @@ class SetLoss:
         targets: PromptTargets,
         mask: Tensor,
         encoder: tuple[Tensor, Tensor] | None = None,
-        denoising: Denoising | None = None,
+        denoising: DenoisingOutput | None = None,
         vectors: tuple[Tensor, Tensor] | None = None,
     ) -> dict[LossName, Tensor]:
         """Compute the weighted loss terms of one batch.
@@ -51,8 +57,6 @@ class SetLoss:
             boxes: [L, R, Q, 4] cxcywh 0..1.
             mask: [R, T] bool, True = a real token.
             encoder: logits [R, Q, T] and boxes [R, Q, 4] of the image tokens selected as queries.
-            denoising: logits [L, R, M, T] and boxes [L, R, M, 4] of the denoising queries, and their assignment
-                [R, M] int64: the index of the box that each of them reconstructs, -1 for background.
             vectors: queries of the last layer [R, Q, D] and text tokens [R, T, D] for the alignment loss.
 
         Returns:
@@ -73,9 +77,8 @@ class SetLoss:
                 alignment = terms.alignment(*vectors, positive, valid, self.config.alignment_temperature)  # [R]
                 losses[LossName("alignment")] = self.config.alignment * alignment.sum() / num_boxes
             if denoising and self.config.denoising:
-                noisy_logits, noisy_boxes, noisy_assignment = denoising
-                noisy = self._supervised(noisy_logits, noisy_boxes, "denoising", self.config.denoising)
-                losses |= self._terms(noisy, noisy_assignment[None], targets, mask, num_denoised)
+                noisy = self._supervised(denoising.logits, denoising.boxes, "denoising", self.config.denoising)
+                losses |= self._terms(noisy, denoising.assignment[None], targets, mask, num_denoised)
         return losses
 
     def _supervised(self, logits: Tensor, boxes: Tensor, component: str = "", factor: float = 1.0) -> Supervised:
@@ -93,10 +96,10 @@ class SetLoss:
         )
 
     @staticmethod
-    def _counts(targets: PromptTargets, denoising: Denoising | None) -> Tensor:
+    def _counts(targets: PromptTargets, denoising: DenoisingOutput | None) -> Tensor:
         """[2] float32: the numbers of boxes and of denoised boxes, both at least 1; no synchronization with a GPU."""
         num_boxes = targets.mask.sum()
-        num_denoised = (denoising[2] >= 0).sum() if denoising else torch.zeros_like(num_boxes)
+        num_denoised = (denoising.assignment >= 0).sum() if denoising else torch.zeros_like(num_boxes)
         return torch.stack((num_boxes, num_denoised)).float().clamp(min=1)
 
     def _terms(
@@ -124,7 +127,7 @@ class SetLoss:
             logits.device, non_blocking=logits.device.type != "mps"
         )
         losses = scale * torch.stack([values[term].sum(dim=(1, 2)) for term in used]) / count  # [terms, L]
-        names = [LossName(term, *layer) for term in used for layer in factors]
+        names = [LossName(term, component, layer) for term in used for component, layer in factors]
         return dict(zip(names, losses.flatten().unbind(), strict=True))
 
 

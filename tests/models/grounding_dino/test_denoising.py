@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tests.models.grounding_dino.tiny import batch_of, sample, tiny_config, tiny_model
 from vg import boxes as box_ops
 from vg.losses.config import LossConfig
-from vg.losses.set_loss import SetLoss
+from vg.losses.set_loss import DenoisingOutput, SetLoss
 from vg.models.grounding_dino import decoder
 from vg.models.grounding_dino.config import DenoisingConfig, GroundingDinoConfig
 from vg.models.grounding_dino.denoising import Denoising
@@ -159,11 +159,11 @@ def test_the_loss_uses_the_assignment_of_the_queries() -> None:
     logits = torch.full((1, 3, 6, 4), -20.0).masked_fill((queries.assignment >= 0)[None, ..., None], 20.0)
     mask = torch.ones(3, 4, dtype=torch.bool)
     matching = torch.zeros(1, 3, 5, 4), torch.rand(1, 3, 5, 4)
-    losses = SetLoss(LossConfig())(*matching, truth, mask, denoising=(logits, boxes, queries.assignment))
+    losses = SetLoss(LossConfig())(*matching, truth, mask, denoising=DenoisingOutput(logits, boxes, queries.assignment))
     for term in ("class", "l1", "giou"):
         assert losses[LossName(term, "denoising")].item() == pytest.approx(0, abs=1e-5)
     logits[0, 0, 3] = 20.0  # the negative query of the first box predicts its phrase
-    losses = SetLoss(LossConfig())(*matching, truth, mask, denoising=(logits, boxes, queries.assignment))
+    losses = SetLoss(LossConfig())(*matching, truth, mask, denoising=DenoisingOutput(logits, boxes, queries.assignment))
     assert losses[LossName("class", "denoising")].item() == pytest.approx(0.75 * 20 * 4 / 5, rel=1e-4)
 
 
@@ -173,7 +173,8 @@ def test_no_value_is_read_from_the_device() -> None:
     denoising = Denoising(DenoisingConfig(num_queries=7), width=8).to("meta")
     queries = denoising(truth, num_queries=5)
     assert queries.content.shape == (3, 12, 8)
-    counts = SetLoss._counts(truth, (queries.content, queries.reference_logits, queries.assignment))
+    output = DenoisingOutput(queries.content, queries.reference_logits, queries.assignment)
+    counts = SetLoss._counts(truth, output)
     assert counts.shape == (2,)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from vg.losses.set_loss import SetLoss
+from vg.losses.set_loss import DenoisingOutput, SetLoss
 from vg.models.base import GroundingModel
 from vg.models.encoders import enable_checkpointing, layers_of, load_tokenizer, read_tokenizer
 from vg.models.grounding_dino.attention import Attention, DeformableAttention
@@ -49,7 +49,7 @@ class Output(NamedTuple):
     encoder_boxes: Tensor  # [R, Q, 4]
     queries: Tensor  # [R, Q, D] after the last decoder layer
     text: Tensor  # [R, T, D] after the feature enhancer
-    denoising: tuple[Tensor, Tensor, Tensor] | None  # in training: logits, boxes and assignment, see SetLoss
+    denoising: DenoisingOutput | None  # in training
 
 
 class GroundingDino(GroundingModel):
@@ -138,7 +138,7 @@ class GroundingDino(GroundingModel):
         denoising = None
         if noisy is not None:
             count = noisy.content.shape[1]  # M
-            denoising = logits[:, :, :count], boxes[:, :, :count], noisy.assignment
+            denoising = DenoisingOutput(logits[:, :, :count], boxes[:, :, :count], noisy.assignment)
             logits, boxes, last = logits[:, :, count:], boxes[:, :, count:], last[:, count:]
         encoder_logits = queries.logits
         if queries.mask is not None:
