@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -154,6 +154,17 @@ def check_finite(predictions: Sequence[Prediction], model: GroundingModel) -> No
             )
 
 
+def same_size_groups(images: Tensor, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield the indices of the images [B, 3, H, W] of each size, and these images without padding.
+
+    Args:
+        sizes: (height, width) of each image without padding, which is on the right and below.
+    """
+    for height, width in dict.fromkeys(sizes):
+        image_ids = [image_id for image_id, size in enumerate(sizes) if size == (height, width)]
+        yield image_ids, torch.stack([images[image_id, :, :height, :width] for image_id in image_ids])
+
+
 def largest_grid(grids: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], tuple[tuple[int, int], ...] | None]:
     """Return `Features.grid` and `.grids` of images: the grid with the most cells, and all unless they are equal."""
     if len(set(grids)) == 1:
@@ -203,17 +214,13 @@ class EncodableModel(GroundingModel):
             images: [B, 3, H, W], padded on the right and below.
             sizes: (height, width) of each without padding.
         """
-        groups: dict[tuple[int, int], list[int]] = {}
-        for image_id, size in enumerate(sizes):
-            groups.setdefault(size, []).append(image_id)
-        if len(groups) == 1:
+        if len(set(sizes)) == 1:
             tokens, grid = self.encode_images(images)
             return tokens, (grid,) * len(images)
         encoded: dict[int, tuple[Tensor, tuple[int, int]]] = {}  # [S, D] and grid of each image
-        for (height, width), members in groups.items():
-            same_size = torch.stack([images[image_id, :, :height, :width] for image_id in members])
+        for image_ids, same_size in same_size_groups(images, sizes):
             tokens, grid = self.encode_images(same_size)
-            encoded |= {image_id: (x, grid) for image_id, x in zip(members, tokens, strict=True)}
+            encoded |= {image_id: (x, grid) for image_id, x in zip(image_ids, tokens, strict=True)}
         features = [encoded[image_id] for image_id in range(len(images))]
         padded = pad_sequence([tokens for tokens, _ in features], batch_first=True)
         return padded, tuple(grid for _, grid in features)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from vg.models.base import same_size_groups
 from vg.models.grounding_dino.attention import Shapes
 from vg.models.layers import sine_encoding
 
@@ -166,18 +167,18 @@ def on_device(numbers: Sequence[Sequence[tuple[int, int]]], device: torch.device
 
 
 def extract_image_features(
-    backbone: Backbone, neck: Neck, images: Tensor, sizes: tuple[tuple[int, int], ...], by_size: bool
+    backbone: Backbone, neck: Neck, images: Tensor, sizes: tuple[tuple[int, int], ...], mix_sizes: bool
 ) -> ImageFeatures:
     """Run backbone and neck.
 
     Args:
         images: [B, 3, H, W] normalized, zeros where padded.
         sizes: (height, width) of each image without padding.
-        by_size: run one pass per image size, so that padding does not leak into windows and group norms and the
-            features of an image do not depend on its batch; False runs one pass, as other implementations do.
+        mix_sizes: run one pass, as other implementations do; False runs one pass per image size, so that padding does
+            not leak into windows and group norms and the features of an image do not depend on its batch.
     """
     height, width = images.shape[-2:]
-    if not by_size or all(size == (height, width) for size in sizes):
+    if mix_sizes or all(size == (height, width) for size in sizes):
         levels = neck(backbone(images))
         shapes = [(x.shape[-2], x.shape[-1]) for x in levels]
         # Round up, as nearest-neighbor interpolation of a padding mask (F.interpolate) does.
@@ -185,9 +186,7 @@ def extract_image_features(
         return neck.flatten(levels, valid)
 
     maps: list[list[Tensor]] = [[] for _ in sizes]  # [D, h, w] of each image and level
-    for size in dict.fromkeys(sizes):
-        image_ids = [image_id for image_id, other in enumerate(sizes) if other == size]
-        same_size = torch.stack([images[image_id, :, : size[0], : size[1]] for image_id in image_ids])
+    for image_ids, same_size in same_size_groups(images, sizes):
         for x in neck(backbone(same_size)):
             for image_id, level in zip(image_ids, x, strict=True):
                 maps[image_id].append(level)

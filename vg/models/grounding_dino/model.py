@@ -108,9 +108,8 @@ class GroundingDino(GroundingModel):
 
     def encode_image(self, batch: Batch) -> ImageFeatures:
         """Extract multi-scale features [B, S, D] with the image backbone (section 3.1)."""
-        return extract_image_features(
-            self.backbone, self.neck, batch.images, batch.sizes, by_size=not self.config.image.mix_sizes
-        )
+        mix_sizes = self.config.image.mix_sizes
+        return extract_image_features(self.backbone, self.neck, batch.images, batch.sizes, mix_sizes)
 
     def encode_text(self, text: Text) -> TextFeatures:
         """Extract features [R, T, D] with the text backbone, phrase by phrase (sections 3.1 and 3.4)."""
