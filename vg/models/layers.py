@@ -30,14 +30,13 @@ def sine_encoding(positions: Tensor, dim: int, temperature: float = 20.0, interl
     """Sine encoding of coordinates (Vaswani et al. 2017; DETR): [..., C] -> [..., dim], one period from 0 to 1.
 
     Args:
-        positions: any C that divides dim; the encoding is float64 for float64 positions, else float32.
+        positions: any C that divides dim; the encoding is float32.
         dim: size of the encoding; each coordinate gets dim / C channels.
         interleaved: sines and cosines of a coordinate alternate, as in the DETR family; otherwise all sines come first.
     """
     per_axis = dim // positions.shape[-1]
-    positions = positions if positions.dtype == torch.float64 else positions.float()
-    steps = torch.arange(per_axis // 2, device=positions.device, dtype=positions.dtype)
+    steps = torch.arange(per_axis // 2, device=positions.device, dtype=torch.float32)
     frequency = 2 * math.pi * temperature ** (-2 * steps / per_axis)
-    angle = positions.unsqueeze(-1) * frequency  # [..., C, per_axis / 2]
+    angle = positions.float().unsqueeze(-1) * frequency  # [..., C, per_axis / 2]
     waves = (angle.sin(), angle.cos())
     return torch.stack(waves, dim=-1).flatten(-3) if interleaved else torch.cat(waves, dim=-1).flatten(-2)  # [..., dim]
