@@ -27,7 +27,7 @@ inference  -> checkpoint config data metrics.result models.base models.saved mod
 web        -> data inference
 labeling   -> data inference
 checkpoint -> config models.base models.saved
-config     -> data models training.optim training.settings
+config     -> cache.settings data models training.optim training.settings
 data       ->
 models     -> losses ops
 metrics    ->

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 import yaml
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag, TypeAdapter, ValidationError
 
+from vg.cache.settings import CacheConfig
 from vg.data.augment import AugmentConfig
-from vg.data.cache import CacheConfig
 from vg.data.mixture import SourceConfig
 from vg.data.stream import StreamConfig
 from vg.errors import ConfigError

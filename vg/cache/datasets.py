@@ -7,9 +7,9 @@ from functools import partial
 from typing import TypeAlias
 
 from vg.cache.key import cache_folder
+from vg.cache.settings import CacheConfig
 from vg.cache.source import CachedSource, collate_encoded
 from vg.config import DataConfig, RunConfig
-from vg.data.cache import CacheConfig
 from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset, SourceDataset
 from vg.data.mixture import Mixture, MixtureConfig, SourceConfig, configs_of

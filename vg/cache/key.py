@@ -17,7 +17,7 @@ from typing import Any
 
 from vg.cache.format import FORMAT, INDEX, KEY, CacheFolder, read_index
 from vg.cache.images import changed_images, files_of, image_indices
-from vg.data.cache import CacheConfig
+from vg.cache.settings import CacheConfig
 from vg.data.mixture import OneDatasetConfig
 from vg.data.source import HasFingerprint, HasImageKeys, Source
 from vg.errors import CacheError

@@ -1,4 +1,4 @@
-"""Settings of the cache of features, which vg.cache writes and reads."""
+"""Settings of the cache of features (`data.cache`)."""
 
 from __future__ import annotations
 
