@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
+from vg.config import RunConfig
 from vg.finetuning import sizes
-from vg.finetuning.recipe import choose_recipe
+from vg.finetuning.recipe import Recipe, choose_recipe
 from vg.finetuning.sizes import GIB, Resources, sized
+from vg.training.optim import count_parameters
 
 OWN = choose_recipe(None, "detection", lora=False, tokenizer=None)
 
@@ -33,6 +37,15 @@ def test_adapters_need_less_memory() -> None:
     assert next(note for note in notes if "WARNING" in note).endswith(
         "may not fit: use --model small, or another machine"
     )
+
+
+def test_a_head_on_frozen_encoders_needs_little_memory(tiny_config: Callable[..., RunConfig]) -> None:
+    """It works on a few tokens per image, not on pixels."""
+    config = tiny_config(data={"batch_size": 64})
+    recipe = Recipe(config, "a run", epochs=10, steps=180, evaluations=20)
+    parameters = count_parameters(config)[0]
+    assert sized(recipe, 144, Resources("cuda", 16 * parameters + 64 * 1_000_000))[0].data.batch_size == 64
+    assert sized(recipe, 144, Resources("cuda", 16 * parameters))[0].data.batch_size < 64
 
 
 @pytest.mark.parametrize(

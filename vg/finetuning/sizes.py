@@ -2,13 +2,16 @@
 
 The memory of a step, in bytes:
 
-    4 x parameters + 12 x trained parameters + batch_size x pixels x 3 x width x layers
+    4 x parameters + 12 x trained parameters + batch_size x memory of a sample
 
-in float32: a weight, and its gradient and the two moments of AdamW if it is trained. `pixels` are those of the largest
-resized image. The tensors that the backward pass of a Grounding DINO needs are 2.1 x width x (encoder + decoder layers)
-bytes per pixel: measured as 6,416 for Swin-T (width 256, 12 layers) at 480 x 480 pixels, and 782 for
-configs/own_small.yaml (width 96, 4 layers); the 3 leaves room for temporary ones. By `vg config --memory`, they are at
-most 1.3 in mixed precision, counted as 2; 0.52 with gradient checkpointing, counted as 1; and 0.35 with both.
+in float32: a weight, and its gradient and the two moments of AdamW if it is trained.
+
+A sample of a Grounding DINO needs 3 x width x layers x pixels of the largest resized image. The tensors of its
+backward pass are 2.1 x width x (encoder + decoder layers) bytes per pixel in float32: measured as 6,416 for Swin-T
+(width 256, 12 layers) at 480 x 480 pixels, and 782 for configs/own_small.yaml (width 96, 4 layers); the 3 leaves room
+for temporary ones. By `vg config --memory`, it is at most 1.3 in mixed precision, counted as 2; 0.52 with gradient
+checkpointing, counted as 1; and 0.35 with both, counted as 2 / 3. That estimate takes half a minute. For rec it takes
+seconds, so it is made, and half of it added for temporary tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from vg.finetuning.recipe import Recipe
 from vg.machine import available_ram
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.rec.config import RecConfig
-from vg.models.settings import ModelSettings
+from vg.training.memory import MemoryEstimate
 from vg.training.optim import count_parameters
 
 LARGE, LARGE_EPOCHS = 2000, 12  # samples; epochs for more than that, as on COCO
@@ -48,11 +51,12 @@ def sized(recipe: Recipe, num_samples: int, resources: Resources) -> tuple[RunCo
     """Set batch size, accumulation, precision, epochs and evaluations; also return why, a sentence each."""
     device, memory, num_processes = resources.device, resources.memory, resources.num_processes
     config = recipe.config
+    if device == "cpu":
+        config = replace(config, train=replace(config.train, precision="no"))
     per_process = max(1, config.data.batch_size * config.train.accumulate // num_processes)
     per_step = per_process * num_processes
-    precision = config.train.precision if device != "cpu" else "no"
     total, trained = count_parameters(config)
-    fixed, per_sample = 4 * total + 12 * trained, sample_bytes(config.model, precision)
+    fixed, per_sample = 4 * total + 12 * trained, sample_bytes(config)
     sizes = [size for size in range(1, per_process + 1) if per_process % size == 0]
     fitting = [size for size in sizes if fixed + size * per_sample <= memory]
     batch_size = max(fitting, default=1)
@@ -89,7 +93,6 @@ def sized(recipe: Recipe, num_samples: int, resources: Resources) -> tuple[RunCo
         config.train,
         epochs=epochs,
         accumulate=batches,
-        precision=precision,
         eval_first=True,
         eval_every=max(steps_per_epoch, math.ceil(steps / recipe.evaluations)),
     )
@@ -115,18 +118,17 @@ def available_memory() -> tuple[str, int]:
     return "cpu", available_ram() // 2
 
 
-def sample_bytes(model: ModelSettings, precision: str) -> int:
-    """Return the memory that one sample needs in a step; raises ConfigError for a family without an estimate.
-
-    Args:
-        precision: "no", "bf16" or "fp16", as in `train.precision`.
-    """
+def sample_bytes(config: RunConfig) -> int:
+    """Return the memory that one sample needs in a step; raises ConfigError for a family without an estimate."""
+    model = config.model
     if isinstance(model, RecConfig):
-        return 3 * model.head.width * model.head.layers * model.image_size**2
+        estimate = MemoryEstimate(config)
+        few, many = (estimate.step(batch_size, estimate.sizes[-1]) for batch_size in (8, 16))
+        return 3 * (many - few) // 16
     if not isinstance(model, GroundingDinoConfig):
         raise ConfigError(
             f"the family {model.name} cannot be fine-tuned: vg/finetuning/sizes.py has no estimate for it"
         )
     pixels, layers = model.image.shortest * model.image.longest, model.encoder_layers + model.decoder_layers
-    whole = 3 * model.width * layers * pixels
-    return int(whole * (1 if precision == "no" else 2 / 3) * (1 / 3 if model.gradient_checkpointing else 1))
+    mixed, checkpointing = config.train.precision != "no", model.gradient_checkpointing
+    return int(3 * model.width * layers * pixels * (2 / 3 if mixed else 1) * (1 / 3 if checkpointing else 1))
