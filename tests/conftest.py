@@ -75,10 +75,11 @@ def run_script(
     """Run a Python script in a folder, in several processes on the CPU; options of torchrun come before the script.
 
     Args:
-        forked: several processes start with vg imported, in half of the time, but exit without Python's exit handlers.
+        forked: several processes start with vg imported, in half of the time, but exit without Python's exit handlers;
+            on Linux only, because forking is not safe on other systems.
     """
     # Not `accelerate launch --cpu --num_processes 2`, which starts only one process.
-    torchrun = "tests.forking_torchrun" if forked else "torch.distributed.run"
+    torchrun = "tests.forking_torchrun" if forked and sys.platform == "linux" else "torch.distributed.run"
     launcher = ["-m", torchrun, "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     if not torch.accelerator.is_available():
