@@ -286,17 +286,17 @@ class StretchedImage(ImageSpec):
 
 @dataclass(frozen=True)
 class FittedImage(ImageSpec):
-    """Resize at constant aspect ratio: the shorter side to `shortest`, the longer one to at most `longest` pixels."""
+    """Resize at constant aspect ratio: the shorter side to `shortest`, the longer one to at most about `longest` px."""
 
     shortest: int
     longest: int
 
     def resized(self, height: int, width: int, shortest: int | None = None) -> tuple[int, int]:
-        """Round as the DETR family: 480 x 640 -> 800 x 1066, because the longer side is truncated, not rounded."""
+        """Round as the DETR family: 480 x 640 -> 800 x 1066, because the longer side is truncated."""
         short, long, side = min(height, width), max(height, width), shortest or self.shortest
         if long / short * side > self.longest:
             side = max(1, round(self.longest * short / long))
-        other = int(side * long / short) if side > 1 else min(int(long / short), self.longest)  # of a line of pixels
+        other = int(side * long / short) if side > 1 else min(int(long / short), self.longest)  # if one pixel wide
         return (side, other) if height <= width else (other, side)
 
 

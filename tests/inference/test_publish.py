@@ -41,6 +41,12 @@ def run(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+def test_damaged_results_are_named(run: Path) -> None:
+    (run / "best" / "validation.json").write_text('{"a": ')
+    with pytest.raises(OSError, match=r"Not JSON .*validation\.json"):
+        vg.Grounder(run)
+
+
 def test_a_run_is_saved_with_its_card(run: Path, tmp_path: Path) -> None:
     grounder = vg.Grounder.from_pretrained(run, device="cpu")
     grounder.save_pretrained(tmp_path / "saved")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,6 +17,7 @@ from vg.config import CheckpointConfig
 from vg.data.collate import Collator
 from vg.data.prompt import Expressions, Prompts
 from vg.errors import CheckpointError, ConfigError
+from vg.files import read_json
 from vg.inference.cuda_graphs import CudaGraphs, Recorder
 from vg.inference.result import NO_BOXES, Boxes
 from vg.models.base import GroundingModel, check_finite, on_host
@@ -226,7 +226,7 @@ def load(
     if is_checkpoint(folder):
         model, config = read_model(folder, overrides)
         files = (folder / name for name in (f"best/{VALIDATION}", VALIDATION))
-        results = next((json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()), None)
+        results = next((read_json(file, dict) for file in files if file.exists()), None)
         return model, config, results
     if overrides:
         given = overrides if isinstance(overrides, str) else ", ".join(overrides)

@@ -49,7 +49,7 @@ class MatchingConfig(Settings):
 
 @dataclass
 class LossConfig(BoxLossConfig):
-    """Weights of the loss terms; zero switches a term off, except for the class term and the last box term.
+    """Weights of the loss terms; zero switches a term off. The class term, one box term and `encoder` are needed.
 
     Open-GroundingDino: class_weight 2 and matching {class_cost: mean, class_weight: 1}.
     """

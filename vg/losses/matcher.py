@@ -11,8 +11,8 @@ from vg.losses import terms
 from vg.losses.config import LossConfig
 from vg.types import PromptTargets
 
-# Keep the logarithm of a probability finite. Published values: they determine the cost of logits beyond 18 (mean) and
-# 27 (sum).
+# Keep the logarithm of a probability finite. Published values: they determine the cost of logits below -18 (mean) or
+# -27 (sum), and of those above 16, where 1 - p is 0 in float32.
 _EPS = {"mean": 1e-8, "sum": 1e-12}
 
 

@@ -20,30 +20,16 @@ from vg.models.grounding_dino.config import (
     SwinConfig,
 )
 
+LOGIT_EPS: dict[Foreign, tuple[float, float]] = {
+    "official": (1e-3, 1e-3),
+    "mmdet": (1e-3, 1e-5),
+    "transformers": (1e-5, 1e-5),
+}
 PATCHES = "backbone.network.embeddings.patch_embeddings.projection.weight"
 SWIN_BLOCK = "backbone.network.encoder.layers.{stage}.blocks.{block}."
 RESNET_BLOCK = "backbone.network.encoder.stages.{stage}.layers.{block}.layer."
 HEAD_WIDTH = 64  # of every published BERT
 LABELS = "denoising.labels.weight"
-
-
-def assumed_settings(format: Foreign, bias: bool) -> dict[str, Any]:
-    """Return the settings of GroundingDinoConfig that are not read from files, but assumed.
-
-    The config.json of transformers has dropout rates. They are not read: in published folders they are the defaults of
-    transformers, not the rates of the training.
-
-    Args:
-        bias: whether the class logits have a bias; then the weights are from mmdetection, whatever their format.
-    """
-    logit_eps = {"official": (1e-3, 1e-3), "mmdet": (1e-3, 1e-5), "transformers": (1e-5, 1e-5)}
-    from_mmdetection = format == "mmdet" or bias
-    return {
-        "logit_eps": logit_eps[format],
-        "dropout": 0.0,
-        "fusion_dropout": 0.1 if from_mmdetection else 0.0,
-        "fusion_drop_path": 0.0 if from_mmdetection else 0.1,
-    }
 
 
 class NamedAsInVg:
@@ -94,8 +80,11 @@ def detect_variant(
     if offsets < 2 * levels * points or offsets % (2 * levels * points):
         raise CheckpointError(f"config.json: {points} points and {levels} levels do not fit {offsets} sampling offsets")
     bias, learned = (found.has(f"queries.class_head.{name}", decoder_layers=layers) for name in ("bias", "log_scale"))
+    # Dropout rates are not read from the config.json of transformers: in published folders they are its defaults, not
+    # the rates of the training.
+    from_mmdetection = format == "mmdet" or bias
     return GroundingDinoConfig(
-        backbone=_backbone(found, levels, from_mmdetection=format == "mmdet" or bias),
+        backbone=_backbone(found, levels, from_mmdetection),
         text=detect_text(found, settings.get("text_config", bert)),
         max_tokens=settings.get("max_text_len", 256),
         width=width,
@@ -107,10 +96,12 @@ def detect_variant(
         feedforward=found.shape("encoder.layers.{layer}.image.feedforward.0.weight", layer=0)[0],
         num_queries=found.shape("queries.content")[0],
         position_temperature=settings.get("positional_embedding_temperature", 20.0),
+        logit_eps=LOGIT_EPS[format],
         shared_heads=_heads_are_equal(tensors, format, layers),
         classes=ClassHeadConfig(scale="learned" if learned else "width" if bias else "one", bias=bias),
+        fusion_dropout=0.1 if from_mmdetection else 0.0,
+        fusion_drop_path=0.0 if from_mmdetection else 0.1,
         denoising=DenoisingConfig(num_labels=found.shape(LABELS)[0]) if found.has(LABELS) else None,
-        **assumed_settings(format, bias),
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import fields
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -14,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from vg.errors import CheckpointError
 from vg.models.grounding_dino.checkpoints.names import CheckpointFormat, Foreign, on_meta, tensor_names, to_file
-from vg.models.grounding_dino.checkpoints.variant import LABELS, assumed_settings
-from vg.models.grounding_dino.config import GroundingDinoConfig
+from vg.models.grounding_dino.checkpoints.variant import LABELS, LOGIT_EPS
+from vg.models.grounding_dino.config import GroundingDinoConfig, PredictConfig
 from vg.types import ImageSpec
 
 # Ids of [CLS], [SEP], "." and "?" in bert-base-uncased: constants of transformers, which splits prompts at them.
@@ -105,21 +107,18 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> None:
 
 
 def not_stored(config: GroundingDinoConfig, format: CheckpointFormat) -> list[str]:
-    """List the settings that are lost in this format, because they differ from those that readers assume."""
+    """List the settings of predictions that are lost in this format, because they differ from what vg assumes.
+
+    Those of training, such as dropout and denoising, are of a recipe and not of the model.
+    """
     if format == "vg":
         return []
-    default = GroundingDinoConfig()
-    assumed = assumed_settings(format, config.classes.bias)
-    settings = {name: (getattr(config, name), value) for name, value in assumed.items()}
-    # Only vg has this setting: all other implementations mix sizes.
-    settings["image.mix_sizes"] = config.image.mix_sizes, default.image.mix_sizes
+    assumed = GroundingDinoConfig(logit_eps=LOGIT_EPS[format])
+    names = ["logit_eps", "image.mix_sizes", *(f"predict.{setting.name}" for setting in fields(PredictConfig))]
     if format != "transformers":
-        settings |= {
-            "image.shortest": (config.image.shortest, default.image.shortest),
-            "image.longest": (config.image.longest, default.image.longest),
-            "max_tokens": (config.max_tokens, default.max_tokens),
-        }
-    return [f"model.{key}={own} (vg assumes {other})" for key, (own, other) in settings.items() if own != other]
+        names += ["image.shortest", "image.longest", "max_tokens"]
+    pairs = ((name, attrgetter(name)(config), attrgetter(name)(assumed)) for name in names)
+    return [f"model.{name}={own} (vg assumes {other})" for name, own, other in pairs if own != other]
 
 
 def _write_settings(
