@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.conftest import NO_DROPOUT, scripted
 from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
 from tests.training.test_resume import assert_same_runs, interrupt, stop_in_step
 from vg.checkpoint import read_model
-from vg.config import RunConfig
+from vg.config import RunConfig, load_config
 from vg.errors import CheckpointError, ConfigError
 from vg.models.grounding_dino.config import DenoisingConfig
 from vg.training.lora import LoraConfig, merged_weights
@@ -121,6 +122,25 @@ def test_checkpoints_are_merged(tiny_config: MakeConfig, ema: float | None) -> N
     assert {"head.score.weight", "head.score.bias"} <= changed
     assert "text.network.encoder.layer.0.attention.self.query.weight" in changed
     assert not any(name.endswith("bias") for name in changed - {"head.score.bias"})
+
+
+def test_adapters_of_every_layer_are_merged(tiny_config: MakeConfig) -> None:
+    """Also those of the backbone, whose weights have other names in files than in memory."""
+    lora = asdict(load_config("configs/grounding_dino/finetune_lora.yaml").optim)["lora"] | {
+        "rank": 2,
+        "train_also": [],
+    }
+    config = configured(tiny_config, "grounding_dino", {"lora": lora}, max_steps=2)
+    plain = config.model.build().own_state_dict()
+    trainer = Trainer(config)
+    assert any("backbone" in name for name in weights_of(trainer) if ".lora_" in name)
+    trainer.fit()
+    loaded = read_model(trainer.folder.path)[0]
+    assert merged_weights(trainer.unwrapped_model).keys() == loaded.own_state_dict().keys() == plain.keys()
+    batch = next(trainer.data.steps(0, 0))[0]
+    for found, expected in zip(output_of(loaded, batch), output_of(trainer.unwrapped_model, batch), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    Trainer(replace(config, train=replace(config.train, max_steps=3)), resume=True).fit()
 
 
 def test_resuming_with_adapters_equals_an_uninterrupted_run(tiny_config: MakeConfig, tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, PositiveInt
 
@@ -78,13 +79,15 @@ def add_adapters(model: GroundingModel, config: LoraConfig) -> None:
 
 def merged_weights(model: GroundingModel) -> dict[str, Tensor]:
     """The model's own weights under their names without adapters; adapters are merged into their layers."""
+    layers: Iterator[Any] = (layer for layer in model.modules() if hasattr(layer, "get_delta_weight"))
+    adapted = {id(layer.base_layer.weight): layer for layer in layers}
+    parameters = model.state_dict(keep_vars=True)  # their names are not those of the layers if a model renames them
     weights = {}
     for key, value in model.own_state_dict().items():
-        owner, adapted, parameter = key.rpartition(".base_layer.")
-        if adapted and parameter == "weight":
-            value = value + model.get_submodule(owner).get_delta_weight(ADAPTER)  # type: ignore[operator]
+        if layer := adapted.get(id(parameters[key])):
+            value = value + layer.get_delta_weight(ADAPTER)
         if ".lora_" not in key:
-            weights[f"{owner}.{parameter}" if adapted else key] = value
+            weights[key.replace(".base_layer.", ".")] = value
     return weights
 
 

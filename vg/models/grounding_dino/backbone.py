@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +54,8 @@ class Backbone(nn.Module):
         for norm in self.batch_norms:  # detection batches are too small to estimate statistics
             norm.num_batches_tracked = None
             norm.requires_grad_(False)
-        _use_file_names(network)
+        network.register_state_dict_post_hook(_to_file_names)
+        network.register_load_state_dict_pre_hook(_to_names_in_memory)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         return self.network(images).feature_maps
@@ -67,18 +67,17 @@ class Backbone(nn.Module):
         return self
 
 
-def _use_file_names(network: nn.Module) -> None:
-    """Save and load the state dict of a transformers network under the names in its files."""
-    in_memory = [name for name, _ in (*network.named_parameters(), *network.named_buffers())]
-    names = {name: name_in_file(name) for name in in_memory}
-    network.register_state_dict_post_hook(partial(_rename, names))
-    network.register_load_state_dict_pre_hook(partial(_rename, {new: old for old, new in names.items()}))
+def _to_file_names(network: nn.Module, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Rename the weights of a network of transformers as in its files, adapters that were added to it included."""
+    for name in [name for name in weights if name.startswith(prefix)]:
+        weights[prefix + name_in_file(name.removeprefix(prefix))] = weights.pop(name)
 
 
-def _rename(names: dict[str, str], module: nn.Module, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    for old, new in names.items():
-        if prefix + old in weights:
-            weights[prefix + new] = weights.pop(prefix + old)
+def _to_names_in_memory(network: nn.Module, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Undo _to_file_names; names that the network does not have stay as they are."""
+    for name in dict([*network.named_parameters(), *network.named_buffers()]):
+        if prefix + name_in_file(name) in weights:
+            weights[prefix + name] = weights.pop(prefix + name_in_file(name))
 
 
 def name_in_file(name: str) -> str:
