@@ -296,6 +296,22 @@ def test_a_damaged_file_is_named_and_written_again(folder: Path, encoded: list[i
     assert sum(encoded) == (2 if name.startswith("images") else 0)
 
 
+def test_a_damaged_index_is_written_again_after_data_have_moved(folder: Path, encoded: list[int]) -> None:
+    """The index has the images by which a cache is found, but the key is enough if there is only one."""
+    build_cache(cached_config(folder, {}))
+    (folder / "data").rename(folder / "moved")
+    config = moved_config(
+        folder, {"data": {name: {"path": f"{folder}/moved", "split": split} for name, split in SPLITS.items()}}
+    )
+    cut(cache_of(folder) / "index.npz")
+    with pytest.raises(CacheError, match=r"index\.npz.*`vg cache CONFIG`"):
+        load_all(config)
+    encoded.clear()
+    build_cache(config)
+    assert sum(encoded) == 0
+    load_all(config)
+
+
 def test_a_damaged_record_is_written_again(folder: Path, encoded: list[int]) -> None:
     config = cached_config(folder, {})
     build_cache(config)

@@ -33,10 +33,6 @@ def test_adapters_need_less_memory() -> None:
     config, notes = sized(recipe, 144, Resources("cuda", 5 * GIB))
     assert config.data.batch_size == 2 > sized(OWN, 144, Resources("cuda", 5 * GIB))[0].data.batch_size
     assert "179 M parameters + 12 bytes x 8 M trained" in notes[0]
-    _, notes = sized(recipe, 144, Resources("cuda", 1 * GIB))
-    assert next(note for note in notes if "WARNING" in note).endswith(
-        "may not fit: use --model small, or another machine"
-    )
 
 
 def test_a_head_on_frozen_encoders_needs_little_memory(tiny_config: Callable[..., RunConfig]) -> None:

@@ -47,6 +47,13 @@ def test_settings_of_a_folder_without_results_do_not_matter(tmp_path: Path) -> N
         ResultsFolder(tmp_path, {**SETTINGS, "tile": 800})
 
 
+def test_results_of_unknown_settings_are_refused(tmp_path: Path) -> None:
+    fill(tmp_path, {"cat.png": 50})
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ConfigError, match=r"has results but no settings\.json: use another --output"):
+        ResultsFolder(tmp_path, SETTINGS)
+
+
 def test_images_that_are_added_later_do_not_replace_files(tmp_path: Path) -> None:
     fill(tmp_path, {"photos/cat.png": 50})
     drawn = (tmp_path / "drawn/photos_cat.png").read_bytes()

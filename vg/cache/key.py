@@ -121,10 +121,12 @@ def _keys(root: Path) -> dict[Path, dict[str, Any]]:
 
 
 def _num_changed(path: Path, files: Sequence[Path | None]) -> int:
-    """Count the images that are not those of a cache, as far as it is complete and both are known."""
-    if not (path / INDEX).exists():
-        return 0
-    return len(changed_images(files, read_index(path)["files"]).changed)
+    """Count the images that are not those of a cache, as far as it is complete and undamaged and both are known."""
+    try:
+        stored = read_index(path)["files"] if (path / INDEX).exists() else None
+    except CacheError:  # reported, or repaired, where the cache is used
+        stored = None
+    return 0 if stored is None else len(changed_images(files, stored).changed)
 
 
 def _content(key: Mapping[str, Any]) -> dict[str, Any]:

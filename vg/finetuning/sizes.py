@@ -9,7 +9,7 @@ in float32: a weight, and its gradient and the two moments of AdamW if it is tra
 A sample of a Grounding DINO needs 3 x width x layers x pixels of the largest resized image. The tensors of its
 backward pass are 2.1 x width x (encoder + decoder layers) bytes per pixel in float32: measured as 6,416 for Swin-T
 (width 256, 12 layers) at 480 x 480 pixels, and 782 for configs/own_small.yaml (width 96, 4 layers); the 3 leaves room
-for temporary ones. By `vg config --memory`, it is at most 1.3 in mixed precision, counted as 2; 0.52 with gradient
+for temporary ones. By `vg config --memory`, it is at most 1.3 in mixed precision, counted as 2; 0.72 with gradient
 checkpointing, counted as 1; and 0.35 with both, counted as 2 / 3. That estimate takes half a minute. For rec it takes
 seconds, so it is made, and half of it added for temporary tensors.
 """
@@ -75,8 +75,9 @@ def sized(recipe: Recipe, num_samples: int, resources: Resources) -> tuple[RunCo
             "--model small trains a small network in minutes"
         )
     if not fitting:
-        smaller = "--model small" if config.optim.lora else "--lora or --model small"
-        notes.append(f"WARNING: even a batch of one may not fit: use {smaller}, or another machine")
+        notes.append(
+            "WARNING: a batch of one may not fit: use another machine, --model small, or --lora with published weights"
+        )
     steps_per_epoch = max(1, num_samples // per_step)
     epochs = min(recipe.epochs, LARGE_EPOCHS) if num_samples > LARGE else recipe.epochs
     epochs = min(max(epochs, math.ceil(recipe.steps / steps_per_epoch)), MAX_EPOCHS)

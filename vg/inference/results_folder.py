@@ -51,12 +51,12 @@ class ResultsFolder:
         for name in () if overwrite else self._completed():
             self.names.add(name)
             self._new_stem(name)
-        file = path / "settings.json"
-        found = read_json(file, dict) if self.names and file.exists() else {}
-        if self.names and (changed := [key for key in settings if key not in found or found[key] != settings[key]]):
-            raise ConfigError(
-                f"{path} has results with other settings ({', '.join(changed)}): use another --output, or --overwrite"
-            )
+        file, advice = path / "settings.json", "use another --output, or --overwrite"
+        if self.names and not file.exists():
+            raise ConfigError(f"{path} has results but no settings.json: {advice}")
+        found = read_json(file, dict) if self.names else settings
+        if changed := [key for key in settings if key not in found or found[key] != settings[key]]:
+            raise ConfigError(f"{path} has results with other settings ({', '.join(changed)}): {advice}")
 
     def _completed(self) -> list[str]:
         """Return the names of the images that have a record; the last line may be torn by a crash, and is removed."""
