@@ -53,7 +53,8 @@ class MemoryEstimate:
         with self._counting():
             with no_init_weights():  # drawing weights needs values
                 self.model = config.model.build(pretrained=False).train()
-            with patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):  # fails; it is there already
+            # peft moves adapters to the device of their layer, where they are; tensors without values cannot be moved.
+            with patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
                 select_trainable(self.model, config.optim)
             self.average = Ema(self.model, config.train.ema) if config.train.ema else None
             self.weights, self.moments = self.counter.now, 0
