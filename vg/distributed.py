@@ -212,7 +212,7 @@ class StopSignal:
     @cached_property
     def _group(self) -> torch.distributed.ProcessGroup:
         """All processes, with tensors on the host: reading one from a GPU would wait for all work before it."""
-        return torch.distributed.new_group(backend="gloo")
+        return torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
     def requested(self) -> bool:
         """Whether any process received a signal."""

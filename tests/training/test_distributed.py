@@ -16,7 +16,7 @@ import torch
 
 from tests.conftest import NO_DROPOUT, history, run_script
 from vg.config import RunConfig, dump_config
-from vg.distributed import StopSignal, new_accelerator, seed_batch
+from vg.distributed import LONGEST_WAIT, StopSignal, new_accelerator, seed_batch
 from vg.errors import ConfigError
 from vg.training.trainer import Trainer
 
@@ -192,12 +192,12 @@ def test_several_processes_check_for_signals_on_the_host(
     trainer, flags = Trainer(tiny_config()), []
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     monkeypatch.setattr(type(trainer.accelerator), "device", torch.device("meta"))
-    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: backend)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend, timeout: (backend, timeout))
     monkeypatch.setattr(
         torch.distributed, "all_reduce", lambda flag, *options: flags.append((flag.device.type, options))
     )
     assert not trainer.stop.requested()
-    assert flags == [("cpu", (torch.distributed.ReduceOp.MAX, "gloo"))]
+    assert flags == [("cpu", (torch.distributed.ReduceOp.MAX, ("gloo", LONGEST_WAIT)))]
 
 
 def test_random_numbers_depend_on_seed_step_and_batch() -> None:
