@@ -31,7 +31,7 @@ def match(logits: Tensor, boxes: Tensor, targets: PromptTargets, mask: Tensor, c
         ones.
     """
     costs = match_costs(logits, boxes, targets, mask, config)
-    is_padding = (logits[0].isneginf() | ~mask.unsqueeze(1)).all(dim=-1)  # [R, Q]; NaN is not padding
+    is_padding = ~is_valid(logits[0], mask).any(dim=-1)  # [R, Q]
     column = is_padding.expand(costs.shape[:-1]).unsqueeze(-1)  # of the costs, so that one copy to the host is enough
     values = _to_host(torch.cat((costs, column.to(costs.dtype)), dim=-1)).numpy()  # [L, R, Q, N + 1]
     # Page-locked, so that the copy back does not wait for the device.
@@ -82,3 +82,8 @@ def _finite(cost: np.ndarray) -> np.ndarray:
         return cost
     values = cost[finite].astype(np.float64) if finite.any() else np.zeros(1)
     return np.where(finite, cost, values.max() + (np.ptp(values) + 1) * min(cost.shape))
+
+
+def is_valid(logits: Tensor, mask: Tensor) -> Tensor:
+    """[..., R, Q, T], [R, T] bool -> [..., R, Q, T] bool, False where the token or the query is padding."""
+    return mask.unsqueeze(1) & ~logits.isneginf()  # padded queries are -inf everywhere; NaN is not padding

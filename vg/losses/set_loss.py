@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vg.losses import terms
 from vg.losses.config import LossConfig
-from vg.losses.matcher import match
+from vg.losses.matcher import is_valid, match
 from vg.types import LossName, PromptTargets
 
 
@@ -73,7 +73,7 @@ class SetLoss:
             if vectors and self.config.alignment:
                 last = len(decoder.factors) - 1
                 positive = _gather_boxes(targets.positive_map, assignment[last])  # [R, Q, T]
-                valid = _valid(logits[-1], mask)
+                valid = is_valid(logits[-1], mask)
                 alignment = terms.alignment(*vectors, positive, valid, self.config.alignment_temperature)  # [R]
                 losses[LossName("alignment")] = self.config.alignment * alignment.sum() / num_boxes
             if denoising and self.config.denoising:
@@ -111,7 +111,7 @@ class SetLoss:
         matched = assignment >= 0  # [L, R, Q]
         positive = _gather_boxes(targets.positive_map, assignment)  # [L, R, Q, T], all False for unmatched queries
         target = _gather_boxes(targets.boxes, assignment)  # [L, R, Q, 4]
-        valid = _valid(logits, mask)  # [L, R, Q, T]
+        valid = is_valid(logits, mask)  # [L, R, Q, T]
         logits = logits.float().masked_fill(~valid, 0.0)  # before the loss: infinite logits have no gradient
         values = {
             "class": (terms.focal(logits, positive, config.focal_alpha, config.focal_gamma) * valid).sum(dim=-1),
@@ -129,11 +129,6 @@ class SetLoss:
         losses = scale * torch.stack([values[term].sum(dim=(1, 2)) for term in used]) / count  # [terms, L]
         names = [LossName(term, component, layer) for term in used for component, layer in factors]
         return dict(zip(names, losses.flatten().unbind(), strict=True))
-
-
-def _valid(logits: Tensor, mask: Tensor) -> Tensor:
-    """[..., R, Q, T], [R, T] bool -> [..., R, Q, T] bool, False where the token or the query is padding."""
-    return mask.unsqueeze(1) & ~logits.isneginf()  # padded queries are -inf everywhere
 
 
 def _gather_boxes(values: Tensor, assignment: Tensor) -> Tensor:

@@ -253,12 +253,13 @@ def test_convert_prints_settings_that_the_format_does_not_store(
             assert capsys.readouterr().out.endswith(f"written in the {format} format\n{line}")
 
 
-@pytest.mark.parametrize("settings", [{}, MM], ids=["official", "mm"])
-@pytest.mark.parametrize("format", ["official", "mmdet", "transformers"])
+@pytest.mark.parametrize(  # the official format has no biases
+    ("format", "settings"),
+    [("official", {}), ("mmdet", {}), ("mmdet", MM), ("transformers", {}), ("transformers", MM)],
+    ids=["official", "mmdet", "mmdet-mm", "transformers", "transformers-mm"],
+)
 def test_settings_that_are_lost_are_listed(tmp_path: Path, format: Any, settings: dict[str, Any]) -> None:
     """Exactly those of predictions that differ after the file is read."""
-    if format == "official" and settings:
-        pytest.skip("the official format has no biases")
     rates = {"dropout": 0.1, "fusion_dropout": 0.2, "fusion_drop_path": 0.3}
     image = ImageConfig(shortest=64, longest=120, mix_sizes=True)
     predict = PredictConfig(score="max", top_k=10, threshold=0.1, nms=0.5)
