@@ -19,10 +19,11 @@ FILES = PACKAGE + sorted((ROOT / "scripts").rglob("*.py"))
 BASE = {"errors", "files", "hub", "settings", "types", "boxes", "nms", "machine"}
 ARROWS = """
 finetuning -> checkpoint config data distributed evaluation inference models training
-training   -> evaluation cache checkpoint config data distributed losses models.base models.saved workers
-evaluation -> cache checkpoint config data distributed inference metrics models workers
+training   -> evaluation cache datasets checkpoint config data distributed losses models.base models.saved workers
+evaluation -> datasets checkpoint config data distributed inference metrics models workers
+datasets   -> cache config data models.base
 cache      -> config data distributed models.base workers
-export     -> cache.datasets config evaluation inference models ops
+export     -> datasets config evaluation inference models ops
 inference  -> checkpoint config data metrics.result models.base models.saved models.grounding_dino.checkpoints
 web        -> data inference
 labeling   -> data inference

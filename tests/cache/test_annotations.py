@@ -10,10 +10,10 @@ import pytest
 
 from tests.cache.feature_data import NUM_IMAGES, cached_config, write_encoders, write_expressions
 from vg.cache.build import build_cache
-from vg.cache.datasets import training_dataset
 from vg.config import RunConfig
 from vg.data.shards.source import ShardsConfig
 from vg.data.shards.write import write_shards
+from vg.datasets import training_dataset
 from vg.errors import CacheError
 
 

@@ -21,13 +21,13 @@ from tests.cache.feature_data import cached_config, write_encoders
 from tests.conftest import HEAD, history
 from vg.cache import format as cache_format
 from vg.cache.build import build_cache
-from vg.cache.datasets import RunDataset, training_dataset
 from vg.checkpoint import read_model
 from vg.cli import main
 from vg.config import RunConfig, dump_config
 from vg.data.collate import Collator
-from vg.data.dataset import GroundingDataset
+from vg.data.dataset import GroundingDataset, RunDataset
 from vg.data.refcoco import source as refcoco
+from vg.datasets import training_dataset
 from vg.errors import CacheError, ConfigError
 from vg.models.rec.model import RecModel
 from vg.training.trainer import Trainer

@@ -18,12 +18,13 @@ from PIL import Image
 
 from tests.cache.feature_data import cached_config, write_encoders, write_expressions
 from vg.cache.build import build_cache
-from vg.cache.datasets import RunDataset, training_dataset
 from vg.config import RunConfig
+from vg.data.dataset import RunDataset
 from vg.data.detection.coco import CocoConfig
 from vg.data.detection.odvg import OdvgConfig
 from vg.data.detection.voc import VocConfig
 from vg.data.expressions import CsvConfig
+from vg.datasets import training_dataset
 from vg.errors import CacheError
 from vg.models.rec.model import RecModel
 from vg.training.trainer import Trainer

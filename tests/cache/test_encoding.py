@@ -12,9 +12,9 @@ import torch
 
 from tests.cache.feature_data import cached_config, write_encoders, write_expressions
 from vg.cache.build import Build, build_cache
-from vg.cache.datasets import training_dataset
 from vg.cache.views import ImageViews
 from vg.data.collate import Collator
+from vg.datasets import training_dataset
 from vg.errors import CacheError
 from vg.training.trainer import Trainer
 

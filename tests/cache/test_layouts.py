@@ -15,10 +15,10 @@ from tests.cache.feature_data import VISION, cached_config
 from tests.cache.test_resident import assert_resident_equals_loader
 from tests.conftest import HEAD, history
 from vg.cache.build import build_cache
-from vg.cache.datasets import training_dataset
 from vg.config import RunConfig
 from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
+from vg.datasets import training_dataset
 from vg.errors import CacheError
 from vg.training.trainer import Trainer
 from vg.types import EncodedBatch

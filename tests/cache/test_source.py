@@ -14,16 +14,17 @@ from tests.cache.feature_data import cached_config
 from tests.conftest import run_script
 from vg.cache import format as cache_format
 from vg.cache.build import build_cache
-from vg.cache.datasets import RunDataset, training_dataset
 from vg.cache.images import image_indices
 from vg.cache.key import cache_folder
 from vg.cache.source import CachedSource, collate_encoded
 from vg.cache.views import ImageViews
 from vg.config import RunConfig, dump_config
 from vg.data.collate import Collator
+from vg.data.dataset import RunDataset
 from vg.data.detection.coco import CocoConfig
 from vg.data.mirror import mirrored
 from vg.data.samplers import ImageGroupedSampler
+from vg.datasets import training_dataset
 from vg.errors import BadSampleError, CacheError, DataError
 from vg.training.data import training_sampler
 from vg.training.trainer import Trainer

@@ -16,10 +16,10 @@ from tests.cache.feature_data import cached_config
 from tests.cache.test_resident import assert_resident_equals_loader, mixture, training_data
 from tests.conftest import HEAD, history
 from vg.cache.build import build_cache
-from vg.cache.datasets import evaluation_dataset, training_dataset
 from vg.config import RunConfig
 from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
+from vg.datasets import evaluation_dataset, training_dataset
 from vg.errors import BadSampleError, CacheError
 from vg.inference.grounder import Grounder
 from vg.models.encoders import SMALL_VOCABULARY

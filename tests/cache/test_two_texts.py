@@ -18,10 +18,10 @@ from tests.cache.test_trained_text import configured, files, train, trained_cach
 from tests.conftest import HEAD, history
 from tests.models.rec.test_two_texts import write_tower
 from vg.cache.build import build_cache
-from vg.cache.datasets import training_dataset
 from vg.config import RunConfig
 from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
+from vg.datasets import training_dataset
 from vg.errors import CacheError, ConfigError
 from vg.inference.grounder import Grounder
 from vg.models.rec.model import RecModel

@@ -12,13 +12,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.cache.feature_data import cached_config, write_encoders, write_expressions
-from vg.cache.datasets import evaluation_dataset, training_dataset
 from vg.data import images
 from vg.data.dataset import GroundingDataset
 from vg.data.samplers import ImageGroupedSampler
 from vg.data.shared_images import joined, separated
 from vg.data.source import with_image_groups
 from vg.data.synthetic.shapes import ShapesConfig
+from vg.datasets import evaluation_dataset, training_dataset
 from vg.errors import ConfigError, DataError
 from vg.training.data import training_sampler
 from vg.types import Batch, Caption, Sample

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from vg.cache.datasets import encodable
 from vg.cache.format import (
     INDEX,
     KEY,
@@ -27,7 +26,7 @@ from vg.cache.format import (
     write_file,
     write_records,
 )
-from vg.cache.key import cache_folder
+from vg.cache.key import cache_folder, encodable
 from vg.cache.repair import discard_invalid
 from vg.cache.source import CachedSource
 from vg.cache.views import ImageViews, Record, ViewBatch

@@ -20,14 +20,21 @@ from vg.cache.images import changed_images, files_of, image_indices
 from vg.cache.settings import CacheConfig
 from vg.data.mixture import OneDatasetConfig
 from vg.data.source import HasFingerprint, HasImageKeys, Source
-from vg.errors import CacheError
+from vg.errors import CacheError, ConfigError
 from vg.files import read_json
-from vg.models.base import EncodableModel
+from vg.models.base import EncodableModel, GroundingModel
 
 logger = logging.getLogger(__name__)
 
 # Settings of a dataset that determine where its files are, not what is in them.
 LOCATIONS = ("path", "image_root", "label_map", "labels", "cache", "cache_gb")
+
+
+def encodable(model: GroundingModel) -> EncodableModel:
+    """Return the model; raises ConfigError if it has no encoders whose features could be cached."""
+    if not isinstance(model, EncodableModel):
+        raise ConfigError(f"data.cache: {type(model).__name__} has no features that can be cached; set data.cache=null")
+    return model
 
 
 def cache_folder(

@@ -14,12 +14,11 @@ import torch
 from accelerate import Accelerator
 
 from vg import boxes as box_ops
-from vg.cache.datasets import RunDataset
 from vg.cache.format import gigabytes
 from vg.cache.resident_text import READERS, feature_table, id_tables
 from vg.cache.settings import CacheConfig
 from vg.cache.source import CachedSource
-from vg.data.dataset import SourceDataset
+from vg.data.dataset import RunDataset, SourceDataset
 from vg.data.mixture import Mixture
 from vg.data.prompt import Expressions
 from vg.data.source import Source

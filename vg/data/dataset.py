@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain, groupby
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from vg.data.mixture import sources_of
 from vg.data.shared_images import joined, separated
 from vg.data.source import Loaded, Source, checked, phrases_of, with_image_groups
 from vg.errors import BadSampleError, DataError
-from vg.types import Batch, EncodedBatch, Sample
+from vg.types import Batch, EncodedBatch, EncodedSample, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -173,3 +173,6 @@ class GroundingDataset(SourceDataset[Sample]):
     def _check_text(self, sample: Sample) -> None:
         if self.texts:  # otherwise the collator would raise for the whole batch
             self.texts([sample])
+
+
+RunDataset: TypeAlias = SourceDataset[Sample] | SourceDataset[EncodedSample]  # with pixels, or with cached features

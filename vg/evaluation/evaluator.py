@@ -10,10 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from vg.cache.datasets import RunDataset, evaluation_dataset
 from vg.config import DataConfig, eval_key
+from vg.data.dataset import RunDataset
 from vg.data.mixture import sources_of
 from vg.data.source import HasCategoryIds, Source, Task
+from vg.datasets import evaluation_dataset
 from vg.distributed import mean_over_processes, progress_bar
 from vg.errors import ConfigError
 from vg.evaluation.results import DatasetResult, EvaluationResult

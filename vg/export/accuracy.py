@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from vg.cache.datasets import evaluation_dataset
 from vg.config import DataConfig
+from vg.datasets import evaluation_dataset
 from vg.evaluation.evaluator import METRICS
 from vg.inference.onnx_backend import OnnxBackend
 from vg.inference.torch_backend import TorchBackend

@@ -10,12 +10,12 @@ from typing import Any
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from vg.cache.datasets import training_dataset, uncached_text
 from vg.cache.resident import ResidentFeatures, resident_features
 from vg.config import RunConfig
 from vg.data.samplers import AspectRatioGroupedSampler, EpochSampler, ImageGroupedSampler
 from vg.data.source import HasClasses, Source
 from vg.data.stream import StreamConfig
+from vg.datasets import training_dataset, uncached_text
 from vg.errors import CheckpointError, DataError
 from vg.models.base import GroundingModel
 from vg.training.stream import StreamedData
@@ -33,7 +33,7 @@ class TrainingData:
         evaluations: evaluation sources of the run; images shared with them cause a warning or are dropped.
 
     Raises:
-        ConfigError, CacheError: see vg.cache.datasets.training_dataset and vg.cache.resident.resident_features.
+        ConfigError, CacheError: see vg.datasets.training_dataset and vg.cache.resident.resident_features.
         DataError: no training sample is left, or the source cannot group its samples as configured.
     """
 

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias
 
-from vg.cache.key import cache_folder
+from vg.cache.key import cache_folder, encodable
 from vg.cache.settings import CacheConfig
 from vg.cache.source import CachedSource, collate_encoded
 from vg.config import DataConfig, RunConfig
 from vg.data.collate import Collator
-from vg.data.dataset import GroundingDataset, SourceDataset
+from vg.data.dataset import GroundingDataset, RunDataset, SourceDataset
 from vg.data.mixture import Mixture, MixtureConfig, SourceConfig, configs_of
 from vg.data.overlap import warn_of_unknown_phrases, without_overlap
 from vg.data.prompt import Expressions
 from vg.data.source import Source
-from vg.errors import ConfigError
-from vg.models.base import EncodableModel, GroundingModel
-from vg.types import EncodedBatch, EncodedSample, Sample
-
-RunDataset: TypeAlias = SourceDataset[Sample] | SourceDataset[EncodedSample]
+from vg.models.base import GroundingModel
+from vg.types import EncodedBatch, EncodedSample
 
 
 def training_dataset(config: RunConfig, model: GroundingModel, evaluations: Sequence[Source]) -> RunDataset:
@@ -75,10 +71,3 @@ def uncached_text(model: GroundingModel) -> Expressions | None:
 
 def _collate(model: GroundingModel) -> Callable[[Sequence[EncodedSample]], EncodedBatch]:
     return partial(collate_encoded, texts=uncached_text(model))
-
-
-def encodable(model: GroundingModel) -> EncodableModel:
-    """Return the model; raises ConfigError if it has no encoders whose features could be cached."""
-    if not isinstance(model, EncodableModel):
-        raise ConfigError(f"data.cache: {type(model).__name__} has no features that can be cached; set data.cache=null")
-    return model
