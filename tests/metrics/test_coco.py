@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,17 @@ def test_predictions_in_a_crowd_region_are_ignored() -> None:
     found = [wrong, wrong, box]
     assert metric_of([simple("a", [box, crowd], found, **flags)]).compute().metrics["ap"] == pytest.approx(1)
     assert metric_of([simple("a", [box], found)]).compute().metrics["ap"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("corner", [(10, 20), (101, 57), (7, 133), (223, 91)])
+@pytest.mark.parametrize(("side", "ranges"), [(32, ("small", "medium")), (96, ("medium", "large"))])
+def test_areas_of_boxes_are_exact(corner: tuple[int, int], side: int, ranges: tuple[str, str]) -> None:
+    """As in pycocotools a box at the limit of two ranges is in both; float32 in 0..1 moves it to either side."""
+    box, size = [float(x) for x in (*corner, corner[0] + side, corner[1] + side)], (375, 500)
+    prediction, target = simple("a", [], [box])
+    target = replace(target, size=size, boxes=from_pixels(torch.tensor([box]), size), phrase_ids=torch.zeros(1).long())
+    results = metric_of([(prediction, target)]).compute().metrics
+    assert [results[f"ap_{name}"] for name in ranges] == [pytest.approx(1)] * 2
 
 
 def test_annotated_areas_are_preferred_to_box_areas() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vg.boxes import area, to_pixels
+from vg.boxes import area, to_pixels, to_thousandths
 from vg.metrics.average_precision import ANY_AREA, Boxes, Curves, mean_defined, precision_and_recall, to_xywh
 from vg.metrics.collected import CollectingMetric, stable_hash
 from vg.metrics.result import MetricResult
@@ -74,7 +74,8 @@ class CocoMetric(CollectingMetric):
                     "names"
                 )
         true_boxes = [to_pixels(target.boxes, target.size) for target in targets]
-        areas = [area(b) if t.areas is None else t.areas for b, t in zip(true_boxes, targets, strict=True)]
+        box_areas = [area(to_thousandths(boxes)) / 1e6 for boxes in true_boxes]  # 32 x 32 px: small and medium
+        areas = [found if t.areas is None else t.areas for found, t in zip(box_areas, targets, strict=True)]
         crowd = [t.boxes.new_zeros(len(t.boxes)) if t.crowd is None else t.crowd for t in targets]
         return {
             "true_counts": torch.tensor([len(target.boxes) for target in targets]),

@@ -57,8 +57,9 @@ def published(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path
         (
             None,
             {"decoder_attention_heads": 2},
-            r"encoder_attention_heads and decoder_attention_heads differ \(\[4, 2\]",
+            r"encoder_attention_heads and decoder_attention_heads differ \(4 and 2\)",
         ),
+        (None, {"decoder_ffn_dim": 32}, r"encoder_ffn_dim and decoder_ffn_dim differ \(64 and 32\)"),
         ("text_config", {"hidden_act": "relu"}, r"text_config\.hidden_act is 'relu', vg implements 'gelu'"),
         ("text_config", {"layer_norm_eps": 1e-5}, r"text_config\.layer_norm_eps is 1e-05, vg implements 1e-12"),
         ("backbone_config", {"hidden_act": "relu"}, r"backbone_config\.hidden_act is 'relu', vg implements 'gelu'"),

@@ -36,7 +36,7 @@ VARIANTS = {
         ),
         "levels": 5,
     },
-    "resnet": {"backbone": ResNetConfig(depths=[1, 1, 1, 1], widths=[16, 16, 32, 32])},
+    "resnet": {"backbone": ResNetConfig(depths=[1, 1, 1, 1], widths=[8, 16, 32, 64])},
     "cosine": {"classes": ClassHeadConfig(similarity="cosine", scale="learned")},
     "gated": {"fusion": "gated"},
     "two further levels": {"levels": 5},
@@ -255,7 +255,7 @@ def test_models_can_be_copied() -> None:
 
 
 def test_gradient_checkpointing_with_a_resnet() -> None:
-    backbone = ResNetConfig(depths=[1, 1, 1, 1], widths=[16, 16, 32, 32])
+    backbone = ResNetConfig(depths=[1, 1, 1, 1], widths=[8, 16, 32, 64])
     model = tiny_model(gradient_checkpointing=True, backbone=backbone).train()
     batch = batch_of(model, sample(["dog"], boxes=1))
     torch.stack(list(model.loss(model(batch), batch).values())).sum().backward()
@@ -351,6 +351,8 @@ def test_invalid_settings() -> None:
             tiny_config(**settings)
     with pytest.raises(ValueError, match="end with 4"):
         SwinConfig(stages=[1, 2])
+    with pytest.raises(ValueError, match="must increase"):
+        ResNetConfig(widths=[64, 64, 128, 256])
 
 
 @pytest.mark.parametrize(

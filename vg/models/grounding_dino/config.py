@@ -100,6 +100,12 @@ class ResNetConfig(BackboneConfig):
     name: Literal["resnet"] = "resnet"
     depths: Stages = field(default_factory=lambda: [3, 4, 6, 3])
     widths: Stages = field(default_factory=lambda: [256, 512, 1024, 2048])
+    """Each larger than the one before: in checkpoints the stage of an input projection is known by its width."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.widths != sorted(set(self.widths)):
+            raise ValueError(f"widths ({self.widths}) must increase from stage to stage")
 
     def transformers_config(self) -> PreTrainedConfig:
         import transformers
@@ -138,7 +144,7 @@ class ImageConfig(Settings):
     mix_sizes: bool = False
     """Run images of different sizes through the backbone in one padded pass, as all other implementations do. Padding
     then leaks into Swin's windows, group norms and query positions, and results depend on the rest of the batch. Unlike
-    theirs, the query selection never selects a token of the padding, whose box would be infinite."""
+    theirs, the query selection never selects a token of the padding, whose box is (1, 1, 1, 1) whatever the image."""
 
 
 @dataclass
@@ -210,8 +216,9 @@ class GroundingDinoConfig(ModelSettings):
 
     width: PositiveInt = 256
     """Channels of image tokens, text tokens and queries."""
-    levels: PositiveInt = 4
-    """Levels of the feature pyramid; those beyond the stages of the backbone are convolved from its last stage."""
+    levels: Annotated[int, Field(ge=1, le=5)] = 4
+    """Levels of the feature pyramid; those beyond the stages of the backbone are convolved from its last stage. There
+    are at most 5: the boxes that the query selection proposes at a sixth level would be larger than the image."""
     encoder_layers: PositiveInt = 6
     decoder_layers: PositiveInt = 6
     heads: PositiveInt = 8

@@ -105,14 +105,13 @@ class CrossModalityDecoder(nn.Module):
         logits, boxes = [], []
         # The content is expanded: its stride is 0, for which torch.compile would compile the layer again.
         x = content.contiguous()
-        boxes_before = reference_logits.sigmoid()  # [R, Q, 4]
+        reference = reference_logits.sigmoid()  # [R, Q, 4]
         for index, layer in enumerate(self.layers):
             # One head for all layers, or one for each.
             box_head, class_head = (heads[index % len(heads)] for heads in (self.box_heads, self.class_heads))
-            reference = boxes_before.detach()
-            by_level = self._by_level(reference, image)
+            by_level = self._by_level(reference.detach(), image)
             # Published models encode positions in the padded image, which depend on the batch.
-            positions = self._positions(by_level[:, :, 0] if self.mix_sizes else reference)
+            positions = self._positions(by_level[:, :, 0] if self.mix_sizes else reference.detach())
             if mask is not None and index == 0:  # `positions` have the dtype of the queries, also under autocast
                 mask = additive_mask(mask, positions.dtype)
             inputs = (x, positions, by_level, image, text, mask)
@@ -122,13 +121,14 @@ class CrossModalityDecoder(nn.Module):
                 else layer(*inputs)
             )
             if self.training or index == len(self.layers) - 1:
-                # The prediction reads the normalized query and keeps the gradient of the previous box ("look forward
-                # twice", DINO). The reference of the next layer reads the query without norm (published quirk).
+                # The prediction reads the normalized query, and its gradient reaches the layer before through the
+                # reference ("look forward twice", DINO). The next reference reads the query without norm (published
+                # quirk).
                 queries = self.norm(x)
-                boxes.append((box_head(queries) + inverse_sigmoid(boxes_before, self.predict_eps)).sigmoid())
+                boxes.append((box_head(queries) + inverse_sigmoid(reference, self.predict_eps)).sigmoid())
                 logits.append(class_head(queries, text))
             if index < len(self.layers) - 1:
-                boxes_before = (box_head(x) + inverse_sigmoid(reference, self.refine_eps)).sigmoid()
+                reference = (box_head(x) + inverse_sigmoid(reference.detach(), self.refine_eps)).sigmoid()
         return torch.stack(logits), torch.stack(boxes), queries
 
     def _positions(self, reference: Tensor) -> Tensor:

@@ -54,9 +54,14 @@ def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 class FusionLayer(nn.Module):
     """Bi-directional cross-attention: one similarity matrix, softmax over rows for the image, columns for the text.
 
-    It is that of GLIP (Li et al. 2022, section 3.2), which Grounding DINO takes over.
-    Both have `feedforward / 2` inner channels. `attend_unfolded` is the published computation, `attend_folded` a
-    cheaper one with the same weights.
+    It is that of GLIP (Li et al. 2022, section 3.2), which Grounding DINO takes over. With image tokens X, text tokens
+    T, and `feedforward / 2` inner channels, which heads of d channels share:
+
+        A = (X Wq) (T Wk)' / sqrt(d)
+        image = X + gate * softmax(A) (T Wv) Wo
+        text = T + gate * softmax(A') (X Wv) Wo, with other gates, Wv and Wo
+
+    `attend_unfolded` is this computation, `attend_folded` a cheaper one with the same weights.
     """
 
     def __init__(self, config: GroundingDinoConfig):

@@ -66,9 +66,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     _check(file, "", settings, IMPLEMENTED["grounding_dino"])
     _check(file, "text_config.", text, IMPLEMENTED["bert"])
     _check(file, "backbone_config.", backbone, IMPLEMENTED.get(str(backbone.get("model_type")), {}))
-    heads = [settings[key] for key in ("encoder_attention_heads", "decoder_attention_heads") if key in settings]
-    if any(number != heads[0] for number in heads):
-        raise CheckpointError(f"{file}: encoder_attention_heads and decoder_attention_heads differ ({heads})")
+    for name in ("attention_heads", "ffn_dim"):
+        encoder, decoder = (settings.get(f"{part}_{name}") for part in ("encoder", "decoder"))
+        if None not in (encoder, decoder) and encoder != decoder:
+            raise CheckpointError(f"{file}: encoder_{name} and decoder_{name} differ ({encoder} and {decoder})")
 
 
 def check_bert(settings: Mapping[str, Any]) -> None:
