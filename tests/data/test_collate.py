@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 from transformers import BertTokenizer
 
 import vg
@@ -39,6 +41,18 @@ def make(name: str = "a", height: int = 48, width: int = 64, phrase: str = "red 
         phrase_ids=np.zeros(1, np.int64),
         expression_type="color",
     )
+
+
+@pytest.mark.parametrize("delimiters", [(), (".", "?")], ids=["expressions", "prompts"])
+@pytest.mark.parametrize("start", sorted(multiprocessing.get_all_start_methods()))
+def test_batches_of_a_data_worker(start: str, delimiters: tuple[str, ...], text: TextSpec) -> None:
+    """The usual ways to start a process on Linux, macOS and Windows."""
+    collate = Collator(SPEC, TextSpec(text.tokenizer, 16, delimiters))
+    samples = [make("a"), make("b", phrase="猫")]
+    loader = DataLoader(samples, 2, collate_fn=collate, num_workers=1, multiprocessing_context=start)
+    (batch,) = loader
+    torch.testing.assert_close(batch.images, collate(samples).images)
+    assert [target.id for target in batch.targets] == ["a", "b"]
 
 
 def test_shapes_types_and_boxes(text: TextSpec) -> None:
