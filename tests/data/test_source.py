@@ -56,6 +56,10 @@ def test_invalid_boxes(box, message):
     [
         ({"phrases": ()}, "empty phrase"),
         ({"phrases": ("  ",)}, "empty phrase"),
+        ({"phrases": "dog"}, "phrases are 'dog', expected a tuple of str"),
+        ({"phrases": (None,)}, r"phrases are \(None,\), expected a tuple of str"),
+        ({"image": [[[0, 0, 0]]]}, "image is of type list, expected a NumPy array"),
+        ({"boxes": [[0.0, 0.0, 1.0, 1.0]]}, "boxes is of type list, expected a NumPy array"),
         ({"image": np.zeros((60, 80), np.uint8)}, "image is uint8"),
         ({"image": np.zeros((60, 80, 3), np.float32)}, "image is float32"),
         ({"image": np.zeros((0, 80, 3), np.uint8)}, "image is uint8"),

@@ -177,12 +177,17 @@ def checked(sample: Sample) -> Sample:
         The sample, its boxes (xyxy in pixels) clipped to the image where they exceed it by at most `OVERHANG`.
 
     Raises:
-        BadSampleError: image not [H, W, 3] uint8; no phrase or a blank one; boxes not [N, 4] float32, not finite,
-            without area or outside the image; phrase_ids not [N] int64 or out of range; crowd not [N] bool or areas
-            not [N] float32 where they are given; a caption without spans in it for every phrase.
+        BadSampleError: image not [H, W, 3] uint8; phrases not a tuple of str, none or a blank one; boxes not [N, 4]
+            float32, not finite, without area or outside the image; phrase_ids not [N] int64 or out of range; crowd not
+            [N] bool or areas not [N] float32 where they are given; a caption without spans in it for every phrase.
     """
     image, boxes, phrase_ids = sample.image, sample.boxes, sample.phrase_ids
     where = f"sample {sample.id}"
+    if not isinstance(sample.phrases, tuple) or not all(isinstance(phrase, str) for phrase in sample.phrases):
+        raise BadSampleError(f"{where}: phrases are {sample.phrases!r:.80}, expected a tuple of str")
+    for name in ("image", "boxes", "phrase_ids"):
+        if not isinstance(value := getattr(sample, name), np.ndarray):
+            raise BadSampleError(f"{where}: {name} is of type {type(value).__name__}, expected a NumPy array")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise BadSampleError(f"{where}: the image is {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3] (RGB)")
     if not sample.phrases or not all(phrase.strip() for phrase in sample.phrases):
