@@ -1,4 +1,4 @@
-"""`predict_and_crop`: one expression, one image, one box, also with the arguments of the published code."""
+"""`predict_and_crop`: one expression, one image, one box, with the arguments of the published code."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ def predict_and_crop(
     image: ImageLike,
     prompt: str,
     model: Grounder | GroundingModel | str | Path,
-    device: str | None = None,
+    tokenizer: None = None,
+    transforms: None = None,
+    device: str | torch.device | None = None,
     threshold: float | None = None,
+    overrides: Sequence[str] = (),
 ) -> tuple[np.ndarray, Box, np.ndarray]: ...
 
 
@@ -37,7 +40,7 @@ def predict_and_crop(
     prompt: str,
     model: Grounder | GroundingModel | str | Path,
     tokenizer: Any,
-    transforms: Any,
+    transforms: Any = None,
     device: str | torch.device | None = None,
     threshold: float | None = None,
     overrides: Sequence[str] = (),
@@ -48,7 +51,6 @@ def predict_and_crop(
     image: ImageLike,
     prompt: str,
     model: Grounder | GroundingModel | str | Path,
-    *published: Any,
     tokenizer: Any = None,
     transforms: Any = None,
     device: str | torch.device | None = None,
@@ -57,35 +59,27 @@ def predict_and_crop(
 ) -> tuple[Any, Box, Any]:
     """Ground an expression in an image and crop the best box.
 
-    The calling convention of the published code works too: `predict_and_crop(image, prompt, model, tokenizer,
-    transforms, device)` returns PIL images. Its tokenizer and transforms are not used, because a model of vg contains
-    its own; a tokenizer with another vocabulary causes a warning.
+    The arguments are in the order of the published code, `predict_and_crop(image, prompt, model, tokenizer, transforms,
+    device)`, but a model of vg contains its tokenizer and transforms, so these are not used.
 
     Args:
         image: [H, W, 3] uint8 array, PIL image, path or http(s) URL.
         prompt: a referring expression, such as "the man in the red shirt".
         model: a Grounder, a model, or a path for `load_model`. For several images, create a Grounder once.
+        tokenizer, transforms: where they are given, images are returned as PIL images, as by the published code; a
+            tokenizer with another vocabulary than that of the model causes a warning.
         device: device of a model that is not a Grounder; by default the fastest one available.
         threshold: minimum score of the box, 0..1; by default as in `Grounder`.
         overrides: see `load_model`.
 
     Returns:
-        crop [h, w, 3] uint8; box (left, top, right, bottom) in pixels; image_with_box [H, W, 3] uint8. By the published
-        calling convention, crop and image_with_box are PIL images.
+        crop [h, w, 3] uint8; box (left, top, right, bottom) in pixels; image_with_box [H, W, 3] uint8.
 
     Raises:
-        DataError: an unreadable image, an empty prompt, or no box with a sufficient score.
+        DataError: an unreadable image or several, an empty prompt, or no box with a sufficient score.
         ConfigError, PredictionError: see `Grounder.predict`.
-        TypeError: positional arguments of neither calling convention.
+        TypeError: another argument in the place of the tokenizer.
     """
-    given = published[0] if published else None
-    ours = len(published) <= 2 and (isinstance(given, (str, type(None))) or type(given).__name__ == "device")
-    as_published = not ours or tokenizer is not None or transforms is not None
-    names = ("tokenizer", "transforms", "device", "threshold") if as_published else ("device", "threshold")
-    keywords = {"tokenizer": tokenizer, "transforms": transforms, "device": device, "threshold": threshold}
-    if len(published) > len(names) or any(keywords[name] is not None for name in names[: len(published)]):
-        raise TypeError("predict_and_crop takes (image, prompt, model[, tokenizer, transforms][, device, threshold])")
-    tokenizer, _, device, threshold = (keywords | dict(zip(names, published, strict=False))).values()
     if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
         raise TypeError(f"{tokenizer!r:.80} is not a tokenizer; give device= and threshold= by name")
     if not isinstance(model, Grounder):
@@ -98,4 +92,6 @@ def predict_and_crop(
         raise DataError(f"nothing found for {prompt!r}: no box reaches {limit}; lower it or rephrase the prompt")
     found = found.select(np.array([0]))
     crop, box, drawn = found.crop()[0], found[0].box, found.draw()
-    return (Image.fromarray(crop), box, Image.fromarray(drawn)) if as_published else (crop, box, drawn)
+    if tokenizer is None and transforms is None:
+        return crop, box, drawn
+    return Image.fromarray(crop), box, Image.fromarray(drawn)
