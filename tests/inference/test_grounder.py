@@ -134,11 +134,11 @@ def test_published_calling_convention(grounder: vg.Grounder) -> None:
     """Positional as in the published notebook, or by keyword; the images can be shown."""
     pixels, model = scene(), grounder.model
     tokenizer = model.text_spec.tokenizer
-    expected = vg.predict_and_crop(pixels, "the red circle", model, "cpu", 0.0)
+    expected = vg.predict_and_crop(pixels, "the red circle", model, device="cpu", threshold=0.0)
     assert all(isinstance(part, np.ndarray) for part in (expected[0], expected[2]))
     for crop, box, drawn in (
         vg.predict_and_crop(Image.fromarray(pixels), "the red circle", model, tokenizer, lambda image: image, "cpu"),
-        vg.predict_and_crop(pixels, "the red circle", model, None, None, torch.device("cpu")),
+        vg.predict_and_crop(pixels, "the red circle", model, None, lambda image: image, torch.device("cpu")),
         vg.predict_and_crop(pixels, "the red circle", model, tokenizer, None, device="cpu"),
         vg.predict_and_crop(pixels, "the red circle", model, tokenizer=tokenizer, transforms=None, device="cpu"),
     ):
@@ -147,11 +147,6 @@ def test_published_calling_convention(grounder: vg.Grounder) -> None:
         np.testing.assert_array_equal(np.asarray(crop), expected[0])
         np.testing.assert_array_equal(np.asarray(drawn), expected[2])
         assert box == expected[1]
-    for arguments in (("cpu", 0.0, None, None, None), (tokenizer, None, "cpu", 0.0, 1)):
-        with pytest.raises(TypeError, match="predict_and_crop takes"):
-            vg.predict_and_crop(pixels, "the red circle", model, *arguments)  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match="predict_and_crop takes"):
-        vg.predict_and_crop(pixels, "the red circle", model, "cpu", device="cpu")  # type: ignore[call-overload]
     other = SimpleNamespace(get_vocab=lambda: {"other": 0})
     with pytest.warns(UserWarning, match="not that of the model"):
         vg.predict_and_crop(pixels, "the red circle", model, other, None, "cpu")
@@ -211,6 +206,13 @@ def test_boxes_that_are_not_finite_raise(family: str, run: Path) -> None:
         weights.fill_(torch.nan)
     with pytest.raises(PredictionError, match=f"boxes or scores .* are not finite.*: the weights {name} are not"):
         vg.Grounder(model, device="cpu").predict(scene(), "red circle")
+
+
+def test_arguments_without_effect_are_refused(run: Path) -> None:
+    with pytest.raises(ConfigError, match="is a checkpoint of vg, which contains its tokenizer; leave words out"):
+        vg.Grounder(run, "cpu", tokenizer="words")
+    with pytest.raises(CheckpointError, match="is a local path, which has no revision v1"):
+        vg.Grounder(run, "cpu", revision="v1")
 
 
 def test_unknown_words_are_reported_once(grounder: vg.Grounder, caplog: pytest.LogCaptureFixture) -> None:

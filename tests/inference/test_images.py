@@ -22,12 +22,11 @@ TENSOR = torch.zeros(3, 8, 8)
 @pytest.mark.parametrize(
     ("images", "number", "name"),
     [
-        (TENSOR, 0, "Tensor"),
         ([np.zeros((8, 8, 3), np.uint8), TENSOR], 1, "Tensor"),
         (iter([np.zeros((8, 8, 3), np.uint8), TENSOR]), 1, "Tensor"),
         ([None], 0, "NoneType"),
     ],
-    ids=["tensor", "list", "stream", "none"],
+    ids=["list", "stream", "none"],
 )
 def test_other_types_are_refused(images: Any, number: int, name: str) -> None:
     message = rf"image {number} is of type {name}; expected a path, a URL, a PIL image, .* NumPy array \[H, W, 3\]"
@@ -49,8 +48,19 @@ def test_open_files_and_buffers(grounder: vg.Grounder, tmp_path: Path) -> None:
             assert is_single(image)
             assert grounder(image, "square").size == (10, 20)
             assert [result.size for result in grounder([image, image], "square")] == [(10, 20)] * 2
-    with pytest.raises(DataError, match="image 0 is a file opened as text; open it with mode 'rb'"):
-        grounder(StringIO("x"), "square")
+    with (tmp_path / "a.png").open() as file:
+        for text in (StringIO("x"), file):
+            with pytest.raises(DataError, match="image 0 is a file opened as text; open it with mode 'rb'"):
+                grounder(text, "square")
+
+
+def test_one_image_is_not_a_folder(grounder: vg.Grounder, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 10), "white").save(tmp_path / "a.png")
+    for several in (tmp_path, f"{tmp_path}/*.png", "clip.mp4", "instances.json"):
+        with pytest.raises(DataError, match="stands for several images, where one is expected"):
+            grounder.predict(several, "square")
+        with pytest.raises(DataError, match="stands for several images, where one is expected"):
+            grounder.predict_batch([several], ["square"])
 
 
 @pytest.mark.parametrize(
@@ -60,6 +70,8 @@ def test_open_files_and_buffers(grounder: vg.Grounder, tmp_path: Path) -> None:
         (np.zeros((4, 4, 3), np.float32), "^image 0 as an array has float32"),
         (None, "^images is of type NoneType; expected a path"),
         (3, "^images is of type int; expected a path"),
+        (TENSOR, "^images is of type Tensor; expected a path"),
+        ({"a.png": 1}, "^images is of type dict; expected a path"),
         ("", "^the path of an image is empty"),
         ([""], "^the path of an image is empty"),
     ],
@@ -92,7 +104,7 @@ def test_thresholds_are_numbers(threshold: Any, grounder: vg.Grounder) -> None:
 
 def test_a_threshold_is_not_a_tokenizer(grounder: vg.Grounder) -> None:
     with pytest.raises(TypeError, match=r"0\.5 is not a tokenizer; give device= and threshold= by name"):
-        vg.predict_and_crop(np.zeros((8, 8, 3), np.uint8), "square", grounder, 0.5)  # type: ignore[call-overload]
+        vg.predict_and_crop(np.zeros((8, 8, 3), np.uint8), "square", grounder, 0.5)
 
 
 def test_models_of_other_types(grounder: vg.Grounder, tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools.mask import decode
 
 import vg
 from vg.data.detection.coco import CocoConfig
 from vg.data.detection.odvg import OdvgConfig
-from vg.errors import DataError
+from vg.errors import ConfigError, DataError
 from vg.inference.formats import FORMATS, read_records, write_results
 from vg.inference.result import Result
 
@@ -55,6 +56,15 @@ def test_a_result_is_a_sequence_of_boxes() -> None:
 
 def test_selections() -> None:
     found = result(masks=True)
+    assert found[:3].labels == found.labels[:3]
+    assert found[:3].masks.shape == (3, 80, 120)
+    assert len(found.above(torch.tensor(0.5))) == len(found.above(0.5))
+    for wrong in (5, float("nan"), "0.5"):
+        for select in (found.above, found.nms):
+            with pytest.raises(ConfigError, match="expected a score or IoU from 0 to 1"):
+                select(wrong)
+    with pytest.raises(ConfigError, match="side 0: expected at least 1"):
+        found.draw(side=0)
     assert found.above(0.5).scores.min() >= 0.5
     assert found.best().labels == list(PHRASES)
     assert found.best().masks.shape == (10, 80, 120)
@@ -176,6 +186,8 @@ def test_without_supervision(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="unknown format 'xml'; use jsonl, coco, csv, odvg, label-studio"):
         vg.write_results([], tmp_path / "x", "xml")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"a record without height, width, phrases: expected those of Result\.to_dict"):
+        vg.write_results([{"image": "a", "boxes": []}], tmp_path / "x", "coco")
     (tmp_path / "x.jsonl").write_text('{"image": "a", "boxes": []}\n[1]\n')
     with pytest.raises(DataError, match=r"x\.jsonl, line 2: not a result of vg predict"):
         list(read_records(tmp_path / "x.jsonl"))

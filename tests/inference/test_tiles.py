@@ -10,7 +10,8 @@ import pytest
 import vg
 from tests.inference.bright import Bright
 from vg.errors import ConfigError
-from vg.inference.tiles import windows
+from vg.inference.result import Boxes
+from vg.inference.tiles import predict_tiled, windows
 
 
 @pytest.mark.parametrize(("height", "width"), [(1000, 1000), (2500, 1700), (300, 5000), (1001, 999)])
@@ -31,6 +32,12 @@ def test_tiles_cover_the_image_and_overlap(height: int, width: int, overlap: flo
 
 def test_a_small_image_is_not_cut() -> None:
     assert windows(600, 800, 800, 0.2) == [(0, 0, 800, 600)]
+
+
+def test_tiles_do_not_change_the_boxes_of_a_small_image() -> None:
+    """Neither boxes that overlap nor those with low scores are left out."""
+    found = Boxes(np.array([[0, 0, 9, 9]] * 3, np.float32), np.array([0.9, 0.8, 0.001], np.float32), np.zeros(3, int))
+    assert predict_tiled(lambda images: [found] * len(images), np.zeros((60, 60, 3), np.uint8), 60, 0.2, 4) is found
 
 
 def test_small_objects_of_a_large_image_are_found_once() -> None:

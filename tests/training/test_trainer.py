@@ -148,7 +148,7 @@ def test_an_existing_run_is_not_overwritten_without_the_flag(tiny_config: MakeCo
     (folder / "eval" / "metrics.json").write_text("{}")
     Trainer(config).fit()
     before = history(config)
-    with pytest.raises(CheckpointError, match=r"\(checkpoints/step_000001\): continue it with --resume, .*--overwrite"):
+    with pytest.raises(CheckpointError, match=r"\(checkpoints/step_000001\): continue it with --resume .*--overwrite"):
         Trainer(config)
     assert history(config) == before
     config.optim.groups = {"nowhere": GroupConfig()}
@@ -174,7 +174,7 @@ def test_resume_is_offered_only_if_it_is_possible(tiny_config: MakeConfig, save_
     poison(trainer, 2, "l1")
     with pytest.raises(TrainingError):
         trainer.fit()
-    advice = "continue it with --resume, replace it" if save_every else "replace it"
+    advice = r"continue it with --resume \(in Python: resume=True\), replace it" if save_every else "replace it"
     with pytest.raises(CheckpointError, match=rf"already contains a run \([\w/.]+\): {advice} with --overwrite"):
         Trainer(config)
     if not save_every:

@@ -30,7 +30,7 @@ def check_count(value: Any, name: str, minimum: int = 1) -> None:
 def check_fraction(value: Any, name: str, maximum: float = 1.0, meaning: str = "a score or IoU") -> None:
     """Raise ConfigError unless a number, such as a score, is in 0..maximum."""
     try:
-        valid = 0 <= value <= maximum
+        valid = bool(0 <= value <= maximum)
     except (TypeError, ValueError):  # such as text, or several values
         valid = False
     if not valid:

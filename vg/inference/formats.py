@@ -22,6 +22,7 @@ SUFFIXES: dict[Format, str] = {  # of files that are named by their format
     "odvg": ".odvg.jsonl",
     "label-studio": ".label-studio.json",
 }
+KEYS = ("image", "height", "width", "phrases", "boxes")  # of a record
 COLUMNS = ("image", "phrase", "left", "top", "right", "bottom", "score", "height", "width")
 
 
@@ -62,6 +63,8 @@ def _to_record(result: Any) -> Record:
         return result.to_dict()
     if not isinstance(result, Mapping):
         raise DataError(f"expected results of a Grounder, or their records, got one of type {type(result).__name__}")
+    if missing := [key for key in KEYS if key not in result]:
+        raise DataError(f"a record without {', '.join(missing)}: expected those of Result.to_dict")
     return result
 
 

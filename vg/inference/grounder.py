@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from vg.errors import ConfigError
 from vg.inference.arguments import check_count, check_fraction, checked_phrases
-from vg.inference.images import ImageLike, NamedImage, is_single, named_images
+from vg.inference.images import ImageLike, NamedImage, check_single, is_single, named_images
 from vg.inference.read_ahead import Failed, read_ahead
 from vg.inference.result import Boxes, Result
 from vg.inference.tiles import predict_tiled
@@ -174,7 +174,9 @@ class Grounder:
             threshold: minimum score of a box, 0..1. By default 0.3 for a model of many phrases; for a model of one
                 expression the best box of each phrase, or 0.5 if it may name no object or several.
             nms: drop a box if its IoU with a better one of the same phrase is above this, 0..1; by default none.
-            tile: also search tiles of this side in pixels, to find what is too small in the resized image.
+            tile: also search tiles of this side in pixels, to find what is too small in the resized image. In an image
+                that is larger, boxes with a score below 0.02 are left out, and of boxes of a phrase with an IoU above
+                0.5 all but the best one.
             overlap: least fraction of a tile that its neighbors share with it, 0..0.9.
             masks: also segment every box, with the SAM or SAM 2 of a folder or Hub id; True for `masks.DEFAULT_ID`.
             batch_size: images in a pass of the network.
@@ -184,7 +186,7 @@ class Grounder:
             generator, whose images are read while the network runs.
 
         Raises:
-            DataError: an unreadable image, no phrase, or a phrase the model cannot process (blank, too long).
+            DataError: an unreadable image, no image, no phrase, or a phrase the model cannot process (blank, too long).
             ConfigError: an argument is out of range, no such model for masks, or tiles for a model of one expression.
             PredictionError: the model predicts NaN or Inf.
         """
@@ -196,7 +198,7 @@ class Grounder:
 
     def predict(self, image: ImageLike, phrases: str | Sequence[str], threshold: float | None = None) -> Result:
         """Find phrases in one image; like a call, but by default all boxes of the model are returned."""
-        return next(self.stream([image], phrases, threshold or 0.0))
+        return next(self.stream([check_single(image)], phrases, threshold or 0.0))
 
     def predict_batch(
         self, images: Sequence[ImageLike], phrases: Sequence[str | Sequence[str]], threshold: float | None = None
@@ -212,7 +214,7 @@ class Grounder:
         if isinstance(images, (str, Path)) or is_single(images) or not isinstance(images, Iterable):
             raise ValueError("images needs a list of images, such as [image]; a call takes one image, or a folder")
         check_fraction(threshold or 0.0, "threshold")
-        named = list(named_images(list(images))[0])
+        named = list(named_images(list(map(check_single, images)))[0])
         wanted = list(map(checked_phrases, phrases))
         pixels = [image.read() for image in named]
         if len(wanted) != len(pixels):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
+import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -66,12 +67,11 @@ def _content(image: bytes | bytearray | memoryview | IO[bytes], name: str) -> by
     """Return the bytes of an image file; an open file is read from its beginning."""
     if isinstance(image, (bytes, bytearray, memoryview)):
         return bytes(image)
+    if isinstance(image, io.TextIOBase):  # type: ignore[unreachable]
+        raise DataError(f"image {name} is a file opened as text; open it with mode 'rb'")
     with suppress(AttributeError, OSError):  # a stream has no beginning to return to
         image.seek(0)
-    content = image.read()
-    if not isinstance(content, bytes):
-        raise DataError(f"image {name} is a file opened as text; open it with mode 'rb'")
-    return content
+    return image.read()
 
 
 def _is_content(image: Any) -> bool:
@@ -86,6 +86,13 @@ def is_single(images: Any) -> bool:
         several = _is_video(images) or str(images).endswith(".json") or str(images).startswith(HUB)
         return is_url(str(images)) or not (several or Path(images).is_dir() or _is_pattern(str(images)))
     return _is_content(images)
+
+
+def check_single(image: Any) -> Any:
+    """Return an image; raises DataError for a folder, pattern, video or collection, which are several."""
+    if isinstance(image, (str, Path)) and not is_single(image):
+        raise DataError(f"{image} stands for several images, where one is expected; call the Grounder with it")
+    return image
 
 
 def named_images(
@@ -108,7 +115,7 @@ def named_images(
     given: Any = [images] if _is_content(images) else images
     if isinstance(given, (str, Path)):
         return _of_path(str(given), every)
-    if not isinstance(given, Iterable):
+    if not isinstance(given, Iterable) or isinstance(given, Mapping) or hasattr(given, "dtype"):
         raise DataError(_wrong_type("images", given))
     if isinstance(given, (list, tuple)):
         parts = [
@@ -163,7 +170,7 @@ def _pixels(image: Any, number: int) -> NamedImage:
 def _wrong_type(name: str, value: Any) -> str:
     return (
         f"{name} is of type {type(value).__name__}; expected a path, a URL, a PIL image, the bytes of a file, an open "
-        "file, or a NumPy array [H, W, 3]"
+        "file, or a NumPy array [H, W, 3] uint8"
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import numpy as np
 
+from vg.inference.arguments import check_count, check_fraction
 from vg.nms import nms
 
 Box: TypeAlias = tuple[float, float, float, float]  # (left, top, right, bottom) in pixels
@@ -41,7 +42,8 @@ class Found(NamedTuple):
 class Result:
     """The boxes of one image, best first; `result[k]` and a loop give `Found`, `len(result)` the number of boxes.
 
-    Boxes are xyxy in pixels of `image`. Selections (`above`, `nms`, `best`) are new results.
+    `result[:3]` is a result with the best three. Boxes are xyxy in pixels of `image`. Selections (`above`, `nms`,
+    `best`) are new results.
     """
 
     name: str  # path or URL of the image, with the number of the frame for a video, or "image 0" for pixels
@@ -65,12 +67,18 @@ class Result:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def __getitem__(self, index: int) -> Found:
+    @overload
+    def __getitem__(self, index: int) -> Found: ...
+    @overload
+    def __getitem__(self, index: slice) -> Result: ...
+    def __getitem__(self, index: int | slice) -> Found | Result:
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
         left, top, right, bottom = self.boxes[index].tolist()
         return Found(self.labels[index], float(self.scores[index]), (left, top, right, bottom))
 
     def __iter__(self) -> Iterator[Found]:
-        return map(self.__getitem__, range(len(self)))
+        return (self[index] for index in range(len(self)))
 
     def __str__(self) -> str:
         height, width = self.size
@@ -90,17 +98,20 @@ class Result:
         )
 
     def above(self, threshold: float) -> Result:
-        """Return the boxes that score at least `threshold`."""
-        return self.select(self.scores >= threshold)
+        """Return the boxes that score at least `threshold`; raises ConfigError unless that is 0..1."""
+        check_fraction(threshold, "threshold")
+        return self.select(self.scores >= float(threshold))
 
     def nms(self, iou: float, exclusive: bool = False) -> Result:
         """Return the boxes without those whose IoU with a better box of the same phrase is above `iou`.
 
         Args:
+            iou: 0..1; another value raises ConfigError.
             exclusive: compare with the boxes of all phrases, because an object has only one.
         """
+        check_fraction(iou, "nms")
         groups = np.zeros_like(self.phrase_ids) if exclusive else self.phrase_ids
-        return self.select(nms(self.boxes, self.scores, iou, groups))
+        return self.select(nms(self.boxes, self.scores, float(iou), groups))
 
     def best(self) -> Result:
         """Return the best box of every phrase that has one, in the order of the phrases."""
@@ -129,9 +140,14 @@ class Result:
 
         Returns:
             [H, W, 3] uint8, RGB, in the size of the image without `side` and `legend`.
+
+        Raises:
+            ConfigError: `side` is less than 1.
         """
         from vg.inference.draw import draw_result
 
+        if side is not None:
+            check_count(side, "side")
         return draw_result(self, side, legend)
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,9 +13,7 @@ from vg.nms import nms
 
 TOUCH = 0.01  # of the side of a tile: a box that comes so close to a seam is cut by it
 COVERED = 0.7  # of a cut box: if a whole box of its phrase covers as much, it is a part of that object
-MERGE_IOU = 0.5  # boxes of one phrase from different tiles that overlap more are the same object
-
-
+MERGE_IOU = 0.5  # boxes of one phrase that overlap more are the same object
 LEAST = 0.02  # score; there may be thousands of boxes with less
 
 
@@ -44,12 +42,17 @@ def windows(height: int, width: int, tile: int, overlap: float) -> list[Window]:
 def predict_tiled(
     predict: Callable[[list[np.ndarray]], list[Boxes]], image: np.ndarray, tile: int, overlap: float, batch_size: int
 ) -> Boxes:
-    """Predict for an image [H, W, 3] and its tiles, `batch_size` of them at a time, and merge their boxes."""
+    """Predict for an image [H, W, 3] and its tiles, `batch_size` of them at a time, and merge their boxes.
+
+    The boxes of an image that is not larger than a tile are those of the model.
+    """
     height, width = image.shape[:2]
     parts = windows(height, width, tile, overlap)
     found: list[Boxes] = []
     for start in range(0, len(parts), batch_size):
         found += predict([image[y:bottom, x:right] for x, y, right, bottom in parts[start : start + batch_size]])
+    if len(found) == 1:
+        return found[0]
     return merge(
         [(part, boxes.above(LEAST)) for part, boxes in zip(parts, found, strict=True)], (height, width), tile, overlap
     )

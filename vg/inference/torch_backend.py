@@ -204,7 +204,8 @@ def load_model(
 
     Raises:
         CheckpointError: not a checkpoint, damaged, or weights that do not fit the model.
-        ConfigError: unknown overrides, or overrides of a checkpoint without a vg configuration.
+        ConfigError: unknown overrides, or overrides of a checkpoint without a vg configuration; a tokenizer for one
+            that contains it.
     """
     return load(path, tokenizer, overrides, revision)[0]
 
@@ -224,6 +225,8 @@ def load(
     folder = local_path(path, revision)
     check_is_model(folder)
     if is_checkpoint(folder):
+        if tokenizer is not None:
+            raise ConfigError(f"{path} is a checkpoint of vg, which contains its tokenizer; leave {tokenizer} out")
         model, config = read_model(folder, overrides)
         files = (folder / name for name in (f"best/{VALIDATION}", VALIDATION))
         results = next((read_json(file, dict) for file in files if file.exists()), None)

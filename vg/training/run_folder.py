@@ -67,10 +67,11 @@ def resumable_checkpoints(folder: Path) -> list[Path]:
 def refuse_run(folder: Path) -> None:
     """Raise CheckpointError if a folder contains a run."""
     if found := checkpoints_of(folder):
-        resume = "continue it with --resume, " if resumable_checkpoints(folder) else ""  # not after a failure at step 1
+        # There is nothing to continue after a failure at step 1.
+        resume = "continue it with --resume (in Python: resume=True), " if resumable_checkpoints(folder) else ""
         raise CheckpointError(
-            f"{folder} already contains a run ({found[-1].relative_to(folder)}): {resume}replace it with --overwrite, "
-            "or choose another train.output"
+            f"{folder} already contains a run ({found[-1].relative_to(folder)}): {resume}replace it with "
+            "--overwrite (overwrite=True), or choose another train.output"
         )
 
 

@@ -138,7 +138,7 @@ class Trainer:
             if self.stop.requested():
                 raise SystemExit(
                     f"stopped at step {self.progress.step}, saved in {self.folder.path}; "
-                    "repeat the command with --resume to continue"
+                    "repeat the command with --resume to continue (in Python: resume=True)"
                 )
         if self.config.train.interpolate:
             interpolate_run(self, self.config.train.interpolate)

@@ -98,8 +98,8 @@ def test_a_moved_encoder_is_found_with_an_override(checkpoint: Path, capsys: pyt
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not vg.load_model(checkpoint, overrides=[override]).training
-        after = vg.Grounder(checkpoint, "cpu", overrides=[override]).predict(image, "the red star")
-        _, box, _ = vg.predict_and_crop(image, "the red star", checkpoint, "cpu", overrides=[override])
+        after = vg.Grounder(checkpoint, device="cpu", overrides=[override]).predict(image, "the red star")
+        _, box, _ = vg.predict_and_crop(image, "the red star", checkpoint, device="cpu", overrides=[override])
     assert (before.boxes == after.boxes).all()
     assert box == tuple(before.boxes[0].tolist())
 

@@ -19,6 +19,8 @@ def local_path(path: str | Path, revision: str | None = None) -> Path:
     """Return the path, or the folder that a revision of a Hub id was downloaded to; raises CheckpointError."""
     local = Path(path)
     if local.exists():
+        if revision is not None:
+            raise CheckpointError(f"{path} is a local path, which has no revision {revision}; leave the revision out")
         return local
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or local.suffix in (".pth", ".pt", ".safetensors"):
         raise CheckpointError("; ".join(filter(None, [f"{path} does not exist", similar_paths(path)])))
