@@ -29,3 +29,7 @@ class CacheConfig(Settings):
     their own: it does not serve a run that asks for `no`, which is float32."""
     trust: bool = False
     """Use the features without comparing the image files with those that were encoded."""
+
+    def __post_init__(self) -> None:
+        if twice := [view for view in ("plain", "flip") if self.views.count(view) > 1]:
+            raise ValueError(f"views has {', '.join(twice)} twice, which are the same features; name each once")

@@ -301,9 +301,13 @@ def test_one_size_per_batch() -> None:
     assert model.encode(batch).grids is None
 
 
-def test_an_image_must_have_a_token() -> None:
-    config = replace(RecConfig.tiny(), image_size=7, keep_aspect=True)
-    with pytest.raises(ConfigError, match=r"model\.image_size=7 is less than 8, one token"):
+@pytest.mark.parametrize("keep_aspect", [True, False])
+@pytest.mark.parametrize(("size", "nearest"), [(7, "8"), (63, "56 or 64")])
+def test_an_image_has_whole_tokens(size: int, nearest: str, keep_aspect: bool) -> None:
+    """The encoder does not see the remainder, and the head would take the cells for the whole image."""
+    config = replace(RecConfig.tiny(), image_size=size, keep_aspect=keep_aspect)
+    message = rf"model\.image_size={size} is not a multiple of 8, .*; set it to {nearest}$"
+    with pytest.raises(ConfigError, match=message):
         config.build()
 
 

@@ -49,8 +49,13 @@ class RecModel(EncodableModel):
         self.config = config
         self.external = tuple(config.frozen_encoders)
         self.vision = VisionEncoder(config.vision, pretrained, lazy=pretrained and "vision" in self.external)
-        if config.keep_aspect and config.image_size < self.vision.stride:
-            raise ConfigError(f"model.image_size={config.image_size} is less than {self.vision.stride}, one token")
+        side, stride = config.image_size, self.vision.stride
+        if side % stride:  # the encoder ignores the remainder or pads it, so that cells are not where the head has them
+            nearest = " or ".join(str(near) for near in (side // stride * stride, -(-side // stride) * stride) if near)
+            raise ConfigError(
+                f"model.image_size={side} is not a multiple of {stride}, the pixels of a token of the encoder; set it "
+                f"to {nearest}"
+            )
         self.text = Encoder(config.text, pretrained, lazy=pretrained and "text" in self.external)
         self.extra_text: Encoder | None = None
         if config.extra_text is not None:
