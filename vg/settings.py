@@ -7,7 +7,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from types import NoneType
@@ -200,6 +200,15 @@ def all_attributes(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: all_attributes(entry) for key, entry in value.items()}
     return [all_attributes(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def changes(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted name, the old and the new value wherever nested mappings differ; None for a missing one."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in dict.fromkeys([*old, *new]):
+            yield from changes(old.get(name), new.get(name), f"{path}{name}.")
+    elif old != new:
+        yield path[:-1], old, new
 
 
 def differences(value: Any) -> Any:

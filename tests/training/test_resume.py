@@ -258,14 +258,21 @@ def test_a_removed_run_folder_ends_with_one_message(tiny_config: MakeConfig, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_can_be_resumed_and_extended(tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_finished_run_can_be_resumed_and_extended(
+    tiny_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = configured(tiny_config, tmp_path / "run")
     results = Trainer(config).fit()
     before = (tmp_path / "run" / "history.jsonl").read_text()
     assert Trainer(config, resume=True).fit() == results
     assert (tmp_path / "run" / "history.jsonl").read_text() == before
-    config.train.epochs = 3
+    assert not [message for message in caplog.messages if "other settings" in message]
+    config.train.epochs, config.train.seed = 3, 5
     longer = Trainer(config, resume=True)
+    changed = [message for message in caplog.messages if "other settings" in message]
+    assert changed == [
+        "the run continues with other settings (train.seed: 0 before, 5 now; train.epochs: 2 before, 3 now)"
+    ]
     longer.fit()
     assert longer.progress.step == 9
 

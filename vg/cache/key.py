@@ -23,6 +23,7 @@ from vg.data.source import HasFingerprint, HasImageKeys, Source
 from vg.errors import CacheError, ConfigError
 from vg.files import read_json
 from vg.models.base import EncodableModel, GroundingModel
+from vg.settings import changes
 
 logger = logging.getLogger(__name__)
 
@@ -158,14 +159,8 @@ def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[st
     """Return one line for each value in which the content of two keys differs; their text only if both have some."""
     if not ("text" in wanted and "text" in found):
         wanted, found = _without(wanted, ["text"]), _without(found, ["text"])
-    return _lines(_content(wanted), _content(found))
-
-
-def _lines(wanted: Any, found: Any, path: str = "") -> list[str]:
-    if isinstance(wanted, Mapping) and isinstance(found, Mapping):
-        names = dict.fromkeys([*wanted, *found])
-        return [line for name in names for line in _lines(wanted.get(name), found.get(name), f"{path}{name}.")]
-    return [] if wanted == found else [f"{path[:-1]} is {wanted}, the cache has {found}"]
+    changed = changes(_content(found), _content(wanted))
+    return [f"{name} is {new}, the cache has {old}" for name, old, new in changed]
 
 
 def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from vg.distributed import launches, raise_on_all_processes
 from vg.errors import CheckpointError, DamagedCheckpointError, TrainingError
 from vg.files import read_json, read_text, remove, sync, write_bytes, write_json
 from vg.models.saved import WEIGHTS
+from vg.settings import changes, parse_yaml, read_yaml
 
 T = TypeVar("T")
 
@@ -143,9 +144,18 @@ class RunFolder:
             remove(leftover)
         for folder in {*self.path.glob("checkpoints/step_*[0-9]")}.difference(self.checkpoints()):
             logger.warning("%s is ignored: %s or %s is missing", folder, WEIGHTS, TRAINING)
-        write_bytes(self.path / CONFIG, dump_config(self.config).encode())
+        config = dump_config(self.config)
+        if self.resume and (self.path / CONFIG).exists():
+            self._warn_of_other_settings(config)
+        write_bytes(self.path / CONFIG, config.encode())
         if self.launches:
             write_json(self.path / LAUNCH, self.launches)  # last: from here on, a restart may not remove anything
+
+    def _warn_of_other_settings(self, config: str) -> None:
+        """Compare a configuration with that of the run so far, of which the folder keeps nothing else."""
+        changed = changes(read_yaml(self.path / CONFIG), parse_yaml(config))
+        if found := [f"{name}: {old} before, {new} now" for name, old, new in changed]:
+            logger.warning("the run continues with other settings (%s)", "; ".join(found))
 
     def checkpoints(self) -> list[Path]:
         return resumable_checkpoints(self.path)
