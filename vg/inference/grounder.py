@@ -37,6 +37,8 @@ class Grounder:
         result = grounder("street.jpg", ["dog", "traffic light"])
         for phrase, score, box in result: ...  # box: (left, top, right, bottom) in pixels
 
+    Threads may share a Grounder; a process that is spawned creates its own.
+
     Args:
         model: a model, or a path for `load_model`: the folder of a run or checkpoint, or a published Grounding DINO; or
             an .onnx file of `vg export`, which runs without torch.
