@@ -13,7 +13,8 @@ from PIL import Image
 
 from tests.data.check.cases import check, found, valid_coco, write
 from vg.data import images
-from vg.data.images import find_image, image_files, image_key, image_size, orientation, read_image
+from vg.data.image_files import image_files, image_key
+from vg.data.images import find_image, image_size, orientation, read_image
 from vg.errors import BadSampleError, ConfigError
 from vg.inference.images import to_array
 

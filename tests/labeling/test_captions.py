@@ -11,7 +11,7 @@ import pytest
 
 from tests.labeling.test_label import label, lines_of
 from vg.data.detection.odvg import OdvgConfig
-from vg.data.images import list_images
+from vg.data.image_files import list_images
 from vg.errors import ConfigError
 from vg.labeling.captions import Captions, load_pipeline
 from vg.labeling.plan import PlannedImage

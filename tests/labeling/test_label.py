@@ -23,7 +23,8 @@ from vg.boxes import pairwise_iou
 from vg.cli import main
 from vg.data.detection.coco import CocoConfig
 from vg.data.detection.odvg import OdvgConfig
-from vg.data.images import list_images, read_image
+from vg.data.image_files import list_images
+from vg.data.images import read_image
 from vg.errors import ConfigError, DataError
 from vg.files import write_shared
 from vg.labeling.output import LabelFolder

@@ -16,7 +16,8 @@ from vg.cli import main
 from vg.data.check.formats import detect_format
 from vg.data.detection.odvg import OdvgConfig
 from vg.data.expressions import CsvConfig
-from vg.data.images import list_images, read_image
+from vg.data.image_files import list_images
+from vg.data.images import read_image
 from vg.data.overlap import without_overlap
 from vg.data.shards.labels import digest_of
 from vg.data.shards.source import ShardsConfig

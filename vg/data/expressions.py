@@ -26,7 +26,8 @@ from vg.data.detection.annotations import (
 from vg.data.detection.issues import Issues, RaiseFirstError
 from vg.data.detection.source import DetectionSource, check_image_root, read_annotated_image
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
-from vg.data.images import find_size, image_files, image_key
+from vg.data.image_files import image_files, image_key, image_root
+from vg.data.images import find_size
 from vg.data.source import Provenance, Task
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import BadSampleError, DataError, NoSuchSplitError
@@ -98,7 +99,7 @@ class CsvConfig(Settings):
     path: str = field(kw_only=True)
     """The .csv or .jsonl file."""
     image_root: str | None = None
-    """Folder of the images; by default the folder of the file."""
+    """Folder of the images; by default as for coco."""
     split: str | None = None
     """Use the rows with this value in the column `split`; null uses all rows."""
     classes: list[str] | None = None
@@ -177,7 +178,7 @@ class CsvConfig(Settings):
         if self.split is not None and self.split not in splits:
             known = ", ".join(sorted(filter(None, splits))) or "none"
             raise NoSuchSplitError(f"{self.path} has no split {self.split!r}; its column {SPLIT!r} has {known}")
-        root = Path(self.image_root) if self.image_root is not None else Path(self.path).resolve().parent
+        root = Path(self.image_root) if self.image_root is not None else image_root(Path(self.path), list(images))
         box_format = BOX[columns.box] if columns else XYXY
         num_classes = len(names) if columns and columns.phrase in CLASS else 0
         return Annotations.of(

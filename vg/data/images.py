@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,60 +33,92 @@ def max_pixels(default: int) -> int:
 
 MAX_PIXELS = max_pixels(100_000_000)  # larger images are refused: a bomb, or a mistake
 Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, MAX_PIXELS)  # of PIL, which must not be lower
-_FOLDERS = ("", "train2014", "train2017", "val2014", "val2017", "images")  # 2017 has the images of 2014
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+FOLDERS = ("", "train2014", "train2017", "val2014", "val2017", "images")  # 2017 has the images of 2014
 SWAPPED = 5  # EXIF orientations from this on swap height and width
 UNKNOWN_SIZE = 1, 1  # (height, width) of an image that cannot be read; loading its sample raises or skips it
-COCO_KEY = "coco/"  # what the keys of COCO images begin with
+_PREFIX = "COCO_"
 # RefCOCO appends the id of an annotation. Without the prefix, ids below a million: 202401311230 is a time.
-_COCO = re.compile(r"COCO_(?:train|val|test)\d{4}_(\d{12})(?:_\d+)?|(0{6}\d{6})")
+_COCO = re.compile(rf"{_PREFIX}(?:train|val|test)\d{{4}}_(\d{{12}})(?:_\d+)?|(0{{6}}\d{{6}})")
 # Folders of ids without the prefix: images/train2017, ../data/coco/val2017. Those of cameras may have equal numbers.
 _COCO_FOLDERS = re.compile(
     r"((.*/)?[^/]*coco[^/]*/)?((\.\.|images|(train|val|test|unlabeled)(2014|2015|2017))/)*", re.IGNORECASE
+)
+_ADVICE = (
+    "set image_root to the folder that contains the images (data.train.image_root=FOLDER data.eval.image_root=FOLDER, "
+    "for vg finetune and one folder --images FOLDER)"
 )
 # Within `decoded_once`: image and pixels by image (its id, if it is opened, which is not reused while it is kept).
 _decoded: ContextVar[dict[Any, tuple[Any, np.ndarray]] | None] = ContextVar("_decoded", default=None)
 
 
-def find_image(name: str, root: Path) -> Path:
+def find_image(name: str, root: Path, advice: str = _ADVICE) -> Path:
     """Return the file of an image below `root`, under its annotated name or its other COCO name.
 
     An image is `train2014/COCO_train2014_000000000716.jpg` in COCO 2014, `train2017/000000000716.jpg` in COCO 2017.
 
+    Args:
+        advice: how to correct this; by default for a dataset with the setting image_root.
+
     Raises:
-        BadSampleError: the name leads out of `root`, or there is no such file; the message lists what was tried.
+        BadSampleError: the name leads out of `root`, there is no such file, or several; the message lists what was
+            tried.
     """
-    if _is_outside(name, root):
+    path = slashed(name, root)
+    if is_outside(path, root):
         raise BadSampleError(f"image {name} is outside {root}; set image_root to a folder that contains all images")
     try:
-        for candidate in _candidates(name, root):
-            if candidate.is_file():
-                return candidate
+        files = locate(path, root)
     except OSError as error:  # the name is too long, or a folder cannot be read
         raise BadSampleError(f"image {name[:80]} cannot be opened ({error.strerror}); correct its name") from error
-    tried = ", ".join(dict.fromkeys([name, *(str(file.relative_to(root)) for file in [*_candidates(name, root)][1:])]))
-    raise BadSampleError(
-        f"image {name} not found below {root} (tried {tried}); put the file there or set image_root (vg "
-        "finetune: --images) to the folder that contains the images"
-    )
+    if len(files) == 1:
+        return files[0]
+    if files:
+        listed = " or ".join(str(file.relative_to(root)) for file in files)
+        raise BadSampleError(f"image {name} may be {listed} below {root}, which are different images; {advice}")
+    tried = ", ".join(dict.fromkeys([name, *(str(file.relative_to(root)) for file in [*_candidates(path, root)][1:])]))
+    raise BadSampleError(f"image {name} not found below {root} (tried {tried}); put the file there, or {advice}")
 
 
-def _is_outside(name: str, root: Path) -> bool:
+def locate(name: str, root: Path, folders: Sequence[str] = FOLDERS) -> list[Path]:
+    """Return the file of an image below `root`: none, one, or two of its name that are different images.
+
+    Args:
+        folders: those of FOLDERS that are below `root`, if that is known.
+
+    Raises:
+        OSError: the name is too long, or a folder cannot be read.
+    """
+    candidates = _candidates(name, root, folders)
+    file = next((file for file in candidates if file.is_file()), None)
+    if file is None or file == root / name or file.name.startswith(_PREFIX):
+        return [file] if file else []
+    same_name = (other for other in candidates if other.name == file.name and other.is_file())
+    return [file, *islice((other for other in same_name if not filecmp.cmp(file, other, shallow=False)), 1)]
+
+
+def slashed(name: str, root: Path) -> str:
+    """Return the name of an image with slashes in place of the backslashes of Windows, unless they are in its name."""
+    return name if "\\" not in name or os.path.exists(root / name) else name.replace("\\", "/")
+
+
+def is_outside(name: str, root: Path) -> bool:
     if not os.path.isabs(name) and ".." not in name:
         return False
     return not Path(os.path.abspath(root / name)).is_relative_to(os.path.abspath(root))  # links may lead elsewhere
 
 
-def _candidates(name: str, root: Path, folders: Sequence[str] = _FOLDERS) -> Iterator[Path]:
+def _candidates(name: str, root: Path, folders: Sequence[str] = FOLDERS) -> Iterator[Path]:
     """Yield where the file of an image may be."""
     yield root / name
     path = _below(name, root)
     names = [path.name]
-    if coco_id := _coco_id(path):
-        names += [f"COCO_train2014_{coco_id}.jpg", f"COCO_val2014_{coco_id}.jpg", f"{coco_id}.jpg"]
-    elif not set(path.parts[:-1]) <= set(_FOLDERS):
+    if coco_id := coco_id_of(name, root):
+        names += [f"{_PREFIX}train2014_{coco_id}.jpg", f"{_PREFIX}val2014_{coco_id}.jpg", f"{coco_id}.jpg"]
+    elif not set(path.parts[:-1]) <= set(FOLDERS):
         return  # a.jpg of another folder is another image than camera_1/a.jpg
-    yield from (root / folder / file for folder in folders for file in names)
+    elif split := set(path.parts[:-1]) - {"images"}:  # val2017/a.jpg may be another image than train2017/a.jpg
+        folders = [folder for folder in folders if folder in ("", "images", *split)]
+    yield from (root / folder / file for folder in folders for file in dict.fromkeys(names))
 
 
 def _below(name: str, root: Path | None) -> Path:
@@ -92,40 +126,12 @@ def _below(name: str, root: Path | None) -> Path:
     return Path(os.path.relpath(name, root) if root and os.path.isabs(name) else os.path.normpath(name))
 
 
-def _coco_id(path: Path) -> str | None:
+def coco_id_of(name: str, root: Path | None = None) -> str | None:
     """Return the 12 digits of the id in the name of a COCO image."""
-    if not (found := _COCO.fullmatch(path.stem)):
+    if not (found := _COCO.fullmatch(Path(name).stem)):
         return None
-    return found[1] or (found[2] if _COCO_FOLDERS.fullmatch("".join(f"{part}/" for part in path.parts[:-1])) else None)
-
-
-def image_files(names: Sequence[str], root: Path) -> list[Path | None]:
-    """Return the files of many images; `root / name` if there is none, None if that is outside `root`."""
-    folders = [folder for folder in _FOLDERS if (root / folder).is_dir()]
-    files: dict[str, Path | None] = {}
-    for name in dict.fromkeys(names):
-        if _is_outside(name, root):
-            files[name] = None
-        else:
-            candidates = _candidates(name, root, folders)
-            files[name] = next((file for file in candidates if os.path.isfile(file)), root / name)
-    return [files[name] for name in names]
-
-
-def list_images(folder: Path) -> list[str]:
-    """Return the images in a folder and its subfolders, relative to it, sorted."""
-    files = (file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
-    return sorted(str(file.relative_to(folder)) for file in files)
-
-
-def image_key(name: str, root: Path | None = None) -> str:
-    """Return a key that is equal for all names of an image: its COCO id, or else its path below `root`."""
-    if _COCO.fullmatch(Path(name).stem) and (coco_id := _coco_id(_below(name, root))):
-        return f"{COCO_KEY}{int(coco_id)}"
-    try:
-        return str(find_image(name, root).resolve()) if root else name
-    except BadSampleError:
-        return name
+    folders = "".join(f"{part}/" for part in _below(name, root).parts[:-1])
+    return found[1] or (found[2] if _COCO_FOLDERS.fullmatch(folders) else None)
 
 
 @contextmanager

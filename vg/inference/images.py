@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from vg.data.detection.annotations import to_size
-from vg.data.images import array_to_rgb, find_image, list_images, read_image
+from vg.data.image_files import list_images
+from vg.data.images import array_to_rgb, find_image, read_image
 from vg.errors import BadSampleError, DataError
 from vg.hub import loading
 from vg.inference.arguments import check_count

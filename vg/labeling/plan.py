@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from vg.data.images import find_image, list_images, read_image
+from vg.data.image_files import list_images
+from vg.data.images import find_image, read_image
 from vg.data.shards.index import INDEX
 from vg.data.shards.labels import digest_of
 from vg.data.shards.source import Shards, ShardsConfig

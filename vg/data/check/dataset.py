@@ -14,7 +14,8 @@ from tqdm import tqdm
 from vg.data.detection.annotations import AnnotatedBox, AnnotatedImage, Annotations, BoxFormat, ReadsAnnotations
 from vg.data.detection.issues import Issues
 from vg.data.detection.vocabulary import VocabularyConfig, normalized_name
-from vg.data.images import SWAPPED, find_image, image_key, read_image
+from vg.data.image_files import image_key
+from vg.data.images import SWAPPED, find_image, read_image
 from vg.data.source import HasChecksums, HasImageKeys, Source, Task, checked
 from vg.errors import BadSampleError, DataError
 

@@ -58,13 +58,8 @@ def splits_of_files(folder: Path, files: Sequence[Path]) -> Splits:
     Raises:
         DataError: it is not clear which split a file belongs to.
     """
-    roboflow = any(file.name == _ROBOFLOW for file in files)
-    root = {} if roboflow else {"image_root": str(folder)}
     if len(files) == 1:
-        (file,) = files
-        if file_format(file) == "coco" or file.parent == folder:  # images are found from there
-            root = {}
-        return {split: settings | root for split, settings in splits_of_file(file).items()}
+        return splits_of_file(files[0])
     split_of = {file: next((split for split in SPLITS if split in _words(file, folder)), None) for file in files}
     by_split = {split: [file for file in files if split_of[file] == split] for split in SPLITS}
     if not any(by_split.values()) or any(len(named) > 1 for named in by_split.values()):
@@ -76,7 +71,7 @@ def splits_of_files(folder: Path, files: Sequence[Path]) -> Splits:
             f"{folder}: not clear which split {_listed(unclear, folder)} belongs to; merge it with the file of a "
             "split, or move it to another folder"
         )
-    return with_same_classes({split: _settings(named[0]) | root for split, named in by_split.items() if named})
+    return with_same_classes({split: _settings(named[0]) for split, named in by_split.items() if named})
 
 
 def splits_of_file(file: Path) -> Splits:

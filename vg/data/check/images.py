@@ -29,10 +29,7 @@ def check_images(dataset: CheckedDataset, indices: Sequence[int]) -> None:
         if file.error:
             what, fix = "images that cannot be read", "replace them with intact copies"
             if not file.digest:
-                what, fix = (
-                    "missing images",
-                    "put them there, or set image_root (vg finetune: --images) to their folder",
-                )
+                what, fix = "missing images", "put them there, or set image_root as each message advises"
             dataset.issues.add("error", what, fix, [f"{files[index]}: {file.error}"])
         else:
             _check_size(dataset, index, file)

@@ -16,6 +16,7 @@ from vg.data.detection.annotations import XYWH, Annotations, to_boxes, to_float,
 from vg.data.detection.issues import NUM_EXAMPLES, Issues, RaiseFirstError
 from vg.data.detection.source import DetectionSource
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
+from vg.data.image_files import dataset_folder, image_root
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
@@ -33,7 +34,8 @@ class CocoConfig(Settings):
     path: str = field(kw_only=True)
     """The json file, such as instances_train2017.json."""
     image_root: str | None = None
-    """Folder of the images; by default the folder of the file, or its parent if the file is in `annotations`."""
+    """Folder of the images; by default the one of the file, or its parent if that is `annotations`, or a folder in it
+    where the images are: `images`, and `train`, `train2017` or `images/train` for instances_train2017.json."""
     min_side: NonNegativeFloat = 0.0
     """Pixels; boxes with a shorter side are left out. Published training: 1. Evaluation counts every box that has an
     area, as pycocotools does."""
@@ -69,12 +71,9 @@ class CocoConfig(Settings):
         annotations.report_inverted(strict)
         annotations.report_lost(strict, self.min_side)
         vocabulary = Vocabulary(annotations.names, self.vocabulary, self.path)
-        provenance = Provenance(self._folder().name, Path(self.path).stem.removeprefix("instances_"), "detection")
+        file = Path(self.path)
+        provenance = Provenance(dataset_folder(file).name, file.stem.removeprefix("instances_"), "detection")
         return DetectionSource(annotations, vocabulary, provenance, self.min_side)
-
-    def _folder(self) -> Path:
-        folder = Path(self.path).resolve().parent
-        return folder.parent if folder.name == "annotations" else folder
 
     @without_gc()
     def read(self, issues: Issues) -> Annotations:
@@ -137,7 +136,7 @@ class CocoConfig(Settings):
         valid = slice(None) if len(positions) == len(rows) else positions  # avoids copies
         boxes, areas = boxes[valid], areas[valid]
         return Annotations(
-            image_root=Path(self.image_root) if self.image_root is not None else self._folder(),
+            image_root=Path(self.image_root) if self.image_root is not None else image_root(file, files),
             names=list(names.values()),
             category_ids=list(names),
             ids=list(map(str, image_of_id)),

@@ -18,13 +18,15 @@ from vg.data.detection.line_files import LineFiles, label_map_of
 from vg.data.detection.odvg_lines import LabelMap, LineParser, read_categories, read_label_map
 from vg.data.detection.source import check_image_root, clip_boxes, read_annotated_image
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
-from vg.data.images import find_size, image_files, image_key
+from vg.data.image_files import image_files, image_key, image_root
+from vg.data.images import find_size
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import BadSampleError
 from vg.settings import Settings
 from vg.types import Sample
 
+_NUM_LOCATED = 8  # lines whose images are looked for, to find the folder of the images
 _NUM_CHECKED = 1000  # lines whose boxes are checked before training
 
 
@@ -51,7 +53,7 @@ class OdvgConfig(Settings):
     classes: list[str] | None = None
     """Names of the classes without a label_map; by default the categories of all lines, in the order of the labels."""
     image_root: str | None = None
-    """Folder of the images; by default that of the .jsonl files."""
+    """Folder of the images; by default as for coco, and that of the files for a folder of them."""
     upright: bool | None = None
     """See the setting of coco."""
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
@@ -81,12 +83,14 @@ class OdvgConfig(Settings):
     def build(self) -> OdvgSource:
         return OdvgSource(self)
 
-    @property
-    def image_folder(self) -> Path:
+    def image_folder(self, lines: LineFiles) -> Path:
         if self.image_root is not None:
             return Path(self.image_root)
-        path = Path(self.path).resolve()
-        return path if path.is_dir() else path.parent
+        if (path := Path(self.path)).is_dir():
+            return path.resolve()
+        parser = LineParser(None, Issues())  # invalid lines are errors when they are loaded
+        rows = (parser.row(*lines[index]) for index in range(min(len(lines), _NUM_LOCATED)))
+        return image_root(path, [str(row["filename"]) for row in rows if row and "filename" in row])
 
     @property
     def label_map_file(self) -> str | None:
@@ -109,7 +113,7 @@ class OdvgConfig(Settings):
         parser = LineParser(self.read_labels(files, issues), issues, self.captions == "whole")
         lines = (parser.parse(text, location) for text, location in files)
         images = [image for image in lines if image is not None]
-        fields = {"image_root": self.image_folder, "upright": self.upright}
+        fields = {"image_root": self.image_folder(files), "upright": self.upright}
         return Annotations.of(images, parser.names, parser.num_classes, **fields)
 
 
@@ -124,8 +128,8 @@ class OdvgSource:
 
     def __init__(self, config: OdvgConfig) -> None:
         self._path = Path(config.path)
-        self._root = config.image_folder
         self._lines = LineFiles(self._path)
+        self._root = config.image_folder(self._lines)
         check_image_root(self._root)
         self._label_map = config.read_labels(self._lines, RaiseFirstError(self._path))
         self._whole = config.captions == "whole"

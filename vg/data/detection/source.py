@@ -13,7 +13,8 @@ import numpy as np
 
 from vg.data.detection.annotations import MIN_SIDE, Annotations
 from vg.data.detection.vocabulary import Vocabulary
-from vg.data.images import find_image, find_size, image_files, image_key, read_image
+from vg.data.image_files import image_files, image_key
+from vg.data.images import find_image, find_size, read_image
 from vg.data.source import OVERHANG, Provenance
 from vg.errors import BadSampleError, DataError
 from vg.types import Sample

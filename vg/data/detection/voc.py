@@ -13,7 +13,7 @@ from vg.data.detection.annotations import VOC, AnnotatedBox, AnnotatedImage, Ann
 from vg.data.detection.issues import Issues, RaiseFirstError
 from vg.data.detection.source import DetectionSource
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
-from vg.data.images import list_images
+from vg.data.image_files import list_images
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError

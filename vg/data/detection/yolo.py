@@ -17,7 +17,7 @@ from vg.data.detection.annotations import CXCYWH, AnnotatedBox, AnnotatedImage, 
 from vg.data.detection.issues import Issues, RaiseFirstError, Severity
 from vg.data.detection.source import DetectionSource
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
-from vg.data.images import list_images
+from vg.data.image_files import list_images
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError

@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from vg.data.images import UNKNOWN_SIZE, image_files, image_key, image_size, read_image
+from vg.data.image_files import image_files, image_key
+from vg.data.images import UNKNOWN_SIZE, image_size, read_image
 from vg.data.refcoco.official import Counts, check_counts
 from vg.data.refcoco.rows import (
     COLUMNS,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from vg.data.images import COCO_KEY, image_key
+from vg.data.image_files import COCO_KEY, image_key
 from vg.data.refcoco.formats import NESTED, flat_rows, reviewed_rows
 from vg.data.refcoco.pickles import partition_of, read_refs, refs_files
 from vg.errors import DataError, NoSuchSplitError

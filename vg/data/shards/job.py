@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from vg.data.detection.vocabulary import Vocabulary
-from vg.data.images import COCO_KEY, read_image
+from vg.data.image_files import COCO_KEY
+from vg.data.images import read_image
 from vg.data.shards.containers import Entry, write_shard
 from vg.data.shards.index import ShardFile, ShardFormat
 from vg.data.shards.lines import line_of

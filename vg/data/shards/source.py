@@ -16,7 +16,7 @@ from pydantic import Field
 
 from vg.data.detection.odvg import OdvgConfig
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
-from vg.data.images import COCO_KEY
+from vg.data.image_files import COCO_KEY
 from vg.data.shards.containers import check_columns
 from vg.data.shards.index import INDEX, Index, map_rows
 from vg.data.shards.lines import LineReader

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vg.data.detection.annotations import Annotations
 from vg.data.detection.source import read_annotated_image
-from vg.data.images import image_files
+from vg.data.image_files import image_files
 from vg.data.synthetic.layout import Box
 from vg.errors import DataError
 
