@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from PIL import Image
 
 import vg
 from tests.inference.bright import Bright
-from vg.errors import CheckpointError, ConfigError, DataError
-from vg.inference.images import is_single
+from vg.errors import BadSampleError, CheckpointError, ConfigError, DataError
+from vg.inference.images import is_single, named_images
 
 TENSOR = torch.zeros(3, 8, 8)
 
@@ -61,6 +62,24 @@ def test_one_image_is_not_a_folder(grounder: vg.Grounder, tmp_path: Path) -> Non
             grounder.predict(several, "square")
         with pytest.raises(DataError, match="stands for several images, where one is expected"):
             grounder.predict_batch([several], ["square"])
+
+
+def test_a_coco_file_has_its_images_where_training_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("annotations", "train2017", "val2017"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (20, 10)).save(tmp_path / "train2017" / "1.png")
+    Image.new("RGB", (20, 10), "white").save(tmp_path / "val2017" / "1.png")
+    file = Path("annotations", "instances_val2017.json")
+    (tmp_path / file).write_text(json.dumps({"images": [{"file_name": "1.png"}, {"file_name": "2.png"}]}))
+    monkeypatch.chdir(tmp_path)
+    for path, root in ((file, Path()), (tmp_path / file, tmp_path)):
+        found, missing = named_images(str(path))[0]
+        assert found.name == str(root / "val2017" / "1.png")
+        assert found.read().min() == 255
+        with pytest.raises(
+            BadSampleError, match=r"2\.png not found .*, or give the folder of the images in place of the"
+        ):
+            missing.read()
 
 
 @pytest.mark.parametrize(

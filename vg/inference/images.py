@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from vg.data.detection.annotations import to_size
-from vg.data.image_files import list_images
+from vg.data.image_files import image_root, list_images
 from vg.data.images import array_to_rgb, find_image, read_image
 from vg.errors import BadSampleError, DataError
 from vg.hub import loading
@@ -198,7 +199,7 @@ def _frames(path: str, every: int) -> tuple[Iterator[NamedImage], int | None]:
 
 
 def _of_coco(file: Path) -> tuple[Iterator[NamedImage], int]:
-    """The images of a COCO json file, in its folder or the usual ones below it.
+    """The images of a COCO json file, below the folder where training finds them.
 
     Their names begin with that folder, because another file may have other images of the same names.
     """
@@ -207,12 +208,14 @@ def _of_coco(file: Path) -> tuple[Iterator[NamedImage], int]:
         rows = [(str(row["file_name"]), to_size(row.get("height"), row.get("width"))) for row in images]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise BadSampleError(f"{file} is not a COCO file with images that have a file_name: {error!r}") from error
-    root = file.parent
+    root = image_root(file, [name for name, _ in rows])
+    root = root if file.is_absolute() else Path(os.path.relpath(root))
     return (NamedImage(str(root / name), partial(_read_below, name, root, size)) for name, size in rows), len(rows)
 
 
 def _read_below(name: str, root: Path, size: tuple[int, int]) -> np.ndarray:
-    return read_image(find_image(name, root), name, upright=None, size=size)
+    advice = "give the folder of the images in place of the file"
+    return read_image(find_image(name, root, advice), name, upright=None, size=size)
 
 
 def _of_dataset(name: str) -> tuple[Iterator[NamedImage], int | None]:
