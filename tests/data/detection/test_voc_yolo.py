@@ -211,12 +211,15 @@ def test_yolo(tmp_path: Path):
         {"path": None, "val": "../images/val"},  # as Roboflow writes
         {"path": "/datasets/elsewhere"},  # of the machine it was written on
         {"val": "val.txt"},
+        {"val": "windows.txt"},
+        {"val": ".\\images\\val"},
     ],
 )
 def test_yolo_in_its_variants(tmp_path: Path, changes: dict[str, Any]):
     folder = tmp_path / "set"
     file = write_yolo(folder, **changes)
     (folder / "val.txt").write_text("./images/val/a.png\nimages/val/b.png\n./images/val/c.png\n")
+    (folder / "windows.txt").write_text("".join(f".\\images\\val\\{name}.png\r\n" for name in "abc"))
     source = YoloConfig(path=str(folder), split="val").build()
     assert file.exists()
     assert source.vocabulary.names == ("hot_dog", "cat")

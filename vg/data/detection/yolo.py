@@ -18,6 +18,7 @@ from vg.data.detection.issues import Issues, RaiseFirstError, Severity
 from vg.data.detection.source import DetectionSource
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.image_files import list_images
+from vg.data.images import slashed
 from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
@@ -159,7 +160,7 @@ def _split_images(document: Mapping[str, Any], split: str, root: Path, file: Pat
         known = ", ".join(key for key in ("train", "val", "test") if document.get(key)) or "none"
         raise DataError(f"{file} has no split {split!r}; it has {known}")
     images: list[Path] = []
-    for name in map(str, entry if isinstance(entry, list) else [entry]):
+    for name in (slashed(str(item), root) for item in (entry if isinstance(entry, list) else [entry])):
         # Exports of Roboflow contain ../train/images and mean train/images.
         path = next((p for p in (root / name, root / name.removeprefix("../")) if p.exists()), None)
         if path is None:
@@ -168,7 +169,7 @@ def _split_images(document: Mapping[str, Any], split: str, root: Path, file: Pat
             images += [path / image for image in list_images(path)]
         else:
             lines = read_text(path).split("\n")
-            images += [root / line.strip() for line in lines if line.strip()]
+            images += [root / slashed(line.strip(), root) for line in lines if line.strip()]
     return [Path(os.path.abspath(image)) for image in images]
 
 
