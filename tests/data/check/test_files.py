@@ -203,7 +203,7 @@ def test_detected_formats(tmp_path: Path) -> None:
     assert list(detect_format(tmp_path / "both")) == ["train", "val"]
     (tmp_path / "two").mkdir()
     for name in ("train_val", "test"):
-        (tmp_path / "two" / f"{name}.json").write_text("{}")
+        (tmp_path / "two" / f"{name}.json").write_text('{"annotations": []}')
     files = {split: settings["path"] for split, settings in detect_format(tmp_path / "two").items()}
     assert files == {
         "train": str(tmp_path / "two" / "train_val.json"),
@@ -254,7 +254,7 @@ def test_unrelated_files_beside_annotations(tmp_path: Path) -> None:
     (tmp_path / "test" / "meta.xml").write_text("<project/>")
     found = detect_format(tmp_path)
     assert {split: settings["name"] for split, settings in found.items()} == dict.fromkeys(found, "coco")
-    assert list(found) == ["train", "val", "test"]
+    assert list(found) == ["train", "val"], "test.json has no annotations"
     (tmp_path / "data.yml").write_text("{names: [cat]}")
     with pytest.raises(DataError, match=r"several formats, data\.yml \(YOLO\) and \w+\.json \(COCO\)"):
         detect_format(tmp_path)
@@ -262,6 +262,15 @@ def test_unrelated_files_beside_annotations(tmp_path: Path) -> None:
         file.unlink()
     (tmp_path / "data.yml").unlink()
     with pytest.raises(DataError, match=r"dataset_info\.yaml \(YOLO\) and xml files in test \(Pascal VOC\)"):
+        detect_format(tmp_path)
+
+
+def test_json_without_annotations_beside_yolo_labels(tmp_path: Path) -> None:
+    yolo(tmp_path, "0 .5 .5 .2 .2")
+    (tmp_path / "data.yaml").unlink()
+    (tmp_path / "classes.txt").write_text("cat\n")
+    (tmp_path / "notes.json").write_text('{"categories": [{"id": 0, "name": "cat"}], "info": {}}')  # Label Studio
+    with pytest.raises(DataError, match=r'for its YOLO labels, write .*\ntrain: images\nnames: \["cat"\]'):
         detect_format(tmp_path)
 
 

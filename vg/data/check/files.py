@@ -22,14 +22,18 @@ TITLES: dict[FileFormat, str] = {"coco": "COCO", "odvg": "ODVG", "csv": "express
 SUFFIXES = (".json", ".jsonl", ".csv")
 # The first one is for training; of the others, the first existing one is for evaluation.
 SPLITS = ("train", "val", "valid", "validation", "dev", "test")
-_ROBOFLOW = "_annotations.coco.json"  # in a folder for each split, with its images
 
 
-def annotation_files(folder: Path) -> list[Path]:
-    """Return the files that may be annotations: those of the folder, of `annotations`, and Roboflow's."""
-    nearby = [*folder.glob("*"), *folder.glob("annotations/*")]
-    files = {file for file in nearby if file.suffix.lower() in SUFFIXES}
-    return sorted(file for file in {*files, *folder.glob(f"*/{_ROBOFLOW}")} if not _is_label_map(file))
+def annotation_files(*folders: Path) -> list[Path]:
+    """Return the files of folders that may be annotations."""
+    files = (file for folder in folders for file in folder.glob("*") if file.suffix.lower() in SUFFIXES)
+    return sorted(file for file in files if not _is_label_map(file))
+
+
+def files_of_split_folders(folder: Path) -> list[Path]:
+    """Return the file of each folder `train`, `val`, ... that has only one with annotations, as Roboflow exports it."""
+    files = ([*filter(has_annotations, annotation_files(folder / split))] for split in SPLITS)
+    return [file for of_split in files if len(of_split) == 1 for file in of_split]
 
 
 def file_format(file: Path) -> FileFormat:
@@ -66,7 +70,7 @@ def splits_of_files(folder: Path, files: Sequence[Path]) -> Splits:
         raise DataError(
             f"{folder} has {_listed(files, folder)}: name the file to use, or one for each split (train.json, val.json)"
         )
-    if unclear := [file for file in files if split_of[file] is None and has_annotations(file)]:
+    if unclear := [file for file in files if split_of[file] is None]:
         raise DataError(
             f"{folder}: not clear which split {_listed(unclear, folder)} belongs to; merge it with the file of a "
             "split, or move it to another folder"

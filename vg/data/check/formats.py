@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from vg.data.check.files import (
     Splits,
     annotation_files,
     file_format,
+    files_of_split_folders,
     has_annotations,
     splits_of_file,
     splits_of_files,
@@ -75,17 +76,15 @@ class _Format(NamedTuple):
 def _detect_folder(folder: Path) -> Splits:
     if written := _written_by_vg(folder):
         return written
-    found = [*_yolo(folder), *_voc(folder)]
-    files = annotation_files(folder)
-    annotated = [file for file in files if has_annotations(file)] if found else files
-    if annotated:
-        found = [candidate for candidate in found if candidate.certain]
-    if found:  # beside it, a json file may contain anything
-        files = annotated
-    found += [
-        _Format(f"{file.relative_to(folder)} ({TITLES[name]})", partial(splits_of_files, folder, files))
-        for name, file in {file_format(file): file for file in files}.items()
-    ]
+    found, advice = [*_yolo(folder), *_voc(folder)], _yolo_advice(folder)
+    certain = [candidate for candidate in found if candidate.certain]
+    files = annotation_files(folder, folder / "annotations")
+    if annotated := [file for file in files if has_annotations(file)]:
+        found = [*certain, *_formats_of_files(folder, annotated)]
+    elif not certain and (files_of_splits := files_of_split_folders(folder)):
+        found = _formats_of_files(folder, files_of_splits)
+    elif not found and not advice:  # beside other annotations, a json file may contain anything
+        found = _formats_of_files(folder, files)
     if len(found) > 1:
         titles = " and ".join(candidate.title for candidate in found)
         raise DataError(
@@ -95,9 +94,16 @@ def _detect_folder(folder: Path) -> Splits:
     if not found:
         raise DataError(
             f"{folder} has neither data.yaml (YOLO) nor Annotations (Pascal VOC), and no .json, .jsonl or .csv file "
-            "either" + _yolo_advice(folder)
+            "either" + advice
         )
     return found[0].splits()
+
+
+def _formats_of_files(folder: Path, files: Sequence[Path]) -> list[_Format]:
+    return [
+        _Format(f"{file.relative_to(folder)} ({TITLES[name]})", partial(splits_of_files, folder, files))
+        for name, file in {file_format(file): file for file in files}.items()
+    ]
 
 
 def _written_by_vg(folder: Path) -> Splits:
