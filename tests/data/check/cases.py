@@ -10,6 +10,9 @@ from tests.data.detection.detection_files import annotation, write_image
 from vg.data.check import Diagnosis, diagnose
 from vg.data.detection.coco import CocoConfig
 from vg.data.detection.issues import Issue
+from vg.data.detection.odvg import OdvgConfig
+from vg.data.detection.voc import VocConfig
+from vg.data.detection.yolo import YoloConfig
 
 
 def valid_coco(num: int = 12, size: tuple[int, int] = (40, 60)) -> dict[str, Any]:
@@ -45,3 +48,35 @@ def found(diagnosis: Diagnosis, what: str, dataset: str = "train") -> Issue:
 
 def errors(diagnosis: Diagnosis) -> list[str]:
     return [issue.what for issue in diagnosis.issues if issue.severity == "error"]
+
+
+def odvg(folder: Path, *rows: Any, labels: Any = None) -> OdvgConfig:
+    write_image(folder / "a.png")
+    lines = [
+        row if isinstance(row, str) else json.dumps({"filename": "a.png", "height": 40, "width": 60, **row})
+        for row in rows
+    ]
+    (folder / "set.jsonl").write_text("\n".join(lines))
+    if labels is not None:
+        (folder / "label_map.json").write_text(json.dumps(labels))
+    return OdvgConfig(path=str(folder / "set.jsonl"), label_map=labels and str(folder / "label_map.json"))
+
+
+def instances(*items: Any) -> dict[str, Any]:
+    return {"detection": {"instances": list(items)}}
+
+
+def voc(folder: Path, objects: str, name: str = "a") -> VocConfig:
+    write_image(folder / f"{name}.png")
+    xml = f"<annotation><size><width>60</width><height>40</height></size>{objects}</annotation>"
+    (folder / f"{name}.xml").write_text(xml)
+    return VocConfig(path=str(folder))
+
+
+def yolo(folder: Path, labels: str) -> YoloConfig:
+    write_image(folder / "images" / "a.png")
+    write_image(folder / "images" / "b.png")
+    (folder / "labels").mkdir(exist_ok=True)
+    (folder / "labels" / "a.txt").write_text(labels)
+    (folder / "data.yaml").write_text("{names: [cat, dog], train: images}")
+    return YoloConfig(path=str(folder))

@@ -1,4 +1,4 @@
-"""`vg check` on ODVG lines, Pascal VOC and YOLO folders and mixtures, and the detection of formats."""
+"""`vg check` on ODVG lines, Pascal VOC and YOLO folders and mixtures."""
 
 from __future__ import annotations
 
@@ -10,31 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.check.cases import check, errors, found, valid_coco, write
+from tests.data.check.cases import check, errors, found, instances, odvg, valid_coco, voc, write, yolo
 from tests.data.detection.detection_files import write_image
-from vg.data.check import detect_format, diagnose, to_json, to_text
-from vg.data.detection.odvg import OdvgConfig
-from vg.data.detection.voc import VocConfig
+from vg.data.check import diagnose, to_json, to_text
 from vg.data.detection.yolo import YoloConfig
 from vg.data.mixture import MixtureConfig
 from vg.data.synthetic.shapes import ShapesConfig
-from vg.errors import DataError
-
-
-def odvg(folder: Path, *rows: Any, labels: Any = None) -> OdvgConfig:
-    write_image(folder / "a.png")
-    lines = [
-        row if isinstance(row, str) else json.dumps({"filename": "a.png", "height": 40, "width": 60, **row})
-        for row in rows
-    ]
-    (folder / "set.jsonl").write_text("\n".join(lines))
-    if labels is not None:
-        (folder / "label_map.json").write_text(json.dumps(labels))
-    return OdvgConfig(path=str(folder / "set.jsonl"), label_map=labels and str(folder / "label_map.json"))
-
-
-def instances(*items: Any) -> dict[str, Any]:
-    return {"detection": {"instances": list(items)}}
 
 
 def test_odvg_lines(tmp_path: Path) -> None:
@@ -108,13 +89,6 @@ def test_whole_captions(tmp_path: Path) -> None:
     assert found(counted, "captions that do not fit").examples == ["line 1: 6 tokens"]
 
 
-def voc(folder: Path, objects: str, name: str = "a") -> VocConfig:
-    write_image(folder / f"{name}.png")
-    xml = f"<annotation><size><width>60</width><height>40</height></size>{objects}</annotation>"
-    (folder / f"{name}.xml").write_text(xml)
-    return VocConfig(path=str(folder))
-
-
 def test_voc_folders(tmp_path: Path) -> None:
     box = "<bndbox><xmin>{}</xmin><ymin>5</ymin><xmax>30</xmax><ymax>30</ymax></bndbox>"
     good, bad = box.format(5), box.format("left")
@@ -130,15 +104,6 @@ def test_voc_folders(tmp_path: Path) -> None:
     assert found(check(config), "unknown class").examples == ["b.xml, object 1: 'cow'"]
     config.split = "train"
     assert found(check(config), "cannot load").severity == "error"
-
-
-def yolo(folder: Path, labels: str) -> YoloConfig:
-    write_image(folder / "images" / "a.png")
-    write_image(folder / "images" / "b.png")
-    (folder / "labels").mkdir(exist_ok=True)
-    (folder / "labels" / "a.txt").write_text(labels)
-    (folder / "data.yaml").write_text("{names: [cat, dog], train: images}")
-    return YoloConfig(path=str(folder))
 
 
 def test_yolo_folders(tmp_path: Path) -> None:
@@ -176,102 +141,6 @@ def test_drawn_scenes_and_components_of_a_mixture(tmp_path: Path) -> None:
     assert [len(dataset.annotations.ids) for dataset in diagnosis.datasets] == [4, 12, 4]
     assert not errors(diagnosis)
     assert len(diagnosis.images(6)) == 6
-
-
-def test_detected_formats(tmp_path: Path) -> None:
-    write(tmp_path / "coco", valid_coco())
-    assert detect_format(tmp_path / "coco") == {"train": {"name": "coco", "path": str(tmp_path / "coco" / "set.json")}}
-    odvg(tmp_path / "odvg", instances(), labels={"0": "cat"})
-    settings = detect_format(tmp_path / "odvg" / "set.jsonl")["train"]
-    assert settings["label_map"] == str(tmp_path / "odvg" / "label_map.json")
-    voc(tmp_path / "voc", "")
-    assert detect_format(tmp_path / "voc")["train"]["name"] == "voc"
-    (tmp_path / "voc" / "ImageSets" / "Main").mkdir(parents=True)
-    (tmp_path / "voc" / "ImageSets" / "Main" / "test.txt").write_text("a")
-    with pytest.raises(DataError, match="voc has test, but no train: name the part to train on train"):
-        detect_format(tmp_path / "voc")
-    (tmp_path / "voc" / "ImageSets" / "Main" / "trainval.txt").write_text("a")
-    in_voc = {"name": "voc", "path": str(tmp_path / "voc")}
-    expected = {"train": in_voc | {"split": "trainval"}, "test": in_voc | {"split": "test"}}
-    assert list(detect_format(tmp_path / "voc").items()) == list(expected.items())
-    yolo(tmp_path / "yolo", "")
-    assert detect_format(tmp_path / "yolo") == detect_format(tmp_path / "yolo" / "data.yaml")
-    assert detect_format(Path(__file__).parents[3] / "configs" / "demo_rec.yaml") == {}
-    for name in ("instances_train2017", "instances_val2017"):
-        (tmp_path / "both" / "annotations").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "both" / "annotations" / f"{name}.json").write_text("{}")
-    assert list(detect_format(tmp_path / "both")) == ["train", "val"]
-    (tmp_path / "two").mkdir()
-    for name in ("train_val", "test"):
-        (tmp_path / "two" / f"{name}.json").write_text('{"annotations": []}')
-    files = {split: settings["path"] for split, settings in detect_format(tmp_path / "two").items()}
-    assert files == {
-        "train": str(tmp_path / "two" / "train_val.json"),
-        "test": str(tmp_path / "two" / "test.json"),
-    }
-    mixed = tmp_path / "two"
-    (mixed / "classes.json").write_text("[]")
-    assert len(detect_format(mixed)) == 2, "no annotations"
-    (mixed / "annotations_2.json").write_text('{"annotations": []}')
-    with pytest.raises(DataError, match=r"not clear which split annotations_2\.json belongs to"):
-        detect_format(mixed)
-    (tmp_path / "upper").mkdir()
-    (tmp_path / "upper" / "ANNO.JSON").write_text("{}")
-    assert detect_format(tmp_path / "upper")["train"]["name"] == "coco"
-    for split in ("train", "valid"):
-        voc(tmp_path / "nested" / split, "")
-    nested = {split: {"name": "voc", "path": str(tmp_path / "nested" / split)} for split in ("train", "valid")}
-    assert detect_format(tmp_path / "nested") == nested
-    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
-    voc(tmp_path / "nested" / "train", f"<object><name>dog</name>{box}</object>")
-    voc(tmp_path / "nested" / "valid", f"<object><name>cat</name>{box}</object>")
-    both = {split: settings | {"classes": ["cat", "dog"]} for split, settings in nested.items()}
-    assert detect_format(tmp_path / "nested") == both, "splits have the same prompts"
-    voc(tmp_path / "nested", "")
-    with pytest.raises(DataError, match=r"xml files \(Pascal VOC\) and xml files in train, valid"):
-        detect_format(tmp_path / "nested")
-    (tmp_path / "yolo" / "data.yaml").rename(tmp_path / "yolo" / "pets.yaml")
-    assert detect_format(tmp_path / "yolo")["train"]["path"] == str(tmp_path / "yolo" / "pets.yaml")
-    (tmp_path / "yolo" / "pets.yaml").unlink()
-    (tmp_path / "yolo" / "classes.txt").write_text("cat\nbig dog\n")
-    with pytest.raises(DataError, match=r'data\.yaml with the lines\ntrain: images\nnames: \["cat", "big dog"\]'):
-        detect_format(tmp_path / "yolo")
-    for path, message in (
-        (tmp_path / "none", "does not exist"),
-        (tmp_path, "neither data.yaml"),
-        (Path(__file__), "not a dataset"),
-    ):
-        with pytest.raises(DataError, match=message):
-            detect_format(path)
-
-
-def test_unrelated_files_beside_annotations(tmp_path: Path) -> None:
-    for name in ("train", "val"):
-        (tmp_path / f"{name}.json").write_text('{"images": [], "annotations": []}')
-    (tmp_path / "test.json").write_text('{"images": []}')
-    (tmp_path / "dataset_info.yaml").write_text("{names: [cat], title: Pets}")
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "meta.xml").write_text("<project/>")
-    found = detect_format(tmp_path)
-    assert {split: settings["name"] for split, settings in found.items()} == dict.fromkeys(found, "coco")
-    assert list(found) == ["train", "val"], "test.json has no annotations"
-    (tmp_path / "data.yml").write_text("{names: [cat]}")
-    with pytest.raises(DataError, match=r"several formats, data\.yml \(YOLO\) and \w+\.json \(COCO\)"):
-        detect_format(tmp_path)
-    for file in tmp_path.glob("*.json"):
-        file.unlink()
-    (tmp_path / "data.yml").unlink()
-    with pytest.raises(DataError, match=r"dataset_info\.yaml \(YOLO\) and xml files in test \(Pascal VOC\)"):
-        detect_format(tmp_path)
-
-
-def test_json_without_annotations_beside_yolo_labels(tmp_path: Path) -> None:
-    yolo(tmp_path, "0 .5 .5 .2 .2")
-    (tmp_path / "data.yaml").unlink()
-    (tmp_path / "classes.txt").write_text("cat\n")
-    (tmp_path / "notes.json").write_text('{"categories": [{"id": 0, "name": "cat"}], "info": {}}')  # Label Studio
-    with pytest.raises(DataError, match=r'for its YOLO labels, write .*\ntrain: images\nnames: \["cat"\]'):
-        detect_format(tmp_path)
 
 
 JUNK: list[Any] = [

@@ -22,6 +22,7 @@ from vg.data.check.files import (
     with_same_classes,
 )
 from vg.data.detection.line_files import SETTINGS
+from vg.data.detection.voc import xml_folder
 from vg.data.detection.yolo import read_document
 from vg.data.shards.index import SAMPLES
 from vg.data.shards.storage import UNFINISHED
@@ -146,14 +147,14 @@ def _yolo_splits(file: Path) -> Splits:
 
 def _yolo_advice(folder: Path) -> str:
     """Return the data.yaml that YOLO labels without one need, as a message; "" if there are none."""
-    classes = folder / "classes.txt"
-    if not (classes.is_file() or next((folder / "labels").rglob("*.txt"), None)):
+    classes = next((folder / name for name in ("classes.txt", "obj.names") if (folder / name).is_file()), None)
+    if not (classes or next((folder / "labels").rglob("*.txt"), None)):
         return ""
-    names = read_text(classes).split("\n") if classes.is_file() else ["first class", "second class"]
+    names = read_text(classes).split("\n") if classes else ["first class", "second class"]
     listed = json.dumps([name.strip() for name in names if name.strip()], ensure_ascii=False)
     images = "images" if (folder / "images").is_dir() else "."
-    splits = [split for split in SPLITS if (folder / images / split).is_dir()]
-    lines = [f"{split}: {images}/{split}" for split in splits] or [f"train: {images}"]
+    folders = [(split, name) for split in SPLITS for name in (f"{images}/{split}", f"obj_{split}_data")]  # of CVAT
+    lines = [f"{split}: {name}" for split, name in folders if (folder / name).is_dir()] or [f"train: {images}"]
     return f"; for its YOLO labels, write {folder / 'data.yaml'} with the lines\n" + "\n".join(
         [*lines, f"names: {listed}"]
     )
@@ -162,7 +163,8 @@ def _yolo_advice(folder: Path) -> str:
 def _voc(folder: Path) -> Iterator[_Format]:
     """Find the xml files of the folder, and those of its folders train, val, ..., which may be something else."""
     if _has_xml(folder):
-        yield _Format("xml files (Pascal VOC)", partial(_voc_splits, folder))
+        certain = xml_folder(folder) in (folder, folder / "Annotations")
+        yield _Format("xml files (Pascal VOC)", partial(_voc_splits, folder), certain)
     split_folders = {split: folder / split for split in SPLITS if _has_xml(folder / split)}
     if split_folders:
         settings: Splits = {split: {"name": "voc", "path": str(path)} for split, path in split_folders.items()}
@@ -171,7 +173,7 @@ def _voc(folder: Path) -> Iterator[_Format]:
 
 
 def _has_xml(folder: Path) -> bool:
-    return (folder / "Annotations").is_dir() or next(folder.glob("*.xml"), None) is not None
+    return xml_folder(folder) != folder or next(folder.glob("*.xml"), None) is not None
 
 
 def _voc_splits(folder: Path) -> Splits:

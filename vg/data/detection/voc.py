@@ -29,7 +29,8 @@ class VocConfig(Settings):
 
     name: Literal["voc"] = "voc"
     path: str = field(kw_only=True)
-    """Folder with Annotations and JPEGImages, which may have equal subfolders, or with xml files beside images."""
+    """Folder with Annotations and JPEGImages, which may have equal subfolders, or with xml files beside images. Without
+    Annotations, xml files may be in annotations or xmls; without JPEGImages, images anywhere in the folder."""
     split: str | None = None
     """Name of a file in ImageSets/Main; null selects all images that have an annotation."""
     classes: list[str] | None = None
@@ -73,16 +74,14 @@ class VocConfig(Settings):
             DataError: there is no xml file, or no such split.
         """
         folder = Path(self.path)
-        xml_folder = folder / "Annotations" if (folder / "Annotations").is_dir() else folder
+        xmls = xml_folder(folder)
         image_root = folder / "JPEGImages" if (folder / "JPEGImages").is_dir() else folder
-        pattern = "*.xml" if xml_folder == folder else "**/*.xml"  # folders beside images may be other datasets
-        files = sorted(file.relative_to(xml_folder) for file in xml_folder.glob(pattern))
+        pattern = "*.xml" if xmls == folder else "**/*.xml"  # folders beside images may be other datasets
+        files = sorted(file.relative_to(xmls) for file in xmls.glob(pattern))
         visible = [file for file in files if not any(part.startswith(".") for part in file.parts[:-1])]
         stems = dict.fromkeys(file.with_suffix("").as_posix() for file in visible)  # "a", "camera_1/a"
         if not stems:
-            raise DataError(
-                f"{located(xml_folder)} contains no xml file; path is the folder with Annotations and JPEGImages"
-            )
+            raise DataError(f"{located(xmls)} contains no xml file; path is the folder with Annotations and JPEGImages")
         image_files: dict[str, list[str]] = {}  # by "a" and "camera_1/a"
         for image_file in (all_images := list_images(image_root)):
             for stem in _path_ends(image_file):
@@ -103,7 +102,7 @@ class VocConfig(Settings):
         for position, stem in enumerate([*selected, *sorted(stems.keys() - set(selected))]):
             file, index = f"{stem}.xml", len(images) if position < len(selected) else -1
             try:
-                root = ElementTree.parse(refuse_special(xml_folder / file)).getroot()
+                root = ElementTree.parse(refuse_special(xmls / file)).getroot()
             except (ElementTree.ParseError, OSError) as error:
                 issues.add("error", "invalid xml files", "fix or remove them", [f"{file}: {error}"])
                 continue
@@ -134,6 +133,14 @@ class VocConfig(Settings):
             if index >= 0 and name in labels:
                 images[index].boxes.append(AnnotatedBox(labels[name], box, location, is_difficult))
         return Annotations.of(images, names, len(names), image_root=image_root, box_format=VOC, upright=self.upright)
+
+
+def xml_folder(folder: Path) -> Path:
+    """Return the folder of the xml files: `Annotations`, or else one of other exports, or that of the images."""
+    if (folder / "Annotations").is_dir():
+        return folder / "Annotations"
+    known = (folder / name for name in ("annotations/xmls", "annotations", "xmls"))
+    return next((xmls for xmls in known if next(xmls.rglob("*.xml"), None)), folder)
 
 
 def _read_objects(
