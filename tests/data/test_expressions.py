@@ -19,6 +19,7 @@ from vg.errors import BadSampleError, DataError, NoSuchSplitError
 from vg.inference.formats import write_results
 from vg.inference.images import to_array
 from vg.inference.result import Result
+from vg.labeling.tables import read_table
 
 BOX = [5.0, 6.0, 25.0, 36.0]  # xyxy
 XYXY = {"left": 5, "top": 6, "right": 25, "bottom": 36}
@@ -28,7 +29,7 @@ XYWH = {"x": 5, "y": 6, "width": 20, "height": 30}
 def write(folder: Path, *rows: dict[str, Any], name: str = "set.csv") -> CsvConfig:
     """Write rows and an image of 60 x 40 pixels for each."""
     for row in rows:
-        for key in {"image", "file_name", "filename"} & row.keys():
+        for key in {"image", "file_name", "filename", "image_name"} & row.keys():
             if row[key]:
                 write_image(folder / str(row[key]), 40, 60)
     if name.endswith(".jsonl"):
@@ -51,6 +52,9 @@ def write(folder: Path, *rows: dict[str, Any], name: str = "set.csv") -> CsvConf
         {"image": "a.png", "text": "the cat", "class": "animal", "xmin": 5, "ymin": 6, "xmax": 25, "ymax": 36},
         {"image": "a.png", "text": "the cat", "bbox_xywh": [5, 6, 20, 30], "id": 7},
         {"image": "a.png", "text": "the cat", "box_xyxy": BOX, "box": "other"},
+        {"image": "a.png", "width": 60, "height": 40, "text": "the cat", "x": 5, "y": 6, "w": 20, "h": 30},
+        {"image": "a.png", "image_path": "other.png", "text": "the cat", **XYXY},
+        {"image_name": "a.png", "text": "the cat", **XYXY},
     ],
     ids=lambda row: ",".join(row),
 )
@@ -60,6 +64,15 @@ def test_columns(tmp_path: Path, row: dict[str, Any], name: str) -> None:
     assert sample.phrases == ("the cat",)
     assert sample.boxes.tolist() == [BOX]
     assert source.provenance.task == "expressions"
+
+
+def test_names_of_columns_in_upper_case(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    header = "Filename,Class,Xmin,Ymin,Xmax,Ymax,Split,ID,Id\n"
+    (tmp_path / "set.csv").write_text(f"{header}a.png,cat,5,6,25,36,train,1,2\na.png,cat,5,6,25,36,val,1,2\n")
+    assert list(detect_format(tmp_path / "set.csv")) == ["train", "val"]
+    assert CsvConfig(path=str(tmp_path / "set.csv"), split="val").build().load(0, 0).boxes.tolist() == [BOX]
+    assert [*read_table(tmp_path / "set.csv", "Class")] == [("a.png", "cat")] * 2, "vg label"
 
 
 @pytest.mark.parametrize(

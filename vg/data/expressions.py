@@ -35,13 +35,15 @@ from vg.files import located, read_lines
 from vg.settings import Settings
 from vg.types import Sample
 
-IMAGE = ("image", "file_name", "filename")
+_PATH = ("image_path", "image_name")  # where there is no other column of the image
+IMAGE = ("image", "file_name", "filename", *_PATH)
 PHRASE = ("phrase", "expression", "caption", "text")
 CLASS = ("class", "label", "name")  # where there is no phrase; a class has any number of boxes in an image
 BOX: dict[tuple[str, ...], BoxFormat] = {
     ("left", "top", "right", "bottom"): XYXY,
     ("x1", "y1", "x2", "y2"): XYXY,
     ("xmin", "ymin", "xmax", "ymax"): XYXY,
+    ("x", "y", "w", "h"): XYWH,
     ("x", "y", "width", "height"): XYWH,
     ("box_xyxy",): XYXY,
     ("bbox_xyxy",): XYXY,
@@ -62,12 +64,16 @@ class Columns(NamedTuple):
     @classmethod
     def of(cls, names: Sequence[str], where: object) -> Columns:
         """Select the columns of a table by their names; raises DataError if that is not possible without a guess."""
-        image = _only([name for name in IMAGE if name in names], "image file", " or ".join(IMAGE), names, where)
+        images = [name for name in IMAGE if name in names]
+        images = [name for name in images if name not in _PATH] or images
+        image = _only(images, "image file", " or ".join(IMAGE), names, where)
         phrases = [name for name in PHRASE if name in names] or [name for name in CLASS if name in names]
         phrase = _only(phrases, "phrase", f"{' or '.join(PHRASE)} (a class: {' or '.join(CLASS)})", names, where)
         unclear = [name for name in ("box", "bbox") if name in names]
         known = ", or ".join(", ".join(group) for group in BOX)
         boxes = [group for group in BOX if set(group) <= set(names)]
+        if ("x", "y", "w", "h") in boxes:  # width and height are those of the image
+            boxes = [group for group in boxes if "width" not in group]
         if unclear and not boxes:
             raise DataError(
                 f"{where}: the column {unclear[0]!r} does not say what its four numbers are; rename it to "
@@ -80,14 +86,15 @@ class Columns(NamedTuple):
 class CsvConfig(Settings):
     """Which table to read, and where its images are.
 
-    The first line of a .csv file names the columns; a line of a .jsonl file is an object with these keys:
+    The first line of a .csv file names the columns, in upper or lower case; a line of a .jsonl file is an object with
+    these keys:
 
-    - `image`, `file_name` or `filename`: the file below `image_root`;
+    - `image`, `file_name` or `filename`, or else `image_path` or `image_name`: the file below `image_root`;
     - `phrase`, `expression`, `caption` or `text`; without these, `class`, `label` or `name` make it a detection
       dataset: a sample is an image with the boxes of all classes;
     - the box in pixels: `left, top, right, bottom`, or `x1, y1, x2, y2`, or `xmin, ymin, xmax, ymax`, or
-      `x, y, width, height`, or one list of four numbers in `box_xyxy` or `box_xywh`; of the image as viewers show it,
-      with its EXIF orientation applied;
+      `x, y, w, h`, or else `x, y, width, height`, or one list of four numbers in `box_xyxy` or `box_xywh`; of the
+      image as viewers show it, with its EXIF orientation applied;
     - optionally `split`.
 
     Columns are separated by commas, semicolons or tabs.
@@ -248,7 +255,7 @@ class CsvExpressions:
 
 
 def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the location ("line 3") and the cells by name of every row.
+    """Yield the location ("line 3") and the cells by name of every row; names of a .csv file are in lower case.
 
     Raises:
         DataError: the file cannot be read, or has a line that is not a row.
@@ -271,6 +278,10 @@ def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             reader = csv.DictReader(opened, delimiter=separator)
             if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
                 raise DataError(f"{file}: two columns have the same name; rename one of {reader.fieldnames}")
+            lower = [name.lower() for name in reader.fieldnames or ()]
+            reader.fieldnames = [
+                low if lower.count(low) == 1 else name for name, low in zip(reader.fieldnames or (), lower, strict=True)
+            ]
             for row in reader:
                 if None in row or None in row.values():
                     raise DataError(

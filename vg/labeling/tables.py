@@ -21,6 +21,7 @@ def read_table(file: Path, captions: str | None) -> Iterator[tuple[str, str | No
     Raises:
         DataError: the file cannot be read, has no such column, or a row has no image or a caption that is not text.
     """
+    captions = captions.lower() if captions and file.suffix == ".csv" else captions  # as `read_rows` names it
     first = (captions or "").partition(".")[0]
     image = ""
     for location, row in _parquet_rows(file, first) if file.suffix == ".parquet" else read_rows(file):
