@@ -12,7 +12,7 @@ from pathlib import Path
 from vg.data.images import FOLDERS, coco_id_of, find_image, is_outside, locate, slashed
 from vg.errors import BadSampleError
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _SPLIT = re.compile(r"(?:train|val|valid|validation|dev|test)(\d*)")  # a folder of images, and its year
 _NUM_LOCATED, _NUM_COMPARED = 8, 20  # images that decide for all of a folder
 COCO_KEY = "coco/"  # what the keys of COCO images begin with

@@ -82,8 +82,8 @@ def _detect_folder(folder: Path) -> Splits:
     files = annotation_files(folder, folder / "annotations")
     if annotated := [file for file in files if has_annotations(file)]:
         found = [*certain, *_formats_of_files(folder, annotated)]
-    elif not certain and (files_of_splits := files_of_split_folders(folder)):
-        found = _formats_of_files(folder, files_of_splits)
+    elif files_of_splits := files_of_split_folders(folder):
+        found = [*certain, *_formats_of_files(folder, files_of_splits)]
     elif not found and not advice:  # beside other annotations, a json file may contain anything
         found = _formats_of_files(folder, files)
     if len(found) > 1:
