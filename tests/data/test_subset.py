@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
 
-from vg.data import CocoConfig, CsvConfig, RefcocoConfig, ShapesConfig, VocConfig, YoloConfig
+from vg.data import CocoConfig, CsvConfig, OdvgConfig, RefcocoConfig, ShapesConfig, VocConfig, YoloConfig
 from vg.data.check import diagnose
 from vg.data.images import UNKNOWN_SIZE
 from vg.data.mixture import SourceConfig
 from vg.data.source import HasCategoryIds, HasFingerprint, Provenance
 from vg.data.subset import Part, SplitConfig
 from vg.errors import DataError
+
+
+class Named:
+    """A dataset without a fingerprint, and its settings."""
+
+    provenance = Provenance("named", "all")
+
+    def __init__(self, images: list[str]):
+        self.images = images
+
+    def build(self) -> Named:
+        return self
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int, epoch: int) -> Any:
+        raise NotImplementedError
+
+    def image_keys(self) -> list[str]:
+        return self.images
+
+
+def parts_of(images: list[str]) -> tuple[Part, Part]:
+    train, val = (Part(SplitConfig(dataset=Named(images), part=part)) for part in ("train", "val"))  # type: ignore
+    return train, val
 
 
 def parts(dataset: Any, **settings: Any) -> tuple[Part, Part]:
@@ -31,7 +57,8 @@ def test_parts_share_no_image_and_lose_no_sample(tmp_path: Path, member: Any) ->
     train, val = parts(dataset, fraction=0.25)
     keys = [set(part.image_keys()) for part in (train, val)]
     assert not keys[0] & keys[1]
-    assert list(map(len, keys)) == [3, 1]
+    assert all(keys)
+    assert keys[0] | keys[1] == set(dataset.build().image_keys())
     assert len(train) + len(val) == len(dataset.build())
     assert isinstance(val, HasCategoryIds) == isinstance(dataset.build(), HasCategoryIds)
     assert val.provenance.split.startswith("25 % of ")
@@ -54,10 +81,39 @@ def test_unreadable_images_have_a_size_for_grouping(tmp_path: Path, member: Any)
 
 def test_the_seed_selects_the_images(tmp_path: Path) -> None:
     dataset = CocoConfig.miniature(tmp_path)
-    drawn = {seed: parts(dataset, seed=seed)[1].image_keys()[0] for seed in range(8)}
-    assert parts(dataset, seed=3)[1].image_keys() == [drawn[3]]
-    assert len(set(drawn.values())) > 1
-    assert len(parts(dataset, fraction=0.01)[1]) == len(parts(dataset, fraction=0.99)[0]) == 1
+    drawn = [parts(dataset, seed=seed)[1].image_keys() for seed in range(8)]
+    assert parts(dataset, seed=3)[1].image_keys() == drawn[3]
+    assert len(set(map(tuple, drawn))) > 1
+    assert len(parts(dataset, fraction=0.001)[1]) == len(parts(dataset, fraction=0.999)[0]) == 1
+
+
+def test_an_image_stays_in_its_part_when_others_are_added_or_removed() -> None:
+    """A model that was trained on some of the images would otherwise be evaluated on them."""
+    images = [f"{index}.jpg" for index in range(1000)]
+    train, val = (set(part.image_keys()) for part in parts_of(images[:800]))
+    assert 130 < len(val) < 190
+    for changed in (images, images[400:], sorted(images[:800])):
+        now = [set(part.image_keys()) for part in parts_of(changed)]
+        assert not now[0] & val
+        assert not now[1] & train
+
+
+@pytest.mark.parametrize("member", [CocoConfig, CsvConfig, OdvgConfig, RefcocoConfig, VocConfig, YoloConfig])
+def test_an_image_stays_in_its_part_when_the_folder_moves(tmp_path: Path, member: Any) -> None:
+    (tmp_path / "first").mkdir()
+    dataset = member.miniature(tmp_path / "first")
+    drawn = [parts(dataset, seed=seed)[1].image_keys() for seed in range(4)]
+    (tmp_path / "first").rename(tmp_path / "second")
+    strings = {name: value for name, value in asdict(dataset).items() if isinstance(value, str)}
+    moved = replace(dataset, **{name: value.replace("/first", "/second") for name, value in strings.items()})
+    again = [parts(moved, seed=seed)[1].image_keys() for seed in range(4)]
+    assert again == [[key.replace("/first", "/second") for key in keys] for keys in drawn]
+
+
+def test_images_outside_of_the_dataset_are_told_by_their_file_names(tmp_path: Path) -> None:
+    first, second = ([f"{tmp_path}/{folder}/{index}.jpg" for index in range(20)] for folder in "ab")
+    names = [[Path(key).name for key in parts_of(images)[1].image_keys()] for images in (first, second)]
+    assert names[0] == names[1]
 
 
 def test_datasets_that_cannot_be_split(tmp_path: Path) -> None:
@@ -70,24 +126,6 @@ def test_datasets_that_cannot_be_split(tmp_path: Path) -> None:
         parts(config)
 
 
-class Named:
-    """A dataset without a fingerprint, and its settings."""
-
-    provenance = Provenance("named", "all")
-
-    def build(self) -> Named:
-        return self
-
-    def __len__(self) -> int:
-        return 2
-
-    def load(self, index: int, epoch: int) -> Any:
-        raise NotImplementedError
-
-    def image_keys(self) -> list[str]:
-        return ["a", "b"]
-
-
 def test_a_part_has_a_fingerprint_if_its_dataset_has_one(tmp_path: Path) -> None:
     dataset = CocoConfig.miniature(tmp_path)
     train, val = (pickle.loads(pickle.dumps(part)) for part in parts(dataset))
@@ -96,8 +134,7 @@ def test_a_part_has_a_fingerprint_if_its_dataset_has_one(tmp_path: Path) -> None
     file = Path(dataset.path)
     file.write_text(file.read_text().replace('"bbox": [36.0, ', '"bbox": [37.0, ', 1))
     assert train.fingerprint() != parts(dataset)[0].fingerprint()
-    without = Part(SplitConfig(dataset=Named(), part="train"))  # type: ignore[arg-type]
-    assert not isinstance(without, HasFingerprint), "a feature cache would take its annotations as known"
+    assert not isinstance(parts_of(["a", "b"])[0], HasFingerprint), "a feature cache would trust its annotations"
 
 
 def test_both_parts_are_checked_as_one(tmp_path: Path) -> None:

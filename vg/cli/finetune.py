@@ -8,8 +8,8 @@ from vg.cli.arguments import WordsAction, add_existing, add_overrides, add_token
 
 EPILOG = """
 FOLDER has images with boxes in COCO json, Pascal VOC, YOLO or ODVG, or a CSV or jsonl with the columns image, phrase
-(or class) and left, top, right, bottom. Without a validation split, a fifth of the images becomes one. The plan is
-printed before training; it is a configuration for vg train (--dry-run > plan.yaml).
+(or class) and left, top, right, bottom. Without a validation split, about a fifth of the images becomes one. The plan
+is printed before training; it is a configuration for vg train (--dry-run > plan.yaml).
 """
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,6 +15,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt
 
 from vg.data import DatasetConfig
+from vg.data.shards.source import Shards
 from vg.data.source import (
     HasCategoryIds,
     HasClasses,
@@ -76,7 +79,8 @@ class SplitConfig(Settings):
     dataset: DatasetConfig = field(kw_only=True)
     part: Literal["train", "val"] = field(kw_only=True)
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Of the images that is in "val"."""
+    """Of the images that is in "val", approximately: every image is drawn by itself, so it stays in its part when
+    others are added or removed."""
     seed: NonNegativeInt = 0
     """Another seed selects other images."""
 
@@ -90,25 +94,32 @@ class SplitConfig(Settings):
 
 
 class Part(Subset[Sample]):
-    """The samples of one part; it depends only on the names of the images in the dataset and on the settings."""
+    """The samples of one part.
+
+    A hash of its name and the seed determines the part of an image. Only if a part would be empty, the image whose hash
+    is next to the limit is in it.
+    """
 
     def __init__(self, config: SplitConfig):
         source: Source[Sample] = config.dataset.build()
         if not isinstance(source, HasImageKeys):
             raise DataError(f"{source.provenance} does not name its images, so it cannot be split by image")
         self._keys = source.image_keys()
-        images = sorted(set(self._keys))
+        images = set(self._keys)
         if len(images) < 2:
             raise DataError(f"{source.provenance} has {len(images)} image; a training and a validation part need two")
-        if unnamed := sum(key.startswith(row_key(source.provenance, "")) for key in images):
+        row = row_key(source.provenance, "")
+        if unnamed := sum(key.startswith(row) for key in images):
             warnings.warn(
                 f"{source.provenance}: {unnamed} of {len(images)} images have no name, so both parts may have copies "
                 "of one image; add their names as a column file_name",
                 stacklevel=3,
             )
-        count = min(max(1, round(config.fraction * len(images))), len(images) - 1)
-        drawn = np.random.default_rng(config.seed).permutation(len(images))[:count].tolist()
-        val = {images[index] for index in drawn}
+        location = _location(config.dataset, source)
+        names = {key: _name(key.removeprefix(row).removeprefix(location)) for key in images}
+        drawn = sorted((_hash(config.seed, name), key) for key, name in names.items())
+        count = sum(value < config.fraction for value, _ in drawn)
+        val = {key for _, key in drawn[: min(max(1, count), len(drawn) - 1)]}
         wanted = config.part == "val"
         super().__init__(source, np.flatnonzero([(key in val) == wanted for key in self._keys]))
         share = config.fraction if wanted else 1 - config.fraction
@@ -121,6 +132,26 @@ class Part(Subset[Sample]):
 
     def image_keys(self) -> list[str]:
         return [self._keys[index] for index in self.indices]
+
+
+def _location(dataset: DatasetConfig, source: Source) -> str:
+    """Return the beginning of the keys of the images of a dataset that changes when it is moved or written again."""
+    if isinstance(source, Shards):
+        return source.own_key
+    path = Path(getattr(dataset, "image_root", None) or getattr(dataset, "path", None) or ".").resolve()
+    return f"{path if path.is_dir() else path.parent}{os.sep}"
+
+
+def _name(key: str) -> str:
+    """Return the name of an image with the key below its folder; it is the file name if that is another folder."""
+    path = Path(key)
+    return path.name if path.is_absolute() else path.as_posix()
+
+
+def _hash(seed: int, name: str) -> float:
+    """Return a number in 0..1."""
+    digest = hashlib.sha256(json.dumps([seed, name]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _fingerprint(source: HasFingerprint, indices: np.ndarray) -> str:

@@ -161,8 +161,9 @@ def _data(
             settings["vocabulary"] = vocabulary
     if not rest:
         notes.append(
-            f"no validation split: {FRACTION:.0%} of the images are set aside for it, drawn with seed 0; these are the "
-            "settings fraction and seed of data.train and data.eval, which must be the same in both"
+            f"no validation split: about {FRACTION:.0%} of the images are set aside for it, drawn with seed 0, and "
+            "stay there when others are added; these are the settings fraction and seed of data.train and data.eval, "
+            "which must be the same in both"
         )
         split = {"name": "split", "dataset": datasets[first], "fraction": FRACTION, "seed": 0}
         return {"train": split | {"part": "train"}, "eval": split | {"part": "val"}}, notes

@@ -56,8 +56,8 @@ def finetune(
 
     Args:
         folder: images with boxes in COCO json, Pascal VOC, YOLO or ODVG, or a CSV or jsonl of image, phrase, box (see
-            `vg.data.expressions.CsvConfig`); or the file with the annotations. Without a validation split a fifth of
-            the images becomes one.
+            `vg.data.expressions.CsvConfig`); or the file with the annotations. Without a validation split about a
+            fifth of the images becomes one.
         model: a Grounding DINO of any format (a .pth, a transformers folder, its Hub id), a run of either family, or
             "small", a small network with random weights. By default Grounding DINO with Swin-T, from the Hub.
         phrases: the classes to train; the boxes of others are left out. "NAME=PHRASE" gives a class another phrase;

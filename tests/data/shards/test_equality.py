@@ -155,8 +155,20 @@ def test_overlap_with_images_of_coco_is_found(coco: CocoConfig, tmp_path: Path) 
     with pytest.warns(UserWarning, match="1 of 5 training samples"):
         kept = without_overlap(shards, [coco.build()], drop=True)
     assert [kept.load(index, 0).id for index in range(len(kept))] == ["101", "102", "103", "104"]
-    part = SplitConfig(dataset=ShardsConfig(path=str(tmp_path / "shards")), part="val", fraction=0.4).build()
-    assert len(part) == 2
+    parts = [SplitConfig(dataset=ShardsConfig(path=str(tmp_path / "shards")), part=part) for part in ("train", "val")]
+    sizes = [len(part.build()) for part in parts]
+    assert all(sizes)
+    assert sum(sizes) == 5
+
+
+def test_images_stay_in_their_part_when_shards_are_written_again(coco: CocoConfig, tmp_path: Path) -> None:
+    corrected = replace(coco, vocabulary=VocabularyConfig(phrases={"cat": "kitten"}))
+    drawn = []
+    for dataset, folder in ((coco, "first"), (corrected, "second")):
+        written(dataset, tmp_path / folder)
+        split = SplitConfig(dataset=ShardsConfig(path=str(tmp_path / folder)), part="val", fraction=0.4)
+        drawn.append([replace(split, seed=seed).build().indices.tolist() for seed in range(4)])
+    assert drawn[0] == drawn[1]
 
 
 def test_image_files_are_kept_as_they_are(coco: CocoConfig, tmp_path: Path) -> None:

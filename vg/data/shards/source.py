@@ -144,9 +144,14 @@ class Shards:
 
     def image_keys(self) -> list[str]:
         """Return the key of each image of COCO; other images are known to these shards only."""
-        own, rows = f"shards/{self._digest[:12]}/", self._rows
+        rows = self._rows
         pairs = zip(rows["coco_id"].tolist(), rows["image"].tolist(), strict=True)
-        return [f"{own}{image}" if coco_id < 0 else f"{COCO_KEY}{coco_id}" for coco_id, image in pairs]
+        return [f"{self.own_key}{image}" if coco_id < 0 else f"{COCO_KEY}{coco_id}" for coco_id, image in pairs]
+
+    @property
+    def own_key(self) -> str:
+        """What the keys of images that are known to these shards only begin with; the index of the image follows."""
+        return f"shards/{self._digest[:12]}/"
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the index, which has that of every shard."""
