@@ -15,6 +15,7 @@ from vg.data.shards.source import ShardsConfig
 from vg.data.shards.write import write_shards
 from vg.datasets import training_dataset
 from vg.errors import CacheError
+from vg.training.digests import Digests
 
 
 @pytest.fixture(params=["odvg", "coco", "split"])
@@ -60,6 +61,21 @@ def test_changed_annotations_need_a_new_cache(config: RunConfig, tmp_path: Path)
         load(config)
     build_cache(config)
     assert load(config).box.tolist() != before
+
+
+def test_a_resumed_run_warns_of_changed_annotations(
+    config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def digests() -> Digests:
+        build_cache(config)
+        return Digests(config.data, [training_dataset(config, config.model.build(), []).source, None])
+
+    before = digests().state()
+    digests().warn_of_changes(before, 7)
+    assert not caplog.text
+    write_annotations(tmp_path, config.data.train.name, (11, 12, 21, 31))
+    digests().warn_of_changes(before, 7)
+    assert "data.train changed since step 7: " in caplog.text
 
 
 @pytest.mark.parametrize("config", ["split"], indirect=True)

@@ -11,11 +11,13 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from tests.data.detection.detection_files import CATEGORIES, annotation, write_image
 from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
 from tests.training.test_resume import assert_same_runs, interrupt, stop_in_step
 from vg.config import RunConfig, parse_config
+from vg.data.mixture import MixtureConfig
 from vg.errors import ConfigError, DataError
 from vg.training.trainer import Trainer
 
@@ -53,6 +55,18 @@ def make(tiny_config: MakeConfig, tmp_path: Path) -> MakeConfig:
         return config
 
     return make
+
+
+ORIGINAL = '"bbox": [5, 10, 20, 11]'
+CHANGES = {
+    "a box is moved": (ORIGINAL, ORIGINAL.replace("20", "21"), "12 images of data (train), but other annotations"),
+    "a class is renamed": ('"cat"', '"lynx"', "12 images of data (train), but other annotations"),
+    "an image is added": (
+        '"images": [',
+        '"images": [{"id": 99, "file_name": "000000000001.png", "height": 49, "width": 52}, ',
+        "12 images of data (train), now 13 images of data (train)",
+    ),
+}
 
 
 def ids(trainer: Trainer, epoch: int) -> list[list[str]]:
@@ -131,3 +145,44 @@ def test_resume_equals_uninterrupted_run(make: MakeConfig) -> None:
     assert (resumed.progress.epoch, resumed.progress.samples) == (1, 8)
     resumed.fit()
     assert_same_runs(Path(straight.train.output), Path(stopped.train.output))
+
+
+@pytest.mark.filterwarnings("ignore:.*training samples")
+@pytest.mark.parametrize("change", CHANGES)
+def test_resuming_with_changed_annotations_warns_once(
+    make: MakeConfig, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make(drop_overlap=True)
+    config.train.max_steps = 1
+    Trainer(config).fit()
+    Trainer(config, resume=True)
+    assert "changed since" not in caplog.text
+    old, new, told = CHANGES[change]
+    file = Path(config.data.train.path)  # type: ignore[union-attr]
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+    config.train.max_steps = 2
+    Trainer(config, resume=True).fit()
+    assert f"data.train changed since step 1: {told}; it continues after as many samples" in caplog.text
+    assert "data.eval changed" not in caplog.text
+    caplog.clear()
+    Trainer(config, resume=True)
+    assert "changed since" not in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:.*training samples")
+def test_resuming_with_changed_evaluation_data_warns(make: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
+    config = make()
+    config.train.max_steps = 1
+    config.data.train = MixtureConfig(datasets=[config.data.train, config.data.eval])  # type: ignore[list-item]
+    Trainer(config).fit()
+    file = Path(config.data.eval.path)  # type: ignore[union-attr]
+    file.write_text(file.read_text().replace("[5, 10, 20, 23]", "[6, 10, 20, 23]"))
+    Trainer(config, resume=True)
+    assert "data.eval changed since step 1: 4 images of data (val), but other annotations; earlier" in caplog.text
+    assert "data.train changed since step 1" in caplog.text, "the second dataset of the mixture"
+    path = Path(config.train.output, "checkpoints", "step_000001", "training.pt")
+    torch.save({key: value for key, value in torch.load(path).items() if key != "digests"}, path)
+    caplog.clear()
+    Trainer(config, resume=True)
+    assert "changed since" not in caplog.text, "the checkpoint is from before they were compared"

@@ -52,7 +52,7 @@ class TrainingData:
         needed = data.batch_size * accelerator.num_processes
         self.samples_per_step = needed * config.train.accumulate
         self.size = len(self.dataset)  # samples
-        self.sampler = training_sampler(config, self.dataset.source, accelerator.num_processes)
+        self.sampler = training_sampler(config, self.source, accelerator.num_processes)
         if self.size < needed and accelerator.num_processes > 1 and accelerator.is_main_process:
             logger.warning(
                 "%d training samples are less than one batch (data.batch_size=%d) for each of %d processes: samples "
@@ -72,19 +72,22 @@ class TrainingData:
         self.loader: DataLoader[Any] = accelerator.prepare_data_loader(loader, device_placement=not resident)
 
     @property
+    def source(self) -> Source[Any]:
+        return self.dataset.source
+
+    @property
     def num_classes(self) -> int | None:
         """Number of phrases of every prompt; None if it differs."""
-        source = self.dataset.source
-        return source.num_classes if isinstance(source, HasClasses) else None
+        return self.source.num_classes if isinstance(self.source, HasClasses) else None
 
     @property
     def phrases(self) -> list[str]:
         """Examples."""
-        return example_phrases(self.dataset.source)
+        return example_phrases(self.source)
 
     @property
     def description(self) -> str:
-        return describe_source(self.dataset.source)
+        return describe_source(self.source)
 
     @property
     def steps_per_epoch(self) -> int:

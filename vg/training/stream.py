@@ -33,6 +33,7 @@ class StreamedData:
     """
 
     num_classes = None  # of all prompts; lines with captions may follow
+    source = None  # lists all samples
 
     def __init__(self, config: RunConfig, model: GroundingModel, accelerator: Accelerator):
         try:

@@ -31,6 +31,7 @@ from vg.files import read_json
 from vg.training.batch_norm import RunningStatistics
 from vg.training.compilation import compile_layers
 from vg.training.data import training_data
+from vg.training.digests import Digests
 from vg.training.fsdp import check_launch, gather_full, gathered, prepare_for_training
 from vg.training.interpolation import interpolate_run
 from vg.training.loss_log import REMEDY, TRAIN_IOU, LossLog
@@ -75,6 +76,7 @@ class Trainer:
         best_metric = config.train.best_metric
         self.evaluator = Evaluator(config.data, self.unwrapped_model, self.accelerator, best_metric, with_loss=True)
         self.data = training_data(config, self.unwrapped_model, self.accelerator, self.evaluator.sources)
+        self.digests = Digests(config.data, [self.data.source, *self.evaluator.sources])
         if classes := self.data.num_classes:
             self.unwrapped_model.use_classes(classes)
         select_trainable(self.unwrapped_model, config.optim)
@@ -204,8 +206,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write a resumable checkpoint, which can also be loaded as a model."""
-        schedule, progress = self.schedule.state_dict(), asdict(self.progress)
-        extra = {"schedule": schedule, "progress": progress, "unlogged": self.losses.state(), "data": self.data.state()}
+        extra = {"unlogged": self.losses.state(), "data": self.data.state(), "digests": self.digests.state()}
+        extra |= {"schedule": self.schedule.state_dict(), "progress": asdict(self.progress)}
         path = self.folder.path / "checkpoints" / f"step_{self.progress.step:06d}"
         self.folder.save(path, **self.state.snapshot(extra))
 
@@ -217,6 +219,7 @@ class Trainer:
         self.progress = saved.continued(self.config, self.data.samples_per_step, self.evaluator.best_metric)
         self.losses.load_state(state["unlogged"])
         self.data.restore(state["data"])
+        self.digests.warn_of_changes(state.get("digests", {}), saved.step)
         self.folder.cut_history(self.progress.step, self.progress.evaluated_step == self.progress.step)
 
     def _steps(self) -> Iterator[list[Batch]]:
