@@ -243,6 +243,21 @@ def test_yolo_images_with_one_label_file(tmp_path: Path):
         YoloConfig(path=str(tmp_path), split="val").build()
 
 
+@pytest.mark.parametrize("folder", ["images/val", "./images"])
+def test_yolo_labels_without_an_image(tmp_path: Path, folder: str):
+    write_yolo(tmp_path, val=[folder, "val.txt"])
+    (tmp_path / "val.txt").write_text("images/val/a.png\n")
+    labels = tmp_path / "labels" / "val"
+    for name, text in {"classes": "hot_dog\ncat\n", "empty": "", "lost": "1 0.25 0.5 0.25 0.5\n"}.items():
+        (labels / f"{name}.txt").write_text(text)
+    YoloConfig(path=str(tmp_path), split="val").read(issues := Issues())
+    (found,) = [issue for issue in issues if issue.what == "label files of val without an image"]
+    assert (found.severity, found.count, found.examples) == ("warning", 1, ["labels/val/lost.txt"])
+    write_yolo(tmp_path, val="val.txt")
+    YoloConfig(path=str(tmp_path), split="val").read(issues := Issues())
+    assert not any("without an image" in issue.what for issue in issues), "they are of images that are not listed"
+
+
 @pytest.mark.parametrize("kind", ["parent", "absolute folder", "absolute list"])
 def test_yolo_images_beside_the_folder_of_the_yaml(tmp_path: Path, kind: str):
     write_yolo(tmp_path)

@@ -77,7 +77,8 @@ class YoloConfig(Settings):
         names = _class_names(document, file)
         root = (file.resolve().parent / str(document.get("path") or ".")).resolve()
         root = root if root.is_dir() else file.resolve().parent
-        counts = Counter(_split_images(document, self.split, root, file))
+        paths = _split_paths(document, self.split, root, file)
+        counts = Counter(image for path in paths for image in _images(path, root))
         repeated = [str(image) for image, count in counts.items() if count > 1]
         fix = "they are used once; to use some more often, make a mixture with weights"
         issues.add("warning", f"images that {self.split} lists several times", fix, repeated)
@@ -87,9 +88,8 @@ class YoloConfig(Settings):
         images, unlabeled = [], {}
         images_of: dict[Path, list[str]] = {}  # by label file
         for index, image in enumerate(files):
-            # The last images/ in the path becomes labels/; without one, the labels are beside the image.
-            label_file = Path(re.sub("(.*/)images/", r"\1labels/", image.as_posix())).with_suffix(".txt")
-            name, label_name = (p.relative_to(root) if p.is_relative_to(root) else p for p in (image, label_file))
+            label_file = _labels_of(image.as_posix()).with_suffix(".txt")
+            name, label_name = _relative(image, root), _relative(label_file, root)
             images_of.setdefault(label_name, []).append(str(name))
             boxes = []
             if label_file.is_file():
@@ -106,6 +106,11 @@ class YoloConfig(Settings):
         shared = [f"{label_file}: {', '.join(own)}" for label_file, own in images_of.items() if len(own) > 1]
         fix = "move all but one out of the split, or rename them and give them labels of their own"
         issues.add("error", "label files with several images", fix, shared)
+        folders = [_labels_of(f"{path}/") for path in paths if path.is_dir()]
+        texts = {_relative(text, root): text for folder in folders for text in sorted(folder.rglob("*.txt"))}
+        unused = [str(name) for name, text in texts.items() if name not in images_of and _has_box(text)]
+        fix = "add their images, as jpg or png files, or remove them"
+        issues.add("warning", f"label files of {self.split} without an image", fix, unused)
         severity: Severity = "error" if unlabeled and len(unlabeled) == len(images) else "note"
         fix = "nothing if they contain no objects; otherwise move the labels to the path above"
         issues.add(severity, f"images of {self.split} without a label file", fix, unlabeled.values(), [*unlabeled])
@@ -153,24 +158,47 @@ def _num_keypoint_values(document: Mapping[str, Any], file: Path) -> int:
     return math.prod(shape)
 
 
-def _split_images(document: Mapping[str, Any], split: str, root: Path, file: Path) -> list[Path]:
-    """Return the images of a split, which is a folder, a text file that lists them, or a list of these."""
+def _split_paths(document: Mapping[str, Any], split: str, root: Path, file: Path) -> list[Path]:
+    """Return the folders of a split, and the text files that list its images."""
     entry = document.get(split)
     if not entry:
         known = ", ".join(key for key in ("train", "val", "test") if document.get(key)) or "none"
         raise DataError(f"{file} has no split {split!r}; it has {known}")
-    images: list[Path] = []
+    paths = []
     for name in (slashed(str(item), root) for item in (entry if isinstance(entry, list) else [entry])):
         # Exports of Roboflow contain ../train/images and mean train/images.
         path = next((p for p in (root / name, root / name.removeprefix("../")) if p.exists()), None)
         if path is None:
             raise DataError(f"{file}: {split} is {name}, but {root / name} does not exist; correct it or the key path")
-        if path.is_dir():
-            images += [path / image for image in list_images(path)]
-        else:
-            lines = read_text(path).split("\n")
-            images += [root / slashed(line.strip(), root) for line in lines if line.strip()]
-    return [Path(os.path.abspath(image)) for image in images]
+        paths.append(Path(os.path.abspath(path)))
+    return paths
+
+
+def _images(path: Path, root: Path) -> list[Path]:
+    """Return the images in a folder, or those that a text file lists."""
+    if path.is_dir():
+        return [path / image for image in list_images(path)]
+    lines = read_text(path).split("\n")
+    return [Path(os.path.abspath(root / slashed(line.strip(), root))) for line in lines if line.strip()]
+
+
+def _labels_of(path: str) -> Path:
+    """Return where the labels of an image, or of a folder that ends with a slash, are.
+
+    The last images/ in the path becomes labels/; without one, the labels are beside the image.
+    """
+    return Path(re.sub("(.*/)images/", r"\1labels/", path))
+
+
+def _relative(path: Path, root: Path) -> Path:
+    return path.relative_to(root) if path.is_relative_to(root) else path
+
+
+def _has_box(file: Path) -> bool:
+    """Whether the first line of a text file is that of a box; others list classes or images."""
+    with file.open(encoding="utf-8-sig", errors="replace") as lines:
+        values = [*map(to_float, lines.readline().split())]
+    return len(values) >= 5 and not any(map(math.isnan, values))
 
 
 def _read_line(
