@@ -19,6 +19,8 @@ from vg.data.detection.coco import CocoConfig
 from vg.data.detection.odvg import OdvgConfig
 from vg.data.detection.voc import VocConfig
 from vg.data.detection.vocabulary import VocabularyConfig
+from vg.data.detection.yolo import YoloConfig
+from vg.data.expressions import CsvConfig
 from vg.data.mixture import MixtureConfig
 from vg.data.refcoco.source import RefcocoConfig
 from vg.errors import DataError
@@ -206,6 +208,21 @@ def test_missing_damaged_resized_and_rotated_images(tmp_path: Path) -> None:
     assert "5.png" in found(diagnosis, "upright, unlike their annotations").examples[0]
     assert not any("viewers" in issue.what for issue in diagnosis.issues)
     assert "4.png" in found(check(replace(config, upright=False)), "not upright, unlike").examples[0]
+
+
+@pytest.mark.parametrize("member", [CsvConfig, YoloConfig])
+def test_images_with_an_orientation_are_named_and_drawn_if_no_size_is_annotated(tmp_path: Path, member: Any) -> None:
+    """Their boxes are taken as those of the upright image, but a tool may have ignored the orientation."""
+    config = member.miniature(tmp_path)
+    assert not any("EXIF" in issue.what for issue in check(config).issues)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    file = config.build().image_files()[-1]
+    write_image(file, 64, 64, exif=exif)
+    turned = found(diagnosis := check(config), "as viewers show them")
+    assert (turned.severity, turned.count) == ("note", 1)
+    assert file.name in turned.examples[0]
+    assert f"train: {turned.what}" in [caption for caption, *_ in diagnosis.images(2)]
 
 
 def test_limit_of_images(tmp_path: Path) -> None:

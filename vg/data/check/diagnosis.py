@@ -47,8 +47,10 @@ class Diagnosis:
         num = limit // len(self.datasets)
         for dataset in self.datasets:
             annotations, xyxy = dataset.annotations, dataset.xyxy
-            issues = [issue for issue in self.issues if issue.dataset == dataset.name and issue.severity != "note"]
-            reasons = {index: issue.what for issue in reversed(issues) for index in issue.images[:2]}
+            reasons: dict[int, str] = {}
+            for issue in self.issues:
+                for index in issue.images[:2] if issue.dataset == dataset.name else ():
+                    reasons.setdefault(index, issue.what)
             indices = dict.fromkeys([*list(reasons)[: num // 2], *spread(len(annotations.ids), num)])
             drawable = np.isfinite(xyxy).all(axis=1) & (xyxy[:, 2:] >= xyxy[:, :2]).all(axis=1)
             for index in list(indices)[:num]:
