@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -104,6 +105,22 @@ def test_phrases_select_and_rename_classes(tmp_path: Path) -> None:
     CsvConfig.miniature(tmp_path / "csv")
     with pytest.raises(ConfigError, match="its phrases are free text"):
         make_plan(tmp_path / "csv", "small", phrases=["zebra"])
+
+
+def test_classes_without_any_box_are_named(tmp_path: Path) -> None:
+    """Exports of Roboflow have such a class, with the name of the dataset."""
+    CocoConfig.miniature(tmp_path)
+    names = classes(tmp_path)
+    file = tmp_path / "instances_val.json"
+    document = json.loads(file.read_text())
+    document["categories"].insert(0, {"id": -1, "name": "my objects", "supercategory": "none"})
+    file.write_text(json.dumps(document))
+    chosen = shlex.join(names)
+    (note,) = [note for note in make_plan(tmp_path, "small").notes if "without any box" in note]
+    assert note == f"classes without any box: my objects; leave them out with --phrases {chosen}"
+    plan = make_plan(tmp_path, "small", phrases=shlex.split(chosen))
+    assert "classes left out, with their boxes: my objects" in plan.notes
+    assert not any("without any box" in note for note in plan.notes)
 
 
 def saved(folder: Path, config: CheckpointConfig) -> Path:

@@ -24,12 +24,22 @@ from vg.inference import torch_backend
 QUICK = ["train.max_steps=2", "train.trackers=[]", "data.workers=0", "data.batch_size=2", "train.eval_every=2"]
 
 
+def add_unused_class(folder: Path) -> None:
+    """Add a class without boxes before all others of a YOLO folder."""
+    file = folder / "data.yaml"
+    file.write_text(file.read_text().replace("names:\n", "names:\n- unused\n"))
+    for labels in (folder / "labels").iterdir():
+        lines = [line.split(maxsplit=1) for line in labels.read_text().splitlines()]
+        labels.write_text("".join(f"{int(label) + 1} {box}\n" for label, box in lines))
+
+
 def test_detection_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shapes").mkdir()
     YoloConfig.miniature(tmp_path / "shapes")
+    add_unused_class(tmp_path / "shapes")
     command = ["finetune", "shapes", "--model", "small", *QUICK]
     main(command)
     printed = capsys.readouterr().out
@@ -43,6 +53,7 @@ def test_detection_from_the_command_line(
     words = printed.splitlines()[-1].removeprefix("next: vg ")
     assert printed.count("vg predict") == 1
     assert words.startswith("predict runs/shapes runs/shapes/example.png ")
+    assert shlex.split(words)[3:].index("unused") > 0, "it begins with a class that has boxes"
     main([*shlex.split(words), "--threshold", "0"])
     assert (tmp_path / "prediction.png").exists()
     for own in ([], ["--output", "other", "train.output=runs/shapes"]):

@@ -12,8 +12,10 @@ import pytest
 
 from tests.conftest import NO_DROPOUT, history, scripted
 from vg.config import RunConfig
+from vg.data import CocoConfig
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.training import report
+from vg.training.data import example_phrases
 from vg.training.report import epoch_table, last_gain, print_above_bar
 from vg.training.trainer import Trainer
 
@@ -30,6 +32,14 @@ def test_plan_names_data_model_and_steps(tiny_config: MakeConfig, capsys: pytest
     assert "eval: 5 expressions of shapes (expression, seed 0) (val), such as " in printed
     assert repr(trainer.data.dataset.source.load(0, 0).phrases[0]) in printed
     assert "3 steps of 4 samples (0.6 epochs of 5 steps) on cpu (1 process), float32" in printed
+
+
+def test_examples_begin_with_phrases_that_have_boxes(tmp_path: Path) -> None:
+    config = CocoConfig.miniature(tmp_path)
+    file = Path(config.path)
+    file.write_text(file.read_text().replace('"categories": [', '"categories": [{"id": -1, "name": "unused"}, '))
+    assert config.build().load(0, 0).phrases[0] == "unused"
+    assert example_phrases(config.build())[0] != "unused"
 
 
 def test_evaluations_and_the_end_have_absolute_values(

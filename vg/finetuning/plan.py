@@ -213,7 +213,11 @@ def _classes(settings: dict[str, Any]) -> list[str]:
 
 
 def _check(draft: RunConfig, recipe: Recipe, path: Path) -> list[str]:
-    """Check the datasets; return the warnings in short, or raise DataError with the report if there are errors."""
+    """Check the datasets; return the warnings in short, and classes without boxes.
+
+    Raises:
+        DataError: there are errors; the message has the report.
+    """
     text = recipe.config.model.text
     count_tokens = cached_token_counter(replace(text, tokenizer=recipe.tokenizer or text.tokenizer))
     diagnosis = diagnose(draft.data.datasets(), recipe.config.model.max_tokens, count_tokens, NUM_CHECKED)
@@ -221,10 +225,15 @@ def _check(draft: RunConfig, recipe: Recipe, path: Path) -> list[str]:
         advice = f"correct them first (vg check {shlex.quote(str(path))} also draws images)"
         raise DataError(f"{path} has errors; {advice}\n{to_text(diagnosis)}")
     warnings = {issue.what: issue for issue in reversed(diagnosis.issues) if issue.severity == "warning"}
-    return [
+    notes = [
         f"WARNING {issue.dataset}: {what} ({issue.count}), such as {issue.examples[0]}; {issue.fix}"
         for what, issue in reversed(warnings.items())
     ]
+    train, found = diagnosis.datasets[0], diagnosis.datasets[0].classes_with_boxes
+    if empty := [name for name in train.classes if name not in found]:
+        others = shlex.join(name for name in train.classes if name in found)
+        notes.append(f"classes without any box: {', '.join(empty)}; leave them out with --phrases {others}")
+    return notes
 
 
 def _count(source: Source) -> str:

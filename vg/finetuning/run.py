@@ -23,6 +23,7 @@ from vg.inference.draw import save_image
 from vg.inference.sample_grid import draw_samples
 from vg.models.base import GroundingModel
 from vg.settings import as_overrides
+from vg.training.data import phrases_with_boxes
 from vg.training.fsdp import check_launcher
 from vg.training.report import print_above_bar
 from vg.training.run_folder import refuse_run
@@ -136,9 +137,12 @@ def report(trainer: Trainer, after: Mapping[str, Any], model: GroundingModel) ->
     table = comparison(before, after)
     write_bytes(folder.path / COMPARISON, f"{table}\n".encode())
     draw_samples(model, trainer.config.data, folder.path / PREDICTIONS, trainer.evaluator.datasets[0].data)
-    sample = trainer.evaluator.sources[0].load(0, epoch=0)
+    source = trainer.evaluator.sources[0]
+    samples = (source.load(index, epoch=0) for index in range(len(source)))
+    sample = next((sample for sample in samples if phrases_with_boxes(sample)), None) or source.load(0, epoch=0)
     save_image(Image.fromarray(sample.image), folder.path / EXAMPLE)
-    words = [str(folder.path), str(folder.path / EXAMPLE), *sample.phrases[:NUM_PHRASES]]
+    phrases = list(dict.fromkeys([*phrases_with_boxes(sample), *sample.phrases]))
+    words = [str(folder.path), str(folder.path / EXAMPLE), *phrases[:NUM_PHRASES]]
     compared = f"before and after {after['step']:,} steps:"
     if after["step"] == 0:
         compared = f"training did not improve on the initial weights; {folder.best} holds them:"

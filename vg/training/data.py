@@ -19,6 +19,7 @@ from vg.datasets import training_dataset, uncached_text
 from vg.errors import CheckpointError, DataError
 from vg.models.base import GroundingModel
 from vg.training.stream import StreamedData
+from vg.types import Sample
 from vg.workers import new_loader
 
 logger = logging.getLogger(__name__)
@@ -142,15 +143,25 @@ def describe_source(source: Source[Any]) -> str:
 
 
 def example_phrases(source: Source[Any]) -> list[str]:
-    """Return different phrases of a dataset, up to NUM_EXAMPLES, in the order of its samples."""
+    """Return different phrases of a dataset, up to NUM_EXAMPLES; those with boxes come first."""
     found: dict[str, None] = {}
+    others: dict[str, None] = {}
     for index in dict.fromkeys(round(i * (len(source) - 1) / NUM_EXAMPLES) for i in range(NUM_EXAMPLES)):
         try:
             sample = source.load(index, epoch=0)
         except DataError:  # reported, or skipped, where the sample is used
             continue
-        found |= dict.fromkeys(sample.phrases if hasattr(sample, "phrases") else [sample.phrase])
-    return list(found)[:NUM_EXAMPLES]
+        if isinstance(sample, Sample):
+            found |= dict.fromkeys(phrases_with_boxes(sample))
+            others |= dict.fromkeys(sample.phrases)
+        else:
+            found[sample.phrase] = None
+    return list(found | others)[:NUM_EXAMPLES]
+
+
+def phrases_with_boxes(sample: Sample) -> list[str]:
+    """Return the different phrases of the boxes of a sample."""
+    return list(dict.fromkeys(sample.phrases[index] for index in sample.phrase_ids.tolist()))
 
 
 def training_sampler(config: RunConfig, source: Source, num_processes: int = 1) -> EpochSampler:

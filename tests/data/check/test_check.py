@@ -265,6 +265,8 @@ def test_names_of_classes(tmp_path: Path) -> None:
     assert found(diagnosis, "a number or an abbreviation").examples == ["class 3", "RBC"]
     assert found(diagnosis, '"." or "?"').examples == ["st. bernard"]
     assert found(diagnosis, "without any box").count == 6
+    config.vocabulary = VocabularyConfig(only=["dog", "RBC"])
+    assert found(check(config), "without any box").count == 2, "of the classes that are used"
     config.vocabulary = VocabularyConfig(phrases={"RBC": "red blood cell", "class_3": "bird"})
     assert not [issue for issue in check(config).issues if "abbreviation" in issue.what]
 

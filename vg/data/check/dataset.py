@@ -58,6 +58,12 @@ class CheckedDataset:
         return self.name.split(".")[0] == "train"
 
     @property
+    def classes(self) -> list[str]:
+        """Those that are used."""
+        only, annotations = self.vocabulary.only, self.annotations
+        return [name for name in annotations.names[: annotations.num_classes] if only is None or name in only]
+
+    @property
     def classes_with_boxes(self) -> set[str]:
         names, num_classes = self.annotations.names, self.annotations.num_classes
         return {names[label] for label in set(self.annotations.labels.tolist()) if label < num_classes}

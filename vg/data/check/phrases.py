@@ -34,12 +34,13 @@ def check_phrases(dataset: CheckedDataset, count_tokens: CountTokens | None, max
     classes = annotations.names[: annotations.num_classes]
     broken = [repr(name) for name in annotations.names if not is_unicode(name)]
     add("error", "names or phrases that are not valid Unicode", "correct them", broken)
-    counts = np.bincount(annotations.labels, minlength=len(classes)).tolist()
+    counts = dict(zip(classes, np.bincount(annotations.labels, minlength=len(classes)).tolist(), strict=False))
     class_phrases = _check_names(dataset, classes) if classes else []
-    rare = [f"{name}: {count}" for name, count in zip(classes, counts, strict=False) if 0 < count < _RARE]
-    empty = [name for name, count in zip(classes, counts, strict=False) if not count]
+    rare = [f"{name}: {counts[name]}" for name in dataset.classes if 0 < counts[name] < _RARE]
+    empty = [name for name in dataset.classes if not counts[name]]
     add("note", f"classes with fewer than {_RARE} boxes", "add examples of these first", rare)
-    add("note", "classes without any box", "remove them unless intended: the model only sees them as negatives", empty)
+    fix = "leave them out (vocabulary.only, vg finetune: --phrases) unless they are wanted as negatives"
+    add("note", "classes without any box", fix, empty)
     if len(classes) == 1 and dataset.is_training:
         fix = "the model may forget other classes; evaluate on a second dataset too (data.eval)"
         add("note", "only one class", fix, classes)
