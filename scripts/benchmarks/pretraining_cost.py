@@ -27,11 +27,11 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.benchmarks.machine import machine
-from vg.cache.datasets import training_dataset
 from vg.config import RunConfig, load_config, recipe_path
 from vg.data.collate import Collator
 from vg.data.detection.odvg import OdvgConfig
 from vg.data.shards.write import write_shards
+from vg.datasets import training_dataset
 from vg.errors import DataError
 from vg.models.base import GroundingModel
 from vg.types import Sample

@@ -29,8 +29,8 @@ from transformers import AutoConfig, AutoModel
 
 from scripts.benchmarks.machine import machine
 from vg.cache.build import build_cache
-from vg.cache.datasets import training_dataset
 from vg.config import RunConfig, parse_config
+from vg.datasets import training_dataset
 from vg.models.encoders import SMALL_VOCABULARY
 from vg.training.data import TrainingData, training_sampler
 from vg.training.optim import build_optimizer

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModel
 
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.rec_cache import ENCODERS, EXPRESSIONS, configured, write_data
-from vg.cache.datasets import evaluation_dataset
 from vg.data.dataset import GroundingDataset
+from vg.datasets import evaluation_dataset
 from vg.evaluation.evaluator import DatasetEvaluator
 
 

@@ -157,13 +157,13 @@ def test_resuming_with_changed_annotations_warns_once(
     Trainer(config).fit()
     Trainer(config, resume=True)
     assert "changed since" not in caplog.text
-    old, new, told = CHANGES[change]
+    old, new, message = CHANGES[change]
     file = Path(config.data.train.path)  # type: ignore[union-attr]
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new))
     config.train.max_steps = 2
     Trainer(config, resume=True).fit()
-    assert f"data.train changed since step 1: {told}; it continues after as many samples" in caplog.text
+    assert f"data.train changed since step 1: {message}; it continues after as many samples" in caplog.text
     assert "data.eval changed" not in caplog.text
     caplog.clear()
     Trainer(config, resume=True)

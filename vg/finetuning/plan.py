@@ -231,8 +231,8 @@ def _check(draft: RunConfig, recipe: Recipe, path: Path) -> list[str]:
     ]
     train, found = diagnosis.datasets[0], diagnosis.datasets[0].classes_with_boxes
     if empty := [name for name in train.classes if name not in found]:
-        others = shlex.join(name for name in train.classes if name in found)
-        notes.append(f"classes without any box: {', '.join(empty)}; leave them out with --phrases {others}")
+        used = shlex.join(name for name in train.classes if name in found)
+        notes.append(f"classes without any box: {', '.join(empty)}; leave them out with --phrases {used}")
     return notes
 
 

@@ -145,7 +145,7 @@ def describe_source(source: Source[Any]) -> str:
 def example_phrases(source: Source[Any]) -> list[str]:
     """Return different phrases of a dataset, up to NUM_EXAMPLES; those with boxes come first."""
     found: dict[str, None] = {}
-    others: dict[str, None] = {}
+    without_boxes: dict[str, None] = {}
     for index in dict.fromkeys(round(i * (len(source) - 1) / NUM_EXAMPLES) for i in range(NUM_EXAMPLES)):
         try:
             sample = source.load(index, epoch=0)
@@ -153,10 +153,10 @@ def example_phrases(source: Source[Any]) -> list[str]:
             continue
         if isinstance(sample, Sample):
             found |= dict.fromkeys(phrases_with_boxes(sample))
-            others |= dict.fromkeys(sample.phrases)
+            without_boxes |= dict.fromkeys(sample.phrases)
         else:
             found[sample.phrase] = None
-    return list(found | others)[:NUM_EXAMPLES]
+    return list(found | without_boxes)[:NUM_EXAMPLES]
 
 
 def phrases_with_boxes(sample: Sample) -> list[str]:

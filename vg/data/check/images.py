@@ -63,7 +63,7 @@ def _check_size(dataset: CheckedDataset, index: int, file: ImageFile) -> None:
             what = "images that viewers turn or mirror by their EXIF orientation, but training does not"
             fix = "look at them in images.png: where boxes are wrong, set upright=true, which applies the orientation"
             dataset.issues.add("warning", what, fix, [example], [index])
-        elif file.orientation > 1 and not all(size):  # an annotated size would tell
+        elif file.orientation > 1 and not all(size):  # an annotated size would show which
             what = "images that are read as viewers show them, turned or mirrored by their EXIF orientation"
             fix = "look at them in images.png: where boxes are wrong, remove the orientation from the file"
             dataset.issues.add("note", what, fix, [example], [index])
