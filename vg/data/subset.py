@@ -123,7 +123,7 @@ class Part(Subset[Sample]):
         wanted = config.part == "val"
         super().__init__(source, np.flatnonzero([(key in val) == wanted for key in self._keys]))
         share = config.fraction if wanted else 1 - config.fraction
-        name = f"{100 * share:g} % of {source.provenance.split} as {config.part}"
+        name = f"about {100 * share:g} % of {source.provenance.split} as {config.part}"
         self.provenance = replace(source.provenance, split=name, official=None)
         if isinstance(source, HasCategoryIds):
             self.category_ids: Any = source.category_ids  # an attribute, because not all datasets have it
