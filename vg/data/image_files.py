@@ -38,9 +38,8 @@ def image_root(file: Path, names: Sequence[str]) -> Path:
     folders = [split for word in words for split in (word, word.rstrip("0123456789"))]
     roots = [folder, *(folder / images / split for split in folders for images in ("", "images")), folder / "images"]
     some = names[:: len(names) // _NUM_LOCATED + 1]
-    return max(
-        filter(Path.is_dir, roots), key=lambda root: sum(_is_file(name, root) for name in some)
-    )  # first of equal
+    existing = [root for root in roots if root.is_dir()]
+    return max(existing, key=lambda root: sum(_is_file(name, root) for name in some))  # the first one of equal
 
 
 def _is_file(name: str, root: Path) -> bool:
