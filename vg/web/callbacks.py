@@ -40,14 +40,14 @@ class Callbacks:
 
     def __init__(self, grounder: Grounder, folder: Path):
         self.grounder = grounder
-        self.folder = folder  # of downloaded images
+        self.folder = folder  # of uploaded and downloaded images
 
     def check(self, upload: Any) -> Any:
         """Empty the image field, with a warning, if the file is not a usable image."""
         if upload is None:
             return gr.skip()
         try:
-            check_image(*named_upload(upload))
+            check_image(*named_upload(upload, self.folder))
         except UserError as error:
             gr.Warning(escape(printable(str(error))))
             return None
@@ -59,7 +59,7 @@ class Callbacks:
     def find(self, upload: Any, text: Any, threshold: float, iou: float) -> tuple:
         """Run the model."""
         phrases = split_phrases(str(text or ""))
-        image, name = read_upload(upload)
+        image, name = read_upload(upload, self.folder)
         result = self.grounder.predict(image, phrases)
         if not self.grounder.threshold(None):
             result = result.best()

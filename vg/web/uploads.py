@@ -45,18 +45,29 @@ def check_image(source: Path | bytes, name: str) -> None:
         raise DataError(f"image {name} has {width} x {height} pixels, more than {MAX_PIXELS:,}; resize it")
 
 
-def named_upload(upload: Any) -> tuple[Path, str]:
-    """Return file and original name of what an image field of the page contains; raises DataError if it is empty."""
+def named_upload(upload: Any, folder: Path) -> tuple[Path, str]:
+    """Return file and original name of what an image field of the page contains.
+
+    Args:
+        folder: of all uploads; a request may name any other file of this machine.
+
+    Raises:
+        DataError: the field is empty, or the file is not below `folder`, whether it exists or not.
+    """
     path = upload.get("path") if isinstance(upload, dict) else None
-    if not isinstance(path, str):
+    if not isinstance(path, str) or "\0" in path or not _is_below(path, folder):
         raise DataError("no image; upload, paste or take one, or enter its URL")
     name = Path(str(upload.get("orig_name") or path)).name
     return Path(path), name[:100]
 
 
-def read_upload(upload: Any) -> tuple[np.ndarray, str]:
-    """Return the pixels [H, W, 3] uint8, RGB, of an upload and its name; raises DataError."""
-    path, name = named_upload(upload)
+def _is_below(path: str, folder: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def read_upload(upload: Any, folder: Path) -> tuple[np.ndarray, str]:
+    """Return the pixels [H, W, 3] uint8, RGB, of an upload and its name; raises as `named_upload` and `check_image`."""
+    path, name = named_upload(upload, folder)
     check_image(path, name)
     return read_image(path, name, upright=True), name
 
