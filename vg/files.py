@@ -47,6 +47,30 @@ def refuse_special(path: Path) -> Path:
     return path
 
 
+@contextmanager
+def locked(file: Path) -> Iterator[bool]:
+    """Yield whether no other process is within this context, which ends with the process at the latest.
+
+    Always true where there are no locks, as on Windows and some network file systems.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    with file.open("a") as opened:
+        is_free = True
+        try:
+            fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which forked data workers do not inherit, unlike flock
+        except OSError as error:
+            is_free = error.errno not in (errno.EACCES, errno.EAGAIN)
+        try:
+            yield is_free
+        finally:
+            if is_free:
+                file.unlink(missing_ok=True)
+
+
 def located(path: Path) -> str:
     """Return a path for an error message; a relative one with the folder that it is relative to."""
     return str(path) if path.is_absolute() else f"{path} (relative to {Path.cwd()}, where the command runs)"

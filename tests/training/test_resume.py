@@ -436,6 +436,23 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs locks of files")
+def test_two_runs_at_once_in_one_folder(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    """Such as a job that is queued again while its predecessor is alive; a killed one does not block the next."""
+    config = configured(tiny_config, tmp_path / "run", {"workers": 2})
+    process = start(WAITING, config, tmp_path)
+    wait_for(tmp_path / "waiting", process)
+    before = (tmp_path / "run" / "history.jsonl").read_bytes()
+    for resume, overwrite in ((True, False), (False, True), (False, False)):
+        with pytest.raises(CheckpointError, match=r"another process is training in .*run; wait for its end"):
+            Trainer(config, resume, overwrite)
+    assert (tmp_path / "run" / "history.jsonl").read_bytes() == before
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    Trainer(config, resume=True).fit()
+    assert not (tmp_path / "run" / "train.lock").exists()
+
+
 SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"]
 
 

@@ -15,6 +15,7 @@ runs/demo/
     benchmark.json            results of `vg eval --suite`, with benchmark.html
     interpolated/             the best interpolation between the initial weights and `best` (`train.interpolate`)
     launch.json               the programs, such as torchrun, that started the processes and may restart them
+    train.lock                while a process trains
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import functools
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -35,7 +37,7 @@ from vg.checkpoint import CONFIG, SHARDS, TRAINING, VALIDATION, new_checkpoint
 from vg.config import RunConfig, dump_config
 from vg.distributed import launches, raise_on_all_processes
 from vg.errors import CheckpointError, DamagedCheckpointError, TrainingError
-from vg.files import read_json, read_text, remove, sync, write_bytes, write_json
+from vg.files import locked, read_json, read_text, remove, sync, write_bytes, write_json
 from vg.models.saved import WEIGHTS
 from vg.settings import changes, parse_yaml, read_yaml
 
@@ -44,7 +46,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 EPOCHS, CURVES = "epochs.md", "curves.png"
-LAUNCH = "launch.json"
+LAUNCH, LOCK = "launch.json", "train.lock"
 CHECKPOINTS = ("best", "checkpoints", "interpolated")
 EVALUATIONS = "eval"  # folder for the results of `vg eval`
 RESULTS = (  # patterns of files beside the checkpoints, which are about their weights
@@ -108,7 +110,8 @@ class RunFolder:
         self.config = config
         self.accelerator = accelerator
         self.launches = launches()
-        self._recover()
+        with self.in_use():
+            self._recover()
         before = self._begun_by()
         is_restart = any(attempt > before.get(launch, attempt) for launch, attempt in self.launches.items())
         self.resume = resume or (is_restart and bool(self.checkpoints()))
@@ -117,6 +120,18 @@ class RunFolder:
             raise CheckpointError(f"nothing to resume: no checkpoint in {self.path / 'checkpoints'}; {again}")
         if not (resume or overwrite or is_restart):
             refuse_run(self.path)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Refuse other runs in the folder within the context; raises CheckpointError if there is one already."""
+        with ExitStack() as stack:
+            with raise_on_all_processes():
+                locks = self.accelerator.is_main_process and self.path.is_dir()
+                if locks and not stack.enter_context(locked(self.path / LOCK)):
+                    raise CheckpointError(
+                        f"another process is training in {self.path}; wait for its end, or choose another train.output"
+                    )
+            yield
 
     @in_main_process
     def _recover(self) -> None:

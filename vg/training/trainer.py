@@ -92,9 +92,8 @@ class Trainer:
         self.state = TrainingState(config, self.unwrapped_model, self.optimizer, self.accelerator)
 
         self.progress = Progress(samples_per_step=self.data.samples_per_step, best_metric=self.evaluator.best_metric)
-        self.stop = StopSignal(
-            self.accelerator, min(STOP_INTERVAL, config.train.log_every), config.train.preemption_signal
-        )
+        interval = min(STOP_INTERVAL, config.train.log_every)
+        self.stop = StopSignal(self.accelerator, interval, config.train.preemption_signal)
         self.losses = LossLog(self.accelerator)
         if self.folder.resume:
             self.restore()
@@ -107,13 +106,14 @@ class Trainer:
 
         Raises:
             TrainingError: a loss or a weight is not finite.
-            CheckpointError: a checkpoint could not be written (earlier ones are intact).
+            CheckpointError: a checkpoint could not be written (earlier ones are intact), or the folder is in use.
             SystemExit: Ctrl-C or another stop signal was received (see StopSignal); the state is saved.
         """
         self.folder.start_trackers(self.progress.step)
         self.model.train()
         self.report.begin()
         with (
+            self.folder.in_use(),
             self.stop.listening(),
             progress_bar(self.accelerator, total=self.budget.total, initial=self.progress.step, desc="train") as bar,
             self.report.plotting(),
