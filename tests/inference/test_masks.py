@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,14 @@ def test_masks_depend_on_their_box_only(sam: str) -> None:
     boxes = np.concatenate((corners, corners + 15), axis=1).astype(np.float32)
     together = segment(image, boxes)
     assert np.mean(together[[0, 69]] != segment(image, boxes[[0, 69]])) < 1e-3
+
+
+def test_masks_without_torch_are_an_error_before_images_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    grounder = vg.Grounder(Bright(), device="cpu")
+    monkeypatch.delitem(sys.modules, "vg.inference.masks")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ConfigError, match="masks need torch: pip install torch"):
+        grounder.stream("nowhere.png", "square", masks=True)
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:

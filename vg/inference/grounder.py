@@ -259,6 +259,8 @@ class Grounder:
         check_fraction(overlap, "overlap", 0.9, "a fraction of a tile")
         if tile is not None and not self.takes_many:
             raise ConfigError("tile: the model answers one expression of an image, and cannot compare boxes of tiles")
+        if masks:
+            self._segmenter(masks)  # raises ConfigError before images are read
         named, count = named_images(images, every)
         results = tqdm(
             self._run(named, wanted, batch_size, tile, overlap, failed),
@@ -272,12 +274,17 @@ class Grounder:
 
     def with_masks(self, result: Result, model: bool | str = True) -> Result:
         """Return a result with the mask of every box, see the argument `masks` of a call."""
-        from vg.inference.masks import DEFAULT_ID, Segmenter
+        return replace(result, masks=self._segmenter(model)(result.image, result.boxes))
 
+    def _segmenter(self, model: bool | str) -> Segmenter:
+        try:
+            from vg.inference.masks import DEFAULT_ID, Segmenter
+        except ImportError as error:  # an ONNX model runs without torch
+            raise ConfigError("masks need torch: pip install torch") from error
         path = DEFAULT_ID if model is True else str(model)
         if path not in self._segmenters:
             self._segmenters = {path: Segmenter(path, self.backend.device)}
-        return replace(result, masks=self._segmenters[path](result.image, result.boxes))
+        return self._segmenters[path]
 
     def select(self, result: Result, threshold: float | None = None, nms: float | None = None) -> Result:
         """Return the boxes of a result that a call with these arguments returns."""
