@@ -192,6 +192,28 @@ def test_convert_names_the_folder_of_a_yaml_file(tmp_path: Path) -> None:
         main(["convert", str(tmp_path / "config.yaml"), str(tmp_path / "out"), "--to", "vg"])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "eval x.onnx",
+        "eval x.onnx --suite refcoco",
+        "export x.onnx y.pt2",
+        "predict x.pt2 image.png dog",
+        "convert x.onnx out --to vg",
+    ],
+)
+def test_an_exported_model_is_refused_where_torch_needs_the_checkpoint(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.onnx", "x.pt2"):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        SystemExit, match=r"x\.\w+ is an exported model; give the run or checkpoint that it was exported"
+    ):
+        main(words.split())
+
+
 @pytest.mark.parametrize("words", ["check configs/demo_rec.yaml --output", "interpolate a b --output", "export a"])
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,10 +19,10 @@ from vg.config import CheckpointConfig, dump_config, load_checkpoint_config
 from vg.errors import CheckpointError, ConfigError, DamagedCheckpointError, UserError, unpickling_problem
 from vg.files import replacing, similar_paths
 from vg.models.base import GroundingModel
-from vg.models.saved import ENCODERS, WEIGHTS, best_of, check_encoders, read_weights
+from vg.models.saved import CONFIG, ENCODERS, WEIGHTS, best_of, check_encoders, check_is_model, read_weights
 from vg.types import TextSpec
 
-CONFIG, TOKENIZER, TRAINING = "config.yaml", "tokenizer", "training.pt"
+TOKENIZER, TRAINING = "tokenizer", "training.pt"
 VALIDATION = "validation.json"  # results of the evaluation of a checkpoint, if there was one
 SHARDS = "shards"  # beside TRAINING, the tensors of each process of FSDP2
 STATE = {  # keys of TRAINING
@@ -81,6 +81,7 @@ def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Groun
     Raises:
         CheckpointError: not a checkpoint, a damaged file, or weights that do not match the configuration.
     """
+    check_is_model(Path(folder))
     folder = best_of(Path(folder))
     if not folder.exists():
         raise CheckpointError("; ".join(filter(None, [f"{folder} does not exist", similar_paths(folder)])))
@@ -95,12 +96,6 @@ def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Groun
         raise CheckpointError(str(error)) from error
     load_weights(model, folder, config)
     return model.eval(), config
-
-
-def is_checkpoint(path: str | Path) -> bool:
-    """Whether a path is a run or checkpoint of vg, complete or not, instead of one of another library."""
-    files = (CONFIG, "best", WEIGHTS)
-    return any((Path(path) / name).exists() for name in files) and not (Path(path) / "config.json").exists()
 
 
 def load_weights(model: GroundingModel, folder: Path, config: CheckpointConfig) -> None:

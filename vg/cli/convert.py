@@ -25,7 +25,6 @@ def run(options: argparse.Namespace) -> None:
     from vg.checkpoint import new_checkpoint, write_weights
     from vg.config import CheckpointConfig
     from vg.errors import CheckpointError
-    from vg.inference.torch_backend import check_is_model
     from vg.models.grounding_dino.checkpoints import (
         bert_settings,
         not_stored,
@@ -37,7 +36,6 @@ def run(options: argparse.Namespace) -> None:
 
     if options.output.exists():
         raise CheckpointError(f"{options.output} exists; choose another path, or remove it first")
-    check_is_model(Path(options.checkpoint))
     checkpoint = read_checkpoint(options.checkpoint, bert_settings(options.tokenizer))
     print(f"{options.checkpoint}: {checkpoint}")
     is_file = options.to in ("official", "mmdet")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vg.checkpoint import TOKENIZER, is_checkpoint
+from vg.checkpoint import TOKENIZER
 from vg.config import CheckpointConfig, RunConfig, load_checkpoint_config, load_config, recipe_path
 from vg.data.source import Task
 from vg.errors import ConfigError
@@ -13,6 +13,7 @@ from vg.models.grounding_dino.checkpoints import read_checkpoint
 from vg.models.grounding_dino.checkpoints.files import local_path
 from vg.models.grounding_dino.config import BertConfig, ClassHeadConfig, GroundingDinoConfig, PredictConfig
 from vg.models.rec.config import RecConfig
+from vg.models.saved import is_checkpoint
 from vg.training.settings import TrainConfig
 
 SMALL = "small"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
-from vg.checkpoint import CONFIG
 from vg.config import load_config
 from vg.distributed import may_be_restarted, new_accelerator, raise_on_all_processes
 from vg.errors import ConfigError
@@ -22,6 +21,7 @@ from vg.finetuning.sizes import available_resources
 from vg.inference.draw import save_image
 from vg.inference.sample_grid import draw_samples
 from vg.models.base import GroundingModel
+from vg.models.saved import CONFIG
 from vg.settings import as_overrides
 from vg.training.data import phrases_with_boxes
 from vg.training.fsdp import check_launcher

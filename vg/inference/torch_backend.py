@@ -12,17 +12,18 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from vg.checkpoint import VALIDATION, is_checkpoint, read_model
+from vg.checkpoint import VALIDATION, read_model
 from vg.config import CheckpointConfig
 from vg.data.collate import Collator
 from vg.data.prompt import Expressions, Prompts
-from vg.errors import CheckpointError, ConfigError
+from vg.errors import ConfigError
 from vg.files import read_json
 from vg.inference.cuda_graphs import CudaGraphs, Recorder
 from vg.inference.result import NO_BOXES, Boxes
 from vg.models.base import GroundingModel, check_finite, on_host
 from vg.models.grounding_dino.checkpoints import open_model
 from vg.models.grounding_dino.checkpoints.files import local_path
+from vg.models.saved import is_checkpoint
 from vg.types import Batch, Prediction, Sample, map_tensors
 
 DTYPES = {
@@ -210,20 +211,11 @@ def load_model(
     return load(path, tokenizer, overrides, revision)[0]
 
 
-def check_is_model(path: Path) -> None:
-    """Raise CheckpointError for a file in the folder of a run or checkpoint, instead of the folder."""
-    if path.is_file() and path.suffix in (".yaml", ".yml"):
-        raise CheckpointError(f"{path} is a YAML file, not a model; give the folder of the run, such as {path.parent}")
-    if path.is_file() and path.suffix == ".safetensors" and is_checkpoint(path.parent):
-        raise CheckpointError(f"{path} has only the weights of a checkpoint; give its folder, {path.parent}")
-
-
 def load(
     path: str | Path, tokenizer: str | None, overrides: Sequence[str], revision: str | None
 ) -> tuple[GroundingModel, CheckpointConfig | None, dict[str, Any] | None]:
     """Like `load_model`; also return the configuration and the evaluation results of a checkpoint of vg."""
     folder = local_path(path, revision)
-    check_is_model(folder)
     if is_checkpoint(folder):
         if tokenizer is not None:
             raise ConfigError(f"{path} is a checkpoint of vg, which contains its tokenizer; leave {tokenizer} out")

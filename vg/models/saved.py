@@ -1,4 +1,4 @@
-"""Files of a saved model that models read, too: its weights, and the frozen encoders that it was trained with."""
+"""Files of a saved model that models read, too: its kind, weights, and the frozen encoders of its training."""
 
 from __future__ import annotations
 
@@ -13,13 +13,29 @@ from vg.errors import CheckpointError, DamagedCheckpointError
 from vg.files import read_json
 from vg.models.settings import ModelSettings
 
-WEIGHTS = "model.safetensors"
+CONFIG, WEIGHTS = "config.yaml", "model.safetensors"
 ENCODERS = "frozen_encoders.json"  # only with encoders whose weights are not in WEIGHTS
 
 
 def best_of(folder: Path) -> Path:
     """Return the best checkpoint of a run, or the folder itself if it is a checkpoint."""
     return folder / "best" if (folder / "best" / WEIGHTS).exists() else folder
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a path is a run or checkpoint of vg, complete or not, instead of one of another library."""
+    files = (CONFIG, "best", WEIGHTS)
+    return any((Path(path) / name).exists() for name in files) and not (Path(path) / "config.json").exists()
+
+
+def check_is_model(path: Path) -> None:
+    """Raise CheckpointError for an exported model, and for a file in a run or checkpoint instead of its folder."""
+    if path.is_file() and path.suffix in (".yaml", ".yml"):
+        raise CheckpointError(f"{path} is a YAML file, not a model; give the folder of the run, such as {path.parent}")
+    if path.is_file() and path.suffix == ".safetensors" and is_checkpoint(path.parent):
+        raise CheckpointError(f"{path} has only the weights of a checkpoint; give its folder, {path.parent}")
+    if path.is_file() and path.suffix in (".onnx", ".pt2"):
+        raise CheckpointError(f"{path} is an exported model; give the run or checkpoint that it was exported from")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -25,20 +25,21 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from vg.checkpoint import CONFIG, SHARDS, TRAINING, VALIDATION, new_checkpoint
+from vg.checkpoint import SHARDS, TRAINING, VALIDATION, new_checkpoint
 from vg.config import RunConfig, dump_config
 from vg.distributed import launches, raise_on_all_processes
 from vg.errors import CheckpointError, DamagedCheckpointError, TrainingError
 from vg.files import locked, read_json, read_text, remove, sync, write_bytes, write_json
-from vg.models.saved import WEIGHTS
+from vg.models.saved import CONFIG, WEIGHTS
 from vg.settings import changes, parse_yaml, read_yaml
 
 T = TypeVar("T")
@@ -160,7 +161,7 @@ class RunFolder:
         for folder in {*self.path.glob("checkpoints/step_*[0-9]")}.difference(self.checkpoints()):
             logger.warning("%s is ignored: %s or %s is missing", folder, WEIGHTS, TRAINING)
         config = dump_config(self.config)
-        if self.resume and (self.path / CONFIG).exists():
+        if self.resume:
             self._warn_of_other_settings(config)
         write_bytes(self.path / CONFIG, config.encode())
         if self.launches:
@@ -168,8 +169,12 @@ class RunFolder:
 
     def _warn_of_other_settings(self, config: str) -> None:
         """Compare a configuration with that of the run so far, of which the folder keeps nothing else."""
-        changed = changes(read_yaml(self.path / CONFIG), parse_yaml(config))
-        if found := [f"{name}: {old} before, {new} now" for name, old, new in changed]:
+        before, now = None, parse_yaml(config)
+        with suppress(OSError, yaml.YAMLError):  # a warning must not stop a run
+            before = read_yaml(self.path / CONFIG)
+        if not isinstance(before, dict):
+            logger.warning("%s is missing or damaged, and is written again", self.path / CONFIG)
+        elif found := [f"{name}: {old} before, {new} now" for name, old, new in changes(before, now)]:
             logger.warning("the run continues with other settings (%s)", "; ".join(found))
 
     def checkpoints(self) -> list[Path]:

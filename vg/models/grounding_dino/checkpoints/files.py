@@ -13,6 +13,7 @@ from torch import Tensor
 from vg.errors import CheckpointError, unpickling_problem
 from vg.files import similar_paths
 from vg.hub import loading
+from vg.models.saved import check_is_model
 
 
 def local_path(path: str | Path, revision: str | None = None) -> Path:
@@ -21,6 +22,7 @@ def local_path(path: str | Path, revision: str | None = None) -> Path:
     if local.exists():
         if revision is not None:
             raise CheckpointError(f"{path} is a local path, which has no revision {revision}; leave the revision out")
+        check_is_model(local)
         return local
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or local.suffix in (".pth", ".pt", ".safetensors"):
         raise CheckpointError("; ".join(filter(None, [f"{path} does not exist", similar_paths(path)])))
