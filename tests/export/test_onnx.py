@@ -154,7 +154,7 @@ def test_phrases_in_several_prompts(detector: tuple[GroundingModel, Path]) -> No
 
 def test_grid_sample_form_split_with_max_scores(tmp_path: Path) -> None:
     predict = PredictConfig(score="max", top_k=15, threshold=0.3, nms=0.7)
-    backbone = ResNetConfig(depths=[1, 1, 1, 1], widths=[16, 16, 32, 32])
+    backbone = ResNetConfig(depths=[1, 1, 1, 1], widths=[8, 16, 24, 32])
     model = tiny_model(**SHORT, backbone=backbone, predict=predict)
     file = tmp_path / "split.onnx"
     write_onnx(model, file, "grid-sample", split=True)
