@@ -183,6 +183,20 @@ def test_grid_sample_form_split_with_max_scores(tmp_path: Path) -> None:
         OnnxBackend(file)
 
 
+def test_files_of_different_exports_are_refused(run: Path, rec: Path, tmp_path: Path) -> None:
+    file, text = tmp_path / "split.onnx", tmp_path / "split.text.onnx"
+    write_onnx(vg.load_model(run), file, split=True)
+    assert len(vg.Grounder(file)(image(64, 64), "dog")) == 1
+    encoder = onnx.load(text)
+    encoder.metadata_props[0].value = "the digest of other weights"
+    other = encoder.SerializeToString()
+    del encoder.metadata_props[:]
+    for content in (other, encoder.SerializeToString(), rec.read_bytes(), file.read_bytes()):
+        text.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"split\.text\.onnx is not the text .*split\.onnx: copy both files"):
+            vg.Grounder(file)
+
+
 def test_grounder_has_the_same_interface(run: Path, rec: Path, tmp_path: Path) -> None:
     images = [image(60, 80), image(48, 48, 1)]
     expected, found = vg.Grounder(run, "cpu"), vg.Grounder(rec)
@@ -242,7 +256,7 @@ def test_int8_of_a_checkpoint_on_the_hub_reports_its_loss(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(run))
     monkeypatch.setattr("vg.hub._check_network", lambda: None)
-    main(["export", "somebody/found", str(tmp_path / "int8.onnx"), "--int8"])
+    main(["export", "somebody/found", str(tmp_path / "int8.onnx"), "--int8", "--split"])
     assert "after int8" in capsys.readouterr().out
 
 

@@ -16,7 +16,16 @@ import torch
 from vg.errors import ConfigError
 from vg.export.deform_attn import Form
 from vg.export.program import ExportedNetwork, max_tokens, parts, trace
-from vg.inference.onnx_backend import SETTINGS, SPECIAL_TOKENS, TOKENIZER, ExportSettings, text_file
+from vg.inference.onnx_backend import (
+    DETECTOR_WEIGHTS,
+    SETTINGS,
+    SPECIAL_TOKENS,
+    TEXT_WEIGHTS,
+    TOKENIZER,
+    ExportSettings,
+    text_file,
+)
+from vg.inference.torch_backend import TorchBackend
 from vg.models.base import GroundingModel
 from vg.models.grounding_dino.config import GroundingDinoConfig
 
@@ -48,11 +57,15 @@ def write_onnx(model: GroundingModel, path: Path, form: Form = "gather", split: 
     size = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
     if size > MAX_BYTES:
         raise ConfigError(f"the model has {size / 2**30:.1f} GiB of weights; an ONNX file holds 2 GiB: try --split")
+    weights = TorchBackend(model, "cpu").digest()
+    contents = {
+        "detector": (path, {SETTINGS: settings.dump(), TOKENIZER: tokenizer, DETECTOR_WEIGHTS: weights}),
+        "text": (text_file(path), {TEXT_WEIGHTS: weights}),
+    }
     for name, part in networks.items():
-        file = text_file(path) if name == "text" else path
+        file, metadata = contents[name]
         network = _translated(part, form, max_tokens(model))
-        if name == "detector":
-            network.model.metadata_props.update({SETTINGS: settings.dump(), TOKENIZER: tokenizer})
+        network.model.metadata_props.update(metadata)
         network.save(str(file), external_data=False)
 
 

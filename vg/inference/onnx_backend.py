@@ -23,6 +23,7 @@ from vg.types import ImageSpec, Sample, TextArrays, TextSpec
 
 INSTALL = "pip install onnxruntime"
 SETTINGS, TOKENIZER = "vg", "tokenizer.json"  # keys of the metadata of an ONNX file
+DETECTOR_WEIGHTS, TEXT_WEIGHTS = "detector_weights", "text_weights"  # keys of the digest of all weights of the model
 SPECIAL_TOKENS = ("cls_token", "sep_token", "pad_token", "unk_token", "bos_token", "eos_token")
 
 
@@ -80,7 +81,7 @@ class OnnxBackend:
 
     Raises:
         ConfigError: onnxruntime is not installed or does not support the device.
-        CheckpointError: not a file of `vg export`, or that of its text encoder is missing.
+        CheckpointError: not a file of `vg export`, or that of its text encoder is missing or of another model.
     """
 
     def __init__(self, path: str | Path, device: str | None = None, threads: int = 0):
@@ -91,7 +92,7 @@ class OnnxBackend:
         if SETTINGS not in metadata:
             raise CheckpointError(f"{path} was not written by vg export: it has no preprocessing; run vg export again")
         self.settings = ExportSettings.load(metadata[SETTINGS])
-        self.text_session = _open(text_file(self.path), self.device, threads) if self.settings.split else None
+        self.text_session = self._open_text(metadata, threads) if self.settings.split else None
         self.image_spec = self.settings.image_spec
         special = {name: token for name, token in self.settings.special_tokens.items() if name in SPECIAL_TOKENS}
         self.tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
@@ -160,6 +161,17 @@ class OnnxBackend:
         if self.text_session is not None:
             feeds |= self._encode(text.token_ids.tobytes(), text.mask.tobytes(), text.mask.shape)
         return self.session.run(None, {entry.name: feeds[entry.name] for entry in self.session.get_inputs()})
+
+    def _open_text(self, metadata: dict[str, str], threads: int) -> Any:
+        """Open the text encoder; raises CheckpointError if it is not that of the detector with this metadata."""
+        file = text_file(self.path)
+        session = _open(file, self.device, threads)
+        weights = session.get_modelmeta().custom_metadata_map.get(TEXT_WEIGHTS)
+        if weights is None or weights != metadata.get(DETECTOR_WEIGHTS):
+            raise CheckpointError(
+                f"{file} is not the text encoder of {self.path}: copy both files of one export, or run vg export again"
+            )
+        return session
 
     def _text(self, phrases: tuple[str, ...]) -> TextArrays:
         name = "the prompt"
