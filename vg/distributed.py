@@ -227,7 +227,7 @@ class StopSignal:
 
         The second one changes nothing, because schedulers and launchers send two. `nohup` is respected.
         """
-        if threading.current_thread() is not threading.main_thread():  # which cannot install handlers
+        if threading.current_thread() is not threading.main_thread():  # only that one can install handlers
             yield
             return
         old = {number: signal.getsignal(number) for number in self.signals}

@@ -250,7 +250,7 @@ def test_a_damaged_cache_is_rejected(folder: Path, name: str, damage: Any, messa
     ("sections", "message"),
     [
         ({"data": {"cache": None}}, "data.cache is not set"),
-        ({"data": {"cache": {"folder": "cache", "views": ["plain", "crop", "plain"]}}}, "views has plain twice"),
+        ({"data": {"cache": {"folder": "cache", "views": ["plain", "crop", "plain"]}}}, "views lists plain twice"),
         ({"model": {"vision": {"id": "vision", "frozen": False}}}, "model.vision.frozen is false"),
         ({"model": {"vision": {"architecture": {"model_type": "resnet"}}}}, "model.vision has no id"),
         (

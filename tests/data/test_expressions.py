@@ -73,6 +73,14 @@ def test_names_of_columns_in_upper_case(tmp_path: Path) -> None:
     assert list(detect_format(tmp_path / "set.csv")) == ["train", "val"]
     assert CsvConfig(path=str(tmp_path / "set.csv"), split="val").build().load(0, 0).boxes.tolist() == [BOX]
     assert [*read_table(tmp_path / "set.csv", "Class")] == [("a.png", "cat")] * 2, "vg label"
+    (tmp_path / "two.csv").write_text("Image,Caption,caption\na.png,upper,lower\n")
+    assert [*read_table(tmp_path / "two.csv", "Caption")] == [("a.png", "upper")]
+    assert [*read_table(tmp_path / "two.csv", "caption")] == [("a.png", "lower")]
+
+
+def test_of_several_columns_the_clear_ones_are_read() -> None:
+    columns = Columns.of(["image_path", "image_name", "phrase", "x", "y", "w", "h", *XYXY], "set.csv")
+    assert columns == ("image_path", "phrase", tuple(XYXY))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +224,8 @@ def test_boxes_are_those_of_the_upright_image(tmp_path: Path) -> None:
     assert source.load(0, epoch=0).image.tolist() == to_array(tmp_path / "a.png").tolist()
     assert source.image_sizes(0).tolist() == [[60, 40]]
     assert source.image_files() == [tmp_path / "a.png"]
-    assert not any("orientation" in issue.what for issue in diagnose({"train": config}, max_tokens=256).issues)
+    (issue,) = (x for x in diagnose({"train": config}, max_tokens=256).issues if "orientation" in x.what)
+    assert (issue.severity, issue.what[:43]) == ("note", "images that are read as viewers show them, ")
 
 
 def test_unreadable_images_do_not_stop_grouping(tmp_path: Path) -> None:

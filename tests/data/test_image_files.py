@@ -73,6 +73,11 @@ def test_folders_of_images(tmp_path: Path) -> None:
     for name, root in (("a.png", "images/default"), ("train/0.png", "images"), ("b.png", ""), ("c.png", "")):
         assert image_root(file, [name]) == tmp_path / root
     assert image_root(file, ["c.png", "a.png", "../b.png"]) == tmp_path / "images" / "default", "where most are"
+    write(tmp_path, "annotations/c.png", "depth/a.png", "images/a.png", "train2017/x.png", "val2017/y.png")
+    assert image_root(tmp_path / "annotations" / "labels.csv", ["c.png"]) == tmp_path / "annotations"
+    assert image_root(tmp_path / "depth.json", ["a.png"]) == tmp_path / "images", "depth is no split"
+    assert image_root(tmp_path / "my_train2017.json", ["x.png", "y.png"]) == tmp_path, "of both folders"
+    assert image_root(tmp_path / "my_train2017.json", ["x.png"]) == tmp_path / "train2017"
 
 
 @pytest.mark.parametrize("name", ["001.png", "000000000001.png"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
+from tests.data.detection.detection_files import write_image
 from vg.data import CocoConfig, CsvConfig, OdvgConfig, RefcocoConfig, ShapesConfig, VocConfig, YoloConfig
 from vg.data.check import diagnose
 from vg.data.images import UNKNOWN_SIZE
@@ -114,6 +116,23 @@ def test_images_outside_of_the_dataset_are_told_by_their_file_names(tmp_path: Pa
     first, second = ([f"{tmp_path}/{folder}/{index}.jpg" for index in range(20)] for folder in "ab")
     names = [[Path(key).name for key in parts_of(images)[1].image_keys()] for images in (first, second)]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("annotations", ["", "annotations"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_equal_names_in_many_folders(annotations: str, linked: bool, tmp_path: Path) -> None:
+    """Such as the frames of many videos."""
+    images = tmp_path / "elsewhere" if linked else tmp_path / "data" / "images"
+    for number in range(40):
+        write_image(images / str(number) / "rgb.png", 4, 4)
+    (file := tmp_path / "data" / annotations / "all.json").parent.mkdir(parents=True, exist_ok=True)
+    if linked:
+        (tmp_path / "data" / "images").symlink_to(images)
+    rows = [{"id": n, "file_name": f"images/{n}/rgb.png", "height": 4, "width": 4} for n in range(40)]
+    file.write_text(json.dumps({"images": rows, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}))
+    train, val = parts(CocoConfig(path=str(file)))
+    assert len(train) + len(val) == 40
+    assert 2 <= len(val) <= 16
 
 
 def test_datasets_that_cannot_be_split(tmp_path: Path) -> None:

@@ -209,9 +209,9 @@ def test_boxes_that_are_not_finite_raise(family: str, run: Path) -> None:
 
 
 def test_arguments_without_effect_are_refused(run: Path) -> None:
-    with pytest.raises(ConfigError, match="is a checkpoint of vg, which contains its tokenizer; leave words out"):
+    with pytest.raises(ConfigError, match="is a checkpoint of vg, which contains its tokenizer; leave 'words' out"):
         vg.Grounder(run, "cpu", tokenizer="words")
-    with pytest.raises(CheckpointError, match="is a local path, which has no revision v1"):
+    with pytest.raises(CheckpointError, match="is a local path, which has no revision 'v1'"):
         vg.Grounder(run, "cpu", revision="v1")
 
 

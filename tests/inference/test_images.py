@@ -58,10 +58,28 @@ def test_open_files_and_buffers(grounder: vg.Grounder, tmp_path: Path) -> None:
 def test_one_image_is_not_a_folder(grounder: vg.Grounder, tmp_path: Path) -> None:
     Image.new("RGB", (20, 10), "white").save(tmp_path / "a.png")
     for several in (tmp_path, f"{tmp_path}/*.png", "clip.mp4", "instances.json"):
-        with pytest.raises(DataError, match="stands for several images, where one is expected"):
+        with pytest.raises(DataError, match="stands for several images, or does not exist, where one is expected"):
             grounder.predict(several, "square")
-        with pytest.raises(DataError, match="stands for several images, where one is expected"):
+        with pytest.raises(DataError, match="stands for several images, or does not exist, where one is expected"):
             grounder.predict_batch([several], ["square"])
+
+
+def test_paths_in_a_table(grounder: vg.Grounder, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    Image.new("RGB", (20, 10), "white").save(tmp_path / "a.png")
+    paths = pandas.DataFrame({"path": [str(tmp_path / "a.png")] * 2})["path"]
+    assert [result.size for result in grounder(paths, "square")] == [(10, 20)] * 2
+
+
+def test_a_coco_file_that_is_a_link(grounder: vg.Grounder, tmp_path: Path) -> None:
+    """As in the folders of the Hub; its images are beside the link."""
+    (tmp_path / "files").mkdir()
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (20, 10), "white").save(tmp_path / "data" / "a.png")
+    (tmp_path / "files" / "0123").write_text('{"images": [{"file_name": "a.png", "height": 10, "width": 20}]}')
+    (tmp_path / "data" / "a.json").symlink_to(tmp_path / "files" / "0123")
+    (result,) = grounder(str(tmp_path / "data" / "a.json"), "square")
+    assert result.name == str(tmp_path / "data" / "a.png")
 
 
 def test_a_coco_file_has_its_images_where_training_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

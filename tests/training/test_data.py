@@ -163,7 +163,7 @@ def test_resuming_with_changed_annotations_warns_once(
     file.write_text(file.read_text().replace(old, new))
     config.train.max_steps = 2
     Trainer(config, resume=True).fit()
-    assert f"data.train changed since step 1: {message}; it continues after as many samples" in caplog.text
+    assert f"data.train changed since step 1: {message}; the run continues at the same position" in caplog.text
     assert "data.eval changed" not in caplog.text
     caplog.clear()
     Trainer(config, resume=True)

@@ -267,6 +267,9 @@ def test_a_finished_run_can_be_resumed_and_extended(
     assert Trainer(config, resume=True).fit() == results
     assert (tmp_path / "run" / "history.jsonl").read_text() == before
     assert not [message for message in caplog.messages if "other settings" in message]
+    (tmp_path / "run" / "config.yaml").write_text("model: [\n")
+    Trainer(config, resume=True)
+    assert "config.yaml is missing or damaged, and is written again" in caplog.text
     config.train.epochs, config.train.seed = 3, 5
     longer = Trainer(config, resume=True)
     changed = [message for message in caplog.messages if "other settings" in message]

@@ -32,4 +32,4 @@ class CacheConfig(Settings):
 
     def __post_init__(self) -> None:
         if twice := [view for view in ("plain", "flip") if self.views.count(view) > 1]:
-            raise ValueError(f"views has {', '.join(twice)} twice, which are the same features; name each once")
+            raise ValueError(f"views lists {' and '.join(twice)} twice, with the same features; list each once")

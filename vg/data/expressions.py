@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -39,11 +40,12 @@ _PATH = ("image_path", "image_name")  # where there is no other column of the im
 IMAGE = ("image", "file_name", "filename", *_PATH)
 PHRASE = ("phrase", "expression", "caption", "text")
 CLASS = ("class", "label", "name")  # where there is no phrase; a class has any number of boxes in an image
+_XYWH = ("x", "y", "w", "h")
 BOX: dict[tuple[str, ...], BoxFormat] = {
     ("left", "top", "right", "bottom"): XYXY,
     ("x1", "y1", "x2", "y2"): XYXY,
     ("xmin", "ymin", "xmax", "ymax"): XYXY,
-    ("x", "y", "w", "h"): XYWH,
+    _XYWH: XYWH,
     ("x", "y", "width", "height"): XYWH,
     ("box_xyxy",): XYXY,
     ("bbox_xyxy",): XYXY,
@@ -64,16 +66,15 @@ class Columns(NamedTuple):
     @classmethod
     def of(cls, names: Sequence[str], where: object) -> Columns:
         """Select the columns of a table by their names; raises DataError if that is not possible without a guess."""
-        images = [name for name in IMAGE if name in names]
-        images = [name for name in images if name not in _PATH] or images
+        images = [x for x in IMAGE if x in names and x not in _PATH] or [x for x in _PATH if x in names][:1]
         image = _only(images, "image file", " or ".join(IMAGE), names, where)
         phrases = [name for name in PHRASE if name in names] or [name for name in CLASS if name in names]
         phrase = _only(phrases, "phrase", f"{' or '.join(PHRASE)} (a class: {' or '.join(CLASS)})", names, where)
         unclear = [name for name in ("box", "bbox") if name in names]
         known = ", or ".join(", ".join(group) for group in BOX)
         boxes = [group for group in BOX if set(group) <= set(names)]
-        if ("x", "y", "w", "h") in boxes:  # width and height are those of the image
-            boxes = [group for group in boxes if "width" not in group]
+        if _XYWH in boxes:  # width and height are those of the image; x and y may also be in columns of their own
+            boxes = [group for group in boxes if group != _XYWH and "width" not in group] or [_XYWH]
         if unclear and not boxes:
             raise DataError(
                 f"{where}: the column {unclear[0]!r} does not say what its four numbers are; rename it to "
@@ -255,7 +256,7 @@ class CsvExpressions:
 
 
 def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the location ("line 3") and the cells by name of every row; names of a .csv file are in lower case.
+    """Yield the location ("line 3") and the cells by name of every row; known names of a .csv file are in lower case.
 
     Raises:
         DataError: the file cannot be read, or has a line that is not a row.
@@ -276,18 +277,17 @@ def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             opened.seek(0)
             separator = max(_SEPARATORS, key=first.count)
             reader = csv.DictReader(opened, delimiter=separator)
-            if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
-                raise DataError(f"{file}: two columns have the same name; rename one of {reader.fieldnames}")
-            lower = [name.lower() for name in reader.fieldnames or ()]
-            reader.fieldnames = [
-                low if lower.count(low) == 1 else name for name, low in zip(reader.fieldnames or (), lower, strict=True)
-            ]
+            columns = reader.fieldnames or ()
+            if len(set(columns)) < len(columns):
+                raise DataError(f"{file}: two columns have the same name; rename one of {columns}")
+            lower = [name.lower() for name in columns]
+            once = {name for name in {SPLIT, *IMAGE, *PHRASE, *CLASS, *chain(*BOX)} if lower.count(name) == 1}
+            reader.fieldnames = [low if low in once else name for name, low in zip(columns, lower, strict=True)]
             for row in reader:
                 if None in row or None in row.values():
                     raise DataError(
                         f"{file}, line {reader.line_num}: not as many cells as the first line, which names "
-                        f"{len(reader.fieldnames or ())} columns; separate them with "
-                        f"{_SEPARATORS[separator]}, and quote phrases with one"
+                        f"{len(columns)} columns; separate them with {_SEPARATORS[separator]}, quote phrases with one"
                     )
                 yield f"line {reader.line_num}", row
     except (OSError, UnicodeDecodeError, csv.Error) as error:

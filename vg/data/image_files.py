@@ -20,31 +20,33 @@ COCO_KEY = "coco/"  # what the keys of COCO images begin with
 
 def dataset_folder(file: Path) -> Path:
     """Return the folder of an annotation file, or its parent if that is `annotations`."""
-    folder = file.resolve().parent
+    folder = Path(os.path.abspath(file)).parent  # a file that is a link is where the link is
     return folder.parent if folder.name == "annotations" else folder
 
 
 def image_root(file: Path, names: Sequence[str]) -> Path:
-    """Return the folder of the images of an annotation file.
+    """Return the folder of the images of an annotation file: the one where most of them are found.
 
-    It is the folder of the dataset, unless more images are in a folder named by a word of the file name (for
-    instances_val2017.json `val2017`, `val`, `images/val2017` or `images/val`), or in `images`.
+    That is the folder of the dataset, or of the file, or `images`, or one of the split that the name of the file has:
+    for instances_val2017.json `val2017`, `val`, `images/val2017` or `images/val`. Of several, it is the first in which
+    most images are directly, not in folders that COCO has.
 
     Args:
         names: the images; only a few of them are looked for.
     """
     folder = dataset_folder(file)
-    words = [word for word in reversed(re.split(r"[\W_]+", file.stem)) if word]
-    folders = [split for word in words for split in (word, word.rstrip("0123456789"))]
-    roots = [folder, *(folder / images / split for split in folders for images in ("", "images")), folder / "images"]
+    words = [word for word in re.split(r"[\W_]+", file.stem) if _SPLIT.fullmatch(word) or word == "default"]  # CVAT
+    splits = [split for word in reversed(words) for split in (word, word.rstrip("0123456789"))]
+    roots = [folder, Path(os.path.abspath(file)).parent]
+    roots += [folder / images / split for split in splits for images in ("", "images")] + [folder / "images"]
     some = names[:: len(names) // _NUM_LOCATED + 1]
-    existing = [root for root in roots if root.is_dir()]
-    return max(existing, key=lambda root: sum(_is_file(name, root) for name in some))  # the first one of equal
 
+    def found(root: Path) -> tuple[int, int]:
+        files = [_image_file(slashed(name, root), root, FOLDERS) for name in some]
+        existing = [(name, path) for name, path in zip(some, files, strict=True) if path and path.is_file()]
+        return len(existing), sum(path == root / slashed(name, root) for name, path in existing)
 
-def _is_file(name: str, root: Path) -> bool:
-    path = slashed(name, root)
-    return not is_outside(path, root) and os.path.isfile(root / path)
+    return max(filter(Path.is_dir, roots), key=found)
 
 
 def image_files(names: Sequence[str], root: Path) -> list[Path | None]:

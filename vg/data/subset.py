@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt
 
 from vg.data import DatasetConfig
+from vg.data.image_files import dataset_folder
 from vg.data.shards.source import Shards
 from vg.data.source import (
     HasCategoryIds,
@@ -105,7 +107,7 @@ class Part(Subset[Sample]):
         if not isinstance(source, HasImageKeys):
             raise DataError(f"{source.provenance} does not name its images, so it cannot be split by image")
         self._keys = source.image_keys()
-        images = set(self._keys)
+        images = [*dict.fromkeys(self._keys)]
         if len(images) < 2:
             raise DataError(f"{source.provenance} has {len(images)} image; a training and a validation part need two")
         row = row_key(source.provenance, "")
@@ -115,9 +117,8 @@ class Part(Subset[Sample]):
                 "of one image; add their names as a column file_name",
                 stacklevel=3,
             )
-        location = _location(config.dataset, source)
-        names = {key: _name(key.removeprefix(row).removeprefix(location)) for key in images}
-        drawn = sorted((_hash(config.seed, name), key) for key, name in names.items())
+        names = _names([key.removeprefix(row) for key in images], _location(config.dataset, source))
+        drawn = sorted((_hash(config.seed, name), key) for name, key in zip(names, images, strict=True))
         count = sum(value < config.fraction for value, _ in drawn)
         val = {key for _, key in drawn[: min(max(1, count), len(drawn) - 1)]}
         wanted = config.part == "val"
@@ -138,14 +139,19 @@ def _location(dataset: DatasetConfig, source: Source) -> str:
     """Return the beginning of the keys of the images of a dataset that changes when it is moved or written again."""
     if isinstance(source, Shards):
         return source.own_key
-    path = Path(getattr(dataset, "image_root", None) or getattr(dataset, "path", None) or ".").resolve()
-    return f"{path if path.is_dir() else path.parent}{os.sep}"
+    root, path = getattr(dataset, "image_root", None), Path(getattr(dataset, "path", None) or ".")
+    folder = Path(root) if root else path if path.is_dir() else dataset_folder(path)
+    return f"{folder.resolve()}{os.sep}"
 
 
-def _name(key: str) -> str:
-    """Return the name of an image with the key below its folder; it is the file name if that is another folder."""
-    path = Path(key)
-    return path.name if path.is_absolute() else path.as_posix()
+def _names(keys: Sequence[str], location: str) -> list[str]:
+    """Return the names of images below their folder; for those that are elsewhere, below the folder of all of them."""
+    names = [Path(key.removeprefix(location)).as_posix() for key in keys]
+    elsewhere = [name for name in names if os.path.isabs(name)]
+    if len({os.path.basename(name) for name in elsewhere}) == len(elsewhere):
+        return [os.path.basename(name) if os.path.isabs(name) else name for name in names]
+    common = os.path.commonpath(elsewhere)
+    return [os.path.relpath(name, common) if os.path.isabs(name) else name for name in names]
 
 
 def _hash(seed: int, name: str) -> float:

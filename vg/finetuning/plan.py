@@ -23,6 +23,7 @@ from vg.finetuning.sizes import Resources, available_resources, sized
 from vg.models.encoders import cached_token_counter
 from vg.settings import differences
 
+NUM_LISTED = 5  # classes without a box that the plan names
 NUM_CHECKED = 2000  # images of each dataset that are opened; `vg check` opens all
 FRACTION = 0.2  # of the images, for validation
 
@@ -231,8 +232,11 @@ def _check(draft: RunConfig, recipe: Recipe, path: Path) -> list[str]:
     ]
     train, found = diagnosis.datasets[0], diagnosis.datasets[0].classes_with_boxes
     if empty := [name for name in train.classes if name not in found]:
-        used = shlex.join(name for name in train.classes if name in found)
-        notes.append(f"classes without any box: {', '.join(empty)}; leave them out with --phrases {used}")
+        more = f" and {len(empty) - NUM_LISTED} more" if len(empty) > NUM_LISTED else ""
+        notes.append(
+            f"classes without any box: {', '.join(empty[:NUM_LISTED])}{more}; --phrases with the names of the other "
+            "classes leaves them out"
+        )
     return notes
 
 

@@ -27,12 +27,12 @@ def check_count(value: Any, name: str, minimum: int = 1) -> None:
         raise ConfigError(f"{name} {value!r:.80}: expected at least {minimum}, an integer")
 
 
-def check_fraction(value: Any, name: str, maximum: float = 1.0, meaning: str = "a score or IoU") -> None:
-    """Raise ConfigError unless a number, such as a score, is in 0..maximum."""
+def check_fraction(value: Any, name: str, maximum: float = 1.0, meaning: str = "a score or IoU") -> float:
+    """Return a number, such as a score; raises ConfigError unless it is in 0..maximum."""
     try:
-        valid = bool(0 <= value <= maximum)
+        if 0 <= value <= maximum:
+            return float(value)
     except (TypeError, ValueError):  # such as text, or several values
-        valid = False
-    if not valid:
-        shown = f"{value:g}" if isinstance(value, (int, float)) else f"{value!r:.80}"
-        raise ConfigError(f"{name} {shown}: expected {meaning} from 0 to {maximum:g}, such as 0.3")
+        pass
+    shown = f"{value:g}" if isinstance(value, (int, float)) else f"{value!r:.80}"
+    raise ConfigError(f"{name} {shown}: expected {meaning} from 0 to {maximum:g}, such as 0.3")

@@ -78,8 +78,10 @@ def predict_and_crop(
     Raises:
         DataError: an unreadable image or several, an empty prompt, or no box with a sufficient score.
         ConfigError, PredictionError: see `Grounder.predict`.
-        TypeError: another argument in the place of the tokenizer.
+        TypeError: another argument in the place of the tokenizer or the transforms.
     """
+    if transforms is not None and not callable(transforms):
+        raise TypeError(f"{transforms!r:.80} does not transform images; give device= and threshold= by name")
     if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
         raise TypeError(f"{tokenizer!r:.80} is not a tokenizer; give device= and threshold= by name")
     if not isinstance(model, Grounder):

@@ -31,13 +31,11 @@ THRESHOLD, PROBABLE = 0.3, 0.5  # minimum scores for many phrases, and for expre
 
 
 class Grounder:
-    """Finds what phrases name in images.
+    """Finds what phrases name in images. Threads may share one; a process that is spawned creates its own.
 
         grounder = vg.Grounder("runs/demo")
         result = grounder("street.jpg", ["dog", "traffic light"])
         for phrase, score, box in result: ...  # box: (left, top, right, bottom) in pixels
-
-    Threads may share a Grounder; a process that is spawned creates its own.
 
     Args:
         model: a model, or a path for `load_model`: the folder of a run or checkpoint, or a published Grounding DINO; or
@@ -83,6 +81,8 @@ class Grounder:
             model, self.config, self.results = load(model, tokenizer, overrides, revision)
         elif not hasattr(model, "text_spec"):
             raise ConfigError(f"a Grounder needs a model or its path, not a {type(model).__name__}")
+        elif tokenizer or overrides or revision:
+            raise ConfigError("a model that is loaded takes no tokenizer, overrides or revision; give its path")
         self.backend = TorchBackend(model, device, dtype, cuda_graphs)
 
     @classmethod

@@ -91,9 +91,12 @@ def is_single(images: Any) -> bool:
 
 
 def check_single(image: Any) -> Any:
-    """Return an image; raises DataError for a folder, pattern, video or collection, which are several."""
+    """Return an image; raises DataError for the path of a folder, pattern or video, which are several."""
     if isinstance(image, (str, Path)) and not is_single(image):
-        raise DataError(f"{image} stands for several images, where one is expected; call the Grounder with it")
+        raise DataError(
+            f"{image} stands for several images, or does not exist, where one is expected; a call of the Grounder "
+            "takes several"
+        )
     return image
 
 
@@ -117,7 +120,7 @@ def named_images(
     given: Any = [images] if _is_content(images) else images
     if isinstance(given, (str, Path)):
         return _of_path(str(given), every)
-    if not isinstance(given, Iterable) or isinstance(given, Mapping) or hasattr(given, "dtype"):
+    if not isinstance(given, Iterable) or isinstance(given, Mapping) or getattr(given, "ndim", 1) != 1:
         raise DataError(_wrong_type("images", given))
     if isinstance(given, (list, tuple)):
         parts = [

@@ -99,8 +99,7 @@ class Result:
 
     def above(self, threshold: float) -> Result:
         """Return the boxes that score at least `threshold`; raises ConfigError unless that is 0..1."""
-        check_fraction(threshold, "threshold")
-        return self.select(self.scores >= float(threshold))
+        return self.select(self.scores >= check_fraction(threshold, "threshold"))
 
     def nms(self, iou: float, exclusive: bool = False) -> Result:
         """Return the boxes without those whose IoU with a better box of the same phrase is above `iou`.
@@ -109,9 +108,8 @@ class Result:
             iou: 0..1; another value raises ConfigError.
             exclusive: compare with the boxes of all phrases, because an object has only one.
         """
-        check_fraction(iou, "nms")
         groups = np.zeros_like(self.phrase_ids) if exclusive else self.phrase_ids
-        return self.select(nms(self.boxes, self.scores, float(iou), groups))
+        return self.select(nms(self.boxes, self.scores, check_fraction(iou, "iou"), groups))
 
     def best(self) -> Result:
         """Return the best box of every phrase that has one, in the order of the phrases."""

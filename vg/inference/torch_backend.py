@@ -218,7 +218,7 @@ def load(
     folder = local_path(path, revision)
     if is_checkpoint(folder):
         if tokenizer is not None:
-            raise ConfigError(f"{path} is a checkpoint of vg, which contains its tokenizer; leave {tokenizer} out")
+            raise ConfigError(f"{path} is a checkpoint of vg, which contains its tokenizer; leave {tokenizer!r} out")
         model, config = read_model(folder, overrides)
         files = (folder / name for name in (f"best/{VALIDATION}", VALIDATION))
         results = next((read_json(file, dict) for file in files if file.exists()), None)

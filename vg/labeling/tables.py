@@ -21,11 +21,12 @@ def read_table(file: Path, captions: str | None) -> Iterator[tuple[str, str | No
     Raises:
         DataError: the file cannot be read, has no such column, or a row has no image or a caption that is not text.
     """
-    captions = captions.lower() if captions and file.suffix == ".csv" else captions  # as `read_rows` names it
     first = (captions or "").partition(".")[0]
     image = ""
     for location, row in _parquet_rows(file, first) if file.suffix == ".parquet" else read_rows(file):
         image = image or next((name for name in IMAGE if name in row), "")
+        if captions and first not in row and first.lower() in row:  # `read_rows` has known names in lower case
+            captions, first = captions.lower(), first.lower()
         if not image or (captions and first not in row):
             missing = f"{first} (--captions)" if image else f"{' or '.join(IMAGE)} (the image file)"
             raise DataError(f"{file}, {location}: no column {missing}; the columns are {', '.join(row)}")

@@ -19,7 +19,7 @@ from vg.training.data import describe_source
 logger = logging.getLogger(__name__)
 
 CONSEQUENCES = {
-    "train": "it continues after as many samples of this epoch, with other steps than without the change",
+    "train": "the run continues at the same position of the epoch, and its next steps differ",
     "eval": "earlier scores are of other data, and only a higher score replaces the best checkpoint",
 }
 
@@ -52,13 +52,13 @@ class Digests:
         for name, (now, digest) in self.state().items():
             then, old_digest = before.get(name, (now, digest))
             if digest != old_digest:
-                kind, _, _ = name.partition(".")
+                role, _, _ = name.partition(".")
                 change = f"{then}, now {now}" if then != now else f"{now}, but other annotations"
-                logger.warning("data.%s changed since step %d: %s; %s", name, step, change, CONSEQUENCES[kind])
+                logger.warning("data.%s changed since step %d: %s; %s", name, step, change, CONSEQUENCES[role])
 
 
 def _fingerprint(source: Source[Any]) -> str:
-    """Return the digest of the annotations of a source that is not a mixture; empty if it has none."""
+    """Return the digest of the annotations of a source that is not a mixture; its length if it has none."""
     if isinstance(source, HasFingerprint):
         return source.fingerprint()
-    return _fingerprint(source.source) if isinstance(source, Subset | CachedSource) else ""
+    return _fingerprint(source.source) if isinstance(source, Subset | CachedSource) else str(len(source))

@@ -124,6 +124,14 @@ def test_one_annotation_file_in_the_folder_of_each_split(name: str, tmp_path: Pa
         detect_format(tmp_path)
 
 
+def test_xml_files_in_folders_of_splits(tmp_path: Path) -> None:
+    """As one dataset, images of val would be trained on."""
+    for split in ("train", "val"):
+        voc(tmp_path / "annotations" / split, "")
+    with pytest.raises(DataError, match=r"annotations has the folders train and val: move .*/train\)"):
+        detect_format(tmp_path)
+
+
 def test_advice_for_yolo_of_cvat(tmp_path: Path) -> None:
     write_image(tmp_path / "obj_train_data" / "a.png")
     (tmp_path / "obj.names").write_text("cat\n")

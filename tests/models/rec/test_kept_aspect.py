@@ -306,7 +306,7 @@ def test_one_size_per_batch() -> None:
 def test_an_image_has_whole_tokens(size: int, nearest: str, keep_aspect: bool) -> None:
     """The encoder does not see the remainder, and the head would take the cells for the whole image."""
     config = replace(RecConfig.tiny(), image_size=size, keep_aspect=keep_aspect)
-    message = rf"model\.image_size={size} is not a multiple of 8, .*; set it to {nearest}$"
+    message = rf"image_size={size} is not a multiple of the stride of the encoder, 8 pixels; set it to {nearest}$"
     with pytest.raises(ConfigError, match=message):
         config.build()
 

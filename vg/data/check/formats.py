@@ -163,7 +163,13 @@ def _yolo_advice(folder: Path) -> str:
 def _voc(folder: Path) -> Iterator[_Format]:
     """Find the xml files of the folder, and those of its folders train, val, ..., which may be something else."""
     if _has_xml(folder):
-        certain = xml_folder(folder) in (folder, folder / "Annotations")
+        xmls = xml_folder(folder)
+        certain = xmls in (folder, folder / "Annotations")
+        if len(splits := [split for split in SPLITS if xmls != folder and (xmls / split).is_dir()]) > 1:
+            raise DataError(
+                f"{xmls} has the folders {' and '.join(splits)}: move the xml files and images of each to a folder of "
+                f"its own ({folder / splits[0]})"
+            )
         yield _Format("xml files (Pascal VOC)", partial(_voc_splits, folder), certain)
     split_folders = {split: folder / split for split in SPLITS if _has_xml(folder / split)}
     if split_folders:

@@ -27,8 +27,8 @@ class QuerySelection(nn.Module):
     Mixed query selection (DINO): the boxes of the selected tokens become the reference boxes of the decoder queries,
     but the content of the queries is learned, one vector per rank.
 
-    A token that is padding is never selected. One whose proposal is invalid is zeroed but may be, with the box
-    (1, 1, 1, 1) (published rule).
+    A token that is padding is never selected. A token with an invalid proposal is zeroed, but can still be selected;
+    its box is (1, 1, 1, 1) (as published).
     """
 
     def __init__(self, config: GroundingDinoConfig):

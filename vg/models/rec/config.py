@@ -132,7 +132,7 @@ class RecConfig(ModelSettings):
     weights: str | None = None
     """Run or checkpoint of vg to start from, whose settings are the same."""
     image_size: PositiveInt = 224
-    """Side of the square to which images are stretched, in pixels; a multiple of those of a token of the encoder."""
+    """Side of the square to which images are stretched, in pixels; a multiple of the stride of the encoder."""
     keep_aspect: bool = False
     """Keep the aspect ratio of an image, up to whole tokens, instead of stretching it: as many tokens as a square of
     image_size has, or slightly fewer."""

@@ -53,8 +53,8 @@ class RecModel(EncodableModel):
         if side % stride:  # the encoder ignores the remainder or pads it, so that cells are not where the head has them
             nearest = " or ".join(str(near) for near in (side // stride * stride, -(-side // stride) * stride) if near)
             raise ConfigError(
-                f"model.image_size={side} is not a multiple of {stride}, the pixels of a token of the encoder; set it "
-                f"to {nearest}"
+                f"model.image_size={side} is not a multiple of the stride of the encoder, {stride} pixels; set it to "
+                f"{nearest}"
             )
         self.text = Encoder(config.text, pretrained, lazy=pretrained and "text" in self.external)
         self.extra_text: Encoder | None = None

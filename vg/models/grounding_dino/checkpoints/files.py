@@ -21,7 +21,7 @@ def local_path(path: str | Path, revision: str | None = None) -> Path:
     local = Path(path)
     if local.exists():
         if revision is not None:
-            raise CheckpointError(f"{path} is a local path, which has no revision {revision}; leave the revision out")
+            raise CheckpointError(f"{path} is a local path, which has no revision {revision!r}; leave it out")
         check_is_model(local)
         return local
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or local.suffix in (".pth", ".pt", ".safetensors"):
