@@ -163,8 +163,11 @@ def test_label_studio(files: dict[str, Path]) -> None:
         assert box == pytest.approx(true_box, abs=0.02)
 
 
-def test_masks_come_back() -> None:
+def test_masks_come_back(tmp_path: Path) -> None:
     found = result(masks=True)
+    write_results(found, tmp_path / "masks.json", "coco")
+    annotations = json.loads((tmp_path / "masks.json").read_text())["annotations"]
+    assert [row["area"] for row in annotations] == found.masks.sum(axis=(1, 2)).tolist()  # type: ignore[union-attr]
     for entry, mask in zip(found.to_dict()["boxes"], found.masks, strict=True):
         np.testing.assert_array_equal(decode(entry["mask"]).astype(bool), mask)
     assert found.to_coco(7)[0].keys() == {"image_id", "category_id", "bbox", "score", "segmentation"}

@@ -135,11 +135,20 @@ def _coco(records: Iterable[Record]) -> dict[str, Any]:
         for phrase in record["phrases"]:
             numbers.setdefault(phrase, len(numbers) + 1)
         for entry, result in zip(record["boxes"], coco_results(record, image_id), strict=True):
-            width, height = result["bbox"][2:]
             added = {"id": len(annotations) + 1, "category_id": numbers[entry["phrase"]], "iscrowd": 0}
-            annotations.append(result | added | {"area": round(width * height, 2)})
+            annotations.append(result | added | {"area": _area(result)})
     categories = [{"id": number, "name": phrase} for phrase, number in numbers.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _area(result: Mapping[str, Any]) -> float:
+    """Return the area of a COCO result in pixels: that of its mask, or else of its box."""
+    if "segmentation" not in result:
+        width, height = result["bbox"][2:]
+        return round(width * height, 2)
+    from pycocotools.mask import area
+
+    return float(area(result["segmentation"]))
 
 
 def _rows(record: Record) -> Iterator[dict[str, Any]]:

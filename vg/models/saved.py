@@ -1,4 +1,4 @@
-"""Files of a saved model that models read, too: its kind, weights, and the frozen encoders of its training."""
+"""Files of a saved model that models read, too: its configuration, weights, and the frozen encoders of its training."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def read_dataset(name: str, config: Any, limit: int | None) -> CheckedDataset:
             messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
             dataset.issues.add("warning", "warnings of the dataset itself", "see the message", messages)
             if limit is None and isinstance(source, HasChecksums):
-                fix = "copy them again, or write the dataset again"
+                fix = "copy them again, or remove them and repeat vg shard"
                 dataset.issues.add("error", "damaged or missing files", fix, source.damaged_files())
             _read_samples(source, dataset, limit)
     except (DataError, OSError) as error:

@@ -15,7 +15,7 @@ from vg.data.shards.index import INDEX, ShardFile
 from vg.errors import DataError
 from vg.files import remove, replacing, sha256_of
 
-_FIX = "copy it again, or write the dataset with vg shard"
+_FIX = "copy it again, or remove it and repeat vg shard"
 UNFINISHED = "unfinished.json"  # settings of shards that are being written
 _ABANDONED = 3600.0  # seconds after which a partial file has no writer any more; a download writes all the time
 
