@@ -286,8 +286,8 @@ def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             for row in reader:
                 if None in row or None in row.values():
                     raise DataError(
-                        f"{file}, line {reader.line_num}: not as many cells as the first line, which names "
-                        f"{len(columns)} columns; separate them with {_SEPARATORS[separator]}, quote phrases with one"
+                        f"{file}, line {reader.line_num}: not as many cells as columns in the first line, "
+                        f"{len(columns)}; separate them with {_SEPARATORS[separator]}, and quote phrases with one"
                     )
                 yield f"line {reader.line_num}", row
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -27,9 +27,9 @@ def dataset_folder(file: Path) -> Path:
 def image_root(file: Path, names: Sequence[str]) -> Path:
     """Return the folder of the images of an annotation file: the one where most of them are found.
 
-    That is the folder of the dataset, or of the file, or `images`, or one of the split that the name of the file has:
-    for instances_val2017.json `val2017`, `val`, `images/val2017` or `images/val`. Of several, it is the first in which
-    most images are directly, not in folders that COCO has.
+    That is the folder of the dataset, or `images`, or one of the split that the name of the file has: for
+    instances_val2017.json `val2017`, `val`, `images/val2017` or `images/val`. Of several, it is the first in which most
+    images are directly, not in folders that COCO has. If none has any, it is the folder of the file.
 
     Args:
         names: the images; only a few of them are looked for.
@@ -37,16 +37,16 @@ def image_root(file: Path, names: Sequence[str]) -> Path:
     folder = dataset_folder(file)
     words = [word for word in re.split(r"[\W_]+", file.stem) if _SPLIT.fullmatch(word) or word == "default"]  # CVAT
     splits = [split for word in reversed(words) for split in (word, word.rstrip("0123456789"))]
-    roots = [folder, Path(os.path.abspath(file)).parent]
-    roots += [folder / images / split for split in splits for images in ("", "images")] + [folder / "images"]
+    roots = [folder, *(folder / images / split for split in splits for images in ("", "images")), folder / "images"]
     some = names[:: len(names) // _NUM_LOCATED + 1]
 
     def found(root: Path) -> tuple[int, int]:
         files = [_image_file(slashed(name, root), root, FOLDERS) for name in some]
-        existing = [(name, path) for name, path in zip(some, files, strict=True) if path and path.is_file()]
+        existing = [(name, path) for name, path in zip(some, files, strict=True) if path and os.path.isfile(path)]
         return len(existing), sum(path == root / slashed(name, root) for name, path in existing)
 
-    return max(filter(Path.is_dir, roots), key=found)
+    best, own = max(filter(Path.is_dir, roots), key=found), Path(os.path.abspath(file)).parent
+    return best if any(found(best)) or not any(found(own)) else own
 
 
 def image_files(names: Sequence[str], root: Path) -> list[Path | None]:

@@ -123,8 +123,8 @@ def backward(
         torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (value, locations, weights)
     )
     for level, height, width, pixels in levels_with_pixels(shapes):
+        weight = weights[:, :, :, None, level].to(dtype)  # [B, Q, H, 1, P]
         corner = corners(locations[:, :, :, level], height, width)
-        weight = weights[:, :, :, None, level].to(dtype).where(corner.inside, 0)  # [B, Q, H, 4, P]
         rows, shares = _by_sum(corner.row), _by_sum(corner.share * weight)
         grad_table, match = embedding_bag_backward(grad, table_of(value[:, pixels]), rows, shares)
         grad_value[:, pixels] = grad_table[:-1].view(grad_value[:, pixels].shape)
