@@ -84,8 +84,7 @@ def test_upload_type_filter_correct_download(page: Any) -> None:
     wait_for(page, "a box: 2")
 
     cell(page, 1, 0).dblclick()
-    page.keyboard.press("Control+a")
-    page.keyboard.type("gray box")
+    page.locator("textarea:focus, input:focus").fill("gray box")
     page.keyboard.press("Enter")
     wait_for(page, "gray box: 1")
     sync_api.expect(cell(page, 0, 0)).to_contain_text("gray box")  # the best box now
