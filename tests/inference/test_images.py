@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from io import BytesIO, StringIO
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,8 @@ def test_open_files_and_buffers(grounder: vg.Grounder, tmp_path: Path) -> None:
             assert is_single(image)
             assert grounder(image, "square").size == (10, 20)
             assert [result.size for result in grounder([image, image], "square")] == [(10, 20)] * 2
-    with (tmp_path / "a.png").open() as file:
-        for text in (StringIO("x"), file):
+    with (tmp_path / "a.png").open() as file, NamedTemporaryFile("w+") as wrapped:
+        for text in (StringIO("x"), file, wrapped):
             with pytest.raises(DataError, match="image 0 is a file opened as text; open it with mode 'rb'"):
                 grounder(text, "square")
 

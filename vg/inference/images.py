@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -69,11 +68,14 @@ def _content(image: bytes | bytearray | memoryview | IO[bytes], name: str) -> by
     """Return the bytes of an image file; an open file is read from its beginning."""
     if isinstance(image, (bytes, bytearray, memoryview)):
         return bytes(image)
-    if isinstance(image, io.TextIOBase):  # type: ignore[unreachable]
-        raise DataError(f"image {name} is a file opened as text; open it with mode 'rb'")
     with suppress(AttributeError, OSError):  # a stream has no beginning to return to
         image.seek(0)
-    return image.read()
+    content: object = ""
+    with suppress(UnicodeDecodeError):  # of a file opened as text
+        content = image.read()
+    if not isinstance(content, bytes):
+        raise DataError(f"image {name} is a file opened as text; open it with mode 'rb'")
+    return content
 
 
 def _is_content(image: Any) -> bool:
