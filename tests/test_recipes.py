@@ -20,7 +20,7 @@ from vg.models.grounding_dino.config import GroundingDinoConfig, ResNetConfig, S
 from vg.models.rec.config import DenseHeadConfig, RecConfig
 from vg.models.rec.model import RecModel
 from vg.training.optim import build_schedule, select_trainable
-from vg.types import Text
+from vg.types import Features, Text
 
 FOLDER = Path(__file__).parents[1] / "configs" / "grounding_dino"
 FINE_TUNED = ["finetune_coco_swin_t", "finetune_coco_swin_b", "finetune_cat", "finetune_own"]
@@ -342,7 +342,7 @@ def test_the_cost_of_adapters_in_text_encoders(name: str) -> None:
 
         def step() -> None:
             words, valid = model.encode_text(tokens)
-            output = model.head(torch.zeros(rows, 201, 768), (14, 14), words, valid)
+            output = model.head(Features(torch.zeros(rows, 201, 768), (14, 14), words, valid))
             (output.logits.sum() + output.boxes.sum()).backward()
 
         words_only = gigaflops(lambda: model.encode_text(tokens)[0].sum().backward())

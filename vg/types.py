@@ -218,7 +218,7 @@ class Features(NamedTuple):
     grid: tuple[int, int]  # rows, columns; of the image with the most cells
     text: Tensor | Text  # [R, T, D of the text encoder]; its input if it is trained and only images are cached
     text_mask: Tensor  # [R, T] bool, False = padding
-    image_ids: Tensor  # [R] int64, index of the image that an expression refers to
+    image_ids: Tensor | None = None  # [R] int64, index of the image of an expression; None: expression r has image r
     max_per_image: int | None = None  # expressions of one image; None: computed from image_ids, which synchronizes
     grids: tuple[tuple[int, int], ...] | None = None  # [B] of each image; None if all are equal: there is no padding
 

@@ -185,10 +185,8 @@ class RecCost:
                 output = self.model.decode(self._features(num_images, num_texts, cached))
                 with torch.autocast("cpu", enabled=False):
                     output = type(output)(*(x.float() for x in output))  # as Accelerate does
-                    targets = [torch.full((num_texts, 4), 0.5)]
-                    if self.model.generalized:
-                        targets = [targets[0].unsqueeze(1), torch.ones(num_texts, 1, dtype=torch.bool)]
-                    losses = self.model.head.loss(output, *targets)  # type: ignore[arg-type]
+                    boxes, mask = torch.full((num_texts, 1, 4), 0.5), torch.ones(num_texts, 1, dtype=torch.bool)
+                    losses = self.model.head.loss(output, boxes, mask)  # type: ignore[arg-type]
                     torch.stack(list(losses.values())).sum().backward()
                     torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm or math.inf)
                     self.optimizer.step()

@@ -19,7 +19,7 @@ from vg.models.grounding_dino.model import GroundingDino
 from vg.models.grounding_dino.postprocess import best_pairs, phrase_scores
 from vg.models.grounding_dino.text_encoder import TextFeatures
 from vg.models.rec.model import RecModel
-from vg.types import Text
+from vg.types import Features, Text
 
 
 class Detections(NamedTuple):
@@ -92,7 +92,7 @@ class RecDetector(nn.Module):
         """images [B, 3, H, W], mask [N, T] bool, features [N, T, D]."""
         model, count = self.model, (images.shape[0], mask.shape[0])
         image, grid = model.encode_images(images)
-        head = model.head(by_image(image, count), grid, by_prompt(features, count), by_prompt(mask, count))
+        head = model.head(Features(by_image(image, count), grid, by_prompt(features, count), by_prompt(mask, count)))
         boxes, scores = model.head.select_boxes(head)  # [B * N, K, 4], [B * N, K]
         boxes, scores = boxes.unflatten(0, count), scores.unflatten(0, count)
         phrase_ids = torch.arange(count[1], device=images.device).view(1, -1, 1).expand_as(scores)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.cache.feature_data import cached_config, write_encoders, write_expressions
-from tests.models.rec.test_heads import SIZES, TEXT_WIDTH, VISION_WIDTH, tokens
+from tests.models.rec.test_heads import SIZES, TEXT_WIDTH, VISION_WIDTH, rows_of, tokens
 from vg import boxes as box_ops
 from vg.cache.build import build_cache
 from vg.data.collate import Collator
@@ -56,20 +56,19 @@ def generalized_batch(model: RecModel, size: int = 8) -> Batch:
 
 def test_every_parameter_has_a_gradient_and_padding_no_effect() -> None:
     head, (boxes, mask) = build(), targets()
-    losses = head.loss(head(*tokens()), boxes, mask)
+    losses = head.loss(head(tokens()), boxes, mask)
     assert set(losses) == {"token", "diou", "l1", "giou"}
     sum(losses.values()).backward()
     assert [name for name, p in head.named_parameters() if p.grad is None or not p.grad.any()] == []
-    other = head.loss(head(*tokens()), boxes.masked_fill(~mask.unsqueeze(-1), 0.9), mask)
+    other = head.loss(head(tokens()), boxes.masked_fill(~mask.unsqueeze(-1), 0.9), mask)
     torch.testing.assert_close(other, losses)
 
 
 def test_loss_is_the_mean_over_expressions_with_and_without_objects() -> None:
     head, (boxes, mask) = build(), targets()
-    image, grid, text, text_mask = tokens()
 
     def loss(rows: slice, most: int) -> dict[str, Tensor]:
-        return head.loss(head(image[rows], grid, text[rows], text_mask[rows]), boxes[rows, :most], mask[rows, :most])
+        return head.loss(head(rows_of(tokens(), rows)), boxes[rows, :most], mask[rows, :most])
 
     single = [loss(slice(0, 1), 2), loss(slice(1, 2), 0), loss(slice(2, 3), 1), loss(slice(3, 4), 0)]
     for name, value in loss(slice(4), 2).items():
@@ -140,8 +139,7 @@ def test_a_box_without_area_is_found_once() -> None:
 
 def test_padding_of_the_image_is_never_positive_and_never_found() -> None:
     head = build()
-    image, _, text, mask = tokens(2)
-    output = head(image, (3, 4), text, mask, grids=[(3, 4), (2, 4)])
+    output = head(tokens(2)._replace(grids=((3, 4), (2, 4))))
     boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0]]] * 2)
     positive = head.positive_tokens_of_many(output.centers, boxes, torch.ones(2, 1, dtype=torch.bool))
     assert positive.sum(dim=(1, 2)).tolist() == [9, 8]

@@ -10,6 +10,7 @@ from vg import boxes as box_ops
 from vg.models.rec.config import DenseHeadConfig, DenseLossConfig, HeadConfig, PooledHeadConfig, PooledLossConfig
 from vg.models.rec.heads import DenseHead, DenseOutput, PooledHead, PooledOutput
 from vg.models.rec.layers import rotary_encoding, token_centers
+from vg.types import Features
 
 GRID = (3, 4)
 VISION_WIDTH, TEXT_WIDTH, PREFIX = 24, 16, 5
@@ -26,23 +27,28 @@ def build(config: HeadConfig) -> PooledHead | DenseHead:
     return config.build(VISION_WIDTH, TEXT_WIDTH)
 
 
-def tokens(samples: int = 4, words: int = 6) -> tuple[Tensor, tuple[int, int], Tensor, Tensor]:
+def tokens(samples: int = 4, words: int = 6) -> Features:
     """Return the input of a head; the first sample has all words, every further one a word less."""
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(samples, PREFIX + GRID[0] * GRID[1], VISION_WIDTH, generator=generator)
     text = torch.randn(samples, words, TEXT_WIDTH, generator=generator)
-    return image, GRID, text, torch.arange(words) < words - torch.arange(samples)[:, None]
+    return Features(image, GRID, text, torch.arange(words) < words - torch.arange(samples)[:, None])
 
 
-def some_boxes(samples: int = 4) -> Tensor:
+def some_boxes(samples: int = 4) -> tuple[Tensor, Tensor]:
+    """Return one box for each expression, [R, 1, 4], and its mask."""
     generator = torch.Generator().manual_seed(2)
-    return torch.rand(samples, 4, generator=generator) * 0.4 + 0.3
+    return torch.rand(samples, 1, 4, generator=generator) * 0.4 + 0.3, torch.ones(samples, 1, dtype=torch.bool)
+
+
+def rows_of(features: Features, rows: slice) -> Features:
+    return features._replace(image=features.image[rows], text=features.text[rows], text_mask=features.text_mask[rows])
 
 
 @heads
 def test_shapes(config: HeadConfig) -> None:
     head = build(config)
-    output = head(*tokens())
+    output = head(tokens())
     boxes, scores = head.select_boxes(output)
     if config.name == "pooled":
         assert output.boxes.shape == (4, 4)
@@ -60,7 +66,7 @@ def test_shapes(config: HeadConfig) -> None:
 @heads
 def test_every_parameter_has_a_gradient(config: HeadConfig) -> None:
     head = build(config)
-    losses = head.loss(head(*tokens()), some_boxes())
+    losses = head.loss(head(tokens()), *some_boxes())
     assert set(losses) == {"diou", "l1", "giou"} | ({"token"} if config.name == "dense" else set())
     sum(losses.values()).backward()
     assert [name for name, p in head.named_parameters() if p.grad is None or not p.grad.any()] == []
@@ -69,11 +75,14 @@ def test_every_parameter_has_a_gradient(config: HeadConfig) -> None:
 @heads
 def test_text_padding_has_no_effect(config: HeadConfig) -> None:
     head = build(config).eval()
-    image, grid, text, mask = tokens()
-    noise = torch.full((4, 3, TEXT_WIDTH), 9.0)
-    longer = head(image, grid, torch.cat((text, noise), dim=1), torch.cat((mask, mask.new_zeros(4, 3)), dim=1))
-    filled = head(image, grid, text.masked_fill(~mask.unsqueeze(-1), 7.0), mask)
-    for plain, padded, other in zip(head(image, grid, text, mask), longer, filled, strict=True):
+    features = tokens()
+    text, mask = torch.as_tensor(features.text), features.text_mask
+    padding = torch.full((4, 3, TEXT_WIDTH), 9.0), mask.new_zeros(4, 3)
+    longer = features._replace(
+        text=torch.cat((text, padding[0]), dim=1), text_mask=torch.cat((mask, padding[1]), dim=1)
+    )
+    filled = features._replace(text=text.masked_fill(~mask.unsqueeze(-1), 7.0))
+    for plain, padded, other in zip(head(features), head(longer), head(filled), strict=True):
         torch.testing.assert_close(padded, plain)
         torch.testing.assert_close(other, plain)
 
@@ -82,19 +91,16 @@ def test_text_padding_has_no_effect(config: HeadConfig) -> None:
 def test_loss_is_the_mean_over_samples(config: HeadConfig) -> None:
     """Two processes with half of the batch each compute the gradient of one process with the whole batch."""
     head = build(config)
-    target = some_boxes()
-    image, grid, text, mask = tokens()
-    whole = head.loss(head(image, grid, text, mask), target)
-    halves = [
-        head.loss(head(image[rows], grid, text[rows], mask[rows]), target[rows]) for rows in (slice(2), slice(2, 4))
-    ]
+    target, mask = some_boxes()
+    whole = head.loss(head(tokens()), target, mask)
+    halves = [head.loss(head(rows_of(tokens(), rows)), target[rows], mask[rows]) for rows in (slice(2), slice(2, 4))]
     for name, value in whole.items():
         torch.testing.assert_close((halves[0][name] + halves[1][name]) / 2, value)
 
 
 def test_switched_off_terms_are_absent() -> None:
     head = build(PooledHeadConfig(**SIZES))
-    assert set(head.loss(head(*tokens()), some_boxes())) == {"diou"}
+    assert set(head.loss(head(tokens()), *some_boxes())) == {"diou"}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +122,7 @@ def test_positive_tokens(box: tuple[float, ...], expected: list[int]) -> None:
 
 def test_rank_is_sorted_and_inside_bounds() -> None:
     head = build(DenseHeadConfig(**SIZES, num_boxes=30))
-    boxes, scores = head.select_boxes(head(*tokens()))
+    boxes, scores = head.select_boxes(head(tokens()))
     assert boxes.shape == (4, 12, 4)  # no more than there are tokens
     assert (scores[:, :-1] >= scores[:, 1:]).all()
     assert ((scores >= 0) & (scores <= 1)).all()
@@ -150,7 +156,7 @@ def test_rank_scores_are_expected_ious() -> None:
 def test_rank_score_is_one_if_one_token_has_all_weight() -> None:
     logits = torch.zeros(1, 12)
     logits[0, 3] = 50.0
-    output = DenseOutput(logits, some_boxes(12).unsqueeze(0), token_centers(GRID))
+    output = DenseOutput(logits, some_boxes(12)[0].transpose(0, 1), token_centers(GRID))
     boxes, scores = build(HEADS["dense"]).select_boxes(output)
     torch.testing.assert_close(boxes[0, 0], output.boxes[0, 3])
     torch.testing.assert_close(scores[0, 0], torch.tensor(1.0))
@@ -160,7 +166,7 @@ def test_box_centers_are_relative_to_their_token() -> None:
     head = build(HEADS["dense"])
     torch.nn.init.zeros_(head.box[-1].weight)
     torch.nn.init.zeros_(head.box[-1].bias)
-    output = head(*tokens())
+    output = head(tokens())
     torch.testing.assert_close(output.boxes[0, :, :2], token_centers(GRID))
 
 
@@ -179,8 +185,8 @@ def test_rotary_encoding_depends_on_relative_positions_only() -> None:
 def test_mixed_precision(config: HeadConfig) -> None:
     head = build(config)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = head(*tokens())
-    exact = head(*tokens())
+        output = head(tokens())
+    exact = head(tokens())
     torch.testing.assert_close(output.boxes, exact.boxes, atol=0.03, rtol=0.1)
     assert not torch.equal(output.boxes, output.boxes.bfloat16().float()), "boxes of 8 bits are too coarse"
     assert output.boxes.dtype == torch.float32

@@ -12,6 +12,7 @@ from vg.models import encoders
 from vg.models.rec.config import DenseHeadConfig, HeadConfig, PooledHeadConfig
 from vg.models.rec.layers import index_in_group
 from vg.models.settings import EncoderConfig, TextEncoderConfig
+from vg.types import Features
 
 GRID = (3, 4)
 IMAGE_IDS = torch.tensor([1, 0, 1, 2, 1, 0])  # in any order, groups of different sizes
@@ -38,16 +39,16 @@ def build(config: HeadConfig) -> nn.Module:
 @pytest.mark.parametrize("config", HEADS.values(), ids=HEADS)
 def test_shared_images_give_the_same_loss_and_gradients(config: HeadConfig) -> None:
     image, text, mask = head_input(3)
-    target = torch.rand(6, 4, generator=torch.Generator().manual_seed(2)) * 0.4 + 0.3
+    target = torch.rand(6, 1, 4, generator=torch.Generator().manual_seed(2)) * 0.4 + 0.3
     results = []
     for shared in (False, True):
         head = build(config).double()
         leaves = image.double().requires_grad_(), text.double().requires_grad_()
         if shared:
-            output = head(leaves[0], GRID, leaves[1], mask, IMAGE_IDS)
+            output = head(Features(leaves[0], GRID, leaves[1], mask, IMAGE_IDS))
         else:
-            output = head(leaves[0][IMAGE_IDS], GRID, leaves[1], mask)
-        losses = head.loss(output, target.double())
+            output = head(Features(leaves[0][IMAGE_IDS], GRID, leaves[1], mask))
+        losses = head.loss(output, target.double(), torch.ones(6, 1, dtype=torch.bool))
         torch.stack(list(losses.values())).sum().backward()
         gradients = {name: p.grad for name, p in head.named_parameters() if p.grad is not None}
         results.append((output._asdict(), losses, gradients, [leaf.grad for leaf in leaves]))
@@ -63,7 +64,7 @@ def test_keys_and_values_of_an_image_are_computed_once() -> None:
     for layer in head.decoder.layers:
         layer.multihead_attn.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1].shape[0]))
     image, text, mask = head_input(3)
-    head(image, GRID, text, mask, IMAGE_IDS)
+    head(Features(image, GRID, text, mask, IMAGE_IDS))
     assert seen == [3, 3]
 
 
@@ -78,7 +79,7 @@ def test_without_sharing_the_decoder_equals_that_of_torch_bit_for_bit(training: 
     states = []
     head.norm.register_forward_pre_hook(lambda _, arguments: states.append(arguments[0]))
     torch.manual_seed(3)
-    head(image, GRID, text, mask)
+    head(Features(image, GRID, text, mask))
     torch.manual_seed(3)
     x = published(head.text_projection(text), head.vision_projection(image), tgt_key_padding_mask=~mask)
     assert states[0].equal((x * (mask / mask.sum(dim=1, keepdim=True)).unsqueeze(-1)).sum(dim=1))

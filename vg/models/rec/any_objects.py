@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vg import boxes as box_ops
-from vg.losses import terms
 from vg.models.rec.config import DenseHeadConfig
 from vg.models.rec.heads import DenseHead, DenseOutput
 
@@ -29,28 +28,20 @@ class AnyObjectsHead(DenseHead):
         super().__init__(config, vision_width, text_width)
         nn.init.constant_(self.score.bias, math.log(PRIOR / (1 - PRIOR)))
 
-    def loss(self, output: DenseOutput, target: Tensor, mask: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        """Return means over the expressions: of the sum over tokens, and for boxes of the sum over objects.
-
-        Args:
-            target: [R, N, 4] cxcywh 0..1.
-            mask: [R, N] bool, False = padding.
-        """
+    def loss(self, output: DenseOutput, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return means over the expressions: of the sum over tokens, and for boxes of the sum over objects."""
         target, mask = F.pad(target, (0, 0, 0, 1)), F.pad(mask, (0, 1))  # append one padded box, so that N >= 1
         positive = self.positive_tokens_of_many(output.centers, target, mask)  # [R, N, S]
         found = positive.any(dim=1)  # [R, S]
         entropy = F.binary_cross_entropy_with_logits(output.logits.float(), found.float(), reduction="none")
-        losses = {"token": self.config.loss.token * entropy.sum(dim=1).mean()}
         # A token of several objects predicts the smallest one.
         areas = target[..., 2:].prod(dim=-1, keepdim=True)  # [R, N, 1]
         owner = torch.where(positive, areas, torch.inf).argmin(dim=1, keepdim=True)  # [R, 1, S]
         owned = torch.zeros_like(positive).scatter(1, owner, True) & positive  # [R, N, S]
         shares = (owned / owned.sum(dim=2, keepdim=True).clamp(min=1)).sum(dim=1)  # [R, S]
         target = target.gather(1, owner.squeeze(1).unsqueeze(-1).expand(-1, -1, 4))  # [R, S, 4]
-        weights = self.config.loss.box_weights()
-        for name, loss in terms.box_terms(self.config.loss, output.boxes, target).items():  # [R, S]
-            losses[name] = (weights[name] * loss * shares).sum(dim=1).mean()
-        return losses
+        token = self.config.loss.token * entropy.sum(dim=1).mean()
+        return {"token": token, **self._box_losses(output.boxes, target, shares)}
 
     @staticmethod
     def positive_tokens_of_many(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:

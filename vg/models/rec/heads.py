@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from vg.models.rec.layers import (
     rotary_encoding,
     token_centers,
 )
+from vg.types import Features
 
 MAX_CANDIDATES = 64  # tokens; the remaining softmax weights are negligible
 
@@ -59,45 +60,29 @@ class PooledHead(nn.Module):
     def layers(self) -> nn.ModuleList:
         return self.decoder.layers
 
-    def forward(
-        self,
-        image: Tensor,
-        grid: tuple[int, int],
-        text: Tensor,
-        text_mask: Tensor,
-        image_ids: Tensor | None = None,
-        max_per_image: int | None = None,
-        grids: Sequence[tuple[int, int]] | None = None,
-    ) -> PooledOutput:
-        """Predict a box for every expression.
-
-        Args:
-            image: [B, S, D] tokens, those of the grid last.
-            image_ids: [R] index of the image of each expression; None if expression r belongs to image r.
-            max_per_image: expressions that refer to the same image, at most; if None, computed from `image_ids`, which
-                synchronizes with the device.
-            grids: of each image, if they differ: padding follows the tokens of a grid with fewer cells than `grid`.
-        """
-        x, memory = self.text_projection(text), self.vision_projection(image)  # [R, T, D], [B, S, D]
+    def forward(self, features: Features) -> PooledOutput:
+        """Predict a box for every expression."""
+        x, memory = self.text_projection(features.text), self.vision_projection(features.image)  # [R, T, D], [B, S, D]
+        mask, image_ids, most = features.text_mask, features.image_ids, features.max_per_image
         rows = None
         if image_ids is not None:
             order = index_in_group(image_ids)  # [R]
-            rows = image_ids, order, int(order.max()) + 1 if max_per_image is None else max_per_image
+            rows = image_ids, order, int(order.max()) + 1 if most is None else most
         padding = None
-        if grids is not None:
-            padding = ~padded_centers(grids, image.device)[1]
-            padding = F.pad(padding, (image.shape[1] - padding.shape[1], 0))  # [B, S], False for class and registers
+        if features.grids is not None:
+            padding = ~padded_centers(features.grids, memory.device)[1]
+            padding = F.pad(padding, (memory.shape[1] - padding.shape[1], 0))  # [B, S], False for class and registers
         for layer in self.decoder.layers:
-            x = layer(x, memory, ~text_mask, rows, padding)  # [R, T, D]
-        weights = text_mask / text_mask.sum(dim=1, keepdim=True)  # [R, T]
+            x = layer(x, memory, ~mask, rows, padding)  # [R, T, D]
+        weights = mask / mask.sum(dim=1, keepdim=True)  # [R, T]
         x = self.norm((x * weights.unsqueeze(-1)).sum(dim=1)).to(self.norm.weight.dtype)  # [R, D]
         with full_precision(x):
             return PooledOutput(box_ops.xyxy_to_cxcywh(self.box(x).sigmoid()))
 
-    def loss(self, output: PooledOutput, target: Tensor) -> dict[str, Tensor]:
-        """target: [R, 4] cxcywh 0..1."""
+    def loss(self, output: PooledOutput, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return means over the expressions; target and mask as in `DenseHead.loss`."""
         weights = self.config.loss.box_weights()
-        losses = terms.box_terms(self.config.loss, output.boxes, target)  # [R] each
+        losses = terms.box_terms(self.config.loss, output.boxes, target.squeeze(1))  # [R] each
         return {name: (weights[name] * loss).mean() for name, loss in losses.items()}
 
     def select_boxes(self, output: PooledOutput, limit: int = 1) -> tuple[Tensor, Tensor]:
@@ -124,29 +109,21 @@ class DenseHead(nn.Module):
         self.score = nn.Linear(config.width, 1)
         self.box = MLP(config.width, config.width, 4)
 
-    def forward(
-        self,
-        image: Tensor,
-        grid: tuple[int, int],
-        text: Tensor,
-        text_mask: Tensor,
-        image_ids: Tensor | None = None,
-        max_per_image: int | None = None,
-        grids: Sequence[tuple[int, int]] | None = None,
-    ) -> DenseOutput:
-        """Predict as PooledHead, which alone uses `max_per_image`; padding has no score, an empty box and no center."""
-        num_cells, valid = grid[0] * grid[1], None
-        if grids is None:
-            centers = token_centers(grid, image.device)  # [S, 2]
+    def forward(self, features: Features) -> DenseOutput:
+        """Predict a score and a box for every image token; padding has no score, an empty box and no center."""
+        num_cells, device, valid = math.prod(features.grid), features.image.device, None
+        if features.grids is None:
+            centers = token_centers(features.grid, device)  # [S, 2]
         else:
-            centers, valid = padded_centers(grids, image.device)  # [B, S, 2], [B, S]
-        image = self.vision_projection(image[:, -num_cells:])  # [B, S, D] without class and register tokens
+            centers, valid = padded_centers(features.grids, device)  # [B, S, 2], [B, S]
+        image = self.vision_projection(features.image[:, -num_cells:])  # [B, S, D] without class and register tokens
         image = image + sine_encoding(centers, self.config.width)
-        if image_ids is not None:
-            image = image[image_ids]  # [R, S, D]: image tokens are now expression-specific
+        if features.image_ids is not None:
+            image = image[features.image_ids]  # [R, S, D]: image tokens are now expression-specific
             if valid is not None:
-                centers, valid = centers[image_ids], valid[image_ids]
-        x = torch.cat((image, self.text_projection(text)), dim=1)  # [R, S + T, D]
+                centers, valid = centers[features.image_ids], valid[features.image_ids]
+        text, text_mask = self.text_projection(features.text), features.text_mask
+        x = torch.cat((image, text), dim=1)  # [R, S + T, D]
         image_mask = text_mask.new_ones(image.shape[:2]) if valid is None else valid
         mask = torch.cat((image_mask, text_mask), dim=1)  # [R, S + T]
         rotation = rotary_encoding(centers, self.config.width // self.config.heads)
@@ -166,15 +143,22 @@ class DenseHead(nn.Module):
             centers = centers.masked_fill(~valid.unsqueeze(-1), torch.inf)
         return DenseOutput(logits, boxes, centers)
 
-    def loss(self, output: DenseOutput, target: Tensor) -> dict[str, Tensor]:
-        """target: [R, 4] cxcywh 0..1."""
-        positive = self.positive_tokens(output.centers, target)  # [R, S]
+    def loss(self, output: DenseOutput, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return means over the expressions.
+
+        Args:
+            target: [R, N, 4] cxcywh 0..1, the boxes of each expression; N is 1 unless `objects` is "any".
+            mask: [R, N] bool, False = padding.
+        """
+        positive = self.positive_tokens(output.centers, target.squeeze(1))  # [R, S]
         shares = positive / positive.sum(dim=1, keepdim=True)  # [R, S]
-        losses = {"token": self.config.loss.token * terms.token_cross_entropy(output.logits, positive).mean()}
-        target, weights = target.unsqueeze(1).expand_as(output.boxes), self.config.loss.box_weights()
-        for name, loss in terms.box_terms(self.config.loss, output.boxes, target).items():  # [R, S]
-            losses[name] = (weights[name] * loss * shares).sum(dim=1).mean()
-        return losses
+        token = self.config.loss.token * terms.token_cross_entropy(output.logits, positive).mean()
+        return {"token": token, **self._box_losses(output.boxes, target.expand_as(output.boxes), shares)}
+
+    def _box_losses(self, boxes: Tensor, target: Tensor, shares: Tensor) -> dict[str, Tensor]:
+        """Return means over the expressions; [R, S, 4] twice, and [R, S], the weights of the tokens."""
+        weights, losses = self.config.loss.box_weights(), terms.box_terms(self.config.loss, boxes, target)  # [R, S]
+        return {name: (weights[name] * loss * shares).sum(dim=1).mean() for name, loss in losses.items()}
 
     @staticmethod
     def positive_tokens(centers: Tensor, target: Tensor) -> Tensor:

@@ -172,16 +172,8 @@ class RecModel(EncodableModel):
         return torch.cat((tokens, extra), dim=1), torch.cat((text.mask, text.extra.mask), dim=1)
 
     def decode(self, features: Features) -> PooledOutput | DenseOutput:
-        is_shared = len(features.image) < len(features.text)  # else expression r refers to image r
-        return self.head(
-            features.image,
-            features.grid,
-            features.text,
-            features.text_mask,
-            image_ids=features.image_ids if is_shared else None,
-            max_per_image=features.max_per_image,
-            grids=features.grids,
-        )
+        is_shared = len(features.image) < len(features.text)
+        return self.head(features if is_shared else features._replace(image_ids=None))
 
     def loss(self, output: PooledOutput | DenseOutput, batch: Batch | EncodedBatch) -> dict[LossName, Tensor]:
         """Return the loss terms of the head.
@@ -195,10 +187,7 @@ class RecModel(EncodableModel):
                     f"{target.id} has {len(target.boxes)} boxes, but rec trains on expressions with one unless "
                     "model.head={name: dense, objects: any}; set this, or train model.name=grounding_dino on such data"
                 )
-        if isinstance(self.head, AnyObjectsHead):
-            losses = self.head.loss(output, *_padded_boxes(batch))  # type: ignore[arg-type]
-        else:
-            losses = self.head.loss(output, torch.cat([target.boxes for target in batch.targets]))  # type: ignore[arg-type]
+        losses = self.head.loss(output, *_padded_boxes(batch))  # type: ignore[arg-type]
         return {LossName(term): value for term, value in losses.items()}
 
     def batch_weight(self, batch: Batch | EncodedBatch) -> int:
