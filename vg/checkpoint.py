@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vg.config import CheckpointConfig, dump_config, load_checkpoint_config
+from vg.config import SavedConfig, dump_config, load_saved_config
 from vg.errors import CheckpointError, ConfigError, DamagedCheckpointError, UserError, unpickling_problem
 from vg.files import replacing, similar_paths
 from vg.models.base import GroundingModel
@@ -54,12 +54,12 @@ def new_checkpoint(path: Path, is_file: bool = False) -> Iterator[Path]:
         ) from error
 
 
-def write_model(folder: Path, model: GroundingModel, config: CheckpointConfig) -> None:
+def write_model(folder: Path, model: GroundingModel, config: SavedConfig) -> None:
     """Write weights, resolved configuration and tokenizer into an existing folder (see `new_checkpoint`)."""
     write_weights(folder, model.own_state_dict(), config, model.text_spec)
 
 
-def write_weights(folder: Path, weights: Mapping[str, Tensor], config: CheckpointConfig, spec: TextSpec) -> None:
+def write_weights(folder: Path, weights: Mapping[str, Tensor], config: SavedConfig, spec: TextSpec) -> None:
     """Like write_model, for weights that are not in a model."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     if encoders := config.model.frozen_weights():
@@ -72,7 +72,7 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], config: Checkpoin
         spec.extra.tokenizer.save_pretrained(str(folder / TOKENIZER / "extra"))
 
 
-def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[GroundingModel, CheckpointConfig]:
+def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[GroundingModel, SavedConfig]:
     """Load a model in evaluation mode, and the configuration it was saved with, changed by the overrides.
 
     Args:
@@ -88,7 +88,7 @@ def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Groun
     for name in (CONFIG, TOKENIZER):
         if not (folder / name).exists():
             raise CheckpointError(f"{folder} is not a checkpoint of vg: {name} is missing")
-    config = load_checkpoint_config(folder / CONFIG, overrides)
+    config = load_saved_config(folder / CONFIG, overrides)
     model = config.model.rebuild()
     try:
         model.load_tokenizer(str(folder / TOKENIZER))
@@ -98,7 +98,7 @@ def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Groun
     return model.eval(), config
 
 
-def load_weights(model: GroundingModel, folder: Path, config: CheckpointConfig) -> None:
+def load_weights(model: GroundingModel, folder: Path, config: SavedConfig) -> None:
     """Load model.safetensors of a checkpoint; raises CheckpointError that lists every weight that does not match.
 
     Warns if a frozen encoder of `config` is not the one that the checkpoint was trained with, see `check_encoders`.

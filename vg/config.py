@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
 import yaml
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag, TypeAdapter, ValidationError
@@ -105,16 +105,17 @@ def eval_key(name: str) -> str:
 
 
 @dataclass
-class CheckpointConfig(Settings):
-    """Configuration of a converted checkpoint, which has no training run of vg."""
+class ModelOnlyConfig(Settings):
+    """Configuration of a model without a training run of vg, such as a converted checkpoint."""
 
     model: ModelConfig
 
 
 @dataclass
-class RunConfig(CheckpointConfig):
+class RunConfig(Settings):
     """Everything that determines a run."""
 
+    model: ModelConfig
     data: DataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -127,7 +128,8 @@ class RunConfig(CheckpointConfig):
             )
 
 
-Config = TypeVar("Config", bound=CheckpointConfig)
+SavedConfig: TypeAlias = ModelOnlyConfig | RunConfig  # of a checkpoint
+Config = TypeVar("Config", bound=SavedConfig)
 Files = Sequence[tuple[Path, Mapping[str, Any]]]  # a YAML file and its values, then those of its `base`, and so on
 
 
@@ -145,15 +147,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return _parse(values, str(path), RunConfig, files)
 
 
-def load_checkpoint_config(path: str | Path, overrides: Sequence[str] = ()) -> CheckpointConfig:
-    """As load_config, but return the model alone for the configuration of a converted checkpoint."""
+def load_saved_config(path: str | Path, overrides: Sequence[str] = ()) -> SavedConfig:
+    """As load_config, for a checkpoint, whose configuration may have the model only."""
     values, files = _load_values(path, overrides)
-    return checkpoint_config(values, str(path), files)
+    return parse_saved_config(values, str(path), files)
 
 
-def checkpoint_config(values: Mapping[str, Any], origin: str, files: Files = ()) -> CheckpointConfig:
-    """Validate the nested dictionaries of `load_checkpoint_config`; raises ConfigError that begins with `origin`."""
-    return _parse(values, origin, CheckpointConfig if values.keys() == {"model"} else RunConfig, files)
+def parse_saved_config(values: Mapping[str, Any], origin: str, files: Files = ()) -> SavedConfig:
+    """Validate the nested dictionaries of `load_saved_config`; raises ConfigError that begins with `origin`."""
+    return _parse(values, origin, ModelOnlyConfig if values.keys() == {"model"} else RunConfig, files)
 
 
 def parse_config(
@@ -178,7 +180,7 @@ def checked_config(config: Any) -> RunConfig:
     return config if repr(found) == repr(config) else found  # 8.0 == 8
 
 
-def dump_config(config: CheckpointConfig, defaults: bool = True) -> str:
+def dump_config(config: SavedConfig, defaults: bool = True) -> str:
     """Return a configuration as YAML, optionally without defaults; loading it gives an equal configuration."""
     if not defaults:
         return yaml.safe_dump(differences(config), sort_keys=False, default_flow_style=None, width=120)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vg.boxes import iou, to_pixels
 from vg.checkpoint import read_model, write_model
-from vg.config import CheckpointConfig
+from vg.config import ModelOnlyConfig
 from vg.data.collate import Collator
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.models import ModelConfig
@@ -100,7 +100,7 @@ def test_predictions_are_inside_the_image_and_best_first(model: GroundingModel, 
 
 
 def test_a_saved_model_is_read_back_unchanged(config: Any, model: GroundingModel, batch: Batch, tmp_path: Path) -> None:
-    write_model(tmp_path, model, CheckpointConfig(config))
+    write_model(tmp_path, model, ModelOnlyConfig(config))
     read, read_config = read_model(tmp_path)
     assert not read.training
     assert read_config.model == config

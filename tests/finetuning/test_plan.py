@@ -15,7 +15,7 @@ import yaml
 from tests.models.grounding_dino.published import TEXT, bert_tokenizer
 from vg.checkpoint import write_model
 from vg.cli import main
-from vg.config import CheckpointConfig, load_config, parse_config
+from vg.config import ModelOnlyConfig, SavedConfig, load_config, parse_config
 from vg.data import CocoConfig, CsvConfig, OdvgConfig, VocConfig, YoloConfig
 from vg.data.subset import SplitConfig
 from vg.errors import ConfigError, DataError
@@ -123,7 +123,7 @@ def test_classes_without_any_box_are_named(tmp_path: Path) -> None:
     assert not any("without any box" in note for note in plan.notes)
 
 
-def saved(folder: Path, config: CheckpointConfig) -> Path:
+def saved(folder: Path, config: SavedConfig) -> Path:
     folder.mkdir()
     write_model(folder, config.model.build(), config)
     return folder
@@ -151,7 +151,7 @@ def test_models(tmp_path: Path, tiny_config: Callable[..., Any]) -> None:
     tokenizer = bert_tokenizer(tmp_path / "bert")
     (tmp_path / "transformers").mkdir()
     write_checkpoint(network.own_state_dict(), tiny, tokenizer, tmp_path / "transformers", "transformers")
-    for model in (tmp_path / "transformers", saved(tmp_path / "vg", CheckpointConfig(tiny))):
+    for model in (tmp_path / "transformers", saved(tmp_path / "vg", ModelOnlyConfig(tiny))):
         config = make_plan(detection, model).config
         assert config.model.weights == str(model)
         assert config.optim.lr == own.optim.lr

@@ -16,7 +16,7 @@ from tests.conftest import HEAD, TINY
 from tests.models.grounding_dino.tiny import tiny_model
 from vg.checkpoint import write_model
 from vg.cli import main
-from vg.config import CheckpointConfig, RunConfig
+from vg.config import ModelOnlyConfig, RunConfig
 from vg.errors import ConfigError
 from vg.inference.draw import COLORS, fit
 from vg.inference.grounder import Grounder
@@ -37,7 +37,7 @@ def detector(tmp_path: Path) -> Path:
     model = tiny_model()
     folder = tmp_path / "detector"
     folder.mkdir()
-    write_model(folder, model, CheckpointConfig(model.config))
+    write_model(folder, model, ModelOnlyConfig(model.config))
     return folder
 
 

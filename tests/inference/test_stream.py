@@ -25,7 +25,7 @@ from tests.inference.bright import Bright
 from tests.models.grounding_dino.tiny import tiny_model
 from vg.checkpoint import write_model
 from vg.cli import main
-from vg.config import CheckpointConfig
+from vg.config import ModelOnlyConfig
 from vg.errors import BadSampleError, ConfigError
 from vg.inference.images import is_single, named_images, to_array
 
@@ -204,7 +204,7 @@ def test_precision(grounder: vg.Grounder) -> None:
 def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("detector")
     model = tiny_model()
-    write_model(folder, model, CheckpointConfig(model.config))
+    write_model(folder, model, ModelOnlyConfig(model.config))
     return folder
 
 

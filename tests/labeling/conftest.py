@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.models.grounding_dino.tiny import tiny_model
 from vg.checkpoint import write_model
-from vg.config import CheckpointConfig
+from vg.config import ModelOnlyConfig
 
 NUM_IMAGES = 20
 
@@ -19,7 +19,7 @@ NUM_IMAGES = 20
 def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("detector")
     model = tiny_model()
-    write_model(folder, model, CheckpointConfig(model.config))
+    write_model(folder, model, ModelOnlyConfig(model.config))
     return folder
 
 

@@ -13,7 +13,7 @@ from vg.cli.arguments import add_tokenizer
 from vg.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vg.config import CheckpointConfig
+    from vg.config import SavedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace, output: Path) -> None:
         print(f"\nwritten to {output}: benchmark.json, benchmark.html")
 
 
-def trained_parameters(config: CheckpointConfig) -> int | None:
+def trained_parameters(config: SavedConfig) -> int | None:
     """Count the parameters that a run trained, adapters of LoRA before they were merged; None if that is unknown."""
     from vg.config import RunConfig
     from vg.training.optim import count_parameters

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from vg.checkpoint import new_checkpoint, write_weights
-    from vg.config import CheckpointConfig
+    from vg.config import ModelOnlyConfig
     from vg.errors import CheckpointError
     from vg.models.grounding_dino.checkpoints import (
         bert_settings,
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     with new_checkpoint(options.output, is_file) as partial:
         if options.to == "vg":
             spec = TextSpec(tokenizer, checkpoint.config.max_tokens)
-            write_weights(partial, checkpoint.weights, CheckpointConfig(checkpoint.config), spec)
+            write_weights(partial, checkpoint.weights, ModelOnlyConfig(checkpoint.config), spec)
         else:
             write_checkpoint(checkpoint.weights, checkpoint.config, tokenizer, partial, options.to)
     print(f"{options.output}: written in the {options.to} format")

@@ -12,7 +12,7 @@ from vg.cli.arguments import add_overrides, add_tokenizer, check_writable
 from vg.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from vg.config import CheckpointConfig
+    from vg.config import SavedConfig
     from vg.models.base import GroundingModel
 
 EPILOG = """
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
         _write_onnx(model, config, options)
 
 
-def _write_onnx(model: GroundingModel, config: CheckpointConfig | None, options: argparse.Namespace) -> None:
+def _write_onnx(model: GroundingModel, config: SavedConfig | None, options: argparse.Namespace) -> None:
     """Write and check the files in a temporary folder, and then move them."""
     from vg.config import RunConfig
     from vg.export.onnx_file import quantize, write_onnx

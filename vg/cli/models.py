@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from vg.checkpoint import read_model
-from vg.config import CheckpointConfig, RunConfig, load_config
+from vg.config import RunConfig, SavedConfig, load_config
 from vg.errors import ConfigError
 from vg.models.base import GroundingModel
 
 
-def load(path: Path, overrides: list[str]) -> tuple[GroundingModel, CheckpointConfig]:
+def load(path: Path, overrides: list[str]) -> tuple[GroundingModel, SavedConfig]:
     """Load the model of a checkpoint, or of a YAML file with `model.weights`, in evaluation mode.
 
     Raises:

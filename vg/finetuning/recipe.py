@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vg.checkpoint import TOKENIZER
-from vg.config import CheckpointConfig, RunConfig, load_checkpoint_config, load_config, recipe_path
+from vg.config import RunConfig, SavedConfig, load_config, load_saved_config, recipe_path
 from vg.data.source import Task
 from vg.errors import ConfigError
 from vg.models.grounding_dino.checkpoints import read_checkpoint
@@ -123,7 +123,7 @@ def _small_recipe(expressions: bool) -> Recipe:
 def _recipe_of_run(path: Path, pretrained: Recipe, expressions: bool) -> Recipe:
     """The settings with which a run of vg was trained; those of `pretrained` for a converted checkpoint."""
     folder = path / "best" if (path / "best").is_dir() else path
-    found: CheckpointConfig = load_checkpoint_config(folder / "config.yaml")
+    found: SavedConfig = load_saved_config(folder / "config.yaml")
     if found.model.name == "rec" and not expressions:
         raise ConfigError(
             f"{path} is a rec model, which finds one box for one expression; the data has boxes of classes: use a "

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from typing_extensions import Self
 
-    from vg.config import CheckpointConfig
+    from vg.config import SavedConfig
     from vg.inference.masks import Segmenter
     from vg.inference.onnx_backend import OnnxBackend
     from vg.inference.torch_backend import TorchBackend
@@ -62,7 +62,7 @@ class Grounder:
         cuda_graphs: bool = False,
     ):
         self.backend: TorchBackend | OnnxBackend
-        self.config: CheckpointConfig | None = None
+        self.config: SavedConfig | None = None
         self.results: dict[str, Any] | None = None
         self._segmenters: dict[str, Segmenter] = {}
         if isinstance(model, (str, Path)) and Path(model).suffix == ".onnx":
@@ -150,10 +150,10 @@ class Grounder:
 
         return push_model(repo_id, self.model, self._saved_config(), self.results, private, token)
 
-    def _saved_config(self) -> CheckpointConfig:
-        from vg.config import CheckpointConfig
+    def _saved_config(self) -> SavedConfig:
+        from vg.config import ModelOnlyConfig
 
-        return self.config or CheckpointConfig(self.model.config)  # type: ignore[arg-type]
+        return self.config or ModelOnlyConfig(self.model.config)  # type: ignore[arg-type]
 
     def __call__(
         self,

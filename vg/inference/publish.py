@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vg.checkpoint import VALIDATION, write_model
-from vg.config import CheckpointConfig
+from vg.config import RunConfig, SavedConfig
 from vg.errors import CheckpointError
 from vg.files import replacing
 from vg.metrics.result import UNDEFINED
@@ -33,7 +33,7 @@ vg predict {name} image.jpg -p {words}
 
 
 def save_model(
-    folder: Path, model: GroundingModel, config: CheckpointConfig, results: Mapping[str, Any] | None, name: str
+    folder: Path, model: GroundingModel, config: SavedConfig, results: Mapping[str, Any] | None, name: str
 ) -> None:
     """Write a checkpoint atomically: weights, configuration, tokenizer, the results of its evaluation, and a card.
 
@@ -60,7 +60,7 @@ def save_model(
 def push_model(
     repo_id: str,
     model: GroundingModel,
-    config: CheckpointConfig,
+    config: SavedConfig,
     results: Mapping[str, Any] | None,
     private: bool | None = None,
     token: str | None = None,
@@ -86,7 +86,7 @@ def push_model(
             ) from error
 
 
-def model_card(model: GroundingModel, config: CheckpointConfig, results: Mapping[str, Any] | None, name: str) -> str:
+def model_card(model: GroundingModel, config: SavedConfig, results: Mapping[str, Any] | None, name: str) -> str:
     """Return the model card: data, split, protocol and metrics of the evaluation, training, and usage."""
     many = bool(model.text_spec.delimiters)
     total, trainable = model.num_parameters(), model.num_parameters(trainable_only=True)
@@ -137,7 +137,7 @@ def _cell(value: float) -> str:
     return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
 
-def _training(config: CheckpointConfig) -> list[str]:
-    if not hasattr(config, "train"):
+def _training(config: SavedConfig) -> list[str]:
+    if not isinstance(config, RunConfig):
         return ["Converted from another library; its training is not known.", ""]
     return ["## Training", "", "`vg train config.yaml`, with the configuration that is in this repository.", ""]

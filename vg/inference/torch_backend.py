@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from vg.checkpoint import VALIDATION, read_model
-from vg.config import CheckpointConfig
+from vg.config import SavedConfig
 from vg.data.collate import Collator
 from vg.data.prompt import Expressions, Prompts
 from vg.errors import ConfigError
@@ -213,7 +213,7 @@ def load_model(
 
 def load(
     path: str | Path, tokenizer: str | None, overrides: Sequence[str], revision: str | None
-) -> tuple[GroundingModel, CheckpointConfig | None, dict[str, Any] | None]:
+) -> tuple[GroundingModel, SavedConfig | None, dict[str, Any] | None]:
     """Like `load_model`; also return the configuration and the evaluation results of a checkpoint of vg."""
     folder = local_path(path, revision)
     if is_checkpoint(folder):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from vg.checkpoint import write_weights
-from vg.config import CheckpointConfig
+from vg.config import SavedConfig
 from vg.distributed import seed_everything
 from vg.errors import CheckpointError
 from vg.evaluation.evaluator import Evaluator
@@ -73,7 +73,7 @@ class Sweep:
             self.results.append((weight, evaluator.run(model)))
         self.best_weight, _ = max(self.results, key=lambda entry: entry[1].score)  # the first of equal scores
 
-    def write(self, folder: Path, config: CheckpointConfig, spec: TextSpec) -> None:
+    def write(self, folder: Path, config: SavedConfig, spec: TextSpec) -> None:
         """Write the best mixture into an existing folder as a checkpoint, with interpolation.json beside it."""
         write_weights(folder, self.mixtures.at(self.best_weight), config, spec)
         rows = [{"weight": weight, **result.flat()} for weight, result in self.results]

@@ -18,7 +18,7 @@ import yaml
 
 from vg.cli import main
 from vg.cli.benchmark import trained_parameters
-from vg.config import CheckpointConfig, dump_config, load_config
+from vg.config import ModelOnlyConfig, dump_config, load_config
 from vg.evaluation.benchmark.paper import _common_name, paper_table
 from vg.evaluation.benchmark.typeset import comma_separated, latex, markdown
 from vg.metrics.rec import RecMetric
@@ -198,12 +198,12 @@ def test_a_given_time_and_a_second_text_encoder_are_stated(write: Write) -> None
 
 
 def test_a_checkpoint_that_vg_did_not_train(write: Write) -> None:
-    config = yaml.safe_load(dump_config(CheckpointConfig(GroundingDinoConfig())))
+    config = yaml.safe_load(dump_config(ModelOnlyConfig(GroundingDinoConfig())))
     content = {"checkpoint": "swint_ogc.pth", "config": config, "trained_parameters": None}
     folder = write("zero", {"refcoco val": 0.5}, content=content)
     (row,) = paper_table([folder]).ours
     assert (row.vision, row.resolution, row.trained, row.training_data) == ("Swin of width 96", "800 to 1333", None, "")
-    assert trained_parameters(CheckpointConfig(GroundingDinoConfig())) is None
+    assert trained_parameters(ModelOnlyConfig(GroundingDinoConfig())) is None
 
 
 def test_parameters_that_adapters_train_are_counted() -> None:

@@ -22,7 +22,7 @@ from tests.models.grounding_dino.published import bert_tokenizer
 from tests.models.grounding_dino.tiny import tiny_config, tiny_model
 from vg.checkpoint import write_model
 from vg.cli import main
-from vg.config import CheckpointConfig, DataConfig, RunConfig
+from vg.config import DataConfig, ModelOnlyConfig, RunConfig
 from vg.data.refcoco.source import RefcocoConfig
 from vg.inference.torch_backend import TorchBackend, load_model
 from vg.models.grounding_dino.checkpoints import write_checkpoint
@@ -51,8 +51,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     paths = {name: folder / name for name in ("rec", "grounding_dino", "transformers")}
     for path in paths.values():
         path.mkdir()
-    write_model(paths["rec"], rec.build(), CheckpointConfig(rec))
-    write_model(paths["grounding_dino"], grounding_dino, CheckpointConfig(grounding_dino.config))
+    write_model(paths["rec"], rec.build(), ModelOnlyConfig(rec))
+    write_model(paths["grounding_dino"], grounding_dino, ModelOnlyConfig(grounding_dino.config))
     published, tokenizer = tiny_model(text=BERT), bert_tokenizer(folder / "bert")
     write_checkpoint(published.own_state_dict(), published.config, tokenizer, paths["transformers"], "transformers")
     return paths

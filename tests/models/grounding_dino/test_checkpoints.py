@@ -19,7 +19,7 @@ from tests.models.grounding_dino.published import BERT, TEXT, bert_tokenizer, wr
 from tests.models.grounding_dino.tiny import tiny_model
 from vg.checkpoint import read_model, write_weights
 from vg.cli import main
-from vg.config import CheckpointConfig
+from vg.config import ModelOnlyConfig
 from vg.models.grounding_dino.checkpoints import Checkpoint, load_into, not_stored, read_checkpoint, write_checkpoint
 from vg.models.grounding_dino.config import (
     BertConfig,
@@ -290,7 +290,7 @@ def test_the_checkpoint_of_a_run(tmp_path: Path) -> None:
     config = replace(source.config, text=BertConfig(frozen=True), weights="elsewhere.pth")
     (tmp_path / "best").mkdir()
     spec = TextSpec(bert_tokenizer(tmp_path / "bert"), max_tokens=256)
-    write_weights(tmp_path / "best", source.own_state_dict(), CheckpointConfig(config), spec)
+    write_weights(tmp_path / "best", source.own_state_dict(), ModelOnlyConfig(config), spec)
     checkpoint = read_checkpoint(tmp_path, BERT)
     assert (checkpoint.format, checkpoint.tokenizer) == ("vg", str(tmp_path / "best" / "tokenizer"))
     assert checkpoint.config == replace(source.config, text=replace(TEXT, frozen=True))

@@ -20,7 +20,7 @@ from tests.models.grounding_dino.test_checkpoints import LEARNED, MM, model
 from tests.models.grounding_dino.tiny import tiny_model
 from vg.checkpoint import write_model
 from vg.cli import main
-from vg.config import CheckpointConfig
+from vg.config import ModelOnlyConfig
 from vg.errors import CheckpointError
 from vg.models.grounding_dino.checkpoints import load_into, read_checkpoint, write_checkpoint
 from vg.models.grounding_dino.checkpoints.write import DELIMITER_IDS
@@ -239,7 +239,7 @@ def test_another_vocabulary_than_that_of_bert(tmp_path: Path) -> None:
     source = tiny_model(points=4)
     run, spec = tmp_path / "run", source.text_spec
     run.mkdir()
-    write_model(run, source, CheckpointConfig(source.config))
+    write_model(run, source, ModelOnlyConfig(source.config))
     message = converting(run, tmp_path / "hf", "--to", "transformers")
     assert "splits prompts at the token ids [101, 102, 1012, 1029] of bert-base-uncased" in message
     assert "of the tokenizer are [2, 3, 41, 46]" in message
@@ -319,6 +319,6 @@ def test_another_clamp_of_logits_is_reported(official: Path, tmp_path: Path, cap
     load_into(other, official)
     assert "logit_eps" not in caplog.text, "files of other libraries do not contain it"
     (tmp_path / "vg").mkdir()
-    write_model(tmp_path / "vg", source, CheckpointConfig(source.config))
+    write_model(tmp_path / "vg", source, ModelOnlyConfig(source.config))
     load_into(other, tmp_path / "vg")
     assert "model.logit_eps is (0.001, 1e-05), the checkpoint has (0.001, 0.001)" in caplog.text

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, BertTokenizer
 import vg
 from vg.checkpoint import read_model, write_model
 from vg.cli import main
-from vg.config import CheckpointConfig
+from vg.config import ModelOnlyConfig
 from vg.errors import CheckpointError, ConfigError
 from vg.models.encoders import SMALL_VOCABULARY
 from vg.models.rec.config import BgeConfig, DenseHeadConfig, RecConfig, VisionEncoderConfig
@@ -45,7 +45,7 @@ def checkpoint(tmp_path: Path) -> Path:
     )
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    write_model(folder, config.build(), CheckpointConfig(config))
+    write_model(folder, config.build(), ModelOnlyConfig(config))
     return folder
 
 
@@ -65,7 +65,7 @@ def test_other_weights_at_the_same_id_are_reported(checkpoint: Path, name: str) 
 
 
 def test_weights_that_were_trained_with_another_encoder_are_reported(checkpoint: Path) -> None:
-    config = CheckpointConfig(read_model(checkpoint)[1].model).model
+    config = read_model(checkpoint)[1].model
     save_encoder(checkpoint.parent / "other", DINO, seed=1)
     config = replace(config, weights=str(checkpoint), vision=VisionEncoderConfig(id=str(checkpoint.parent / "other")))
     with pytest.warns(UserWarning, match=r"model\.vision is .*other .*but the checkpoint was trained with .*vision "):
@@ -74,7 +74,7 @@ def test_weights_that_were_trained_with_another_encoder_are_reported(checkpoint:
 
 @pytest.mark.parametrize("content", ["{", "[" * 100_000, "[]", "{}", '{"vision": 3}'], ids=lambda content: content[:20])
 def test_a_damaged_list_of_encoders(checkpoint: Path, content: str) -> None:
-    config = CheckpointConfig(read_model(checkpoint)[1].model).model
+    config = read_model(checkpoint)[1].model
     (checkpoint / ENCODERS).write_text(content)
     for read in (lambda: read_model(checkpoint), replace(config, weights=str(checkpoint)).build):
         with pytest.raises(CheckpointError, match=rf"{ENCODERS} is damaged"):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tests.models.rec.test_encoders import trained_without_gradient, vision
 from vg.checkpoint import read_model, write_model
-from vg.config import CheckpointConfig
+from vg.config import ModelOnlyConfig
 from vg.errors import ConfigError
 from vg.models.encoder_types import SIGLIP_VISION, VISION_TYPES
 from vg.models.rec.config import RecConfig, VisionEncoderConfig
@@ -160,6 +160,6 @@ def test_the_projection_is_saved_and_not_trained(tmp_path: Path) -> None:
     assert all("mix" not in name for name, _ in model.named_parameters())
     assert model.num_parameters() == plain.num_parameters() - 40 * config.head.width
     model.mix.neg_()  # as if another version had drawn it
-    write_model(tmp_path, model, CheckpointConfig(config))
+    write_model(tmp_path, model, ModelOnlyConfig(config))
     read, _ = read_model(tmp_path)
     assert read.mix.equal(model.mix)

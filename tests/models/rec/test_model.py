@@ -14,7 +14,7 @@ from tests.cache.feature_data import VISION as TINY_VISION
 from tests.conftest import TEXT
 from tests.models.rec.published import PUBLISHED
 from vg.checkpoint import write_model
-from vg.config import CheckpointConfig, load_config, parse_config
+from vg.config import ModelOnlyConfig, load_config, parse_config
 from vg.data.collate import Collator
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import CheckpointError, ConfigError
@@ -308,7 +308,7 @@ def test_impossible_heads_are_refused_by_name(head: dict, message: str) -> None:
 def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
     config = RecConfig.tiny()
     trained = config.build()
-    write_model(tmp_path, trained, CheckpointConfig(config))
+    write_model(tmp_path, trained, ModelOnlyConfig(config))
     started = replace(config, weights=str(tmp_path)).build()
     for name, tensor in started.own_state_dict().items():
         assert tensor.equal(trained.own_state_dict()[name]), name
@@ -323,7 +323,7 @@ def test_weights_of_another_meaning_are_refused(tmp_path: Path) -> None:
     """The shapes of the weights depend neither on the number of heads nor on which layers of the encoder are read."""
     config = RecConfig.tiny()
     config.vision = VisionEncoderConfig(architecture=TINY_VISION | {"num_hidden_layers": 2}, frozen=True)
-    write_model(tmp_path, config.build(), CheckpointConfig(config))
+    write_model(tmp_path, config.build(), ModelOnlyConfig(config))
     assert isinstance(config.head, DenseHeadConfig)
     config = replace(config, weights=str(tmp_path))
     with pytest.raises(

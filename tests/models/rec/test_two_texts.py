@@ -16,7 +16,7 @@ from tests.models.rec.test_encoders import TEXT as TOWER
 from tests.models.rec.test_model import HEADS, TEXT, TINY_VISION, batch_for
 from vg.checkpoint import read_model, write_model
 from vg.cli.check import _token_counter
-from vg.config import CheckpointConfig
+from vg.config import ModelOnlyConfig
 from vg.data.prompt import Expressions
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import BadSampleError, ConfigError
@@ -108,7 +108,7 @@ def test_both_tokenizers_are_saved_and_loaded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = config.build().eval()
     (tmp_path / "run").mkdir()
-    write_model(tmp_path / "run", model, CheckpointConfig(config))
+    write_model(tmp_path / "run", model, ModelOnlyConfig(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "clip" / name).unlink()
     loaded, read = read_model(tmp_path / "run")
@@ -135,7 +135,7 @@ def test_one_encoder_has_no_files_of_a_second_one(tmp_path: Path) -> None:
     assert model.text_spec.extra is None
     assert not any(name.startswith("extra") for name in model.state_dict())
     (tmp_path / "run").mkdir()
-    write_model(tmp_path / "run", model, CheckpointConfig(config))
+    write_model(tmp_path / "run", model, ModelOnlyConfig(config))
     assert not (tmp_path / "run" / "tokenizer" / "extra").exists()
     assert read_model(tmp_path / "run")[1].model == config
 

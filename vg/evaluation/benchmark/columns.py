@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from vg.config import CheckpointConfig, RunConfig
+from vg.config import RunConfig, SavedConfig
 from vg.data import DatasetConfig
 from vg.data.mixture import MixtureConfig, SourceConfig
 from vg.data.refcoco.official import identify
@@ -19,7 +19,7 @@ from vg.models.grounding_dino.config import GroundingDinoConfig, SwinConfig
 from vg.models.rec.config import RecConfig
 
 
-def described(config: CheckpointConfig) -> dict[str, str]:
+def described(config: SavedConfig) -> dict[str, str]:
     """Return the columns that the configuration determines."""
     model = config.model
     vision = resolution = ""  # of other families
@@ -84,7 +84,7 @@ def _title(source: DatasetConfig | StreamConfig) -> str:
     return title if split == "train" else f"{title} ({split})"
 
 
-def may_have_seen(config: CheckpointConfig, key: str, split: str) -> bool:
+def may_have_seen(config: SavedConfig, key: str, split: str) -> bool:
     """Whether the run trained on images that another dataset of COCO's images has in this split.
 
     Splits of one dataset share no image, but datasets do: 634 of the 1,300 images of RefCOCOg val (UMD) are in the

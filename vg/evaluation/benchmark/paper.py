@@ -9,7 +9,7 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
-from vg.config import CheckpointConfig, RunConfig, checkpoint_config, dump_config
+from vg.config import RunConfig, SavedConfig, dump_config, parse_saved_config
 from vg.errors import ConfigError
 from vg.evaluation.benchmark.columns import described, may_have_seen
 from vg.evaluation.benchmark.suite import DATASETS
@@ -82,7 +82,7 @@ class Result:
 
     path: Path
     content: dict[str, Any]
-    config: CheckpointConfig
+    config: SavedConfig
     parts: dict[Column, dict[str, Any]]  # splits with the metric
 
     @property
@@ -136,7 +136,7 @@ def read_result(folder: Path) -> Result:
     parts = {(part["key"], part["split"]): part for part in content["parts"] if METRIC in part}
     if not parts:
         raise ConfigError(f"{path} has no split with {METRIC}; evaluate RefCOCO, RefCOCO+ or RefCOCOg, too")
-    return Result(path, content, checkpoint_config(content["config"], str(path)), parts)
+    return Result(path, content, parse_saved_config(content["config"], str(path)), parts)
 
 
 def _check_protocols(results: Sequence[Result]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from vg.config import CheckpointConfig
+from vg.config import ModelOnlyConfig, SavedConfig
 from vg.data.collate import Collator
 from vg.data.dataset import BadSamples, GroundingDataset
 from vg.evaluation.benchmark.slices import slices
@@ -85,7 +85,7 @@ class EvaluatedSplit:
 
 def open_model(
     checkpoint: str, overrides: Sequence[str] = (), tokenizer: str | None = None
-) -> tuple[GroundingModel, CheckpointConfig]:
+) -> tuple[GroundingModel, SavedConfig]:
     """Load a model in evaluation mode on the CPU; Grounding DINO scores boxes by the REC protocol by default.
 
     Args:
@@ -102,7 +102,7 @@ def open_model(
     model, config, _ = load(checkpoint, tokenizer, overrides, revision=None)
     if isinstance(model, GroundingDino) and not any(item.startswith("model.predict.score=") for item in overrides):
         model.config.predict.score = "max"
-    return model, config or CheckpointConfig(model.config)  # type: ignore[arg-type]
+    return model, config or ModelOnlyConfig(model.config)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
