@@ -29,7 +29,7 @@ import datasets
 from vg.data.refcoco.tables import open_table
 from vg.errors import UserError
 from vg.models.encoders import Encoder, load_tokenizer, network_config, weights_key
-from vg.models.grounding_dino.checkpoints.files import local_path
+from vg.models.saved import local_path
 from vg.models.grounding_dino.config import SwinConfig
 from vg.models.settings import EncoderConfig, TextEncoderConfig
 start = time.time()
@@ -104,7 +104,7 @@ def test_trouble_with_the_hub_is_explained_within_seconds(hub: tuple[str, str], 
 
 def test_a_path_or_an_id() -> None:
     from vg.errors import CheckpointError
-    from vg.models.grounding_dino.checkpoints.files import local_path
+    from vg.models.saved import local_path
 
     with pytest.raises(CheckpointError, match=r"(?s)some/dino .*is neither a local path.*hf download some/dino"):
         local_path("some/dino")
@@ -128,7 +128,7 @@ def test_similar_paths_are_named(path: str, message: str, tmp_path: Path, monkey
     from huggingface_hub import constants
 
     from vg.errors import CheckpointError
-    from vg.models.grounding_dino.checkpoints.files import local_path
+    from vg.models.saved import local_path
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)

@@ -10,10 +10,9 @@ from vg.config import RunConfig, SavedConfig, load_config, load_saved_config, re
 from vg.data.source import Task
 from vg.errors import ConfigError
 from vg.models.grounding_dino.checkpoints import read_checkpoint
-from vg.models.grounding_dino.checkpoints.files import local_path
 from vg.models.grounding_dino.config import BertConfig, ClassHeadConfig, GroundingDinoConfig, PredictConfig
 from vg.models.rec.config import RecConfig
-from vg.models.saved import is_checkpoint
+from vg.models.saved import is_checkpoint, local_path
 from vg.training.settings import TrainConfig
 
 SMALL = "small"

@@ -22,8 +22,7 @@ from vg.inference.cuda_graphs import CudaGraphs, Recorder
 from vg.inference.result import NO_BOXES, Boxes
 from vg.models.base import GroundingModel, check_finite, on_host
 from vg.models.grounding_dino.checkpoints import open_model
-from vg.models.grounding_dino.checkpoints.files import local_path
-from vg.models.saved import is_checkpoint
+from vg.models.saved import is_checkpoint, local_path
 from vg.types import Batch, Prediction, Sample, map_tensors
 
 DTYPES = {

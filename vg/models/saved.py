@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vg.errors import CheckpointError, DamagedCheckpointError
-from vg.files import read_json
+from vg.files import read_json, similar_paths
+from vg.hub import loading
 from vg.models.settings import ModelSettings
 
 CONFIG, WEIGHTS = "config.yaml", "model.safetensors"
@@ -20,6 +22,23 @@ ENCODERS = "frozen_encoders.json"  # only with encoders whose weights are not in
 def best_of(folder: Path) -> Path:
     """Return the best checkpoint of a run, or the folder itself if it is a checkpoint."""
     return folder / "best" if (folder / "best" / WEIGHTS).exists() else folder
+
+
+def local_path(path: str | Path, revision: str | None = None) -> Path:
+    """Return the path, or the folder that a revision of a Hub id was downloaded to; raises CheckpointError."""
+    local = Path(path)
+    if local.exists():
+        if revision is not None:
+            raise CheckpointError(f"{path} is a local path, which has no revision {revision!r}; leave it out")
+        check_is_model(local)
+        return local
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or local.suffix in (".pth", ".pt", ".safetensors"):
+        raise CheckpointError("; ".join(filter(None, [f"{path} does not exist", similar_paths(path)])))
+    from huggingface_hub import snapshot_download
+
+    with loading(str(path), "the checkpoint, or model.weights", CheckpointError):
+        patterns = ["*.json", "*.txt", "*.safetensors", "*.yaml"]
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
 
 
 def is_checkpoint(path: str | Path) -> bool:

@@ -22,8 +22,8 @@ from vg.data.collate import Collator
 from vg.errors import CheckpointError
 from vg.inference.grounder import Grounder
 from vg.inference.torch_backend import load_model
-from vg.models.grounding_dino.checkpoints.files import local_path
 from vg.models.grounding_dino.model import GroundingDino
+from vg.models.saved import local_path
 from vg.types import Sample
 
 DATA = Path(__file__).parents[3] / ".." / "shared" / "data"

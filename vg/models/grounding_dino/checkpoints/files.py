@@ -1,8 +1,7 @@
-"""Load the tensors of a file, folder or Hub id without running pickled code."""
+"""Load the tensors of a file or folder without running pickled code."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vg.errors import CheckpointError, unpickling_problem
-from vg.files import similar_paths
-from vg.hub import loading
-from vg.models.saved import check_is_model
-
-
-def local_path(path: str | Path, revision: str | None = None) -> Path:
-    """Return the path, or the folder that a revision of a Hub id was downloaded to; raises CheckpointError."""
-    local = Path(path)
-    if local.exists():
-        if revision is not None:
-            raise CheckpointError(f"{path} is a local path, which has no revision {revision!r}; leave it out")
-        check_is_model(local)
-        return local
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or local.suffix in (".pth", ".pt", ".safetensors"):
-        raise CheckpointError("; ".join(filter(None, [f"{path} does not exist", similar_paths(path)])))
-    from huggingface_hub import snapshot_download
-
-    with loading(str(path), "the checkpoint, or model.weights", CheckpointError):
-        patterns = ["*.json", "*.txt", "*.safetensors", "*.yaml"]
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from vg.errors import CheckpointError
 from vg.files import read_json
 from vg.models.base import check_finite_weights
 from vg.models.grounding_dino.backbone import name_in_file
-from vg.models.grounding_dino.checkpoints.files import load_tensors, local_path
+from vg.models.grounding_dino.checkpoints.files import load_tensors
 from vg.models.grounding_dino.checkpoints.names import (
     IGNORABLE,
     CheckpointFormat,
@@ -29,7 +29,7 @@ from vg.models.grounding_dino.checkpoints.names import (
 from vg.models.grounding_dino.checkpoints.settings import check_settings, given_settings, read_image_settings, validated
 from vg.models.grounding_dino.checkpoints.variant import NamedAsInVg, detect_text, detect_variant
 from vg.models.grounding_dino.config import GroundingDinoConfig, SwinConfig
-from vg.models.saved import best_of, read_weights
+from vg.models.saved import best_of, local_path, read_weights
 from vg.settings import read_yaml
 
 if TYPE_CHECKING:
