@@ -122,18 +122,22 @@ def test_the_setting_of_a_grounder(network: GroundingDino, monkeypatch: pytest.M
         vg.Grounder(network, device="cpu", cuda_graphs=True)
     image = sample(["cat"]).image
     expected = vg.Grounder(network, device="cpu").predict_batch([image] * 4, ["cat"] * 4)
-    recorder = Rerun()
-    monkeypatch.setattr(torch_backend, "Recorder", lambda device: recorder)
+    recorder, made = Rerun(), []
+    monkeypatch.setattr(torch_backend, "Recorder", lambda device: made.append(device) or recorder)
     monkeypatch.setattr(torch_backend, "checked_device", lambda device: device)
     monkeypatch.setattr(network, "to", lambda device: network)
     grounder = vg.Grounder(network, device="cuda", cuda_graphs=True)
+    assert len(made) == 1
     found = list(grounder.stream([image] * 4, "cat", 0.0, batch_size=1))
     assert (recorder.recorded, recorder.replayed) == (1, 2)
     for own, other in zip(found, expected, strict=True):
         torch.testing.assert_close(torch.from_numpy(own.boxes), torch.from_numpy(other.boxes), atol=1e-3, rtol=1e-4)
-    grounder.bfloat16()
+    grounder.to("cuda")
     assert list(grounder.stream([image] * 4, "cat", 0.0, batch_size=1))
-    assert recorder.recorded == 2, "another precision is recorded again"
+    assert recorder.recorded == 2, "it is recorded again on another device"
+    rough = vg.Grounder(network, device="cuda", dtype="bf16", cuda_graphs=True)
+    assert list(rough.stream([image] * 4, "cat", 0.0, batch_size=1))
+    assert recorder.recorded == 3
     with pytest.raises(ConfigError, match=r"use compile\(\) or cuda_graphs, not both"):
         grounder.compile()
 

@@ -17,6 +17,7 @@ import cv2
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -187,14 +188,15 @@ def test_precision(grounder: vg.Grounder) -> None:
     model = tiny_model()
     image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
     exact = vg.Grounder(model, "cpu").predict(image, ["dog", "cat"])
-    for rough in (vg.Grounder(model, "cpu", dtype="bf16"), vg.Grounder(model, "cpu").bfloat16()):
-        found = rough.predict(image, ["dog", "cat"])
+    for dtype in ("bf16", torch.bfloat16):
+        found = vg.Grounder(model, "cpu", dtype=dtype).predict(image, ["dog", "cat"])
         assert found.scores.dtype == np.float32
         np.testing.assert_allclose(found.scores, exact.scores, atol=0.05)
     assert next(model.parameters()).dtype.itemsize == 4
-    assert vg.Grounder(model, "cpu").half().backend.dtype.itemsize == 2
-    with pytest.raises(ConfigError, match="dtype int8: expected one of fp32"):
-        vg.Grounder(model, "cpu", dtype="int8")
+    assert vg.Grounder(model, "cpu", dtype="fp16").backend.dtype == torch.float16
+    for wrong in ("int8", "float16", torch.int8):
+        with pytest.raises(ConfigError, match=f"dtype {wrong}: expected one of fp32, bf16, fp16"):
+            vg.Grounder(model, "cpu", dtype=wrong)
 
 
 # ---- vg predict ----------------------------------------------------------------------------------------------------

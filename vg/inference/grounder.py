@@ -18,6 +18,7 @@ from vg.inference.result import Boxes, Result
 from vg.inference.tiles import predict_tiled
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
     from typing_extensions import Self
 
@@ -42,7 +43,7 @@ class Grounder:
             an .onnx file of `vg export`, which runs without torch.
         device: "cpu", "cuda" or "mps"; by default the fastest one available. The model is moved there.
         tokenizer, overrides, revision: see `load_model`.
-        dtype: "fp32", "bf16" or "fp16": precision of the network; the weights stay float32.
+        dtype: "fp32", "bf16", "fp16", or such a dtype of torch: precision of the network; the weights stay float32.
         cuda_graphs: on CUDA, record the network for each input size and replay it: for videos. Not run on a GPU yet.
 
     Raises:
@@ -57,7 +58,7 @@ class Grounder:
         tokenizer: str | None = None,
         overrides: Sequence[str] = (),
         *,
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         revision: str | None = None,
         cuda_graphs: bool = False,
     ):
@@ -92,7 +93,7 @@ class Grounder:
         *,
         revision: str | None = None,
         device: str | None = None,
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         tokenizer: str | None = None,
         overrides: Sequence[str] = (),
         cuda_graphs: bool = False,
@@ -121,16 +122,6 @@ class Grounder:
     def to(self, device: str) -> Self:
         """Move the model; raises ConfigError if this machine does not have the device."""
         self.backend.to(device)
-        return self
-
-    def half(self) -> Self:
-        """Run the network in float16."""
-        self.backend.set_dtype("fp16")
-        return self
-
-    def bfloat16(self) -> Self:
-        """Run the network in bfloat16."""
-        self.backend.set_dtype("bf16")
         return self
 
     def compile(self) -> Self:

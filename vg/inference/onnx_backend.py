@@ -110,9 +110,6 @@ class OnnxBackend:
     def to(self, device: str) -> None:
         raise ConfigError(f"an ONNX model cannot be moved; open it there: vg.Grounder(path, device={device!r})")
 
-    def set_dtype(self, dtype: str) -> None:
-        raise ConfigError(f"an ONNX model has a fixed precision, not {dtype}; use the model that it was exported from")
-
     def compile(self) -> None:
         raise ConfigError("an ONNX model cannot be compiled; use the model that it was exported from")
 

@@ -25,11 +25,7 @@ from vg.models.grounding_dino.checkpoints import open_model
 from vg.models.saved import is_checkpoint, local_path
 from vg.types import Batch, Prediction, Sample, map_tensors
 
-DTYPES = {
-    **dict.fromkeys(("fp32", "float32"), torch.float32),
-    **dict.fromkeys(("bf16", "bfloat16"), torch.bfloat16),
-    **dict.fromkeys(("fp16", "float16", "half"), torch.float16),
-}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Prepared(NamedTuple):
@@ -44,7 +40,7 @@ class TorchBackend:
 
     Args:
         device: "cpu", "cuda" or "mps"; the model is moved there.
-        dtype: "fp32", "bf16" or "fp16" (see DTYPES), or of torch: precision of the network; the weights stay float32.
+        dtype: see `checked_dtype`: precision of the network; the weights stay float32.
         cuda_graphs: replay the network, see vg.inference.cuda_graphs.
 
     Raises:
@@ -64,9 +60,8 @@ class TorchBackend:
         self.takes_many = bool(model.text_spec.delimiters)
         self.generalized = model.generalized
         self.collate = Collator(model.image_spec, model.text_spec)
-        self.dtype = torch.float32
+        self.dtype = checked_dtype(dtype or "fp32")
         self.to(device)
-        self.set_dtype(dtype or torch.float32)
 
     @property
     def device(self) -> str:
@@ -91,14 +86,6 @@ class TorchBackend:
         self.model.to(checked_device(device))
         self._set_network()
 
-    def set_dtype(self, dtype: str | torch.dtype) -> None:
-        if isinstance(dtype, str):
-            if dtype not in DTYPES:
-                raise ConfigError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
-            dtype = DTYPES[dtype]
-        self.dtype = dtype
-        self._set_network()
-
     def compile(self) -> None:
         """Compile the network at the next call; images of other sizes may compile it again."""
         if self.cuda_graphs:
@@ -107,7 +94,7 @@ class TorchBackend:
         self._set_network()
 
     def _set_network(self) -> None:
-        """Forget what was compiled or recorded for another device or precision."""
+        """Forget what was compiled or recorded for another device."""
         network: Any = torch.compile(self.model, dynamic=True) if self.compiled else self.model
         self.network = CudaGraphs(network, Recorder(self.model.device)) if self.cuda_graphs else network
 
@@ -177,6 +164,14 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return one of DTYPES that is given by its name, or itself; raises ConfigError for others."""
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise ConfigError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    return found
 
 
 def checked_device(device: str) -> str:
