@@ -20,7 +20,7 @@ from vg.data import CocoConfig, CsvConfig, OdvgConfig, VocConfig, YoloConfig
 from vg.data.subset import SplitConfig
 from vg.errors import ConfigError, DataError
 from vg.finetuning import sizes
-from vg.finetuning.plan import default_output, make_plan, refuse_other_run
+from vg.finetuning.plan import FinetuneSettings, Plan, make_plan, refuse_other_run
 from vg.models.grounding_dino.checkpoints import write_checkpoint
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.rec.config import RecConfig
@@ -34,12 +34,16 @@ FORMATS: dict[str, Any] = {
 }
 
 
+def planned(folder: str | Path, model: str | Path | None = None, **options: Any) -> Plan:
+    return make_plan(FinetuneSettings(folder, model, **options))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_split_and_planned(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / name
     folder.mkdir()
     FORMATS[name].miniature(folder)
-    plan = make_plan(folder, "small")
+    plan = planned(folder, "small")
     train, val = plan.config.data.train, plan.config.data.eval
     assert isinstance(train, SplitConfig)
     assert isinstance(val, SplitConfig)
@@ -61,7 +65,7 @@ def test_the_dry_run_is_a_configuration(
     printed = capsys.readouterr().out
     (tmp_path / "plan.yaml").write_text(printed)
     config = load_config(tmp_path / "plan.yaml")
-    expected = make_plan(tmp_path / "instances_val.json", "small", overrides=["train.max_steps=7", "optim.lr=3e-4"])
+    expected = planned(tmp_path / "instances_val.json", "small", overrides=["train.max_steps=7", "optim.lr=3e-4"])
     assert config.data == parse_config(yaml.safe_load(printed)).data
     assert (config.train.max_steps, config.optim.lr) == (7, 3e-4)
     assert config.model == expected.config.model
@@ -74,7 +78,7 @@ def test_splits_of_the_folder_are_used(tmp_path: Path) -> None:
         (tmp_path / split).mkdir()
         CocoConfig.miniature(tmp_path / split)
         (tmp_path / split / "instances_val.json").rename(tmp_path / split / "_annotations.coco.json")
-    plan = make_plan(tmp_path, "small")
+    plan = planned(tmp_path, "small")
     train, val = plan.config.data.train, plan.config.data.eval
     assert isinstance(train, CocoConfig)
     assert isinstance(val, CocoConfig)
@@ -89,21 +93,21 @@ def classes(folder: Path) -> list[str]:
 def test_phrases_select_and_rename_classes(tmp_path: Path) -> None:
     CocoConfig.miniature(tmp_path)
     first, second, *rest = classes(tmp_path)
-    plan = make_plan(tmp_path, "small", phrases=[first.upper(), f"{second}=the other one"])
+    plan = planned(tmp_path, "small", phrases=[first.upper(), f"{second}=the other one"])
     source = plan.config.data.train.build()
     assert set(source.load(0, 0).phrases) == {first.upper(), "the other one"}
     assert any(note == f"classes left out, with their boxes: {', '.join(rest)}" for note in plan.notes)
     for renamed in ({second: "the other one"}, [f"{second}=the other one"]):
-        plan = make_plan(tmp_path, "small", phrases=renamed)
+        plan = planned(tmp_path, "small", phrases=renamed)
         phrases = plan.config.data.train.build().load(0, 0).phrases
         assert phrases == (first, "the other one", *rest), "only renamed"
         assert "all classes are used" in plan.notes
     with pytest.raises(ConfigError, match=f"--phrases: 'zebra' is not one of {first}"):
-        make_plan(tmp_path, "small", phrases=["zebra"])
+        planned(tmp_path, "small", phrases=["zebra"])
     (tmp_path / "csv").mkdir()
     CsvConfig.miniature(tmp_path / "csv")
     with pytest.raises(ConfigError, match="its phrases are free text"):
-        make_plan(tmp_path / "csv", "small", phrases=["zebra"])
+        planned(tmp_path / "csv", "small", phrases=["zebra"])
 
 
 def test_classes_without_any_box_are_named(tmp_path: Path) -> None:
@@ -114,11 +118,11 @@ def test_classes_without_any_box_are_named(tmp_path: Path) -> None:
     document = json.loads(file.read_text())
     document["categories"].insert(0, {"id": -1, "name": "my objects", "supercategory": "none"})
     file.write_text(json.dumps(document))
-    (note,) = [note for note in make_plan(tmp_path, "small").notes if "without any box" in note]
+    (note,) = [note for note in planned(tmp_path, "small").notes if "without any box" in note]
     assert note == (
         "classes without any box: my objects; --phrases with the names of the other classes leaves them out"
     )
-    plan = make_plan(tmp_path, "small", phrases=names)
+    plan = planned(tmp_path, "small", phrases=names)
     assert "classes left out, with their boxes: my objects" in plan.notes
     assert not any("without any box" in note for note in plan.notes)
 
@@ -136,15 +140,15 @@ def test_models(tmp_path: Path, tiny_config: Callable[..., Any]) -> None:
         folder.mkdir()
         member.miniature(folder)
     own = load_config("configs/grounding_dino/finetune_own.yaml")
-    config = make_plan(detection).config
+    config = planned(detection).config
     assert config.model.weights == "IDEA-Research/grounding-dino-tiny"
     assert (config.optim.lr, config.optim.freeze) == (own.optim.lr, own.optim.freeze)
     assert config.data.batch_size * config.train.accumulate == 16
-    config = make_plan(expressions).config
+    config = planned(expressions).config
     assert isinstance(config.model, GroundingDinoConfig)
     assert (config.optim.lr, config.model.predict.score, config.train.best_metric) == (2e-4, "max", "acc@0.5")
     assert config.data.batch_size * config.train.accumulate == 32
-    config = make_plan(detection, lora=True).config
+    config = planned(detection, lora=True).config
     assert config.optim.lora
     tiny = replace(GroundingDinoConfig.tiny(), text=TEXT)
     network = tiny.build()
@@ -152,18 +156,18 @@ def test_models(tmp_path: Path, tiny_config: Callable[..., Any]) -> None:
     (tmp_path / "transformers").mkdir()
     write_checkpoint(network.own_state_dict(), tiny, tokenizer, tmp_path / "transformers", "transformers")
     for model in (tmp_path / "transformers", saved(tmp_path / "vg", ModelOnlyConfig(tiny))):
-        config = make_plan(detection, model).config
+        config = planned(detection, model).config
         assert config.model.weights == str(model)
         assert config.optim.lr == own.optim.lr
         assert config.model.build().num_parameters() > 0
     rec = saved(tmp_path / "rec", tiny_config(optim={"lr": 0.123}))
-    config = make_plan(expressions, rec).config
+    config = planned(expressions, rec).config
     assert isinstance(config.model, RecConfig)
     assert (config.model.weights, config.optim.lr) == (str(rec), 0.123)
     with pytest.raises(ConfigError, match="is a rec model, which finds one box for one expression"):
-        make_plan(detection, rec)
+        planned(detection, rec)
     with pytest.raises(ConfigError, match="leave out --lora"):
-        make_plan(detection, "small", lora=True)
+        planned(detection, "small", lora=True)
 
 
 def test_errors_name_the_problem(tmp_path: Path) -> None:
@@ -171,37 +175,37 @@ def test_errors_name_the_problem(tmp_path: Path) -> None:
     for folder in (empty, mixed, data):
         folder.mkdir()
     with pytest.raises(DataError, match=r"neither data\.yaml.*no \.json, \.jsonl or \.csv file"):
-        make_plan(empty, "small")
+        planned(empty, "small")
     odd = tmp_path / "odd name"
     odd.mkdir()
     (odd / "a.json").write_text("{}")
     with pytest.raises(DataError, match=r"vg check '.*/odd name' also draws images"):
-        make_plan(odd, "small")
+        planned(odd, "small")
     CocoConfig.miniature(mixed)
     CsvConfig.miniature(mixed)
     with pytest.raises(DataError, match=r"several formats, instances_val\.json \(COCO\) and mini\.csv \(expressions\)"):
-        make_plan(mixed, "small")
+        planned(mixed, "small")
     VocConfig.miniature(mixed)
     with pytest.raises(DataError, match=r"xml files \(Pascal VOC\) and instances_val\.json"):
-        make_plan(mixed, "small")
+        planned(mixed, "small")
     config = CsvConfig.miniature(data)
     text = Path(config.path).read_text()
     Path(config.path).write_text(text.replace("right", "xmax"))
     with pytest.raises(DataError, match="no column for the box"):
-        make_plan(data, "small")
+        planned(data, "small")
     Path(config.path).write_text(text + "1.png,the blue one,10,10,500,20\n")
     with pytest.raises(DataError, match=r"(?s)has errors; correct.*boxes that extend beyond their image \(1"):
-        make_plan(data, "small")
+        planned(data, "small")
     with pytest.raises(DataError, match="is the configuration of a run, not data"):
-        make_plan("configs/demo_rec.yaml")
+        planned("configs/demo_rec.yaml")
 
 
 def test_a_table_of_classes_is_a_detection_dataset(tmp_path: Path) -> None:
     path = Path(CsvConfig.miniature(tmp_path).path)
     path.write_text(path.read_text().replace("phrase,left,top,right,bottom", "class,xmin,ymin,xmax,ymax"))
-    plan = make_plan(tmp_path, "small", phrases=["green star"])
+    plan = planned(tmp_path, "small", phrases=["green star"])
     assert plan.config.data.train.build().provenance.task == "detection"
-    assert plan.config.model == make_plan(detection(tmp_path), "small").config.model
+    assert plan.config.model == planned(detection(tmp_path), "small").config.model
     assert plan.config.data.train.build().load(0, 0).phrases == ("green star",)
 
 
@@ -212,15 +216,15 @@ def detection(folder: Path) -> Path:
 
 def test_the_run_is_named_after_the_folder(tmp_path: Path) -> None:
     (tmp_path / "pets.v1").mkdir()
-    assert default_output(tmp_path / "pets.v1") == Path("runs", "pets.v1")
-    assert default_output(tmp_path / "pets.v1.json") == Path("runs", "pets.v1")
+    assert FinetuneSettings(tmp_path / "pets.v1").run_folder == Path("runs", "pets.v1")
+    assert FinetuneSettings(tmp_path / "pets.v1.json").run_folder == Path("runs", "pets.v1")
 
 
 def test_a_cpu_gets_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = detection(tmp_path)
     monkeypatch.setattr(sizes, "available_memory", lambda: ("cpu", 100 * sizes.GIB))
-    assert any("WARNING: no GPU" in note and "--model small" in note for note in make_plan(data).notes)
-    assert not any("WARNING" in note for note in make_plan(data, "small").notes)
+    assert any("WARNING: no GPU" in note and "--model small" in note for note in planned(data).notes)
+    assert not any("WARNING" in note for note in planned(data, "small").notes)
 
 
 def test_images_in_another_folder(tmp_path: Path) -> None:
@@ -231,12 +235,12 @@ def test_images_in_another_folder(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     table = shutil.move(tmp_path / "mini.csv", tmp_path / "elsewhere" / "mini.csv")
     with pytest.raises(DataError, match="missing images"):
-        make_plan(table, "small")
-    assert make_plan(table, "small", images=tmp_path / "photos").config.train.output == str(Path("runs", "mini"))
+        planned(table, "small")
+    assert planned(table, "small", images=tmp_path / "photos").config.train.output == str(Path("runs", "mini"))
     (tmp_path / "voc").mkdir()
     VocConfig.miniature(tmp_path / "voc")
     with pytest.raises(ConfigError, match="names its images"):
-        make_plan(tmp_path / "voc", "small", images=tmp_path)
+        planned(tmp_path / "voc", "small", images=tmp_path)
 
 
 HUB_FOLDER = "/cache/hub/models--someone--pets/snapshots/0a1b"
@@ -261,11 +265,11 @@ def test_a_run_continues_with_its_model_in_other_words(
     (tmp_path / "link").symlink_to("runs/demo")
     (tmp_path / "data").mkdir()
     CocoConfig.miniature(tmp_path / "data")
-    config = make_plan("data", "small").config
+    config = planned("data", "small").config
     model = replace(config.model, weights=weights and weights.format(here=tmp_path))
     config = replace(config, model=model)
     for name in same:
-        refuse_other_run(config, "data", name.format(here=tmp_path), None, None, lora=False)
+        refuse_other_run(config, FinetuneSettings("data", name.format(here=tmp_path)))
     for name in other:
         with pytest.raises(ConfigError, match=f"--model: .* in the run, {name} given"):
-            refuse_other_run(config, "data", name, None, None, lora=False)
+            refuse_other_run(config, FinetuneSettings("data", name))

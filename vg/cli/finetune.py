@@ -30,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from vg.finetuning.plan import FinetuneSettings
     from vg.finetuning.run import finetune, shared_plan
 
-    names = ("folder", "model", "phrases", "images", "output", "lora", "tokenizer", "overrides")
-    chosen = {name: getattr(options, name) for name in names}
+    chosen = {name: getattr(options, name) for name in FinetuneSettings.__dataclass_fields__}
     if options.dry_run:
-        shared_plan(**chosen)
+        shared_plan(FinetuneSettings(**chosen))
     else:
         finetune(**chosen, resume=options.resume, overwrite=options.overwrite)

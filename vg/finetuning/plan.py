@@ -26,6 +26,29 @@ from vg.settings import differences
 NUM_LISTED = 5  # classes without a box that the plan names
 NUM_CHECKED = 2000  # images of each dataset that are opened; `vg check` opens all
 FRACTION = 0.2  # of the images, for validation
+OUTPUT = "train.output="
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """What to fine-tune on, and how: the arguments of `vg.finetuning.run.finetune`, which describes them."""
+
+    folder: str | Path
+    model: str | Path | None = None
+    phrases: Sequence[str] | Mapping[str, str] | None = None
+    images: str | Path | None = None
+    output: str | Path | None = None
+    lora: bool = False
+    tokenizer: str | None = None
+    overrides: Sequence[str] = ()
+
+    @property
+    def run_folder(self) -> Path:
+        """Folder of the run: that of the overrides, or `output`, or one with the name of the data."""
+        data = Path(self.folder).resolve()
+        named = Path("runs", data.name if data.is_dir() else data.stem)
+        chosen = [override.removeprefix(OUTPUT) for override in self.overrides if override.startswith(OUTPUT)]
+        return Path([str(self.output or named), *chosen][-1]).expanduser()
 
 
 @dataclass(frozen=True)
@@ -41,39 +64,26 @@ class Plan:
         return comments + dump_config(self.config, defaults=False)
 
 
-def make_plan(
-    folder: str | Path,
-    model: str | Path | None = None,
-    *,
-    phrases: Sequence[str] | Mapping[str, str] | None = None,
-    images: str | Path | None = None,
-    output: str | Path | None = None,
-    lora: bool = False,
-    tokenizer: str | None = None,
-    overrides: Sequence[str] = (),
-    resources: Resources | None = None,
-) -> Plan:
+def make_plan(settings: FinetuneSettings, resources: Resources | None = None) -> Plan:
     """Find the data in a folder, check it, and choose how to train on it.
 
     Args:
         resources: of all processes of the run; by default those of this process alone.
-
-    For the other arguments see `vg.finetuning.run.finetune`.
 
     Raises:
         DataError: there is no dataset, or several; or the data has errors, which the message lists.
         ConfigError: unknown overrides or phrases, or a model that cannot learn this data.
         CheckpointError: see `choose_recipe`.
     """
-    path = Path(folder)
+    path = Path(settings.folder)
     if not (found := detect_format(path)):
         raise DataError(f"{path} is the configuration of a run, not data: vg train {shlex.quote(str(path))}")
-    data, notes = _data(found, phrases, images)
-    of_data = [override for override in overrides if override.startswith("data.")]
+    data, notes = _data(found, settings.phrases, settings.images)
+    of_data = [override for override in settings.overrides if override.startswith("data.")]
     draft = parse_config({"model": {"name": "grounding_dino"}, "data": data}, str(path), of_data)
     first = next(iter(found.values()))
     task: Task = "expressions" if first["name"] == "csv" and not _classes(first) else "detection"
-    recipe = choose_recipe(model, task, lora, tokenizer)
+    recipe = choose_recipe(settings.model, task, settings.lora, settings.tokenizer)
     warnings = _check(draft, recipe, path)
     train, *evaluations = (config.build() for config in draft.data.datasets().values())
     counts = " and ".join(map(_count, evaluations))
@@ -83,43 +93,30 @@ def make_plan(
     config = replace(
         config,
         data=replace(config.data, train=draft.data.train, eval=draft.data.eval, drop_overlap=True),
-        train=replace(config.train, output=str(output or default_output(path))),
+        train=replace(config.train, output=str(settings.run_folder)),
     )
-    return Plan(parse_config(differences(config), str(path), overrides), [*notes, *decisions])
+    return Plan(parse_config(differences(config), str(path), settings.overrides), [*notes, *decisions])
 
 
-def default_output(folder: str | Path) -> Path:
-    """Return the folder of the run on a folder of data."""
-    path = Path(folder).resolve()
-    return Path("runs", path.name if path.is_dir() else path.stem)
-
-
-def refuse_other_run(
-    config: RunConfig,
-    folder: str | Path,
-    model: str | Path | None,
-    phrases: Sequence[str] | Mapping[str, str] | None,
-    images: str | Path | None,
-    lora: bool,
-) -> None:
-    """Raise ConfigError if a run was not planned with the given arguments of `finetune`; omitted ones are its own."""
-    data, _ = _data(detect_format(Path(folder)), phrases, images)
+def refuse_other_run(config: RunConfig, settings: FinetuneSettings) -> None:
+    """Raise ConfigError if a run was not planned with the given settings; those left at their default are its own."""
+    data, _ = _data(detect_format(Path(settings.folder)), settings.phrases, settings.images)
     planned, own = data["train"], asdict(config.data.train)
     planned, own = planned.get("dataset", planned), own.get("dataset") or own
     values: dict[str, tuple[Any, ...]] = {"the data": (_absolute(own.get("path")), _absolute(planned["path"]))}
-    if images is not None:
-        values["--images"] = _absolute(own.get("image_root")), _absolute(str(images))
-    if phrases:
+    if settings.images is not None:
+        values["--images"] = _absolute(own.get("image_root")), _absolute(str(settings.images))
+    if settings.phrases:
         vocabulary = own.get("vocabulary") or {}
         values["--phrases"] = tuple(
             ", ".join(chosen.get("only") or ["all classes"])
             + "".join(f", {name}={phrase}" for name, phrase in (chosen.get("phrases") or {}).items())
             for chosen in (vocabulary, planned["vocabulary"])
         )
-    if model is not None:
+    if settings.model is not None:
         weights = str(config.model.weights or SMALL)
-        values["--model"] = weights, weights if _same_model(weights, str(model)) else str(model)
-    if lora:
+        values["--model"] = weights, weights if _same_model(weights, str(settings.model)) else str(settings.model)
+    if settings.lora:
         values["--lora"] = ("yes" if config.optim.lora else "no", "yes")
     changed = [f"{name}: {before} in the run, {now} given" for name, (before, now) in values.items() if before != now]
     if changed:

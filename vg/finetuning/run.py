@@ -16,7 +16,7 @@ from vg.errors import ConfigError
 from vg.evaluation.evaluator import NUM_PRINTED
 from vg.evaluation.table import aligned, cell
 from vg.files import write_bytes
-from vg.finetuning.plan import Plan, default_output, make_plan, refuse_other_run
+from vg.finetuning.plan import FinetuneSettings, Plan, make_plan, refuse_other_run
 from vg.finetuning.sizes import available_resources
 from vg.inference.draw import save_image
 from vg.inference.sample_grid import draw_samples
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from vg.inference.grounder import Grounder
 
 PREDICTIONS, COMPARISON, EXAMPLE = "predictions.png", "comparison.txt", "example.png"
-OUTPUT = "train.output="
 NUM_PHRASES = 5  # in the command that is printed
 
 
@@ -79,27 +78,17 @@ def finetune(
     """
     from vg.inference.grounder import Grounder
 
-    overrides = as_overrides(overrides)
-    chosen = [text.removeprefix(OUTPUT) for text in overrides if text.startswith(OUTPUT)]
-    run = Path([str(output or default_output(folder)), *chosen][-1]).expanduser()
+    settings = FinetuneSettings(folder, model, phrases, images, output, lora, tokenizer, as_overrides(overrides))
+    run = settings.run_folder
     if resume:
         if not (run / CONFIG).is_file():
             raise ConfigError(f"{run} contains no run to continue; leave out --resume")
-        refuse_other_run(load_config(run / CONFIG), folder, model, phrases, images, lora)
-        config = load_config(run / CONFIG, overrides)
+        refuse_other_run(load_config(run / CONFIG), settings)
+        config = load_config(run / CONFIG, settings.overrides)
     else:
         if not (overwrite or may_be_restarted()):  # then it continues the run, see RunFolder
             refuse_run(run)  # before the data is checked
-        config = shared_plan(
-            folder,
-            model,
-            phrases=phrases,
-            images=images,
-            output=output,
-            lora=lora,
-            tokenizer=tokenizer,
-            overrides=overrides,
-        ).config
+        config = shared_plan(settings).config
     trainer = Trainer(config, resume, overwrite)
     after = trainer.fit()
     grounder = Grounder(trainer.folder.path)
@@ -108,8 +97,8 @@ def finetune(
     return grounder
 
 
-def shared_plan(folder: str | Path, model: str | Path | None = None, **options: Any) -> Plan:
-    """Make the plan in the main process, print it, and return it in all processes; arguments as in `make_plan`.
+def shared_plan(settings: FinetuneSettings) -> Plan:
+    """Make the plan in the main process, print it, and return it in all processes.
 
     Its checks take minutes, and the processes of a machine measure different amounts of free memory.
     """
@@ -119,7 +108,7 @@ def shared_plan(folder: str | Path, model: str | Path | None = None, **options: 
     plans: list[Any] = [None]
     with raise_on_all_processes():
         if accelerator.is_main_process:
-            plans = [make_plan(folder, model, resources=resources, **options)]
+            plans = [make_plan(settings, resources)]
             print(plans[0].to_yaml())
     broadcast_object_list(plans)
     return cast("Plan", plans[0])
