@@ -72,6 +72,20 @@ def test_the_default_tokenizer_is_named(capsys: pytest.CaptureFixture[str], monk
     assert f"(default: {BertConfig().id})" in help_of("convert", capsys, monkeypatch, columns=200)
 
 
+@pytest.mark.parametrize(
+    ("verb", "default"),
+    [
+        ("predict", "the fastest available"),
+        ("web", "the fastest available"),
+        ("label", "the fastest available; under torchrun, one GPU each"),
+    ],
+)
+def test_the_default_device_is_that_of_the_verb(
+    verb: str, default: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert f"cpu, cuda or mps (default: {default})\n" in help_of(verb, capsys, monkeypatch, columns=200)
+
+
 def test_only_the_configuration_is_required(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["train"])

@@ -141,10 +141,20 @@ def test_every_0th_frame_is_refused(expression_model: Path, tmp_path: Path) -> N
             main([*command, *option])
 
 
-@pytest.mark.parametrize("threshold", ["30", "-0.1", "nan"])
-def test_a_threshold_outside_of_0_to_1_is_refused(threshold: str, image: Path) -> None:
-    with pytest.raises(SystemExit, match=rf"--threshold {threshold}: expected a score or IoU from 0 to 1"):
-        main(["predict", "nowhere", str(image), "dog", "--threshold", threshold])
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        *(("--threshold", value, "a score or IoU from 0 to 1") for value in ("30", "-0.1", "nan")),
+        ("--nms", "1.5", "a score or IoU from 0 to 1"),
+        ("--batch-size", "0", "at least 1"),
+    ],
+)
+def test_values_out_of_range_are_refused_before_the_model_is_loaded(
+    option: str, value: str, expected: str, image: Path
+) -> None:
+    for more in ([], ["--json"]):
+        with pytest.raises(SystemExit, match=rf"{option} {value}: expected {expected}"):
+            main(["predict", "nowhere", str(image), "dog", option, value, *more])
 
 
 def test_an_image_file_is_not_a_phrase(image: Path) -> None:

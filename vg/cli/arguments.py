@@ -13,11 +13,7 @@ from vg.errors import ConfigError
 
 if TYPE_CHECKING:
     from vg.config import RunConfig
-
-THRESHOLD_HELP = (
-    "minimum score, 0..1 (default: 0.3 for grounding_dino; for rec the best box of each phrase, or 0.5 if the model "
-    "was trained with `objects: any`)"
-)
+    from vg.inference.grounder import Grounder
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -104,6 +100,46 @@ def add_tokenizer(parser: Any) -> None:
     """Add the tokenizer for a checkpoint that does not contain one."""
     about = "BERT tokenizer for a .pth, which contains none: folder or Hub id (default: google-bert/bert-base-uncased)"
     parser.add_argument("--tokenizer", help=about)
+
+
+def add_runtime(parser: argparse.ArgumentParser, default: str = "the fastest available") -> None:
+    """Add the arguments of `open_grounder`, beside the model and its overrides.
+
+    Args:
+        default: the device that is used without --device.
+    """
+    parser.add_argument("--device", help=f"cpu, cuda or mps (default: {default})")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="precision of the network (default: fp32)")
+    add_tokenizer(parser)
+
+
+def open_grounder(options: argparse.Namespace) -> Grounder:
+    """Load the model of the command line."""
+    from vg.inference.grounder import Grounder
+
+    return Grounder(options.checkpoint, options.device, options.tokenizer, options.overrides, dtype=options.dtype)
+
+
+def add_prediction(parser: argparse.ArgumentParser) -> None:
+    """Add which boxes are selected, and how many images the network takes; `check_prediction` checks the values."""
+    add = parser.add_argument
+    threshold = (
+        "minimum score, 0..1 (default: 0.3 for grounding_dino; for rec the best box of each phrase, or 0.5 if the "
+        "model was trained with `objects: any`)"
+    )
+    add("--threshold", type=float, help=threshold)
+    add("--nms", type=float, metavar="IOU", help="drop boxes that overlap more with a better one of their phrase")
+    add("--batch-size", type=int, default=8, help="images in a pass of the network (default: %(default)s)")
+
+
+def check_prediction(options: argparse.Namespace) -> None:
+    """Raise ConfigError, before a model is loaded, for a value of `add_prediction` that is out of range."""
+    from vg.inference.arguments import check_count, check_fraction
+
+    for name in ("threshold", "nms"):
+        if (value := getattr(options, name)) is not None:
+            check_fraction(value, f"--{name}")
+    check_count(options.batch_size, "--batch-size")
 
 
 def read_data(path: str, overrides: Sequence[str]) -> tuple[RunConfig, bool]:

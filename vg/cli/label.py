@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vg.cli.arguments import THRESHOLD_HELP, WordsAction, add_model_overrides, add_tokenizer
+from vg.cli.arguments import WordsAction, add_model_overrides, add_prediction, add_runtime, check_prediction
 from vg.errors import ConfigError, printable
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("--pipeline", default="en_core_web_sm", help="pipeline of spaCy, for --captions (default: %(default)s)")
-    add("--threshold", type=float, help=THRESHOLD_HELP)
-    add("--nms", type=float, metavar="IOU", help="drop boxes that overlap more with a better one of their phrase")
+    add_prediction(parser)
     add("--exclusive", action="store_true", help="an object has one phrase: --nms compares boxes of all phrases")
     add("--image-root", metavar="FOLDER", help="folder of the images of a table (default: that of the table)")
     add("--format", choices=["odvg", "coco", "parquet"], default="odvg", help="format of the labels (default: odvg)")
@@ -59,26 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard", metavar="I/N", help="label every N-th shard, from the I-th on; I counts from 0")
     add("--engine", choices=["ray"], help="run the workers on a cluster of Ray, or on this machine")
     add("--workers", type=int, metavar="N", help="number of Ray workers (default: one per GPU)")
-    add("--batch-size", type=int, default=8, help="images in a pass of the network (default: %(default)s)")
-    add("--device", help="cpu, cuda or mps (default: the fastest available; under torchrun, one GPU each)")
-    add("--dtype", choices=["fp32", "bf16", "fp16"], help="precision of the network (default: fp32)")
-    add_tokenizer(parser)
+    add_runtime(parser, "the fastest available; under torchrun, one GPU each")
 
 
 def run(options: argparse.Namespace) -> None:
-    from vg.inference.arguments import check_count, check_fraction
+    from vg.inference.arguments import check_count
     from vg.labeling.phrases import read_phrases
     from vg.labeling.run import label, label_on_ray, worker_of
     from vg.labeling.worker import LabelSettings
 
-    for name in ("threshold", "nms"):
-        if (value := getattr(options, name)) is not None:
-            check_fraction(value, f"--{name}")
+    check_prediction(options)
     if options.exclusive and options.nms is None:
         raise ConfigError("--exclusive is about --nms: give the largest overlap of two objects too, such as --nms 0.7")
-    for name in ("batch_size", "workers"):
-        if (number := getattr(options, name)) is not None:
-            check_count(number, f"--{name.replace('_', '-')}")
+    if options.workers is not None:
+        check_count(options.workers, "--workers")
     if options.workers and options.engine != "ray":
         raise ConfigError("--workers is for --engine ray; other workers are processes of torchrun or of an array job")
     if options.engine == "ray" and options.shard:

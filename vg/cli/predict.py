@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from vg.cli.arguments import THRESHOLD_HELP, WordsAction, add_model_overrides, add_tokenizer
+from vg.cli.arguments import (
+    WordsAction,
+    add_model_overrides,
+    add_prediction,
+    add_runtime,
+    check_prediction,
+    open_grounder,
+)
 from vg.errors import ConfigError, printable
 
 if TYPE_CHECKING:
@@ -42,8 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_overrides(parser)
     add = parser.add_argument
     add("-p", "--phrases", nargs="+", action=WordsAction, metavar="PHRASE", help='such as "the man in the red shirt"')
-    add("--threshold", type=float, help=THRESHOLD_HELP)
-    add("--nms", type=float, metavar="IOU", help="drop boxes that overlap more with a better one of their phrase")
+    add_prediction(parser)
     add("--tile", type=int, metavar="PIXELS", help="also search tiles of this side, for small objects in large images")
     add("--overlap", type=float, default=0.2, help="minimum fraction that neighboring tiles share (default: 0.2)")
     add("--masks", action="store_true", help="also segment every box with SAM")
@@ -53,49 +59,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--crops", action="store_true", help="also write every box as an image")
     add("--no-draw", action="store_true", help="do not write images with boxes")
     add("--json", action="store_true", help="print one JSON record per image on standard output, and nothing else")
-    add("--batch-size", type=int, default=8, help="images in a pass of the network (default: %(default)s)")
     add("--every", type=int, default=1, metavar="N", help="use every N-th frame of a video")
     add("--overwrite", action="store_true", help="replace the results in the output folder")
-    add("--device", help="cpu, cuda or mps (default: the fastest available)")
-    add("--dtype", choices=["fp32", "bf16", "fp16"], help="precision of the network (default: fp32)")
-    add_tokenizer(parser)
+    add_runtime(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    from vg.inference.arguments import check_fraction, checked_phrases
-    from vg.inference.grounder import Grounder
+    from vg.inference.arguments import checked_phrases
     from vg.inference.images import is_single
 
-    words, overrides = options.words, options.overrides
+    words = options.words
     options.masks = options.mask_model or options.masks
     inputs, phrases = (words, options.phrases) if options.phrases else (words[:1], words[1:])
     if not options.phrases:
         _check_phrases(phrases)
     wanted = checked_phrases(phrases)
-    for name in ("threshold", "nms"):
-        if (value := getattr(options, name)) is not None:
-            check_fraction(value, f"--{name}")
+    check_prediction(options)
     to_folder = options.crops or options.format or (options.output and not Path(options.output).suffix)
     if inputs == ["-"]:
         inputs = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     elif len(inputs) == 1 and is_single(inputs[0]) and not (to_folder or options.json):
-        return _draw_one(inputs[0], wanted, options, overrides)
+        return _draw_one(inputs[0], wanted, options)
     if options.output and Path(options.output).suffix:
         needing = "several images, --json, --crops and --format need a folder"
         raise ConfigError(f"--output {options.output}: {needing}, such as predictions")
-    grounder = Grounder(options.checkpoint, options.device, options.tokenizer, overrides, dtype=options.dtype)
+    grounder = open_grounder(options)
     num_failed = (_print_records if options.json and not to_folder else _fill_folder)(grounder, inputs, wanted, options)
     if num_failed:
         print(f"{num_failed} image{'s' * (num_failed > 1)} could not be used, see above", file=sys.stderr)
         sys.exit(SOME_FAILED)
 
 
-def _draw_one(image: str, phrases: tuple[str, ...], options: argparse.Namespace, overrides: Sequence[str]) -> None:
+def _draw_one(image: str, phrases: tuple[str, ...], options: argparse.Namespace) -> None:
     """Print the boxes of one image and draw them."""
     from PIL import Image
 
     from vg.inference.draw import save_image
-    from vg.inference.grounder import Grounder
     from vg.inference.result import READABLE_SIDE
 
     output = Path(options.output or "prediction.png")
@@ -103,7 +102,7 @@ def _draw_one(image: str, phrases: tuple[str, ...], options: argparse.Namespace,
         raise ConfigError(f"--output {output} is a folder: name a file in it, such as prediction.png")
     if not _is_image(str(output)):
         raise ConfigError(f"--output {output} has no suffix of an image format: use .png or .jpg")
-    grounder = Grounder(options.checkpoint, options.device, options.tokenizer, overrides, dtype=options.dtype)
+    grounder = open_grounder(options)
     result = grounder(image, phrases, 0.0, tile=options.tile, overlap=options.overlap)
     shown = grounder.select(result, options.threshold, options.nms)
     if options.masks:

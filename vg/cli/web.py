@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vg.cli.arguments import add_model_overrides, add_tokenizer
+from vg.cli.arguments import add_model_overrides, add_runtime, open_grounder
 from vg.errors import ConfigError
 
 EPILOG = """
@@ -21,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=_port, help="port to listen on (default: the first free one from 7860 on)")
     parser.add_argument("--share", action="store_true", help="also open a public link, through a server of Gradio")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="precision of the network (default: fp32)")
-    add_tokenizer(parser)
+    add_runtime(parser)
 
 
 def _port(text: str) -> int:
@@ -33,8 +31,6 @@ def _port(text: str) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    from vg.inference.grounder import Grounder
-
     try:
         from vg.web.guard import check_address
         from vg.web.page import serve
@@ -43,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
             raise
         raise ConfigError("vg web needs gradio: pip install gradio") from error
     check_address(options.host, options.port)  # before minutes of loading a model
-    grounder = Grounder(options.checkpoint, options.device, options.tokenizer, options.overrides, dtype=options.dtype)
+    grounder = open_grounder(options)
     is_local = Path(options.checkpoint).exists()
     title = Path(options.checkpoint).resolve().name if is_local else options.checkpoint  # not the path of this machine
     serve(grounder, title, options.host, options.port, options.share)
