@@ -196,7 +196,7 @@ class Grounder:
     def predict_batch(
         self, images: Sequence[ImageLike], phrases: Sequence[str | Sequence[str]], threshold: float | None = None
     ) -> list[Result]:
-        """Find phrases in several images in one pass of the network; every image has its own phrase or phrases.
+        """Like `predict`, by default with all boxes, for several images with own phrases, in one pass of the network.
 
         Raises:
             ValueError: images or phrases that are not a list, or another number of phrases than of images.
