@@ -16,7 +16,12 @@ import torch
 from torch.nn import functional as F
 
 from vg import machine
-from vg.machine import _is_amd, available_ram
+from vg.machine import _is_amd, available_ram, size_text
+
+
+def test_sizes_are_in_units_of_1000() -> None:
+    sizes = (0, 12_130_000, 999_900_000, 1e9, 24_200_000_000)
+    assert [size_text(size) for size in sizes] == ["0.0 MB", "12.1 MB", "999.9 MB", "1.00 GB", "24.20 GB"]
 
 
 def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:

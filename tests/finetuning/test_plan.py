@@ -222,7 +222,7 @@ def test_the_run_is_named_after_the_folder(tmp_path: Path) -> None:
 
 def test_a_cpu_gets_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = detection(tmp_path)
-    monkeypatch.setattr(sizes, "available_memory", lambda: ("cpu", 100 * sizes.GIB))
+    monkeypatch.setattr(sizes, "available_memory", lambda: ("cpu", 10**11))
     assert any("WARNING: no GPU" in note and "--model small" in note for note in planned(data).notes)
     assert not any("WARNING" in note for note in planned(data, "small").notes)
 

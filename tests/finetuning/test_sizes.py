@@ -9,9 +9,10 @@ import pytest
 from vg.config import RunConfig
 from vg.finetuning import sizes
 from vg.finetuning.recipe import Recipe, choose_recipe
-from vg.finetuning.sizes import GIB, Resources, sized
+from vg.finetuning.sizes import Resources, sized
 from vg.training.optim import count_parameters
 
+GIB = 2**30
 OWN = choose_recipe(None, "detection", lora=False, tokenizer=None)
 
 

@@ -21,7 +21,6 @@ from vg.cache.format import (
     KEY,
     CacheFolder,
     checksum_of,
-    gigabytes,
     read_records,
     write_file,
     write_records,
@@ -37,7 +36,7 @@ from vg.data.prompt import Expressions
 from vg.data.source import Source
 from vg.distributed import new_accelerator, processes_per_machine, progress_bar
 from vg.errors import BadSampleError, CacheError, ConfigError, printable
-from vg.machine import num_cores
+from vg.machine import num_cores, size_text
 from vg.models.base import EncodableModel
 from vg.types import Sample, Text, map_tensors
 from vg.workers import new_loader
@@ -85,11 +84,11 @@ def build_cache(config: RunConfig) -> None:
     free = shutil.disk_usage(root).free
     needed = sum(build.image_bytes + build.text_bytes for build in builds.values())
     if accelerator.is_main_process:
-        total = f"to be written: {gigabytes(needed)}; free on the disk: {gigabytes(free)}"
+        total = f"to be written: {size_text(needed)}; free on the disk: {size_text(free)}"
         print(*map(printable, map(str, builds.values())), total, sep="\n", flush=True)
     if needed > free:
         raise CacheError(
-            f"the features need {gigabytes(needed)}, the disk of {root} has {gigabytes(free)} left; free some space, "
+            f"the features need {size_text(needed)}, the disk of {root} has {size_text(free)} left; free some space, "
             "set data.cache.folder to another disk, or use fewer data.cache.views"
         )
     for build in builds.values():
@@ -136,8 +135,8 @@ class Build:
     def __str__(self) -> str:
         views = ", ".join(self.folder.key["views"])
         counts = f"{len(self.images):,} images ({views}), {len(self.source):,} expressions"
-        size = f"to write: images {gigabytes(self.image_bytes)}"
-        size += f", text at most about {gigabytes(self.text_bytes)}" if self.folder.has_text else ""
+        size = f"to write: images {size_text(self.image_bytes)}"
+        size += f", text at most about {size_text(self.text_bytes)}" if self.folder.has_text else ""
         return f"{self.folder.name}: {counts}; {'complete' if self.done else size} -> {self.folder.path}"
 
     def run(self) -> None:

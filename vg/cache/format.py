@@ -185,11 +185,6 @@ def write_file(path: Path, content: np.ndarray | Mapping[str, np.ndarray] | byte
         ) from error
 
 
-def gigabytes(num_bytes: int) -> str:
-    """Return a size for a message, such as "5.30 GB"."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:.2f} MB"
-
-
 def _checksum_line(line: str) -> str:
     return f"{zlib.crc32(line.encode()):08x}\n"
 

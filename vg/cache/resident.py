@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 
 from vg import boxes as box_ops
-from vg.cache.format import gigabytes
 from vg.cache.resident_text import READERS, feature_table, id_tables
 from vg.cache.settings import CacheConfig
 from vg.cache.source import CachedSource
@@ -25,7 +24,7 @@ from vg.data.source import Source
 from vg.data.subset import Subset
 from vg.distributed import processes_per_machine
 from vg.errors import ConfigError
-from vg.machine import available_ram
+from vg.machine import available_ram, size_text
 from vg.models.base import largest_grid
 from vg.types import EncodedBatch, EncodedSample, Features, Target, Text
 
@@ -57,7 +56,7 @@ def resident_features(
     else:
         free, share, place = available_ram() // processes_per_machine(accelerator), 1 / 4, "the CPU"
     limit = {"auto": share * free, True: free, False: -1}[cache.resident]
-    size, memory = gigabytes(needed), f"{gigabytes(free)} that are free in the memory of {place}"
+    size, memory = size_text(needed), f"{size_text(free)} that are free in the memory of {place}"
     if needed <= limit:
         return ResidentFeatures(data, device, texts), f"features: {size} of the {memory}"  # type: ignore[arg-type]
     if cache.resident is True:

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from vg.cli.arguments import add_config
+from vg.machine import size_text
 
 if TYPE_CHECKING:
     from vg.config import RunConfig
@@ -42,14 +43,10 @@ def print_memory(config: RunConfig) -> None:
     print(f"{'images':>11}" + "".join(f"{f'batch of {count}':>16}" for count in counts))
     for height, width in estimate.sizes:
         steps = [estimate.step(count, (height, width)) for count in counts]
-        print(f"{height:>4} x {width:4}" + "".join(f"{_size(step):>16}" for step in steps), flush=True)
+        print(f"{height:>4} x {width:4}" + "".join(f"{size_text(step):>16}" for step in steps), flush=True)
     device, usable = available_memory()
     print(
-        f"of these, weights are {_size(estimate.weights)} and the state of the optimizer {_size(estimate.moments)}; "
-        "the rest are gradients, activations and temporary tensors.\n"
-        f"The allocator adds up to a third on a CPU. {_size(usable)} are usable on this machine ({device})."
+        f"of these, weights are {size_text(estimate.weights)} and the state of the optimizer "
+        f"{size_text(estimate.moments)}; the rest are gradients, activations and temporary tensors.\n"
+        f"The allocator adds up to a third on a CPU. {size_text(usable)} are usable on this machine ({device})."
     )
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -26,6 +26,7 @@ from vg.inference.onnx_backend import (
     text_file,
 )
 from vg.inference.torch_backend import TorchBackend
+from vg.machine import size_text
 from vg.models.base import GroundingModel
 from vg.models.grounding_dino.config import GroundingDinoConfig
 
@@ -56,7 +57,9 @@ def write_onnx(model: GroundingModel, path: Path, form: Form = "gather", split: 
     settings, tokenizer = export_settings(model, split), _tokenizer_json(model)
     size = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
     if size > MAX_BYTES:
-        raise ConfigError(f"the model has {size / 2**30:.1f} GiB of weights; an ONNX file holds 2 GiB: try --split")
+        raise ConfigError(
+            f"the model has {size_text(size)} of weights, an ONNX file at most {size_text(MAX_BYTES)}: try --split"
+        )
     weights = TorchBackend(model, "cpu").digest()
     contents = {
         "detector": (path, {SETTINGS: settings.dump(), TOKENIZER: tokenizer, DETECTOR_WEIGHTS: weights}),

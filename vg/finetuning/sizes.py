@@ -26,7 +26,7 @@ from vg.config import RunConfig
 from vg.distributed import processes_per_machine
 from vg.errors import ConfigError
 from vg.finetuning.recipe import Recipe
-from vg.machine import available_ram
+from vg.machine import available_ram, size_text
 from vg.models.grounding_dino.config import GroundingDinoConfig
 from vg.models.rec.config import RecConfig
 from vg.training.memory import MemoryEstimate
@@ -35,7 +35,6 @@ from vg.training.optim import count_parameters
 LARGE, LARGE_EPOCHS = 2000, 12  # samples; epochs for more than that, as on COCO
 MAX_EPOCHS = 1000
 MANY_PARAMETERS = 50_000_000  # too many for a CPU
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,9 @@ def sized(recipe: Recipe, num_samples: int, resources: Resources) -> tuple[RunCo
     batches = per_process // batch_size
     sharing, in_all = (f" by each of {num_processes} processes", " in all") if num_processes > 1 else ("", "")
     notes = [
-        f"memory: {memory / GIB:.1f} GiB usable on {device}{sharing}; a batch of {batch_size} needs about "
-        f"{need / GIB:.1f} GiB (4 bytes x {total / 1e6:.0f} M parameters + 12 bytes x {trained / 1e6:.0f} M trained + "
-        f"{per_sample / GIB:.2g} GiB per sample), {batches} batch{'es' * (batches > 1)} per optimizer step "
+        f"memory: {size_text(memory)} usable on {device}{sharing}; a batch of {batch_size} needs about "
+        f"{size_text(need)} (4 bytes x {total / 1e6:.0f} M parameters + 12 bytes x {trained / 1e6:.0f} M trained + "
+        f"{size_text(per_sample)} per sample), {batches} batch{'es' * (batches > 1)} per optimizer step "
         f"({per_step} sample{'s' * (per_step > 1)}{in_all})"
     ]
     if device == "cpu" and total > MANY_PARAMETERS:

@@ -237,7 +237,7 @@ def test_the_least_recently_used_shards_are_deleted(folder: Path, tmp_path: Path
 
 
 def test_a_cache_that_is_smaller_than_a_shard(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"000000.tar has .* GB, more than the cache .* set cache_gb to at le"):
+    with pytest.raises(DataError, match=r"000000.tar has .* MB, more than the cache .* set cache_gb to at le"):
         opened(folder, tmp_path, cache_gb=15e-6).load(0, 0)
 
 

@@ -14,6 +14,7 @@ from vg.data.shards.download import download
 from vg.data.shards.index import INDEX, ShardFile
 from vg.errors import DataError
 from vg.files import remove, replacing, sha256_of
+from vg.machine import size_text
 
 _FIX = "copy it again, or remove it and repeat vg shard"
 UNFINISHED = "unfinished.json"  # settings of shards that are being written
@@ -122,7 +123,7 @@ class CachedUrl:
         """Download a file; if the disk is full, first delete all shards in the cache."""
         if entry.bytes > self.limit:
             raise DataError(
-                f"{self.url}/{entry.file} has {entry.bytes / 1e9:.2g} GB, more than the cache {self.cache} "
+                f"{self.url}/{entry.file} has {size_text(entry.bytes)}, more than the cache {self.cache} "
                 f"may have; set cache_gb to at least {2 * entry.bytes / 1e9:.2g}"
             )
         limits = [self.limit - entry.bytes, 0]
