@@ -60,7 +60,8 @@ class DataConfig(Settings):
     """Data-loading processes per training process; 0 loads in the training process itself."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     bad_samples: Literal["error", "skip"] = "error"
-    """What to do with an unusable sample: raise, or log, count and skip."""
+    """What to do with an unusable sample, such as a damaged image or a faulty line of ODVG: raise, or log, count and
+    skip. Faulty annotations of COCO, Pascal VOC, YOLO and CSV are errors in any case, before the run begins."""
     drop_overlap: bool = False
     """Drop training samples whose image is in the evaluation data; by default there is only a warning."""
     group_by_aspect_ratio: bool = False

@@ -24,9 +24,9 @@ from vg.data.detection.annotations import (
     to_box,
     without_gc,
 )
-from vg.data.detection.issues import Issues, RaiseFirstError
-from vg.data.detection.source import DetectionSource, check_image_root, read_annotated_image
-from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
+from vg.data.detection.issues import Issues
+from vg.data.detection.source import DetectionSource, check_image_root, read_annotated_image, read_strictly
+from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.image_files import image_files, image_key, image_root
 from vg.data.images import find_size
 from vg.data.source import Provenance, Task
@@ -132,15 +132,10 @@ class CsvConfig(Settings):
         Raises:
             DataError: the file cannot be read, or a row or the names of the columns cannot be used.
         """
-        strict = RaiseFirstError(self.path)
-        annotations = self.read(strict)
-        annotations.report_inverted(strict)
-        annotations.report_lost(strict)
+        annotations = read_strictly(self)
         if not annotations.num_classes:
             return CsvExpressions(self, annotations)
-        vocabulary = Vocabulary(annotations.names, self.vocabulary, self.path)
-        provenance = Provenance(Path(self.path).name, self.split or "all", "detection")
-        return DetectionSource(annotations, vocabulary, provenance)
+        return DetectionSource(self, annotations, Path(self.path).name, self.split or "all")
 
     @without_gc()
     def read(self, issues: Issues) -> Annotations:

@@ -168,6 +168,17 @@ def test_voc_errors(tmp_path: Path, text: str, message: str):
         VocConfig(path=str(folder)).build()
 
 
+def test_inverted_boxes_are_found_before_any_image_is_loaded(tmp_path: Path):
+    objects = {"b": [voc_object("dog", 6, 11, 25, 30), voc_object("cat", 30, 5, 10, 20)]}
+    folder = write_voc(tmp_path / "voc", OBJECTS | objects)
+    with pytest.raises(DataError, match=r"inverted boxes .*b\.xml, object 2 \(b\.png, cat\): \[30, 5, 10, 20\]; boxes"):
+        VocConfig(path=str(folder)).build()
+    file = write_yolo(tmp_path / "yolo")
+    (tmp_path / "yolo" / "labels" / "val" / "b.txt").write_text("0 0.5 0.5 0.1 -0.01\n")
+    with pytest.raises(DataError, match=r"inverted boxes .*labels/val/b\.txt, line 1"):
+        YoloConfig(path=str(file), split="val").build()
+
+
 def test_voc_without_files_or_with_other_images(tmp_path: Path):
     with pytest.raises(DataError, match="contains no xml file"):
         VocConfig(path=str(tmp_path)).build()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from vg.data.detection.issues import NUM_EXAMPLES, Issues, Severity
+from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.source import OVERHANG
 from vg.types import Caption
 
@@ -175,6 +176,9 @@ class Annotations:
 @runtime_checkable
 class ReadsAnnotations(Protocol):
     """Settings of a dataset that can read all annotations without stopping at the first error."""
+
+    path: str
+    vocabulary: VocabularyConfig
 
     def read(self, issues: Issues) -> Annotations: ...
 

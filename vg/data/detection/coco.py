@@ -13,11 +13,10 @@ import numpy as np
 from pydantic import NonNegativeFloat
 
 from vg.data.detection.annotations import XYWH, Annotations, to_boxes, to_float, to_size, without_gc
-from vg.data.detection.issues import NUM_EXAMPLES, Issues, RaiseFirstError
-from vg.data.detection.source import DetectionSource
-from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
+from vg.data.detection.issues import NUM_EXAMPLES, Issues
+from vg.data.detection.source import DetectionSource, read_strictly
+from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.image_files import dataset_folder, image_root
-from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
 from vg.files import located, read_json
@@ -66,14 +65,9 @@ class CocoConfig(Settings):
         Raises:
             DataError: the file is missing or not COCO json, or an entry cannot be used; the message names it.
         """
-        strict = RaiseFirstError(self.path)
-        annotations = self.read(strict)
-        annotations.report_inverted(strict)
-        annotations.report_lost(strict, self.min_side)
-        vocabulary = Vocabulary(annotations.names, self.vocabulary, self.path)
-        file = Path(self.path)
-        provenance = Provenance(dataset_folder(file).name, file.stem.removeprefix("instances_"), "detection")
-        return DetectionSource(annotations, vocabulary, provenance, self.min_side)
+        annotations, file = read_strictly(self, self.min_side), Path(self.path)
+        name, split = dataset_folder(file).name, file.stem.removeprefix("instances_")
+        return DetectionSource(self, annotations, name, split, self.min_side)
 
     @without_gc()
     def read(self, issues: Issues) -> Annotations:

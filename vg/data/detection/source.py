@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vg.data.detection.annotations import MIN_SIDE, Annotations
+from vg.data.detection.annotations import MIN_SIDE, Annotations, ReadsAnnotations
+from vg.data.detection.issues import RaiseFirstError
 from vg.data.detection.vocabulary import Vocabulary
 from vg.data.image_files import image_files, image_key
 from vg.data.images import find_image, find_size, read_image
@@ -29,19 +30,21 @@ class DetectionSource:
     (`Sample.crowd`) stay, except where the vocabulary samples phrases, which is for training only.
 
     Args:
+        config: has the settings of the vocabulary.
         annotations: stored sorted by image in flat arrays, which are small and shared by worker processes.
-        vocabulary: the phrases of the annotations' classes.
+        data: name of the dataset, for its provenance.
         min_side: in pixels.
 
     Raises:
-        DataError: the image root is not a folder.
+        DataError: the image root is not a folder, or see Vocabulary.
     """
 
     def __init__(
-        self, annotations: Annotations, vocabulary: Vocabulary, provenance: Provenance, min_side: float = MIN_SIDE
+        self, config: ReadsAnnotations, annotations: Annotations, data: str, split: str, min_side: float = MIN_SIDE
     ):
         check_image_root(annotations.image_root)
-        self.vocabulary, self.provenance = vocabulary, provenance
+        self.vocabulary = vocabulary = Vocabulary(annotations.names, config.vocabulary, config.path)
+        self.provenance = Provenance(data, split, "detection")
         category_ids = [annotations.category_ids[label] for label in vocabulary.used]
         self.category_ids = dict(zip(vocabulary.phrases, category_ids, strict=True))
         """Phrase -> id that the annotations, and files of results, have for the class."""
@@ -58,7 +61,7 @@ class DetectionSource:
         self._relative, self._upright = annotations.relative, annotations.upright
         self._min_side = min_side
         if not len(self._boxes):
-            warnings.warn(f"{provenance}: no image has a box; annotate them, or use the right file", stacklevel=3)
+            warnings.warn(f"{self.provenance}: no image has a box; annotate them, or use the right file", stacklevel=3)
         self._warn_of_overhang()
 
     def __len__(self) -> int:
@@ -127,6 +130,19 @@ class DetectionSource:
                 "width, height, VOC left, top, right, bottom",
                 stacklevel=4,
             )
+
+
+def read_strictly(config: ReadsAnnotations, min_side: float = MIN_SIDE) -> Annotations:
+    """Read all annotations for training or evaluation; raises DataError for the first one that cannot be used.
+
+    Args:
+        min_side: see `Annotations.report_lost`.
+    """
+    strict = RaiseFirstError(config.path)
+    annotations = config.read(strict)
+    annotations.report_inverted(strict)
+    annotations.report_lost(strict, min_side)
+    return annotations
 
 
 def clip_boxes(boxes: np.ndarray, image: np.ndarray, min_side: float = MIN_SIDE) -> tuple[np.ndarray, np.ndarray]:

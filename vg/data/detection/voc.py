@@ -10,11 +10,10 @@ from typing import Literal
 from xml.etree import ElementTree
 
 from vg.data.detection.annotations import VOC, AnnotatedBox, AnnotatedImage, Annotations, to_box, to_size, without_gc
-from vg.data.detection.issues import Issues, RaiseFirstError
-from vg.data.detection.source import DetectionSource
-from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
+from vg.data.detection.issues import Issues
+from vg.data.detection.source import DetectionSource, read_strictly
+from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.image_files import list_images
-from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
 from vg.files import located, read_text, refuse_special
@@ -54,14 +53,9 @@ class VocConfig(Settings):
         """Read all annotations.
 
         Raises:
-            DataError: a folder or file is missing or malformed; the message names it.
+            DataError: a folder or file is missing or malformed, or a box cannot be used; the message names it.
         """
-        strict = RaiseFirstError(self.path)
-        annotations = self.read(strict)
-        annotations.report_lost(strict)
-        vocabulary = Vocabulary(annotations.names, self.vocabulary, self.path)
-        provenance = Provenance(Path(self.path).resolve().name, self.split or "all", "detection")
-        return DetectionSource(annotations, vocabulary, provenance)
+        return DetectionSource(self, read_strictly(self), Path(self.path).resolve().name, self.split or "all")
 
     @without_gc()
     def read(self, issues: Issues) -> Annotations:

@@ -14,12 +14,11 @@ from typing import Any, Literal
 import yaml
 
 from vg.data.detection.annotations import CXCYWH, AnnotatedBox, AnnotatedImage, Annotations, to_float, without_gc
-from vg.data.detection.issues import Issues, RaiseFirstError, Severity
-from vg.data.detection.source import DetectionSource
-from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
+from vg.data.detection.issues import Issues, Severity
+from vg.data.detection.source import DetectionSource, read_strictly
+from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.image_files import list_images
 from vg.data.images import slashed
-from vg.data.source import Provenance
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
 from vg.files import located, read_text
@@ -57,12 +56,9 @@ class YoloConfig(Settings):
         Raises:
             DataError: a file or key is missing or malformed; the message names file and line.
         """
-        strict = RaiseFirstError(self.path)
-        annotations = self.read(strict)
-        annotations.report_lost(strict)
-        vocabulary = Vocabulary(annotations.names, self.vocabulary, self.path)
+        annotations = read_strictly(self)
         name = annotations.image_root.name or Path(self.path).resolve().parent.name
-        return DetectionSource(annotations, vocabulary, Provenance(name, self.split, "detection"))
+        return DetectionSource(self, annotations, name, self.split)
 
     @without_gc()
     def read(self, issues: Issues) -> Annotations:
