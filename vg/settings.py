@@ -95,6 +95,11 @@ class Settings:
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
 
+def no_from_yaml(value: Any) -> Any:
+    """Return "no" for a bare `no`, which YAML reads as false; other values as they are."""
+    return "no" if value is False else value
+
+
 def by_name(value: Any) -> Any:
     """Accept the name alone for settings that are selected by `name`: `head: dense` for `head: {name: dense}`."""
     return {"name": value} if isinstance(value, str) else value

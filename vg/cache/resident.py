@@ -69,7 +69,7 @@ def resident_features(
 
 
 class ResidentFeatures(SourceDataset[EncodedSample]):
-    """A cached dataset in memory: its samples are the numbers of entries, of which `collate` makes a batch.
+    """A cached dataset in memory: its samples are the indices of entries, of which `collate` makes a batch.
 
     An entry is a sample in a view. The batches equal those of the given dataset, but are on the device.
 
@@ -136,7 +136,7 @@ class ResidentFeatures(SourceDataset[EncodedSample]):
             list(pool.map(read_images, range(len(folder.shards))))
 
     def _load(self, index: int, epoch: int) -> int:  # type: ignore[override]
-        """Return the number of an entry; raises BadSampleError as the source."""
+        """Return the index of an entry; raises BadSampleError as the source."""
         source: Source[EncodedSample] = self.source
         while not isinstance(source, CachedSource):
             if isinstance(source, Mixture):

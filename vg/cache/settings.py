@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from vg.settings import Settings
+from vg.settings import Settings, no_from_yaml
 
 
 @dataclass
@@ -24,7 +24,7 @@ class CacheConfig(Settings):
     """Keep the features of the training data in the memory of the device and make batches there, without data workers.
     auto: if they take at most half of the free memory of a GPU, or a quarter of the available RAM on a CPU. true: an
     error if they do not fit. The samples and batches are the same."""
-    precision: Annotated[Literal["no", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)] = "no"
+    precision: Annotated[Literal["no", "bf16"], BeforeValidator(no_from_yaml)] = "no"
     """bf16: `vg cache` runs the encoders in mixed precision (autocast), faster on a GPU. Such features are a cache of
     their own: it does not serve a run that asks for `no`, which is float32."""
     trust: bool = False

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
-from vg.settings import Settings
+from vg.settings import Settings, no_from_yaml
 
 
 @dataclass
@@ -29,7 +29,7 @@ class TrainConfig(Settings):
     """What to do if the loss or a gradient is not finite. stop: raise at the next log entry. skip: skip the optimizer
     step (abort after 10 consecutive skips); non-finite weights are restored from the last checkpoint. Skipping needs a
     device synchronization in every step."""
-    precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)] = "no"
+    precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(no_from_yaml)] = "no"
     """Mixed precision; use bf16 on GPUs that support it: with "no", products are computed in float32, not in TF32.
     (YAML reads a bare `no` as false, which is accepted.)"""
     compile: bool = False
