@@ -37,7 +37,7 @@ def write_checkpoint(
         weights: by their names in vg.
         config: as from `read_checkpoint`, with the sizes of the text encoder.
         tokenizer: for the transformers format; the other formats contain none.
-        out: an existing empty folder for transformers, else the .pth to write (see `vg.checkpoint.replacing`).
+        out: an existing empty folder for transformers, else the .pth to write (see `vg.files.replacing`).
 
     Raises:
         CheckpointError: the format does not support this model or tokenizer, or the weights do not fit `config`.
