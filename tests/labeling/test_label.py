@@ -159,8 +159,14 @@ def test_unreadable_images(detector: Path, photos: Path, tmp_path: Path, capsys:
     options = (*CLASSES, "--shard-size", 8)
     with pytest.raises(SystemExit, match=r"05x\.png cannot be read .*; --bad-images skip leaves out images"):
         label(detector, photos, tmp_path / "strict", *options)
+    with pytest.raises(SystemExit, match=r"labels with other settings \(nms\): use another folder"):
+        label(detector, photos, tmp_path / "strict", *options, "--nms", 0.5, "--bad-images", "skip")
+    with pytest.raises(SystemExit, match=r"05x\.png cannot be read"):  # a refused command changes nothing
+        label(detector, photos, tmp_path / "strict", *options)
     label(detector, photos, tmp_path / "strict", *options, "--bad-images", "skip")
     assert lines_of(tmp_path / "strict")
+    with pytest.raises(SystemExit, match=r"labels with other settings \(bad_images\): use another folder"):
+        label(detector, photos, tmp_path / "strict", *options)
     capsys.readouterr()
     label(detector, photos, tmp_path / "out", *options, "--bad-images", "skip")
     assert lines_of(tmp_path / "out") == lines_of(tmp_path / "strict")

@@ -25,13 +25,14 @@ from vg.inference.formats import Record, write_results
 
 FORMATS = ("odvg", "coco", "parquet")
 COCO = "labels.coco.json"
-# Model and data may move, and no image of a finished shard was unreadable if bad_images was "error".
-INFORMATIVE = ("model", "data", "bad_images")
+INFORMATIVE = ("model", "data")  # these may move
 Line = Mapping[str, Any]
 
 
 class LabelFolder:
     """Writes shards of labels, each once and as a whole.
+
+    bad_images may change from "error" to "skip", because no image of a finished shard was unreadable then.
 
     Args:
         settings: JSON values that determine the labels; "shards" is the number of shards, "format" one of FORMATS.
@@ -50,9 +51,15 @@ class LabelFolder:
             with _unless_there(file):
                 write_shared(file, _indented(settings), replace=False)  # the first process decides
         found = read_json(file, dict)
+        skips_from_now_on = found.get("bad_images") == "error" and settings.get("bad_images") == "skip"
+        if skips_from_now_on:
+            found["bad_images"] = "skip"
         changed = [k for k in settings | found if k not in INFORMATIVE and found.get(k) != settings.get(k)]
         if changed:
             raise ConfigError(f"{path} has labels with other settings ({', '.join(changed)}): use another folder")
+        if skips_from_now_on:
+            with _unless_there(file):
+                write_shared(file, _indented(found))
         if label_map is not None and not (path / LABEL_MAP).exists():
             with _unless_there(path / LABEL_MAP):
                 write_shared(path / LABEL_MAP, _indented(label_map))
