@@ -232,7 +232,11 @@ def test_bad_samples_are_named_or_skipped(workers: int, damaged: CsvConfig, tmp_
 def test_bad_samples_cannot_become_errors_later(
     damaged: CsvConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Because finished shards may lack bad samples."""
+    """Because finished shards may lack bad samples; a refused call changes nothing."""
+    with pytest.raises(BadSampleError):
+        write_shards(damaged, tmp_path / "out", samples_per_shard=3)
+    with pytest.raises(DataError, match=r"begun with other settings: samples_per_shard \(3, now 4\)"):
+        write_shards(damaged, tmp_path / "out", samples_per_shard=4, bad_samples="skip")
     with pytest.raises(BadSampleError):
         write_shards(damaged, tmp_path / "out", samples_per_shard=3)
     with monkeypatch.context() as patch:

@@ -107,28 +107,26 @@ def _begin(folder: Path, settings: dict[str, Any]) -> Index | None:
 
     bad_samples may change from "error" to "skip", because finished shards have no bad samples then.
     """
-    begun = None
+    index: Index | None = None
+    begun = settings
     if (folder / INDEX).exists():
         index = Index.parse((folder / INDEX).read_bytes(), str(folder / INDEX))
         begun = dict(index.settings)
     elif (folder / UNFINISHED).exists():
-        index, begun = None, read_json(folder / UNFINISHED, dict)
+        begun = read_json(folder / UNFINISHED, dict)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} is not empty, and has no shards; give a new folder")
-    if begun is None:
-        write_json(folder / UNFINISHED, settings)
-        return None
     if begun.get("bad_samples") == "error" and settings["bad_samples"] == "skip":
         begun["bad_samples"] = "skip"
-        if index is None:
-            write_json(folder / UNFINISHED, begun)
     different = [name for name in settings if begun.get(name) != settings[name]]
     if different == ["fingerprint"]:
         raise DataError(f"the annotations have changed since the shards in {folder} were begun; give a new folder")
     if different:
         changes = ", ".join(f"{name} ({begun.get(name)}, now {settings[name]})" for name in different)
         raise DataError(f"the shards in {folder} were begun with other settings: {changes}; give a new folder")
-    if index is not None:
+    if index is None:
+        write_json(folder / UNFINISHED, settings)
+    else:
         _clean(folder)
     return index
 
