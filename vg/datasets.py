@@ -33,6 +33,7 @@ def training_dataset(config: RunConfig, model: GroundingModel, evaluations: Sequ
     data, seed = config.data, config.train.seed
     if data.cache:
         cached = cached_source(data.train, data.cache, data.cache.views, model, seed)
+        warn_of_unknown_phrases(cached, evaluations)
         source = without_overlap(cached, evaluations, data.drop_overlap)
         return SourceDataset(source, _collate(model), data.bad_samples)
     everything = data.train.build()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from vg.data.dataset import RunDataset
 from vg.data.detection.coco import CocoConfig
 from vg.data.mirror import mirrored
 from vg.data.samplers import ImageGroupedSampler
-from vg.datasets import training_dataset
+from vg.datasets import evaluation_dataset, training_dataset
 from vg.errors import BadSampleError, CacheError, DataError
 from vg.training.data import training_sampler
 from vg.training.trainer import Trainer
@@ -88,6 +89,22 @@ def test_evaluation_reads_plain_views(folder: Path) -> None:
     build_cache(config)
     (evaluated,) = Trainer(config).evaluator.datasets
     assert evaluated.data.source.folder.key["views"] == ["plain"]
+
+
+@pytest.mark.parametrize("cache", [{}, None])
+def test_evaluation_data_without_a_phrase_of_the_training_data_is_a_warning(
+    cache: dict[str, Any] | None, folder: Path
+) -> None:
+    config = cached_config(folder, cache)
+    file = folder / "data" / "val.jsonl"
+    lines = map(json.loads, file.read_text().splitlines())
+    file.write_text("\n".join(json.dumps(line | {"sent": "raccoon"}) for line in lines))
+    if cache is not None:
+        build_cache(config)
+    model = config.model.build()
+    evaluated = evaluation_dataset(config.data.eval_datasets()[""], config.data, model).source
+    with pytest.warns(UserWarning, match=r"evaluated on 'raccoon': not one of these phrases is in the training data"):
+        training_dataset(config, model, [evaluated])
 
 
 def test_samples_of_an_image_share_a_view_that_varies_with_the_epoch(folder: Path) -> None:

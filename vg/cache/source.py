@@ -20,7 +20,7 @@ from vg.cache.format import TEXT_ENTRIES, VERIFIED, CacheFolder, read_file, read
 from vg.cache.images import changed_images
 from vg.cache.key import check_complete
 from vg.data.prompt import Expressions
-from vg.data.source import HasImageKeys, Source
+from vg.data.source import HasImageKeys, Source, phrases_of
 from vg.errors import BadSampleError, CacheError
 from vg.models.base import largest_grid
 from vg.types import EncodedBatch, EncodedSample, Features, Sample, Target, Text
@@ -170,6 +170,10 @@ class CachedSource:
         if isinstance(self.source, HasImageKeys):
             return self.source.image_keys()
         return [f"{self.folder.path}/{index}" for index in range(len(self))]
+
+    def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Return the phrases of the source; in a flipped view, "left" and "right" are swapped."""
+        return phrases_of(self.source)
 
     def _view(self, image: int, epoch: int) -> int:
         return _drawn_view(self.seed, epoch, image, self.folder.num_views)
