@@ -112,31 +112,34 @@ class Mixture(Generic[Loaded]):
         if not 0 <= index < len(self):
             raise IndexError(f"a mixture of {len(self)} samples has no item {index}")
         source_index = int(np.searchsorted(self._ends, index, side="right"))
-        count, length = self._counts[source_index], len(self.sources[source_index])
-        offset = index - int(self._ends[source_index] - count)
-        whole, rest = divmod(count, length)  # an epoch has this many full passes, and a pass over `rest` samples
-        if offset < whole * length:
-            return source_index, offset % length, epoch * (whole + bool(rest)) + offset // length
-        turn, offset = divmod(epoch * rest + offset - whole * length, length)
-        return source_index, int(self._order(source_index, turn)[offset : offset + 1][0]), epoch * (whole + 1) + whole
+        offset = index - int(self._ends[source_index] - self._counts[source_index])
+        source_epoch, indices = self._pass(source_index, epoch, offset, offset + 1)
+        return source_index, int(indices[0]), source_epoch
 
     def _passes(self, epoch: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yield what `locate` returns for all samples: index and epoch of a source, indices there, [samples] int."""
         for source_index, (count, source) in enumerate(zip(self._counts, self.sources, strict=True)):
-            if not count:
-                continue
-            length = len(source)
-            whole, rest = divmod(count, length)
-            first = epoch * (whole + bool(rest))
-            for repetition in range(whole):
-                yield source_index, first + repetition, np.arange(length)
-            if rest:
-                turn, offset = divmod(epoch * rest, length)
-                end = min(offset + rest, length)
-                parts = [self._order(source_index, turn)[offset:end]]
-                if end - offset < rest:
-                    parts.append(self._order(source_index, turn + 1)[0 : rest - (end - offset)])
-                yield source_index, first + whole, np.concatenate(parts)
+            for start in range(0, count, max(1, len(source))):
+                source_epoch, indices = self._pass(source_index, epoch, start, min(start + len(source), count))
+                yield source_index, source_epoch, indices
+
+    def _pass(self, source_index: int, epoch: int, start: int, stop: int) -> tuple[int, np.ndarray]:
+        """Return the epoch of a source, and the indices there of its samples `start` to `stop`, which are in one pass.
+
+        An epoch has full passes, and a pass over the `rest`, which continues the random order of the epoch before.
+        """
+        length = len(self.sources[source_index])
+        whole, rest = divmod(self._counts[source_index], length)
+        number, first = divmod(start, length)
+        source_epoch = epoch * (whole + bool(rest)) + number
+        if number < whole:
+            return source_epoch, np.arange(first, first + stop - start)
+        turn, first = divmod(epoch * rest + first, length)
+        last = first + stop - start
+        parts = [self._order(source_index, turn)[first : min(last, length)]]
+        if last > length:
+            parts.append(self._order(source_index, turn + 1)[0 : last - length])
+        return source_epoch, np.concatenate(parts)
 
     @property
     def num_classes(self) -> int | None:
