@@ -74,6 +74,27 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
+def test_interpolated_weights_have_a_row_of_their_own(write: Write) -> None:
+    runs = [write(f"dense_{seed}", {"refcoco val": 0.8}, overrides=[f"train.seed={seed}"]) for seed in (0, 1)]
+    for run, weight in zip(runs, (0.5, 0.75), strict=True):
+        content = json.loads((run / "benchmark.json").read_text())
+        content["parts"][0]["acc@0.5"] = 0.9
+        (run / "interpolated").mkdir()
+        (run / "interpolated" / "benchmark.json").write_text(json.dumps(content | {"interpolation": weight}))
+    table = paper_table([*runs, *(run / "interpolated" for run in runs)], with_published=False)
+    assert [(row.method, row.seeds, row.values["refcoco", "val"].mean) for row in table.ours] == [
+        ("dense", (0, 1), pytest.approx(80.0)),
+        ("dense, interpolated", (0, 1), pytest.approx(90.0)),
+    ]
+
+
+def test_only_splits_known_to_be_incomplete_are_marked(write: Write) -> None:
+    unknown = write("unknown", {"refcoco val": 0.8}, part={"official": None})
+    subset = write("subset", {"refcoco val": 0.8}, overrides=["train.epochs=3"], part={"official": "no"})
+    first, second = paper_table([unknown, subset], with_published=False).ours
+    assert [row.values["refcoco", "val"].marks for row in (first, second)] == ["", "*"]
+
+
 def test_seeds_share_a_row_with_mean_and_deviation(write: Write) -> None:
     scores = [0.80, 0.82, 0.87]
     seeds = [

@@ -240,6 +240,19 @@ def test_limited_splits_are_not_official(checkpoints: dict[str, Path], tmp_path:
 
 
 @needs_images
+def test_a_bad_first_sample_is_skipped_on_request(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    options = write_tests(tmp_path / "data")
+    rows = json.loads((tmp_path / "data" / "refs.json").read_text())
+    first = next(row for row in rows if row["split"] == "testB")
+    wrong = [row | {"image": "missing.jpg"} if row is first else row for row in rows]
+    (tmp_path / "data" / "refs.json").write_text(json.dumps(wrong))
+    with pytest.raises(SystemExit, match=r"missing\.jpg"):
+        benchmark(checkpoints["rec"], tmp_path / "out", *options)
+    results, _ = benchmark(checkpoints["rec"], tmp_path / "out", *options, "--bad-samples", "skip")
+    assert ["num_skipped" in part for part in results["parts"]] == [False, True]
+
+
+@needs_images
 def test_expressions_that_are_too_long_are_found_first_and_skipped_on_request(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

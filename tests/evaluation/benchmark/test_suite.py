@@ -109,7 +109,7 @@ def test_missing_data_is_reported(data: Path, caplog: pytest.LogCaptureFixture) 
         open_source("grefcoco", "val", None, None)
     (data / "train2014" / NAME).unlink()
     with pytest.raises(DataError, match=f"{NAME} not found .*image_root"):
-        open_splits(data)
+        open_splits(data)[0].source.load(0, epoch=0)
 
 
 def test_a_damaged_file_is_not_reported_as_missing(data: Path) -> None:

@@ -87,17 +87,24 @@ class Result:
 
     @property
     def name(self) -> str:
-        return self.path.resolve().parent.name
+        folder = self.path.resolve().parent
+        return folder.parent.name if folder.name == self.weights else folder.name  # RUN/interpolated is of RUN
 
     @property
     def seed(self) -> int | None:
         return self.config.train.seed if isinstance(self.config, RunConfig) else None
 
+    @property
+    def weights(self) -> str:
+        """Return "interpolated" for weights of `vg interpolate` or train.interpolate, "" for others."""
+        return "interpolated" if self.content.get("interpolation") is not None else ""
+
     def settings(self) -> str:
         """Return all that seeds of one experiment share; other checkpoints than those of vg are never grouped."""
         if not isinstance(self.config, RunConfig):
             return f"{self.content['checkpoint']} {self.content['overrides']}"
-        return dump_config(replace(self.config, train=replace(self.config.train, seed=0, output="")))
+        config = replace(self.config, train=replace(self.config.train, seed=0, output=""))
+        return f"{dump_config(config)} {self.weights}"
 
 
 def paper_table(folders: Sequence[str | Path], with_published: bool = True) -> PaperTable:
@@ -173,12 +180,12 @@ def _row_of_runs(group: Sequence[Result]) -> Row:
     values = {}
     for column, part in first.parts.items():
         scores = [100 * result.parts[column][METRIC] for result in group]
-        marks = INCOMPLETE * (part.get("official") != "yes") + SEEN * may_have_seen(first.config, *column)
+        marks = INCOMPLETE * (part.get("official") == "no") + SEEN * may_have_seen(first.config, *column)
         values[column] = Accuracy(statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else None, marks)
     seeds = tuple(result.seed for result in group if result.seed is not None)
     overrides = [item for item in first.content["overrides"] if item.startswith("model.")]
     return Row(
-        method=", ".join([_common_name([result.name for result in group]), *overrides]),
+        method=", ".join(filter(None, [_common_name([result.name for result in group]), first.weights, *overrides])),
         values=values,
         trained=first.content["trained_parameters"],
         total=first.content["model"]["parameters"],

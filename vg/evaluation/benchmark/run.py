@@ -132,7 +132,7 @@ def run(
         GroundingDataset(split.source, bad_samples=bad_samples, collate=collate, share_images=True) for split in splits
     ]
     with accelerator.autocast():  # compiles kernels and allocates memory before anything is timed
-        TorchBackend(model, str(accelerator.device)).predict_samples([data[0][0]])
+        TorchBackend(model, str(accelerator.device)).predict_samples([samples[0] for samples in data][:1])
     evaluated = [
         _evaluate(model, split, DatasetEvaluator(split.id, samples, batch_size, workers, accelerator))
         for split, samples in zip(splits, data, strict=True)
@@ -188,7 +188,8 @@ def _pooled(evaluated: Sequence[EvaluatedSplit]) -> list[dict[str, Any]]:
         for split in both:
             metric.absorb(split.metric)
         values = {name: np.concatenate([split.means[name] for split in both]) for name in both[0].means}
-        official = all(split.result.provenance.official for split in both)
+        known = [split.result.provenance.official for split in both]
+        official = False if False in known else None if None in known else True
         num_skipped = sum(split.result.num_skipped for split in both)
         provenance = replace(both[0].result.provenance, split=" + ".join(POOLED), official=official)
         rows.append(

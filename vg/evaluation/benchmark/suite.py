@@ -159,7 +159,6 @@ def _candidates(dataset: BenchmarkDataset, split: str, data: Path | None, images
 
 
 def _limited(key: str, split: str, source: Refcoco, limit: int | None) -> BenchmarkSplit:
-    source.load(0, epoch=0)  # raises now instead of later if the images are missing
     annotations = source.annotations()
     if limit is None or limit >= len(source):
         return BenchmarkSplit(key, split, source, annotations)

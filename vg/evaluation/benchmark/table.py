@@ -118,7 +118,7 @@ def _title(entry: Entry) -> str:
 
 
 def _star(entry: Entry) -> str:
-    return "" if entry.get("official") == "yes" else "*"
+    return "*" if entry.get("official") == "no" else ""  # absent: no size is published for this dataset
 
 
 def _known(entry: Entry, name: str) -> bool:
