@@ -129,6 +129,65 @@ def test_a_correction_does_not_bring_up_what_nms_dropped(row: list[Any] | None, 
     assert 0.8 in scores(above, 0), "also one that overlaps stays below the threshold"
 
 
+def test_drawn_boxes_that_overlap_all_stay() -> None:
+    drawn = answer(500, 1000).with_box("cat", [(100, 100), (200, 200)]).with_box("cat", [(105, 105), (205, 205)])
+    table = drawn.shown(0.3, 0.7).table()
+    assert [row[2:] for row in table[:2]] == [[105, 105, 205, 205], [100, 100, 200, 200]]
+    assert len(json.loads(drawn.shown(0.3, 0.7).text("jsonl")[1])["boxes"]) == len(table) == 4
+    table[3][0] = "bird"
+    corrected = drawn.with_table(table, 0.3, 0.7)
+    assert [row[0] for row in corrected.shown(0.3, 0.7).table()] == ["bird", "cat", "cat", "dog"]
+
+
+@pytest.mark.parametrize("row", [["cat", 0.9, 51, 20, 90, 40], ["cat", 0.9, 50, 20, 90, 40]], ids=["near", "equal"])
+def test_a_box_moved_onto_another_one_keeps_both(row: list[Any]) -> None:
+    table = answer().shown(0.3, 0.7).table()
+    corrected = answer()
+    for _ in range(2):  # the table of Gradio reports an edit twice
+        corrected = corrected.with_table([row, table[1]], 0.3, 0.7)
+        assert [entry[:2] for entry in corrected.shown(0.3, 0.7).table()] == [["cat", 1], ["cat", 0.6]]
+
+
+def test_a_box_relabeled_as_an_overlapping_one_keeps_both() -> None:
+    boxes = np.array([[10, 10, 50, 50], [11, 10, 50, 50]], np.float32)
+    values = np.array([0.9, 0.8], np.float32), np.array([0, 1])
+    pair = Answer.of(Result("x", np.zeros((100, 100, 3), np.uint8), ("dog", "cat"), boxes, *values))
+    table = pair.shown(0.3, 0.7).table()
+    table[0][0] = "cat"
+    corrected = pair
+    for _ in range(2):  # the table of Gradio reports an edit twice
+        corrected = corrected.with_table(table, 0.3, 0.7)
+        assert [row[:2] for row in corrected.shown(0.3, 0.7).table()] == [["cat", 1], ["cat", 0.8]]
+
+
+@pytest.mark.parametrize(("threshold", "iou"), [(0, 0), (1, 0), (1, 1), (1.1, 0.5)])
+def test_sliders_keep_boxes_by_hand(threshold: float, iou: float) -> None:
+    drawn = answer().with_box("dog", [(80, 80), (400, 200)]).with_box("dog", [(88, 80), (400, 200)])
+    assert scores(drawn, threshold, iou)[:2] == [BY_HAND, BY_HAND]
+    unchanged = drawn.with_table(drawn.shown(threshold, iou).table(), threshold, iou)
+    assert scores(unchanged, 0) == scores(drawn, 0) == [BY_HAND, BY_HAND, 0.9, 0.8, 0.6, 0.1]
+
+
+def test_a_drawn_box_that_is_removed_takes_no_other_along() -> None:
+    drawn = answer().with_box("dog", [(84, 80), (244, 240)])  # overlaps the best two
+    table = drawn.shown(0.3, 0.7).table()
+    assert [row[1] for row in table] == [BY_HAND, 0.9, 0.6]
+    assert scores(drawn.with_table(table[1:], 0.3, 0.7), 0) == [0.9, 0.8, 0.6, 0.1]
+    assert scores(drawn.original(), 0) == [0.9, 0.8, 0.6, 0.1]
+
+
+def test_boxes_by_hand_are_shown_first_and_limited() -> None:
+    """They come before predicted boxes of equal score, and more than the page shows are refused."""
+    boxes = np.tile(np.array([[0, 0, 9, 9]], np.float32), (2 * NUM_SHOWN, 1))
+    values = np.ones(len(boxes), np.float32), np.zeros(len(boxes), np.int64)
+    full = Answer.of(Result("x", np.zeros((9, 9, 3), np.uint8), ("dog",), boxes, *values))
+    for _ in range(NUM_SHOWN):
+        full = full.with_box("cat", [(0, 0), (400, 400)])
+    assert full.shown(0, 1).result.labels == ["cat"] * NUM_SHOWN
+    with pytest.raises(DataError, match=f"at most {NUM_SHOWN} boxes by hand"):
+        full.with_box("cat", [(0, 0), (400, 400)])
+
+
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [

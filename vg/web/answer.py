@@ -29,12 +29,14 @@ HEADERS = ["phrase", "score", "left", "top", "right", "bottom"]
 class Answer:
     """All boxes of an image; selections and corrections need no other pass of the network.
 
-    Boxes are in pixels of the original image, of which only a preview is kept.
+    Boxes are in pixels of the original image, of which only a preview is kept. Boxes by hand are ground truth: the
+    threshold and NMS apply to the boxes of the model only, among themselves.
     """
 
     result: Result  # its image is the preview
     size: tuple[int, int]  # (height, width) of the original image
     found: Result  # as predicted, without corrections
+    num_by_hand: int = 0  # the first boxes of `result`
 
     @classmethod
     def of(cls, result: Result) -> Answer:
@@ -49,19 +51,20 @@ class Answer:
 
     def original(self) -> Answer:
         """Return the answer without corrections."""
-        return replace(self, result=self.found)
+        return replace(self, result=self.found, num_by_hand=0)
 
     def indices(self, threshold: float, iou: float) -> np.ndarray:
-        """Return the indices of the boxes that score at least `threshold` and pass NMS, best first.
+        """Return the indices of all boxes by hand and of those that reach `threshold` and pass NMS, best first.
 
         Raises:
             DataError: a request that is not from the page has other values than numbers.
         """
         if not all(isinstance(value, (int, float)) for value in (threshold, iou)):
             raise DataError("threshold and IoU must be numbers")
-        kept = np.flatnonzero(self.result.scores >= threshold)
-        part = self.result.select(kept)
-        return kept[nms(part.boxes, part.scores, iou, part.phrase_ids)]
+        by_hand, predicted = np.split(np.arange(len(self.result)), [self.num_by_hand])
+        predicted = predicted[self.result.scores[predicted] >= threshold]
+        part = self.result.select(predicted)
+        return np.concatenate([by_hand, predicted[nms(part.boxes, part.scores, iou, part.phrase_ids)]])
 
     def shown(self, threshold: float, iou: float) -> Shown:
         """Return the best boxes of a selection."""
@@ -71,12 +74,12 @@ class Answer:
     def with_table(self, rows: Sequence[Sequence[Any]], threshold: float, iou: float) -> Answer:
         """Replace the boxes of a selection by rows of HEADERS; boxes below the threshold stay.
 
-        A box that is changed or removed takes along those that NMS dropped in its favor: they are the same object.
-        A row that differs from those of the selection is a box by hand, with the score BY_HAND. An empty row becomes a
-        box in the center, to be moved.
+        A predicted box that is changed or removed takes along those that NMS dropped in its favor: they are the same
+        object. A row that differs from those of the selection is a box by hand, with the score BY_HAND. An empty row
+        becomes a box in the center, to be moved.
 
         Raises:
-            DataError: a phrase or side is missing, or a box is inverted or outside the image.
+            DataError: a phrase or side is missing, a box is inverted or outside the image, or there are too many.
         """
         indices = self.indices(threshold, iou)[:NUM_SHOWN]
         table = self.shown(threshold, iou).table()
@@ -92,14 +95,18 @@ class Answer:
             else:
                 added.append(self._centered())
         hidden = np.setdiff1d(np.arange(len(self.result)), indices)
-        for index in np.setdiff1d(indices, kept):
+        for index in np.setdiff1d(indices[self.num_by_hand :], kept):
             overlaps = box_iou(self.result.boxes[index], self.result.boxes[hidden]) > iou
             same_phrase = self.result.phrase_ids[hidden] == self.result.phrase_ids[index]
             hidden = hidden[~(overlaps & same_phrase & (self.result.scores[hidden] >= threshold))]
         return self._with_boxes(np.sort([*hidden, *kept]).astype(np.int64), added)
 
     def with_box(self, phrase: str, corners: Sequence[tuple[float, float]]) -> Answer:
-        """Add a box by hand between two opposite corners in pixels of the preview; raises DataError if they are not."""
+        """Add a box by hand between two opposite corners in pixels of the preview.
+
+        Raises:
+            DataError: the corners are not opposite, the phrase is unusable, or there are too many boxes by hand.
+        """
         sides = np.sort(np.array(corners, float), axis=0) / _scale(self.result, self.size)
         if (sides[0] == sides[1]).any():
             raise DataError("the corners are on one line; click on two opposite ones")
@@ -135,16 +142,18 @@ class Answer:
         return phrase, [left, top, right, bottom]
 
     def _with_boxes(self, kept: np.ndarray, added: Sequence[tuple[str, list[float]]]) -> Answer:
-        """Return the answer with the boxes `kept` and hidden by hand, best first."""
+        """Return the answer with the boxes `added` by hand, then `kept`, whose indices are sorted."""
+        num_by_hand = len(added) + int((kept < self.num_by_hand).sum())
+        if num_by_hand > NUM_SHOWN:
+            raise DataError(f"at most {NUM_SHOWN} boxes by hand; more would not be shown")
         part = self.result.select(kept)
         phrases = tuple(dict.fromkeys((*part.phrases, *(phrase for phrase, _ in added))))
         number = {phrase: index for index, phrase in enumerate(phrases)}
         boxes = np.concatenate([np.array([box for _, box in added], np.float32).reshape(-1, 4), part.boxes])
         scores = np.concatenate([np.full(len(added), BY_HAND, np.float32), part.scores])
         phrase_ids = np.concatenate([np.array([number[phrase] for phrase, _ in added], np.int64), part.phrase_ids])
-        order = np.argsort(-scores, kind="stable")
-        corrected = Result(part.name, part.image, phrases, boxes[order], scores[order], phrase_ids[order])
-        return replace(self, result=corrected)
+        corrected = Result(part.name, part.image, phrases, boxes, scores, phrase_ids)
+        return replace(self, result=corrected, num_by_hand=num_by_hand)
 
 
 @dataclass(frozen=True, eq=False)

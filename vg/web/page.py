@@ -109,7 +109,8 @@ def new_page(grounder: Grounder, title: str) -> gr.Blocks:
                 with gr.Accordion("Correct the boxes", open=False, elem_id="correct"):
                     gr.HTML(
                         "Edit a cell, or add and delete rows by the menu of a cell. To draw a new box, click on two "
-                        "opposite corners in the image. Changed and new boxes have score 1."
+                        "opposite corners in the image. Changed and new boxes have score 1; the threshold and NMS "
+                        "apply to the other boxes only."
                     )
                     phrase = gr.Textbox(label="Phrase of the next new box", placeholder="the first phrase", max_lines=1)
                     table = gr.Dataframe(
