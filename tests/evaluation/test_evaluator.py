@@ -124,7 +124,7 @@ def test_results_of_several_datasets() -> None:
     results = evaluator(objects=DETECTION, words=EXPRESSIONS).run(shifted_oracle())
     objects, words = results.datasets
     (alone,) = evaluator(only=EXPRESSIONS).run(shifted_oracle()).datasets
-    assert words == replace(alone, name="words")
+    assert words == replace(alone, name="words", prefix="words")
     (alone,) = evaluator(only=DETECTION).run(shifted_oracle()).datasets
     assert objects == replace(alone, name="objects")
     assert 0 < objects.metrics["ap"] < 1
@@ -178,7 +178,10 @@ def test_change_since_the_first_evaluation() -> None:
 def result_of(**datasets: dict[str, float]) -> EvaluationResult:
     """A result with these metrics of each dataset."""
     (scripted,) = scripted_result(miou=0.0).datasets
-    results = tuple(replace(scripted, name=name, metrics=metrics) for name, metrics in datasets.items())
+    results = tuple(
+        replace(scripted, name=name, prefix=name if index else "", metrics=metrics)
+        for index, (name, metrics) in enumerate(datasets.items())
+    )
     return EvaluationResult(results, "ap")
 
 

@@ -96,7 +96,7 @@ def two_datasets() -> EvaluationResult:
     provenance = Provenance("refcoco", "val", partition="unc", official=True)
     words = DatasetResult("words", provenance, "best box", {"miou": 0.5, "num": 4}, {"relation": {"miou": 0.25}}, 2)
     objects = DatasetResult(
-        "objects", Provenance("coco", "test", "detection"), "AP", {"ap": 0.75}, {"a/b": {"ap": 1.0}}
+        "objects", Provenance("coco", "test", "detection"), "AP", {"ap": 0.75}, {"a/b": {"ap": 1.0}}, prefix="objects"
     )
     return EvaluationResult((words, objects), "objects/ap")
 
@@ -148,9 +148,10 @@ def test_best_metric_selects_the_score() -> None:
 
 def test_a_dataset_with_the_name_of_a_group_is_an_error_if_keys_collide() -> None:
     words, objects = two_datasets().datasets
-    EvaluationResult((words, replace(objects, name="relation")), "miou")  # no common key
+    relation = replace(objects, name="relation", prefix="relation")
+    EvaluationResult((words, relation), "miou")  # no common key
     with pytest.raises(ConfigError, match=r"data\.eval\.relation: words has a group of that name"):
-        EvaluationResult((words, replace(objects, name="relation", metrics={"miou": 0.1})), "miou")
+        EvaluationResult((words, replace(relation, metrics={"miou": 0.1})), "miou")
 
 
 def test_flat_keys() -> None:

@@ -42,6 +42,7 @@ class DatasetEvaluator:
         data: its samples, and how they become batches.
         workers: data workers of each process.
         with_loss: also compute the loss of models of expressions, as far as they can be trained on these samples.
+        prefix: see DatasetResult.
 
     Raises:
         ConfigError: the source is a mixture of datasets with different metrics.
@@ -55,8 +56,9 @@ class DatasetEvaluator:
         workers: int,
         accelerator: Accelerator,
         with_loss: bool = False,
+        prefix: str = "",
     ):
-        self.name = name
+        self.name, self.prefix = name, prefix
         self.with_loss = with_loss
         self.accelerator = accelerator
         self.data = data
@@ -103,7 +105,7 @@ class DatasetEvaluator:
             provenance = replace(provenance, official=False)
         loss, weight = mean_over_processes(self.accelerator, self.loss).tolist()
         mean = loss / weight if weight else None
-        return DatasetResult(self.name, provenance, self.metric.protocol, *computed, num_skipped, mean)
+        return DatasetResult(self.name, provenance, self.metric.protocol, *computed, num_skipped, mean, self.prefix)
 
 
 class Evaluator:
@@ -134,8 +136,9 @@ class Evaluator:
                 config.workers,
                 accelerator,
                 with_loss,
+                prefix=name if index else "",
             )
-            for name, settings in config.eval_datasets().items()
+            for index, (name, settings) in enumerate(config.eval_datasets().items())
         ]
         metrics = [dataset.metric for dataset in self.datasets]
         self.best_metric = best_metric or metrics[0].metric_names[0]
@@ -152,10 +155,7 @@ class Evaluator:
     @property
     def main_metrics(self) -> list[str]:
         """Flat key of the first metric of each dataset."""
-        return [
-            flat_key(dataset.name if index else "", dataset.metric.metric_names[0])
-            for index, dataset in enumerate(self.datasets)
-        ]
+        return [flat_key(dataset.prefix, dataset.metric.metric_names[0]) for dataset in self.datasets]
 
     @torch.no_grad()
     def run(self, model: GroundingModel) -> EvaluationResult:
@@ -183,9 +183,9 @@ class Evaluator:
             results: with flat keys, as in history.jsonl and validation.json.
         """
         texts = []
-        for index, dataset in enumerate(self.datasets):
-            keys = {name: flat_key(dataset.name if index else "", name) for name in dataset.metric.metric_names}
-            if not index and self.best_metric not in list(keys)[:NUM_PRINTED]:
+        for dataset in self.datasets:
+            keys = {name: flat_key(dataset.prefix, name) for name in dataset.metric.metric_names}
+            if not dataset.prefix and self.best_metric not in list(keys)[:NUM_PRINTED]:
                 keys = {self.best_metric: self.best_metric} | keys
             known = [f"{name} {cell(results[key])}" for name, key in keys.items() if key in results]
             texts.append(f"{dataset.name}{': ' * bool(dataset.name)}{', '.join(known[:NUM_PRINTED])}")

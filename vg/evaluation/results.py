@@ -21,6 +21,11 @@ class DatasetResult:
     groups: dict[str, dict[str, float]]  # expression type or class name -> metrics of its samples
     num_skipped: int = 0  # bad samples that were not evaluated
     loss: float | None = None  # mean over the samples, if the evaluation computes it
+    prefix: str = ""  # of the flat keys: the name, "" for the first dataset
+
+    def key(self, name: str) -> str:
+        """Return the flat key of a metric or text of this dataset."""
+        return flat_key(self.prefix, name)
 
     @property
     def totals(self) -> dict[str, float]:
@@ -56,7 +61,7 @@ class EvaluationResult:
     def __post_init__(self) -> None:
         first, *further = self.datasets
         for dataset in further:
-            if first.flat().keys() & {flat_key(dataset.name, key) for key in dataset.flat()}:
+            if first.flat().keys() & map(dataset.key, dataset.flat()):
                 raise ConfigError(
                     f"data.eval.{dataset.name}: {first.name} has a group of that name; rename the dataset"
                 )
@@ -75,10 +80,7 @@ class EvaluationResult:
 
     def flat(self) -> dict[str, Any]:
         """Return one dict that JSON can store: keys of the first dataset as they are, of others "<dataset>/<key>"."""
-        results: dict[str, Any] = {}
-        for index, dataset in enumerate(self.datasets):
-            results |= {flat_key(dataset.name if index else "", key): value for key, value in dataset.flat().items()}
-        return results
+        return {dataset.key(name): value for dataset in self.datasets for name, value in dataset.flat().items()}
 
     def flat_metrics(self) -> dict[str, float]:
         """Return `flat` without the texts, for trackers and history.jsonl."""
@@ -86,5 +88,4 @@ class EvaluationResult:
 
     def losses(self) -> dict[str, float]:
         """Return the loss of each dataset that has one: "eval_loss" of the first, "<dataset>/eval_loss" of others."""
-        named = ((flat_key(d.name if i else "", "eval_loss"), d.loss) for i, d in enumerate(self.datasets))
-        return {key: loss for key, loss in named if loss is not None}
+        return {dataset.key("eval_loss"): dataset.loss for dataset in self.datasets if dataset.loss is not None}
