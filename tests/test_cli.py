@@ -18,7 +18,7 @@ from vg.cli.evaluate import name_of
 from vg.config import RunConfig, recipe_path
 from vg.errors import CheckpointError, ConfigError
 from vg.evaluation.evaluator import DatasetEvaluator
-from vg.inference.torch_backend import load_model
+from vg.inference.load import load_model
 from vg.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]

@@ -29,7 +29,7 @@ from vg.data.refcoco.source import RefcocoConfig
 from vg.errors import BadSampleError, CheckpointError, UserError, printable
 from vg.evaluation.table import aligned
 from vg.files import read_text
-from vg.inference.torch_backend import load_model
+from vg.inference.load import load_model
 from vg.models.encoders import load_tokenizer
 from vg.models.grounding_dino.checkpoints import bert_settings
 from vg.models.grounding_dino.config import BertConfig

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from vg.inference.crop import predict_and_crop
     from vg.inference.formats import write_results
     from vg.inference.grounder import Grounder
+    from vg.inference.load import load_model
     from vg.inference.result import Result
-    from vg.inference.torch_backend import load_model
     from vg.training.trainer import Trainer
     from vg.types import Prediction, Sample
 
@@ -32,7 +32,7 @@ _MODULES = {
     "Trainer": "vg.training.trainer",
     "finetune": "vg.finetuning.run",
     "load_config": "vg.config",
-    "load_model": "vg.inference.torch_backend",
+    "load_model": "vg.inference.load",
     "predict_and_crop": "vg.inference.crop",
     "write_results": "vg.inference.formats",
 }

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from vg.config import SavedConfig, dump_config, load_saved_config
 from vg.errors import CheckpointError, ConfigError, DamagedCheckpointError, UserError, unpickling_problem
-from vg.files import replacing, similar_paths
+from vg.files import replacing
 from vg.models.base import GroundingModel
-from vg.models.saved import CONFIG, ENCODERS, WEIGHTS, best_of, check_encoders, check_is_model, read_weights
+from vg.models.saved import CONFIG, ENCODERS, WEIGHTS, best_of, check_encoders, read_weights
 from vg.types import TextSpec
 
 TOKENIZER, TRAINING = "tokenizer", "training.pt"
@@ -81,10 +81,7 @@ def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Groun
     Raises:
         CheckpointError: not a checkpoint, a damaged file, or weights that do not match the configuration.
     """
-    check_is_model(Path(folder))
     folder = best_of(Path(folder))
-    if not folder.exists():
-        raise CheckpointError("; ".join(filter(None, [f"{folder} does not exist", similar_paths(folder)])))
     for name in (CONFIG, TOKENIZER):
         if not (folder / name).exists():
             raise CheckpointError(f"{folder} is not a checkpoint of vg: {name} is missing")

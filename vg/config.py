@@ -151,11 +151,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def load_saved_config(path: str | Path, overrides: Sequence[str] = ()) -> SavedConfig:
     """As load_config, for a checkpoint, whose configuration may have the model only."""
     values, files = _load_values(path, overrides)
-    return parse_saved_config(values, str(path), files)
+    return parse_saved_config(values, str(path), files=files)
 
 
-def parse_saved_config(values: Mapping[str, Any], origin: str, files: Files = ()) -> SavedConfig:
-    """Validate the nested dictionaries of `load_saved_config`; raises ConfigError that begins with `origin`."""
+def parse_saved_config(
+    values: Mapping[str, Any], origin: str, overrides: Sequence[str] = (), files: Files = ()
+) -> SavedConfig:
+    """As parse_config, for the values of a checkpoint, see `load_saved_config`."""
+    values = _overridden(values, overrides)
     return _parse(values, origin, ModelOnlyConfig if values.keys() == {"model"} else RunConfig, files)
 
 
@@ -163,10 +166,7 @@ def parse_config(
     values: Mapping[str, Any], origin: str = "the configuration", overrides: Sequence[str] = ()
 ) -> RunConfig:
     """Validate nested dictionaries and overrides of them; raises ConfigError, whose message begins with `origin`."""
-    changed = dict(values)
-    for override in as_overrides(overrides):
-        _apply(changed, override)
-    return _parse(changed, origin, RunConfig, [])
+    return _parse(_overridden(values, overrides), origin, RunConfig, [])
 
 
 def checked_config(config: Any) -> RunConfig:
@@ -233,10 +233,8 @@ def _load_values(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, 
     values: dict[str, Any] = {}
     for _, own in reversed(files):
         if own:  # an empty mapping would replace the base
-            values = dict(_merge(values, own))  # a copy: overrides must not change `files`
-    for override in as_overrides(overrides):
-        _apply(values, override)
-    return values, files
+            values = _merge(values, own)
+    return _overridden(values, overrides), files
 
 
 def _read_files(path: Path, chain: tuple[Path, ...] = ()) -> Files:
@@ -275,6 +273,14 @@ def _merge(base: Any, values: Any, path: str = "") -> Any:
         return values  # several evaluation datasets by name replace a single one
     merged = {key: _merge(base[key], value, f"{path}{key}.") for key, value in values.items() if key in base}
     return {**base, **values, **merged}
+
+
+def _overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a changed copy."""
+    changed = dict(values)
+    for override in as_overrides(overrides):
+        _apply(changed, override)
+    return changed
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 
 from vg.cache.build import build_cache
-from vg.checkpoint import read_model
 from vg.config import parse_config
 from vg.distributed import new_accelerator
 from vg.evaluation.evaluator import Evaluator
+from vg.inference.load import open_model
 from vg.models.encoders import SMALL_VOCABULARY
 from vg.models.rec.model import RecModel
 from vg.settings import differences
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("run", help="folder of a run of configs/demo_rec.yaml")
     parser.add_argument("--size", type=int, default=1200, help="expressions (default: %(default)s)")
     options = parser.parse_args()
-    trained, config = read_model(options.run)
+    trained, config, _ = open_model(options.run)
     assert isinstance(trained, RecModel)
     settings = differences(config.model)
     with tempfile.TemporaryDirectory() as name:

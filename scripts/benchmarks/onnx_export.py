@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from scripts.benchmarks.machine import machine
+from vg.inference.load import load_model
 from vg.inference.onnx_backend import OnnxBackend
-from vg.inference.torch_backend import TorchBackend, load_model
+from vg.inference.torch_backend import TorchBackend
 
 
 def measure(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

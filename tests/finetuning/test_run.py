@@ -19,7 +19,7 @@ from vg.config import load_config
 from vg.data import CsvConfig, YoloConfig
 from vg.errors import ConfigError
 from vg.finetuning.run import comparison
-from vg.inference import torch_backend
+from vg.inference import load
 
 QUICK = ["train.max_steps=2", "train.trackers=[]", "data.workers=0", "data.batch_size=2", "train.eval_every=2"]
 
@@ -103,8 +103,8 @@ def test_expressions_in_python(
     write_model(tmp_path / "start", start, config)
     overrides = [*QUICK, "optim.lr=0", "data.augment={}"]
     loaded: list[Any] = []
-    load = torch_backend.load
-    monkeypatch.setattr(torch_backend, "load", lambda path, *rest: loaded.append(path) or load(path, *rest))
+    open_model = load.open_model
+    monkeypatch.setattr(load, "open_model", lambda path, *rest: loaded.append(path) or open_model(path, *rest))
     grounder = vg.finetune(tmp_path / "data", tmp_path / "start", output=tmp_path / "run", overrides=overrides)
     assert loaded == [tmp_path / "run"], "once, for the report and for the caller"
     assert (tmp_path / "run" / "curves.png").exists()

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from vg.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vg.config import RunConfig
+    from vg.config import RunConfig, SavedConfig
     from vg.inference.grounder import Grounder
+
+MODEL_HELP = "folder of a run or checkpoint, a published Grounding DINO, its Hub id, or YAML file with model.weights"
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -140,6 +142,18 @@ def check_prediction(options: argparse.Namespace) -> None:
         if (value := getattr(options, name)) is not None:
             check_fraction(value, f"--{name}")
     check_count(options.batch_size, "--batch-size")
+
+
+def with_data(config: SavedConfig, path: str | Path) -> RunConfig:
+    """Return the configuration of the model at a path; raises ConfigError if it has no datasets to evaluate on."""
+    from vg.config import RunConfig
+
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"{path} is a model without a data config; "
+            "add data.train.name=... and data.eval.name=... (both may be the same)"
+        )
+    return config
 
 
 def read_data(path: str, overrides: Sequence[str]) -> tuple[RunConfig, bool]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vg import __version__
-from vg.cli.arguments import add_tokenizer
 from vg.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    about = "evaluate a checkpoint of any format (.pth, folder, Hub id) on a benchmark instead of the data of its run"
+    about = "evaluate on a benchmark instead of the data of a run"
     suite = parser.add_argument_group("suites", about)
     suite.add_argument("--suite", choices=["refcoco"], help="writes benchmark.json and benchmark.html to --output")
     suite.add_argument("--data", type=Path, help="folder with the datasets (default: download from the Hub)")
@@ -35,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bad-samples", choices=["error", "skip"], help="skip: leave unusable samples out and count them"
     )
     suite.add_argument("--precision", choices=["no", "bf16", "fp16"], help="mixed precision (default: no)")
-    add_tokenizer(suite)
 
 
 def _names(text: str) -> list[str]:
@@ -54,12 +52,13 @@ def run(options: argparse.Namespace, output: Path) -> None:
     from vg.config import dump_config
     from vg.distributed import new_accelerator, raise_on_all_processes
     from vg.evaluation.benchmark.report import report
-    from vg.evaluation.benchmark.run import open_model
     from vg.evaluation.benchmark.run import run as run_benchmark
+    from vg.evaluation.benchmark.run import use_rec_protocol
     from vg.evaluation.benchmark.suite import open_splits
     from vg.evaluation.benchmark.table import text
     from vg.files import write_bytes, write_json
     from vg.inference.arguments import check_count
+    from vg.inference.load import open_model
 
     if options.detections:
         raise ConfigError("--detections is for detection datasets, and this benchmark has none; remove it")
@@ -67,7 +66,8 @@ def run(options: argparse.Namespace, output: Path) -> None:
     workers = 2 if options.workers is None else options.workers
     check_count(batch_size, "--batch-size")
     check_count(workers, "--workers", 0)
-    model, config = open_model(options.checkpoint, options.overrides, options.tokenizer)
+    model, config, _ = open_model(options.checkpoint, options.tokenizer, options.overrides)
+    use_rec_protocol(model, options.overrides)
     splits = open_splits(options.data, options.images, options.datasets or (), options.splits or (), options.limit)
     accelerator = new_accelerator(mixed_precision=options.precision or "no")
     with raise_on_all_processes():

@@ -10,12 +10,11 @@ from hashlib import sha256
 from pathlib import Path
 
 from vg.cli import benchmark
-from vg.cli.arguments import add_overrides
+from vg.cli.arguments import MODEL_HELP, add_overrides, add_tokenizer, with_data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    models = "folder of a run or checkpoint, or YAML file with model.weights"
-    parser.add_argument("checkpoint", metavar="MODEL", help=models)
+    parser.add_argument("checkpoint", metavar="MODEL", help=MODEL_HELP)
     about = "settings of the run, such as data.eval.split=test model.vision.id=/new/folder"
     add_overrides(parser, about, ("optim",))
     parser.add_argument(
@@ -24,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "override), or for the files of --suite (default: RUN)",
     )
     parser.add_argument("--detections", action="store_true", help="also write the detections as COCO results json")
+    add_tokenizer(parser)
     benchmark.add_arguments(parser)
 
 
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         benchmark.refuse_options(options)
         output = Path(options.output or folder / EVALUATIONS / name_of(options.overrides))
-        evaluate(path, options.overrides, output, options.detections)
+        evaluate(path, options.overrides, output, options.detections, options.tokenizer)
 
 
 def name_of(overrides: Sequence[str]) -> str:
@@ -47,16 +47,19 @@ def name_of(overrides: Sequence[str]) -> str:
     return name if name == full else f"{name}-{sha256(full.encode()).hexdigest()[:8]}"
 
 
-def evaluate(checkpoint: Path, overrides: list[str], output: Path, detections: bool = False) -> None:
+def evaluate(
+    checkpoint: Path, overrides: list[str], output: Path, detections: bool = False, tokenizer: str | None = None
+) -> None:
     """Evaluate a checkpoint; write metrics.json, predictions.png and optionally detections.json to `output`."""
-    from vg.cli.models import load_with_data
     from vg.distributed import new_accelerator, raise_on_all_processes
     from vg.evaluation.evaluator import Evaluator
     from vg.evaluation.table import table
     from vg.files import write_bytes, write_json
+    from vg.inference.load import open_model
     from vg.inference.sample_grid import draw_samples
 
-    model, config = load_with_data(checkpoint, overrides)
+    model, saved, _ = open_model(checkpoint, tokenizer, overrides)
+    config = with_data(saved, checkpoint)
     accelerator = new_accelerator(mixed_precision=config.train.precision)
     evaluator = Evaluator(config.data, model, accelerator)
     with raise_on_all_processes():

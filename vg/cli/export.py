@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vg.cli.arguments import add_overrides, add_tokenizer, check_writable
+from vg.cli.arguments import MODEL_HELP, add_overrides, add_tokenizer, check_writable
 from vg.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -24,9 +24,7 @@ differ by more than 0.001 from those of PyTorch.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument(
-        "checkpoint", metavar="MODEL", help="folder of a run or checkpoint, a published Grounding DINO, or its Hub id"
-    )
+    parser.add_argument("checkpoint", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("output", type=Path, metavar="OUT", help="file to write: .onnx or .pt2")
     about = "settings of the run, such as model.vision.id=/new/folder"
     add_overrides(parser, about, ("optim", "train"))
@@ -44,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from vg.inference.torch_backend import load
+    from vg.inference.load import open_model
 
     suffix = options.output.suffix
     if suffix not in (".onnx", ".pt2"):
@@ -56,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
 
         check_packages()
     check_writable(options.output)
-    model, config, _ = load(options.checkpoint, options.tokenizer, options.overrides, None)
+    model, config, _ = open_model(options.checkpoint, options.tokenizer, options.overrides)
     if suffix == ".pt2":
         from vg.export.program import save_program
 
@@ -67,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
         _write_onnx(model, config, options)
 
 
-def _write_onnx(model: GroundingModel, config: SavedConfig | None, options: argparse.Namespace) -> None:
+def _write_onnx(model: GroundingModel, config: SavedConfig, options: argparse.Namespace) -> None:
     """Write and check the files in a temporary folder, and then move them."""
     from vg.config import RunConfig
     from vg.export.onnx_file import quantize, write_onnx

@@ -6,19 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vg.cli.arguments import add_overrides, check_writable
+from vg.cli.arguments import MODEL_HELP, add_overrides, add_tokenizer, check_writable, with_data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "initial", type=Path, metavar="INITIAL", help="checkpoint before: folder, or YAML file with model.weights"
-    )
-    parser.add_argument(
-        "final",
-        type=Path,
-        metavar="FINAL",
-        help="folder of the run or checkpoint after; its data.eval selects the best mixture",
-    )
+    parser.add_argument("initial", type=Path, metavar="INITIAL", help=f"before: {MODEL_HELP}")
+    after = "after: a model like INITIAL; data.eval of its run selects the best mixture"
+    parser.add_argument("final", type=Path, metavar="FINAL", help=after)
     add_overrides(parser, "settings of that run, such as data.eval.split=val", ("optim",))
     parser.add_argument(
         "--weights",
@@ -29,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights of the final checkpoint (default: 0 .25 .5 .75 1)",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint to write")
+    add_tokenizer(parser)
 
 
 class _Weights(argparse.Action):
@@ -47,17 +42,23 @@ class _Weights(argparse.Action):
 
 def run(options: argparse.Namespace) -> None:
     from vg.checkpoint import new_checkpoint
-    from vg.cli.models import load, load_with_data
     from vg.distributed import new_accelerator
     from vg.errors import CheckpointError
     from vg.evaluation.evaluator import Evaluator
+    from vg.inference.load import open_model
+    from vg.models.saved import YAML
     from vg.training.interpolation import Interpolation, Sweep
 
     if options.output.exists():
         raise CheckpointError(f"{options.output} exists; choose another path, or remove it first")
     check_writable(options.output)
-    model, config = load_with_data(options.final, options.overrides)
-    initial, _ = load(options.initial, [])
+    tokenizers = [
+        options.tokenizer if path.is_file() and path.suffix not in YAML else None  # the others contain theirs
+        for path in (options.initial, options.final)
+    ]
+    model, saved, _ = open_model(options.final, tokenizers[1], options.overrides)
+    config = with_data(saved, options.final)
+    initial = open_model(options.initial, tokenizers[0]).model
     mixtures = Interpolation(initial.own_state_dict(), model.own_state_dict())
     if mixtures.added:
         print(f"{options.initial} has no {', '.join(mixtures.added)}: taken from {options.final}")

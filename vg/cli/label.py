@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vg.cli.arguments import WordsAction, add_model_overrides, add_prediction, add_runtime, check_prediction
+from vg.cli.arguments import MODEL_HELP, WordsAction, add_model_overrides, add_prediction, add_runtime, check_prediction
 from vg.errors import ConfigError, printable
 
 if TYPE_CHECKING:
@@ -25,9 +25,7 @@ ray. Labels do not depend on workers or interruptions, on one type of processor 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument(
-        "checkpoint", metavar="MODEL", help="folder of a run or checkpoint, its Hub id, or an .onnx file"
-    )
+    parser.add_argument("checkpoint", metavar="MODEL", help=f"{MODEL_HELP}, or .onnx file of vg export")
     parser.add_argument("data", metavar="DATA", help="images to label")
     parser.add_argument("output", metavar="OUT", help="folder of the labels")
     add_model_overrides(parser)

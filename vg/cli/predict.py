@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from vg.cli.arguments import (
+    MODEL_HELP,
     WordsAction,
     add_model_overrides,
     add_prediction,
@@ -42,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from vg.inference.formats import FORMATS
 
     parser.epilog = EPILOG
-    models = "folder of a run or checkpoint, a published Grounding DINO, its Hub id, or an .onnx file"
-    parser.add_argument("checkpoint", metavar="MODEL", help=models)
+    parser.add_argument("checkpoint", metavar="MODEL", help=f"{MODEL_HELP}, or .onnx file of vg export")
     words = "images; without -p one image and then the phrases"
     parser.add_argument("words", nargs="+", action=WordsAction, metavar="INPUT", help=words)
     add_model_overrides(parser)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vg.cli.arguments import add_model_overrides, add_runtime, open_grounder
+from vg.cli.arguments import MODEL_HELP, add_model_overrides, add_runtime, open_grounder
 from vg.errors import ConfigError
 
 EPILOG = """
@@ -16,7 +16,7 @@ images are fetched from public addresses only. The environment variable VG_MAX_P
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("checkpoint", metavar="MODEL", help="folder of a run or checkpoint, or its Hub id")
+    parser.add_argument("checkpoint", metavar="MODEL", help=MODEL_HELP)
     add_model_overrides(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=_port, help="port to listen on (default: the first free one from 7860 on)")

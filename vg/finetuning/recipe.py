@@ -46,7 +46,7 @@ def choose_recipe(model: str | Path | None, task: Task, lora: bool, tokenizer: s
     Args:
         model: "small", a run or checkpoint of vg, or a Grounding DINO of any format; None for DEFAULT.
         lora: train adapters, see configs/grounding_dino/finetune_lora.yaml.
-        tokenizer: see `vg.inference.torch_backend.load_model`.
+        tokenizer: see `vg.inference.load.load_model`.
 
     Raises:
         ConfigError: the model cannot learn the task, or has no recipe with adapters.

@@ -65,7 +65,7 @@ def finetune(
         images: folder of the images, if they are not where the annotations are.
         output: folder of the run; by default runs/NAME of the folder.
         lora: train low-rank adapters instead of all weights, which needs less memory.
-        tokenizer: see `vg.inference.torch_backend.load_model`.
+        tokenizer: see `vg.inference.load.load_model`.
         overrides: of the planned configuration, such as "train.max_steps=100" or "optim.lr=1e-5".
         resume, overwrite: continue the run in `output`, which must have these arguments, or replace it.
 

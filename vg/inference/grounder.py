@@ -75,11 +75,12 @@ class Grounder:
                 )
             self.backend = OnnxBackend(model, device)
             return
-        from vg.inference.torch_backend import TorchBackend, best_device, checked_device, load
+        from vg.inference.load import open_model
+        from vg.inference.torch_backend import TorchBackend, best_device, checked_device
 
         device = best_device() if device is None else checked_device(device)
         if isinstance(model, (str, Path)):
-            model, self.config, self.results = load(model, tokenizer, overrides, revision)
+            model, self.config, self.results = open_model(model, tokenizer, overrides, revision)
         elif not hasattr(model, "text_spec"):
             raise ConfigError(f"a Grounder needs a model or its path, not a {type(model).__name__}")
         elif tokenizer or overrides or revision:

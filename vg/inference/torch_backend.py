@@ -1,28 +1,22 @@
-"""Runs a model of PyTorch for `vg.inference.grounder`: loading, device, precision, batches."""
+"""Runs a model of PyTorch for `vg.inference.grounder`: device, precision, batches."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from vg.checkpoint import VALIDATION, read_model
-from vg.config import SavedConfig
 from vg.data.collate import Collator
 from vg.data.prompt import Expressions, Prompts
 from vg.errors import ConfigError
-from vg.files import read_json
 from vg.inference.cuda_graphs import CudaGraphs, Recorder
 from vg.inference.result import NO_BOXES, Boxes
 from vg.models.base import GroundingModel, check_finite, on_host
-from vg.models.grounding_dino.checkpoints import open_model
-from vg.models.saved import is_checkpoint, local_path
 from vg.types import Batch, Prediction, Sample, map_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -182,42 +176,3 @@ def checked_device(device: str) -> str:
         reason = str(error).split("\n")[0].rstrip(".")
         raise ConfigError(f"device {device}: {reason}; use {best_device()}") from error
     return device
-
-
-def load_model(
-    path: str | Path, tokenizer: str | None = None, overrides: Sequence[str] = (), revision: str | None = None
-) -> GroundingModel:
-    """Load a trained model in evaluation mode on the CPU.
-
-    Args:
-        path: folder of a run or checkpoint of vg, or a published Grounding DINO: an official or mmdetection .pth, a
-            transformers folder; or the Hub id of any of these folders.
-        tokenizer: folder, vocab.txt, tokenizer.json or Hub id for a .pth, which contains no tokenizer; by default that
-            of BERT.
-        overrides: of the configuration of a checkpoint of vg, such as "model.vision.id=/new/folder".
-        revision: branch, tag or commit of a Hub id.
-
-    Raises:
-        CheckpointError: not a checkpoint, damaged, or weights that do not fit the model.
-        ConfigError: unknown overrides, or overrides of a checkpoint without a vg configuration; a tokenizer for one
-            that contains it.
-    """
-    return load(path, tokenizer, overrides, revision)[0]
-
-
-def load(
-    path: str | Path, tokenizer: str | None, overrides: Sequence[str], revision: str | None
-) -> tuple[GroundingModel, SavedConfig | None, dict[str, Any] | None]:
-    """Like `load_model`; also return the configuration and the evaluation results of a checkpoint of vg."""
-    folder = local_path(path, revision)
-    if is_checkpoint(folder):
-        if tokenizer is not None:
-            raise ConfigError(f"{path} is a checkpoint of vg, which contains its tokenizer; leave {tokenizer!r} out")
-        model, config = read_model(folder, overrides)
-        files = (folder / name for name in (f"best/{VALIDATION}", VALIDATION))
-        results = next((read_json(file, dict) for file in files if file.exists()), None)
-        return model, config, results
-    if overrides:
-        given = overrides if isinstance(overrides, str) else ", ".join(overrides)
-        raise ConfigError(f"{path} is not a checkpoint of vg, so {given} cannot be set")
-    return open_model(folder, tokenizer), None, None

@@ -16,6 +16,7 @@ from vg.hub import loading
 from vg.models.settings import ModelSettings
 
 CONFIG, WEIGHTS = "config.yaml", "model.safetensors"
+YAML = (".yaml", ".yml")  # suffixes
 ENCODERS = "frozen_encoders.json"  # only with encoders whose weights are not in WEIGHTS
 
 
@@ -49,7 +50,7 @@ def is_checkpoint(path: str | Path) -> bool:
 
 def check_is_model(path: Path) -> None:
     """Raise CheckpointError for an exported model, and for a file in a run or checkpoint instead of its folder."""
-    if path.is_file() and path.suffix in (".yaml", ".yml"):
+    if path.is_file() and path.suffix in YAML:
         raise CheckpointError(f"{path} is a YAML file, not a model; give the folder of the run, such as {path.parent}")
     if path.is_file() and path.suffix == ".safetensors" and is_checkpoint(path.parent):
         raise CheckpointError(f"{path} has only the weights of a checkpoint; give its folder, {path.parent}")

@@ -301,7 +301,7 @@ def test_a_converted_checkpoint_has_no_data_config(official: Path, tmp_path: Pat
     (tmp_path / "bert").mkdir()
     write_tokenizer(tmp_path / "bert")
     main(["convert", str(official), str(tmp_path / "vg"), "--to", "vg", "--tokenizer", str(tmp_path / "bert")])
-    with pytest.raises(SystemExit, match="is a converted checkpoint without a data config"):
+    with pytest.raises(SystemExit, match="is a model without a data config"):
         main(["eval", str(tmp_path / "vg")])
     with pytest.raises(SystemExit, match=r"data\.train: Field required"):
         main(["eval", str(tmp_path / "vg"), "data.eval.name=shapes"])

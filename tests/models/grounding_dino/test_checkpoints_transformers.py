@@ -21,7 +21,8 @@ from tests.models.grounding_dino.published import (
     write_tokenizer,
 )
 from vg.errors import CheckpointError
-from vg.models.grounding_dino.checkpoints import load_into, open_model, read_checkpoint, write_checkpoint
+from vg.inference.load import load_model
+from vg.models.grounding_dino.checkpoints import load_into, read_checkpoint, write_checkpoint
 from vg.models.grounding_dino.config import ImageConfig, ResNetConfig, SwinConfig
 from vg.types import FittedImage
 
@@ -111,7 +112,7 @@ def test_the_image_processor_is_applied_or_refused(file: str, tmp_path: Path, ca
 
     write()
     checkpoint = read_checkpoint(tmp_path)
-    model = open_model(tmp_path, str(tmp_path / "tokenizer"))
+    model = load_model(tmp_path, str(tmp_path / "tokenizer"))
     assert model.image_spec == FittedImage(96, 128, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
     for changes, message in (
         ({"resample": 3}, "resample is 3, vg implements 2"),

@@ -21,7 +21,7 @@ from torch import Tensor
 from vg.data.collate import Collator
 from vg.errors import CheckpointError
 from vg.inference.grounder import Grounder
-from vg.inference.torch_backend import load_model
+from vg.inference.load import load_model
 from vg.models.grounding_dino.model import GroundingDino
 from vg.models.saved import local_path
 from vg.types import Sample

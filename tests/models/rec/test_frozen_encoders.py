@@ -109,9 +109,3 @@ def test_a_moved_encoder_is_found_with_an_override(checkpoint: Path, capsys: pyt
     for words in ([*arguments, override, *options], [*arguments, *options, override]):
         main(words)
         assert capsys.readouterr().out.startswith("the red star: left")
-
-
-def test_overrides_of_another_library_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.pth").touch()
-    with pytest.raises(ConfigError, match=r"model\.pth is not a checkpoint of vg, so model\.max_tokens=3 "):
-        vg.load_model(tmp_path / "model.pth", overrides=["model.max_tokens=3"])

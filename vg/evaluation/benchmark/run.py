@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from vg.config import ModelOnlyConfig, SavedConfig
 from vg.data.collate import Collator
 from vg.data.dataset import BadSamples, GroundingDataset
 from vg.evaluation.benchmark.slices import slices
@@ -19,7 +18,7 @@ from vg.evaluation.benchmark.suite import BenchmarkSplit
 from vg.evaluation.benchmark.table import MAIN
 from vg.evaluation.evaluator import DatasetEvaluator
 from vg.evaluation.results import DatasetResult
-from vg.inference.torch_backend import TorchBackend, load
+from vg.inference.torch_backend import TorchBackend
 from vg.metrics.collected import CollectingMetric, stable_hash
 from vg.models.base import GroundingModel
 from vg.models.grounding_dino.model import GroundingDino
@@ -83,26 +82,10 @@ class EvaluatedSplit:
         }
 
 
-def open_model(
-    checkpoint: str, overrides: Sequence[str] = (), tokenizer: str | None = None
-) -> tuple[GroundingModel, SavedConfig]:
-    """Load a model in evaluation mode on the CPU; Grounding DINO scores boxes by the REC protocol by default.
-
-    Args:
-        checkpoint, tokenizer, overrides: see vg.inference.torch_backend.load_model.
-
-    Returns:
-        model: see above.
-        config: that of its run; of its settings alone if vg did not train it.
-
-    Raises:
-        CheckpointError: not a checkpoint, a damaged one, or its tokenizer is missing.
-        ConfigError: unknown overrides, or overrides of a checkpoint without a vg configuration.
-    """
-    model, config, _ = load(checkpoint, tokenizer, overrides, revision=None)
+def use_rec_protocol(model: GroundingModel, overrides: Sequence[str]) -> None:
+    """Score the boxes of a Grounding DINO by the REC protocol, unless an override sets another score."""
     if isinstance(model, GroundingDino) and not any(item.startswith("model.predict.score=") for item in overrides):
         model.config.predict.score = "max"
-    return model, config or ModelOnlyConfig(model.config)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Load a checkpoint of any format into a new model or an existing one, and its tokenizer."""
+"""Load a checkpoint of any format into a model, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -22,23 +22,6 @@ logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from vg.models.grounding_dino.model import GroundingDino
-
-
-def open_model(path: str | Path, tokenizer: str | None = None) -> GroundingDino:
-    """Build the model of a checkpoint of any format, in evaluation mode on the CPU.
-
-    Args:
-        tokenizer: folder, vocab.txt, tokenizer.json or Hub id, for a .pth, which contains none; default: BERT's.
-
-    Raises:
-        CheckpointError: see read_checkpoint and open_tokenizer.
-    """
-    checkpoint = read_checkpoint(path, bert_settings(tokenizer))
-    vocabulary = open_tokenizer(checkpoint, tokenizer)
-    model = checkpoint.config.build(pretrained=False)
-    model.load_own_state_dict(checkpoint.weights)
-    model.use_tokenizer(vocabulary)
-    return model.eval()
 
 
 def load_into(model: GroundingDino, path: str | Path) -> str | None:
