@@ -118,6 +118,47 @@ def test_fsdp_equals_ddp_and_resumes_exactly(config: RunConfig, tmp_path: Path) 
         torch.testing.assert_close(own, average, rtol=0, atol=1e-4)
 
 
+# After step 4, weights of one process are not finite.
+BROKEN = """
+import os, sys
+import torch
+from vg.config import load_config
+from vg.distributed import shut_down
+from vg.models.base import check_finite_weights
+from vg.training.trainer import Trainer
+
+os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+trainer = Trainer(load_config("config.yaml"))
+step = trainer.step
+weights = next(p for p in trainer.unwrapped_model.head.parameters() if len(p) > 1)  # both processes have rows
+
+def broken(batches):
+    terms = step(batches)
+    if trainer.progress.step == 3 and not trainer.progress.restored:
+        if trainer.accelerator.process_index == 1:
+            weights.to_local().detach().fill_(float("inf"))
+        try:
+            check_finite_weights({"weights": weights})
+        except ValueError:
+            sys.stdout.write("refused\\n")
+    return terms
+
+trainer.step = broken
+trainer.fit()
+sys.stdout.write(f"restored {trainer.progress.restored} at step {trainer.progress.step}\\n")
+del trainer, step, weights
+shut_down()
+"""
+
+
+def test_all_processes_restore_weights_that_are_not_finite_in_one(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    train = {"on_nan": "skip", "epochs": 9, "max_steps": 6, "save_every": 2, "eval_every": 6}
+    (tmp_path / "config.yaml").write_text(dump_config(tiny_config(train=train)))
+    (tmp_path / "train.py").write_text(BROKEN)
+    output = launch(tmp_path)
+    assert output.count("refused") == output.count("restored 1 at step 6") == 2
+
+
 def test_a_missing_or_damaged_shard_is_reported(tmp_path: Path) -> None:
     folder = tmp_path / "step_000001"
     (folder / SHARDS).mkdir(parents=True)

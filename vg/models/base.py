@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vg.errors import PredictionError
@@ -123,9 +124,15 @@ class GroundingModel(nn.Module, ABC):
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
 
+def is_finite(weights: Tensor) -> bool:
+    """Whether weights have neither NaN nor Inf: all shards of sharded ones, for which every process must call it."""
+    finite = weights.isfinite().all()
+    return bool(finite.full_tensor() if isinstance(finite, DTensor) else finite)
+
+
 def check_finite_weights(weights: Mapping[str, Tensor]) -> None:
     """Raise ValueError that lists all weights with NaN or Inf; tensors on the meta device have no values."""
-    bad = sorted(key for key, values in weights.items() if not values.is_meta and not values.isfinite().all())
+    bad = sorted(key for key, values in weights.items() if not values.is_meta and not is_finite(values))
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise ValueError(

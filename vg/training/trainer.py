@@ -28,6 +28,7 @@ from vg.distributed import (
 from vg.errors import TrainingError
 from vg.evaluation.evaluator import Evaluator
 from vg.files import read_json
+from vg.models.base import is_finite
 from vg.training.batch_norm import RunningStatistics
 from vg.training.compilation import compile_layers
 from vg.training.data import training_data
@@ -302,8 +303,7 @@ class Trainer:
     def _check_weights(self) -> None:
         """Raise or restore weights if any is not finite: gradients can be non-finite although the loss is finite."""
         trainable = ((name, p) for name, p in self.unwrapped_model.named_parameters() if p.requires_grad)
-        bad = next((name for name, parameter in trainable if not parameter.isfinite().all()), None)
-        if bad is None:
+        if (bad := next((name for name, parameter in trainable if not is_finite(parameter)), None)) is None:
             return
         problem, saved = f"the weights {bad} are not finite after step {self.progress.step}", self.folder.checkpoints()
         if self.config.train.on_nan == "stop" or not saved or self.progress.restored == MAX_SKIPPED:
