@@ -146,6 +146,14 @@ def test_best_metric_selects_the_score() -> None:
         _ = replace(result, best_metric="words/miou").score
 
 
+def test_an_undefined_metric_is_not_a_score() -> None:
+    """-1 would beat no score once, and nothing would ever be better."""
+    dataset = DatasetResult("", Provenance("coco", "val"), "AP", {"ap": 0.75, "ap_large": -1.0}, {})
+    assert EvaluationResult((dataset,), "ap").score == 0.75
+    with pytest.raises(ConfigError, match=r"train\.best_metric: 'ap_large' is undefined.*no ground-truth box"):
+        _ = EvaluationResult((dataset,), "ap_large").score
+
+
 def test_a_dataset_with_the_name_of_a_group_is_an_error_if_keys_collide() -> None:
     words, objects = two_datasets().datasets
     relation = replace(objects, name="relation", prefix="relation")

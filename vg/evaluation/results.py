@@ -7,7 +7,7 @@ from typing import Any
 
 from vg.data.source import Provenance
 from vg.errors import ConfigError
-from vg.metrics.result import MetricResult, flat_key
+from vg.metrics.result import UNDEFINED, MetricResult, flat_key
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,16 @@ class EvaluationResult:
         """The value of `best_metric`; higher is better.
 
         Raises:
-            ConfigError: no dataset or group has this metric.
+            ConfigError: no dataset or group has this metric, or it is undefined for lack of ground truth.
         """
         metrics = self.flat_metrics()
         if self.best_metric not in metrics:
             raise ConfigError(f"train.best_metric: {self.best_metric!r} is not one of {', '.join(metrics)}")
+        if metrics[self.best_metric] == UNDEFINED:
+            raise ConfigError(
+                f"train.best_metric: {self.best_metric!r} is undefined, because data.eval has no ground-truth box that "
+                "counts for it; set another train.best_metric, or use other evaluation data"
+            )
         return metrics[self.best_metric]
 
     def flat(self) -> dict[str, Any]:
