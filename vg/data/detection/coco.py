@@ -40,7 +40,7 @@ class CocoConfig(Settings):
     area, as pycocotools does."""
     upright: bool | None = None
     """Apply the EXIF orientation of images. null: only where the annotated height and width are those of the upright
-    image; this does not find images that are flipped or turned by 180 degrees."""
+    image; this does not find images that are flipped or turned by 180 degrees, nor square ones turned by 90 degrees."""
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
 
     @classmethod
