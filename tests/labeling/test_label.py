@@ -193,6 +193,23 @@ def test_coco(detector: Path, photos: Path, tmp_path: Path) -> None:
     assert not list(out.glob("*.partial*"))
 
 
+def test_categories_of_coco_have_the_order_of_the_phrases(tmp_path: Path) -> None:
+    """Whatever is found first or not at all, as in vg predict --format coco: archives labeled alike have equal ids."""
+    found = [
+        {"bbox": [1, 1, 5, 5], "label": label, "category": name, "score": 0.5} for label, name in ((2, "c"), (0, "a"))
+    ]
+    lines = [
+        {"filename": f"{number}.jpg", "height": 9, "width": 9, "detection": {"instances": instances}}
+        for number, instances in enumerate(([], found[:1], found))
+    ]
+    folder = LabelFolder(tmp_path, {"shards": 1, "format": "coco"}, {"0": "a", "1": "b", "2": "c"})
+    folder.write(0, lines, [])
+    assert folder.finish()
+    document = json.loads((tmp_path / "labels.coco.json").read_text())
+    assert document["categories"] == [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}, {"id": 3, "name": "c"}]
+    assert [(x["image_id"], x["category_id"]) for x in document["annotations"]] == [(2, 3), (3, 3), (3, 1)]
+
+
 def test_two_processes_finish_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one writes a shard and the COCO file again; the first one has removed its unfinished copies."""
     settings = {"shards": 1, "format": "coco"}

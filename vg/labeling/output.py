@@ -45,6 +45,7 @@ class LabelFolder:
     def __init__(self, path: Path, settings: dict[str, Any], label_map: dict[str, str] | None):
         self.path = path
         self._format, self._num_shards = settings["format"], settings["shards"]
+        self._classes = tuple((label_map or {}).values())  # in the order of the labels
         path.mkdir(parents=True, exist_ok=True)
         file = path / SETTINGS
         if not file.exists():
@@ -97,7 +98,7 @@ class LabelFolder:
     def _records(self) -> Iterator[Record]:
         for shard in range(self._num_shards):
             with self._file(shard).open("rb") as file:
-                yield from map(_record, map(json.loads, file))
+                yield from (_record(json.loads(line), self._classes) for line in file)
 
 
 @contextmanager
@@ -118,11 +119,15 @@ def _jsonl(lines: Iterable[Line]) -> bytes:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
-def _record(line: Line) -> Record:
-    """Return the record of `Result.to_dict` of an ODVG line."""
+def _record(line: Line, classes: Sequence[str] = ()) -> Record:
+    """Return the record of `Result.to_dict` of an ODVG line.
+
+    Args:
+        classes: the phrases of all images, in the order of their labels; by default those that have boxes.
+    """
     items = line["detection"]["instances"] if "detection" in line else line["grounding"]["regions"]
     names = [item["category"] if "category" in item else item["phrase"] for item in items]
-    phrases = list(dict.fromkeys(names))
+    phrases = list(classes or dict.fromkeys(names))
     boxes = [
         {"phrase": name, "phrase_id": phrases.index(name), "score": item["score"], "box": item["bbox"]}
         for name, item in zip(names, items, strict=True)
