@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from pycocotools.mask import decode
 
 import vg
 from vg.data.detection.coco import CocoConfig
+from vg.data.detection.issues import RaiseFirstError
 from vg.data.detection.odvg import OdvgConfig
 from vg.errors import ConfigError, DataError
 from vg.inference.formats import FORMATS, read_records, write_results
@@ -125,16 +127,26 @@ def test_coco_comes_back(files: dict[str, Path]) -> None:
     assert all("score" in entry for entry in document["annotations"])
 
 
-def test_odvg_comes_back(files: dict[str, Path]) -> None:
-    for captions in ("phrases", "whole"):
-        sample = OdvgConfig(path=str(files["odvg"]), captions=captions).build().load(2, 0)
-        found = sorted(
-            (sample.phrases[id], box.tolist()) for id, box in zip(sample.phrase_ids, sample.boxes, strict=True)
-        )
-        assert [phrase for phrase, _ in found] == sorted(" ".join(phrase.split()) for phrase in PHRASES)
-        lines = [" ".join(phrase.split()) for phrase, _ in expected()]
-        for phrase, box in found:
-            assert box == pytest.approx(expected()[lines.index(phrase)][1], abs=1e-4)
+@pytest.mark.parametrize("captions", ["phrases", "whole"])
+def test_odvg_comes_back(captions: Literal["phrases", "whole"], tmp_path: Path) -> None:
+    """All images with all phrases, also those without boxes, which are negatives."""
+    results = [result("a.png"), empty("b.png"), result("c d.png"), result("e.png")[:4]]
+    for found in results:
+        Image.fromarray(found.image).save(tmp_path / found.name)
+    write_results(results, tmp_path / "results.jsonl", "odvg")
+    config = OdvgConfig(path=str(tmp_path / "results.jsonl"), captions=captions)
+    assert len(config.read(RaiseFirstError(config.path)).files) == len(results)
+    source = config.build()
+    assert len(source) == len(results)
+    for index, written in enumerate(results):
+        sample = source.load(index, 0)
+        assert sample.phrases == tuple(" ".join(phrase.split()) for phrase in PHRASES)
+        np.testing.assert_array_equal(sample.image, written.image)
+        found = zip(sample.phrase_ids.tolist(), sample.boxes.tolist(), strict=True)
+        entries = [(entry["phrase_id"], entry["box"]) for entry in written.to_dict()["boxes"]]
+        for (phrase_id, box), (true_id, true_box) in zip(sorted(found), sorted(entries), strict=True):
+            assert phrase_id == true_id
+            assert box == pytest.approx(true_box, abs=1e-4)
 
 
 def test_csv_comes_back(files: dict[str, Path]) -> None:

@@ -161,17 +161,15 @@ def _rows(record: Record) -> Iterator[dict[str, Any]]:
 
 
 def _odvg_line(record: Record) -> dict[str, Any]:
-    """A grounding line: the caption lists the phrases that have boxes."""
+    """A grounding line: the caption lists all phrases, and one that names nothing in the image has an empty region."""
     caption, regions = "", []
-    for phrase in dict.fromkeys(entry["phrase"] for entry in record["boxes"]):
+    for phrase in dict.fromkeys(record["phrases"]):
         caption += " . " if caption else ""
-        span = [len(caption), len(caption) + len(phrase)]
+        region = {"phrase": phrase, "tokens_positive": [[len(caption), len(caption) + len(phrase)]]}
         caption += phrase
-        boxes = [entry for entry in record["boxes"] if entry["phrase"] == phrase]
-        regions += [
-            {"bbox": entry["box"], "phrase": phrase, "tokens_positive": [span], "score": entry["score"]}
-            for entry in boxes
-        ]
+        found = [entry for entry in record["boxes"] if entry["phrase"] == phrase]
+        regions += [{"bbox": entry["box"], **region, "score": entry["score"]} for entry in found]
+        regions += [] if found else [{"bbox": [], **region}]
     size = {"filename": record["image"], "height": record["height"], "width": record["width"]}
     return size | {"grounding": {"caption": caption, "regions": regions}}
 
