@@ -268,6 +268,52 @@ def test_an_image_that_is_given_twice_has_one_result(detector: Path, folder: Pat
     assert len(names) == len(set(names)) == COUNT
 
 
+def test_images_given_by_another_path_are_done(
+    detector: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.chdir(folder.parent)
+    (tmp_path / "link").symlink_to(folder)
+    for path in (folder.name, folder, f"{folder.name}/../{folder.name}", tmp_path / "link"):
+        predict(detector, path, folder / "00.png", "-p", "dog", "--output", out, "--no-draw")
+        assert [record["image"] for record in records(out)] == sorted(
+            str(file.relative_to(folder.parent)) for file in folder.rglob("??.png")
+        )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks of files")
+def test_two_commands_at_once_in_one_folder(detector: Path, tmp_path: Path) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for number in range(40):
+        Image.new("RGB", (64, 64)).save(photos / f"{number:02d}.png")
+    command = ("predict", detector, photos, "-p", "dog", "--batch-size", "1", "--no-draw", "--output", out)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vg", *map(str, command), "--device", "cpu"], stderr=subprocess.DEVNULL
+    )
+    results = out / "results.jsonl"
+    try:
+        while not (results.exists() and b"\n" in results.read_bytes()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)
+        with results.open("ab") as file:
+            file.write(b'{"image": "torn')  # as a second command may find it
+        before = results.read_bytes()
+        for options in ((), ("--overwrite",)):
+            with pytest.raises(
+                SystemExit, match=r"another vg predict writes to .*out; wait for its end, or use another"
+            ):
+                predict(*command[1:], *options)
+        assert results.read_bytes() == before
+    finally:
+        process.kill()
+        process.wait()
+    predict(*command[1:])
+    assert [record["image"] for record in records(out)] == sorted(map(str, photos.iterdir()))
+    assert {path.name for path in out.iterdir()} == {"settings.json", "results.jsonl"}
+
+
 def test_coco_files_with_equal_names_of_different_images(detector: Path, tmp_path: Path) -> None:
     files = []
     for number, name in enumerate(("first", "second")):

@@ -137,23 +137,24 @@ def _fill_folder(
 ) -> int:
     """Complete the folder of results; return how many images could not be used."""
     from vg.inference.images import named_images
-    from vg.inference.results_folder import ResultsFolder
+    from vg.inference.results_folder import ResultsFolder, in_use
 
     settings = {"checkpoint": options.checkpoint, "weights": grounder.backend.digest(), "phrases": list(phrases)}
     settings |= {name: getattr(options, name) for name in SETTINGS}
-    folder = ResultsFolder(Path(options.output or "predictions"), settings, options.overwrite)
-    images, total = named_images(list(inputs), options.every)
-    missing = (image for image in images if folder.lacks(image.name))
-    if folder.names:
-        print(f"{folder.path}: {len(folder.names)} images are done, continuing", file=sys.stderr)
-    failed = _Failed()
-    left = None if total is None else total - len(folder.names)
-    for result in _stream(grounder, missing, phrases, options, failed, left):
-        folder.add(result, draw=not options.no_draw, crops=options.crops)
-        if options.json:
-            print(result.to_json(), flush=True)
-    for path in folder.finish(options.format or []):
-        print(f"written: {path}", file=sys.stderr if options.json else sys.stdout)
+    path, failed = Path(options.output or "predictions"), _Failed()
+    with in_use(path):
+        folder = ResultsFolder(path, settings, options.overwrite)
+        images, total = named_images(list(inputs), options.every)
+        missing = (image for image in images if folder.lacks(image.name))
+        if folder.done:
+            print(f"{path}: {len(folder.done)} images are done, continuing", file=sys.stderr)
+        left = None if total is None else total - len(folder.done)
+        for result in _stream(grounder, missing, phrases, options, failed, left):
+            folder.add(result, draw=not options.no_draw, crops=options.crops)
+            if options.json:
+                print(result.to_json(), flush=True)
+        for written in folder.finish(options.format or []):
+            print(f"written: {written}", file=sys.stderr if options.json else sys.stdout)
     return failed.count
 
 
