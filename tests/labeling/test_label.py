@@ -255,6 +255,7 @@ def test_parquet(detector: Path, photos: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_tables(kind: str, detector: Path, photos: Path, tmp_path: Path) -> None:
+    """An image of several rows, such as one with several expressions, is labeled once, with captions every row."""
     names = ["more/01.png", "00.png", "more/01.png"]
     table = tmp_path / f"table.{kind}"
     if kind == "jsonl":
@@ -265,7 +266,9 @@ def test_tables(kind: str, detector: Path, photos: Path, tmp_path: Path) -> None
     else:
         datasets.Dataset.from_dict({"file_name": names, "n": [1] * 3}).to_parquet(table)
     label(detector, table, tmp_path / "out", *CLASSES, "--image-root", photos)
-    assert [line["filename"] for line in lines_of(tmp_path / "out")] == names
+    assert [line["filename"] for line in lines_of(tmp_path / "out")] == names[:2]
+    captioned = open_plan(str(table), "file_name", str(photos), 10)
+    assert [image.caption for image in captioned.images(0)] == names
     with pytest.raises(DataError, match=rf"table\.{kind}, .* 1: no column n.*|no column"):
         open_plan(str(table), "text", str(photos), 10)
     with pytest.raises(DataError, match=r"--image-root nowhere is not a folder"):

@@ -146,6 +146,8 @@ def _read(name: str, root: Path) -> np.ndarray:
 def open_plan(data: str, captions: str | None, image_root: str | None, shard_size: int) -> Plan:
     """Open the images of a folder, of a pattern such as photos/*.jpg, of a table, or of a dataset in shards.
 
+    An image of several rows of a table is labeled once, with captions every row.
+
     Args:
         captions: column of a table (vg.labeling.tables), or key in the lines of shards, with a caption of each image.
         image_root: folder of the images of a table; by default that of the table.
@@ -161,7 +163,8 @@ def open_plan(data: str, captions: str | None, image_root: str | None, shard_siz
         root = Path(image_root) if image_root is not None else path.resolve().parent
         if not root.is_dir():
             raise DataError(f"--image-root {root} is not a folder; it contains the images that {data} names")
-        return FilePlan(root, read_table(path, captions), shard_size)
+        rows = read_table(path, captions)
+        return FilePlan(root, rows if captions else iter(dict.fromkeys(rows)), shard_size)
     if "://" in data or (path / INDEX).is_file():
         if image_root is not None:
             raise ConfigError(f"--image-root {image_root}: {data} has its images in shards; leave the option out")
