@@ -102,7 +102,8 @@ def test_checkpoints_are_merged(tiny_config: MakeConfig, ema: float | None) -> N
     config = configured(tiny_config, optim={"lora": lora}, max_steps=3, ema=ema)
     plain = config.model.build().own_state_dict()
     trainer = scripted(Trainer(config), [0.5])
-    untrained = {name: value.clone() for name, value in merged_weights(trainer.unwrapped_model).items()}
+    merged = merged_weights(trainer.unwrapped_model, config.optim.lora)
+    untrained = {name: value.clone() for name, value in merged.items()}
     assert untrained.keys() == plain.keys()
     assert all(
         untrained[name].equal(value)
@@ -136,7 +137,8 @@ def test_adapters_of_every_layer_are_merged(tiny_config: MakeConfig) -> None:
     assert any("backbone" in name for name in weights_of(trainer) if ".lora_" in name)
     trainer.fit()
     loaded = read_model(trainer.folder.path)[0]
-    assert merged_weights(trainer.unwrapped_model).keys() == loaded.own_state_dict().keys() == plain.keys()
+    merged = merged_weights(trainer.unwrapped_model, config.optim.lora)
+    assert merged.keys() == loaded.own_state_dict().keys() == plain.keys()
     batch = next(trainer.data.steps(0, 0))[0]
     for found, expected in zip(output_of(loaded, batch), output_of(trainer.unwrapped_model, batch), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

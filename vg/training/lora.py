@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, PositiveInt
 
@@ -77,17 +76,17 @@ def add_adapters(model: GroundingModel, config: LoraConfig) -> None:
         parameter.requires_grad_(name in also)
 
 
-def merged_weights(model: GroundingModel) -> dict[str, Tensor]:
+def merged_weights(model: GroundingModel, config: LoraConfig | None) -> dict[str, Tensor]:
     """The model's own weights under their names without adapters; adapters are merged into their layers."""
-    layers: Iterator[Any] = (layer for layer in model.modules() if hasattr(layer, "get_delta_weight"))
-    adapted = {id(layer.base_layer.weight): layer for layer in layers}
-    parameters = model.state_dict(keep_vars=True)  # their names are not those of the layers if a model renames them
-    weights = {}
-    for key, value in model.own_state_dict().items():
-        if layer := adapted.get(id(parameters[key])):
-            value = value + layer.get_delta_weight(ADAPTER)
+    own, weights = model.own_state_dict(), {}
+    for key, value in own.items():
+        layer, is_adapted, name = key.rpartition(".base_layer.")
+        if config and is_adapted and name == "weight":
+            # By name: FSDP2 replaces parameters when it gathers or divides them.
+            down, up = (own[f"{layer}.lora_{matrix}.{ADAPTER}.weight"] for matrix in "AB")
+            value = value + (up @ down) * (config.alpha / config.rank)
         if ".lora_" not in key:
-            weights[key.replace(".base_layer.", ".")] = value
+            weights[f"{layer}.{name}" if is_adapted else key] = value
     return weights
 
 

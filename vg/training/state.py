@@ -97,7 +97,7 @@ class TrainingState:
         """
         weights = {}
         with self.evaluated_weights():
-            for name, value in merged_weights(self.model).items():
+            for name, value in merged_weights(self.model, self.config.optim.lora).items():
                 value = gather_full(value)  # one after another: the main process alone keeps them
                 if self.is_main_process:
                     weights[name] = value.detach().to("cpu", copy=True)
