@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     suite.add_argument(
         "--bad-samples", choices=["error", "skip"], help="skip: leave unusable samples out and count them"
     )
-    suite.add_argument("--precision", choices=["no", "bf16", "fp16"], help="mixed precision (default: no)")
+    suite.add_argument("--precision", choices=["no", "bf16", "fp16"], help="mixed precision (default: that of the run)")
 
 
 def _names(text: str) -> list[str]:
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, output: Path) -> None:
     """
     import yaml
 
-    from vg.config import dump_config
+    from vg.config import RunConfig, dump_config
     from vg.distributed import new_accelerator, raise_on_all_processes
     from vg.evaluation.benchmark.report import report
     from vg.evaluation.benchmark.run import run as run_benchmark
@@ -67,9 +67,10 @@ def run(options: argparse.Namespace, output: Path) -> None:
     check_count(batch_size, "--batch-size")
     check_count(workers, "--workers", 0)
     model, config, _ = open_model(options.checkpoint, options.tokenizer, options.overrides)
-    use_rec_protocol(model, options.overrides)
+    use_rec_protocol(model, config, options.overrides)
     splits = open_splits(options.data, options.images, options.datasets or (), options.splits or (), options.limit)
-    accelerator = new_accelerator(mixed_precision=options.precision or "no")
+    own_precision = config.train.precision if isinstance(config, RunConfig) else "no"
+    accelerator = new_accelerator(mixed_precision=options.precision or own_precision)
     with raise_on_all_processes():
         if accelerator.is_main_process:
             output.mkdir(parents=True, exist_ok=True)  # raises OSError before hours of evaluation
@@ -82,6 +83,7 @@ def run(options: argparse.Namespace, output: Path) -> None:
         "precision": accelerator.mixed_precision,
         "config": yaml.safe_load(dump_config(config)),
         "trained_parameters": trained_parameters(config),
+        "interpolation": interpolation(Path(options.checkpoint)),
     }
     results = about | results
     if accelerator.is_main_process:
@@ -103,6 +105,23 @@ def trained_parameters(config: SavedConfig) -> int | None:
     except ConfigError as error:
         logger.warning("the number of trained parameters stays unknown: %s", error)
         return None
+
+
+def interpolation(checkpoint: Path) -> float | None:
+    """Return the weight of the fine-tuned weights if `vg interpolate` or `train.interpolate` wrote a checkpoint."""
+    from vg.files import read_json
+    from vg.training.interpolation import INTERPOLATION
+
+    file = checkpoint / INTERPOLATION
+    return read_json(file, dict)["best"] if file.exists() else None
+
+
+def selection(options: argparse.Namespace) -> list[str]:
+    """Return what differs from the whole suite with the settings of a run, such as ["suite=refcoco", "splits=val"]."""
+    given = {name: getattr(options, name) for name in ("datasets", "splits", "limit", "precision")}
+    chosen = [f"{name}={','.join(x) if isinstance(x, list) else x}" for name, x in given.items() if x is not None]
+    chosen += options.overrides
+    return [f"suite={options.suite}", *chosen] if chosen else []
 
 
 def refuse_options(options: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         help="folder for metrics.json and predictions.png (default: RUN/eval, or RUN/eval/split=testA with such an "
-        "override), or for the files of --suite (default: RUN)",
+        "override), or for the files of --suite (default: RUN, or RUN/eval/suite=refcoco,splits=val with such options)",
     )
     parser.add_argument("--detections", action="store_true", help="also write the detections as COCO results json")
     add_tokenizer(parser)
@@ -33,7 +33,8 @@ def run(options: argparse.Namespace) -> None:
     path = Path(options.checkpoint)
     folder = path if path.is_dir() else Path("runs", path.stem)
     if options.suite:
-        benchmark.run(options, Path(options.output or folder))
+        part = benchmark.selection(options)
+        benchmark.run(options, Path(options.output or (folder / EVALUATIONS / name_of(part) if part else folder)))
     else:
         benchmark.refuse_options(options)
         output = Path(options.output or folder / EVALUATIONS / name_of(options.overrides))
@@ -69,9 +70,10 @@ def evaluate(
         evaluator.category_ids()  # raises ConfigError before minutes of evaluation
     result = evaluator.run(model.to(accelerator.device))
     rows_of = evaluator.detections() if detections else {}  # dataset name -> rows
+    about = {"checkpoint": str(checkpoint), "overrides": overrides, "precision": accelerator.mixed_precision}
     if accelerator.is_main_process:
         print(table(result))  # first: it is there if the files cannot be written
-        write_json(output / "metrics.json", {"checkpoint": str(checkpoint), **result.flat()})
+        write_json(output / "metrics.json", about | result.flat())
         for name, rows in rows_of.items():
             write_bytes(output / f"detections{name and '_'}{name}.json", json.dumps(rows).encode())
         draw_samples(model, config.data, output / "predictions.png", evaluator.datasets[0].data)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+INTERPOLATION = "interpolation.json"  # beside the weights of the best mixture
+
 
 class Interpolation:
     """Mixtures (1 - weight) x initial + weight x final of two checkpoints of one model.
@@ -77,7 +79,7 @@ class Sweep:
         """Write the best mixture into an existing folder as a checkpoint, with interpolation.json beside it."""
         write_weights(folder, self.mixtures.at(self.best_weight), config, spec)
         rows = [{"weight": weight, **result.flat()} for weight, result in self.results]
-        write_json(folder / "interpolation.json", {"best": self.best_weight, "results": rows})
+        write_json(folder / INTERPOLATION, {"best": self.best_weight, "results": rows})
 
     def __str__(self) -> str:
         """A line per mixture with the best metric and the main metric of each dataset; the best mixture is marked."""

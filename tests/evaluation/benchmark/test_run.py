@@ -24,8 +24,10 @@ from tests.models.grounding_dino.tiny import tiny_config, tiny_model
 from vg.checkpoint import write_model
 from vg.cli import benchmark as benchmark_options
 from vg.cli import main
+from vg.cli.benchmark import interpolation
 from vg.config import DataConfig, ModelOnlyConfig, RunConfig
 from vg.data.refcoco.source import RefcocoConfig
+from vg.data.synthetic.shapes import ShapesConfig
 from vg.inference.load import load_model
 from vg.inference.torch_backend import TorchBackend
 from vg.models.grounding_dino.checkpoints import write_checkpoint
@@ -240,6 +242,24 @@ def test_limited_splits_are_not_official(checkpoints: dict[str, Path], tmp_path:
     results, _ = benchmark(checkpoints["rec"], tmp_path, *options)
     assert results["parts"][0]["num_expressions"] == 2
     assert results["parts"][0]["official"] == "no"
+
+
+@needs_images
+def test_a_run_keeps_its_score_and_precision_and_parts_have_folders_of_their_own(tmp_path: Path) -> None:
+    model, run = tiny_model(), tmp_path / "run"
+    scenes = ShapesConfig(size=2)
+    config = RunConfig(model=model.config, data=DataConfig(scenes, scenes), train=TrainConfig(precision="bf16"))
+    run.mkdir()
+    write_model(run, model, config)
+    data = ["--data", str(REAL), "--datasets", "refcoco", "--workers", "0"]
+    main(["eval", str(run), "--suite", "refcoco", *data, "--splits", "val", "--limit", "1"])
+    results = json.loads((run / "eval/suite=refcoco,datasets=refcoco,splits=val,limit=1/benchmark.json").read_text())
+    assert results["precision"] == "bf16"
+    assert results["model"]["answers"].endswith("the mean probability over its tokens")
+    assert not (run / "benchmark.json").exists(), "a part must not replace the results of the whole suite"
+    assert interpolation(run) is None
+    (run / "interpolation.json").write_text('{"best": 0.5, "results": []}')
+    assert interpolation(run) == 0.5
 
 
 @needs_images

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from vg.config import RunConfig, SavedConfig
 from vg.data.collate import Collator
 from vg.data.dataset import BadSamples, GroundingDataset
 from vg.evaluation.benchmark.slices import slices
@@ -82,9 +83,11 @@ class EvaluatedSplit:
         }
 
 
-def use_rec_protocol(model: GroundingModel, overrides: Sequence[str]) -> None:
-    """Score the boxes of a Grounding DINO by the REC protocol, unless an override sets another score."""
-    if isinstance(model, GroundingDino) and not any(item.startswith("model.predict.score=") for item in overrides):
+def use_rec_protocol(model: GroundingModel, config: SavedConfig, overrides: Sequence[str]) -> None:
+    """Score the boxes of a Grounding DINO by the REC protocol, unless its run or an override determines the score."""
+    if isinstance(config, RunConfig) or any(item.startswith("model.predict.score=") for item in overrides):
+        return
+    if isinstance(model, GroundingDino):
         model.config.predict.score = "max"
 
 
