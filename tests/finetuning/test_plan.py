@@ -164,6 +164,8 @@ def test_models(tmp_path: Path, tiny_config: Callable[..., Any]) -> None:
     config = planned(expressions, rec).config
     assert isinstance(config.model, RecConfig)
     assert (config.model.weights, config.optim.lr) == (str(rec), 0.123)
+    (rec / "best").mkdir()
+    assert make_plan(expressions, rec).config.optim.lr == 0.123, "a folder without weights is not the best checkpoint"
     with pytest.raises(ConfigError, match="is a rec model, which finds one box for one expression"):
         planned(detection, rec)
     with pytest.raises(ConfigError, match="leave out --lora"):

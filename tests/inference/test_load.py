@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,20 @@ def test_a_yaml_file_is_a_model_if_it_names_weights(models: dict[str, Path]) -> 
         vg.load_model(models["weights.yaml"], overrides=["model.weights=null"])
     with pytest.raises(CheckpointError, match=r"config\.yaml has only the configuration .*; give its folder, .*/vg"):
         vg.load_model(models["vg"] / "config.yaml")
+
+
+def test_results_are_those_of_the_weights(models: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(models["vg"], run)
+    (run / "best").mkdir()
+    for folder, value in ((run, 0.25), (run / "best", 0.75)):
+        (folder / "validation.json").write_text(json.dumps({"ap": value}))
+    assert open_model(run).results == {"ap": 0.25}
+    for name in ("model.safetensors", "config.yaml", "tokenizer"):
+        shutil.move(run / name, run / "best" / name)
+    assert open_model(run).results == {"ap": 0.75}
+    (run / "best" / "validation.json").unlink()
+    assert open_model(run).results is None
 
 
 def test_a_path_that_does_not_exist(tmp_path: Path) -> None:

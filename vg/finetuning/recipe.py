@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vg.checkpoint import TOKENIZER
-from vg.config import RunConfig, SavedConfig, load_config, load_saved_config, recipe_path
+from vg.config import RunConfig, load_config, load_saved_config, recipe_path
 from vg.data.source import Task
 from vg.errors import ConfigError
 from vg.models.grounding_dino.checkpoints import read_checkpoint
 from vg.models.grounding_dino.config import BertConfig, ClassHeadConfig, GroundingDinoConfig, PredictConfig
 from vg.models.rec.config import RecConfig
-from vg.models.saved import is_checkpoint, local_path
+from vg.models.saved import CONFIG, best_of, is_checkpoint, local_path
 from vg.training.settings import TrainConfig
 
 SMALL = "small"
@@ -121,8 +121,8 @@ def _small_recipe(expressions: bool) -> Recipe:
 
 def _recipe_of_run(path: Path, pretrained: Recipe, expressions: bool) -> Recipe:
     """The settings with which a run of vg was trained; those of `pretrained` for a converted checkpoint."""
-    folder = path / "best" if (path / "best").is_dir() else path
-    found: SavedConfig = load_saved_config(folder / "config.yaml")
+    folder = best_of(path)
+    found = load_saved_config(folder / CONFIG)
     if found.model.name == "rec" and not expressions:
         raise ConfigError(
             f"{path} is a rec model, which finds one box for one expression; the data has boxes of classes: use a "

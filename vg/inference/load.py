@@ -59,8 +59,8 @@ def open_model(
     if tokenizer is not None:
         raise ConfigError(f"{path} is a checkpoint of vg, which contains its tokenizer; leave {tokenizer!r} out")
     model, config = read_model(folder, overrides)
-    results = best_of(folder) / VALIDATION
-    return Loaded(model, config, read_json(results, dict) if results.exists() else None)
+    file = best_of(folder) / VALIDATION
+    return Loaded(model, config, read_json(file, dict) if file.exists() else None)
 
 
 def _open_config(path: str | Path, tokenizer: str | None, overrides: Sequence[str], revision: str | None) -> Loaded:
