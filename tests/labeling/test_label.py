@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from vg.data.detection.coco import CocoConfig
 from vg.data.detection.odvg import OdvgConfig
 from vg.data.image_files import list_images
 from vg.data.images import read_image
-from vg.errors import ConfigError, DataError
+from vg.errors import BadSampleError, ConfigError, DataError
 from vg.files import write_shared
 from vg.labeling.output import LabelFolder
 from vg.labeling.plan import open_plan
@@ -178,6 +179,43 @@ def test_unreadable_images(detector: Path, photos: Path, tmp_path: Path, capsys:
     assert [line["filename"] for line in lines_of(tmp_path / "out")] == [
         name for name in list_images(photos) if name != "05x.png"
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes")
+def test_names_that_are_not_unicode(
+    detector: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are bad images: an error names all of them, and each shard lists those that are left out."""
+    names = [os.fsdecode(b"0%d\xe9.png" % number) for number in range(10)]
+    good = list_images(photos)
+    for name in names:
+        (photos / name).write_bytes((photos / "00.png").read_bytes())
+    options = (*CLASSES, "--shard-size", 8)
+    listed = ", ".join(rf"0{number}\\udce9\.png" for number in range(8))
+    with pytest.raises(SystemExit, match=rf"Unicode: {listed}, \.\.\. \(10 in all\); .* --bad-images skip") as stopped:
+        label(detector, photos, tmp_path / "out", *options)
+    assert str(stopped.value).isascii()
+    label(detector, photos, tmp_path / "out", *options, "--bad-images", "skip")
+    assert [line["filename"] for line in lines_of(tmp_path / "out")] == good
+    assert "10 images skipped" in capsys.readouterr().out
+    entries = [x for file in sorted((tmp_path / "out").glob("*.skipped.json")) for x in json.loads(file.read_bytes())]
+    assert [entry["filename"] for entry in entries] == names
+    assert entries[0]["error"].endswith(r"image 00\udce9.png: its name is not valid Unicode; rename it")
+
+
+def test_captions_that_are_not_unicode(photos: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.jsonl"
+    table.write_text(
+        '{"image": "00.png", "text": "a"}\n{"image": "03.png", "text": "\\ud800"}\n{"image": "06.png", "text": null}\n'
+    )
+    arguments = (str(table), "text", str(photos), 10)
+    with pytest.raises(DataError, match=r"caption is not valid Unicode: 03\.png \(1 in all\)"):
+        open_plan(*arguments)
+    first, second, third = open_plan(*arguments, "skip").images(0)
+    assert (first.caption, third.caption) == ("a", None)
+    assert first.read().shape == (640, 640, 3)
+    with pytest.raises(BadSampleError, match=r"image 03\.png: its caption is not valid Unicode; correct it"):
+        second.read()
 
 
 def test_coco(detector: Path, photos: Path, tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def _unless_there(file: Path) -> Iterator[None]:
 
 
 def _indented(values: Any) -> bytes:
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+    """Return JSON; surrogates, which names that are not UTF-8 have, are escaped as JSON escapes them."""
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def _jsonl(lines: Iterable[Line]) -> bytes:

@@ -6,7 +6,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,10 +20,12 @@ from vg.data.images import find_image, read_image
 from vg.data.shards.index import INDEX
 from vg.data.shards.labels import digest_of
 from vg.data.shards.source import Shards, ShardsConfig
-from vg.errors import ConfigError, DataError
+from vg.errors import BadSampleError, ConfigError, DataError
+from vg.files import MOST_LISTED
 from vg.inference.arguments import check_count
 from vg.labeling.tables import SUFFIXES, read_table, text_at
 
+_SURROGATE = re.compile("[\ud800-\udfff]")  # characters that are not valid Unicode
 _NUM_TOGETHER = 100_000  # rows that are converted to a block of columns at a time
 
 
@@ -62,20 +64,28 @@ class FilePlan:
 
     Args:
         rows: name below `root` and caption of every image.
+        skips: an image whose name or caption is not valid Unicode is one that cannot be read.
+
+    Raises:
+        DataError: there are no images, or without `skips` some whose name or caption is not valid Unicode.
     """
 
-    def __init__(self, root: Path, rows: Iterator[tuple[str, str | None]], shard_size: int):
+    def __init__(self, root: Path, rows: Iterator[tuple[str, str | None]], shard_size: int, skips: bool):
         self._root, self._shard_size = root, shard_size
         digest = hashlib.sha256()
-        blocks = []
+        blocks, invalid = [], []
         while block := list(islice(rows, _NUM_TOGETHER)):
             digest.update(repr(block).encode("utf-8", "surrogatepass"))
             names, captions = zip(*block, strict=True)
-            try:
-                columns = {"name": pa.array(names, pa.string()), "caption": pa.array(captions, pa.string())}
-            except UnicodeEncodeError as error:
-                raise DataError(f"{root}: {error.object!r} is not valid Unicode; rename it") from error
-            blocks.append(pa.table(columns))
+            blocks.append(pa.table({"name": _packed(names), "caption": _packed(captions)}))
+            invalid += [row[0] for row in block if any(map(_SURROGATE.search, filter(None, row)))]
+        if invalid and not skips:
+            shown = ", ".join(invalid[:MOST_LISTED]).encode(errors="backslashreplace").decode()
+            more = ", ..." * (len(invalid) > MOST_LISTED)
+            raise DataError(
+                f"{root}: images whose name or caption is not valid Unicode: {shown}{more} ({len(invalid)} in all); "
+                "correct them, or leave them out with --bad-images skip"
+            )
         if not blocks:
             raise DataError(f"{root}: no images to label")
         self._table = pa.concat_tables(blocks)
@@ -89,8 +99,8 @@ class FilePlan:
 
     def images(self, shard: int) -> list[PlannedImage]:
         columns = self._table.slice(shard * self._shard_size, self._shard_size).to_pydict()
-        names = zip(columns["name"], columns["caption"], strict=True)
-        return [PlannedImage(name, partial(_read, name, self._root), caption) for name, caption in names]
+        rows = zip(_unpacked(columns["name"]), _unpacked(columns["caption"]), strict=True)
+        return [PlannedImage(name, partial(_read, name, self._root, caption), caption) for name, caption in rows]
 
     def train_data(self, output: str) -> dict[str, str]:
         return {"name": "odvg", "path": output, "image_root": str(self._root)}
@@ -138,12 +148,25 @@ class ShardsPlan:
         return read_image(self._source.image_bytes(sample), name)
 
 
-def _read(name: str, root: Path) -> np.ndarray:
+def _packed(texts: Sequence[str | None]) -> pa.Array:
+    """Return texts as an array; not of strings, which cannot have the surrogates of names that are not UTF-8."""
+    return pa.array([None if text is None else text.encode("utf-8", "surrogatepass") for text in texts], pa.binary())
+
+
+def _unpacked(values: Sequence[bytes | None]) -> Iterator[Any]:
+    return (None if value is None else value.decode("utf-8", "surrogatepass") for value in values)
+
+
+def _read(name: str, root: Path, caption: str | None) -> np.ndarray:
+    if caption and _SURROGATE.search(caption):  # `read_batches` checks the name
+        raise BadSampleError(f"image {name}: its caption is not valid Unicode; correct it")
     file = find_image(name, root)
     return read_image(file, str(file))
 
 
-def open_plan(data: str, captions: str | None, image_root: str | None, shard_size: int) -> Plan:
+def open_plan(
+    data: str, captions: str | None, image_root: str | None, shard_size: int, bad_images: str = "error"
+) -> Plan:
     """Open the images of a folder, of a pattern such as photos/*.jpg, of a table, or of a dataset in shards.
 
     An image of several rows of a table is labeled once, with captions every row.
@@ -152,19 +175,20 @@ def open_plan(data: str, captions: str | None, image_root: str | None, shard_siz
         captions: column of a table (vg.labeling.tables), or key in the lines of shards, with a caption of each image.
         image_root: folder of the images of a table; by default that of the table.
         shard_size: images of a shard, where the data has none.
+        bad_images: "error" or "skip", for names and captions that are not valid Unicode.
 
     Raises:
-        DataError: there are no images, or a table cannot be read.
+        DataError: there are no images, a table cannot be read, or see `bad_images`.
         ConfigError: an option that this data does not have.
     """
     check_count(shard_size, "--shard-size")
-    path = Path(data)
+    path, skips = Path(data), bad_images == "skip"
     if path.suffix in SUFFIXES and path.is_file():
         root = Path(image_root) if image_root is not None else path.resolve().parent
         if not root.is_dir():
             raise DataError(f"--image-root {root} is not a folder; it contains the images that {data} names")
         rows = read_table(path, captions)
-        return FilePlan(root, rows if captions else iter(dict.fromkeys(rows)), shard_size)
+        return FilePlan(root, rows if captions else iter(dict.fromkeys(rows)), shard_size, skips)
     if "://" in data or (path / INDEX).is_file():
         if image_root is not None:
             raise ConfigError(f"--image-root {image_root}: {data} has its images in shards; leave the option out")
@@ -185,4 +209,4 @@ def open_plan(data: str, captions: str | None, image_root: str | None, shard_siz
         )
     if not names:
         raise DataError(f"{data} contains no images")
-    return FilePlan(root, ((name, None) for name in names), shard_size)
+    return FilePlan(root, ((name, None) for name in names), shard_size, skips)

@@ -83,7 +83,9 @@ class Labeler:
 
     def __init__(self, settings: LabelSettings):
         self.settings = settings
-        self.plan = open_plan(settings.data, settings.captions, settings.image_root, settings.shard_size)
+        self.plan = open_plan(
+            settings.data, settings.captions, settings.image_root, settings.shard_size, settings.bad_images
+        )
         classes = None if settings.phrases is None else Classes(settings.phrases)
         device = local_device(settings.device, settings.checkpoint)
         self.grounder = Grounder(
