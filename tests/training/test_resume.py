@@ -180,6 +180,21 @@ def test_killed_and_resumed_from_the_last_checkpoint(tiny_config: MakeConfig, tm
     assert_same_runs(uninterrupted, Path(config.train.output))
 
 
+def test_stopped_at_a_row_and_killed_after_it(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    """The first resume logs the row of the checkpoint's step, and the second one again: from the same checkpoint."""
+    train = {"log_every": 2, "save_every": 6, "eval_every": 6}
+    uninterrupted = tmp_path / "uninterrupted"
+    Trainer(configured(tiny_config, uninterrupted, **train)).fit()
+    config = configured(tiny_config, tmp_path / "interrupted", **train)
+    for how, error in ((interrupt, SystemExit), (kill, Killed)):
+        trainer = Trainer(config, resume=how is kill)
+        stop_in_step(trainer, 4 if how is interrupt else 5, how)
+        with pytest.raises(error):
+            trainer.fit()
+    Trainer(config, resume=True).fit()
+    assert_same_runs(uninterrupted, Path(config.train.output))
+
+
 @pytest.mark.parametrize("moment", ["in the evaluation", "after its row", "in the second save"])
 def test_killed_around_an_evaluation(tiny_config: MakeConfig, tmp_path: Path, moment: str) -> None:
     """The state is saved before the evaluation, which may take long; the resumed run evaluates again."""

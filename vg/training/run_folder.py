@@ -306,9 +306,11 @@ class RunFolder:
         return rows
 
     @in_main_process
-    def cut_history(self, step: int, evaluated: bool) -> None:
-        """Remove the rows after a step, and its evaluation unless `evaluated`: a resumed run logs them again."""
-        rows = [
-            row for row in self.rows() if row["step"] < step or (row["step"] == step and (evaluated or "loss" in row))
-        ]
+    def cut_history(self, step: int, evaluated: bool, logged: bool) -> None:
+        """Remove the rows that a resumed run logs again: those after a step, and those of the step itself.
+
+        Its evaluation is kept if it is `evaluated`, its loss if that is `logged`.
+        """
+        rows = [row for row in self.rows() if row["step"] <= step]
+        rows = [row for row in rows if row["step"] < step or (logged if "loss" in row else evaluated)]
         write_bytes(self.history, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -221,7 +221,7 @@ class Trainer:
         self.losses.load_state(state["unlogged"])
         self.data.restore(state["data"])
         self.digests.warn_of_changes(state.get("digests", {}), saved.step)
-        self.folder.cut_history(self.progress.step, self.progress.evaluated_step == self.progress.step)
+        self.folder.cut_history(saved.step, saved.evaluated_step == saved.step, not self.losses.averaged)
 
     def _steps(self) -> Iterator[list[Batch]]:
         """The batches of every optimizer step from the current position, epoch after epoch without end."""
