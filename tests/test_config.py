@@ -153,6 +153,8 @@ def test_round_trip(tmp_path: Path, minimal: Path) -> None:
     ("overrides", "message"),
     [
         (["optm.lr=1"], "optm: unknown key; did you mean `optim`?"),
+        (["epochs=3"], "epochs: unknown key; did you mean `train.epochs`?"),
+        (["batch_size=3"], "batch_size: unknown key; did you mean `data.batch_size`?"),
         (["optim.learning=1"], "optim.learning: unknown key; expected one of algorithm, lr, "),
         (["optim.learning_rate=1"], "optim.learning_rate: unknown key; did you mean `lr`?"),
         (["optim.wd=1"], "optim.wd: unknown key; did you mean `weight_decay`?"),

@@ -119,7 +119,8 @@ def unknown_keys(values: Mapping[str, Any], config_type: type, path: KeyPath = (
     for key, value in values.items():
         if key not in hints or key.startswith("_"):
             names = [f.name for f in dataclasses.fields(config_type)]
-            near = closest(key, names)
+            below = [f"{name}.{key}" for name in names for member in _members(hints[name]) if _has_field(member, key)]
+            near = below or closest(key, names)
             advice = f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(names)}"
             found.append(((*path, key), f"unknown key; {advice}"))
         else:
@@ -142,6 +143,10 @@ def _unknown_below(value: Any, hint: Any, path: KeyPath) -> list[tuple[KeyPath, 
         problem = "missing" if name is None else f"{name!r} is unknown"
         return [((*path, "name"), f"{problem}; {advice}expected one of {', '.join(choices)}")]
     return unknown_keys(value, config_type, path) if config_type is not None and isinstance(value, Mapping) else []
+
+
+def _has_field(hint: Any, name: str) -> bool:
+    return dataclasses.is_dataclass(hint) and name in {field.name for field in dataclasses.fields(hint)}
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

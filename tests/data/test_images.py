@@ -44,6 +44,8 @@ def test_files_outside_the_image_root_are_refused(tmp_path: Path, monkeypatch: p
     for name in ("../secret.png", "a/../../secret.png", str(tmp_path / "secret.png")):
         with pytest.raises(BadSampleError, match=r"outside .*; set image_root to a folder that contains all images"):
             find_image(name, root)
+    with pytest.raises(BadSampleError, match=r"outside .*; there is no such file; make the paths .* relative"):
+        find_image("/content/data/images/a.png", root)
     Image.new("RGB", (2, 2)).save(root / "a.png")
     assert find_image("b/../a.png", root) == root / "a.png"
     assert find_image(str(root / "a.png"), root) == root / "a.png"

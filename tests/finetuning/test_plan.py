@@ -165,7 +165,7 @@ def test_models(tmp_path: Path, tiny_config: Callable[..., Any]) -> None:
     assert isinstance(config.model, RecConfig)
     assert (config.model.weights, config.optim.lr) == (str(rec), 0.123)
     (rec / "best").mkdir()
-    assert make_plan(expressions, rec).config.optim.lr == 0.123, "a folder without weights is not the best checkpoint"
+    assert planned(expressions, rec).config.optim.lr == 0.123, "a folder without weights is not the best checkpoint"
     with pytest.raises(ConfigError, match="is a rec model, which finds one box for one expression"):
         planned(detection, rec)
     with pytest.raises(ConfigError, match="leave out --lora"):
@@ -219,6 +219,7 @@ def detection(folder: Path) -> Path:
 def test_the_run_is_named_after_the_folder(tmp_path: Path) -> None:
     (tmp_path / "pets.v1").mkdir()
     assert FinetuneSettings(tmp_path / "pets.v1").run_folder == Path("runs", "pets.v1")
+    assert FinetuneSettings(tmp_path / "pets" / "data.yaml").run_folder == Path("runs", "pets")
     assert FinetuneSettings(tmp_path / "pets.v1.json").run_folder == Path("runs", "pets.v1")
 
 

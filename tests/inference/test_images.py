@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from io import BytesIO, StringIO
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -132,6 +133,20 @@ def test_a_batch_is_a_list(grounder: vg.Grounder) -> None:
 def test_phrases_are_text(phrases: Any, grounder: vg.Grounder) -> None:
     with pytest.raises(DataError, match="a phrase must be text, got "):
         grounder(np.zeros((8, 8, 3), np.uint8), phrases)
+
+
+def test_the_prompt_of_another_library_is_one_phrase_with_a_warning(grounder: vg.Grounder) -> None:
+    image = np.zeros((8, 8, 3), np.uint8)
+    for phrase in ("red box . blue box .", "Red box. blue box"):
+        with pytest.warns(UserWarning, match=r"is one phrase; give several one by one: \"[Rr]ed box\" \"blue box\""):
+            grounder(image, phrase)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        grounder(image, ["red box.", "vol.2"])
+    with pytest.raises(DataError, match="not a mapping"):
+        grounder(image, {"a cat": "cat"})
+    with pytest.raises(DataError, match="predict_batch takes the phrases of each image"):
+        grounder([image, image], [["cat"], ["dog"]])
 
 
 @pytest.mark.parametrize("threshold", ["0.3", [0.3], np.zeros(2)])

@@ -173,6 +173,8 @@ def test_an_output_that_is_not_an_image_file_is_refused(image: Path, tmp_path: P
     for name, message in (("folder.png", "is a folder"), ("drawn.txt", "has no suffix of an image format")):
         with pytest.raises(SystemExit, match=f"--output {tmp_path / name}.*{message}"):
             main(["predict", "nowhere", str(image), "dog", "--output", str(tmp_path / name)])
+    with pytest.raises(SystemExit, match="nowhere does not exist"):
+        main(["predict", "nowhere", str(image), "dog", "--output", str(tmp_path / "preds_0.3")])
     for options in ([str(image)], ["--json"]):
         with pytest.raises(SystemExit, match=r"--output some\.png: several images, --json, .* need a folder, such as"):
             main(["predict", "nowhere", str(image), *options, "-p", "dog", "--output", "some.png"])

@@ -54,6 +54,10 @@ def test_a_result_is_a_sequence_of_boxes() -> None:
     assert str(found).splitlines()[0] == "a.png, 120 x 80: 10 boxes"
     assert "  כלב קטן: left 14.5, top 7.2, right 35.0, bottom 17.2, score 0.72" in str(found)
     assert str(empty("b.png")) == "b.png, 120 x 80: 0 boxes"
+    assert found[np.int64(0)] == found[0]
+    assert len(found[found.scores > 0.5]) == (found.scores > 0.5).sum()
+    assert found[[2, -1]].labels == [found.labels[2], found.labels[-1]]
+    assert len(found[[]]) == 0
 
 
 def test_selections() -> None:

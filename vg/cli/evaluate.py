@@ -70,7 +70,7 @@ def evaluate(
         evaluator.category_ids()  # raises ConfigError before minutes of evaluation
     result = evaluator.run(model.to(accelerator.device))
     rows_of = evaluator.detections() if detections else {}  # dataset name -> rows
-    about = {"checkpoint": str(checkpoint), "overrides": overrides, "precision": accelerator.mixed_precision}
+    about = {"checkpoint": str(checkpoint), "overrides": " ".join(overrides), "precision": accelerator.mixed_precision}
     if accelerator.is_main_process:
         print(table(result))  # first: it is there if the files cannot be written
         write_json(output / "metrics.json", about | result.flat())

@@ -75,12 +75,12 @@ def run(options: argparse.Namespace) -> None:
         _check_phrases(phrases)
     wanted = checked_phrases(phrases)
     check_prediction(options)
-    to_folder = options.crops or options.format or (options.output and not Path(options.output).suffix)
+    to_folder = options.crops or options.format or (options.output and not _is_file(options.output))
     if inputs == ["-"]:
         inputs = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     elif len(inputs) == 1 and is_single(inputs[0]) and not (to_folder or options.json):
         return _draw_one(inputs[0], wanted, options)
-    if options.output and Path(options.output).suffix:
+    if options.output and _is_file(options.output):
         needing = "several images, --json, --crops and --format need a folder"
         raise ConfigError(f"--output {options.output}: {needing}, such as predictions")
     grounder = open_grounder(options)
@@ -189,6 +189,11 @@ def _check_phrases(phrases: Sequence[str]) -> None:
                 f"{phrase} is an image file, not a phrase: without -p, vg predict takes one image and then phrases; "
                 f"for several images: vg predict MODEL IMAGE... -p PHRASE..."
             )
+
+
+def _is_file(name: str) -> bool:
+    """Whether a name has a suffix, such as .png, unlike the folders preds_0.3 and exp_v1.2."""
+    return Path(name).suffix[1:2].isalpha()
 
 
 def _is_image(name: str) -> bool:

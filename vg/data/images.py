@@ -44,8 +44,8 @@ _COCO_FOLDERS = re.compile(
     r"((.*/)?[^/]*coco[^/]*/)?((\.\.|images|(train|val|test|unlabeled)(2014|2015|2017))/)*", re.IGNORECASE
 )
 _ADVICE = (
-    "set image_root to the folder that contains the images (data.train.image_root=FOLDER data.eval.image_root=FOLDER, "
-    "for vg finetune and one folder --images FOLDER)"
+    "set image_root to the folder that contains the images (data.train.image_root=FOLDER data.eval.image_root=FOLDER; "
+    "vg finetune: --images FOLDER; vg check of one dataset: image_root=FOLDER)"
 )
 # Within `decoded_once`: image and pixels by image (its id, if it is opened, which is not reused while it is kept).
 _decoded: ContextVar[dict[Any, tuple[Any, np.ndarray]] | None] = ContextVar("_decoded", default=None)
@@ -65,7 +65,10 @@ def find_image(name: str, root: Path, advice: str = _ADVICE) -> Path:
     """
     path = slashed(name, root)
     if is_outside(path, root):
-        raise BadSampleError(f"image {name} is outside {root}; set image_root to a folder that contains all images")
+        fix = "set image_root to a folder that contains all images"
+        if os.path.isabs(path) and not os.path.exists(path):  # as in annotations of another machine
+            fix = "there is no such file; make the paths in the annotations relative to the folder of the images"
+        raise BadSampleError(f"image {name} is outside {root}; {fix}")
     try:
         files = locate(path, root)
     except OSError as error:  # the name is too long, or a folder cannot be read

@@ -21,6 +21,7 @@ from vg.errors import ConfigError, DataError, printable
 from vg.finetuning.recipe import SMALL, Recipe, choose_recipe
 from vg.finetuning.sizes import Resources, available_resources, sized
 from vg.models.encoders import cached_token_counter
+from vg.models.saved import YAML
 from vg.settings import differences
 
 NUM_LISTED = 5  # classes without a box that the plan names
@@ -44,9 +45,10 @@ class FinetuneSettings:
 
     @property
     def run_folder(self) -> Path:
-        """Folder of the run: that of the overrides, or `output`, or one with the name of the data."""
+        """Folder of the run: that of the overrides, or `output`, or one with the name of the data in runs/."""
         data = Path(self.folder).resolve()
-        named = Path("runs", data.name if data.is_dir() else data.stem)
+        # The file of a YOLO dataset is always named data.yaml.
+        named = Path("runs", data.name if data.is_dir() else data.parent.name if data.suffix in YAML else data.stem)
         chosen = [override.removeprefix(OUTPUT) for override in self.overrides if override.startswith(OUTPUT)]
         return Path([str(self.output or named), *chosen][-1]).expanduser()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+import warnings
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any
 
@@ -10,14 +12,24 @@ from vg.errors import ConfigError, DataError
 
 
 def checked_phrases(phrases: Any) -> tuple[str, ...]:
-    """Return one phrase or several as a tuple; raises DataError if there is none, or one that is empty or not text."""
+    """Return one phrase or several as a tuple; raises DataError if there is none, or one that is empty or not text.
+
+    Warns of a phrase that looks like the prompts of other libraries, "cat. dog.", because it is one phrase here.
+    """
+    if isinstance(phrases, Mapping):
+        raise DataError(f"phrases are text, not a mapping {phrases!r:.80}; give its keys or its values as a list")
     is_one = isinstance(phrases, (str, bytes)) or not isinstance(phrases, Iterable)
     wanted = (phrases,) if is_one else tuple(phrases)
     for phrase in wanted:
         if not isinstance(phrase, str):
-            raise DataError(f"a phrase must be text, got {phrase!r:.80} of type {type(phrase).__name__}")
+            per_image = "; predict_batch takes the phrases of each image" if isinstance(phrase, (list, tuple)) else ""
+            raise DataError(f"a phrase must be text, got {phrase!r:.80} of type {type(phrase).__name__}{per_image}")
     if not wanted or not all(phrase.strip() for phrase in wanted):
         raise DataError("no phrase or an empty phrase; give at least one with words")
+    for phrase in wanted:
+        if len(parts := re.split(r"\s*\.\s+", phrase.strip(" ."))) > 1:
+            separate = " ".join(f'"{part}"' for part in parts)
+            warnings.warn(f"{phrase!r:.80} is one phrase; give several one by one: {separate:.80}", stacklevel=1)
     return wanted
 
 

@@ -162,7 +162,7 @@ class Grounder:
         """Find phrases in one or more images.
 
         Args:
-            images: a path, http(s) URL, PIL image, array [H, W, 3] uint8 (or gray, RGBA, 16 bits), bytes of a file, or
+            images: a path, http(s) URL, PIL image, array [H, W, 3] uint8 in RGB (of OpenCV: image[..., ::-1]), bytes,
                 an open file; or a list of them; or a folder, a pattern such as "photos/*.jpg", a video, or a generator.
             phrases: one phrase or several; a model of one expression (rec) answers each by itself.
             threshold: minimum score of a box, 0..1. By default 0.3 for a model of many phrases; for a model of one

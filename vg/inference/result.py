@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, NamedTuple, TypeAlias, overload
 
 import numpy as np
@@ -42,8 +43,9 @@ class Found(NamedTuple):
 class Result:
     """The boxes of one image, best first; `result[k]` and a loop give `Found`, `len(result)` the number of boxes.
 
-    `result[:3]` is a result with the best three. Boxes are xyxy in pixels of `image`. Selections (`above`, `nms`,
-    `best`) are new results.
+    `result[:3]` is a result with the first three, `result[result.scores > 0.5]` one with the boxes of a mask. Boxes are
+    xyxy in pixels of `image`. Selections (`above`, `nms`, `best`) are new results; that of `best`, which a model of one
+    expression gives by default, is in the order of the phrases.
     """
 
     name: str  # path or URL of the image, with the number of the frame for a video, or "image 0" for pixels
@@ -70,9 +72,9 @@ class Result:
     @overload
     def __getitem__(self, index: int) -> Found: ...
     @overload
-    def __getitem__(self, index: slice) -> Result: ...
-    def __getitem__(self, index: int | slice) -> Found | Result:
-        if isinstance(index, slice):
+    def __getitem__(self, index: slice | Sequence[int] | np.ndarray) -> Result: ...
+    def __getitem__(self, index: int | slice | Sequence[int] | np.ndarray) -> Found | Result:
+        if not isinstance(index, Integral):
             return self.select(np.arange(len(self))[index])
         left, top, right, bottom = self.boxes[index].tolist()
         return Found(self.labels[index], float(self.scores[index]), (left, top, right, bottom))

@@ -284,6 +284,31 @@ def test_prompts_that_are_too_long(tmp_path: Path) -> None:
     assert not [issue for issue in check(config).issues if "256" in issue.what]
 
 
+def test_a_class_name_that_is_too_long_is_an_error(tmp_path: Path) -> None:
+    document = valid_coco()
+    document["categories"][1]["name"] = "long " * 300
+    issue = found(check(write(tmp_path, document)), "class names that are too long")
+    assert issue.severity == "error"
+    assert issue.examples[0].endswith("': at least 301 tokens")
+
+
+def test_a_class_listed_twice_is_one_class_if_only_one_has_boxes(tmp_path: Path) -> None:
+    document = valid_coco()
+    document["categories"] = [
+        {"id": id, "name": name, "supercategory": "none"} for id, name in enumerate(["cat", "cat", "dog", "0", "0"])
+    ]
+    document["categories"][4]["name"] = 0
+    config = write(tmp_path, document)
+    diagnosis = check(config)
+    assert found(diagnosis, "listed twice, once without boxes").examples == ["cat", "0"]
+    assert not errors(diagnosis)
+    source = config.build()
+    assert source.category_ids == {"cat": 1, "dog": 2, "0": 3}
+    document["annotations"][0]["category_id"] = 0
+    with pytest.raises(DataError, match="the classes 'cat' and 'cat' have the same phrase"):
+        write(tmp_path, document).build()
+
+
 def test_images_in_both_training_and_evaluation(tmp_path: Path) -> None:
     train = write(tmp_path / "train", valid_coco())
     other = valid_coco()

@@ -114,6 +114,10 @@ def _check_lengths(
     tokens = np.array(count(phrases), np.int64) + 1  # [names], with separator
     bound = "" if count_tokens else "at least "
     needed = int(tokens[:num_classes].sum()) + 2
+    fix = f"the model takes at most {max_tokens} tokens; set a shorter phrase, such as {_OPTION}"
+    labels = np.flatnonzero(tokens[:num_classes] + 2 > max_tokens).tolist()
+    examples = [f"{phrases[label][:60]!r}: {bound}{tokens[label]} tokens" for label in labels]
+    dataset.issues.add("error", "class names that are too long", fix, examples)
     if class_phrases and needed > max_tokens and dataset.vocabulary.negatives is None:
         fix = "nothing: it is split into several prompts, which takes longer"
         if dataset.is_training:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -106,6 +106,11 @@ class CocoConfig(Settings):
         }
         image_indices = _look_up(columns["image_id"], image_of_id)  # [A], -1 where unknown
         labels = _look_up(columns["category_id"], names)  # [A], -1 where unknown
+        if spare := _unused_copies(names, labels):
+            fix = "nothing: the one without boxes is left out"
+            issues.add("note", "classes listed twice, once without boxes", fix, [names[id] for id in spare])
+            names = {id: name for id, name in names.items() if id not in spare}
+            labels = _look_up(columns["category_id"], names)
         boxes = to_boxes(columns["bbox"])  # [A, 4] xywh, NaN where invalid
         areas, invalid_areas = _to_areas(columns["area"])  # [A] both
 
@@ -167,9 +172,9 @@ def _by_id(rows: Sequence[dict[str, Any]], key: str, names: Sequence[str], issue
     """Rows of `document[key]` by id; those without id, without any of `names`, or with a duplicate id are reported."""
     found: dict[_Id, dict[str, Any]] = {}
     for index, row in enumerate(rows):
-        if not isinstance(id := row.get("id"), (int, float, str)) or not any(
-            str(row.get(name) or "").strip() and not isinstance(row[name], (list, dict)) for name in names
-        ):
+        found_names = (row.get(name) for name in names)
+        texts = [str(name).strip() for name in found_names if not (name is None or isinstance(name, (list, dict)))]
+        if not isinstance(id := row.get("id"), (int, float, str)) or not any(texts):
             what, fix = f"{key} without id or {names[0]}", f"add both, id and {' or '.join(names)}"
         elif found.setdefault(id, row) is not row:
             what, fix = f"duplicate ids in {key}", "renumber them, and their annotations"
@@ -177,6 +182,18 @@ def _by_id(rows: Sequence[dict[str, Any]], key: str, names: Sequence[str], issue
             continue
         issues.add("error", what, fix, [f"{key}[{index}]: {str(row)[:80]}"])
     return found
+
+
+def _unused_copies(names: Mapping[_Id, str], labels: np.ndarray) -> list[_Id]:
+    """Return ids without boxes whose name another id has, as in exports of Roboflow; of unused ones the first stays."""
+    counts = np.bincount(labels[labels >= 0], minlength=len(names))
+    spare: list[_Id] = []
+    kept = {name for name, count in zip(names.values(), counts, strict=True) if count}
+    for (id, name), count in zip(names.items(), counts, strict=True):
+        if not count and name in kept:
+            spare.append(id)
+        kept.add(name)
+    return spare
 
 
 def _look_up(ids: Sequence[Any], rows: Iterable[_Id]) -> np.ndarray:
