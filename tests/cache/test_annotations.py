@@ -57,7 +57,7 @@ def test_changed_annotations_need_a_new_cache(config: RunConfig, tmp_path: Path)
     before = load(config).box.tolist()
     settings = config.data.train
     write_annotations(tmp_path, settings.name, (11, 12, 21, 31))
-    with pytest.raises(CacheError, match=r"annotations is \w+, the cache has \w+"):
+    with pytest.raises(CacheError, match="the annotations changed since the cache was written"):
         load(config)
     build_cache(config)
     assert load(config).box.tolist() != before

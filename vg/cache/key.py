@@ -160,7 +160,13 @@ def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[st
     if not ("text" in wanted and "text" in found):
         wanted, found = _without(wanted, ["text"]), _without(found, ["text"])
     changed = changes(_content(found), _content(wanted))
-    return [f"{name} is {new}, the cache has {old}" for name, old, new in changed]
+    return [_difference(name, old, new) for name, old, new in changed]
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    if all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in (old, new)):
+        return f"the {name} changed since the cache was written"
+    return f"{name} is {new}, the cache has {old}"
 
 
 def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
