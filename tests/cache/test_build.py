@@ -300,7 +300,7 @@ def test_the_required_space_is_printed_before_anything_is_written(
     config = cached_config(folder, {})
     with monkeypatch.context() as context:
         context.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
-        with pytest.raises(CacheError, match=r"the features need .* MB, the disk of .* has 0\.0 MB left; free"):
+        with pytest.raises(CacheError, match=r"the features need .* MB, the disk of .* has 0\.00 MB left; free"):
             build_cache(config)
     assert not list((folder / "cache").iterdir())
     (folder / "config.yaml").write_text(dump_config(config))

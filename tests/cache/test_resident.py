@@ -215,7 +215,7 @@ def test_auto_depends_on_the_free_memory(
         assert isinstance(trainer.data.dataset, ResidentFeatures) == fits
         trainer.report.begin()
         printed = capsys.readouterr().out
-        assert f"features: {needed / 1e6:.1f} MB" in printed
+        assert f"features: {needed / 1e6:.2f} MB" in printed
         assert ("read from files" in printed) != fits
         assert ("more than 0.25 of the" in printed) == (not fits and resident_setting == "auto")
     cache.resident = True

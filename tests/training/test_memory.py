@@ -94,4 +94,4 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["images", "batch", "of", "1", "batch", "of", "8", "batch", "of", "16"]
     assert lines[1].split()[:3] == ["64", "x", "64"]
-    assert "state of the optimizer 6.6 MB" in lines[2]
+    assert "state of the optimizer 6.61 MB" in lines[2]
