@@ -40,7 +40,7 @@ def available_ram(root: Path = Path("/")) -> int:
 
 
 def size_text(num_bytes: float) -> str:
-    """Return a size for a message in units of 1000, as those of disks and of `cache_gb`: "5.30 GB", "12.1 MB", "0.03 MB"."""
+    """Return a size for a message in units of 1000, as those of disks: "5.30 GB", "12.1 MB", "0.03 MB"."""
     if num_bytes >= 1e9:
         return f"{num_bytes / 1e9:.2f} GB"
     return f"{num_bytes / 1e6:.{1 if num_bytes >= 1e7 else 2}f} MB"

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("run", help="folder of a run of configs/demo_rec.yaml")
     parser.add_argument("--size", type=int, default=1200, help="expressions (default: %(default)s)")
     options = parser.parse_args()
-    trained, config, _ = open_model(options.run)
+    trained, config, *_ = open_model(options.run)
     assert isinstance(trained, RecModel)
     settings = differences(config.model)
     with tempfile.TemporaryDirectory() as name:

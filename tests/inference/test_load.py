@@ -92,7 +92,9 @@ def test_the_configuration_of_a_published_model(models: dict[str, Path]) -> None
     assert loaded.model.config.predict.score == "max"  # type: ignore[union-attr]
     assert loaded.results is None
     assert not loaded.model.training
-    assert isinstance(open_model(models["transformers"], overrides=DATA).config, RunConfig)
+    with_data = open_model(models["transformers"], overrides=DATA)
+    assert isinstance(with_data.config, RunConfig)
+    assert isinstance(with_data.training, ModelOnlyConfig), "it was not trained on these data"
 
 
 @pytest.mark.parametrize(

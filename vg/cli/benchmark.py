@@ -66,7 +66,8 @@ def run(options: argparse.Namespace, output: Path) -> None:
     workers = 2 if options.workers is None else options.workers
     check_count(batch_size, "--batch-size")
     check_count(workers, "--workers", 0)
-    model, config, _ = open_model(options.checkpoint, options.tokenizer, options.overrides)
+    loaded = open_model(options.checkpoint, options.tokenizer, options.overrides)
+    model, config = loaded.model, loaded.training
     use_rec_protocol(model, config, options.overrides)
     splits = open_splits(options.data, options.images, options.datasets or (), options.splits or (), options.limit)
     own_precision = config.train.precision if isinstance(config, RunConfig) else "no"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vg.cli import benchmark
 from vg.cli.arguments import MODEL_HELP, add_overrides, add_tokenizer, with_data
+from vg.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from vg.models.saved import CONFIG
     from vg.training.run_folder import EVALUATIONS
 
     path = Path(options.checkpoint)
     folder = path if path.is_dir() else Path("runs", path.stem)
+    if folder != path and (folder / CONFIG).exists() and not options.output:
+        raise ConfigError(f"{folder} is a run, so results of {path} need another folder; set --output")
     if options.suite:
         part = benchmark.selection(options)
         benchmark.run(options, Path(options.output or (folder / EVALUATIONS / name_of(part) if part else folder)))
@@ -59,7 +63,7 @@ def evaluate(
     from vg.inference.load import open_model
     from vg.inference.sample_grid import draw_samples
 
-    model, saved, _ = open_model(checkpoint, tokenizer, overrides)
+    model, saved, *_ = open_model(checkpoint, tokenizer, overrides)
     config = with_data(saved, checkpoint)
     accelerator = new_accelerator(mixed_precision=config.train.precision)
     evaluator = Evaluator(config.data, model, accelerator)

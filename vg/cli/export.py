@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
 
         check_packages()
     check_writable(options.output)
-    model, config, _ = open_model(options.checkpoint, options.tokenizer, options.overrides)
+    model, config, *_ = open_model(options.checkpoint, options.tokenizer, options.overrides)
     if suffix == ".pt2":
         from vg.export.program import save_program
 

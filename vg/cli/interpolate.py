@@ -43,7 +43,7 @@ class _Weights(argparse.Action):
 def run(options: argparse.Namespace) -> None:
     from vg.checkpoint import new_checkpoint
     from vg.distributed import new_accelerator
-    from vg.errors import CheckpointError
+    from vg.errors import CheckpointError, ConfigError
     from vg.evaluation.evaluator import Evaluator
     from vg.inference.load import open_model
     from vg.models.saved import YAML
@@ -56,7 +56,9 @@ def run(options: argparse.Namespace) -> None:
         options.tokenizer if path.is_file() and path.suffix not in YAML else None  # the others contain theirs
         for path in (options.initial, options.final)
     ]
-    model, saved, _ = open_model(options.final, tokenizers[1], options.overrides)
+    if options.tokenizer is not None and not any(tokenizers):
+        raise ConfigError(f"--tokenizer {options.tokenizer}: both models contain their tokenizer; leave the option out")
+    model, saved, *_ = open_model(options.final, tokenizers[1], options.overrides)
     config = with_data(saved, options.final)
     initial = open_model(options.initial, tokenizers[0]).model
     mixtures = Interpolation(initial.own_state_dict(), model.own_state_dict())

@@ -27,7 +27,8 @@ def checked_phrases(phrases: Any) -> tuple[str, ...]:
     if not wanted or not all(phrase.strip() for phrase in wanted):
         raise DataError("no phrase or an empty phrase; give at least one with words")
     for phrase in wanted:
-        if len(parts := re.split(r"\s*\.\s+", phrase.strip(" ."))) > 1:
+        parts = list(filter(None, re.split(r"\s*\.\s+", phrase.strip(" ."))))
+        if phrase.rstrip().endswith(".") and len(parts) > 1:
             separate = " ".join(f'"{part}"' for part in parts)
             warnings.warn(f"{phrase!r:.80} is one phrase; give several one by one: {separate:.80}", stacklevel=1)
     return wanted

@@ -78,9 +78,10 @@ class Grounder:
         from vg.inference.load import open_model
         from vg.inference.torch_backend import TorchBackend, best_device, checked_device
 
-        device = best_device() if device is None else checked_device(device)
+        device = checked_device(device or best_device())
         if isinstance(model, (str, Path)):
-            model, self.config, self.results = open_model(model, tokenizer, overrides, revision)
+            loaded = open_model(model, tokenizer, overrides, revision)
+            model, self.config, self.results = loaded.model, loaded.training, loaded.results
         elif not hasattr(model, "text_spec"):
             raise ConfigError(f"a Grounder needs a model or its path, not a {type(model).__name__}")
         elif tokenizer or overrides or revision:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vg.checkpoint import VALIDATION, read_model
-from vg.config import ModelOnlyConfig, SavedConfig, load_config, parse_saved_config
+from vg.config import ModelOnlyConfig, SavedConfig, load_saved_config, parse_saved_config
 from vg.errors import CheckpointError, ConfigError
 from vg.files import read_json
 from vg.models.base import GroundingModel
@@ -22,6 +22,12 @@ class Loaded(NamedTuple):
     model: GroundingModel
     config: SavedConfig
     results: dict[str, Any] | None  # of its evaluation, if it is a checkpoint of vg that was evaluated
+    is_checkpoint: bool = False  # of vg; else `config` may have data, but the weights were not trained on them
+
+    @property
+    def training(self) -> SavedConfig:
+        """The configuration with which the weights were trained, that of the model alone if that is unknown."""
+        return self.config if self.is_checkpoint else ModelOnlyConfig(self.config.model)
 
 
 def load_model(
@@ -60,7 +66,7 @@ def open_model(
         raise ConfigError(f"{path} is a checkpoint of vg, which contains its tokenizer; leave {tokenizer!r} out")
     model, config = read_model(folder, overrides)
     file = best_of(folder) / VALIDATION
-    return Loaded(model, config, read_json(file, dict) if file.exists() else None)
+    return Loaded(model, config, read_json(file, dict) if file.exists() else None, True)
 
 
 def _open_config(path: str | Path, tokenizer: str | None, overrides: Sequence[str], revision: str | None) -> Loaded:
@@ -70,7 +76,7 @@ def _open_config(path: str | Path, tokenizer: str | None, overrides: Sequence[st
     if tokenizer is not None or revision is not None:
         given = f"tokenizer {tokenizer!r}" if revision is None else f"revision {revision!r}"
         raise ConfigError(f"{path} is a YAML file, not a checkpoint, and takes no {given}; leave it out")
-    config = load_config(path, overrides)
+    config = load_saved_config(path, overrides)
     if config.model.weights is None:
         raise ConfigError(f"{path}: model.weights is not set; train first, then give the folder of the run")
     return Loaded(config.model.build().eval(), config, None)

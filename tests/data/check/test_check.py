@@ -292,6 +292,15 @@ def test_a_class_name_that_is_too_long_is_an_error(tmp_path: Path) -> None:
     assert issue.examples[0].endswith("': at least 301 tokens")
 
 
+@pytest.mark.parametrize("name", [False, None, [], ""])
+def test_images_without_a_name_are_errors(name: Any, tmp_path: Path) -> None:
+    document = valid_coco()
+    document["images"][0]["file_name"] = name
+    (tmp_path / "set.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match="images without id or file_name"):
+        CocoConfig(path=str(tmp_path / "set.json")).build()
+
+
 def test_a_class_listed_twice_is_one_class_if_only_one_has_boxes(tmp_path: Path) -> None:
     document = valid_coco()
     document["categories"] = [

@@ -19,6 +19,7 @@ import yaml
 from vg.cli import main
 from vg.cli.benchmark import trained_parameters
 from vg.config import ModelOnlyConfig, dump_config, load_config
+from vg.errors import ConfigError
 from vg.evaluation.benchmark.paper import _common_name, paper_table
 from vg.evaluation.benchmark.typeset import comma_separated, latex, markdown
 from vg.metrics.rec import RecMetric
@@ -86,6 +87,19 @@ def test_interpolated_weights_have_a_row_of_their_own(write: Write) -> None:
         ("dense", (0, 1), pytest.approx(80.0)),
         ("dense, interpolated", (0, 1), pytest.approx(90.0)),
     ]
+
+
+def test_results_of_a_part_are_found_by_their_run(write: Write) -> None:
+    run = write("run", {"refcoco val": 0.8})
+    part = run / "eval" / "suite=refcoco,datasets=refcoco"
+    part.mkdir(parents=True)
+    (run / "benchmark.json").rename(part / "benchmark.json")
+    for folder in (run, part):
+        assert [row.method for row in paper_table([folder], with_published=False).ours] == ["run"]
+    (run / "eval" / "suite=refcoco,splits=val").mkdir()
+    (run / "eval" / "suite=refcoco,splits=val" / "benchmark.json").touch()
+    with pytest.raises(ConfigError, match=r"several parts of the suite; give one: .*datasets=refcoco or .*splits=val"):
+        paper_table([run])
 
 
 def test_only_splits_known_to_be_incomplete_are_marked(write: Write) -> None:

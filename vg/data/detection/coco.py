@@ -91,7 +91,7 @@ class CocoConfig(Settings):
         image_of_id = _by_id(images, "images", ("file_name", "coco_url"), issues)
         image_rows = image_of_id.values()
         # LVIS has no file_name but the end of the URL, which is train2017/000000391895.jpg.
-        files = [str(row.get("file_name") or "/".join(str(row["coco_url"]).split("/")[-2:])) for row in image_rows]
+        files = [_text(row.get("file_name")) or "/".join(str(row["coco_url"]).split("/")[-2:]) for row in image_rows]
         sizes = [to_size(row.get("height"), row.get("width")) for row in image_rows]
         first: dict[str, _Id] = {}
         twice = [
@@ -173,7 +173,7 @@ def _by_id(rows: Sequence[dict[str, Any]], key: str, names: Sequence[str], issue
     found: dict[_Id, dict[str, Any]] = {}
     for index, row in enumerate(rows):
         found_names = (row.get(name) for name in names)
-        texts = [str(name).strip() for name in found_names if not (name is None or isinstance(name, (list, dict)))]
+        texts = [_text(name).strip() for name in found_names]
         if not isinstance(id := row.get("id"), (int, float, str)) or not any(texts):
             what, fix = f"{key} without id or {names[0]}", f"add both, id and {' or '.join(names)}"
         elif found.setdefault(id, row) is not row:
@@ -182,6 +182,11 @@ def _by_id(rows: Sequence[dict[str, Any]], key: str, names: Sequence[str], issue
             continue
         issues.add("error", what, fix, [f"{key}[{index}]: {str(row)[:80]}"])
     return found
+
+
+def _text(name: Any) -> str:
+    """Return the name of a class or file, which may be a number; "" for anything else."""
+    return str(name) if isinstance(name, (str, int, float)) and not isinstance(name, bool) else ""
 
 
 def _unused_copies(names: Mapping[_Id, str], labels: np.ndarray) -> list[_Id]:

@@ -88,6 +88,8 @@ class Result:
     @property
     def name(self) -> str:
         folder = self.path.resolve().parent
+        if folder.match("eval/suite=*"):  # a part of the suite, see `vg.cli.evaluate.run`
+            folder = folder.parents[1]
         return folder.parent.name if folder.name == self.weights else folder.name  # RUN/interpolated is of RUN
 
     @property
@@ -132,6 +134,11 @@ def paper_table(folders: Sequence[str | Path], with_published: bool = True) -> P
 def read_result(folder: Path) -> Result:
     """Read one benchmark.json; raises ConfigError if it is missing or lacks what the table states."""
     path = folder if folder.is_file() else folder / RESULTS
+    if not path.is_file() and (found := sorted(folder.glob(f"eval/suite=*/{RESULTS}"))):
+        if len(found) > 1:
+            listed = " or ".join(str(file.parent) for file in found)
+            raise ConfigError(f"{folder} has results of several parts of the suite; give one: {listed}")
+        path = found[0]
     if not path.is_file():
         raise ConfigError(f"{folder} has no {RESULTS}: run `vg eval {folder} --suite refcoco` first")
     content = read_json(path, dict)
