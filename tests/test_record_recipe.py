@@ -150,7 +150,8 @@ def test_the_commands_of_the_header_work_in_miniature(
     assert len(list((tmp_path / "cache").glob("*/key.json"))) == 2, "train and val; the second seed encodes nothing"
     second = [word.replace("refcoco_record", "refcoco_record_1") for word in evaluate]
     main([*second, *options])
-    results = json.loads((tmp_path / "runs" / "refcoco_record" / "benchmark.json").read_text())
+    (part,) = (tmp_path / "runs" / "refcoco_record" / "eval").glob("suite=refcoco,datasets=refcoco,precision=bf16")
+    results = json.loads((part / "benchmark.json").read_text())
     assert [part["split"] for part in results["parts"]] == ["val", "testA", "testB"]
     assert (results["precision"], results["config"]["train"]["epochs"]) == ("bf16", 2)
     main([table[0], "runs/refcoco_record_1", *table[1:]])
