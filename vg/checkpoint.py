@@ -1,4 +1,5 @@
-"""A checkpoint is a folder: model.safetensors, config.yaml, tokenizer/, and training.pt if it can be resumed."""
+"""A checkpoint is a folder: model.safetensors, config.yaml, tokenizer/, classes.json if it was trained on classes, and
+training.pt if it can be resumed."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from vg.config import SavedConfig, dump_config, load_saved_config
 from vg.errors import CheckpointError, ConfigError, DamagedCheckpointError, UserError, unpickling_problem
-from vg.files import replacing
+from vg.files import read_json, replacing, write_json
 from vg.models.base import GroundingModel
-from vg.models.saved import CONFIG, ENCODERS, WEIGHTS, best_of, check_encoders, read_weights
+from vg.models.saved import CLASSES, CONFIG, ENCODERS, WEIGHTS, best_of, check_encoders, read_weights
 from vg.types import TextSpec
 
 TOKENIZER, TRAINING = "tokenizer", "training.pt"
@@ -55,11 +56,13 @@ def new_checkpoint(path: Path, is_file: bool = False) -> Iterator[Path]:
 
 
 def write_model(folder: Path, model: GroundingModel, config: SavedConfig) -> None:
-    """Write weights, resolved configuration and tokenizer into an existing folder (see `new_checkpoint`)."""
-    write_weights(folder, model.own_state_dict(), config, model.text_spec)
+    """Write weights, resolved configuration, tokenizer and classes into an existing folder (see `new_checkpoint`)."""
+    write_weights(folder, model.own_state_dict(), config, model.text_spec, model.classes)
 
 
-def write_weights(folder: Path, weights: Mapping[str, Tensor], config: SavedConfig, spec: TextSpec) -> None:
+def write_weights(
+    folder: Path, weights: Mapping[str, Tensor], config: SavedConfig, spec: TextSpec, classes: Sequence[str] = ()
+) -> None:
     """Like write_model, for weights that are not in a model."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     if encoders := config.model.frozen_weights():
@@ -67,6 +70,8 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], config: SavedConf
     (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors ignores the umask: only the owner could read it
+    if classes:
+        write_json(folder / CLASSES, classes)
     spec.tokenizer.save_pretrained(str(folder / TOKENIZER))
     if spec.extra is not None:
         spec.extra.tokenizer.save_pretrained(str(folder / TOKENIZER / "extra"))
@@ -92,7 +97,21 @@ def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Groun
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     load_weights(model, folder, config)
+    model.classes = _read_classes(folder / CLASSES)
     return model.eval(), config
+
+
+def _read_classes(file: Path) -> tuple[str, ...]:
+    """Return the classes of a checkpoint; raises DamagedCheckpointError if they are not phrases."""
+    if not file.exists():
+        return ()
+    try:
+        classes = read_json(file, list)
+    except OSError as error:
+        raise DamagedCheckpointError(f"{file} is damaged ({error.strerror}); use an older checkpoint") from error
+    if not all(isinstance(name, str) and name.strip() for name in classes):
+        raise DamagedCheckpointError(f"{file} is damaged: not a list of phrases; use an older checkpoint")
+    return tuple(classes)
 
 
 def load_weights(model: GroundingModel, folder: Path, config: SavedConfig) -> None:

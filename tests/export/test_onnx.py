@@ -225,6 +225,15 @@ def test_grounder_has_the_same_interface(run: Path, rec: Path, tmp_path: Path) -
         vg.Grounder(foreign)
 
 
+def test_the_classes_are_in_the_file(tmp_path: Path) -> None:
+    model = tiny_model(**SHORT).eval()
+    model.classes = ("hot dog", "dog")
+    write_onnx(model, tmp_path / "model.onnx")
+    found, expected = vg.Grounder(tmp_path / "model.onnx"), vg.Grounder(model, "cpu")
+    assert found.classes == model.classes
+    assert found(image(60, 80), threshold=0).phrases == expected(image(60, 80), threshold=0).phrases == model.classes
+
+
 WITHOUT_TORCH = """
 import sys
 import vg

@@ -21,7 +21,11 @@ from vg.web.phrases import MAX_CHARACTERS, MAX_PHRASES, split_phrases
     ],
 )
 def test_phrases(text: str, phrases: tuple[str, ...]) -> None:
-    assert split_phrases(text) == phrases
+    assert split_phrases(text, ("bird",)) == phrases
+
+
+def test_an_empty_text_stands_for_the_classes() -> None:
+    assert split_phrases(" ,\n", ("bird", "a, b")) == ("bird", "a, b")
 
 
 @pytest.mark.parametrize(

@@ -70,5 +70,5 @@ def run(options: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         print(sweep)
         with new_checkpoint(options.output) as partial:
-            sweep.write(partial, config, model.text_spec)
+            sweep.write(partial, config, model)
         print(f"{options.output}: written, weight {sweep.best_weight:g} between {options.initial} and {options.final}")

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="images to label")
     parser.add_argument("output", metavar="OUT", help="folder of the labels")
     add_model_overrides(parser)
-    phrases = parser.add_mutually_exclusive_group(required=True)
+    about = "by default the classes on which the model was trained"
+    phrases = parser.add_argument_group("phrases", about).add_mutually_exclusive_group()
     phrases.add_argument(
         "-p", "--phrases", nargs="+", action=WordsAction, metavar="PHRASE", help="such as dog 'red car'"
     )

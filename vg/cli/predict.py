@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.epilog = EPILOG
     parser.add_argument("checkpoint", metavar="MODEL", help=f"{MODEL_HELP}, or .onnx file of vg export")
-    words = "images; without -p one image and then the phrases"
+    words = "images; without -p images to search for the classes of the model, or one image and then the phrases"
     parser.add_argument("words", nargs="+", action=WordsAction, metavar="INPUT", help=words)
     add_model_overrides(parser)
     add = parser.add_argument
@@ -70,27 +70,34 @@ def run(options: argparse.Namespace) -> None:
 
     words = options.words
     options.masks = options.mask_model or options.masks
-    inputs, phrases = (words, options.phrases) if options.phrases else (words[:1], words[1:])
-    if not options.phrases:
-        _check_phrases(phrases)
-    wanted = checked_phrases(phrases)
+    inputs, phrases = (words, options.phrases) if options.phrases else _taken_apart(words)
+    if phrases:
+        checked_phrases(phrases)  # before a model is loaded
     check_prediction(options)
     to_folder = options.crops or options.format or (options.output and not _is_file(options.output))
     if inputs == ["-"]:
         inputs = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     elif len(inputs) == 1 and is_single(inputs[0]) and not (to_folder or options.json):
-        return _draw_one(inputs[0], wanted, options)
+        return _draw_one(inputs[0], phrases, options)
     if options.output and _is_file(options.output):
         needing = "several images, --json, --crops and --format need a folder"
         raise ConfigError(f"--output {options.output}: {needing}, such as predictions")
-    grounder = open_grounder(options)
+    grounder, wanted = _opened(options, phrases)
     num_failed = (_print_records if options.json and not to_folder else _fill_folder)(grounder, inputs, wanted, options)
     if num_failed:
         print(f"{num_failed} image{'s' * (num_failed > 1)} could not be used, see above", file=sys.stderr)
         sys.exit(SOME_FAILED)
 
 
-def _draw_one(image: str, phrases: tuple[str, ...], options: argparse.Namespace) -> None:
+def _opened(options: argparse.Namespace, phrases: Sequence[str]) -> tuple[Grounder, tuple[str, ...]]:
+    """Load the model; return it, and the phrases or its classes."""
+    grounder = open_grounder(options)
+    if not (wanted := tuple(phrases) or grounder.classes):
+        raise ConfigError(f"{options.checkpoint} was not trained on classes; give phrases to find, after -p")
+    return grounder, wanted
+
+
+def _draw_one(image: str, given: Sequence[str], options: argparse.Namespace) -> None:
     """Print the boxes of one image and draw them."""
     from PIL import Image
 
@@ -102,7 +109,7 @@ def _draw_one(image: str, phrases: tuple[str, ...], options: argparse.Namespace)
         raise ConfigError(f"--output {output} is a folder: name a file in it, such as prediction.png")
     if not _is_image(str(output)):
         raise ConfigError(f"--output {output} has no suffix of an image format: use .png or .jpg")
-    grounder = open_grounder(options)
+    grounder, phrases = _opened(options, given)
     result = grounder(image, phrases, 0.0, tile=options.tile, overlap=options.overlap)
     shown = grounder.select(result, options.threshold, options.nms)
     if options.masks:
@@ -181,14 +188,17 @@ class _Failed:
         tqdm.write(printable(f"error: {error}"), file=sys.stderr)
 
 
-def _check_phrases(phrases: Sequence[str]) -> None:
-    """Raise ConfigError for image files among the phrases of the short form."""
-    for phrase in phrases:
-        if phrase.startswith(("http://", "https://")) or (_is_image(phrase) and os.path.isfile(phrase)):
-            raise ConfigError(
-                f"{phrase} is an image file, not a phrase: without -p, vg predict takes one image and then phrases; "
-                f"for several images: vg predict MODEL IMAGE... -p PHRASE..."
-            )
+def _taken_apart(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Return images and phrases of the short form; raises ConfigError if it has several images and a phrase."""
+    is_image = [x.startswith(("http://", "https://")) or (_is_image(x) and os.path.isfile(x)) for x in words[1:]]
+    if all(is_image):
+        return words, []
+    if any(is_image):
+        raise ConfigError(
+            f"{words[1 + is_image.index(True)]} is an image file, not a phrase: without -p, vg predict takes one image "
+            "and then phrases; for several images: vg predict MODEL IMAGE... -p PHRASE..."
+        )
+    return words[:1], words[1:]
 
 
 def _is_file(name: str) -> bool:

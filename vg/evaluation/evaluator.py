@@ -157,6 +157,12 @@ class Evaluator:
         """Flat key of the first metric of each dataset."""
         return [flat_key(dataset.prefix, dataset.metric.metric_names[0]) for dataset in self.datasets]
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Phrases of the classes of the first dataset; empty if its samples have expressions or captions."""
+        source = self.sources[0]
+        return tuple(source.category_ids) if isinstance(source, HasCategoryIds) else ()
+
     @torch.no_grad()
     def run(self, model: GroundingModel) -> EvaluationResult:
         """Evaluate a model in evaluation mode and restore its mode; every process must call it.

@@ -83,6 +83,7 @@ def export_settings(model: GroundingModel, split: bool) -> ExportSettings:
         special_tokens={name: str(token) for name, token in special.items() if token is not None},
         split=split,
         generalized=model.generalized,
+        classes=model.classes,
     )
     config = model.config
     if isinstance(config, GroundingDinoConfig):

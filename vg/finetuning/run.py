@@ -130,8 +130,8 @@ def report(trainer: Trainer, after: Mapping[str, Any], model: GroundingModel) ->
     samples = (source.load(index, epoch=0) for index in range(len(source)))
     sample = next((sample for sample in samples if phrases_with_boxes(sample)), None) or source.load(0, epoch=0)
     save_image(Image.fromarray(sample.image), folder.path / EXAMPLE)
-    phrases = list(dict.fromkeys([*phrases_with_boxes(sample), *sample.phrases]))
-    words = [str(folder.path), str(folder.path / EXAMPLE), *phrases[:NUM_PHRASES]]
+    phrases = () if model.classes else dict.fromkeys([*phrases_with_boxes(sample), *sample.phrases])
+    words = [str(folder.path), str(folder.path / EXAMPLE), *list(phrases)[:NUM_PHRASES]]
     compared = f"before and after {after['step']:,} steps:"
     if after["step"] == 0:
         compared = f"training did not improve on the initial weights; {folder.best} holds them:"

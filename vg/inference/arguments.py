@@ -11,11 +11,17 @@ from typing import Any
 from vg.errors import ConfigError, DataError
 
 
-def checked_phrases(phrases: Any) -> tuple[str, ...]:
+def checked_phrases(phrases: Any, classes: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Return one phrase or several as a tuple; raises DataError if there is none, or one that is empty or not text.
+
+    None stands for the classes of the model, if it has any.
 
     Warns of a phrase that looks like the prompts of other libraries, "cat. dog.", because it is one phrase here.
     """
+    if phrases is None:
+        if not classes:
+            raise DataError("no phrase: this model was not trained on classes; give phrases to find")
+        return classes
     if isinstance(phrases, Mapping):
         raise DataError(f"phrases are text, not a mapping {phrases!r:.80}; give its keys or its values as a list")
     is_one = isinstance(phrases, (str, bytes)) or not isinstance(phrases, Iterable)

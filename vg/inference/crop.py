@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vg.errors import DataError
+from vg.inference.arguments import checked_phrases
 from vg.inference.grounder import Grounder
 from vg.inference.images import ImageLike
 from vg.inference.result import Box
@@ -88,7 +89,7 @@ def predict_and_crop(
         model = Grounder(model, None if device is None else str(device), overrides=overrides)
     if tokenizer is not None and tokenizer.get_vocab() != model.tokenizer.get_vocab():
         warnings.warn("the tokenizer is not that of the model, which is used instead", stacklevel=2)
-    found = model.predict(image, prompt, model.threshold(threshold))
+    found = model.predict(image, checked_phrases(prompt), model.threshold(threshold))
     if not len(found):
         limit = "the threshold of the model" if threshold is None else f"the threshold {threshold}"
         raise DataError(f"nothing found for {prompt!r}: no box reaches {limit}; lower it or rephrase the prompt")

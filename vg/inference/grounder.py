@@ -121,6 +121,11 @@ class Grounder:
         """Whether the model takes any number of phrases with any number of boxes, not one expression with one box."""
         return self.backend.takes_many
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes on which the model was trained, as phrases; empty if its data had expressions, or is unknown."""
+        return self.backend.classes
+
     def to(self, device: str) -> Self:
         """Move the model; raises ConfigError if this machine does not have the device."""
         self.backend.to(device)
@@ -151,7 +156,7 @@ class Grounder:
     def __call__(
         self,
         images: ImageLike | Iterable[ImageLike],
-        phrases: str | Sequence[str],
+        phrases: str | Sequence[str] | None = None,
         threshold: float | None = None,
         *,
         nms: float | None = None,
@@ -165,7 +170,7 @@ class Grounder:
         Args:
             images: a path, http(s) URL, PIL image, array [H, W, 3] uint8 in RGB (of OpenCV: image[..., ::-1]), bytes,
                 an open file; or a list of them; or a folder, a pattern such as "photos/*.jpg", a video, or a generator.
-            phrases: one phrase or several; a model of one expression (rec) answers each by itself.
+            phrases: one or several, by default `classes`; a model of one expression (rec) answers each by itself.
             threshold: minimum score of a box, 0..1. By default 0.3 for a model of many phrases; for a model of one
                 expression the best box of each phrase, or 0.5 if it may name no object or several.
             nms: drop a box if its IoU with a better one of the same phrase is above this, 0..1; by default none.
@@ -191,7 +196,9 @@ class Grounder:
             return next(results)
         return list(results) if isinstance(images, (list, tuple)) else results
 
-    def predict(self, image: ImageLike, phrases: str | Sequence[str], threshold: float | None = None) -> Result:
+    def predict(
+        self, image: ImageLike, phrases: str | Sequence[str] | None = None, threshold: float | None = None
+    ) -> Result:
         """Find phrases in one image; like a call, but by default all boxes of the model are returned."""
         return next(self.stream([check_single(image)], phrases, threshold or 0.0))
 
@@ -222,7 +229,7 @@ class Grounder:
     def stream(
         self,
         images: ImageLike | Iterable[ImageLike],
-        phrases: str | Sequence[str],
+        phrases: str | Sequence[str] | None = None,
         threshold: float | None = None,
         *,
         nms: float | None = None,
@@ -243,7 +250,7 @@ class Grounder:
             total: number of images of a generator, for the remaining time.
             failed: called for an image that cannot be read; such an image is left out. By default it is an error.
         """
-        wanted = checked_phrases(phrases)
+        wanted = checked_phrases(phrases, self.classes)
         for name, value in (("threshold", threshold), ("nms", nms)):
             if value is not None:
                 check_fraction(value, name)

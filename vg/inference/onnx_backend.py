@@ -40,6 +40,7 @@ class ExportSettings:
     threshold: float = 0.0  # drop boxes with a lower score
     nms: float | None = None
     generalized: bool = False  # see GroundingModel
+    classes: tuple[str, ...] = ()  # see GroundingModel
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
@@ -47,7 +48,7 @@ class ExportSettings:
     @classmethod
     def load(cls, text: str) -> ExportSettings:
         values = json.loads(text)
-        return cls(**values | {"delimiters": tuple(values["delimiters"])})
+        return cls(**values | {name: tuple(values.get(name, ())) for name in ("delimiters", "classes")})
 
     @property
     def image_spec(self) -> ImageSpec:
@@ -100,6 +101,7 @@ class OnnxBackend:
         )
         spec = TextSpec(self.tokenizer, self.settings.max_tokens, self.settings.delimiters)
         self.takes_many, self.generalized = bool(spec.delimiters), self.settings.generalized
+        self.classes = self.settings.classes
         self.texts = Prompts(spec, one_prompt=False) if self.takes_many else Expressions(spec)
         self._tokenize = lru_cache(maxsize=8)(self._text)
         self._encode = lru_cache(maxsize=128)(self._encoded)  # keys are token ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,10 @@ from vg.errors import CheckpointError
 from vg.files import replacing
 from vg.metrics.result import UNDEFINED
 from vg.models.base import GroundingModel
-from vg.models.saved import ENCODERS
+from vg.models.saved import CLASSES, ENCODERS
 
 CARD = "README.md"
+NUM_PHRASES = 3  # in the examples of the card
 _USAGE = """## Usage
 
 ```python
@@ -50,7 +52,7 @@ def save_model(
             (partial / VALIDATION).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (partial / CARD).write_text(model_card(model, config, results, name), encoding="utf-8")
         existing = {file.name for file in folder.iterdir()} if folder.exists() else set()
-        if foreign := existing.difference([file.name for file in partial.iterdir()], [VALIDATION, ENCODERS]):
+        if foreign := existing.difference([file.name for file in partial.iterdir()], [VALIDATION, ENCODERS, CLASSES]):
             raise CheckpointError(
                 f"{folder} contains {', '.join(sorted(foreign)[:3])}, which saving a model there would remove; choose "
                 "another folder"
@@ -89,6 +91,7 @@ def push_model(
 def model_card(model: GroundingModel, config: SavedConfig, results: Mapping[str, Any] | None, name: str) -> str:
     """Return the model card: data, split, protocol and metrics of the evaluation, training, and usage."""
     many = bool(model.text_spec.delimiters)
+    phrases = list(model.classes[:NUM_PHRASES]) or (["cat", "remote control"] if many else ["the man in the red shirt"])
     total, trainable = model.num_parameters(), model.num_parameters(trainable_only=True)
     lines = [
         "---",
@@ -105,10 +108,11 @@ def model_card(model: GroundingModel, config: SavedConfig, results: Mapping[str,
         "",
         *_evaluation(results),
         *_training(config),
+        *([f"Classes, which are the default phrases: {', '.join(model.classes)}.", ""] if model.classes else []),
         _USAGE.format(
             name=name,
-            phrases='["cat", "remote control"]' if many else '"the man in the red shirt"',
-            words='cat "remote control"' if many else '"the man in the red shirt"',
+            phrases=json.dumps(phrases, ensure_ascii=False),
+            words=shlex.join(phrases),
         ),
     ]
     return "\n".join(lines)

@@ -52,7 +52,7 @@ class TorchBackend:
         self.compiled = False
         self.cuda_graphs = cuda_graphs
         self.takes_many = bool(model.text_spec.delimiters)
-        self.generalized = model.generalized
+        self.generalized, self.classes = model.generalized, model.classes
         self.collate = Collator(model.image_spec, model.text_spec)
         self.dtype = checked_dtype(dtype or "fp32")
         self.to(device)

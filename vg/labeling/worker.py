@@ -7,7 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ class LabelSettings:
     checkpoint: str
     data: str
     output: str
-    phrases: Thresholds | None = None  # exactly one of phrases and captions
+    phrases: Thresholds | None = None  # these, or those of captions, or by default the classes of the model
     captions: str | None = None
     pipeline: str = PIPELINE
     image_root: str | None = None
@@ -91,6 +91,9 @@ class Labeler:
         self.grounder = Grounder(
             settings.checkpoint, device, settings.tokenizer, settings.overrides, dtype=settings.dtype
         )
+        if classes is None and settings.captions is None:
+            classes = Classes(self.grounder.classes)
+            self.settings = settings = replace(settings, phrases=dict.fromkeys(classes.prompt.phrases))
         self._prompter = classes or Captions(settings.pipeline, self.grounder.backend.texts)
         self.folder = LabelFolder(Path(settings.output), self._recorded(), classes.label_map() if classes else None)
         self._threads = read_threads(self.grounder.backend.device)

@@ -34,6 +34,7 @@ class GroundingModel(nn.Module, ABC):
     """
 
     generalized = False  # whether one expression may have no box or several, as in data of that task
+    classes: tuple[str, ...] = ()  # phrases that it was trained to find, if the data had classes; saved with it
     external: tuple[str, ...] = ()  # submodules whose pretrained weights are loaded from their ids and never saved
 
     @property

@@ -16,6 +16,7 @@ from vg.hub import loading
 from vg.models.settings import ModelSettings
 
 CONFIG, WEIGHTS = "config.yaml", "model.safetensors"
+CLASSES = "classes.json"  # only of a model that was trained on classes
 YAML = (".yaml", ".yml")  # suffixes
 ENCODERS = "frozen_encoders.json"  # only with encoders whose weights are not in WEIGHTS
 

@@ -18,7 +18,6 @@ from vg.evaluation.results import EvaluationResult
 from vg.files import write_json
 from vg.models.base import GroundingModel
 from vg.models.saved import read_weights
-from vg.types import TextSpec
 
 if TYPE_CHECKING:
     from vg.training.trainer import Trainer
@@ -75,9 +74,13 @@ class Sweep:
             self.results.append((weight, evaluator.run(model)))
         self.best_weight, _ = max(self.results, key=lambda entry: entry[1].score)  # the first of equal scores
 
-    def write(self, folder: Path, config: SavedConfig, spec: TextSpec) -> None:
-        """Write the best mixture into an existing folder as a checkpoint, with interpolation.json beside it."""
-        write_weights(folder, self.mixtures.at(self.best_weight), config, spec)
+    def write(self, folder: Path, config: SavedConfig, model: GroundingModel) -> None:
+        """Write the best mixture into an existing folder as a checkpoint, with interpolation.json beside it.
+
+        Args:
+            model: has the tokenizer and the classes.
+        """
+        write_weights(folder, self.mixtures.at(self.best_weight), config, model.text_spec, model.classes)
         rows = [{"weight": weight, **result.flat()} for weight, result in self.results]
         write_json(folder / INTERPOLATION, {"best": self.best_weight, "results": rows})
 
@@ -98,7 +101,6 @@ def interpolate_run(trainer: Trainer, weights: Sequence[float]) -> None:
     model = config.model.build()  # with the weights before the first step
     mixtures = Interpolation(model.own_state_dict(), read_weights(folder.best))
     sweep = Sweep(model.to(device), mixtures, weights, trainer.evaluator)
-    spec = trainer.unwrapped_model.text_spec
-    folder.save(folder.path / "interpolated", lambda path: sweep.write(path, config, spec))
+    folder.save(folder.path / "interpolated", lambda path: sweep.write(path, config, trainer.unwrapped_model))
     if trainer.accelerator.is_main_process:
         logger.info("interpolation between the initial weights (0) and the best ones (1):\n%s", sweep)

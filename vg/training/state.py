@@ -101,7 +101,8 @@ class TrainingState:
                 value = gather_full(value)  # one after another: the main process alone keeps them
                 if self.is_main_process:
                     weights[name] = value.detach().to("cpu", copy=True)
-        return partial(checkpoint.write_weights, weights=weights, config=self.config, spec=self.model.text_spec)
+        model = self.model
+        return lambda folder: checkpoint.write_weights(folder, weights, self.config, model.text_spec, model.classes)
 
     def snapshot(self, extra: dict[str, Any]) -> dict[str, Any]:
         """Return functions that write the exported model and the state that training needs to continue.

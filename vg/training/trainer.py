@@ -73,10 +73,10 @@ class Trainer:
         self.folder = RunFolder(config, self.accelerator, resume, overwrite)
         seed_everything(config.train.seed)
 
-        self.unwrapped_model = config.model.build()  # self.model may be wrapped for DDP
-        best_metric = config.train.best_metric
-        self.evaluator = Evaluator(config.data, self.unwrapped_model, self.accelerator, best_metric, with_loss=True)
-        self.data = training_data(config, self.unwrapped_model, self.accelerator, self.evaluator.sources)
+        self.unwrapped_model = model = config.model.build()  # self.model may be wrapped for DDP
+        self.evaluator = Evaluator(config.data, model, self.accelerator, config.train.best_metric, with_loss=True)
+        model.classes = self.evaluator.classes
+        self.data = training_data(config, model, self.accelerator, self.evaluator.sources)
         self.digests = Digests(config.data, [self.data.source, *self.evaluator.sources])
         if classes := self.data.num_classes:
             self.unwrapped_model.use_classes(classes)

@@ -58,7 +58,7 @@ class Callbacks:
 
     def find(self, upload: Any, text: Any, threshold: float, iou: float) -> tuple:
         """Run the model."""
-        phrases = split_phrases(str(text or ""))
+        phrases = split_phrases(str(text or ""), self.grounder.classes)
         image, name = read_upload(upload, self.folder)
         result = self.grounder.predict(image, phrases)
         if not self.grounder.threshold(None):

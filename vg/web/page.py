@@ -25,6 +25,7 @@ QUEUE_SIZE = 40  # waiting requests; further ones are refused with a message
 NUM_SESSIONS = 100  # pages whose answer is kept, at most 8 MB each
 SECONDS_KEPT = 3600  # files and answers
 NUM_EXAMPLES = 4
+NUM_CLASSES = 10  # that the empty field of the phrases shows
 WEBCAM = gr.WebcamOptions(mirror=False, constraints={"video": {"facingMode": "environment"}})  # left stays left
 DOWNLOADS: dict[str, Format] = {"JSON": "jsonl", "COCO": "coco", "Label Studio": "label-studio"}
 SHOW = "() => document.querySelector('#drawn').scrollIntoView({block: 'nearest', behavior: 'smooth'})"  # on phones
@@ -59,6 +60,8 @@ def new_page(grounder: Grounder, title: str) -> gr.Blocks:
     """Return the page of a model."""
     call = Callbacks(grounder, Path(get_upload_folder()))  # whose old files are deleted
     many = grounder.takes_many
+    example = "cat, remote control" if many else "the man in the red shirt"
+    default = f"empty for: {', '.join(grounder.classes[:NUM_CLASSES])}" if grounder.classes else example
     threshold_value = grounder.threshold(None)
     with gr.Blocks(title=f"vg: {title}", analytics_enabled=False, delete_cache=(300, SECONDS_KEPT)) as page:
         answer = gr.State(time_to_live=SECONDS_KEPT)
@@ -84,7 +87,7 @@ def new_page(grounder: Grounder, title: str) -> gr.Blocks:
                     load = gr.Button("Load", min_width=80, scale=1)
                 text = gr.Textbox(
                     label="Phrases",
-                    placeholder="cat, remote control" if many else "the man in the red shirt",
+                    placeholder=default,
                     info='separated by commas; quotes keep "a red, round thing" together',
                     max_lines=1,
                     elem_id="phrases",

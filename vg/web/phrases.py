@@ -12,8 +12,11 @@ MAX_CHARACTERS = 2_000  # of the field
 MAX_PHRASES = 80
 
 
-def split_phrases(text: str) -> tuple[str, ...]:
+def split_phrases(text: str, classes: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Return the phrases of a text, once each: separated by commas or lines; double quotes keep commas in a phrase.
+
+    Args:
+        classes: the phrases of a text without any.
 
     Raises:
         DataError: no phrase, too many of them, too long a text, or a control character.
@@ -24,7 +27,7 @@ def split_phrases(text: str) -> tuple[str, ...]:
     unique = tuple(dict.fromkeys(checked_label(phrase) for phrase in phrases if phrase.strip()))
     if len(unique) > MAX_PHRASES:
         raise DataError(f"{len(unique)} phrases; use at most {MAX_PHRASES} at a time")
-    return checked_phrases(unique)
+    return checked_phrases(unique or classes)
 
 
 def checked_label(text: str) -> str:
