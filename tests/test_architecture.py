@@ -16,7 +16,7 @@ FILES = PACKAGE + sorted((ROOT / "scripts").rglob("*.py"))
 
 # Which part of vg may import which other parts, or single modules of them. Imports inside functions count as well.
 # Entry points (cli, scripts) may import anything; everything may import what is in BASE.
-BASE = {"errors", "files", "hub", "settings", "types", "boxes", "nms", "machine"}
+BASE = {"errors", "files", "hub", "settings", "types", "boxes", "nms", "machine", "movable"}
 ARROWS = """
 finetuning -> checkpoint config data distributed evaluation inference models training
 training   -> evaluation cache datasets checkpoint config data distributed losses models.base models.saved workers

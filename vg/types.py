@@ -7,20 +7,23 @@ tokens of all levels, D channels, K predicted boxes of one image, H and W pixels
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from enum import IntEnum
 from functools import cached_property
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vg.movable import Movable
 
 if TYPE_CHECKING:  # keeps `import vg` and the configuration free of torch
     import numpy as np
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-    from typing_extensions import Self
 
-ALIGNMENT = 256  # bytes; alignment of CUDA allocations
+
+class Coverage(IntEnum):
+    """How far annotators marked the objects of a phrase in an image: not at all, some, or all there are, maybe none."""
+
+    UNKNOWN, SOME, ALL = range(3)
 
 
 class Caption(NamedTuple):
@@ -49,6 +52,7 @@ class Sample:
     shortest: int | None = None  # shorter side in pixels that augmentation chose for resizing, if it did
     seed: tuple[int, int, int] | None = None  # (seed, epoch, index), which all random choices depend on
     caption: Caption | None = None  # the prompt, if it is not made of the phrases
+    coverage: np.ndarray | None = None  # [P] uint8, a Coverage of each phrase, of federated data; None: ALL
 
 
 @dataclass(frozen=True)
@@ -64,71 +68,6 @@ class EncodedSample:
     phrase: str
     box: np.ndarray  # [4] float32, xyxy in pixels of the view
     expression_type: str
-
-
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to every tensor in a Movable, a NamedTuple or a list."""
-    from torch import Tensor
-
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Movable):
-        return replace(value, **{name: map_tensors(entry, function) for name, entry in vars(value).items()})
-    if isinstance(value, list):
-        return [map_tensors(entry, function) for entry in value]
-    return value._make(map_tensors(entry, function) for entry in value) if hasattr(value, "_make") else value
-
-
-@dataclass(frozen=True)
-class Movable:
-    """A value that holds tensors, which move to a device together."""
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Return a copy in which the function has been applied to every tensor."""
-        return map_tensors(self, function)
-
-    def to(self, device: Any, non_blocking: bool = False) -> Self:
-        """Return a copy on a device; tensors that share memory, as after `pack`, are copied at once."""
-        import torch
-
-        sharing = Counter(tensor.untyped_storage()._cdata for tensor in self.tensors())
-        moved: dict[int, Tensor] = {}  # [bytes] of each memory that tensors share
-
-        def move(tensor: Tensor) -> Tensor:
-            memory = tensor.untyped_storage()
-            if sharing[memory._cdata] == 1:
-                return tensor.to(device, non_blocking=non_blocking)
-            if memory._cdata not in moved:
-                whole = tensor.new_empty(0, dtype=torch.uint8).set_(memory)
-                moved[memory._cdata] = whole.to(device, non_blocking=non_blocking)
-            layout = tensor.storage_offset(), tensor.size(), tensor.stride()
-            return tensor.new_empty(0, device=device).set_(moved[memory._cdata].untyped_storage(), *layout)
-
-        return self.map(move)
-
-    def pin_memory(self) -> Self:
-        """Return a packed copy in page-locked memory; a DataLoader with pin_memory=True calls this."""
-        return self.pack(pin_memory=True)
-
-    def pack(self, pin_memory: bool = False) -> Self:
-        """Return a copy whose tensors are parts of one block of memory."""
-        import torch
-
-        ends = [0, *accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in self.tensors())]
-        block = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=pin_memory)
-        starts = iter(ends)
-
-        def place(tensor: Tensor) -> Tensor:
-            start = next(starts)
-            return block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-
-        return self.map(place)
-
-    def tensors(self) -> list[Tensor]:
-        """Return all tensors, in the order of `map`."""
-        found: list[Tensor] = []
-        self.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-        return found
 
 
 class Text(NamedTuple):
@@ -169,6 +108,7 @@ class Target(Movable):
     crowd: Tensor | None = None  # [N] bool, as in Sample
     areas: Tensor | None = None  # [N] float32
     caption: str | None = None  # the prompt, if it is not made of the phrases
+    coverage: Tensor | None = None  # [P] uint8, as in Sample
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle tensors by value: a data worker would otherwise open a shared file for each of them."""
@@ -306,10 +246,8 @@ class TextSpec:
 
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int  # of one prompt, special tokens included
-    # Phrase separators; the first is appended to every phrase. Empty: a prompt is one expression, unchanged.
-    delimiters: tuple[str, ...] = ()
-    # Position embeddings of the text encoder; None without a limit. With delimiters, positions restart in every phrase.
-    positions: int | None = None
+    delimiters: tuple[str, ...] = ()  # the first is appended to every phrase; empty: a prompt is one expression
+    positions: int | None = None  # of the text encoder, if limited; with delimiters, they restart in every phrase
     extra: TextSpec | None = None  # of a second text encoder
 
     @cached_property

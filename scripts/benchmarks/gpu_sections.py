@@ -154,7 +154,8 @@ def grounding_dino_parity(folder: Path) -> Results:
     The decoder starts from the CPU's queries, because the order of two almost equal scores may differ.
     """
     from vg.models.grounding_dino.config import BertConfig, GroundingDinoConfig, SwinConfig
-    from vg.types import Batch, PromptTargets, Text, map_tensors
+    from vg.movable import map_tensors
+    from vg.types import Batch, PromptTargets, Text
 
     torch.manual_seed(0)
     bert = {"model_type": "bert", "vocab_size": 1040, "hidden_size": 64, "num_hidden_layers": 2}

@@ -21,7 +21,7 @@ from vg.evaluation.evaluator import Evaluator
 
 WALKS = {"RefCOCO": 18, "COCO": 19}  # the most files that a walk may visit
 # Called during an evaluation, but not on the way of a sample: definitions, progress bars, checks, other metrics.
-BESIDE = {"types.py", "distributed.py", "evaluation/results.py", "metrics/result.py", "metrics/absent.py"}
+BESIDE = {"types.py", "movable.py", "distributed.py", "evaluation/results.py", "metrics/result.py", "metrics/absent.py"}
 BESIDE_MIOU = {"metrics/average_precision.py"}
 
 

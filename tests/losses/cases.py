@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vg.types import PromptTargets, map_tensors
+from vg.movable import map_tensors
+from vg.types import PromptTargets
 
 
 class Case(NamedTuple):

@@ -21,7 +21,8 @@ from vg.data.collate import Collator
 from vg.losses.set_loss import SetLoss
 from vg.models.encoders import load_tokenizer
 from vg.models.settings import TextEncoderConfig
-from vg.types import Batch, FittedImage, PromptTargets, Sample, Text, TextSpec, map_tensors
+from vg.movable import map_tensors
+from vg.types import Batch, FittedImage, PromptTargets, Sample, Text, TextSpec
 
 Encoder = tuple[Tensor, Tensor]
 Loss = Callable[..., Tensor]  # of the arguments below

@@ -21,8 +21,8 @@ from vg.config import RunConfig
 from vg.losses import matcher
 from vg.models.base import check_finite, on_host
 from vg.models.grounding_dino.config import BertConfig, DenoisingConfig, ImageConfig
+from vg.movable import map_tensors
 from vg.training.trainer import Trainer
-from vg.types import map_tensors
 
 MakeConfig = Callable[..., RunConfig]
 

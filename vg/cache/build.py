@@ -38,7 +38,8 @@ from vg.distributed import new_accelerator, processes_per_machine, progress_bar
 from vg.errors import BadSampleError, CacheError, ConfigError, printable
 from vg.machine import num_cores, size_text
 from vg.models.base import EncodableModel
-from vg.types import Sample, Text, map_tensors
+from vg.movable import map_tensors
+from vg.types import Sample, Text
 from vg.workers import new_loader
 
 logger = logging.getLogger(__name__)

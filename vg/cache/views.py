@@ -19,7 +19,8 @@ from vg.data.images import normalization, padded
 from vg.data.shared_images import joined
 from vg.data.source import Source, checked
 from vg.errors import BadSampleError, DataError
-from vg.types import Movable, Sample
+from vg.movable import Movable
+from vg.types import Sample
 
 _BLACK_PIXEL = Sample("", np.zeros((1, 1, 3), np.uint8), (), np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
 

@@ -145,6 +145,7 @@ def _target(sample: Sample, kept: np.ndarray) -> Target:
         crowd=None if sample.crowd is None else select(sample.crowd, torch.bool),
         areas=None if sample.areas is None else select(sample.areas, torch.float32),
         caption=None if sample.caption is None else sample.caption.text,
+        coverage=None if sample.coverage is None else torch.from_numpy(sample.coverage),
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from vg.errors import BadSampleError, DataError
 from vg.types import EncodedSample, Sample
 
-Task = Literal["expressions", "generalized", "detection"]
+Task = Literal["expressions", "generalized", "detection", "federated"]
 OVERHANG = 1.0  # pixels by which a box may exceed the image, because annotators round; it is clipped
 
 Loaded = TypeVar("Loaded", Sample, EncodedSample)
@@ -29,13 +29,19 @@ class Provenance:
 
     data: str  # "refcoco (unc)"
     split: str  # "val"
-    # Selects the metric: at most one box per expression, any number of boxes, or boxes of many phrases.
+    # Selects the metric: at most one box per expression, any number of boxes, boxes of many phrases, or of phrases that
+    # are annotated in some images only (see Sample.coverage).
     task: Task = "expressions"
     partition: str | None = None  # split provider of a RefCOCO dataset: "unc", "umd" or "google"
     official: bool | None = None  # whether its counts are the published ones of that split; None if none are published
 
     def __str__(self) -> str:
         return f"{self.data} ({self.split})"
+
+    @property
+    def is_detection(self) -> bool:
+        """Whether a sample is an image with boxes of many phrases, not an expression."""
+        return self.task in ("detection", "federated")
 
 
 class Source(Protocol[Loaded_co]):

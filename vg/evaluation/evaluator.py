@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,19 +19,36 @@ from vg.distributed import mean_over_processes, progress_bar
 from vg.errors import ConfigError
 from vg.evaluation.results import DatasetResult, EvaluationResult
 from vg.evaluation.table import cell
-from vg.metrics import CocoMetric, GrecMetric, RecMetric
+from vg.metrics import CocoMetric, FederatedMetric, GrecMetric, RecMetric
 from vg.metrics.result import flat_key, split_flat_key
 from vg.models.base import GroundingModel, check_finite, on_host
 from vg.workers import new_loader
 
 NUM_PRINTED = 6  # metrics of a dataset in the line of an evaluation
 
-# The data selects the metric, not the model.
-METRICS: dict[Task, type[RecMetric] | type[GrecMetric] | type[CocoMetric]] = {
+METRICS: dict[Task, Callable[[], RecMetric | GrecMetric | CocoMetric]] = {
     "expressions": RecMetric,
     "generalized": GrecMetric,
     "detection": CocoMetric,
 }
+
+
+def new_metric(source: Source) -> RecMetric | GrecMetric | CocoMetric:
+    """Return the metric of a dataset: the data selects it, not the model.
+
+    Raises:
+        ConfigError: the data is federated, but in a format that does not keep which classes an image has.
+    """
+    provenance = source.provenance
+    if provenance.task != "federated":
+        return METRICS[provenance.task]()
+    frequencies: Mapping[str, str] | None = getattr(source, "frequencies", None)
+    if frequencies is None:
+        raise ConfigError(
+            f"{provenance}: every image was annotated for some of the classes only, and shards do not keep which; "
+            "evaluate on the json file of the dataset"
+        )
+    return FederatedMetric(frequencies)
 
 
 class DatasetEvaluator:
@@ -78,7 +95,7 @@ class DatasetEvaluator:
                 f"data.{eval_key(name)}: a mixture of {' and '.join(sorted(tasks))} has no common metric; "
                 "list its datasets separately: {first: {...}, second: {...}}"
             )
-        self.metric = METRICS[data.source.provenance.task]().to(accelerator.device)
+        self.metric = new_metric(data.source).to(accelerator.device)
 
     def predict(self, model: GroundingModel) -> None:
         """Run inference on all samples and update the (reset) metric; raises PredictionError for NaN or Inf."""

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from vg.config import DataConfig
 from vg.datasets import evaluation_dataset
-from vg.evaluation.evaluator import METRICS
+from vg.evaluation.evaluator import new_metric
 from vg.inference.onnx_backend import OnnxBackend
 from vg.inference.torch_backend import TorchBackend
 from vg.types import Prediction, Sample
@@ -23,8 +23,7 @@ def accuracy_loss(expected: TorchBackend, exported: OnnxBackend, data: DataConfi
     data = replace(data, cache=None)  # ONNX takes images
     for name, settings in data.eval_datasets().items():
         dataset = evaluation_dataset(settings, data, expected.model)
-        metric_type = METRICS[dataset.source.provenance.task]
-        before, after = metric_type(), metric_type()
+        before, after = new_metric(dataset.source), new_metric(dataset.source)
         count = min(NUM_SAMPLES, len(dataset))
         for index in tqdm(range(count), desc=f"evaluate {name}".strip(), leave=False):
             sample = dataset[index]
@@ -32,7 +31,7 @@ def accuracy_loss(expected: TorchBackend, exported: OnnxBackend, data: DataConfi
             targets = expected.collate([sample]).targets
             before.update(expected.predict_samples([sample]), targets)
             after.update([_prediction(exported, sample)], targets)
-        key = "acc@0.5" if "acc@0.5" in metric_type.metric_names else metric_type.metric_names[0]
+        key = "acc@0.5" if "acc@0.5" in before.metric_names else before.metric_names[0]
         values = [100 * metric.compute().metrics[key] for metric in (before, after)]
         yield (
             f"{name or dataset.source.provenance.data}: {key} {values[0]:.1f} before, {values[1]:.1f} after int8 "

@@ -240,7 +240,7 @@ def _check(draft: RunConfig, recipe: Recipe, path: Path) -> list[str]:
 
 
 def _count(source: Source) -> str:
-    if source.provenance.task == "detection":
+    if source.provenance.is_detection:
         return f"{len(source):,} images"
     images = f" of {len(set(source.image_keys())):,} images" if isinstance(source, HasImageKeys) else ""
     return f"{len(source):,} expressions{images}"

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from vg.types import Batch, map_tensors
+from vg.movable import map_tensors
+from vg.types import Batch
 
 MAX_GRAPHS = 4
 MAX_KEYS = 1000  # sizes without a graph that are counted

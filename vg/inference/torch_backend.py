@@ -17,7 +17,8 @@ from vg.errors import ConfigError
 from vg.inference.cuda_graphs import CudaGraphs, Recorder
 from vg.inference.result import NO_BOXES, Boxes
 from vg.models.base import GroundingModel, check_finite, on_host
-from vg.types import Batch, Prediction, Sample, map_tensors
+from vg.movable import map_tensors
+from vg.types import Batch, Prediction, Sample
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -20,6 +20,7 @@ AREAS = {"": ANY_AREA, "_small": (0, 32**2), "_medium": (32**2, 96**2), "_large"
 LIMITS = (1, 10, 100, 300, 1000)  # boxes per image and category
 STANDARD, MOST = 100, 1000
 AP_AT = {"50": 0, "75": 5}  # indices in vg.metrics.average_precision.IOU_THRESHOLDS
+NO_COVERAGE = np.zeros(0, np.uint8)
 
 
 class CocoMetric(CollectingMetric):
@@ -40,7 +41,7 @@ class CocoMetric(CollectingMetric):
 
     label = "AP"
     protocol = "COCO average precision, 100 boxes per image and category, IoU in pixels of the original image"
-    metric_names = (
+    metric_names: ClassVar[tuple[str, ...]] = (
         *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
         *("ar@1", "ar@10", "ar@100", "ar_small", "ar_medium", "ar_large"),
         *("ap50@1000", "ap75@1000", "ap_small@1000", "ap_medium@1000", "ap_large@1000"),
@@ -102,18 +103,7 @@ class CocoMetric(CollectingMetric):
             areas=images.areas,
             crowd=images.crowd,
         )
-        num_boxes = np.bincount(images.truth.categories[~images.crowd], minlength=len(images.categories))  # [C]
-        counts = {
-            "num_images": len(images.ids),
-            "num_boxes": int(num_boxes.sum()),
-            "num_categories": int(np.count_nonzero(num_boxes)),
-        }
-        groups: dict[str, dict[str, float]] = {}
-        for category in np.flatnonzero(num_boxes):
-            precision = curves.precision[:, :, category, 0, LIMITS.index(STANDARD)]  # [T, 101]
-            at_iou = {f"ap{name}": mean_defined(precision[index]) for name, index in AP_AT.items()}
-            count = int(num_boxes[category])
-            groups[images.categories[category]] = {"ap": mean_defined(precision), **at_iou, "num_boxes": count}
+        counts, groups = images.summary(curves.precision[..., 0, LIMITS.index(STANDARD)])
         return MetricResult(_metrics(curves) | counts, groups)
 
     def detections(self, category_ids: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -179,6 +169,7 @@ class CocoMetric(CollectingMetric):
             crowd=rows["crowd"][in_truth].astype(bool),
             predicted=select("counts", "phrases", "boxes", in_predicted),
             scores=rows["scores"][in_predicted].astype(np.float64),
+            coverage=rows["coverage"][in_predicted] if "coverage" in rows else NO_COVERAGE,
         )
 
     def _new_strings(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> Tensor:
@@ -199,6 +190,27 @@ class _Images(NamedTuple):
     crowd: np.ndarray  # [N] bool
     predicted: Boxes  # K
     scores: np.ndarray  # [K]
+    coverage: np.ndarray  # [K], or empty, see FederatedMetric
+
+    def summary(self, precision: np.ndarray) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
+        """Return counts, and for each category with a ground-truth box its average precision and number of boxes.
+
+        Args:
+            precision: [T, 101, C]
+        """
+        num_boxes = np.bincount(self.truth.categories[~self.crowd], minlength=len(self.categories))  # [C]
+        counts = {
+            "num_images": len(self.ids),
+            "num_boxes": int(num_boxes.sum()),
+            "num_categories": int(np.count_nonzero(num_boxes)),
+        }
+        groups: dict[str, dict[str, float]] = {}
+        for category in np.flatnonzero(num_boxes):
+            own = precision[:, :, category]  # [T, 101]
+            at_iou = {f"ap{name}": mean_defined(own[index]) for name, index in AP_AT.items()}
+            count = int(num_boxes[category])
+            groups[self.categories[category]] = {"ap": mean_defined(own), **at_iou, "num_boxes": count}
+        return counts, groups
 
 
 def _metrics(curves: Curves) -> dict[str, float]:

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vg.errors import PredictionError
-from vg.types import Batch, EncodedBatch, Features, ImageSpec, LossName, Movable, Prediction, Text, TextSpec
+from vg.movable import Movable
+from vg.types import Batch, EncodedBatch, Features, ImageSpec, LossName, Prediction, Text, TextSpec
 
 _Movable = TypeVar("_Movable", bound=Movable)
 

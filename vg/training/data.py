@@ -137,9 +137,7 @@ def training_data(
 
 def describe_source(source: Source[Any]) -> str:
     """Return number and origin of the samples of a source."""
-    return (
-        f"{len(source):,} {'images' if source.provenance.task == 'detection' else 'expressions'} of {source.provenance}"
-    )
+    return f"{len(source):,} {'images' if source.provenance.is_detection else 'expressions'} of {source.provenance}"
 
 
 def example_phrases(source: Source[Any]) -> list[str]:

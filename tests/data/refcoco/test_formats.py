@@ -16,7 +16,7 @@ from pycocotools import mask as masks
 from vg.data.refcoco.official import Counts, check_counts, identify
 from vg.data.refcoco.source import Refcoco, RefcocoConfig
 from vg.errors import BadSampleError, DataError, NoSuchSplitError
-from vg.evaluation.evaluator import METRICS
+from vg.evaluation.evaluator import new_metric
 
 datasets = pytest.importorskip("datasets")
 
@@ -206,7 +206,7 @@ def test_grefcoco(tmp_path: Path, images: Path) -> None:
         assert [sample.boxes.tolist() for sample in samples] == [[XYXY], [XYXY, OTHER_XYXY], []]
         assert samples[2].boxes.shape == (0, 4)
         assert [sample.phrase_ids.tolist() for sample in samples] == [[0], [0, 0], []]
-        assert METRICS[source.provenance.task].__name__ == "GrecMetric"
+        assert type(new_metric(source)).__name__ == "GrecMetric"
         assert source.provenance.data == "grefcoco-unc"
     source = build(write_grefs(folder, ann_id=[5, 99]), image_root=str(images))
     with pytest.raises(BadSampleError, match=r"a box is (None), expected.*use the instances.json"):

@@ -17,7 +17,8 @@ from vg.models.grounding_dino import decoder
 from vg.models.grounding_dino.config import DenoisingConfig, GroundingDinoConfig
 from vg.models.grounding_dino.denoising import Denoising
 from vg.models.grounding_dino.model import Output
-from vg.types import LossName, PromptTargets, map_tensors
+from vg.movable import map_tensors
+from vg.types import LossName, PromptTargets
 
 COUNTS = (2, 0, 3)
 

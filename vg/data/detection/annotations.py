@@ -73,6 +73,10 @@ class Annotations:
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [A] indices into `names`
     crowd: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # [A]
     areas: np.ndarray | None = None  # [A] float64, see Sample.areas
+    # Of federated data (LVIS), [J, 3] int: image, label and Coverage of the classes that annotators searched for in an
+    # image; others are UNKNOWN there. None: every image has all objects of all classes.
+    coverage: np.ndarray | None = None
+    frequencies: Sequence[str] = ()  # by label: "r", "c" or "f", see vg.metrics.federated; or empty
     segmentations: Sequence[Any] = ()  # A, as written: polygons, a run-length encoding or None; or empty
     locate: Callable[[int], str] = str  # box index -> where the box is described
     box_format: BoxFormat = XYXY

@@ -21,8 +21,10 @@ from vg.data.synthetic.shapes import write_scenes
 from vg.errors import DataError
 from vg.files import located, read_json
 from vg.settings import Settings
+from vg.types import Coverage
 
 _Id: TypeAlias = int | float | str
+_NEGATIVE, _PARTIAL = "neg_category_ids", "not_exhaustive_category_ids"  # of images of LVIS
 
 
 @dataclass
@@ -147,6 +149,8 @@ class CocoConfig(Settings):
             labels=labels[valid],
             crowd=crowd[valid],
             areas=np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas),
+            coverage=_coverage(image_of_id, names, image_indices[valid], labels[valid], issues),
+            frequencies=_frequencies(category_of_id, names),
             segmentations=[rows[index].get("segmentation") for index in positions],
             locate=lambda index: locate(positions[index]),
             box_format=XYWH,
@@ -199,6 +203,44 @@ def _unused_copies(names: Mapping[_Id, str], labels: np.ndarray) -> list[_Id]:
             spare.append(id)
         kept.add(name)
     return spare
+
+
+def _coverage(
+    images: Mapping[_Id, Mapping[str, Any]],
+    names: Mapping[_Id, str],
+    image_indices: np.ndarray,
+    labels: np.ndarray,
+    issues: Issues,
+) -> np.ndarray | None:
+    """Return `Annotations.coverage` if the images list classes as LVIS does, else None.
+
+    An image is annotated for the classes of its boxes and of `neg_category_ids`, but only with some of the objects for
+    those that are in `not_exhaustive_category_ids`, too.
+    """
+    if not any(_NEGATIVE in row for row in images.values()):
+        return None
+
+    def pairs(key: str) -> np.ndarray:
+        lists = {id: row.get(key) or [] for id, row in images.items()}
+        wrong = [f"image {id}: {own!r:.80}" for id, own in lists.items() if not _are_ids(own, names)]
+        issues.add("error", f"{key} that are not lists of ids of categories", "correct or remove them", wrong)
+        listed = [[] if wrong else own for own in lists.values()]
+        found = _look_up([id for own in listed for id in own], names)
+        return np.repeat(np.arange(len(listed)), list(map(len, listed))) * len(names) + found
+
+    searched = np.unique(np.concatenate([image_indices * len(names) + labels, pairs(_NEGATIVE)]))
+    coverage = np.where(np.isin(searched, pairs(_PARTIAL)), Coverage.SOME, Coverage.ALL)
+    return np.column_stack([*np.divmod(searched, len(names)), coverage]).astype(np.int32)
+
+
+def _are_ids(values: Any, names: Mapping[_Id, str]) -> bool:
+    return isinstance(values, list) and all(isinstance(id, Hashable) and id in names for id in values)
+
+
+def _frequencies(categories: Mapping[_Id, Mapping[str, Any]], names: Iterable[_Id]) -> list[str]:
+    """Return `Annotations.frequencies`; empty unless all classes have one."""
+    found = [_text(categories[id].get("frequency")) for id in names]
+    return found if all(found) else []
 
 
 def _look_up(ids: Sequence[Any], rows: Iterable[_Id]) -> np.ndarray:

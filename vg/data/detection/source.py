@@ -18,7 +18,7 @@ from vg.data.image_files import image_files, image_key
 from vg.data.images import find_image, find_size, read_image
 from vg.data.source import OVERHANG, Provenance
 from vg.errors import BadSampleError, DataError
-from vg.types import Sample
+from vg.types import Coverage, Sample
 
 _SUSPICIOUS = 0.3  # minimum fraction of boxes beyond the image for a warning that their format may be wrong
 
@@ -44,10 +44,14 @@ class DetectionSource:
     ):
         check_image_root(annotations.image_root)
         self.vocabulary = vocabulary = Vocabulary(annotations.names, config.vocabulary, config.path)
-        self.provenance = Provenance(data, split, "detection")
+        is_federated = annotations.coverage is not None
+        self.provenance = Provenance(data, split, "federated" if is_federated else "detection")
         category_ids = [annotations.category_ids[label] for label in vocabulary.used]
         self.category_ids = dict(zip(vocabulary.phrases, category_ids, strict=True))
         """Phrase -> id that the annotations, and files of results, have for the class."""
+        known = annotations.frequencies
+        self.frequencies = {p: known[x] for p, x in zip(vocabulary.phrases, vocabulary.used, strict=True) if known}
+        """Phrase -> "r", "c" or "f" of federated data, see vg.metrics.federated."""
         labels = vocabulary.labels[annotations.labels]  # [A]
         order = np.argsort(annotations.image_indices, kind="stable")
         order = order[labels[order] >= 0]  # from here on, A is the number of boxes of the classes in use
@@ -59,7 +63,9 @@ class DetectionSource:
         self._labels, self._crowd = labels[order], annotations.crowd[order]  # [A] both
         self._areas = None if areas is None else areas[order].astype(np.float32)  # [A]
         self._relative, self._upright = annotations.relative, annotations.upright
-        self._min_side = min_side
+        self._min_side, self._coverage = min_side, annotations.coverage
+        if self._coverage is not None:
+            self._coverage = self._coverage[np.argsort(self._coverage[:, 0], kind="stable")]  # [J, 3]
         if not len(self._boxes):
             warnings.warn(f"{self.provenance}: no image has a box; annotate them, or use the right file", stacklevel=3)
         self._warn_of_overhang()
@@ -85,7 +91,19 @@ class DetectionSource:
             phrase_ids=phrase_ids,
             crowd=crowd if crowd.any() else None,
             areas=None if self._areas is None else self._areas[own][kept],
+            coverage=self._covered(index),
         )
+
+    def _covered(self, index: int) -> np.ndarray | None:
+        """Return how far the phrases of an image are annotated, see Sample.coverage; None if all are."""
+        if self._coverage is None or self.vocabulary.config.negatives is not None:
+            return None
+        start, stop = np.searchsorted(self._coverage[:, 0], [index, index + 1])
+        _, labels, values = self._coverage[start:stop].T
+        used = self.vocabulary.labels[labels]
+        covered = np.full(len(self.vocabulary.phrases), Coverage.UNKNOWN, np.uint8)
+        covered[used[used >= 0]] = values[used >= 0]
+        return covered
 
     @property
     def num_classes(self) -> int | None:
@@ -112,7 +130,7 @@ class DetectionSource:
         names = (self._ids, self._files, self.vocabulary.names, self.category_ids.values())
         digest = hashlib.sha256(json.dumps([*map(list, names)]).encode())
         columns = (self._annotated_sizes, self._starts, self._boxes, self._labels, self._crowd, self._areas)
-        for column in columns:
+        for column in (*columns, self._coverage):
             digest.update(b"" if column is None else column.tobytes())
         return digest.hexdigest()
 
