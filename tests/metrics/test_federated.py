@@ -20,6 +20,7 @@ from vg.checkpoint import write_model
 from vg.cli import main
 from vg.config import ModelOnlyConfig
 from vg.data import CocoConfig
+from vg.data.subset import SplitConfig
 from vg.errors import DataError
 from vg.evaluation.evaluator import new_metric
 from vg.metrics import FederatedMetric, federated
@@ -151,6 +152,9 @@ def test_the_coverage_of_an_image(tmp_path: Path) -> None:
     assert some.frequencies == {"class 1": "c", "class 4": "c"}
     sampled = replace(config, vocabulary=replace(config.vocabulary, negatives=2)).build()
     assert sampled.load(0, epoch=0).coverage is None, "phrases are sampled for training only"
+    part = SplitConfig(dataset=config, part="val", fraction=0.5).build()
+    assert isinstance(new_metric(part), FederatedMetric)
+    assert part.load(0, epoch=0).coverage is not None
     before = source.fingerprint()
     truth["images"][3]["neg_category_ids"].pop()
     assert written(tmp_path, truth).build().fingerprint() != before
@@ -188,5 +192,5 @@ def test_the_command_evaluates_the_json_file_but_not_shards(tmp_path: Path) -> N
     assert {"ap", "ap_rare", "ap_common", "ap_frequent", "class 0/ap"} <= results.keys()
     main(["shard", config.path, str(tmp_path / "shards")])
     data = f"{{name: shards, path: {tmp_path / 'shards'}}}"
-    with pytest.raises(SystemExit, match="annotated for some of the classes only, and shards do not keep which"):
+    with pytest.raises(SystemExit, match="for some of the classes only, and shards and mixtures do not keep which"):
         main([*command, f"data.train={data}", f"data.eval={data}", "data.workers=0"])

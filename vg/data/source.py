@@ -6,7 +6,7 @@ table in CONTRIBUTING.md lists them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar, runtime_checkable
@@ -118,6 +118,15 @@ class HasCategoryIds(Protocol):
     @property
     def category_ids(self) -> dict[str, int]:
         """Phrase -> category id."""
+
+
+@runtime_checkable
+class HasFrequencies(Protocol):
+    """A source that can be evaluated as federated data: its samples have `coverage`."""
+
+    @property
+    def frequencies(self) -> Mapping[str, str]:
+        """Phrase -> "r", "c" or "f", see vg.metrics.federated; empty if they are unknown."""
 
 
 @runtime_checkable

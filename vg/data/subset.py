@@ -22,6 +22,7 @@ from vg.data.source import (
     HasCategoryIds,
     HasClasses,
     HasFingerprint,
+    HasFrequencies,
     HasImageFiles,
     HasImageKeys,
     Loaded,
@@ -128,6 +129,8 @@ class Part(Subset[Sample]):
         self.provenance = replace(source.provenance, split=name, official=None)
         if isinstance(source, HasCategoryIds):
             self.category_ids: Any = source.category_ids  # an attribute, because not all datasets have it
+        if isinstance(source, HasFrequencies):
+            self.frequencies: Any = source.frequencies  # likewise
         if isinstance(source, HasFingerprint):
             self.fingerprint: Any = partial(_fingerprint, source, self.indices)  # likewise
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from vg.config import DataConfig, eval_key
 from vg.data.dataset import RunDataset
 from vg.data.mixture import sources_of
-from vg.data.source import HasCategoryIds, Source, Task
+from vg.data.source import HasCategoryIds, HasFrequencies, Source, Task
 from vg.datasets import evaluation_dataset
 from vg.distributed import mean_over_processes, progress_bar
 from vg.errors import ConfigError
@@ -37,18 +37,17 @@ def new_metric(source: Source) -> RecMetric | GrecMetric | CocoMetric:
     """Return the metric of a dataset: the data selects it, not the model.
 
     Raises:
-        ConfigError: the data is federated, but in a format that does not keep which classes an image has.
+        ConfigError: the data is federated, but does not implement HasFrequencies.
     """
     provenance = source.provenance
     if provenance.task != "federated":
         return METRICS[provenance.task]()
-    frequencies: Mapping[str, str] | None = getattr(source, "frequencies", None)
-    if frequencies is None:
+    if not isinstance(source, HasFrequencies):
         raise ConfigError(
-            f"{provenance}: every image was annotated for some of the classes only, and shards do not keep which; "
-            "evaluate on the json file of the dataset"
+            f"{provenance}: every image is annotated for some of the classes only, and shards and mixtures do not keep "
+            "which; evaluate on the json file of the dataset"
         )
-    return FederatedMetric(frequencies)
+    return FederatedMetric(source.frequencies)
 
 
 class DatasetEvaluator:
