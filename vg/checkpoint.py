@@ -97,12 +97,13 @@ def read_model(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Groun
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     load_weights(model, folder, config)
-    model.classes = _read_classes(folder / CLASSES)
+    model.classes = read_classes(folder)
     return model.eval(), config
 
 
-def _read_classes(file: Path) -> tuple[str, ...]:
-    """Return the classes of a checkpoint; raises DamagedCheckpointError if they are not phrases."""
+def read_classes(folder: Path) -> tuple[str, ...]:
+    """Return the classes of a checkpoint, if it has any; raises DamagedCheckpointError if they are not phrases."""
+    file = folder / CLASSES
     if not file.exists():
         return ()
     try:

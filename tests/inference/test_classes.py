@@ -35,7 +35,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def saved(folder: Path, classes: tuple[str, ...]) -> Path:
-    model = tiny_model()
+    model = tiny_model(points=4)  # so that all formats can store it
     model.classes = classes
     folder.mkdir()
     write_model(folder, model, ModelOnlyConfig(model.config))
@@ -118,6 +118,14 @@ def test_interpolated_models_have_them(trained: Path, tmp_path: Path) -> None:
     command = ["interpolate", str(trained), str(trained), "--output", str(tmp_path / "mix"), "--weights", "0.5"]
     main([*command, f"data.train={data}", f"data.eval={data}"])
     assert vg.Grounder(tmp_path / "mix", "cpu").classes == CLASSES
+
+
+def test_conversion_keeps_or_names_them(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["convert", str(trained), str(tmp_path / "copy"), "--to", "vg"])
+    assert vg.Grounder(tmp_path / "copy", "cpu").classes == CLASSES
+    assert "classes" not in capsys.readouterr().out
+    main(["convert", str(trained), str(tmp_path / "model.pth"), "--to", "mmdet"])
+    assert "not in the mmdet format: the classes, hot dog, dog" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ['{"dog": 1}', '["dog", 3]', '["dog", " "]', "["])
