@@ -129,7 +129,7 @@ def test_a_batch_is_a_list(grounder: vg.Grounder) -> None:
             grounder.predict_batch([np.zeros((8, 8, 3), np.uint8)], phrases)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("phrases", [[3], 3, None, b"square", ["square", b"x"]])
+@pytest.mark.parametrize("phrases", [[3], 3, [None], b"square", ["square", b"x"]])
 def test_phrases_are_text(phrases: Any, grounder: vg.Grounder) -> None:
     with pytest.raises(DataError, match="a phrase must be text, got "):
         grounder(np.zeros((8, 8, 3), np.uint8), phrases)
