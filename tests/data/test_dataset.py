@@ -83,6 +83,24 @@ def test_bad_samples_are_skipped_counted_and_warned_about_once(caplog: pytest.Lo
     assert len(source.epochs) == 3 + 3 * 5, "a bad sample is not read again"
 
 
+def test_bad_samples_of_a_mixture_are_those_of_its_datasets(caplog: pytest.LogCaptureFixture) -> None:
+    """Because an index in a mixture is another sample in another epoch."""
+    mixture = Mixture([Indices(8, frozenset({3})), Indices(4)], weights=[0.5, 1.0])
+
+    def epoch_of(data: GroundingDataset, epoch: int) -> list[str]:
+        data.begin_epoch(epoch)
+        return [data[index].id for index in range(len(data))]
+
+    data = GroundingDataset(mixture, bad_samples="skip")
+    for epoch in range(6):
+        resumed = GroundingDataset(mixture, bad_samples="skip")
+        assert epoch_of(data, epoch) == epoch_of(resumed, epoch)
+    assert len(data.bad) == 8 + 4, "more than an epoch has"
+    assert data.bad.nonzero().tolist() == [[3]]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1 + 3, "of one dataset, and of the three resumed ones whose epoch has the sample"
+
+
 def test_the_next_good_sample_is_found_without_a_list_of_all() -> None:
     data = GroundingDataset(Indices(100_000, frozenset({7})), bad_samples="skip")
     tracemalloc.start()

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from vg.data.augment import Augment
 from vg.data.collate import Collator
 from vg.data.images import decoded_once
-from vg.data.mixture import sources_of
+from vg.data.mixture import Mixture, sources_of
 from vg.data.shared_images import joined, separated
 from vg.data.source import Loaded, Source, checked, phrases_of, with_image_groups
 from vg.errors import BadSampleError, DataError
@@ -52,7 +52,8 @@ class SourceDataset(Dataset[Loaded]):
         self.skip = bad_samples == "skip"
         # Shared memory: the workers of a DataLoader write, the main process reads.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
-        self.bad = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # [samples] skipped at least once
+        length = sum(map(len, sources_of(source)))  # an epoch of a mixture may have fewer samples, or more
+        self.bad = torch.zeros(length, dtype=torch.bool).share_memory_()  # [samples] skipped at least once
         self._unreadable = torch.zeros_like(self.bad).share_memory_()  # [samples] bad in every epoch
 
     def begin_epoch(self, epoch: int) -> None:
@@ -62,21 +63,22 @@ class SourceDataset(Dataset[Loaded]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Loaded:
-        for candidate in chain(range(index, len(self)), range(index)) if self.skip else (index,):
-            if self.skip and self._unreadable[candidate]:
+        epoch = int(self._epoch)
+        if not self.skip:
+            return self._load(index, epoch)
+        for candidate in chain(range(index, len(self)), range(index)):
+            number = self.source.number(candidate, epoch) if isinstance(self.source, Mixture) else candidate
+            if self._unreadable[number]:
                 continue
             sample = None
             try:
-                sample = self._load(candidate, int(self._epoch))
-                if self.skip:
-                    self._check_text(sample)
+                sample = self._load(candidate, epoch)
+                self._check_text(sample)
                 return sample
             except BadSampleError as error:
-                if not self.skip:
-                    raise
-                self._unreadable[candidate] = sample is None  # its phrases may differ in another epoch
-                if not self.bad[candidate]:
-                    self.bad[candidate] = True
+                self._unreadable[number] = sample is None  # its phrases may differ in another epoch
+                if not self.bad[number]:
+                    self.bad[number] = True
                     logger.warning("skipped a bad sample: %s", error)
         raise DataError(f"{self.source.provenance}: every sample is bad; the warnings above name the reasons")
 

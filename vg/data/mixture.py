@@ -116,6 +116,11 @@ class Mixture(Generic[Loaded]):
         source_epoch, indices = self._pass(source_index, epoch, offset, offset + 1)
         return source_index, int(indices[0]), source_epoch
 
+    def number(self, index: int, epoch: int) -> int:
+        """Return the number of a sample among those of all sources, which is the same in every epoch."""
+        source_index, index_in_source, _ = self.locate(index, epoch)
+        return sum(map(len, self.sources[:source_index])) + index_in_source
+
     def _passes(self, epoch: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yield what `locate` returns for all samples: index and epoch of a source, indices there, [samples] int."""
         for source_index, (count, source) in enumerate(zip(self._counts, self.sources, strict=True)):
