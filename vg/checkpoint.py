@@ -3,7 +3,6 @@ training.pt if it can be resumed."""
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,11 +47,7 @@ def new_checkpoint(path: Path, is_file: bool = False) -> Iterator[Path]:
     except (OSError, SafetensorError, RuntimeError) as error:  # torch, safetensors: other types for a full disk
         if isinstance(error, RuntimeError) and TORCH_WRITER not in str(error):
             raise
-        known = isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "fix this and resume" if known else "if the disk is full, make room and resume"
-        raise CheckpointError(
-            f"could not write the checkpoint {path}: {error}\nEarlier checkpoints are untouched; {remedy}."
-        ) from error
+        raise CheckpointError(f"could not write the checkpoint {path}: {error}") from error
 
 
 def write_model(folder: Path, model: GroundingModel, config: SavedConfig) -> None:

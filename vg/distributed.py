@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import random
@@ -9,13 +10,12 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from tqdm.auto import tqdm
 
 from vg.errors import ConfigError, UserError
 
+P = ParamSpec("P")
 # Of processes for the one that downloads, checks data or draws; without it, NCCL ends the run after ten minutes.
 LONGEST_WAIT = timedelta(hours=2)
 LOGS = "TORCHELASTIC_ERROR_FILE"  # environment variable of torchrun: LOGS/attempt_0/0/error.json
@@ -171,6 +172,18 @@ def raise_on_all_processes() -> Iterator[None]:
         raise failure[0]
 
 
+def in_main_process(function: Callable[P, None]) -> Callable[P, None]:
+    """Run a function, which all processes call, in the main process only; if it fails, all processes raise."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **options: P.kwargs) -> None:
+        with raise_on_all_processes():
+            if PartialState().is_main_process:
+                function(*args, **options)
+
+    return run
+
+
 def progress_bar(accelerator: Accelerator, **options: Any) -> tqdm:
     """Return a progress bar of the main process; in a log file it prints a line every 10 seconds at most."""
     interval = 0.2 if sys.stderr.isatty() else 10.0
@@ -209,7 +222,7 @@ class StopSignal:
         self.interval = interval if accelerator.num_processes > 1 else 1
         self.received: signal.Signals | None = None
 
-    @cached_property
+    @functools.cached_property
     def _group(self) -> torch.distributed.ProcessGroup:
         """All processes, with tensors on the host: reading one from a GPU would wait for all work before it."""
         return torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)

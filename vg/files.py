@@ -51,6 +51,7 @@ def refuse_special(path: Path) -> Path:
 def locked(file: Path) -> Iterator[bool]:
     """Yield whether no other process is within this context, which ends with the process at the latest.
 
+    A second context in the same process is not refused, and the end of either is the end of both.
     Always true where there are no locks, as on Windows and some network file systems.
     """
     try:

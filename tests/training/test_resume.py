@@ -18,11 +18,12 @@ from torch import Tensor
 
 from tests.models.grounding_dino.tiny import tiny_config as tiny_grounding_dino
 from vg.checkpoint import STATE
-from vg.config import RunConfig, dump_config
+from vg.config import RunConfig, dump_config, load_config
 from vg.distributed import StopSignal
 from vg.errors import CheckpointError, UserError
 from vg.models.grounding_dino.config import DenoisingConfig
 from vg.models.rec.config import PooledHeadConfig
+from vg.training.data import training_data
 from vg.training.optim import GroupConfig
 from vg.training.trainer import Trainer
 from vg.types import Batch
@@ -471,6 +472,51 @@ def test_two_runs_at_once_in_one_folder(tiny_config: MakeConfig, tmp_path: Path)
     assert not (tmp_path / "run" / "train.lock").exists()
 
 
+BUILT = """
+import time
+from pathlib import Path
+from vg.config import load_config
+from vg.training.trainer import Trainer
+
+trainer = Trainer(load_config("config.yaml"))
+Path("waiting").touch()
+time.sleep(120)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks of files")
+def test_a_run_has_its_folder_before_the_first_step(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    config = configured(tiny_config, tmp_path / "run")
+    process = start(BUILT, config, tmp_path)
+    wait_for(tmp_path / "waiting", process)
+    before = (tmp_path / "run" / "config.yaml").stat()
+    with pytest.raises(CheckpointError, match=r"another process is training in .*run; wait for its end"):
+        Trainer(config, overwrite=True)
+    assert (tmp_path / "run" / "config.yaml").stat() == before
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    Trainer(config).fit()
+
+
+def test_a_run_that_began_while_another_one_loaded_its_data(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found an empty folder; the second one to begin must not replace the checkpoints of the first."""
+    first, second = (configured(tiny_config, tmp_path / "run", epochs=epochs) for epochs in (1, 2))
+
+    def load(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        Trainer(first).fit()
+        return training_data(*arguments)
+
+    monkeypatch.setattr("vg.training.trainer.training_data", load)
+    with pytest.raises(CheckpointError, match=r"run already contains a run \(checkpoints/step_000003\)"):
+        Trainer(second)
+    assert load_config(tmp_path / "run" / "config.yaml").train.epochs == 1
+    assert (tmp_path / "run" / "best" / "validation.json").exists()
+    assert not (tmp_path / "run" / "train.lock").exists()
+
+
 SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"]
 
 
@@ -658,6 +704,9 @@ def test_folders_that_a_crash_left_as_old_are_restored(tiny_config: MakeConfig, 
     for name in ("best", "checkpoints/step_000006"):
         (tmp_path / "run" / name).rename(tmp_path / "run" / f"{name}.old")
         (tmp_path / "run" / f"{name}.partial").mkdir()
+    (tmp_path / "run" / "notes.old").write_text("of the user")
     resumed = Trainer(config, resume=True)
     assert resumed.progress.step == 6
     assert resumed.fit() == results
+    left = [path.name for path in (tmp_path / "run").rglob("*") if path.suffix in (".old", ".partial")]
+    assert left == ["notes.old"]

@@ -126,6 +126,26 @@ def test_a_resumed_run_is_the_same(
         assert all(weights[0][key].equal(weights[1][key]) for key in weights[0])
 
 
+def test_a_run_that_is_killed_after_the_correction_keeps_it(
+    tiny_config: MakeConfig, clock: SimpleNamespace, tmp_path: Path
+) -> None:
+    """Although the checkpoint of the first evaluation, whose time is part of the correction, is written before it."""
+    config = tiny_config(train={"minutes": 3, "eval_every": 40, "output": str(tmp_path / "run")})
+    killed = timed(Trainer(config), clock, 2.0, 4.0, 2.0)
+
+    def kill() -> bool:
+        if killed.progress.step == 60:
+            raise SystemExit
+        return False
+
+    killed.stop.requested = kill  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        killed.fit()
+    resumed = Trainer(config, resume=True)
+    assert resumed.progress.step == 40
+    assert resumed.num_steps == killed.num_steps
+
+
 def test_a_limit_also_applies_to_a_resumed_run(tiny_config: MakeConfig, clock: SimpleNamespace, tmp_path: Path) -> None:
     train = {"minutes": 3, "eval_every": 1000, "output": str(tmp_path / "run")}
     interrupted = timed(Trainer(tiny_config(train=train)), clock, 2.0, 4.0, 2.0)

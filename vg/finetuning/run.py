@@ -122,7 +122,7 @@ def report(trainer: Trainer, after: Mapping[str, Any], model: GroundingModel) ->
         model: the best checkpoint.
     """
     folder = trainer.folder
-    before = next((row for row in folder.rows() if row["step"] == 0 and "loss" not in row), {})
+    before = next((row for row in folder.history.rows() if row["step"] == 0 and "loss" not in row), {})
     table = comparison(before, after)
     write_bytes(folder.path / COMPARISON, f"{table}\n".encode())
     draw_samples(model, trainer.config.data, folder.path / PREDICTIONS, trainer.evaluator.datasets[0].data)

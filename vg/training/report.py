@@ -90,7 +90,7 @@ class Report:
         trainer = self.trainer
         if not trainer.accelerator.is_main_process:
             return
-        step, rows = trainer.progress.step, trainer.folder.rows()
+        step, rows = trainer.progress.step, trainer.folder.history.rows()
         line = f"step {step:,} (epoch {step / trainer.steps_per_epoch:.3g}): "
         line += trainer.evaluator.in_one_line(result.flat_metrics()) + " (best so far)" * improved
         earlier = [row for row in rows if row["step"] < step]
@@ -114,7 +114,7 @@ class Report:
 
     def _plot(self) -> None:
         folder = self.trainer.folder
-        if self.trainer.accelerator.is_main_process and (rows := folder.rows()):
+        if self.trainer.accelerator.is_main_process and (rows := folder.history.rows()):
             curves(rows, folder.path / CURVES)
 
     def end(self, best: Mapping[str, Any]) -> None:
@@ -127,9 +127,10 @@ class Report:
         if not trainer.accelerator.is_main_process:
             return
         folder = trainer.folder.path
-        table = epoch_table(trainer.folder.rows(), trainer.steps_per_epoch)
+        rows = trainer.folder.history.rows()
+        table = epoch_table(rows, trainer.steps_per_epoch)
         metric = trainer.evaluator.best_metric
-        gain = last_gain([row[metric] for row in trainer.folder.rows() if metric in row])
+        gain = last_gain([row[metric] for row in rows if metric in row])
         lines = [
             *([table] if table else []),
             f"best: step {best['step']:,}, {trainer.evaluator.in_one_line(best)}",

@@ -20,8 +20,6 @@ runs/demo/
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -36,11 +34,12 @@ from accelerate.utils import gather_object
 
 from vg.checkpoint import SHARDS, TRAINING, VALIDATION, new_checkpoint
 from vg.config import RunConfig, dump_config
-from vg.distributed import launches, raise_on_all_processes
+from vg.distributed import in_main_process, launches, raise_on_all_processes
 from vg.errors import CheckpointError, DamagedCheckpointError, TrainingError
-from vg.files import locked, read_json, read_text, remove, sync, write_bytes, write_json
+from vg.files import locked, read_json, remove, write_bytes, write_json
 from vg.models.saved import CONFIG, WEIGHTS
 from vg.settings import changes, parse_yaml, read_yaml
+from vg.training.history import History
 
 T = TypeVar("T")
 
@@ -49,6 +48,7 @@ logger = logging.getLogger(__name__)
 EPOCHS, CURVES = "epochs.md", "curves.png"
 LAUNCH, LOCK = "launch.json", "train.lock"
 CHECKPOINTS = ("best", "checkpoints", "interpolated")
+WRITTEN = ("best", "interpolated", "checkpoints/step_*")  # patterns of what `vg.files.replacing` writes
 EVALUATIONS = "eval"  # folder for the results of `vg eval`
 RESULTS = (  # patterns of files beside the checkpoints, which are about their weights
     *("metrics.json", "predictions.png", "detections.json", "detections_*.json", "benchmark.json", "benchmark.html"),
@@ -79,18 +79,6 @@ def refuse_run(folder: Path) -> None:
         )
 
 
-def in_main_process(method: Callable[..., None]) -> Callable[..., None]:
-    """Run a method of RunFolder in the main process only; if it fails, all processes raise."""
-
-    @functools.wraps(method)
-    def run(self: RunFolder, *args: Any) -> None:
-        with raise_on_all_processes():
-            if self.accelerator.is_main_process:
-                method(self, *args)
-
-    return run
-
-
 class RunFolder:
     """Files of a run; all processes call the methods, the main process writes.
 
@@ -107,28 +95,50 @@ class RunFolder:
     def __init__(self, config: RunConfig, accelerator: Accelerator, resume: bool, overwrite: bool):
         self.path = Path(config.train.output)
         self.best = self.path / "best"
-        self.history = self.path / "history.jsonl"
+        self.history = History(self.path / "history.jsonl")
         self.config = config
         self.accelerator = accelerator
         self.launches = launches()
-        with self.in_use():
+        self.lock = ExitStack()  # see `claim`
+        with self._locked():
             self._recover()
         before = self._begun_by()
         is_restart = any(attempt > before.get(launch, attempt) for launch, attempt in self.launches.items())
         self.resume = resume or (is_restart and bool(self.checkpoints()))
-        if resume and not self.checkpoints():
+        self.replaces = overwrite or is_restart
+        self._check()
+
+    @in_main_process
+    def _check(self) -> None:
+        """Raise CheckpointError if the folder has no checkpoint to resume, or another run that is not replaced."""
+        if self.resume and not self.checkpoints():
             again = "start again with --overwrite" if self.path.exists() else "start without --resume"
             raise CheckpointError(f"nothing to resume: no checkpoint in {self.path / 'checkpoints'}; {again}")
-        if not (resume or overwrite or is_restart):
+        if not (self.resume or self.replaces):
             refuse_run(self.path)
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def claim(self) -> Iterator[None]:
+        """Create the folder and lock it, until `lock` is closed, or to the end of the context if that raises.
+
+        Raises:
+            CheckpointError: another process is training in the folder, or has done so since the constructor looked.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._locked(create=True))
+            self._check()
+            yield
+            self.lock = stack.pop_all()
+
+    @contextmanager
+    def _locked(self, create: bool = False) -> Iterator[None]:
         """Refuse other runs in the folder within the context; raises CheckpointError if there is one already."""
+        is_main = self.accelerator.is_main_process
         with ExitStack() as stack:
             with raise_on_all_processes():
-                locks = self.accelerator.is_main_process and self.path.is_dir()
-                if locks and not stack.enter_context(locked(self.path / LOCK)):
+                if is_main and create:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                if is_main and self.path.is_dir() and not stack.enter_context(locked(self.path / LOCK)):
                     raise CheckpointError(
                         f"another process is training in {self.path}; wait for its end, or choose another train.output"
                     )
@@ -137,9 +147,13 @@ class RunFolder:
     @in_main_process
     def _recover(self) -> None:
         """Restore folders that a crash between the two renames of `vg.files.replacing` left as *.old."""
-        for old in [*self.path.glob("*.old"), *self.path.glob("checkpoints/*.old")]:
+        for old in self._left(".old"):
             if not old.with_suffix("").exists():
                 old.rename(old.with_suffix(""))
+
+    def _left(self, *suffixes: str) -> list[Path]:
+        """Return the unfinished or outdated folders that a crash left."""
+        return [path for name in WRITTEN for suffix in suffixes for path in self.path.glob(name + suffix)]
 
     def _begun_by(self) -> dict[str, int]:
         """The launches of the processes that began or resumed the run in the folder, and their number of restarts."""
@@ -148,15 +162,15 @@ class RunFolder:
 
     @in_main_process
     def begin(self) -> None:
-        """Create the folder and write the configuration; remove an earlier run unless it is resumed."""
+        """Write the configuration into the claimed folder; remove an earlier run unless it is resumed."""
         if not self.resume:
             replaced = bool(checkpoints_of(self.path))  # then its evaluations are of weights that are removed
             for name in (*CHECKPOINTS, *[EVALUATIONS] * replaced, "logs/vg"):  # trackers log under the project name vg
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            for pattern in (self.history.name, EPOCHS, CURVES, LAUNCH, *RESULTS * replaced):
+            for pattern in (self.history.file.name, EPOCHS, CURVES, LAUNCH, *RESULTS * replaced):
                 for file in self.path.glob(pattern):
                     file.unlink()
-        for leftover in [*self.path.glob("checkpoints/*.partial"), *self.path.glob("checkpoints/*.old")]:  # of a crash
+        for leftover in self._left(".partial", ".old"):
             remove(leftover)
         for folder in {*self.path.glob("checkpoints/step_*[0-9]")}.difference(self.checkpoints()):
             logger.warning("%s is ignored: %s or %s is missing", folder, WEIGHTS, TRAINING)
@@ -176,6 +190,9 @@ class RunFolder:
             logger.warning("%s is missing or damaged, and is written again", self.path / CONFIG)
         elif found := [f"{name}: {old} before, {new} now" for name, old, new in changes(before, now)]:
             logger.warning("the run continues with other settings (%s)", "; ".join(found))
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step_{step:06d}"
 
     def checkpoints(self) -> list[Path]:
         return resumable_checkpoints(self.path)
@@ -222,17 +239,23 @@ class RunFolder:
         Args:
             write: called by the main process.
             write_shards: called by all processes, before it, with a folder that becomes SHARDS of the checkpoint.
+
+        Raises:
+            CheckpointError: in all processes, if the disk is full or cannot be written to.
         """
-        shards = None
-        if write_shards is not None:
-            shards = folder.with_name(f"{folder.name}.shards.partial")
-            self._clear(shards)
-            try:
+        shards = folder.with_name(f"{folder.name}.shards.partial") if write_shards else None
+        try:
+            if write_shards and shards:
+                self._clear(shards)
                 write_shards(shards)
-            except CheckpointError:  # in all processes; the disk may be full
+            self._save(folder, write, results, shards)
+        except CheckpointError as error:
+            if shards:
                 self._remove(shards)
-                raise
-        self._save(folder, write, results, shards)
+            again = "resume" if self.checkpoints() else "start again with --overwrite"
+            raise CheckpointError(
+                f"{error}\nEarlier checkpoints are untouched; fix this, or make room if the disk is full, and {again}."
+            ) from error
 
     @in_main_process
     def _clear(self, folder: Path) -> None:
@@ -250,8 +273,7 @@ class RunFolder:
         self, folder: Path, write: Callable[[Path], None], results: dict[str, Any] | None, shards: Path | None
     ) -> None:
         self._check_exists()
-        if self.history.exists():
-            sync(self.history)  # a resumed run continues it
+        self.history.sync()  # a resumed run continues it
         with new_checkpoint(folder) as partial:
             if shards is not None:
                 shards.rename(partial / SHARDS)
@@ -269,20 +291,15 @@ class RunFolder:
         sections = asdict(self.config).items()
         flat = {f"{section}.{key}": str(value) for section, values in sections for key, value in values.items()}
         self.accelerator.init_trackers("vg", flat, {"tensorboard": {"purge_step": step}} if step else {})
-        for row in self.rows() if step else ():
+        for row in self.history.rows() if step else ():
             if row["step"] == step:
                 self.accelerator.log({key: value for key, value in row.items() if key != "step"}, step)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append a row to the history, such as {"step": 20, "loss": 1.2, "loss/l1": 0.4, "lr": 1e-4}.
-
-        Keys of evaluations are those of vg.evaluation.results.EvaluationResult.flat_metrics. Only the main process
-        appends, see `raise_on_all_processes`.
-        """
+        """Append a row to the history; only the main process does, see `raise_on_all_processes`."""
         if self.accelerator.is_main_process:
             self._check_exists()
-            with self.history.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self.history.append(row)
 
     def _check_exists(self) -> None:
         if not self.path.exists():
@@ -290,27 +307,7 @@ class RunFolder:
                 f"the folder of this run, {self.path}, was removed during training: nothing can be saved"
             )
 
-    def rows(self) -> list[dict[str, Any]]:
-        if not self.history.exists():
-            return []
-        lines = read_text(self.history).splitlines(keepends=True)
-        rows = []
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith("\n"):  # a crash may truncate the last one
-                continue
-            try:
-                rows.append({**json.loads(line)})
-                int(rows[-1]["step"])
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise CheckpointError(f"{self.history}, line {number}: not a row of a history; remove it") from error
-        return rows
-
     @in_main_process
     def cut_history(self, step: int, evaluated: bool, logged: bool) -> None:
-        """Remove the rows that a resumed run logs again: those after a step, and those of the step itself.
-
-        Its evaluation is kept if it is `evaluated`, its loss if that is `logged`.
-        """
-        rows = [row for row in self.rows() if row["step"] <= step]
-        rows = [row for row in rows if row["step"] < step or (logged if "loss" in row else evaluated)]
-        write_bytes(self.history, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        """Remove the rows that a resumed run logs again, see `vg.training.history.History.cut`."""
+        self.history.cut(step, evaluated, logged)

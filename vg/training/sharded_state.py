@@ -49,8 +49,7 @@ def write_shards(shards: Mapping[str, DTensor], folder: Path) -> None:
     except CheckpointException as error:
         rank, failure = next(iter(error.failures.items()))
         raise CheckpointError(
-            f"process {rank} could not write its shard of the checkpoint to {folder}: {failure[0]}\nEarlier "
-            "checkpoints are untouched; if the disk is full, make room and resume."
+            f"process {rank} could not write its shard of the checkpoint to {folder}: {failure[0]}"
         ) from error
 
 

@@ -96,10 +96,11 @@ class Trainer:
         interval = min(STOP_INTERVAL, config.train.log_every)
         self.stop = StopSignal(self.accelerator, interval, config.train.preemption_signal)
         self.losses = LossLog(self.accelerator)
-        if self.folder.resume:
-            self.restore()
-        self.budget = TimeBudget(self)
-        self.folder.begin()  # last, because it replaces the configuration and removes an overwritten run
+        with self.folder.claim():  # until the end of `fit`
+            if self.folder.resume:
+                self.restore()
+            self.budget = TimeBudget(self)
+            self.folder.begin()  # last, because it replaces the configuration and removes an overwritten run
         self.report = Report(self)
 
     def fit(self) -> dict[str, Any]:
@@ -114,7 +115,7 @@ class Trainer:
         self.model.train()
         self.report.begin()
         with (
-            self.folder.in_use(),
+            self.folder.lock,
             self.stop.listening(),
             progress_bar(self.accelerator, total=self.budget.total, initial=self.progress.step, desc="train") as bar,
             self.report.plotting(),
@@ -209,8 +210,7 @@ class Trainer:
         """Write a resumable checkpoint, which can also be loaded as a model."""
         extra = {"unlogged": self.losses.state(), "data": self.data.state(), "digests": self.digests.state()}
         extra |= {"schedule": self.schedule.state_dict(), "progress": asdict(self.progress)}
-        path = self.folder.path / "checkpoints" / f"step_{self.progress.step:06d}"
-        self.folder.save(path, **self.state.snapshot(extra))
+        self.folder.save(self.folder.checkpoint(self.progress.step), **self.state.snapshot(extra))
 
     def restore(self) -> None:
         """Load the newest checkpoint; training continues bit for bit, or with other processes up to rounding."""
@@ -258,7 +258,7 @@ class Trainer:
 
     def _after_step(self, bar: tqdm) -> bool:
         """Log, evaluate and save if due; return whether the run ends here."""
-        config, step = self.config.train, self.progress.step
+        config, step, planned = self.config.train, self.progress.step, self.progress.fitted_steps
         last = step >= self.num_steps
         stop = (last or step % self.stop.interval == 0) and self.stop.requested()
         finished = stop or last
@@ -280,11 +280,11 @@ class Trainer:
                 save_due = finished = True
             if save_due:
                 self.save()
-        # The end of `pause` may reduce `self.num_steps`: the evaluation took the rest of `train.minutes`.
-        out_of_time = not finished and step >= self.num_steps
-        if out_of_time:
+        # The end of `pause` corrects the number of steps, perhaps to this one; a resumed run would not correct it.
+        finished = finished or step >= self.num_steps
+        if self.progress.fitted_steps != planned and (save_due or finished):
             self.save()
-        return finished or out_of_time
+        return finished
 
     def _log_losses(self, bar: tqdm, log: bool) -> None:
         """Check that all losses since the last log entry are finite, and log their mean."""
