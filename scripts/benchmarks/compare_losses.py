@@ -122,7 +122,7 @@ def loss_of_transformers(output: Output, batch: Batch) -> Tensor:
 def batches(model: GroundingDino, config: RunConfig) -> Iterator[Batch]:
     """Yield batches, epoch after epoch, without end."""
     data = GroundingDataset(config.data.train.build(), seed=config.train.seed)
-    sampler = EpochSampler(data, config.train.seed)
+    sampler = EpochSampler(data.source, config.train.seed)
     collate = Collator(model.image_spec, model.text_spec, one_prompt=True)
     loader = DataLoader(data, config.data.batch_size, sampler=sampler, collate_fn=collate, drop_last=True)
     for epoch in count():

@@ -25,11 +25,12 @@ from vg.data.dataset import RunDataset
 from vg.data.detection.coco import CocoConfig
 from vg.data.mirror import mirrored
 from vg.data.samplers import ImageGroupedSampler
+from vg.data.source import Provenance, Source
 from vg.datasets import evaluation_dataset, training_dataset
 from vg.errors import BadSampleError, CacheError, DataError
 from vg.training.data import training_sampler
 from vg.training.trainer import Trainer
-from vg.types import EncodedSample
+from vg.types import EncodedSample, Sample
 
 BUILD = (
     "from vg.cache.build import build_cache; from vg.config import load_config; build_cache(load_config('config.yaml'))"
@@ -146,13 +147,16 @@ def test_sharing_images_in_a_batch_does_not_change_the_gradients(folder: Path) -
     torch.testing.assert_close(gradients([batch]), gradients(single), rtol=1e-3, atol=1e-6)
 
 
-class GroupedByImage:
+class GroupedByImage(Source):
     """Seven samples of a first image, one of a second, four of a third."""
 
-    provenance = None
+    provenance = Provenance("grouped", "train")
 
     def __len__(self) -> int:
         return 12
+
+    def load(self, index: int, epoch: int) -> Sample:
+        raise NotImplementedError
 
     def image_groups(self, epoch: int) -> np.ndarray:
         return np.array([0, 0, 2, 0, 1, 2, 0, 0, 2, 0, 0, 2])

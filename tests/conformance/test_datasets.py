@@ -15,17 +15,7 @@ from pydantic import TypeAdapter
 from vg.data import DatasetConfig
 from vg.data.check import diagnose, to_json, to_text
 from vg.data.mixture import Mixture
-from vg.data.source import (
-    HasCategoryIds,
-    HasFingerprint,
-    HasImageFiles,
-    HasImageGroups,
-    HasImageKeys,
-    HasImageSizes,
-    Source,
-    Task,
-    checked,
-)
+from vg.data.source import Source, Task, checked
 from vg.errors import DataError
 from vg.types import Sample
 
@@ -102,24 +92,23 @@ def test_provenance_is_filled(source: Source) -> None:
         assert all(len(sample.phrases) == 1 and len(sample.boxes) <= 1 for sample in load_all(source))
 
 
-def test_optional_abilities_agree_with_the_samples(config: Any, source: Source) -> None:
+def test_optional_members_agree_with_the_samples(config: Any, source: Source) -> None:
     samples = load_all(source)
-    if isinstance(source, HasImageSizes):
-        assert source.image_sizes(0).tolist() == [list(sample.image.shape[:2]) for sample in samples]
-    for ability, values in ((HasImageKeys, "image_keys"), (HasImageGroups, "image_groups")):
-        if not isinstance(source, ability):
+    assert isinstance(source, Source), "its base class has the members that it does not implement"
+    if (sizes := source.image_sizes(0)) is not None:
+        assert sizes.tolist() == [list(sample.image.shape[:2]) for sample in samples]
+    for keys in (source.image_keys(), source.image_groups(0)):
+        if keys is None:
             continue
-        keys = list(source.image_keys() if values == "image_keys" else source.image_groups(0))
         assert len(keys) == len(samples)
         for key in set(keys):
             images = [sample.image for sample, other in zip(samples, keys, strict=True) if other == key]
             assert all(np.array_equal(image, images[0]) for image in images)
-    if isinstance(source, HasImageFiles):
+    if type(source).image_files is not Source.image_files:
         assert [file is not None and file.is_file() for file in source.image_files()] == [True] * len(samples)
-        assert isinstance(source, HasFingerprint), "vg shard and feature caches cannot notice changed annotations"
-    if isinstance(source, HasFingerprint):
-        assert source.fingerprint() == config.build().fingerprint()
-    if isinstance(source, HasCategoryIds):
+        assert source.fingerprint(), "vg shard and feature caches cannot notice changed annotations"
+    assert source.fingerprint() == config.build().fingerprint()
+    if source.category_ids is not None:
         assert {phrase for sample in samples for phrase in sample.phrases} <= source.category_ids.keys()
 
 

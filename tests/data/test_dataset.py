@@ -18,7 +18,7 @@ from vg.data.collate import Collator
 from vg.data.dataset import GroundingDataset
 from vg.data.mixture import Mixture
 from vg.data.samplers import AspectRatioGroupedSampler, EpochSampler
-from vg.data.source import Provenance
+from vg.data.source import Provenance, Source
 from vg.data.subset import Subset
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import BadSampleError, DataError
@@ -28,7 +28,7 @@ from vg.types import Sample, StretchedImage, TextSpec
 
 
 @dataclass
-class Indices:
+class Indices(Source[Sample]):
     """Samples whose pixels and ids are their index; some are unusable."""
 
     length: int
@@ -226,7 +226,7 @@ def test_persistent_workers_get_the_next_epoch() -> None:
 
 
 def test_epoch_sampler() -> None:
-    sampler = EpochSampler(range(50), seed=1)
+    sampler = EpochSampler(Indices(50), seed=1)
     orders = []
     for epoch in range(3):
         sampler.begin_epoch(epoch)
@@ -235,7 +235,7 @@ def test_epoch_sampler() -> None:
         torch.rand(3)  # the global generator has no effect
         assert list(sampler) == orders[-1]
     assert len({tuple(order) for order in orders}) == 3
-    other = EpochSampler(range(50), seed=2)
+    other = EpochSampler(Indices(50), seed=2)
     assert list(other) != orders[0]
     assert len(other) == 50
 
@@ -284,8 +284,20 @@ def test_the_incomplete_group_is_last_and_unbiased() -> None:
 
 
 def test_aspect_ratio_grouping_needs_image_sizes() -> None:
-    with pytest.raises(DataError, match="indices provides no image sizes"):
-        AspectRatioGroupedSampler(Indices(5), seed=0, group_size=2)
+    for source in (Indices(5), Subset(Indices(5), np.arange(3)), Mixture([Shaped(5), Indices(5)])):
+        with pytest.raises(DataError, match="indices provides no image sizes"):
+            AspectRatioGroupedSampler(source, seed=0, group_size=2)
+
+
+def test_what_a_source_does_not_implement_is_unknown() -> None:
+    for source in (Indices(5), Subset(Indices(9), np.arange(5))):
+        assert source.image_sizes(0) is source.image_groups(0) is source.image_keys() is source.fingerprint() is None
+        assert source.category_ids is source.num_classes is source.image_bytes(0) is None
+        assert source.image_files() == [None] * 5
+        assert source.shard_ends().tolist() == [5]
+        assert [*source.sample_phrases(), *source.damaged_files()] == []
+    with pytest.raises(TypeError, match="abstract method"):
+        Source()
 
 
 def test_batches_of_all_processes_have_one_shape() -> None:

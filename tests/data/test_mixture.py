@@ -17,14 +17,14 @@ from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.mixture import Mixture, MixtureConfig
 from vg.data.overlap import without_overlap
 from vg.data.refcoco.source import RefcocoConfig
-from vg.data.source import HasImageSizes, Provenance, checked
+from vg.data.source import Provenance, Source, checked
 from vg.data.subset import Subset
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.errors import BadSampleError, ConfigError, DataError
 from vg.types import Sample
 
 
-class Indices:
+class Indices(Source[Sample]):
     """Samples whose ids are their index and the epoch for which they were loaded."""
 
     def __init__(self, name: str, length: int, keys: list[str] | None = None):
@@ -98,7 +98,6 @@ def test_an_epoch_depends_on_its_index_only():
 
 def test_image_sizes_follow_the_samples():
     mixture = Mixture([Indices("a", 10), Indices("b", 4)], [0.5, 2])
-    assert isinstance(mixture, HasImageSizes)
     for epoch in (0, 3):
         indices = [int(id.split("/")[2].split("@")[0]) for id in ids(mixture, epoch)]
         assert mixture.image_sizes(epoch)[:, 0].tolist() == indices

@@ -13,11 +13,12 @@ from vg.data import samplers
 from vg.data.mixture import Mixture
 from vg.data.order import BlockOrder
 from vg.data.samplers import AspectRatioGroupedSampler, EpochSampler, ImageGroupedSampler
-from vg.data.source import Provenance, shard_ends
+from vg.data.source import Provenance, Source
 from vg.data.subset import Subset
+from vg.types import Sample
 
 
-class Plain:
+class Plain(Source[Sample]):
     """A source without shards; several samples share an image."""
 
     def __init__(self, length: int, groups: int = 4) -> None:
@@ -27,6 +28,9 @@ class Plain:
 
     def __len__(self) -> int:
         return self.length
+
+    def load(self, index: int, epoch: int) -> Sample:
+        raise NotImplementedError
 
     def image_sizes(self, epoch: int) -> np.ndarray:
         index = np.arange(self.length)
@@ -55,7 +59,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samplers, "BLOCK", 3)
 
 
-def every_sampler(source: Plain) -> list[EpochSampler]:
+def every_sampler(source: Source) -> list[EpochSampler]:
     return [EpochSampler(source, 1), ImageGroupedSampler(source, 1, 2), AspectRatioGroupedSampler(source, 1, 4)]
 
 
@@ -69,7 +73,7 @@ def test_orders_without_shards_do_not_change_with_the_code() -> None:
     ]
     for source, by_image in zip((plain, mixture), images, strict=True):
         found = []
-        for sampler in every_sampler(source):  # type: ignore[arg-type]
+        for sampler in every_sampler(source):
             sampler.begin_epoch(3)
             found.append(list(sampler))
         assert found[0] == [8, 13, 12, 4, 11, 17, 10, 5, 21, 19, 18, 2, 15, 7, 6, 14, 16, 20, 1, 9, 3, 0]
@@ -90,7 +94,7 @@ def test_image_sizes_are_those_of_the_images_that_are_loaded() -> None:
             return super().image_sizes(epoch) + epoch
 
     sources = [Views(9), Views(5)]
-    mixture = Mixture(sources, [0.7, 1.6])  # type: ignore[list-item]
+    mixture = Mixture(sources, [0.7, 1.6])
     located = [mixture.locate(index, 3) for index in range(len(mixture))]
     sizes = [sources[number].image_sizes(epoch)[index].tolist() for number, index, epoch in located]
     assert mixture.image_sizes(3).tolist() == sizes
@@ -118,8 +122,8 @@ def test_a_block_has_the_samples_of_a_few_shards() -> None:
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("is_mixture", [False, True])
 def test_an_order_can_start_and_stop_anywhere(number: int, is_mixture: bool) -> None:
-    source = Mixture([Sharded(SIZES), Plain(20)], [1.5, 1]) if is_mixture else Sharded(SIZES)  # type: ignore[list-item]
-    sampler = every_sampler(source)[number]  # type: ignore[arg-type]
+    source = Mixture([Sharded(SIZES), Plain(20)], [1.5, 1]) if is_mixture else Sharded(SIZES)
+    sampler = every_sampler(source)[number]
     for epoch in range(2):
         sampler.begin_epoch(epoch)
         whole = list(sampler)
@@ -152,7 +156,7 @@ def test_images_of_a_block_are_grouped() -> None:
 def test_a_partial_pass_reads_few_shards() -> None:
     """A tenth of the samples is a tenth of the shards, and another one in the next epoch."""
     source = Sharded([10] * 50)
-    mixture = Mixture([source], [0.1])  # type: ignore[list-item]
+    mixture = Mixture([source], [0.1])
     shards, seen = [], []
     for epoch in range(10):
         indices = [mixture.locate(index, epoch)[1] for index in range(len(mixture))]
@@ -167,17 +171,17 @@ def test_a_partial_pass_reads_few_shards() -> None:
 def test_shards_of_sources_that_consist_of_others() -> None:
     sharded = Sharded(SIZES)
     kept = np.flatnonzero(np.arange(45) % 3 != 0)
-    subset = Subset(sharded, kept)  # type: ignore[arg-type]
+    subset = Subset(sharded, kept)
     bounds = [0, *subset.shard_ends().tolist()]
     shards = np.repeat(np.arange(len(SIZES)), SIZES)[kept]
     assert [shards[a:b].tolist() for a, b in itertools.pairwise(bounds)] == [
         shards[shards == shard].tolist() for shard in range(len(SIZES))
     ]
-    plain = Subset(Plain(30), np.arange(20))  # type: ignore[arg-type]
-    assert shard_ends(plain).tolist() == [20]
+    plain = Subset(Plain(30), np.arange(20))
+    assert plain.shard_ends().tolist() == [20]
     assert Mixture([plain] * 20).shard_ends().tolist() == [400]
     # Shards of both passes, and ranges of their mean length, ceil(45 / 11) = 5, of the rest and of the source without.
-    mixture = Mixture([sharded, Plain(12)], [2.2, 1])  # type: ignore[list-item]
+    mixture = Mixture([sharded, Plain(12)], [2.2, 1])
     ends = np.cumsum(SIZES)
     assert mixture.shard_ends().tolist() == [*ends, *(ends + 45), 95, 99, 104, 109, 111]
 

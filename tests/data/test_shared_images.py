@@ -16,7 +16,7 @@ from vg.data import images
 from vg.data.dataset import GroundingDataset
 from vg.data.samplers import ImageGroupedSampler
 from vg.data.shared_images import joined, separated
-from vg.data.source import with_image_groups
+from vg.data.source import image_groups_of
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.datasets import evaluation_dataset, training_dataset
 from vg.errors import ConfigError, DataError
@@ -95,7 +95,7 @@ def test_an_evaluation_encodes_an_image_once_per_batch(folder: Path) -> None:
     model = config.model.build().eval()
     data = evaluation_dataset(config.data.train, config.data, model)
     separate = GroundingDataset(data.source, collate=data.collate)
-    images_of = with_image_groups(data.source).image_groups(0)
+    images_of = image_groups_of(data.source, 0)
     for indices in (range(6), range(6, 15)):
         shared, single = (
             dataset.collate(dataset.__getitems__(indices)).to("cpu") for dataset in (data, separate) if dataset.collate

@@ -26,7 +26,7 @@ Step = list[list[str]]  # ids of the samples of each batch of an optimizer step,
 
 
 @dataclass
-class Scenes:
+class Scenes(Source[Sample]):
     """Samples with images of different sizes; several share one."""
 
     name: str

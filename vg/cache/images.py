@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vg.data.source import HasImageFiles, HasImageKeys, Source
+from vg.data.source import Source
 from vg.files import sha256_of
 
 NO_FILE = [-1, -1, -1]  # identity of an image that is not a file
@@ -30,8 +30,7 @@ def image_indices(source: Source, keys: Sequence[str] | None = None) -> np.ndarr
     Args:
         keys: the image keys of the source, if they are known already.
     """
-    if keys is None and isinstance(source, HasImageKeys):
-        keys = source.image_keys()
+    keys = source.image_keys() if keys is None else keys
     if keys is None:
         return np.arange(len(source))
     indices: dict[str, int] = {}
@@ -41,8 +40,6 @@ def image_indices(source: Source, keys: Sequence[str] | None = None) -> np.ndarr
 def files_of(source: Source, images: np.ndarray) -> list[Path | None]:
     """Return the file of each image, None if it is not one; `images` [samples] as by image_indices."""
     first = np.unique(images, return_index=True)[1].tolist()  # [images] a sample of each
-    if not isinstance(source, HasImageFiles):
-        return [None] * len(first)
     files = source.image_files()
     return [files[sample] for sample in first]
 

@@ -19,7 +19,7 @@ from vg.cache.format import FORMAT, INDEX, KEY, CacheFolder, read_index
 from vg.cache.images import changed_images, files_of, image_indices
 from vg.cache.settings import CacheConfig
 from vg.data.mixture import OneDatasetConfig
-from vg.data.source import HasFingerprint, HasImageKeys, Source
+from vg.data.source import Source
 from vg.errors import CacheError, ConfigError
 from vg.files import read_json
 from vg.models.base import EncodableModel, GroundingModel
@@ -45,14 +45,14 @@ def cache_folder(
 
     The key must not change with names in the code: an entry that is renamed makes all existing caches stale.
     """
-    image_keys = list(source.image_keys()) if isinstance(source, HasImageKeys) else None
+    image_keys = source.image_keys()
     images = image_indices(source, image_keys)  # [samples]
     key: dict[str, Any] = {
         "data": source.provenance.data,
         "split": source.provenance.split,
         "settings": asdict(settings),
         "samples": len(source),
-        "annotations": source.fingerprint() if isinstance(source, HasFingerprint) else None,
+        "annotations": source.fingerprint(),
         "image_keys": None if image_keys is None else _digest(image_keys),  # paths, as far as they are not COCO ids
         "image_groups": hashlib.sha256(images.astype("<i8").tobytes()).hexdigest(),  # which samples share one
         "views": list(views),

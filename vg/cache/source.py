@@ -20,7 +20,7 @@ from vg.cache.format import TEXT_ENTRIES, VERIFIED, CacheFolder, read_file, read
 from vg.cache.images import changed_images
 from vg.cache.key import check_complete
 from vg.data.prompt import Expressions
-from vg.data.source import HasImageKeys, Source, phrases_of
+from vg.data.source import Source
 from vg.errors import BadSampleError, CacheError
 from vg.models.base import largest_grid
 from vg.types import EncodedBatch, EncodedSample, Features, Sample, Target, Text
@@ -28,8 +28,8 @@ from vg.types import EncodedBatch, EncodedSample, Features, Sample, Target, Text
 logger = logging.getLogger(__name__)
 
 
-class CachedSource:
-    """The samples of a source with features from its cache, as a vg.data.source.Source[EncodedSample].
+class CachedSource(Source[EncodedSample]):
+    """The samples of a source with features from its cache.
 
     The view of an image is a function of (seed, epoch, image), so all samples of an image have the same view.
 
@@ -165,15 +165,12 @@ class CachedSource:
         views = np.array([self._view(image, epoch) for image in range(self.folder.num_images)])
         return self.index["sizes"][images, views[images]]
 
-    def image_keys(self) -> list[str]:
-        """Return the keys of the source; if it has none, all are different."""
-        if isinstance(self.source, HasImageKeys):
-            return self.source.image_keys()
-        return [f"{self.folder.path}/{index}" for index in range(len(self))]
+    def image_keys(self) -> list[str] | None:
+        return self.source.image_keys()
 
     def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
         """Return the phrases of the source; in a flipped view, "left" and "right" are swapped."""
-        return phrases_of(self.source)
+        return self.source.sample_phrases()
 
     def _view(self, image: int, epoch: int) -> int:
         return _drawn_view(self.seed, epoch, image, self.folder.num_views)

@@ -18,7 +18,7 @@ from vg.data.collate import Collator
 from vg.data.images import decoded_once
 from vg.data.mixture import Mixture, sources_of
 from vg.data.shared_images import joined, separated
-from vg.data.source import Loaded, Source, checked, phrases_of, with_image_groups
+from vg.data.source import Loaded, Source, checked, image_groups_of
 from vg.errors import BadSampleError, DataError
 from vg.types import Batch, EncodedBatch, EncodedSample, Sample
 
@@ -94,10 +94,11 @@ class GroundingDataset(SourceDataset[Sample]):
 
     Args:
         share_images: give samples of one image in a batch the same array, which the collator passes on once. With
-            augmentation, consecutive samples share it, and the source must implement HasImageGroups.
+            augmentation, consecutive samples share it, and the source must have `image_groups`.
 
     Raises:
-        BadSampleError: phrases that the source knows without images (HasPhrases) exceed the token limit of the model.
+        BadSampleError: phrases that the source lists (`sample_phrases`) exceed the token limit of the model.
+        DataError: see `share_images`.
     """
 
     def __init__(
@@ -111,10 +112,11 @@ class GroundingDataset(SourceDataset[Sample]):
     ):
         super().__init__(source, collate, bad_samples)
         self.share_images = share_images
-        self.images = with_image_groups(source) if share_images and augment else None
         self.augment = augment
         self.seed = seed
-        self._groups: tuple[int, np.ndarray] = (-1, np.zeros(0))  # epoch, and an id of the image of each sample
+        self._groups: tuple[int, np.ndarray] | None = None  # epoch, and an id of the image of each sample
+        if share_images and augment:
+            self._groups = 0, image_groups_of(source, 0)
         self.texts = collate and collate.texts
         for part in sources_of(source):
             self._check_lengths(part)
@@ -124,7 +126,7 @@ class GroundingDataset(SourceDataset[Sample]):
 
         The samples of a mixture are skipped when they are loaded.
         """
-        phrases = phrases_of(source) if self.texts else []
+        phrases = source.sample_phrases() if self.texts else []
         problems = self.texts.problems(phrases) if self.texts and phrases else {}
         if not problems:
             return
@@ -138,12 +140,12 @@ class GroundingDataset(SourceDataset[Sample]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """Load the samples of a batch; a DataLoader calls this."""
-        if self.images is None:
+        if self._groups is None:
             with decoded_once() if self.share_images else nullcontext():
                 return [self[index] for index in indices]
         epoch = int(self._epoch)
         if self._groups[0] != epoch:
-            self._groups = epoch, self.images.image_groups(epoch)
+            self._groups = epoch, image_groups_of(self.source, epoch)
         samples: list[Sample] = []
         for _, group in groupby(indices, self._groups[1].__getitem__):
             samples += self._of_one_image(list(group), epoch)

@@ -29,7 +29,7 @@ from vg.data.detection.source import DetectionSource, check_image_root, read_ann
 from vg.data.detection.vocabulary import VocabularyConfig
 from vg.data.image_files import image_files, image_key, image_root
 from vg.data.images import find_size
-from vg.data.source import Provenance, Task
+from vg.data.source import Provenance, Source, Task
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import BadSampleError, DataError, NoSuchSplitError
 from vg.files import located, read_lines
@@ -189,8 +189,8 @@ class CsvConfig(Settings):
         )
 
 
-class CsvExpressions:
-    """The rows as a vg.data.source.Source, sorted by image: one expression and one box per sample.
+class CsvExpressions(Source[Sample]):
+    """The rows of a table, sorted by image: one expression and one box per sample.
 
     Raises:
         DataError: the image root is not a folder.

@@ -6,22 +6,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Generic, Literal, TypeAlias, Union
+from typing import Annotated, Literal, TypeAlias, Union
 
 import numpy as np
 from pydantic import Field, NonNegativeInt
 
 from vg.data import DatasetConfig
 from vg.data.order import BlockOrder
-from vg.data.source import (
-    HasClasses,
-    Loaded,
-    Provenance,
-    Source,
-    shard_ends,
-    with_image_groups,
-    with_image_sizes,
-)
+from vg.data.source import Loaded, Provenance, Source, image_groups_of, image_sizes_of
 from vg.data.stream import StreamConfig
 from vg.data.subset import SplitConfig
 from vg.errors import DataError
@@ -51,8 +43,8 @@ SourceConfig: TypeAlias = Annotated[
 ]
 
 
-class Mixture(Generic[Loaded]):
-    """Concatenated sources, as a vg.data.source.Source; randomness depends on (seed, epoch, index) only.
+class Mixture(Source[Loaded]):
+    """Concatenated sources; randomness depends on (seed, epoch, index) only.
 
     The id of a sample begins with the dataset that it is from. For `weights`, see MixtureConfig.
 
@@ -87,6 +79,9 @@ class Mixture(Generic[Loaded]):
             split="mixture",
             task=sources[0].provenance.task,  # used if a mixture is evaluated and its sources agree
         )
+        counts = [source.num_classes for source in sources]
+        if None not in counts:  # the most, because phrase ids count from 0 in each source
+            self.num_classes = max(count or 0 for count in counts)
 
     def __len__(self) -> int:
         return sum(self._counts)
@@ -146,24 +141,19 @@ class Mixture(Generic[Loaded]):
             parts.append(self._order(source_index, turn + 1)[0 : last - length])
         return source_epoch, np.concatenate(parts)
 
-    @property
-    def num_classes(self) -> int | None:
-        """The most classes of a source, because phrase ids count from 0 in each; None if any differs by sample."""
-        counts = [source.num_classes if isinstance(source, HasClasses) else None for source in self.sources]
-        return max(count or 0 for count in counts) if None not in counts else None
-
     def image_sizes(self, epoch: int) -> np.ndarray:
+        """Return [samples, 2] (height, width); raises DataError naming a source that does not provide them."""
         sizes = [
-            with_image_sizes(self.sources[source_index]).image_sizes(time)[indices]
+            image_sizes_of(self.sources[source_index], time)[indices]
             for source_index, time, indices in self._passes(epoch)
         ]
         return np.concatenate(sizes)
 
     def image_groups(self, epoch: int) -> np.ndarray:
-        """Return [samples] ids, see vg.data.source.HasImageGroups; repeated samples are in different groups."""
+        """Return [samples] ids, repeated samples in different groups; raises DataError as `image_sizes`."""
         ids, count = [], 0
         for source_index, time, indices in self._passes(epoch):
-            groups = with_image_groups(self.sources[source_index]).image_groups(time)[indices]
+            groups = image_groups_of(self.sources[source_index], time)[indices]
             _, first, unique_ids = np.unique(groups, return_index=True, return_inverse=True)
             by_appearance = np.argsort(np.argsort(first))
             ids.append(by_appearance[unique_ids] + count)
@@ -171,12 +161,12 @@ class Mixture(Generic[Loaded]):
         return np.concatenate(ids)
 
     def shard_ends(self) -> np.ndarray:
-        """Return the ends of the shards in every pass over a source, see vg.data.source.HasShards.
+        """Return the ends of the shards in every pass over a source.
 
         A partial pass, which ends within shards, and a source without shards are divided evenly. If no source has
         shards, the mixture has none, too.
         """
-        ends = [shard_ends(source) for source in self.sources]
+        ends = [source.shard_ends() for source in self.sources]
         counts = [(own[-1], len(own)) for own in ends if len(own) > 1]
         if not counts:
             return np.array([len(self)], np.int64)
@@ -196,7 +186,7 @@ class Mixture(Generic[Loaded]):
         if turn not in orders:
             near = {other: kept for other, kept in orders.items() if abs(other - turn) == 1}
             permutation = partial(_permutation, (self.seed, source_index, turn))
-            order = BlockOrder(shard_ends(self.sources[source_index]), permutation)
+            order = BlockOrder(self.sources[source_index].shard_ends(), permutation)
             self._orders[source_index] = orders = near | {turn: order}  # an epoch may end one pass and begin the next
         return orders[turn]
 

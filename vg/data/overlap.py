@@ -9,7 +9,7 @@ import numpy as np
 
 from vg.data.detection.vocabulary import normalized_name
 from vg.data.mixture import Mixture, sources_of
-from vg.data.source import HasCategoryIds, HasImageKeys, Loaded, Source, phrases_of
+from vg.data.source import Loaded, Source
 from vg.data.subset import Subset
 from vg.errors import DataError
 
@@ -27,13 +27,12 @@ def without_overlap(train: Source[Loaded], evaluations: Sequence[Source], drop: 
     if isinstance(train, Mixture):
         sources = [without_overlap(source, evaluations, drop) for source in train.sources]
         return Mixture(sources, train.weights, train.seed)
-    if not isinstance(train, HasImageKeys):
+    if (keys := train.image_keys()) is None:
         return train
-    keys = train.image_keys()
     shared = np.zeros(len(keys), bool)  # [samples]
     for evaluation in (source for mixture in evaluations for source in sources_of(mixture)):
-        if isinstance(evaluation, HasImageKeys):
-            evaluated = set(evaluation.image_keys())
+        if (evaluated_keys := evaluation.image_keys()) is not None:
+            evaluated = set(evaluated_keys)
             overlap = np.array([key in evaluated for key in keys], bool)
             shared |= overlap
             if overlap.any():
@@ -77,9 +76,9 @@ def warn_of_unknown_phrases(train: Source, evaluations: Sequence[Source]) -> Non
 
 def _described(source: Source) -> tuple[set[str], bool]:
     """Return the phrases of a source, empty if it does not list them, and whether they are free text."""
-    if isinstance(source, HasCategoryIds):
+    if source.category_ids is not None:
         return set(source.category_ids), False
-    return {phrase for _, phrases in phrases_of(source) for phrase in phrases}, True
+    return {phrase for _, phrases in source.sample_phrases() for phrase in phrases}, True
 
 
 def _units(names: set[str], by_word: bool) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Sampler
 
 from vg.data.order import BlockOrder
-from vg.data.source import Source, shard_ends, with_image_groups, with_image_sizes
+from vg.data.source import Source, image_groups_of, image_sizes_of
 
 BLOCK = 16  # shards that are shuffled together: more mix better, fewer are read more sequentially
 
@@ -20,9 +20,10 @@ class EpochSampler(Sampler[int]):
 
     alignment = 1  # blocks end at multiples of it; the samples after that are arranged with the next block
 
-    def __init__(self, source: Sized, seed: int):
+    def __init__(self, source: Source, seed: int):
+        self.source = source
         self.length = len(source)
-        self.shard_ends = shard_ends(source)
+        self.shard_ends = source.shard_ends()
         self.seed = seed
         self.begin_epoch(0)
 
@@ -57,16 +58,16 @@ class EpochSampler(Sampler[int]):
 class ImageGroupedSampler(EpochSampler):
     """Samples of the same image in groups of at most `group_size`, so that a batch can share it; groups are shuffled.
 
-    Raises DataError unless the source implements vg.data.source.HasImageGroups.
+    Raises DataError if the source has no `image_groups`.
     """
 
     def __init__(self, source: Source, seed: int, group_size: int):
         super().__init__(source, seed)
-        self.source = with_image_groups(source)
+        image_groups_of(source, 0)  # raises before the training begins
         self.group_size = group_size
 
     def arrangement(self) -> Callable[[np.ndarray, int], np.ndarray]:
-        return partial(self._grouped, self.source.image_groups(self.epoch))
+        return partial(self._grouped, image_groups_of(self.source, self.epoch))
 
     def _grouped(self, image_groups: np.ndarray, order: np.ndarray, block: int) -> np.ndarray:
         images = image_groups[order]  # [samples]
@@ -85,7 +86,7 @@ class AspectRatioGroupedSampler(EpochSampler):
     The incomplete last group of a block belongs to the next one; that of the last block is split off before sorting, so
     dropping it does not bias the data.
 
-    Raises DataError unless the source implements vg.data.source.HasImageSizes.
+    Raises DataError if the source has no `image_sizes`.
 
     Args:
         group_size: samples of one optimizer step, in all processes and accumulated batches.
@@ -95,11 +96,11 @@ class AspectRatioGroupedSampler(EpochSampler):
 
     def __init__(self, source: Source, seed: int, group_size: int):
         super().__init__(source, seed)
-        self.source = with_image_sizes(source)
+        image_sizes_of(source, 0)  # raises before the training begins
         self.alignment = group_size
 
     def arrangement(self) -> Callable[[np.ndarray, int], np.ndarray]:
-        sizes = self.source.image_sizes(self.epoch)  # [samples, 2]
+        sizes = image_sizes_of(self.source, self.epoch)  # [samples, 2]
         return partial(self._grouped, torch.as_tensor(sizes[:, 1]) / torch.as_tensor(sizes[:, 0]))
 
     def _grouped(self, aspects: torch.Tensor, indices: np.ndarray, block: int) -> np.ndarray:

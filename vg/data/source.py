@@ -1,15 +1,12 @@
-"""The interface of all datasets: a sequence of samples with provenance, and what some sources offer beyond it.
-
-A source implements `provenance`, `__len__` and `load`. Each of the protocols below is optional and enables a feature; a
-table in CONTRIBUTING.md lists them.
-"""
+"""The interface of all datasets: a sequence of samples with provenance, and what else a source may know of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sized
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -44,114 +41,104 @@ class Provenance:
         return self.task in ("detection", "federated")
 
 
-class Source(Protocol[Loaded_co]):
-    """A dataset of Sample, or of EncodedSample if it is a feature cache; randomness depends on (epoch, index) only."""
+class Source(ABC, Generic[Loaded_co]):
+    """A dataset of Sample, or of EncodedSample if it is a feature cache; randomness depends on (epoch, index) only.
+
+    A source sets `provenance` and implements `__len__` and `load`. All else is optional, and unknown by default.
+    """
 
     provenance: Provenance
 
+    category_ids: dict[str, int] | None = None
+    """Phrase -> id that the annotations, and files of results, have for the class. `vg eval --detections` writes COCO
+    results with these ids; it is an error if they are unknown."""
+
+    frequencies: dict[str, str] | None = None
+    """Phrase -> "r", "c" or "f", see vg.metrics.federated; empty if they are not known. Federated data, whose samples
+    have `coverage`, can only be evaluated with it."""
+
+    num_classes: int | None = None
+    """Number of phrases of each prompt; None if it differs. `model.denoising: {}` has as many labels, 256 if it is
+    unknown."""
+
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def load(self, index: int, epoch: int) -> Loaded_co:
         """Load one sample; raises BadSampleError naming it if that is impossible."""
 
+    def image_sizes(self, epoch: int) -> np.ndarray | None:
+        """Return the (height, width) in pixels of the image that `load(index, epoch)` returns: [samples, 2] int.
 
-@runtime_checkable
-class HasImageSizes(Protocol):
-    """A source with image sizes that are available without decoding the images."""
+        No image is decoded. Used by `data.group_by_aspect_ratio` for batches with less padding, which is an error if
+        the sizes are unknown.
+        """
+        return None
 
-    def image_sizes(self, epoch: int) -> np.ndarray:
-        """Return the (height, width) in pixels of the image that `load(index, epoch)` returns: [samples, 2] int."""
+    def image_groups(self, epoch: int) -> np.ndarray | None:
+        """Return an id of the image that `load(index, epoch)` returns: [samples] int.
 
+        In one epoch, all samples of a group have exactly the same image. Used by `data.expressions_per_image`, so that
+        expressions of one image share it in a batch; more than 1 is an error if the groups are unknown. `vg shard`
+        writes the samples of a group to one shard.
+        """
+        return None
 
-@runtime_checkable
-class HasImageKeys(Protocol):
-    """A source whose images can be identified in other sources."""
+    def image_keys(self) -> list[str] | None:
+        """Return a key of the image of each sample; equal keys, in any source, mean the same image.
 
-    def image_keys(self) -> list[str]:
-        """Return a key of the image of each sample; equal keys, in any source, mean the same image."""
-
-
-@runtime_checkable
-class HasImageFiles(Protocol):
-    """A source with images in files of their own."""
+        Used to find images that training and evaluation share (`data.drop_overlap`, `vg check`), to cache the features
+        of an image once, and to split a dataset by image. If the keys are unknown, overlap is not checked, a cache
+        has the image of every sample, and splitting is an error.
+        """
+        return None
 
     def image_files(self) -> list[Path | None]:
-        """Return the file of the image of each sample, which may be missing; None if the image is not a file."""
+        """Return the file of the image of each sample, which may be missing; None if the image is not a file.
 
-
-@runtime_checkable
-class HasFingerprint(Protocol):
-    """A source with a content hash of its annotations."""
-
-    def fingerprint(self) -> str:
-        """Return a digest of all annotations, without reading images."""
-
-
-@runtime_checkable
-class HasPhrases(Protocol):
-    """A source whose phrases are known without reading images, and are the same in every epoch."""
-
-    def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
-        """Return the id and the phrases of each sample."""
-
-
-@runtime_checkable
-class HasImageGroups(Protocol):
-    """A source that groups samples by image; in one epoch all samples of a group have exactly the same image."""
-
-    def image_groups(self, epoch: int) -> np.ndarray:
-        """Return an id of the image that `load(index, epoch)` returns: [samples] int."""
-
-
-@runtime_checkable
-class HasShards(Protocol):
-    """A source of samples in shards, each of which is fast to read as a whole."""
-
-    def shard_ends(self) -> np.ndarray:
-        """Return the index after the last sample of each shard: [shards] int64, ascending."""
-
-
-@runtime_checkable
-class HasCategoryIds(Protocol):
-    """A source whose classes have ids for result files."""
-
-    @property
-    def category_ids(self) -> dict[str, int]:
-        """Phrase -> category id."""
-
-
-@runtime_checkable
-class HasFrequencies(Protocol):
-    """A source that can be evaluated as federated data: its samples have `coverage`."""
-
-    @property
-    def frequencies(self) -> Mapping[str, str]:
-        """Phrase -> "r", "c" or "f", see vg.metrics.federated; empty if they are unknown."""
-
-
-@runtime_checkable
-class HasClasses(Protocol):
-    """A source whose prompts may all have the same phrases."""
-
-    @property
-    def num_classes(self) -> int | None:
-        """Number of phrases of each prompt; None if it differs."""
-
-
-@runtime_checkable
-class HasImageBytes(Protocol):
-    """A source with image files that are inside other files."""
+        Used to encode images again for a feature cache after they changed; other changed images go unnoticed.
+        """
+        return [None] * len(self)
 
     def image_bytes(self, index: int) -> bytes | None:
-        """Return the image file of a sample; None if its image is not encoded."""
+        """Return the image file of a sample that is inside another file; None if its image is not encoded.
 
+        Used by `vg shard`, which keeps the format of these files; other images without a file become PNG files.
+        """
+        return None
 
-@runtime_checkable
-class HasChecksums(Protocol):
-    """A source with checksums of its files."""
+    def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Return the id and the phrases of each sample, the same in every epoch; an empty list if they are unknown.
+
+        No image is read. Used to find phrases that are too long, and evaluation data without any phrase of the training
+        data, before the run begins. Otherwise a phrase that is too long is found when its sample is loaded.
+        """
+        return []
+
+    def shard_ends(self) -> np.ndarray:
+        """Return the index after the last sample of each shard, which is fast to read as a whole: [shards] int64.
+
+        The indices are ascending. Used to shuffle samples inside blocks of shards, so that reads are sequential; those
+        of a source with one shard, the default, are shuffled all together.
+        """
+        return np.array([len(self)], np.int64)
+
+    def fingerprint(self) -> str | None:
+        """Return a digest of all annotations, without reading images.
+
+        If it has changed, a feature cache is refused, `vg shard` does not continue, and `--resume` warns. If it is the
+        same, a cache is accepted for moved files. If it is unknown, changes that keep the number of samples go
+        unnoticed, and moved files are encoded again.
+        """
+        return None
 
     def damaged_files(self) -> Iterator[str]:
-        """Read all files and yield a message for each one that is missing or differs from its checksum."""
+        """Read all files and yield a message for each one that is missing or differs from its checksum.
+
+        Used by `vg check`, which finds only files that cannot be decoded if there are no checksums.
+        """
+        return iter(())
 
 
 def row_key(provenance: Provenance, row: int | str) -> str:
@@ -159,30 +146,20 @@ def row_key(provenance: Provenance, row: int | str) -> str:
     return f"{provenance.data}/{provenance.split}/row {row}"
 
 
-def phrases_of(source: Source) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the id and the phrases of each sample, or an empty list if the source does not implement HasPhrases."""
-    return source.sample_phrases() if isinstance(source, HasPhrases) else []
-
-
-def shard_ends(source: Sized) -> np.ndarray:
-    """Return the index after the last sample of each shard, [shards] int64; one that has none is one shard."""
-    return source.shard_ends() if isinstance(source, HasShards) else np.array([len(source)], np.int64)
-
-
-def with_image_sizes(source: Source) -> HasImageSizes:
-    """Return the source; raises DataError if it does not implement HasImageSizes."""
-    if not isinstance(source, HasImageSizes):
+def image_sizes_of(source: Source, epoch: int) -> np.ndarray:
+    """Return `source.image_sizes(epoch)`; raises DataError if they are unknown."""
+    if (sizes := source.image_sizes(epoch)) is None:
         raise DataError(f"{source.provenance.data} provides no image sizes, which data.group_by_aspect_ratio needs")
-    return source
+    return sizes
 
 
-def with_image_groups(source: Source) -> HasImageGroups:
-    """Return the source; raises DataError if it does not implement HasImageGroups."""
-    if not isinstance(source, HasImageGroups):
+def image_groups_of(source: Source, epoch: int) -> np.ndarray:
+    """Return `source.image_groups(epoch)`; raises DataError if they are unknown."""
+    if (groups := source.image_groups(epoch)) is None:
         raise DataError(
             f"{source.provenance.data} does not group its samples by image, as data.expressions_per_image above 1 needs"
         )
-    return source
+    return groups
 
 
 def checked(sample: Sample) -> Sample:

@@ -8,9 +8,8 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, NonNegativeInt
@@ -18,33 +17,21 @@ from pydantic import Field, NonNegativeInt
 from vg.data import DatasetConfig
 from vg.data.image_files import dataset_folder
 from vg.data.shards.source import Shards
-from vg.data.source import (
-    HasCategoryIds,
-    HasClasses,
-    HasFingerprint,
-    HasFrequencies,
-    HasImageFiles,
-    HasImageKeys,
-    Loaded,
-    Source,
-    phrases_of,
-    row_key,
-    shard_ends,
-    with_image_groups,
-    with_image_sizes,
-)
+from vg.data.source import Loaded, Source, row_key
 from vg.errors import DataError
 from vg.settings import Settings
 from vg.types import Sample
 
 
-class Subset(Generic[Loaded]):
+class Subset(Source[Loaded]):
     """Some samples of a source, in its order."""
 
     def __init__(self, source: Source[Loaded], indices: np.ndarray):
         self.source: Source[Loaded] = source
         self.indices = indices  # [kept samples] int, ascending
         self.provenance = source.provenance
+        self.category_ids, self.num_classes = source.category_ids, source.num_classes
+        self.frequencies = source.frequencies
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -52,25 +39,27 @@ class Subset(Generic[Loaded]):
     def load(self, index: int, epoch: int) -> Loaded:
         return self.source.load(int(self.indices[index]), epoch)
 
-    @property
-    def num_classes(self) -> int | None:
-        return self.source.num_classes if isinstance(self.source, HasClasses) else None
+    def image_sizes(self, epoch: int) -> np.ndarray | None:
+        sizes = self.source.image_sizes(epoch)
+        return None if sizes is None else sizes[self.indices]
 
-    def image_sizes(self, epoch: int) -> np.ndarray:
-        return with_image_sizes(self.source).image_sizes(epoch)[self.indices]
+    def image_groups(self, epoch: int) -> np.ndarray | None:
+        groups = self.source.image_groups(epoch)
+        return None if groups is None else groups[self.indices]
 
-    def image_groups(self, epoch: int) -> np.ndarray:
-        return with_image_groups(self.source).image_groups(epoch)[self.indices]
+    def image_keys(self) -> list[str] | None:
+        keys = self.source.image_keys()
+        return None if keys is None else [keys[index] for index in self.indices]
 
     def image_files(self) -> list[Path | None]:
-        files = self.source.image_files() if isinstance(self.source, HasImageFiles) else [None] * len(self.source)
+        files = self.source.image_files()
         return [files[index] for index in self.indices]
 
     def shard_ends(self) -> np.ndarray:
-        return np.searchsorted(self.indices, shard_ends(self.source))
+        return np.searchsorted(self.indices, self.source.shard_ends())
 
     def sample_phrases(self) -> list[tuple[str, tuple[str, ...]]]:
-        known = phrases_of(self.source)
+        known = self.source.sample_phrases()
         return [known[index] for index in self.indices] if known else []
 
 
@@ -105,10 +94,9 @@ class Part(Subset[Sample]):
 
     def __init__(self, config: SplitConfig):
         source: Source[Sample] = config.dataset.build()
-        if not isinstance(source, HasImageKeys):
+        if (keys := source.image_keys()) is None:
             raise DataError(f"{source.provenance} does not name its images, so it cannot be split by image")
-        self._keys = source.image_keys()
-        images = [*dict.fromkeys(self._keys)]
+        images = [*dict.fromkeys(keys)]
         if len(images) < 2:
             raise DataError(f"{source.provenance} has {len(images)} image; a training and a validation part need two")
         row = row_key(source.provenance, "")
@@ -123,19 +111,14 @@ class Part(Subset[Sample]):
         count = sum(value < config.fraction for value, _ in drawn)
         val = {key for _, key in drawn[: min(max(1, count), len(drawn) - 1)]}
         wanted = config.part == "val"
-        super().__init__(source, np.flatnonzero([(key in val) == wanted for key in self._keys]))
+        super().__init__(source, np.flatnonzero([(key in val) == wanted for key in keys]))
         share = config.fraction if wanted else 1 - config.fraction
         name = f"about {100 * share:g} % of {source.provenance.split} as {config.part}"
         self.provenance = replace(source.provenance, split=name, official=None)
-        if isinstance(source, HasCategoryIds):
-            self.category_ids: Any = source.category_ids  # an attribute, because not all datasets have it
-        if isinstance(source, HasFrequencies):
-            self.frequencies: Any = source.frequencies  # likewise
-        if isinstance(source, HasFingerprint):
-            self.fingerprint: Any = partial(_fingerprint, source, self.indices)  # likewise
 
-    def image_keys(self) -> list[str]:
-        return [self._keys[index] for index in self.indices]
+    def fingerprint(self) -> str | None:
+        whole = self.source.fingerprint()
+        return None if whole is None else hashlib.sha256(whole.encode() + self.indices.tobytes()).hexdigest()
 
 
 def _location(dataset: DatasetConfig, source: Source) -> str:
@@ -161,7 +144,3 @@ def _hash(seed: int, name: str) -> float:
     """Return a number in 0..1."""
     digest = hashlib.sha256(json.dumps([seed, name]).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _fingerprint(source: HasFingerprint, indices: np.ndarray) -> str:
-    return hashlib.sha256(source.fingerprint().encode() + indices.tobytes()).hexdigest()

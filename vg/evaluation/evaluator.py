@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from vg.config import DataConfig, eval_key
 from vg.data.dataset import RunDataset
 from vg.data.mixture import sources_of
-from vg.data.source import HasCategoryIds, HasFrequencies, Source, Task
+from vg.data.source import Source, Task
 from vg.datasets import evaluation_dataset
 from vg.distributed import mean_over_processes, progress_bar
 from vg.errors import ConfigError
@@ -37,12 +37,12 @@ def new_metric(source: Source) -> RecMetric | GrecMetric | CocoMetric:
     """Return the metric of a dataset: the data selects it, not the model.
 
     Raises:
-        ConfigError: the data is federated, but does not implement HasFrequencies.
+        ConfigError: the data is federated, but its source has no `frequencies`.
     """
     provenance = source.provenance
     if provenance.task != "federated":
         return METRICS[provenance.task]()
-    if not isinstance(source, HasFrequencies):
+    if source.frequencies is None:
         raise ConfigError(
             f"{provenance}: every image is annotated for some of the classes only, and shards and mixtures do not keep "
             "which; evaluate on the json file of the dataset"
@@ -176,8 +176,7 @@ class Evaluator:
     @property
     def classes(self) -> tuple[str, ...]:
         """Phrases of the classes of the first dataset; empty if its samples have expressions or captions."""
-        source = self.sources[0]
-        return tuple(source.category_ids) if isinstance(source, HasCategoryIds) else ()
+        return tuple(self.sources[0].category_ids or ())
 
     @torch.no_grad()
     def run(self, model: GroundingModel) -> EvaluationResult:
@@ -239,7 +238,7 @@ class Evaluator:
         for dataset in self.datasets:
             if isinstance(dataset.metric, CocoMetric):
                 source = dataset.data.source
-                if not isinstance(source, HasCategoryIds):
+                if source.category_ids is None:
                     raise ConfigError(f"{source.provenance.data} has no category ids, which COCO results need")
                 ids[dataset.name] = source.category_ids
         if not ids:

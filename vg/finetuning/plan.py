@@ -16,7 +16,7 @@ from vg.data.check import detect_format, diagnose, to_text
 from vg.data.detection.annotations import Annotations, ReadsAnnotations
 from vg.data.detection.issues import Issues
 from vg.data.detection.vocabulary import normalized_name
-from vg.data.source import HasImageKeys, Source, Task
+from vg.data.source import Source, Task
 from vg.errors import ConfigError, DataError, printable
 from vg.finetuning.recipe import SMALL, Recipe, choose_recipe
 from vg.finetuning.sizes import Resources, available_resources, sized
@@ -242,5 +242,6 @@ def _check(draft: RunConfig, recipe: Recipe, path: Path) -> list[str]:
 def _count(source: Source) -> str:
     if source.provenance.is_detection:
         return f"{len(source):,} images"
-    images = f" of {len(set(source.image_keys())):,} images" if isinstance(source, HasImageKeys) else ""
+    keys = source.image_keys()
+    images = "" if keys is None else f" of {len(set(keys)):,} images"
     return f"{len(source):,} expressions{images}"

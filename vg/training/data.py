@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from vg.cache.resident import ResidentFeatures, resident_features
 from vg.config import RunConfig
 from vg.data.samplers import AspectRatioGroupedSampler, EpochSampler, ImageGroupedSampler
-from vg.data.source import HasClasses, Source
+from vg.data.source import Source
 from vg.data.stream import StreamConfig
 from vg.datasets import training_dataset, uncached_text
 from vg.errors import CheckpointError, DataError
@@ -79,7 +79,7 @@ class TrainingData:
     @property
     def num_classes(self) -> int | None:
         """Number of phrases of every prompt; None if it differs."""
-        return self.source.num_classes if isinstance(self.source, HasClasses) else None
+        return self.source.num_classes
 
     @property
     def phrases(self) -> list[str]:

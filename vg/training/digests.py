@@ -12,7 +12,7 @@ from accelerate import PartialState
 from vg.cache.source import CachedSource
 from vg.config import DataConfig
 from vg.data.mixture import sources_of
-from vg.data.source import HasFingerprint, Source
+from vg.data.source import Source
 from vg.data.subset import Subset
 from vg.training.data import describe_source
 
@@ -59,6 +59,6 @@ class Digests:
 
 def _fingerprint(source: Source[Any]) -> str:
     """Return the digest of the annotations of a source that is not a mixture; its length if it has none."""
-    if isinstance(source, HasFingerprint):
-        return source.fingerprint()
+    if (digest := source.fingerprint()) is not None:
+        return digest
     return _fingerprint(source.source) if isinstance(source, Subset | CachedSource) else str(len(source))

@@ -13,7 +13,7 @@ from tests.data.detection.detection_files import CATEGORIES, REAL, annotation, c
 from vg.data.dataset import GroundingDataset
 from vg.data.detection.coco import CocoConfig
 from vg.data.detection.vocabulary import VocabularyConfig
-from vg.data.source import HasImageKeys, HasImageSizes, Provenance, checked
+from vg.data.source import Provenance, checked
 from vg.errors import BadSampleError, DataError
 
 
@@ -65,8 +65,6 @@ def test_sizes_and_keys(tmp_path: Path):
     document["images"][1]["file_name"] = "COCO_val2014_000000000139.jpg"
     source = CocoConfig(path=str(write_coco(tmp_path, document))).build()
     write_image(tmp_path / "000000000139.jpg")
-    assert isinstance(source, HasImageSizes)
-    assert isinstance(source, HasImageKeys)
     assert source.image_sizes(0).tolist() == [[40, 60], [40, 60], [60, 40]], "the last one from its file"
     assert source.image_keys() == [str(tmp_path / "a.png"), "coco/139", str(tmp_path / "c.png")]
 

@@ -29,7 +29,7 @@ from vg.data.shards.containers import COLUMNS
 from vg.data.shards.index import ShardFormat
 from vg.data.shards.source import Shards, ShardsConfig
 from vg.data.shards.write import write_shards
-from vg.data.source import HasCategoryIds, Source, checked
+from vg.data.source import Source, checked
 from vg.data.subset import SplitConfig
 from vg.data.synthetic.shapes import ShapesConfig
 from vg.types import Sample
@@ -69,9 +69,9 @@ def test_every_source(member: Any, format: ShardFormat, tmp_path: Path) -> None:
     assert_same(shards, source, epochs=[0])  # generated scenes for training differ in every epoch
     assert shards.provenance == source.provenance
     assert list(shards.damaged_files()) == []
-    if isinstance(source, HasCategoryIds):
+    if source.category_ids is not None:
         assert shards.category_ids == source.category_ids
-    assert getattr(shards, "num_classes", None) == getattr(source, "num_classes", None)
+    assert shards.num_classes == source.num_classes
 
 
 def test_images_in_a_folder_named_coco_have_no_coco_id(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_lines_of_classes_and_of_captions_in_one_file(tmp_path: Path) -> None:
     shards = written(dataset, tmp_path / "shards")
     assert_same(shards, dataset.build())
     assert shards.num_classes is None
-    assert not isinstance(shards, HasCategoryIds)
+    assert shards.category_ids is None
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -16,7 +16,7 @@ from vg.data.detection.issues import Issues
 from vg.data.detection.vocabulary import VocabularyConfig, normalized_name
 from vg.data.image_files import image_key
 from vg.data.images import SWAPPED, find_image, read_image
-from vg.data.source import HasChecksums, HasImageKeys, Source, Task, checked
+from vg.data.source import Source, Task, checked
 from vg.errors import BadSampleError, DataError
 
 UNREADABLE, FIX = "training cannot load this dataset", "fix the problem that the message names"
@@ -47,7 +47,7 @@ class CheckedDataset:
     task: Task = "detection"
     annotations: Annotations = field(default_factory=Annotations)
     image_files: dict[int, ImageFile] = field(default_factory=dict)  # by image index; those that were opened
-    sample_keys: list[str] | None = None  # see HasImageKeys; None: made from the names of the files
+    sample_keys: list[str] | None = None  # see Source.image_keys; None: made from the names of the files
     load_image: Callable[[int], np.ndarray] | None = None  # [H, W, 3] uint8, if images are not in files of their own
     xyxy: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
     """[A, 4] float64 in pixels; NaN where the size of the image is needed and unknown."""
@@ -126,7 +126,7 @@ def read_dataset(name: str, config: Any, limit: int | None) -> CheckedDataset:
                 source = config.build()
             messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
             dataset.issues.add("warning", "warnings of the dataset itself", "see the message", messages)
-            if limit is None and isinstance(source, HasChecksums):
+            if limit is None:
                 fix = "copy them again, or remove them and repeat vg shard"
                 dataset.issues.add("error", "damaged or missing files", fix, source.damaged_files())
             _read_samples(source, dataset, limit)
@@ -151,7 +151,7 @@ def _read_samples(source: Source, dataset: CheckedDataset, limit: int | None) ->
     """Load samples as training does."""
     dataset.task = source.provenance.task
     dataset.title = f"{source.provenance.data} ({source.provenance.split})"
-    keys = source.image_keys() if isinstance(source, HasImageKeys) else None
+    keys = source.image_keys()
     names: dict[str, int] = {}
     images, indices = [], []
     for index in tqdm(spread(len(source), limit), desc=f"{dataset.name}: samples", unit=" samples", mininterval=1):

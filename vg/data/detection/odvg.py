@@ -20,7 +20,7 @@ from vg.data.detection.source import check_image_root, clip_boxes, read_annotate
 from vg.data.detection.vocabulary import Vocabulary, VocabularyConfig
 from vg.data.image_files import image_files, image_key, image_root
 from vg.data.images import find_size
-from vg.data.source import Provenance
+from vg.data.source import Provenance, Source
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import BadSampleError
 from vg.settings import Settings
@@ -117,8 +117,8 @@ class OdvgConfig(Settings):
         return Annotations.of(images, parser.names, parser.num_classes, **fields)
 
 
-class OdvgSource:
-    """The lines as a vg.data.source.Source; a line is parsed when its sample is loaded.
+class OdvgSource(Source[Sample]):
+    """The lines of ODVG files; a line is parsed when its sample is loaded.
 
     Boxes are clipped or left out as in vg.data.detection.source.
 

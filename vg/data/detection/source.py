@@ -16,15 +16,15 @@ from vg.data.detection.issues import RaiseFirstError
 from vg.data.detection.vocabulary import Vocabulary
 from vg.data.image_files import image_files, image_key
 from vg.data.images import find_image, find_size, read_image
-from vg.data.source import OVERHANG, Provenance
+from vg.data.source import OVERHANG, Provenance, Source
 from vg.errors import BadSampleError, DataError
 from vg.types import Coverage, Sample
 
 _SUSPICIOUS = 0.3  # minimum fraction of boxes beyond the image for a warning that their format may be wrong
 
 
-class DetectionSource:
-    """A detection dataset as a vg.data.source.Source; the id of a sample is the id of its image.
+class DetectionSource(Source[Sample]):
+    """A detection dataset; the id of a sample is the id of its image.
 
     Boxes are clipped to the image; those without area in it or with a side below `min_side` are left out. Crowd regions
     (`Sample.crowd`) stay, except where the vocabulary samples phrases, which is for training only.
@@ -47,11 +47,10 @@ class DetectionSource:
         is_federated = annotations.coverage is not None
         self.provenance = Provenance(data, split, "federated" if is_federated else "detection")
         category_ids = [annotations.category_ids[label] for label in vocabulary.used]
-        self.category_ids = dict(zip(vocabulary.phrases, category_ids, strict=True))
-        """Phrase -> id that the annotations, and files of results, have for the class."""
+        self.category_ids: dict[str, int] = dict(zip(vocabulary.phrases, category_ids, strict=True))
+        self.num_classes = len(vocabulary.names) if config.vocabulary.negatives is None else None
         known = annotations.frequencies
         self.frequencies = {p: known[x] for p, x in zip(vocabulary.phrases, vocabulary.used, strict=True) if known}
-        """Phrase -> "r", "c" or "f" of federated data, see vg.metrics.federated."""
         labels = vocabulary.labels[annotations.labels]  # [A]
         order = np.argsort(annotations.image_indices, kind="stable")
         order = order[labels[order] >= 0]  # from here on, A is the number of boxes of the classes in use
@@ -104,10 +103,6 @@ class DetectionSource:
         covered = np.full(len(self.vocabulary.phrases), Coverage.UNKNOWN, np.uint8)
         covered[used[used >= 0]] = values[used >= 0]
         return covered
-
-    @property
-    def num_classes(self) -> int | None:
-        return len(self.vocabulary.names) if self.vocabulary.config.negatives is None else None
 
     def image_sizes(self, epoch: int) -> np.ndarray:
         """[I, 2] (height, width), read from the image files where the annotations have none."""

@@ -28,7 +28,7 @@ from vg.data.refcoco.rows import (
     sample_id,
 )
 from vg.data.refcoco.tables import open_table
-from vg.data.source import Provenance, Task, row_key
+from vg.data.source import Provenance, Source, Task, row_key
 from vg.data.synthetic.shapes import write_scenes
 from vg.errors import BadSampleError, DataError
 from vg.settings import Settings
@@ -72,12 +72,12 @@ class Annotation(NamedTuple):
     id: str  # of its sample
     expression: str
     boxes: np.ndarray  # [N, 4] xyxy pixels
-    image_key: str  # see vg.data.source.HasImageKeys
+    image_key: str  # see vg.data.source.Source.image_keys
     person: bool | None  # whether the object is a person
     num_others: int | None  # other objects of the same category in the image; if unknown, only those with expressions
 
 
-class Refcoco:
+class Refcoco(Source[Sample]):
     """The expressions of one split in the order of the rows; an image is read when its sample is loaded.
 
     Sample ids are `<dataset>/<split>/<object>/<index>`: the object is the row's `ann_id` or `question_id`, the index

@@ -36,7 +36,7 @@ class Entry(NamedTuple):
     line: bytes  # see vg.data.shards.lines
     size: tuple[int, int]  # (height, width) of the image in pixels
     image_number: int  # equal for samples of one image
-    coco_id: int = -1  # of the image, see vg.data.source.HasImageKeys; -1: it is no image of COCO
+    coco_id: int = -1  # of the image, from its key; -1: it is no image of COCO
 
 
 def write_shard(file: Path, format: ShardFormat, entries: Iterable[Entry]) -> tuple[ShardFile, np.ndarray]:

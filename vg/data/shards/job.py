@@ -20,7 +20,7 @@ from vg.data.shards.containers import Entry, write_shard
 from vg.data.shards.index import ShardFile, ShardFormat
 from vg.data.shards.lines import line_of
 from vg.data.shards.source import Shards
-from vg.data.source import HasImageBytes, HasImageFiles, HasImageGroups, HasImageKeys, Provenance, Source, checked
+from vg.data.source import Provenance, Source, checked
 from vg.data.subset import Subset
 from vg.errors import BadSampleError
 from vg.files import read_json, write_bytes
@@ -60,10 +60,11 @@ class ShardJob:
     def of(cls, source: Source[Sample], folder: Path, format: ShardFormat, limit: int, skip: bool) -> ShardJob:
         """Plan all shards; see write_shards."""
         provenance, indices = source.provenance, np.arange(len(source))
-        if isinstance(source, Subset):  # of samples that the other abilities of the source number, too
+        if isinstance(source, Subset):  # whose vocabulary and rows are those of its source
             indices = source.indices
             source = source.source
-        groups = source.image_groups(0)[indices] if isinstance(source, HasImageGroups) else indices
+        groups = source.image_groups(0)
+        groups = indices if groups is None else groups[indices]
         _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
         images = np.argsort(np.argsort(first))[inverse]  # numbered by their first sample
         order = np.argsort(images, kind="stable")
@@ -75,7 +76,7 @@ class ShardJob:
             after = int(np.searchsorted(image_ends, wanted, side="right"))  # the first image that ends later
             last = int(image_ends[after - 1]) if after else 0
             ends.append(last if last > ends[-1] else int(image_ends[after]))
-        keys = source.image_keys() if isinstance(source, HasImageKeys) else [""] * len(source)
+        keys = source.image_keys() or [""] * len(source)
         vocabulary: Vocabulary | None = getattr(source, "vocabulary", None)
         return cls(
             source=source,
@@ -87,7 +88,7 @@ class ShardJob:
             order=indices[order],
             images=images,
             ends=np.array(ends[1:], np.int64),
-            files=source.image_files() if isinstance(source, HasImageFiles) else [None] * len(source),
+            files=source.image_files(),
             coco_ids=np.array([_coco_id(key) for key in keys], np.int64),
         )
 
@@ -140,7 +141,7 @@ class ShardJob:
         """Return the image file of a sample of the source, if it has one."""
         if (file := self.files[index]) is not None:
             return file.read_bytes()
-        return self.source.image_bytes(index) if isinstance(self.source, HasImageBytes) else None
+        return self.source.image_bytes(index)
 
 
 def _coco_id(key: str) -> int:

@@ -21,6 +21,7 @@ from vg.data.shards.containers import check_columns
 from vg.data.shards.index import INDEX, Index, map_rows
 from vg.data.shards.lines import LineReader
 from vg.data.shards.storage import open_storage
+from vg.data.source import Source
 from vg.errors import DataError
 from vg.files import sha256_of
 from vg.settings import Settings
@@ -65,8 +66,8 @@ class ShardsConfig(Settings):
         return Shards(self)
 
 
-class Shards:
-    """The samples as a vg.data.source.Source; nothing but the index is read before the first sample.
+class Shards(Source[Sample]):
+    """Samples in shards; nothing but the index is read before the first sample.
 
     A sample equals that of the dataset that was written, where settings of vocabulary and captions are equal.
 
@@ -86,8 +87,9 @@ class Shards:
             self.vocabulary = Vocabulary(self.index.classes, config.vocabulary, config.path)
             if self.index.category_ids is not None:
                 ids = [self.index.category_ids[label] for label in self.vocabulary.used]
-                # An attribute, because not all shards have it.
-                self.category_ids: Any = dict(zip(self.vocabulary.phrases, ids, strict=True))
+                self.category_ids = dict(zip(self.vocabulary.phrases, ids, strict=True))
+            if self.index.all_detections and config.vocabulary.negatives is None:
+                self.num_classes = len(self.vocabulary.names)
         elif config.vocabulary != VocabularyConfig():
             unused = "vocabulary is not used: it is for numbered classes, of which these shards have none"
             warnings.warn(f"{config.path}: {unused}", stacklevel=3)
@@ -126,12 +128,6 @@ class Shards:
     def row(self, index: int) -> dict[str, Any]:
         """Return the decoded line of a sample; raises as `load`."""
         return self._reader.row(*self._line(index))
-
-    @property
-    def num_classes(self) -> int | None:
-        if self.vocabulary is None or not self.index.all_detections or self.vocabulary.config.negatives is not None:
-            return None
-        return len(self.vocabulary.names)
 
     def shard_ends(self) -> np.ndarray:
         return self.index.ends

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vg.data.shards.index import INDEX, ROW, Index, ShardFile, ShardFormat, write_rows
 from vg.data.shards.job import Record, ShardJob, read_record
 from vg.data.shards.storage import UNFINISHED
-from vg.data.source import HasCategoryIds, HasFingerprint, Source
+from vg.data.source import Source
 from vg.errors import DataError
 from vg.files import read_json, remove, write_json
 from vg.settings import differences
@@ -64,7 +64,7 @@ def write_shards(
             {
                 "dataset": differences(dataset),
                 "samples": len(source),
-                "fingerprint": source.fingerprint() if isinstance(source, HasFingerprint) else None,
+                "fingerprint": source.fingerprint(),
                 "format": format,
                 "samples_per_shard": samples_per_shard,
                 "bad_samples": bad_samples,
@@ -229,7 +229,7 @@ def _finish(job: ShardJob, settings: dict[str, Any]) -> Index:
     length = sum(record.shard.samples for record in known)
     if not length:
         raise DataError(f"{job.provenance}: every sample is bad; the warnings above name the reasons")
-    ids = list(job.source.category_ids.values()) if isinstance(job.source, HasCategoryIds) else None
+    ids = job.source.category_ids
     rows = (np.array([tuple(row) for row in record.rows], ROW) for record in records())
     index = Index(
         format=job.format,
@@ -237,7 +237,7 @@ def _finish(job: ShardJob, settings: dict[str, Any]) -> Index:
         table=write_rows(job.folder, rows, length),
         provenance=replace(job.provenance, official=False) if skipped else job.provenance,
         classes=job.vocabulary.names if job.vocabulary else None,
-        category_ids=ids,
+        category_ids=None if ids is None else list(ids.values()),
         all_detections=sum(record.detections for record in known) == length,
         skipped=skipped,
         settings=settings,

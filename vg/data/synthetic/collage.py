@@ -98,7 +98,7 @@ class Pasted(SceneObject):
 
 
 class Collage(World[Pasted, Background]):
-    """Pasted objects as a vg.data.source.Source; an object belongs to one split only, by a hash of its id.
+    """Pasted objects; an object belongs to one split only, by a hash of its id.
 
     Objects do not overlap, so that all are visible as a whole. Backgrounds are regions without any annotated box: what
     is annotated completely, as in COCO, is not in them, so they are not blurred. All splits share them. In every epoch

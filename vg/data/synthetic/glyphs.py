@@ -84,7 +84,7 @@ class Glyph(SceneObject):
 
 
 class Glyphs(World[Glyph, Grid]):
-    """Drawn digits and letters as a vg.data.source.Source."""
+    """Drawn digits and letters."""
 
     def scene(self, rng: np.random.Generator, epoch: int) -> Scene[Glyph, Grid]:
         return random_scene(rng, self.settings.image_size, self.style)

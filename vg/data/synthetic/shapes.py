@@ -35,7 +35,7 @@ class ShapesConfig(WorldConfig):
 
 
 class Shapes(World[Shape, Grid]):
-    """Drawn scenes as a vg.data.source.Source: `train` differs in every epoch, `val` and `test` never change."""
+    """Drawn scenes: `train` differs in every epoch, `val` and `test` never change."""
 
     def __init__(self, config: ShapesConfig) -> None:
         super().__init__(config, STYLES, config.view, "detection" if config.view == "detection" else "expressions")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Generic, Literal
@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from vg.data.images import read_image
-from vg.data.source import Provenance, Task
+from vg.data.source import Provenance, Source, Task
 from vg.data.synthetic.expressions import (
     GENERALIZED,
     Expression,
@@ -50,8 +50,8 @@ class WorldConfig(Settings):
     is closest to another circle); for generalized expressions "absent" (no object fits) and "several" (both stars)."""
 
 
-class World(ABC, Generic[Object, Background]):
-    """Synthetic scenes as a vg.data.source.Source: `train` differs in every epoch, `val` and `test` never change.
+class World(Source[Sample], Generic[Object, Background]):
+    """Synthetic scenes: `train` differs in every epoch, `val` and `test` never change.
 
     Args:
         styles: parameters of the scenes by the value of `config.scenes`.
