@@ -162,8 +162,11 @@ def test_an_existing_run_is_not_overwritten_without_the_flag(tiny_config: MakeCo
     images = ["predictions.png", "scene.png", "scene.txt", "comparison.txt", "example.png"]
     for name in [*results, *images, "mine.png"]:
         (folder / name).touch()
-    Trainer(config, overwrite=True)
-    assert {file.name for file in folder.iterdir()} == {"config.yaml", "mine.png"}, "results are of other weights"
+    trainer = Trainer(config, overwrite=True)
+    left = {file.name for file in folder.iterdir()} - {"train.lock"}
+    assert left == {"config.yaml", "mine.png"}, "results are of other weights"
+    trainer.fit()
+    assert not (folder / "train.lock").exists()
 
 
 @pytest.mark.parametrize("save_every", [None, 1])

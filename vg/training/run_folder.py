@@ -15,7 +15,7 @@ runs/demo/
     benchmark.json            results of `vg eval --suite`, with benchmark.html
     interpolated/             the best interpolation between the initial weights and `best` (`train.interpolate`)
     launch.json               the programs, such as torchrun, that started the processes and may restart them
-    train.lock                while a process trains
+    train.lock                from the construction of the trainer to the end of training
 """
 
 from __future__ import annotations
